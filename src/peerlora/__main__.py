@@ -1,0 +1,5 @@
+"""``python -m peerlora``."""
+
+from peerlora.cli import main
+
+main()

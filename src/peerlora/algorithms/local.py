@@ -1,0 +1,40 @@
+"""Every client alone: the baseline that shows what exchanging bought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peerlora.topology.properties import Properties
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.lora.adapters import Adapters
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class Local:
+    """Train both factors on the own data, never exchange anything."""
+
+    requires: ClassVar = Properties()
+    trains: ClassVar = "A and B"
+    mixes: ClassVar = "nothing"
+    source: ClassVar = "baseline"
+    unequal_ranks: ClassVar = None
+
+    def message(self, x: Adapters) -> dict[str, tuple[int, ...]]:
+        """Nothing is sent."""
+        return {}
+
+    def start(self, x: Adapters, peers: Exchange) -> Adapters:
+        """The common initial adapters."""
+        return x
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """K local steps."""
+        return learner.fit(x, train="AB")
+
+    def model(self, x: Adapters) -> Adapters:
+        """The state is the model."""
+        return x

@@ -1,0 +1,30 @@
+"""The command line: one file per command, each a call into the library, imported only when it runs."""
+
+import sys
+
+import typer
+
+from peerlora.cli import demo, export, init, methods, schema, show, topology, train
+from peerlora.errors import PeerloraError
+
+app = typer.Typer(
+    name="peerlora",
+    help="Fine-tune one model together without a server: LoRA adapters, gossiped over any graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (demo, init, train, methods, topology, show, export, schema):
+    app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user is one message on stderr and exit code 2."""
+    try:
+        app()
+    except PeerloraError as error:
+        print(f"peerlora: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("peerlora: stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,161 @@
+"""What people see while a run works: one live table on a terminal, plain lines elsewhere; and the tables at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
+
+if TYPE_CHECKING:
+    from peerlora.runtime.demo import DemoReport
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C end the run after its round, with a checkpoint; the second one ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nstopping after this round; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Progress:
+    """Listens to a run's events; a context manager that owns the live table."""
+
+    def __init__(self, title: str = ""):
+        self.title = title
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
+        self.started: RunStarted | None = None
+        self.evaluated: Evaluated | None = None
+        self.bytes_sent = 0
+        self.first_round: int | None = None
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, RunStarted):
+            self.started, self.began = event, time.monotonic()
+            self.title = self.title or event.method
+            self._line(f"{self.title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads")
+        elif isinstance(event, Warned):
+            self.console.print(f"warning: {event.message}", highlight=False, markup=False)
+        elif isinstance(event, Resumed):
+            self.console.print(f"going on after round {event.round}", highlight=False)
+        elif isinstance(event, Evaluated):
+            self.evaluated = event
+        elif isinstance(event, RoundDone):
+            self.first_round = event.round if self.first_round is None else self.first_round
+            self.bytes_sent += event.bytes_sent
+            self._round(event)
+
+    def _round(self, event: RoundDone) -> None:
+        if self.live:
+            self.live.update(self._table(event))
+        elif time.monotonic() - self.told > 2:
+            self.told = time.monotonic()
+            self._line("  " + ", ".join(f"{name} {value}" for name, value in self._facts(event).items()))
+
+    def _facts(self, event: RoundDone) -> dict[str, str]:
+        rounds = self.started.rounds if self.started else None
+        done = event.round + 1 - (self.first_round or 0)
+        facts = {
+            "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
+            "loss": f"{mean(event.loss):.3f}",
+            "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
+            "contacts": str(event.contacts),
+            "sent": megabytes(self.bytes_sent),
+        }
+        if self.evaluated:
+            own = self.evaluated.own
+            facts["mean client"] = f"{mean(own):.3f}"
+            facts["worst"] = f"{min(own):.3f}"
+        if rounds:
+            left = (time.monotonic() - self.began) / done * (rounds - event.round - 1)
+            facts["left"] = f"{left:.0f} s"
+        return facts
+
+    def _table(self, event: RoundDone) -> Table:
+        facts = self._facts(event)
+        table = Table(*facts, title=self.title)
+        table.add_row(*facts.values())
+        return table
+
+    def _line(self, text: str) -> None:
+        if not self.live:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """One line per run: what it reached, what it cost, where it lies."""
+    metric = rows[0][1]["metric"]
+    table = Table(title=f"{metric} of each client's own model, and of the averaged model", title_justify="left")
+    for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for name, summary in rows:
+        reached = summary["accuracy"]
+        worst = reached["own_max"] if metric == "loss" else reached["own_min"]
+        table.add_row(
+            name,
+            _number(reached["own_mean"]),
+            _number(worst),
+            _number(reached["averaged"]),
+            _number(summary["consensus"]["product"], ".2e"),
+            megabytes(summary["bytes_sent"]),
+            _number(summary["seconds"]["total"], ".1f"),
+        )
+    console = Console()
+    console.print(table)
+    for name, summary in rows:
+        if summary.get("last_contact") and len(summary["last_contact"]) <= 20:
+            rounds = ", ".join("never" if t is None else str(t) for t in summary["last_contact"])
+            console.print(f"{name}: last contact of client 0, 1, ... in round {rounds}", highlight=False, soft_wrap=True)
+    for name, summary in rows:
+        console.print(f"{name}: {summary['run']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def print_demo(report: DemoReport) -> None:
+    """The demo's rows and what they do and do not show."""
+    print_summary([(row.name, row.summary) for row in report.rows])
+    console = Console()
+    for line in report.findings:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"report: {report.report}", highlight=False, markup=False, soft_wrap=True)

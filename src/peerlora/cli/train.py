@@ -1,0 +1,53 @@
+"""``peerlora train``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peerlora.cli.words import AsJson, Out, print_json
+
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG.yaml] [key=value ...]", help="a config file, and settings to change in it"),
+    ] = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+    json: AsJson = False,
+) -> None:
+    """Train a federation as a config says, or go on with one that was stopped."""
+    from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
+    from peerlora.config import load_config
+    from peerlora.errors import ConfigError
+
+    config, overrides = _split(words or [])
+    if resume is None and config is None and not overrides:
+        raise ConfigError("train needs a CONFIG.yaml, key=value settings, or --resume DIR; `peerlora init` writes a config")
+    if resume is not None and out is not None:
+        raise ConfigError(f"--out {out} and --resume {resume} given; a resumed run stays in its folder, drop --out")
+    wanted = load_config(config, overrides) if config or resume is None else None
+    with Progress() as listener, stop_on_interrupt() as stop:
+        from peerlora.runtime import simulate as runtime
+
+        if resume is None:
+            assert wanted is not None
+            result = runtime.simulate(wanted, out, listener=listener, stop=stop)
+        else:
+            result = runtime.resume(
+                resume,
+                expected=lambda stored: wanted or load_config(stored.model_dump(mode="json"), overrides),
+                listener=listener,
+                stop=stop,
+            )
+    print_summary([(result.summary["method"], result.summary)])
+    if json:
+        print_json(result.summary)
+
+
+def _split(words: list[str]) -> tuple[str | None, list[str]]:
+    """A first word without '=' is the config file."""
+    if words and "=" not in words[0]:
+        return words[0], words[1:]
+    return None, words

@@ -1,0 +1,1 @@
+"""Rows: read, tokenised, divided among clients, put into batches."""

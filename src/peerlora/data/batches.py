@@ -1,0 +1,100 @@
+"""Seeded batches per client, put together client-major for one stacked graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.data.sources import Dataset
+from peerlora.randomness import numpy_generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows of several clients, client 0's first, padded to one rectangle."""
+
+    inputs: dict[str, Tensor]
+    """input_ids, attention_mask and perhaps token_type_ids, each [client*row, token]."""
+    labels: Tensor
+    """[client*row]"""
+    weights: Float[Tensor, "client row"]
+    """1/rows on a client's own rows, 0 on filler rows of clients with a smaller batch."""
+    extents: list[tuple[int, int]]
+    """Each client's own (rows, longest row in tokens)."""
+
+
+def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype) -> Batch:
+    """The rows of every client as one batch, padded to the longest row and the largest client.
+
+    Filler rows repeat the client's first row (an empty one would make attention undefined) and weigh nothing.
+    """
+    width = max(len(own) for own in rows)
+    numbers = np.concatenate([np.concatenate([own, np.full(width - len(own), own[0])]) for own in rows])
+    lengths = data.lengths[numbers]
+    longest = int(lengths.max())
+    weights = torch.zeros(len(rows), width, dtype=dtype)
+    for own, weight in zip(rows, weights, strict=True):
+        weight[: len(own)] = 1 / len(own)
+    labels = torch.from_numpy(data.labels[numbers])
+    return Batch(
+        inputs=_padded(data, numbers, lengths, longest, pad),
+        labels=labels.to(dtype) if labels.is_floating_point() else labels,
+        weights=weights,
+        extents=[(len(own), int(data.lengths[own].max())) for own in rows],
+    )
+
+
+def _padded(data: Dataset, numbers: np.ndarray, lengths: np.ndarray, longest: int, pad: int) -> dict[str, Tensor]:
+    inside = np.arange(longest) < lengths[:, None]  # [row, token]
+    source = (data.starts[numbers][:, None] + np.arange(longest))[inside]
+    ids = np.full(inside.shape, pad, dtype=np.int64)
+    ids[inside] = data.ids[source]
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
+    if data.types is not None:
+        types = np.zeros(inside.shape, dtype=np.int64)
+        types[inside] = data.types[source]
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    return inputs
+
+
+class Shards:
+    """The rows that each client holds, and the endless shuffled stream that each draws its batches from.
+
+    What client i sees in local step k of round t is a pure function of (seed, i, t, k): nothing has to be saved to
+    take a run up again, and no client's draws depend on another's.
+    """
+
+    def __init__(
+        self, data: Dataset, shards: Sequence[np.ndarray], batches: Sequence[int], clients: Sequence[int], seed: int
+    ):
+        self.data, self.shards, self.batches, self.clients, self.seed = data, shards, batches, clients, seed
+        self._order = lru_cache(maxsize=4 * len(clients))(self._shuffled)
+
+    def rows(self, client: int, t: int, steps: int) -> list[np.ndarray]:
+        """Row numbers of local steps 0..steps-1 of round ``t`` for the client at this place of the leading axis.
+
+        A shard smaller than a batch goes round, freshly shuffled each time.
+        """
+        shard, size = self.shards[client], self.batches[client]
+        first = t * steps * size
+        places = np.arange(first, first + steps * size)
+        order = [self._order(client, epoch) for epoch in range(places[0] // len(shard), places[-1] // len(shard) + 1)]
+        drawn = np.concatenate(order)[places - (places[0] // len(shard)) * len(shard)]
+        return list(shard[drawn].reshape(steps, size))
+
+    def _shuffled(self, client: int, epoch: int) -> np.ndarray:
+        generator = numpy_generator(self.seed, f"shuffle {epoch}", client=self.clients[client])
+        return generator.permutation(len(self.shards[client]))
+
+
+def in_order_of_length(data: Dataset, size: int) -> Iterator[np.ndarray]:
+    """All rows in batches of similar length, so that evaluation pads little; yields row numbers."""
+    order = np.argsort(data.lengths, kind="stable")
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

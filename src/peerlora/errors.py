@@ -1,0 +1,57 @@
+"""Every error that peerlora raises on purpose.
+
+PeerloraError                 something the user can mend; the command line prints it and exits with code 2
+├── ConfigError               a setting is unknown, out of range or contradicts another
+├── ModelError                a base model or PEFT adapter cannot be loaded, or has no matching layers
+├── DataError                 a file, column or label is missing or unusable
+├── TopologyError             a graph cannot be built, or would never let all clients agree
+├── CompositionError          parts that are fine alone do not work together (method, topology, adapter)
+├── RunError                  a run folder is in use, belongs to another config, or is damaged
+└── DivergenceError           a loss stopped being finite
+
+A message says what was given, what was expected, and what to do:
+``ring of 2 clients has a double edge; use at least 3 clients or topology.kind=complete``
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PeerloraError(Exception):
+    """Base of all errors that a user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(PeerloraError):
+    """Raised while a config is read: unknown key, wrong type, value out of range."""
+
+
+class ModelError(PeerloraError):
+    """Raised while a base model or a PEFT adapter is loaded or changed."""
+
+
+class DataError(PeerloraError):
+    """Raised while data are read, tokenised or divided among clients."""
+
+
+class TopologyError(PeerloraError):
+    """Raised while a graph or its weights are built."""
+
+
+class CompositionError(PeerloraError):
+    """Raised when a run is composed of parts that cannot work together."""
+
+
+class RunError(PeerloraError):
+    """Raised for run folders: in use, of another config, damaged."""
+
+
+class DivergenceError(PeerloraError):
+    """Raised when a client's loss is not finite; says which client, round and step."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,1 @@
+"""How values cross from client to client."""

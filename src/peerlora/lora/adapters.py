@@ -1,0 +1,207 @@
+"""Adapters: the LoRA factors and heads of all clients held here, in one flat [client, parameter] buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCKS = ("A", "B", "head")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapted linear layer of the base model."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor lies in the flat buffer: columns ``start:stop``, to be seen as ``shape`` per client."""
+
+    block: str
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The column after the last one."""
+        return self.start + prod(self.shape)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The layout common to all clients: first every A, then every B, then the head.
+
+    ``rank`` is the largest of all clients; a smaller client's factors are padded with zeros.  Padding stays zero in
+    training, since a zero row of A and a zero column of B give each other zero gradient.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    rank: int
+    alpha: float
+    head: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    private_head: bool = False
+    blocks: tuple[str, ...] = BLOCKS
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """All tensors in the order of the buffer."""
+        shapes = [("A", layer.name, (self.rank, layer.d_in)) for layer in self.layers]
+        shapes += [("B", layer.name, (layer.d_out, self.rank)) for layer in self.layers]
+        shapes += [("head", name, shape) for name, shape in self.head]
+        slots, start = [], 0
+        for block, name, shape in shapes:
+            if block in self.blocks:
+                slots.append(Slot(block, name, shape, start))
+                start = slots[-1].stop
+        return tuple(slots)
+
+    @property
+    def parameters(self) -> int:
+        """Scalars per client, padding included."""
+        return self.slots[-1].stop if self.slots else 0
+
+    def columns(self, block: str) -> slice:
+        """The contiguous columns of one block."""
+        own = [slot for slot in self.slots if slot.block == block]
+        return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
+
+    @property
+    def shared(self) -> slice:
+        """The columns that are exchanged: everything but a private head."""
+        return slice(0, self.columns("head").start if self.private_head and self.head else self.parameters)
+
+    def only(self, block: str) -> AdapterSpec:
+        """The layout of some blocks alone: "A", "B", "AB" or "head"."""
+        kept = ("head",) if block == "head" else tuple(block)
+        return replace(self, blocks=tuple(name for name in self.blocks if name in kept))
+
+    def view(self, slot: Slot, flat: Float[Tensor, "client parameter"]) -> Float[Tensor, "client ..."]:
+        """One tensor of all clients as a view into the buffer."""
+        return flat[:, slot.start : slot.stop].view(-1, *slot.shape)
+
+    def row_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what one client of this rank exchanges: the real rank, no padding."""
+        shapes = {}
+        for slot in self.slots:
+            if slot.start < self.shared.stop:
+                shapes[f"{slot.block}:{slot.name}"] = cut(slot, rank)
+        return shapes
+
+
+def cut(slot: Slot, rank: int) -> tuple[int, ...]:
+    """The shape that a slot has for a client of this rank."""
+    if slot.block == "A":
+        return (rank, slot.shape[1])
+    return (slot.shape[0], rank) if slot.block == "B" else slot.shape
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A value: N clients' adapters.  Views share the buffer's memory; no method changes it."""
+
+    spec: AdapterSpec
+    flat: Float[Tensor, "client parameter"]
+    ranks: Int[Tensor, "client"]
+
+    @property
+    def clients(self) -> int:
+        """How many clients are held here."""
+        return self.flat.shape[0]
+
+    @property
+    def A(self) -> dict[str, Float[Tensor, "client rank d_in"]]:
+        """The factors that touch the input, by layer."""
+        return self._views("A")
+
+    @property
+    def B(self) -> dict[str, Float[Tensor, "client d_out rank"]]:
+        """The factors that touch the output, by layer."""
+        return self._views("B")
+
+    @property
+    def head(self) -> dict[str, Float[Tensor, "client ..."]]:
+        """The trained head's tensors, by parameter name."""
+        return self._views("head")
+
+    def _views(self, block: str) -> dict[str, Tensor]:
+        return {slot.name: self.spec.view(slot, self.flat) for slot in self.spec.slots if slot.block == block}
+
+    @property
+    def scaling(self) -> Float[Tensor, "client"]:
+        """alpha / rank of every client: the update of a layer is ``scaling * B @ A``."""
+        return self.spec.alpha / self.ranks.to(self.flat.dtype)
+
+    @property
+    def equal_ranks(self) -> bool:
+        """Whether all clients here have the largest rank."""
+        return bool((self.ranks == self.spec.rank).all())
+
+    def only(self, block: str) -> Adapters:
+        """The part that belongs to some blocks ("A", "B", "AB", "head"), as a copy."""
+        spec = self.spec.only(block)
+        parts = [self.flat[:, self.spec.columns(name)] for name in spec.blocks]
+        return replace(self, spec=spec, flat=torch.cat(parts, dim=1) if parts else self.flat[:, :0])
+
+    def merge(self, part: Adapters) -> Adapters:
+        """These adapters with the blocks of ``part`` in place of their own."""
+        flat = self.flat.clone()
+        for block in part.spec.blocks:
+            flat[:, self.spec.columns(block)] = part.flat[:, part.spec.columns(block)]
+        return replace(self, flat=flat)
+
+    def rows(self, clients: slice | Sequence[int]) -> Adapters:
+        """Some of the clients held here."""
+        return replace(self, flat=self.flat[clients], ranks=self.ranks[clients])
+
+    def mean(self) -> Adapters:
+        """One client that holds the average of every factor and head (needs equal ranks)."""
+        assert self.equal_ranks, "factors of different ranks have no mean"
+        return replace(self, flat=self.flat.mean(0, keepdim=True), ranks=self.ranks[:1])
+
+
+def initial_adapters(
+    spec: AdapterSpec,
+    ranks: Sequence[int],
+    head: dict[str, Tensor],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Adapters:
+    """A equal on all clients (Kaiming-uniform as in PEFT), B zero, the head as given.
+
+    With independent A the first mixing would shrink A by 1/sqrt(N) and the product would no longer start at zero
+    for all alike.  A client of smaller rank takes the first rows of the common A.
+    """
+    row = torch.zeros(spec.parameters, dtype=dtype)
+    for slot in spec.slots:
+        part = row[slot.start : slot.stop]
+        if slot.block == "A":
+            bound = slot.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)) in closed form
+            part.copy_((torch.rand(part.numel(), generator=generator, dtype=torch.float64) * 2 - 1) * bound)
+        elif slot.block == "head":
+            part.copy_(head[slot.name].reshape(-1))
+    adapters = Adapters(spec, row.repeat(len(ranks), 1), torch.tensor(ranks))
+    return mask_ranks(adapters)
+
+
+def mask_ranks(x: Adapters) -> Adapters:
+    """Zero what lies beyond each client's own rank."""
+    if x.equal_ranks:
+        return x
+    x = replace(x, flat=x.flat.clone())
+    beyond = torch.arange(x.spec.rank) >= x.ranks[:, None]  # [client, rank]
+    for A in x.A.values():
+        A.masked_fill_(beyond[:, :, None], 0.0)
+    for B in x.B.values():
+        B.masked_fill_(beyond[:, None, :], 0.0)
+    return x

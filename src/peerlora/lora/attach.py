@@ -1,0 +1,153 @@
+"""Find the target layers of any Hugging Face model by PEFT's own rules, and swap stacked layers in and out."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peerlora.errors import ModelError
+from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
+from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear, Step
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which modules of a base model are adapted (low rank) and which are heads (trained in full)."""
+
+    layers: tuple[LayerSpec, ...]
+    heads: tuple[str, ...]
+
+
+def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | str | None) -> Targets:
+    """The layers that PEFT would adapt in ``model``, in forward order.
+
+    PEFT itself is asked, on a copy without weights, so its rules are not written a second time here.
+    ``task_type`` is PEFT's: SEQ_CLS or CAUSAL_LM.  Raises ModelError where nothing matches.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    shell = _without_weights(model)
+    try:
+        with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
+            wrapped = get_peft_model(shell, LoraConfig(r=1, target_modules=targets, task_type=task_type))
+    except ValueError as error:
+        raise ModelError(_no_targets(model, targets, error)) from None
+    modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
+    layers = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
+    heads = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    return Targets(tuple(_layer_spec(model, name) for name in layers), tuple(heads))
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    config = model.config
+    kind = type(model)
+    with torch.device("meta"):
+        return kind(config)  # pyright: ignore[reportCallIssue]
+
+
+def _layer_spec(model: nn.Module, name: str) -> LayerSpec:
+    module = model.get_submodule(name)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and weight is not None:  # GPT-2 stores its linear weights transposed
+        return LayerSpec(name, weight.shape[0], weight.shape[1])
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"layer {name} is a {type(module).__name__}; adapter.targets can adapt linear layers only")
+    return LayerSpec(name, module.in_features, module.out_features)
+
+
+def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Exception) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "." in name]
+    some = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    wanted = f"adapter.targets={targets!r}" if targets else f"PEFT's default for {type(model).__name__}"
+    return f"no layer of {type(model).__name__} matches {wanted} ({error}); linear layers that exist: {some or 'none'}"
+
+
+class StackedModel:
+    """A frozen base model whose target layers hold one low-rank update per client.
+
+    The base is shared by all clients and never changed; ``detach`` puts the original modules back.
+    """
+
+    def __init__(
+        self, base: nn.Module, targets: Targets, *, train_head: bool, dropout: float = 0.0, base_dropout: float = 0.0
+    ):
+        self.base = base.requires_grad_(False).eval()
+        self.targets = targets
+        self.step = Step()
+        self._originals: dict[str, nn.Module] = {}
+        self._heads: dict[str, StackedHead] = {}
+        self._layers: dict[str, StackedLinear] = {}
+        for spec in targets.layers:
+            module = StackedLinear(base.get_submodule(spec.name), spec.d_in, spec.d_out, dropout, self.step)
+            self._layers[spec.name] = module
+            self._swap(spec.name, module)
+        if train_head:
+            for name, linear in _head_linears(base, targets.heads):
+                self._heads[name] = StackedHead(linear, self.step)
+                self._swap(name, self._heads[name])
+        if base_dropout:
+            for name, module in list(base.named_modules()):
+                if isinstance(module, nn.Dropout):
+                    self._swap(name, ClientDropout(base_dropout, self.step))
+
+    def _swap(self, name: str, module: nn.Module) -> None:
+        self._originals[name] = self.base.get_submodule(name)
+        self.base.set_submodule(name, module)
+
+    def detach(self) -> nn.Module:
+        """The base model as it came."""
+        for name, module in reversed(self._originals.items()):
+            self.base.set_submodule(name, module)
+        self._originals.clear()
+        return self.base
+
+    def head(self) -> dict[str, Tensor]:
+        """The base's own head tensors that are to be trained, by parameter name."""
+        return {
+            f"{name}.{kind}": value.detach()
+            for name, module in self._heads.items()
+            for kind, value in module.base.named_parameters(recurse=False)
+        }
+
+    def spec(self, rank: int, alpha: float, private_head: bool = False) -> AdapterSpec:
+        """The layout of adapters for this model."""
+        head = tuple((name, tuple(value.shape)) for name, value in self.head().items())
+        return AdapterSpec(self.targets.layers, rank, alpha, head, private_head)
+
+    def bind(self, spec: AdapterSpec, views: list[Tensor], scaling: Tensor) -> None:
+        """Let the next forward passes use these tensors, one per slot of ``spec``."""
+        self.step.clients = len(scaling)
+        self.step.scaling = scaling[:, None, None]
+        for slot, view in zip(spec.slots, views, strict=True):
+            if slot.block == "head":
+                name, kind = slot.name.rsplit(".", 1)
+                setattr(self._heads[name], kind, view)
+            else:
+                setattr(self._layers[slot.name], slot.block, view)
+
+    def bind_adapters(self, x: Adapters) -> None:
+        """Let the next forward passes use the adapters of these clients."""
+        self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits of client-major rows."""
+        return self.base(**inputs).logits
+
+
+def _head_linears(base: nn.Module, heads: tuple[str, ...]) -> list[tuple[str, nn.Linear]]:
+    found = []
+    for head in heads:
+        for name, module in base.get_submodule(head).named_modules(prefix=head):
+            if isinstance(module, nn.Linear):
+                found.append((name, module))
+            elif next(module.parameters(recurse=False), None) is not None:
+                kind = type(module).__name__
+                raise ModelError(f"head {head} holds a {kind} at {name}; only linear heads train; set adapter.head=frozen")
+    return found

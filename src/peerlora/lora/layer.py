@@ -1,0 +1,87 @@
+"""Layers that carry all clients in one forward pass: a frozen linear plus one low-rank update per client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass
+class Step:
+    """What the layers of one model need to know of the current step; all of them share this object.
+
+    Rows of every activation are client-major: client 0's rows first.  ``extents`` are each client's own (rows,
+    tokens) before padding, ``streams`` one generator per client; both are needed only where dropout is on.
+    """
+
+    clients: int = 1
+    scaling: Float[Tensor, "client 1 1"] = field(default_factory=lambda: torch.ones(1, 1, 1))
+    extents: list[tuple[int, int]] = field(default_factory=list)
+    streams: list[torch.Generator] | None = None
+
+    def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
+        """Inverted dropout drawn per client over its own rows and tokens.
+
+        A client's draws thus depend neither on who shares the graph nor on how far its rows were padded.
+        """
+        if p == 0.0 or self.streams is None:
+            return x
+        mask = x.new_zeros(self.clients, x.shape[0] // self.clients, *x.shape[1:])
+        for own, (rows, tokens), stream in zip(mask, self.extents, self.streams, strict=True):
+            part = own[:rows, :tokens] if x.ndim == 3 else own[:rows]
+            draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
+            part.copy_((draw >= p).to(x.device, x.dtype).div_(1 - p))
+        return x * mask.view_as(x)
+
+
+class ClientDropout(nn.Module):
+    """Stands in for a base model's nn.Dropout; drawn per client."""
+
+    def __init__(self, p: float, step: Step):
+        super().__init__()
+        self.p, self.step = p, step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop while clients train; pass through otherwise."""
+        return self.step.dropout(x, self.p)
+
+
+class StackedLinear(nn.Module):
+    """``y = base(x) + scaling * B A x`` with client i's factors on client i's rows.
+
+    ``A`` [client, rank, d_in] and ``B`` [client, d_out, rank] are set before each step.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, d_in: int, d_out: int, dropout: float, step: Step):
+        super().__init__()
+        self.base, self.d_in, self.d_out, self.p, self.step = base, d_in, d_out, dropout, step
+
+    def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
+        """One frozen product for all rows, two batched ones for the factors."""
+        y = self.base(x)
+        z = self.step.dropout(x, self.p).reshape(self.step.clients, -1, self.d_in)
+        u = torch.bmm(z, self.A.mT) * self.step.scaling
+        return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT).view(y.shape)
+
+
+class StackedHead(nn.Module):
+    """A linear layer of the head, trained in full: weight [client, d_out, d_in], bias [client, d_out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Linear, step: Step):
+        super().__init__()
+        self.base, self.step, self.bias = base, step, None
+
+    def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
+        """Each client's rows through its own weights."""
+        z = x.reshape(self.step.clients, -1, x.shape[-1])
+        y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
+        return y.view(*x.shape[:-1], -1)

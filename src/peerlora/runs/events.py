@@ -1,0 +1,179 @@
+"""What a run tells the world: typed, versioned events, one JSON line each.
+
+Report, metrics and resume read these and nothing else.  Rounds are counted in two ways, as everywhere in the
+project: ``RoundDone.round`` is the index of the round (from 0); all others give the number of finished rounds.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, get_args
+
+from peerlora.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """First event of every run: what is run, and on whom."""
+
+    version: ClassVar[int] = 1
+    time: str
+    """ISO 8601, UTC."""
+    method: str
+    clients: int
+    rounds: int
+    metric: str
+    """Name of the number that ``Evaluated`` carries, e.g. accuracy."""
+    higher_is_better: bool
+    seed: int
+    threads: int
+    versions: dict[str, str]
+    """Package name -> version."""
+    partition: dict[str, Any]
+    """Who holds what: ``names`` [label] and ``counts`` [client][label] in rows."""
+    topology: dict[str, Any]
+    parameters: int
+    """Scalars of one client's adapter."""
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class RoundDone:
+    """One round is over: local steps and exchange."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Index of the round, from 0."""
+    loss: list[float]
+    """[client] mean training loss of the local steps."""
+    consensus_A: float
+    consensus_B: float
+    consensus_product: float
+    """Consensus distance of the update B·A itself."""
+    cross_term: float
+    local_cross_term: float
+    rho: float
+    """Of this round's W: the factor by which disagreement shrinks at least."""
+    edges: list[list[int]] | None
+    """[link][2] clients that exchanged, each undirected link once; None: not written down."""
+    contacts: int
+    """Undirected links used."""
+    bytes_per_edge: int
+    """Of one directed transfer."""
+    bytes_sent: int
+    """All directed transfers of this round."""
+    seconds_train: float
+    seconds_mix: float
+    seconds_diagnostics: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Every client's own model, and the averaged model, on the evaluation rows."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds; 0 is before training."""
+    rows: int
+    own: list[float]
+    """[client] metric of its own model."""
+    averaged: float
+    own_loss: list[float]
+    averaged_loss: float
+    seconds: float
+    final: bool
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """The run can be taken up again from here."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    file: str
+    """Relative to the run folder."""
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run was taken up again after ``round`` finished rounds."""
+
+    version: ClassVar[int] = 1
+    time: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something the user should know."""
+
+    version: ClassVar[int] = 1
+    message: str
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Last event of a run that reached its end."""
+
+    version: ClassVar[int] = 1
+    time: str
+    summary: dict[str, Any]
+
+
+Event = RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | RunFinished
+
+_TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}
+
+
+def to_json(event: Event) -> str:
+    """One line without a newline; NaN and infinities become null, numpy and torch values plain numbers."""
+    body = {field.name: getattr(event, field.name) for field in fields(event)}
+    tree = {"type": type(event).__name__, "version": event.version, **plain(body)}
+    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+
+
+def from_json(line: str) -> Event:
+    """The event of one line; null where a float is due is read as NaN.
+
+    Raises RunError for a line that is not an event, or one of an unknown type or version.
+    """
+    try:
+        tree = json.loads(line)
+        name, version = tree.pop("type"), tree.pop("version")
+        kind = _TYPES.get(name)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise RunError(f"{line[:80]!r} is not an event; expected a JSON object with type and version") from None
+    if kind is None or version != kind.version:
+        known = ", ".join(f"{key} {each.version}" for key, each in _TYPES.items())
+        raise RunError(
+            f"event {name} {version} is unknown here ({known}); read this run with the version that wrote it"
+        )
+    names = {field.name for field in fields(kind)}
+    if names != set(tree):
+        wrong = ", ".join(sorted(names ^ set(tree)))
+        raise RunError(f"event {name} {version} has missing or unknown fields: {wrong}; the event log is damaged")
+    return kind(**{field.name: _typed(field.type, tree[field.name]) for field in fields(kind)})
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON knows it: mappings, lists, numbers, strings; floats that are not finite become None."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars alike
+        return plain(value.tolist())
+    return value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if kind is float:
+        return math.nan if value is None else float(value)
+    if kind == list[float]:
+        return [_typed(float, each) for each in value]
+    return value

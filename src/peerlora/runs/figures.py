@@ -1,0 +1,255 @@
+"""The figures of the reports, as inline SVG.
+
+Words that come from the user (metric, labels, run names) are kept out of the drawings: they stand in title and legend,
+which are HTML, so any script of the world can be shown and escaped in one place.  The same numbers give the same bytes.
+"""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from zlib import crc32
+
+import matplotlib
+import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Style = Literal["thin", "thick", "dashed", "band"]
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44aa99", "#999933", "#882255")
+MEAN, AVERAGED, CLIENT, INK, GRID = "#1f4e79", "#d1495b", "#7fa3c4", "#333333", "#e4e4e4"
+OTHER = "#bbbbbb"
+MANY_LINES = 50  # clients; above, quantile bands
+MANY_BARS = 60  # clients in the bar chart
+MANY_LINKS = 2000  # links drawn; a browser is slow beyond
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend."""
+
+    label: str
+    colour: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing with the words around it (not yet escaped)."""
+
+    title: str
+    svg: str
+    legend: list[Key]
+    note: str = ""
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One quantity of every client over the rounds."""
+
+    rounds: list[int]
+    clients: np.ndarray
+    """[round, client]"""
+    averaged: list[float] | None = None
+    """[round] of the averaged model."""
+
+
+def clients_figure(name: str, title: str, curves: Curves) -> Picture:
+    """Every client thin (quantile bands above 50 clients), their mean thick, the averaged model dashed."""
+    with _drawing(name, title) as (figure, out):
+        axes = _axes(figure)
+        legend = _spread(axes, curves)
+        axes.plot(curves.rounds, _mean(curves.clients), color=MEAN, linewidth=2.2, **_marker(curves.rounds))
+        legend.append(Key("mean over clients", MEAN, "thick"))
+        if curves.averaged is not None:
+            axes.plot(curves.rounds, curves.averaged, "--", color=AVERAGED, linewidth=2.2, **_marker(curves.rounds))
+            legend.append(Key("averaged model", AVERAGED, "dashed"))
+    return Picture(title, out.getvalue(), legend)
+
+
+def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Picture:
+    """Distances by round on a log scale: label -> (rounds, values).  Zeros are left out, which the note then says."""
+    values = {label: np.asarray(line[1], float) for label, line in lines.items()}
+    zeros = any((each == 0).any() for each in values.values())
+    positive = any((each > 0).any() for each in values.values())
+    with _drawing(name, title) as (figure, out):
+        axes = _axes(figure, "log scale")
+        for (label, each), colour in zip(values.items(), _colours(len(values)), strict=True):
+            rounds = lines[label][0]
+            axes.plot(rounds, np.where(each > 0, each, np.nan), color=colour, linewidth=1.8, **_marker(rounds))
+        if positive:
+            axes.set_yscale("log")
+        else:
+            axes.set_yticks([])
+            axes.text(0.5, 0.5, "all values are zero", transform=axes.transAxes, ha="center", color=INK)
+    legend = [Key(label, colour, "thick") for label, colour in zip(values, _colours(len(values)), strict=True)]
+    note = "Zeros are not drawn: a log scale has no place for them." if zeros else ""
+    return Picture(title, out.getvalue(), legend, note)
+
+
+def labels_figure(name: str, title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Picture:
+    """Stacked bars: the rows of each label that a client holds.  At most 60 clients; rare labels are put together."""
+    table = np.asarray(counts, dtype=float).reshape(len(counts), -1)
+    shown, labels = table[:MANY_BARS], [str(each) for each in names]
+    kept = sorted(np.argsort(-table.sum(0), kind="stable")[: len(PALETTE)])
+    parts = [(labels[column], shown[:, column], PALETTE[place]) for place, column in enumerate(kept)]
+    if len(kept) < table.shape[1]:
+        rest = shown.sum(1) - shown[:, kept].sum(1)
+        parts.append((f"{table.shape[1] - len(kept)} other labels", rest, OTHER))
+    with _drawing(name, title) as (figure, out):
+        axes = _axes(figure, "rows", "client")
+        bottom = np.zeros(len(shown))
+        for _, height, colour in parts:
+            axes.bar(range(len(shown)), height, bottom=bottom, color=colour, width=0.8, linewidth=0)
+            bottom += height
+        axes.set_xlim(-0.7, len(shown) - 0.3)
+    note = f"The first {MANY_BARS} of {len(table)} clients." if len(table) > MANY_BARS else ""
+    return Picture(title, out.getvalue(), [Key(label, colour, "band") for label, _, colour in parts], note)
+
+
+def graph_figure(name: str, title: str, clients: int, uses: Mapping[tuple[int, int], int], rounds: int) -> Picture:
+    """Clients on a circle; a link is the wider and darker, the more rounds used it.  Unlinked clients are hollow."""
+    most = max(uses.values(), default=0)
+    # Ties are broken by a checksum: by number, all drawn links would be those of the first clients.
+    busiest = sorted(uses.items(), key=lambda item: (-item[1], crc32(f"{item[0]}".encode())))[:MANY_LINKS]
+    angles = np.pi / 2 - 2 * np.pi * np.arange(clients) / max(clients, 1)  # client 0 on top, then clockwise
+    spots = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    share = np.array([count for _, count in busiest], float) / max(most, 1)
+    linked = np.isin(np.arange(clients), [client for link in uses for client in link])
+    with _drawing(name, title, size=(4.6, 4.6)) as (figure, out):
+        axes = figure.add_subplot()
+        axes.set(xlim=(-1.22, 1.22), ylim=(-1.22, 1.22), aspect="equal")
+        axes.axis("off")
+        if busiest:
+            ends = [spots[list(link)] for link, _ in busiest]
+            strength = min(1.0, (300 / len(busiest)) ** 0.5)  # else a thousand links are one dark disc
+            widths, alpha = strength * (0.4 + 3.0 * share), strength * (0.2 + 0.65 * share)
+            axes.add_collection(LineCollection(ends, linewidths=widths, colors=MEAN, alpha=alpha))
+        size = max(4.0, 110.0 / max(1, clients / 12))
+        axes.scatter(*spots.T, s=size, c=np.where(linked, AVERAGED, "#ffffff"), edgecolors=AVERAGED, zorder=2)
+        for client in range(clients if clients <= MANY_BARS else 0):
+            axes.text(*(1.13 * spots[client]), str(client), ha="center", va="center", fontsize=8, color=INK)
+    note = f"The wider a link, the more rounds used it; the busiest was used in {most} of {rounds} rounds."
+    if len(uses) > MANY_LINKS:
+        note += f" The {MANY_LINKS} most used of {len(uses)} links are drawn."
+    if not linked.all():
+        note += f" Without any contact (hollow): {clients - int(linked.sum())}."
+    return Picture(title, out.getvalue(), [], note, square=True)
+
+
+def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Picture:
+    """Bytes sent by all clients together since the start: label -> (finished rounds, bytes of each round)."""
+    totals = {label: np.cumsum(np.asarray(line[1], float)) for label, line in lines.items()}
+    top = max((each[-1] for each in totals.values() if len(each)), default=0.0)
+    factor, unit = byte_unit(top)
+    with _drawing(name, title, size=(7.4, 2.4)) as (figure, out):
+        axes = _axes(figure, f"{unit} sent, all clients")
+        for (label, total), colour in zip(totals.items(), _colours(len(totals)), strict=True):
+            axes.plot(lines[label][0], total / factor, color=colour, linewidth=1.8, **_marker(lines[label][0]))
+        axes.set_ylim(bottom=0)
+    legend = [Key(label, colour, "thick") for label, colour in zip(totals, _colours(len(totals)), strict=True)]
+    return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
+
+
+def runs_figure(name: str, title: str, runs: Mapping[str, Curves]) -> Picture:
+    """Several runs: mean over clients, a band from the lowest to the highest client, the averaged model dashed."""
+    with _drawing(name, title, size=(7.4, 3.8)) as (figure, out):
+        axes = _axes(figure)
+        for curves, colour in zip(runs.values(), _colours(len(runs)), strict=True):
+            low, high = _quantiles(curves.clients, 0.0, 1.0)
+            axes.fill_between(curves.rounds, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(curves.rounds, _mean(curves.clients), color=colour, linewidth=2.2, **_marker(curves.rounds))
+            if curves.averaged is not None:
+                axes.plot(curves.rounds, curves.averaged, "--", color=colour, linewidth=1.4)
+    legend = [Key(label, colour, "thick") for label, colour in zip(runs, _colours(len(runs)), strict=True)]
+    legend += [Key("lowest to highest client", OTHER, "band"), Key("averaged model", INK, "dashed")]
+    return Picture(title, out.getvalue(), legend)
+
+
+def byte_unit(count: float) -> tuple[float, str]:
+    """(bytes per unit, name of the unit) in which ``count`` bytes read well."""
+    units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
+    return next(((factor, unit) for factor, unit in units if count >= factor), (1.0, "bytes"))
+
+
+def _spread(axes: Any, curves: Curves) -> list[Key]:
+    """Draw the clients behind their mean."""
+    clients = curves.clients.shape[1]
+    if clients <= MANY_LINES:
+        point = _marker(curves.rounds) and {"marker": "o", "markersize": 2.0}
+        axes.plot(curves.rounds, curves.clients, color=CLIENT, linewidth=0.8, alpha=0.7, **point)
+        return [Key("one client", CLIENT, "thin")] if clients > 1 else []
+    for low, high, alpha in ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35)):
+        axes.fill_between(curves.rounds, *_quantiles(curves.clients, low, high), color=CLIENT, alpha=alpha, linewidth=0)
+    return [Key("middle 90 % and 50 % of clients", CLIENT, "band")]
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over clients, without those that have no value; NaN where nobody has one."""
+    known = np.isfinite(values)
+    count = known.sum(1)
+    return np.where(count > 0, np.where(known, values, 0).sum(1) / np.maximum(count, 1), math.nan)
+
+
+def _quantiles(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """[2, round] quantiles over the clients that have a value."""
+    known = [row[np.isfinite(row)] for row in values]
+    pairs = [np.quantile(row, (low, high)) if len(row) else (math.nan, math.nan) for row in known]
+    return np.array(pairs).reshape(-1, 2).T
+
+
+def _colours(count: int) -> list[str]:
+    return [PALETTE[place % len(PALETTE)] for place in range(count)]
+
+
+def _marker(rounds: Sequence[int]) -> dict[str, Any]:
+    """Points as well as lines where there are few, so that a single round can be seen."""
+    return {"marker": "o", "markersize": 3.5} if len(rounds) <= 25 else {}
+
+
+def _widen(figure: Figure) -> None:
+    """Room around a single round, which has no width of its own."""
+    for axes in figure.axes:
+        low, high = axes.dataLim.intervalx
+        if low == high:
+            axes.set_xlim(low - 1, high + 1)
+
+
+def _axes(figure: Figure, ylabel: str = "", xlabel: str = "round") -> Any:
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=INK, width=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    return axes
+
+
+@contextmanager
+def _drawing(name: str, title: str, size: tuple[float, float] = (7.4, 3.2)) -> Any:
+    """A figure to draw on (inches) and the buffer that holds its SVG afterwards."""
+    style: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 9.0, "font.family": ["DejaVu Sans"]}
+    with matplotlib.rc_context(style):
+        figure, out = Figure(figsize=size, layout="constrained"), io.StringIO()
+        yield figure, out
+        _widen(figure)
+        raw = io.StringIO()
+        figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    out.write(_inline(raw.getvalue(), name, title))
+
+
+def _inline(svg: str, name: str, title: str) -> str:
+    """The <svg> element alone, with ids that are unique in a page of several figures."""
+    from html import escape
+
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would count for the whole page
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

@@ -1,0 +1,241 @@
+"""report.html of one run: a single file without script that opens anywhere, also without a network."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.store import read_events
+from peerlora.runs.table import evaluations, link_uses, of, started, summarise
+
+if TYPE_CHECKING:
+    from peerlora.runs.figures import Curves, Key, Picture
+
+Cell = str | int | float | None
+MANY_CONTACTS = 60  # clients in the table of last contacts
+
+CSS = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; background: #fff;
+       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.lead { color: #555; margin: 0 0 1.4rem; }
+table { border-collapse: collapse; margin: .4rem 0 1rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .28rem 1.1rem .28rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+thead th { border-bottom: 2px solid #999; font-weight: 600; } tbody th { font-weight: 400; color: #555; }
+td.number, th.number { text-align: right; }
+.scroll { overflow-x: auto; }
+.warnings { background: #fff7e0; border-left: 4px solid #d9a400; padding: .5rem 1rem .5rem 2rem; }
+figure { margin: 1.6rem 0; break-inside: avoid; } figcaption { font-weight: 600; margin-bottom: .2rem; }
+figure > svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figure > svg { width: 100%; height: auto; display: block; } figure.square > svg { max-width: 30rem; }
+.legend { font-size: .87rem; color: #444; } .legend span { display: inline-block; margin-right: 1.1rem; }
+.legend svg { vertical-align: middle; margin-right: .35rem; }
+.note { font-size: .87rem; color: #666; margin: .2rem 0 0; }
+pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
+@media print { body { margin: 0; max-width: none; font-size: 11pt; } .warnings { print-color-adjust: exact; } }
+"""
+
+
+def write_report(folder: Path | str) -> Path:
+    """Write report.html into a run folder, also while the run goes on or after it stopped half way.
+
+    Raises RunError when it is not a run folder, or its event log is damaged.
+    """
+    folder = Path(folder)
+    events = read_events(folder)
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
+    start = started(events)
+    title = f"{start.method}, {start.clients} clients" if start else "A run that has not started"
+    body = [_lead(start, events), _warnings(start, events)]
+    if start:
+        body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
+        body += [_contacts(start, events), "<h2>How it was run</h2>", _setting(start)]
+    body.append(f"<details><summary>The resolved config</summary><pre>{escape(config)}</pre></details>")
+    return write_page(folder / "report.html", title, body)
+
+
+def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
+    """Write one HTML page; ``body`` is HTML, ``title`` is not yet escaped."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    top = f'<!doctype html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>'
+    parts = [top, f"<h1>{escape(title)}</h1>", *(part for part in body if part), "</body></html>\n"]
+    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")
+    return path
+
+
+def picture_html(picture: "Picture") -> str:
+    """A figure with title, legend and note."""
+    legend = "".join(f"<span>{_swatch(key)}{escape(key.label)}</span>" for key in picture.legend)
+    shape = ' class="square"' if picture.square else ""
+    return (
+        f"<figure{shape}><figcaption>{escape(picture.title)}</figcaption>"
+        + (f'<div class="legend">{legend}</div>' if legend else "")
+        + picture.svg
+        + (f'<p class="note">{escape(picture.note)}</p>' if picture.note else "")
+        + "</figure>"
+    )
+
+
+def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
+    """A table whose first column names the row; numbers are set to the right."""
+    top = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(head))
+    lines = []
+    for name, *cells in rows:
+        numbers = "".join(f"<td class=number>{escape(number(cell))}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(number(name))}</th>{numbers}</tr>')
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def number(value: Cell) -> str:
+    """A number for people: four digits, thousands parted, a dash where there is none."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e9):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    from peerlora.runs.figures import byte_unit
+
+    factor, unit = byte_unit(count)
+    return f"{count / factor:.4g} {unit}"
+
+
+def curves_of(events: Sequence[Event]) -> "Curves | None":
+    """The metric of every client and of the averaged model by finished rounds; None before the first evaluation."""
+    import numpy as np
+
+    from peerlora.runs.figures import Curves
+
+    scores = evaluations(events)
+    if not scores:
+        return None
+    own = np.array([score.own for score in scores], float)
+    return Curves([score.round for score in scores], own, [score.averaged for score in scores])
+
+
+def holdings(start: RunStarted) -> "Picture | None":
+    """Who holds which labels; None when the partition does not say."""
+    from peerlora.runs.figures import labels_figure
+
+    names, counts = start.partition.get("names"), start.partition.get("counts")
+    return labels_figure("labels", "Who holds which labels", names, counts) if names and counts else None
+
+
+def graph(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
+    """Who exchanged with whom; None for one client, or when no round wrote its links down."""
+    from peerlora.runs.figures import graph_figure
+
+    uses, rounds = link_uses(events), len(of(events, RoundDone))
+    if uses is None or start.clients == 1:
+        return None
+    return graph_figure("graph", "Who exchanged with whom", start.clients, uses, rounds)
+
+
+def _lead(start: RunStarted | None, events: Sequence[Event]) -> str:
+    if start is None:
+        return '<p class="lead">The run was stopped before it wrote its first event.</p>'
+    finished, done = of(events, RunFinished), len(of(events, RoundDone))
+    state = "finished" if finished else f"not finished: {done} of {start.rounds} rounds so far"
+    when = f"started {start.time}" + (f", ended {finished[-1].time}" if finished else "")
+    return f'<p class="lead">{escape(f"{done} rounds, seed {start.seed}; {state}; {when}.")}</p>'
+
+
+def _warnings(start: RunStarted | None, events: Sequence[Event]) -> str:
+    messages = [*(start.warnings if start else []), *(event.message for event in of(events, Warned))]
+    items = "".join(f"<li>{escape(message)}</li>" for message in dict.fromkeys(messages))
+    return f'<h2>Warnings</h2><ul class="warnings">{items}</ul>' if items else ""
+
+
+def _headline(start: RunStarted, events: Sequence[Event]) -> str:
+    """The numbers that most people look for, as a small table."""
+    facts = summarise(events)
+    scores, distance, seconds = facts["accuracy"], facts["consensus"], facts["seconds"]
+    last = evaluations(events)[-1:]
+    on = f" after round {last[0].round}, on {last[0].rows:,} rows" if last else ""
+    worst = scores["own_min"] if start.higher_is_better else scores["own_max"]
+    rows: list[tuple[str, Cell]] = [
+        (f"{start.metric}, mean over clients' own models{on}", scores["own_mean"]),
+        (f"{start.metric}, worst client", worst),
+        (f"{start.metric}, averaged model", scores["averaged"]),
+        ("consensus distance of A", distance["A"]),
+        ("consensus distance of B", distance["B"]),
+        ("consensus distance of the product B·A", distance["product"]),
+        ("cross-term", distance["cross_term"]),
+        ("sent by all clients together", size(facts["bytes_sent"])),
+    ]
+    rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
+    better = "higher" if start.higher_is_better else "lower"
+    return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
+
+
+def _contacts(start: RunStarted, events: Sequence[Event]) -> str:
+    """The round of every client's last exchange; for many clients those who waited longest."""
+    if link_uses(events) is None:
+        return '<p class="note">The links of each round were not written down.</p>'
+    last = enumerate(summarise(events)["last_contact"])
+    oldest = sorted(last, key=lambda item: -1 if item[1] is None else item[1])[:MANY_CONTACTS]
+    cells = [f"<td>{client}: {'never' if round is None else round}</td>" for client, round in sorted(oldest)]
+    lines = "".join(f"<tr>{''.join(cells[at : at + 10])}</tr>" for at in range(0, len(cells), 10))
+    some = f"the {MANY_CONTACTS} clients that waited longest" if start.clients > MANY_CONTACTS else "every client"
+    table = f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+    return f"<h2>Last contact</h2><p>Client: round of its last exchange with anybody, for {some}.</p>{table}"
+
+
+def _setting(start: RunStarted) -> str:
+    """What was run, and with which versions."""
+    shape = ", ".join(f"{key} {value}" for key, value in start.topology.items() if isinstance(value, str | int | float))
+    rows: list[tuple[str, Cell]] = [
+        ("method", start.method),
+        ("clients", start.clients),
+        ("rounds planned", start.rounds),
+        ("topology", shape),
+        ("scalars per adapter", start.parameters),
+        ("seed", str(start.seed)),
+        ("CPU threads", start.threads),
+        ("versions", ", ".join(f"{name} {version}" for name, version in start.versions.items())),
+    ]
+    return table_html(rows)
+
+
+def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
+    """All figures for which there is anything to draw."""
+    import numpy as np
+
+    from peerlora.runs import figures
+
+    done = of(events, RoundDone)
+    rounds = [each.round + 1 for each in done]
+    curves, found = curves_of(events), [holdings(start), graph(start, events)]
+    if done:
+        loss = figures.Curves(rounds, np.array([each.loss for each in done], float))
+        series = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term")
+        lines = {name.replace("_", " "): (rounds, [getattr(each, name) for each in done]) for name in series}
+        sent = {"bytes": (rounds, [each.bytes_sent for each in done])}
+        found[:0] = [
+            figures.clients_figure("loss", "Training loss", loss),
+            figures.log_figure("consensus", "How far the clients are apart", lines),
+        ]
+        if any(sent["bytes"][1]):
+            found.append(figures.bytes_figure("bytes", "Bytes sent", sent))
+    if curves:
+        title = f"{start.metric} of every client's own model and of the averaged model"
+        found.insert(0, figures.clients_figure("metric", title, curves))
+    return [picture for picture in found if picture]
+
+
+def _swatch(key: "Key") -> str:
+    """A small drawing of the line or area that a legend entry stands for."""
+    shape = {
+        "band": f'<rect width="14" height="12" x="4" fill="{key.colour}" fill-opacity="0.8"/>',
+        "thin": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="1"/>',
+        "dashed": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="2.4" stroke-dasharray="6 3"/>',
+        "thick": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="2.6"/>',
+    }[key.style]
+    return f'<svg width="22" height="12" aria-hidden="true">{shape}</svg>'

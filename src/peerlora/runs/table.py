@@ -1,0 +1,146 @@
+"""Events as one long table (metrics.parquet), and the few numbers that sum a run up."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
+
+Row = tuple[int | None, int, str, float]  # client (None: the whole run), finished rounds, metric, value
+Kind = TypeVar("Kind", bound=Event)
+
+PER_ROUND = (
+    "consensus_A",
+    "consensus_B",
+    "consensus_product",
+    "cross_term",
+    "local_cross_term",
+    "rho",
+    "contacts",
+    "bytes_per_edge",
+    "bytes_sent",
+    "seconds_train",
+    "seconds_mix",
+    "seconds_diagnostics",
+)
+"""The numbers of ``RoundDone`` that are about the whole run."""
+
+
+def of(events: Iterable[Event], kind: type[Kind]) -> list[Kind]:
+    """The events of one kind, in order."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def started(events: Iterable[Event]) -> RunStarted | None:
+    """The run's first event, or None when it was killed before it wrote one."""
+    return next(iter(of(events, RunStarted)), None)
+
+
+def evaluations(events: Iterable[Event]) -> list[Evaluated]:
+    """The evaluations by round; where two are of the same round, the later one, which is the one on all rows."""
+    return [each for _, each in sorted({event.round: event for event in of(events, Evaluated)}.items())]
+
+
+def rows(events: Iterable[Event]) -> Iterator[Row]:
+    """Every number of a run.  ``round`` counts finished rounds here: the loss of round index 0 is in round 1."""
+    events = list(events)
+    for done in of(events, RoundDone):
+        for client, loss in enumerate(done.loss):
+            yield client, done.round + 1, "loss", loss
+        for name in PER_ROUND:
+            yield None, done.round + 1, name, float(getattr(done, name))
+    for score in evaluations(events):
+        for client, (own, loss) in enumerate(zip(score.own, score.own_loss, strict=True)):
+            yield client, score.round, "own", own
+            yield client, score.round, "own_loss", loss
+        whole = {"averaged": score.averaged, "averaged_loss": score.averaged_loss}
+        for name, value in {**whole, "eval_rows": score.rows, "eval_seconds": score.seconds}.items():
+            yield None, score.round, name, float(value)
+
+
+def write_table(events: Iterable[Event], path: Path | str) -> None:
+    """Write the table as parquet, in one step: client int32 or null, round int32, metric string, value float64.
+
+    Values that are not a number become null.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    clients, rounds, metrics, values = list(zip(*rows(events), strict=True)) or ((), (), (), ())
+    columns = {
+        "client": pa.array(clients, pa.int32()),
+        "round": pa.array(rounds, pa.int32()),
+        "metric": pa.array(metrics, pa.string()),
+        "value": pa.array(values, pa.float64(), from_pandas=True),
+    }
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
+    """[client] the finished rounds at its last exchange with anybody; None: never, or links not written down."""
+    last: list[int | None] = [None] * clients
+    for done in of(events, RoundDone):
+        for client in {client for edge in done.edges or () for client in edge}:
+            last[client] = done.round + 1
+    return last
+
+
+def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
+    """(smaller client, larger client) -> rounds in which they exchanged; None when no round wrote its links down."""
+    written = [done.edges for done in of(events, RoundDone) if done.edges is not None]
+    if not written:
+        return None
+    uses: dict[tuple[int, int], int] = {}
+    for edges in written:
+        for one, other in edges:
+            link = (min(one, other), max(one, other))
+            uses[link] = uses.get(link, 0) + 1
+    return uses
+
+
+def summarise(events: Sequence[Event]) -> dict[str, Any]:
+    """The run in a few numbers, from whatever was written so far; None where nothing was.
+
+    Keys: method, clients, rounds (finished), metric, accuracy {own_mean, own_min, own_max, averaged}, consensus
+    {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, last_contact [client].
+    """
+    start, done, scores = started(events), of(events, RoundDone), evaluations(events)
+    last = done[-1] if done else None
+    clients = start.clients if start else 0
+    seconds = {
+        "train": sum(each.seconds_train for each in done),
+        "mix": sum(each.seconds_mix for each in done),
+        "diagnostics": sum(each.seconds_diagnostics for each in done),
+        "eval": sum(each.seconds for each in of(events, Evaluated)),
+    }
+    return {
+        "method": start.method if start else None,
+        "clients": clients,
+        "rounds": last.round + 1 if last else 0,
+        "metric": start.metric if start else None,
+        "accuracy": _spread(scores[-1] if scores else None),
+        "consensus": {
+            "A": last and last.consensus_A,
+            "B": last and last.consensus_B,
+            "product": last and last.consensus_product,
+            "cross_term": last and last.cross_term,
+        },
+        "bytes_sent": sum(each.bytes_sent for each in done),
+        "seconds": {"total": sum(seconds.values()), **seconds},
+        "last_contact": last_contact(events, clients),
+    }
+
+
+def _spread(score: Evaluated | None) -> dict[str, float | None]:
+    own = [value for value in score.own if not math.isnan(value)] if score else []
+    return {
+        "own_mean": sum(own) / len(own) if own else None,
+        "own_min": min(own) if own else None,
+        "own_max": max(own) if own else None,
+        "averaged": score.averaged if score and not math.isnan(score.averaged) else None,
+    }

@@ -1,0 +1,1 @@
+"""Where clients live: all in this process, so far."""

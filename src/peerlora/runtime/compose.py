@@ -1,0 +1,178 @@
+"""Turn a config into the parts of a run, and refuse parts that don't work together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.base import Algorithm
+from peerlora.config import RunConfig
+from peerlora.data.batches import Shards
+from peerlora.data.partition import Partition, partition
+from peerlora.data.sources import Dataset, load_datasets
+from peerlora.errors import CompositionError
+from peerlora.exchange.stacked import StackedExchange
+from peerlora.lora.adapters import Adapters, initial_adapters
+from peerlora.lora.attach import StackedModel, find_targets
+from peerlora.lora.peft_io import ExportContext, read_adapter
+from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
+from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.topology.schedule import Topology, build_topology
+from peerlora.train.frozen import pack_frozen
+from peerlora.train.learner import Learner
+from peerlora.train.tasks import TASKS
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that a runtime needs for the clients it holds."""
+
+    config: RunConfig
+    algorithm: Algorithm[Any]
+    topology: Topology
+    partition: Partition
+    train_data: Dataset
+    eval_data: Dataset
+    model: StackedModel
+    learner: Learner
+    exchange: StackedExchange
+    start: Adapters
+    export: ExportContext
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What many runs can share: the tokenised data and the base model (which no run changes)."""
+
+    train_data: Dataset
+    eval_data: Dataset
+    tokenizer: Any
+
+
+def load_materials(config: RunConfig) -> Materials:
+    """Read and tokenise the data of a config."""
+    tokenizer = load_tokenizer(config.model.source)
+    return Materials(*load_datasets(config, tokenizer), tokenizer)
+
+
+def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> tuple[str, ...]:
+    """Refuse a method on a topology or with ranks it cannot work with; return warnings.
+
+    Raises CompositionError with the reason and an alternative.
+    """
+    name = config.algorithm.name
+    missing = algorithm.requires.missing(topology.properties)
+    if missing:
+        raise CompositionError(
+            f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
+            f"{config.topology.weights} weights is not; use topology.weights=metropolis"
+        )
+    if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
+        raise CompositionError(
+            f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {algorithm.unequal_ranks}; "
+            "give one adapter.rank, or use algorithm.name=local"
+        )
+    interval = getattr(algorithm, "interval", None)
+    if interval is not None and interval >= config.train.rounds:
+        return (
+            f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
+            "trained, as in FFA-LoRA",
+        )
+    return ()
+
+
+def compose(
+    config: RunConfig,
+    *,
+    materials: Materials | None = None,
+    partitioner: Any = None,
+    clients: Sequence[int] | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Federation:
+    """Load and check everything; nothing is written.
+
+    ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
+    an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
+    """
+    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    topology = build_topology(config.topology, config.clients, config.seed)
+    warnings = check_composition(config, algorithm, topology)
+    materials = materials or load_materials(config)
+    train_data, eval_data = materials.train_data, materials.eval_data
+    divided = partition(partitioner or config.partition, train_data, config.clients, config.seed)
+    here = list(range(config.clients) if clients is None else clients)
+    model, export = _model(config, train_data, materials.tokenizer)
+    start = _start(config, model, here)
+    batches = [config.batches[i] for i in here]
+    shards = Shards(train_data, [divided.shards[i] for i in here], batches, here, config.seed)
+    learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id)
+    return Federation(
+        config=config,
+        algorithm=algorithm,
+        topology=topology,
+        partition=divided,
+        train_data=train_data,
+        eval_data=eval_data,
+        model=model,
+        learner=learner,
+        exchange=StackedExchange(topology, here, gather),
+        start=start,
+        export=export,
+        warnings=(*warnings, *divided.warnings),
+    )
+
+
+def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedModel, ExportContext]:
+    kind, source = config.task.kind, config.model.source
+    dtype = DTYPES[config.train.dtype]
+    base = load_base(source, kind, train.names, config.seed, tokenizer.pad_token_id, dtype)
+    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
+    pack_frozen(base.model, config.train.dtype, skip=targets.heads)
+    model = StackedModel(
+        base.model,
+        targets,
+        train_head=config.adapter.head != "frozen",
+        dropout=config.adapter.dropout,
+        base_dropout=config.model.dropout,
+    )
+    extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
+    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer)
+    return model, export
+
+
+def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
+    ranks = [config.ranks[i] for i in here]
+    spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
+    generator = torch_generator(config.seed, "adapter")
+    start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
+    if config.adapter.start is None:
+        return start
+    return read_adapter(Path(config.adapter.start), spec, start)
+
+
+def evaluation_rows(federation: Federation) -> Dataset:
+    """The rows that clients are evaluated on during the run: a seeded sample of ``eval.rows``, or all."""
+    data, wanted = federation.eval_data, federation.config.eval.rows
+    if wanted is None or wanted >= len(data):
+        return data
+    draw = numpy_generator(federation.config.seed, "evaluation").choice(len(data), wanted, replace=False)
+    return data.take(np.sort(draw))
+
+
+def resolve_threads(threads: int | None) -> int:
+    """The CPU threads to use: as asked, or one per core that this process may use.
+
+    Not fewer when the machine is busy: the number decides the order of additions, and so the last bits of a result.
+    """
+    return threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,117 @@
+"""What a run leaves in its folder beside events: configs compared on resume, facts, adapters."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from peerlora.config import RunConfig, load_config
+from peerlora.errors import RunError
+from peerlora.lora.adapters import Adapters
+from peerlora.lora.peft_io import export_adapter
+from peerlora.runs.store import RunStore
+from peerlora.runtime.compose import Federation, compose
+
+EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
+
+
+def default_folder(config: RunConfig) -> Path:
+    """A new folder under runs/, named by method and time."""
+    return Path("runs") / f"{config.algorithm.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def require_free(folder: Path) -> None:
+    """Raise RunError early where ``folder`` already holds something, before anything slow is loaded."""
+    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+        raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
+
+
+def run_facts(config: RunConfig, partitioner: Any = None) -> dict[str, Any]:
+    """Versions, seed and machine facts that decide a result beside the config."""
+    packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "seed": config.seed,
+        "threads": config.threads,
+        "partitioner": type(partitioner).__name__ if partitioner is not None else None,
+    }
+
+
+def stored_config(store: RunStore) -> RunConfig:
+    """The resolved config of a run folder."""
+    return load_config(yaml.safe_load(store.config_yaml))
+
+
+def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:
+    """Raise RunError, listing the differences, unless a resumed run is the run that was started."""
+    was, now = _flat(stored.model_dump(mode="json")), _flat(expected.model_dump(mode="json"))
+    if now.get("threads") is None:
+        now["threads"] = was.get("threads")
+    differences = [
+        f"{key}: {was.get(key)!r} then, {now.get(key)!r} now" for key in sorted(was | now) if was.get(key) != now.get(key)
+    ]
+    then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
+    if then != given:
+        differences.append(f"partitioner: {then} then, {given} now")
+    if differences:
+        raise RunError(
+            f"{store.folder} was started with another config ({'; '.join(differences)}); "
+            "resume with the same settings, or start a new run with another --out"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: dict[str, Any]) -> None:
+    """``adapters/all.safetensors`` with every client, and a PEFT folder per client and for the average."""
+    place = folder / "adapters"
+    place.mkdir(exist_ok=True)
+    save_file({"flat": x.flat.contiguous(), "ranks": x.ranks}, place / "all.safetensors")
+    if x.clients > EXPORTED:
+        return
+    for client in range(x.clients):
+        _export(place / f"client-{client:02d}", x, client, federation, summary | {"client": client})
+    if x.equal_ranks:
+        _export(place / "average", x.mean(), 0, federation, summary | {"client": "average of all"})
+
+
+def _export(folder: Path, x: Adapters, client: int, federation: Federation, summary: dict[str, Any]) -> Path:
+    told = ("method", "client", "clients", "rounds", "metric")
+    facts = {key: summary[key] for key in told if key in summary} | {"accuracy": json.dumps(summary["accuracy"])}
+    return export_adapter(folder, x, client, federation.model, replace(federation.export, facts=facts))
+
+
+def export_from_run(run: Path, to: Path, client: int | None) -> Path:
+    """Write one client's adapter (None: the average) of a finished run as a PEFT folder at ``to``.
+
+    Raises RunError when the run is unfinished, the client unknown, or ``to`` in use.
+    """
+    place = run / "adapters" / "all.safetensors"
+    if not place.is_file():
+        raise RunError(f"{run} holds no adapters/all.safetensors; finish it first: peerlora train --resume {run}")
+    require_free(to)
+    federation = compose(load_config(run / "config.yaml"))
+    with safe_open(place, framework="pt") as file:
+        x = Adapters(federation.start.spec, file.get_tensor("flat"), file.get_tensor("ranks").to(torch.int64))
+    if client is not None and not 0 <= client < x.clients:
+        raise RunError(f"--client {client} given; {run} has clients 0 to {x.clients - 1}")
+    if client is None and not x.equal_ranks:
+        raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    row, number = (x.mean(), 0) if client is None else (x, client)
+    return _export(to, row, number, federation, summary | {"client": "average of all" if client is None else client})

@@ -1,0 +1,265 @@
+"""All clients in this process: the loop over rounds, with evaluation, checkpoints and events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerlora.config import RunConfig
+from peerlora.errors import PeerloraError
+from peerlora.lora.adapters import Adapters
+from peerlora.lora.diagnostics import agreement, local_cross_term
+from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
+from peerlora.runs.store import RunStore, read_events
+from peerlora.runs.table import summarise
+from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
+from peerlora.runtime.folder import (
+    check_same,
+    default_folder,
+    require_free,
+    run_facts,
+    stored_config,
+    write_adapters,
+)
+from peerlora.topology.weights import rho
+from peerlora.tree import leaves, rebuild
+
+_EDGES_TOLD = 5000  # a round with more links tells only their number
+
+
+class Stopped(PeerloraError):
+    """Raised when a run was asked to stop; it saved a checkpoint first."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    summary: dict[str, Any]
+    """What ``peerlora train --json`` prints."""
+    adapters: Adapters
+    """Every client's own final adapter."""
+    run: Path
+    """The run folder, with events, metrics, report and a PEFT folder per client."""
+
+    @property
+    def metrics(self):
+        """The long metrics table (client, round, metric, value) as a pyarrow Table."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(self.run / "metrics.parquet")
+
+
+def simulate(
+    config: RunConfig,
+    out: Path | str | None = None,
+    *,
+    materials: Materials | None = None,
+    partitioner: Any = None,
+    listener: Callable[[Event], None] = lambda event: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
+
+    ``listener`` gets every event; ``stop`` is asked after every round and, when true, a checkpoint is written and
+    Stopped raised.  Nothing is written before everything has been loaded and checked.
+    """
+    folder = Path(out) if out is not None else default_folder(config)
+    require_free(folder)
+    config = config.model_copy(update={"threads": resolve_threads(config.threads)})
+    federation = _composed(config, materials, partitioner)
+    with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
+        return Simulation(federation, store, listener, stop).run()
+
+
+def resume(
+    folder: Path | str,
+    *,
+    expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
+    materials: Materials | None = None,
+    partitioner: Any = None,
+    listener: Callable[[Event], None] = lambda event: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Take up a run where its last good checkpoint left it; the result is bit-identical to an undisturbed run.
+
+    ``expected`` turns the stored config into the one that the user asks for; RunError lists the differences.
+    """
+    with RunStore.open(folder) as store:
+        config = stored_config(store)
+        check_same(config, expected(config), store, partitioner)
+        return Simulation(_composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
+
+
+def _composed(config: RunConfig, materials: Materials | None, partitioner: Any) -> Federation:
+    torch.set_num_threads(resolve_threads(config.threads))
+    return compose(config, materials=materials, partitioner=partitioner)
+
+
+class Simulation:
+    """One run in its folder."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        store: RunStore,
+        listener: Callable[[Event], None] = lambda event: None,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.federation, self.store, self.listener, self.stop = federation, store, listener, stop
+        self.config, self.algorithm = federation.config, federation.algorithm
+        self.learner, self.exchange = federation.learner, federation.exchange
+        self.few_rows = evaluation_rows(federation)
+        self.moment = np.zeros((self.config.clients, self.config.clients))
+
+    def run(self, resumed: bool = False) -> Result:
+        """All rounds that are left, the final evaluation, and everything that is written at the end."""
+        state = self.algorithm.start(self.federation.start, self.exchange)
+        first, state = self._take_up(state) if resumed else (0, state)
+        if first == 0:
+            self._emit(self._started())
+            for warning in self.federation.warnings:
+                self._emit(Warned(warning))
+            self._evaluate(0, state, final=False)
+        rounds = self.config.train.rounds
+        for t in range(first, rounds):
+            state = self._round(t, state)
+            done = t + 1
+            if done % self.config.eval.every == 0 and done < rounds:
+                self._evaluate(done, state, final=False)
+            stopping = self.stop() and done < rounds
+            if done % self.config.checkpoint.every == 0 or done == rounds or stopping:
+                self._save(done, state)
+            if stopping:
+                raise Stopped(
+                    f"stopped after {done} of {rounds} rounds; go on with: peerlora train --resume {self.store.folder}"
+                )
+        return self._finish(state)
+
+    def _round(self, t: int, state: Any) -> Any:
+        self.learner.begin(t)
+        self.exchange.begin(t)
+        began = time.perf_counter()
+        state = self.algorithm.round(t, state, self.learner, self.exchange)
+        worked = time.perf_counter()
+        graph, sent = self.exchange.graph, self.exchange.mixed
+        apart = agreement(self.algorithm.model(state))
+        lost = local_cross_term(sent, graph.W) if sent is not None else 0.0
+        W = graph.W if sent is not None else np.eye(self.config.clients)
+        self.moment += W.T @ W
+        seconds_mix = self.exchange.seconds
+        seconds_train = worked - began - seconds_mix
+        edges = graph.edges if sent is not None else []
+        event = RoundDone(
+            round=t,
+            loss=self.learner.losses.tolist(),
+            consensus_A=apart.consensus_A,
+            consensus_B=apart.consensus_B,
+            consensus_product=apart.consensus_product,
+            cross_term=apart.cross_term,
+            local_cross_term=lost,
+            rho=rho(self.moment / (t + 1)),
+            edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
+            contacts=len(edges),
+            bytes_per_edge=self.exchange.bytes_per_edge,
+            bytes_sent=self.exchange.bytes_sent,
+            seconds_train=seconds_train,
+            seconds_mix=seconds_mix,
+            seconds_diagnostics=time.perf_counter() - worked,
+        )
+        self._emit(event)
+        return state
+
+    def _evaluate(self, done: int, state: Any, final: bool) -> None:
+        began = time.perf_counter()
+        x = self.algorithm.model(state)
+        rows = self.federation.eval_data if final else self.few_rows
+        everyone = _with_mean(x)
+        scores = self.learner.evaluate(everyone, rows, self.config.eval.batch)
+        own = slice(0, x.clients)
+        averaged = x.clients if everyone.clients > x.clients else None
+        event = Evaluated(
+            round=done,
+            rows=scores.rows,
+            own=scores.metric[own].tolist(),
+            averaged=float(scores.metric[averaged]) if averaged else float("nan"),
+            own_loss=scores.loss[own].tolist(),
+            averaged_loss=float(scores.loss[averaged]) if averaged else float("nan"),
+            seconds=time.perf_counter() - began,
+            final=final,
+        )
+        self._emit(event)
+
+    def _save(self, done: int, state: Any) -> None:
+        tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
+        tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
+        tensors["moment"] = torch.from_numpy(self.moment)
+        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained})
+
+    def _take_up(self, state: Any) -> tuple[int, Any]:
+        """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
+        checkpoint = self.store.load_checkpoint()
+        self.store.rewind(checkpoint)
+        if checkpoint is None:
+            return 0, state
+        self._emit(Resumed(datetime.now(UTC).isoformat(timespec="seconds"), checkpoint.round))
+        for note in checkpoint.notes:
+            self._emit(Warned(note))
+        self.moment = checkpoint.tensors["moment"].numpy().copy()
+        self.learner.load_state(_below("learner.", checkpoint.tensors), checkpoint.facts["trained"])
+        return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
+
+    def _started(self) -> RunStarted:
+        federation, config = self.federation, self.config
+        return RunStarted(
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            method=config.algorithm.name,
+            clients=config.clients,
+            rounds=config.train.rounds,
+            metric=self.learner.task.metric,
+            higher_is_better=self.learner.task.higher_is_better,
+            seed=config.seed,
+            threads=resolve_threads(config.threads),
+            versions=self.store.facts["versions"],
+            partition=federation.partition.report(),
+            topology=config.topology.model_dump(mode="json") | vars(federation.topology.properties),
+            parameters=federation.start.spec.parameters,
+            warnings=list(federation.warnings),
+        )
+
+    def _finish(self, state: Any) -> Result:
+        from peerlora.runs.report import write_report
+
+        x = self.algorithm.model(state)
+        self._evaluate(self.config.train.rounds, state, final=True)
+        summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
+        write_adapters(self.store.folder, x, self.federation, summary)
+        self.store.finish(summary)
+        write_report(self.store.folder)
+        return Result(summary, x, self.store.folder)
+
+    def _emit(self, event: Event) -> None:
+        self.store.emit(event)
+        self.listener(event)
+
+
+def _with_mean(x: Adapters) -> Adapters:
+    """The clients and, behind them, their average; unequal ranks have no average."""
+    if not x.equal_ranks:
+        return x
+    mean = x.mean()
+    return replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks]))
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Who talks to whom in which round, and with which weights."""

@@ -1,0 +1,194 @@
+"""Graphs that stay the same for a whole run, and the draw of one that changes every round.
+
+A graph is a symmetric boolean array [client, client] with an empty diagonal.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from peerlora.config import TopologyConfig
+from peerlora.errors import TopologyError
+from peerlora.randomness import numpy_generator
+
+Adjacency = Bool[np.ndarray, "client client"]
+
+TRIES = 200
+OVERRIDE = "or set topology.allow_disconnected=true"
+
+
+def build_graph(config: TopologyConfig, clients: int, seed: int) -> Adjacency:
+    """The fixed graph of a run; every kind but ``random`` has one.
+
+    Raises TopologyError where the graph does not exist, or is disconnected without ``allow_disconnected``.
+    """
+    assert config.kind in GRAPHS, f"{config.kind} has no fixed graph"
+    if clients == 1 and config.kind != "edges":
+        return _empty(1)
+    adjacency = GRAPHS[config.kind](config, clients, seed)
+    if not (config.allow_disconnected or is_connected(adjacency)):
+        labels = components(adjacency)
+        apart = ", ".join(map(str, np.flatnonzero(labels != labels[0])[:5]))
+        raise TopologyError(
+            f"{config.kind} graph of {clients} clients is disconnected: client 0 never hears from {apart}; "
+            f"add links, {OVERRIDE}"
+        )
+    return adjacency
+
+
+def edge_draw(p: float, clients: int, seed: int, t: int) -> Adjacency:
+    """The random graph of round ``t``: each pair is linked with probability ``p``; pure in (seed, t)."""
+    return pair_draw(p, clients, numpy_generator(seed, "graph", round=t))
+
+
+def pair_draw(p: float, clients: int, generator: np.random.Generator) -> Adjacency:
+    """Each pair of clients independently with probability ``p``."""
+    upper = np.triu(generator.random((clients, clients)) < p, 1)
+    return upper | upper.T
+
+
+def components(adjacency: Adjacency) -> Int[np.ndarray, " client"]:
+    """For every client the number of the connected part it belongs to."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    return connected_components(csr_matrix(adjacency), directed=False)[1]
+
+
+def is_connected(adjacency: Adjacency) -> bool:
+    """Whether every client can reach every other one."""
+    return bool((components(adjacency) == 0).all())
+
+
+def ring(clients: int) -> Adjacency:
+    """Each client with the one before and the one after."""
+    if clients < 3:
+        raise TopologyError(
+            f"ring of {clients} clients has a double edge; use at least 3 clients or topology.kind=complete"
+        )
+    i = np.arange(clients)
+    return _linked(clients, i, (i + 1) % clients)
+
+
+def torus(clients: int, rows: int | None) -> Adjacency:
+    """A rows x columns grid with wrapped edges, numbered row by row; without ``rows`` as square as it gets."""
+    given = f"torus of {clients} clients" + (f" in {rows} rows" if rows else "")
+    rows = rows or max(side for side in range(1, math.isqrt(clients) + 1) if clients % side == 0)
+    columns, rest = divmod(clients, rows)
+    if rest or min(rows, columns) < 3:
+        raise TopologyError(
+            f"{given} does not exist; rows x columns must equal clients and both be at least 3, e.g. 12 = 3 x 4; "
+            "change clients or topology.rows, or use topology.kind=ring"
+        )
+    i = np.arange(clients)
+    row, column = divmod(i, columns)
+    right = row * columns + (column + 1) % columns
+    below = (row + 1) % rows * columns + column
+    return _linked(clients, i, right) | _linked(clients, i, below)
+
+
+def path(clients: int) -> Adjacency:
+    """A ring without the link between the last client and the first."""
+    i = np.arange(clients - 1)
+    return _linked(clients, i, i + 1)
+
+
+def star(clients: int) -> Adjacency:
+    """Client 0 with everybody else."""
+    return _linked(clients, np.zeros(clients - 1, dtype=int), np.arange(1, clients))
+
+
+def complete(clients: int) -> Adjacency:
+    """Everybody with everybody."""
+    return ~np.eye(clients, dtype=bool)
+
+
+def exponential(clients: int) -> Adjacency:
+    """Client i with i ± 2^k (mod clients), for all 2^k < clients."""
+    adjacency, i = _empty(clients), np.arange(clients)
+    for k in range((clients - 1).bit_length()):
+        adjacency |= _linked(clients, i, (i + 2**k) % clients)
+    return adjacency
+
+
+def random_regular(clients: int, degree: int, seed: int, any_draw: bool = False) -> Adjacency:
+    """A random graph in which everybody has ``degree`` neighbours; drawn until connected unless ``any_draw``."""
+    if degree >= clients:
+        raise TopologyError(
+            f"random-regular graph with degree {degree} and {clients} clients; a client has at most {clients - 1} "
+            "neighbours; lower topology.degree or use topology.kind=complete"
+        )
+    if degree * clients % 2:
+        raise TopologyError(
+            f"random-regular graph with degree {degree} and {clients} clients; degree x clients must be even; "
+            f"use topology.degree={degree + 1 if degree + 1 < clients else degree - 1} or an even number of clients"
+        )
+    from networkx import random_regular_graph, to_numpy_array
+
+    def draw(generator: np.random.Generator) -> Adjacency:
+        graph = random_regular_graph(degree, clients, seed=int(generator.integers(2**32)))
+        return to_numpy_array(graph, nodelist=range(clients)) > 0
+
+    given = f"random-regular graph with degree {degree} and {clients} clients"
+    return _first_connected(draw, seed, any_draw, given, "use topology.degree=2 or more")
+
+
+def erdos_renyi(clients: int, p: float, seed: int, any_draw: bool = False) -> Adjacency:
+    """Each pair linked with probability ``p``, once for the run; drawn until connected unless ``any_draw``."""
+    given = f"erdos-renyi graph with p={p:g} and {clients} clients"
+    remedy = f"raise topology.p (about ln(N)/N = {math.log(clients) / clients:.2g} is needed)"
+    return _first_connected(lambda generator: pair_draw(p, clients, generator), seed, any_draw, given, remedy)
+
+
+def from_edges(clients: int, edges: list[tuple[int, int]]) -> Adjacency:
+    """The links written out; naming one twice is the same as once."""
+    for i, j in edges:
+        if i == j:
+            raise TopologyError(f"topology.edges links client {i} to itself; remove [{i}, {j}]")
+        if max(i, j) >= clients:
+            raise TopologyError(
+                f"topology.edges names client {max(i, j)} in [{i}, {j}], but {clients} clients are numbered 0 to "
+                f"{clients - 1}; remove it or raise clients"
+            )
+    ends = np.array(edges, dtype=int).reshape(-1, 2)
+    return _linked(clients, ends[:, 0], ends[:, 1])
+
+
+GRAPHS: dict[str, Callable[[Any, int, int], Adjacency]] = {
+    "ring": lambda config, clients, seed: ring(clients),
+    "torus": lambda config, clients, seed: torus(clients, config.rows),
+    "path": lambda config, clients, seed: path(clients),
+    "star": lambda config, clients, seed: star(clients),
+    "complete": lambda config, clients, seed: complete(clients),
+    "exponential": lambda config, clients, seed: exponential(clients),
+    "random-regular": lambda config, clients, seed: random_regular(
+        clients, config.degree, seed, config.allow_disconnected
+    ),
+    "erdos-renyi": lambda config, clients, seed: erdos_renyi(clients, config.p, seed, config.allow_disconnected),
+    "edges": lambda config, clients, seed: from_edges(clients, config.edges),
+}
+
+
+def _first_connected(
+    draw: Callable[[np.random.Generator], Adjacency], seed: int, any_draw: bool, given: str, remedy: str
+) -> Adjacency:
+    """The first connected draw, or just the first one; the same for everybody who knows the seed."""
+    generator = numpy_generator(seed, "graph")
+    for _ in range(TRIES):
+        adjacency = draw(generator)
+        if any_draw or is_connected(adjacency):
+            return adjacency
+    raise TopologyError(f"{given} was disconnected in {TRIES} of {TRIES} draws; {remedy}, {OVERRIDE}")
+
+
+def _empty(clients: int) -> Adjacency:
+    return np.zeros((clients, clients), dtype=bool)
+
+
+def _linked(clients: int, i: Int[np.ndarray, " edge"], j: Int[np.ndarray, " edge"]) -> Adjacency:
+    adjacency = _empty(clients)
+    adjacency[i, j] = adjacency[j, i] = True
+    return adjacency

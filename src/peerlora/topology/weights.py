@@ -1,0 +1,111 @@
+"""Mixing matrices W (rows are receivers) from a graph, and how fast they make clients agree.
+
+``neighbours`` of a client never include itself; every W is float64 [client, client] and doubly stochastic.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float64
+
+from peerlora.topology.graphs import Adjacency
+
+Matrix = Float64[np.ndarray, "client client"]
+
+
+def weights(adjacency: Adjacency, rule: str) -> Matrix:
+    """W by the rule ``metropolis``, ``laplacian`` or ``uniform``: symmetric, and only between neighbours."""
+    return RULES[rule](adjacency)
+
+
+def metropolis(adjacency: Adjacency) -> Matrix:
+    """1 / (1 + the larger of the two degrees) on a link, the rest of each row on the diagonal.
+
+    Source: Xiao, Boyd, Lall 2005, "A scheme for robust distributed sensor fusion based on average consensus".
+    """
+    degrees = adjacency.sum(axis=1)
+    return _fill_diagonal(adjacency / (1.0 + np.maximum.outer(degrees, degrees)))
+
+
+def laplacian(adjacency: Adjacency) -> Matrix:
+    """I - 2 L / (3 lambda_max(L)), where L is the graph Laplacian; the identity without links.
+
+    The diagonal stays at or above 1/3, because no degree exceeds lambda_max(L).
+    Source: Dec-LoRA 2025, arXiv 2501.15361, for its Erdos-Renyi graph.
+    """
+    if not adjacency.any():
+        return np.eye(len(adjacency))
+    L = np.diag(adjacency.sum(axis=1, dtype=float)) - adjacency
+    largest = np.linalg.eigvalsh(L)[-1]
+    return _fill_diagonal(adjacency * (2 / (3 * largest)))
+
+
+def uniform(adjacency: Adjacency) -> Matrix:
+    """1 / (1 + the largest degree of the graph) on every link: 1/3 on a ring, 1/clients on the complete graph."""
+    return _fill_diagonal(adjacency / (1.0 + adjacency.sum(axis=1).max()))
+
+
+def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Matrix:
+    """The product of half/half averages, one contact after another in a random order.
+
+    Not symmetric, and it reaches beyond neighbours: what a client got in an early contact it passes on in a later one.
+    Source: Boyd, Ghosh, Prabhakar, Shah 2006, "Randomized gossip algorithms", for one contact.
+    """
+    W = np.eye(len(adjacency))
+    contacts = np.argwhere(np.triu(adjacency))
+    for i, j in generator.permutation(contacts).tolist():
+        mean = (W[i] + W[j]) / 2
+        W[i] = W[j] = mean
+    return W
+
+
+def remove_links(W: Matrix, missing: Adjacency) -> Matrix:
+    """W without the ``missing`` links, whose weight goes to the diagonal of both ends: W_ij to W_ii and W_ji to W_jj.
+
+    A symmetric W stays symmetric and doubly stochastic.
+    """
+    kept = np.where(missing, 0.0, W)
+    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=1)
+    return kept
+
+
+def rho(second_moment: Matrix) -> float:
+    """The factor by which a round shrinks the disagreement norm (root mean square, worst case): 0 agrees at once.
+
+    ``second_moment`` is E[W^T W]; rho^2 is the largest eigenvalue of E[W^T W] - J, with J = 1/clients everywhere.
+    """
+    clients = len(second_moment)
+    largest = np.linalg.eigvalsh(second_moment - 1 / clients)[-1]
+    # Without this, rounding of 1e-16 would read as rho 1e-8, and a disconnected graph as one that slowly agrees.
+    rounding = 10 * clients * np.finfo(float).eps
+    if largest <= rounding:
+        return 0.0
+    return 1.0 if largest >= 1 - rounding else float(np.sqrt(largest))
+
+
+def spectral_gap(second_moment: Matrix) -> float:
+    """1 - rho."""
+    return 1 - rho(second_moment)
+
+
+def over_permutations(matrix: Matrix) -> Matrix:
+    """The mean of a matrix over all renumberings of the clients: one value on the diagonal, one elsewhere."""
+    clients = len(matrix)
+    if clients == 1:
+        return matrix
+    diagonal = np.trace(matrix) / clients
+    elsewhere = (matrix.sum() - np.trace(matrix)) / (clients * (clients - 1))
+    return np.where(np.eye(clients, dtype=bool), diagonal, elsewhere)
+
+
+RULES: dict[str, Callable[[Adjacency], Matrix]] = {
+    "metropolis": metropolis,
+    "laplacian": laplacian,
+    "uniform": uniform,
+}
+
+
+def _fill_diagonal(W: Matrix) -> Matrix:
+    """Rows that sum to 1, whatever the links leave going to the diagonal."""
+    np.fill_diagonal(W, 1 - W.sum(axis=1))
+    return W

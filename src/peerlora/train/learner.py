@@ -1,0 +1,168 @@
+"""Learner: K local steps for all clients held here, in shared graphs.  It owns model and data and never communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.config import TrainConfig
+from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
+from peerlora.data.sources import Dataset
+from peerlora.errors import DivergenceError
+from peerlora.lora.adapters import Adapters
+from peerlora.lora.attach import StackedModel
+from peerlora.randomness import torch_generator
+from peerlora.train.optim import Moments, step
+from peerlora.train.tasks import Task
+
+TOKENS_PER_GRAPH = 2048  # more leaves the caches, fewer makes small products: docs/performance.md
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Evaluation of each client's own model."""
+
+    metric: Float[np.ndarray, "client"]
+    loss: Float[np.ndarray, "client"]
+    rows: int
+
+
+class Learner:
+    """Trains and evaluates the clients in ``shards`` on one shared frozen model.
+
+    ``begin(t)`` says which round it is; ``losses`` then holds each client's mean training loss of that round.
+    """
+
+    def __init__(self, model: StackedModel, task: Task, shards: Shards, settings: TrainConfig, pad: int):
+        self.model, self.task, self.shards, self.settings, self.pad = model, task, shards, settings, pad
+        self.losses: Float[Tensor, "client"] = torch.zeros(len(shards.clients))
+        self.t = 0
+        self.memory: Moments | None = None
+        self._trained: tuple[str, ...] = ()
+
+    def begin(self, t: int) -> None:
+        """Set the round that the next ``fit`` belongs to."""
+        self.t = t
+
+    def fit(self, x: Adapters, train: str) -> Adapters:
+        """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
+
+        ``x`` is not changed.  Raises DivergenceError at the first loss that is not finite.
+        """
+        blocks = tuple(name for name in x.spec.blocks if name in train or name == "head")
+        active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
+        memory = self._remembered(x, blocks)
+        flat = x.flat.clone()
+        losses = torch.zeros(x.clients, dtype=torch.float64)
+        for clients in self._client_blocks():
+            part = Adapters(x.spec, flat[clients], x.ranks[clients])
+            kept = memory.rows(clients) if memory else Moments.fresh(part.flat, x.spec.blocks)
+            losses[clients] = self._fit_block(part, clients, active, kept)
+        self.losses = losses
+        return replace(x, flat=flat)
+
+    def _remembered(self, x: Adapters, blocks: tuple[str, ...]) -> Moments | None:
+        """The optimiser memory to go on with; None where every round starts afresh."""
+        if self.settings.optimizer_state == "round":
+            return None
+        switched = self.settings.optimizer_state == "phase" and blocks != self._trained
+        if self.memory is None or switched:
+            self.memory = Moments.fresh(x.flat, x.spec.blocks)
+        self._trained = blocks
+        return self.memory
+
+    def _fit_block(
+        self, x: Adapters, clients: slice, active: Mapping[str, slice], moments: Moments
+    ) -> Float[Tensor, "client"]:
+        """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
+        leaves = _leaves(x, active)
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        self.model.bind(x.spec, leaves, x.scaling)
+        self.model.step.streams = self._streams(clients)
+        steps = self.settings.local_steps
+        rows = [self.shards.rows(i, self.t, steps) for i in range(*clients.indices(len(self.shards.clients)))]
+        total = torch.zeros(x.clients, dtype=torch.float64)
+        for k in range(steps):
+            batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype)
+            self.model.step.extents = batch.extents
+            losses = self._losses(batch, clients, k)
+            gradients = torch.autograd.grad(losses.sum(), trained)  # clients share no parameter, so the sum mixes nothing
+            step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
+            total += losses.detach()
+        self.model.step.streams = None
+        return total / steps
+
+    def _losses(self, batch: Batch, clients: slice, k: int) -> Float[Tensor, "client"]:
+        losses = self.task.losses(self.model(batch.inputs), batch)
+        finite = losses.isfinite()
+        if not finite.all():
+            client = self.shards.clients[clients.start + int((~finite).nonzero()[0])]
+            raise DivergenceError(
+                f"the loss of client {client} is {float(losses[~finite][0])} in round {self.t}, local step {k}; "
+                f"expected a finite number; lower train.lr (now {self.settings.lr:g}) or set train.clip"
+            )
+        return losses
+
+    def _streams(self, clients: slice) -> list[torch.Generator]:
+        numbers = self.shards.clients[clients]
+        return [torch_generator(self.shards.seed, "dropout", client=i, round=self.t) for i in numbers]
+
+    def _client_blocks(self) -> Iterator[slice]:
+        """Slices of the leading axis, so many clients per graph that its activations stay in reach."""
+        count = len(self.shards.clients)
+        tokens = max(self.shards.batches) * int(np.percentile(self.shards.data.lengths, 90))
+        largest = self.settings.block or max(1, TOKENS_PER_GRAPH // tokens)
+        for edges in np.array_split(np.arange(count), -(-count // largest)):
+            yield slice(int(edges[0]), int(edges[-1]) + 1)
+
+    @torch.no_grad()
+    def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
+        outcomes = np.zeros((x.clients, len(data), 2))
+        for rows in in_order_of_length(data, batch):
+            size = max(1, TOKENS_PER_GRAPH // (len(rows) * int(data.lengths[rows].max())))
+            for start in range(0, x.clients, size):
+                part = x.rows(slice(start, start + size))
+                self.model.bind_adapters(part)
+                stacked = collate(data, [rows] * part.clients, self.pad, x.flat.dtype)
+                found = self.task.outcomes(self.model(stacked.inputs), stacked)
+                outcomes[start : start + part.clients, rows] = found.view(part.clients, len(rows), 2).numpy()
+        scores = [self.task.score(own, data.labels) for own in outcomes]
+        return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved to go on: empty unless the optimiser's memory outlives a round."""
+        if self.memory is None:
+            return {}
+        steps = {f"steps.{block}": count for block, count in self.memory.steps.items()}
+        return {"first": self.memory.first, "second": self.memory.second, **steps}
+
+    def load_state(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
+        """Take up what ``state`` gave; ``trained`` are the blocks of the last round."""
+        self._trained = tuple(trained)
+        if saved:
+            steps = {name.removeprefix("steps."): saved[name] for name in saved if name.startswith("steps.")}
+            self.memory = Moments(saved["first"], saved["second"], steps)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The blocks of the last round, where the optimiser's memory outlives it."""
+        return self._trained
+
+
+def _leaves(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
+    """One autograd leaf per slot, each a view into the flat buffer; only those of active blocks ask for gradients."""
+    views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
+    return [view.requires_grad_(slot.block in active) for slot, view in zip(x.spec.slots, views, strict=True)]
+
+
+def _by_block(x: Adapters, gradients: Sequence[Tensor], active: Mapping[str, slice]) -> dict[str, Tensor]:
+    """The gradients of each active block as [client, its columns], in the order of the flat buffer."""
+    left = iter(gradients)
+    found = {slot: next(left).flatten(1) for slot in x.spec.slots if slot.block in active}
+    return {block: torch.cat([g for slot, g in found.items() if slot.block == block], dim=1) for block in active}

@@ -1,0 +1,88 @@
+"""AdamW and SGD for all clients at once, on the flat [client, parameter] buffer.
+
+A frozen block is *held*: neither decayed, nor moved by old momentum, nor counted as a step.  Handing an optimiser a
+zero gradient instead would still decay and move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from peerlora.config import TrainConfig
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's own defaults
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An optimiser's memory; every leaf has the leading client axis."""
+
+    first: Float[Tensor, "client parameter"]
+    """Mean of gradients (AdamW) or momentum buffer (SGD)."""
+    second: Float[Tensor, "client parameter"]
+    """Mean of squared gradients (AdamW; unused by SGD)."""
+    steps: Mapping[str, Int[Tensor, "client"]]
+    """Steps taken so far, by block."""
+
+    @staticmethod
+    def fresh(flat: Float[Tensor, "client parameter"], blocks: tuple[str, ...]) -> Moments:
+        """No memory yet."""
+        steps = {block: torch.zeros(len(flat), dtype=torch.int64) for block in blocks}
+        return Moments(torch.zeros_like(flat), torch.zeros_like(flat), steps)
+
+    def rows(self, clients: slice) -> Moments:
+        """Some clients' memory, as views."""
+        return Moments(self.first[clients], self.second[clients], {k: v[clients] for k, v in self.steps.items()})
+
+
+def step(
+    settings: TrainConfig,
+    values: Float[Tensor, "client parameter"],
+    gradients: Mapping[str, Float[Tensor, "client column"]],
+    moments: Moments,
+    active: Mapping[str, slice],
+) -> None:
+    """One optimiser step, in place, on the columns of the active blocks only; ``gradients`` has one entry for each."""
+    if settings.clip is not None:
+        clip(gradients, settings.clip)
+    update = _adamw if settings.optimizer == "adamw" else _sgd
+    for block, columns in active.items():
+        moments.steps[block].add_(1)
+        update(settings, values[:, columns], gradients[block], moments, columns, moments.steps[block])
+
+
+def clip(gradients: Mapping[str, Float[Tensor, "client column"]], largest: float) -> None:
+    """Scale each client's gradient, in place, so that its norm over all blocks is at most ``largest``."""
+    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+    factor = (largest / (norm + 1e-6)).clamp_max(1.0)  # torch.nn.utils.clip_grad_norm_'s own epsilon
+    for g in gradients.values():
+        g.mul_(factor[:, None])
+
+
+def _adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:
+    """Loshchilov and Hutter 2019 (arXiv 1711.05101), in torch's order of operations."""
+    m, v = moments.first[:, columns], moments.second[:, columns]
+    t = steps[:, None].to(torch.float64)
+    if settings.weight_decay:
+        x.mul_(1 - settings.lr * settings.weight_decay)
+    m.lerp_(g, 1 - BETA1)
+    v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+    root = (1 - BETA2**t).sqrt().to(x.dtype)
+    size = (settings.lr / (1 - BETA1**t)).to(x.dtype)
+    x.sub_(size * m / (v.sqrt() / root).add_(EPS))
+
+
+def _sgd(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:
+    """torch's SGD: weight decay joins the gradient, the momentum buffer starts at the first gradient."""
+    if settings.weight_decay:
+        g = g + settings.weight_decay * x
+    if settings.momentum:
+        buffer = moments.first[:, columns]
+        buffer.mul_(settings.momentum).add_(g)
+        g = buffer
+    x.sub_(settings.lr * g)

@@ -1,0 +1,114 @@
+"""What is learned and how it is scored: classification, regression, causal language modelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.data.batches import Batch
+
+
+class Task(Protocol):
+    """Losses per client for training, outcomes per row for scoring."""
+
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    def losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client"]:
+        """Every client's mean loss over its own rows (tokens, for language models); filler rows count nothing."""
+        ...
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row 2"]:
+        """(loss, prediction) per row, from which ``score`` computes the metric; for language models (loss, tokens)."""
+        ...
+
+    def score(self, outcomes: Float[np.ndarray, "row 2"], labels: np.ndarray) -> tuple[float, float]:
+        """(metric, loss) of one client over a data set."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy; accuracy."""
+
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy per client."""
+        each = F.cross_entropy(logits, batch.labels, reduction="none")
+        return (each.view_as(batch.weights) * batch.weights).sum(1)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(cross-entropy, predicted class)."""
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        return torch.stack([loss, logits.argmax(1).to(loss.dtype)], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(share of rows predicted right, mean cross-entropy)."""
+        return float((outcomes[:, 1] == labels).mean()), float(outcomes[:, 0].mean())
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Squared error; Spearman's rank correlation."""
+
+    metric: ClassVar[str] = "spearman"
+    higher_is_better: ClassVar[bool] = True
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean squared error per client."""
+        each = (logits.squeeze(-1) - batch.labels).square()
+        return (each.view_as(batch.weights) * batch.weights).sum(1)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(squared error, prediction)."""
+        predicted = logits.squeeze(-1)
+        return torch.stack([(predicted - batch.labels).square(), predicted], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(Spearman correlation, mean squared error); 0 where either side is constant, since no order exists."""
+        from scipy.stats import spearmanr
+
+        constant = len(labels) < 2 or np.ptp(outcomes[:, 1]) == 0 or np.ptp(labels) == 0
+        correlation = 0.0 if constant else float(spearmanr(outcomes[:, 1], labels).statistic)
+        return correlation, float(outcomes[:, 0].mean())
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
+
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy over each client's own tokens."""
+        loss, tokens = self._sums(logits, batch)
+        real = (batch.weights > 0).to(loss.dtype)
+        return (loss.view_as(real) * real).sum(1) / (tokens.view_as(real) * real).sum(1)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(summed cross-entropy, number of predicted tokens)."""
+        return torch.stack(self._sums(logits, batch), dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """Mean loss per token, twice: it is the metric and the loss."""
+        loss = float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
+        return loss, loss
+
+    @staticmethod
+    def _sums(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        targets = batch.inputs["input_ids"][:, 1:]
+        known = batch.inputs["attention_mask"][:, 1:].to(logits.dtype)
+        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(known)
+        return (each * known).sum(1), known.sum(1)
+
+
+TASKS: dict[str, Task] = {"classification": Classification(), "regression": Regression(), "causal-lm": CausalLM()}

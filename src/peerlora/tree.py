@@ -1,0 +1,41 @@
+"""States are trees of tensors (dict, tuple, dataclass, Adapters) whose every leaf has the leading client axis."""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Tree = TypeVar("Tree")
+
+
+def tree_map(change: Callable[[str, Tensor], Tensor], tree: Tree, name: str = "") -> Tree:
+    """The same tree with every tensor leaf replaced by ``change(path, leaf)``; anything else is kept."""
+    if isinstance(tree, Tensor):
+        return change(name, tree)  # pyright: ignore[reportReturnType]
+    if isinstance(tree, dict):
+        return {key: tree_map(change, value, f"{name}.{key}") for key, value in tree.items()}  # pyright: ignore
+    if isinstance(tree, tuple):
+        changed = [tree_map(change, value, f"{name}.{i}") for i, value in enumerate(tree)]
+        return type(tree)(*changed) if hasattr(tree, "_fields") else tuple(changed)  # pyright: ignore
+    if is_dataclass(tree) and not isinstance(tree, type):
+        values = {field.name: getattr(tree, field.name) for field in fields(tree)}
+        return replace(tree, **{key: tree_map(change, value, f"{name}.{key}") for key, value in values.items()})
+    return tree
+
+
+def leaves(tree: Any) -> dict[str, Tensor]:
+    """All tensors of a tree by path."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, leaf: Tensor) -> Tensor:
+        found[name] = leaf
+        return leaf
+
+    tree_map(note, tree)
+    return found
+
+
+def rebuild(like: Tree, tensors: dict[str, Tensor]) -> Tree:
+    """A tree shaped like ``like`` with the tensors that ``leaves`` once took out of it."""
+    return tree_map(lambda name, _: tensors[name], like)

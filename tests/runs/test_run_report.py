@@ -1,0 +1,179 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from peerlora.errors import RunError
+from peerlora.runs import figures
+from peerlora.runs.compare_report import ComparisonRow, write_comparison
+from peerlora.runs.events import Warned
+from peerlora.runs.report import number, size, write_report
+from peerlora.runs.store import RunStore
+from peerlora.runs.table import summarise
+
+EMPTY = {"meta", "br", "link", "img", "input", "hr"}
+NASTY = "</style><script>alert('x')</script> & $x_1$ 利益"
+
+
+class Page(HTMLParser):
+    """Checks that elements close in order, and collects what matters."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.links, self.ids, self.words = [], [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+
+def report(folder, events, config="clients: 3\n") -> Page:
+    with RunStore.create(folder, config, {}) as store:
+        for event in events:
+            store.emit(event)
+    return Page(write_report(folder))
+
+
+def test_the_report_is_self_contained_and_well_formed(tmp_path, run):
+    page = report(tmp_path / "run", run())
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    source = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in source and set(re.findall(r"url\((.)", source)) <= {"#"}
+    assert page.tags.count("figure") == 6
+
+
+def test_the_headline_has_the_numbers(tmp_path, run):
+    text = report(tmp_path / "run", run(clients=3)).text
+    assert "adf-lora, 3 clients" in text and "4 rounds, seed 7; finished" in text
+    assert "mean over clients' own models after round 4, on 50 rows 0.5001" in text
+    assert "accuracy, worst client 0.5 " in text and "accuracy, averaged model 0.9" in text
+    assert "sent by all clients together 800 bytes" in text and "higher is better" in text
+    assert "0: 4 1: 4 2: never" in text
+
+
+def test_the_worst_client_of_a_loss_is_the_highest(tmp_path, run):
+    text = report(tmp_path / "run", run(metric="loss", higher_is_better=False)).text
+    assert "loss, worst client 0.5002" in text and "lower is better" in text
+
+
+def test_what_users_write_is_escaped(tmp_path, run):
+    partition = {"names": [NASTY, "other"], "counts": [[1, 2]] * 3}
+    events = run(method=NASTY, metric=NASTY, partition=partition, topology={"kind": NASTY}, warnings=[NASTY])
+    page = report(
+        tmp_path / "run", [*events, Warned(NASTY + "!"), Warned("undecodable \udc80")], config=f"source: {NASTY}\n"
+    )
+    assert "script" not in page.tags
+    assert page.text.count(NASTY) >= 6
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_run_that_stopped_half_way_has_a_report(tmp_path, run, stop):
+    text = report(tmp_path / "run", run(stop=stop)).text
+    assert f"not finished: {stop} of 4 rounds so far" in text
+
+
+def test_a_run_without_any_event_has_a_report(tmp_path):
+    assert "has not started" in report(tmp_path / "run", []).text
+
+
+def test_no_report_outside_a_run_folder(tmp_path):
+    with pytest.raises(RunError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_one_client_has_no_graph(tmp_path, run):
+    text = report(tmp_path / "run", run(clients=1)).text
+    assert "Who exchanged" not in text and "Training loss" in text
+
+
+def test_a_thousand_clients_are_summed_up(tmp_path, run):
+    page = report(tmp_path / "run", run(clients=1000, rounds=2))
+    assert "The first 60 of 1000 clients." in page.text and "middle 90 %" in page.text
+    assert "Without any contact (hollow): 998." in page.text
+    assert (tmp_path / "run" / "report.html").stat().st_size < 1_000_000
+
+
+def test_a_partition_without_counts_has_no_label_figure(tmp_path, run):
+    assert "holds which labels" not in report(tmp_path / "run", run(partition={"rows": 3})).text
+
+
+def test_the_same_events_give_the_same_bytes(tmp_path, run):
+    for name in ("one", "two"):
+        report(tmp_path / name, run())
+    assert (tmp_path / "one" / "report.html").read_bytes() == (tmp_path / "two" / "report.html").read_bytes()
+
+
+def test_zeros_on_the_log_scale_are_left_out_and_said():
+    rounds = [1, 2, 3]
+    assert figures.log_figure("a", "t", {"x": (rounds, [1.0, 0.1, 0.01])}).note == ""
+    assert "Zeros" in figures.log_figure("a", "t", {"x": (rounds, [1.0, 0.0, 0.01])}).note
+    assert "Zeros" in figures.log_figure("a", "t", {"x": (rounds, [0.0, 0.0, 0.0])}).note
+    figures.log_figure("a", "t", {"x": (rounds, [float("nan")] * 3)})
+
+
+def test_rare_labels_are_put_together():
+    counts = [[label + 1 for label in range(14)]] * 2
+    legend = figures.labels_figure("a", "t", [f"l{label}" for label in range(14)], counts).legend
+    assert [key.label for key in legend] == [f"l{label}" for label in range(4, 14)] + ["4 other labels"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (0.123456, "0.1235"),
+        (1234567, "1,234,567"),
+        (1234.5, "1,234"),
+        (1e-9, "1e-09"),
+    ],
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (49_380, "49.38 kB"), (2.5e9, "2.5 GB")]
+)
+def test_bytes_for_people(count, text):
+    assert size(count) == text
+
+
+def test_a_comparison_shows_every_run_and_links_to_its_report(tmp_path, run):
+    one, two = run(rounds=4), run(rounds=2, seed=8)
+    rows = [
+        ComparisonRow("mix", "one <i>", one, {**summarise(one), "run": str(tmp_path / "runs" / "a b")}),
+        ComparisonRow("mix", "two", two, {**summarise(two), "run": "two"}),
+        ComparisonRow("pooled", "all data in one place", None, {"accuracy": {"averaged": 0.95}}),
+    ]
+    page = Page(write_comparison(tmp_path / "demo", rows))
+    outside = [link for link in page.links if not link.startswith("#")]
+    assert outside == ["../runs/a%20b/report.html", "two/report.html"]
+    assert "i" not in page.tags and "one <i>" in page.text
+    assert "mix (row 2)" in page.text and "pooled all data in one place – – – 0.95" in page.text
+    assert "The runs differ in seed" in page.text
+    assert page.tags.count("figure") == 5
+
+
+def test_a_comparison_of_nothing_is_a_page(tmp_path):
+    assert "0 runs compared" in Page(write_comparison(tmp_path, [])).text

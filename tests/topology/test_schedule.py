@@ -1,0 +1,177 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peerlora.topology.describe import parse_spec
+from peerlora.topology.schedule import build_topology
+from peerlora.topology.weights import rho, weights
+
+KINDS = ["ring", "torus", "path", "star", "complete", "exponential", "random-regular", "erdos-renyi", "random"]
+WEIGHTS = ["metropolis", "laplacian", "uniform", "pairwise"]
+
+
+def topology(spec, clients=10, seed=0):
+    return build_topology(parse_spec(spec), clients, seed)
+
+
+@pytest.mark.parametrize("drops", ["", " drop_links=0.3", " drop_clients=0.3", " drop_links=0.2 drop_clients=0.2"])
+@pytest.mark.parametrize("rule", WEIGHTS)
+@pytest.mark.parametrize("kind", [*KINDS, "edges edges=[[0, 1], [1, 2], [2, 3]] allow_disconnected=true"])
+def test_declared_properties_hold(kind, rule, drops):
+    made = topology(f"{kind} weights={rule}{drops}", clients=12)
+    rounds = [made.at(t) for t in range(4)]
+    for graph in rounds:
+        W, adjacency = graph.W, graph.adjacency
+        assert (adjacency == adjacency.T).all() and not adjacency.diagonal().any()
+        assert (W >= -1e-12).all()
+        assert W.sum(axis=1) == pytest.approx(1, abs=1e-12) and W.sum(axis=0) == pytest.approx(1, abs=1e-12)
+        assert not made.properties.symmetric or (W == W.T).all()
+        assert not made.properties.neighbours_only or (W[~(adjacency | np.eye(12, dtype=bool))] == 0).all()
+        assert not made.properties.static or graph is rounds[0]
+    assert made.properties.doubly_stochastic
+
+
+@pytest.mark.parametrize(
+    ("spec", "static", "symmetric"),
+    [
+        ("ring", True, True),
+        ("erdos-renyi", True, True),
+        ("random", False, True),
+        ("ring drop_links=0.1", False, True),
+        ("ring drop_clients=0.1", False, True),
+        ("ring weights=pairwise", False, False),
+    ],
+)
+def test_declared_properties(spec, static, symmetric):
+    properties = topology(spec).properties
+    assert (properties.static, properties.symmetric, properties.neighbours_only) == (static, symmetric, symmetric)
+
+
+@given(
+    st.sampled_from(["random p=0.3", "ring", "random-regular"]),
+    st.sampled_from(WEIGHTS),
+    st.integers(0, 3),
+    st.integers(0, 50),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_peer_computes_the_same_round(kind, rule, seed, t):
+    spec = f"{kind} weights={rule} drop_links=0.2 drop_clients=0.1"
+    one, other = topology(spec, seed=seed), topology(spec, seed=seed)
+    other.at(t + 1)  # what was asked before must not matter
+    assert (one.at(t).W == other.at(t).W).all()
+    assert (one.at(t).adjacency == other.at(t).adjacency).all()
+    assert (one.links(t) == one.at(t).adjacency).all()
+
+
+@pytest.mark.parametrize(
+    "spec", ["random p=0.3", "ring drop_links=0.5", "ring drop_clients=0.5", "complete weights=pairwise"]
+)
+def test_rounds_and_seeds_differ(spec):
+    made = topology(spec)
+    assert (made.at(0).W != made.at(1).W).any()
+    assert (made.at(0).W != topology(spec, seed=1).at(0).W).any()
+
+
+def test_away_clients_have_no_links_and_keep_their_own():
+    made = topology("complete drop_clients=0.4")
+    for t in range(10):
+        graph = made.at(t)
+        away = graph.degrees == 0
+        assert (graph.W[away] == np.eye(10)[away]).all()
+        assert (graph.adjacency[~away][:, ~away] == ~np.eye((~away).sum(), dtype=bool)).all()
+    assert 0.2 < np.mean([(made.at(t).degrees == 0).mean() for t in range(200)]) < 0.6
+
+
+def test_weights_of_the_other_links_do_not_change_when_one_is_down():
+    full, some = topology("ring").at(0).W, topology("ring drop_links=0.5").at(0)
+    up = some.adjacency
+    assert 0 < up.sum() < 20
+    assert (some.W[up] == full[up]).all()
+
+
+def test_share_of_links_down():
+    made = topology("complete drop_links=0.25")
+    assert np.mean([made.links(t).sum() / 90 for t in range(300)]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_round_graph_by_hand():
+    graph = topology("path", clients=4).at(9)
+    assert graph.edges == [(0, 1), (1, 2), (2, 3)]
+    assert graph.degrees.tolist() == [1, 2, 2, 1]
+    assert graph.neighbours(1) == [0, 2]
+
+
+def test_one_client_keeps_its_own():
+    for kind in KINDS:
+        made = topology(f"{kind} drop_links=0.5", clients=1)
+        assert made.at(3).W.tolist() == [[1.0]]
+        assert made.rho(rounds=3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("random p=0.5", 0.397),
+        ("random p=0.2", 0.661),
+        ("random p=0.1", 0.804),
+        ("random p=0.02", 0.955),
+        ("random p=0.5 weights=pairwise", 0.231),
+        ("random p=0.1 weights=pairwise", 0.778),
+        ("random p=0.1 weights=laplacian", 0.857),
+        ("ring", 0.873),
+        ("ring weights=laplacian", 0.936),
+        ("complete", 0.0),
+    ],
+)
+def test_rho_of_ten_clients_as_known(spec, expected):
+    # The known numbers are from 4,000 plain draws, whose largest eigenvalue comes out up to 0.01 too high.
+    assert topology(spec).rho() == pytest.approx(expected, abs=0.015)
+
+
+def test_rho_of_two_random_clients_in_closed_form():
+    # They agree at once with probability p and else stay as they are, so rho^2 = 1 - p.
+    assert topology("random p=0.3", clients=2).rho(rounds=4000) == pytest.approx(0.7**0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("rule", ["metropolis", "laplacian", "uniform"])
+def test_rho_of_three_random_clients_by_enumeration(rule):
+    p, moment = 0.4, np.zeros((3, 3))
+    for links in itertools.product([False, True], repeat=3):
+        adjacency = np.zeros((3, 3), dtype=bool)
+        adjacency[[0, 0, 1], [1, 2, 2]] = links
+        W = weights(adjacency | adjacency.T, rule)
+        moment += p ** sum(links) * (1 - p) ** (3 - sum(links)) * W.T @ W
+    estimate = topology(f"random p={p} weights={rule}", clients=3).rho(rounds=3000)
+    assert estimate == pytest.approx(rho(moment), abs=0.015)
+
+
+def test_rho_predicts_how_the_disagreement_shrinks():
+    made = topology("random p=0.2", seed=3)
+    x = np.random.default_rng(0).normal(size=(10, 400))
+    before = ((x - x.mean(axis=0)) ** 2).sum()
+    ratio = np.mean([((made.at(t).W @ (x - x.mean(axis=0))) ** 2).sum() / before for t in range(400)])
+    assert ratio**0.5 == pytest.approx(made.rho(), abs=0.02)
+
+
+def test_rho_does_not_depend_on_how_it_was_used():
+    made = topology("random p=0.2")
+    before = made.rho(rounds=50)
+    made.at(7)
+    assert made.rho(rounds=50) == before == topology("random p=0.2").rho(rounds=50)
+    assert (next(made.sample(1)).W != made.at(0).W).any()
+    for graph, links in zip(made.sample(3), made.sample_links(3), strict=True):
+        assert (graph.adjacency == links).all()
+
+
+def test_rho_of_a_ring_with_drops_is_between_ring_and_nothing():
+    assert topology("ring").rho() < topology("ring drop_links=0.3").rho(rounds=200) < 1
+
+
+@pytest.mark.parametrize("rule", WEIGHTS)
+def test_a_thousand_clients(rule):
+    made = topology(f"random p=0.01 weights={rule}", clients=1000)
+    assert made.at(0).W.sum(axis=1) == pytest.approx(1, abs=1e-12)
+    assert made.draws == 20
