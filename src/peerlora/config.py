@@ -303,7 +303,9 @@ class RunConfig(Section):
     def _one_per_client(self):
         for name, value in (("adapter.rank", self.adapter.rank), ("train.batch", self.train.batch)):
             if isinstance(value, list) and len(value) != self.clients:
-                raise ValueError(f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each")
+                raise ValueError(
+                    f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each"
+                )
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"

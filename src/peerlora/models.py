@@ -24,6 +24,8 @@ class Base:
     model: nn.Module
     source: str
     initialised: tuple[str, ...]
+    longest: int | None
+    """The most tokens that it can read, where that is limited."""
 
 
 def load_tokenizer(source: str) -> Any:
@@ -50,11 +52,19 @@ def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_to
     place, more = _place(source)
     with _quiet(), _named(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))
-        model, info = auto.from_pretrained(*place, **more, **options)
+        loaded: Any = auto.from_pretrained(*place, **more, **options)
+    model, info = loaded
     model.config.pad_token_id = pad_token
     model.config.use_cache = False
     missing = {key.rsplit(".", 1)[0] for key in info["missing_keys"]}
-    return Base(model, source, tuple(sorted(missing)))
+    return Base(model, source, tuple(sorted(missing)), _longest(model))
+
+
+def _longest(model: Any) -> int | None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in model.config.model_type:
+        limit -= model.config.pad_token_id + 1  # its positions start behind the padding token's number
+    return limit
 
 
 def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
@@ -63,7 +73,9 @@ def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
         found = package_model(source.removeprefix("packaged:"))
         return ((str(found.parent),), {"gguf_file": found.name}) if found.is_file() else ((str(found),), {})
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ModelError(f"model.source={source!r}: no such folder; give a folder with config.json, a hub id or packaged:NAME")
+        raise ModelError(
+            f"model.source={source!r}: no such folder; give a folder with config.json, a hub id or packaged:NAME"
+        )
     return ((str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source,), {})
 
 

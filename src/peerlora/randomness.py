@@ -1,4 +1,4 @@
-"""Every random draw comes from (seed, client, round, purpose), so it never depends on who runs where or in which order."""
+"""Every random draw comes from (seed, client, round, purpose), never from who runs where or in which order."""
 
 import hashlib
 from typing import TYPE_CHECKING

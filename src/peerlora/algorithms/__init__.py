@@ -34,7 +34,9 @@ def build_algorithm(name: str, parameters: dict[str, Any]) -> Algorithm[Any]:
             raise ConfigError(f"unknown key 'algorithm.{key}'{nearest(key, known)}; {name} {takes}")
         default = known[key].default
         if default is not MISSING and type(value) is not type(default):
-            raise ConfigError(f"algorithm.{key}: {value!r} given; expected a {type(default).__name__} such as {default!r}")
+            raise ConfigError(
+                f"algorithm.{key}: {value!r} given; expected a {type(default).__name__} such as {default!r}"
+            )
     return REGISTRY[name](**parameters)
 
 

@@ -125,7 +125,7 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     metric = rows[0][1]["metric"]
     table = Table(title=f"{metric} of each client's own model, and of the averaged model", title_justify="left")
     for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True, min_width=len(name))
     for name, summary in rows:
         reached = summary["accuracy"]
         worst = reached["own_max"] if metric == "loss" else reached["own_min"]
@@ -138,14 +138,21 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
             megabytes(summary["bytes_sent"]),
             _number(summary["seconds"]["total"], ".1f"),
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a file has no width to keep to
     console.print(table)
     for name, summary in rows:
-        if summary.get("last_contact") and len(summary["last_contact"]) <= 20:
-            rounds = ", ".join("never" if t is None else str(t) for t in summary["last_contact"])
-            console.print(f"{name}: last contact of client 0, 1, ... in round {rounds}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
         console.print(f"{name}: {summary['run']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _contacts(last: list[int | None]) -> str:
+    if all(t is None for t in last):
+        return "no client had contact"
+    if len(last) > 20:
+        met = [t for t in last if t is not None]
+        return f"last contacts between round {min(met)} and {max(met)}, {len(last) - len(met)} clients never"
+    return "last contact of client 0, 1, ... in round " + ", ".join("never" if t is None else str(t) for t in last)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -1,21 +1,66 @@
 """``peerlora show``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peerlora.cli.words import AsJson, print_json
 
+FILES = ("report.html", "metrics.parquet", "events.jsonl", "config.yaml", "summary.json", "adapters", "checkpoints")
 
-def command(run: Annotated[Path, typer.Argument(help="a run's folder")], json: AsJson = False) -> None:
+
+def command(
+    run: Annotated[Path, typer.Argument(help="a run's folder, or one that holds several, such as a demo's")],
+    json: AsJson = False,
+) -> None:
     """Show how a run stands: its progress, its results, its files."""
-    from peerlora.runs.report import summarise
-
-    summary = summarise(run)
-    if json:
-        print_json(summary)
+    if _holds_run(run) or not _runs_in(run):
+        told = _describe(run)
+        print_json(told) if json else _print([told], [""])
         return
+    several = [_describe(each) for each in _runs_in(run)]
+    if json:
+        report = run / "report.html"
+        print_json({"runs": several, "report": str(report) if report.is_file() else None})
+    else:
+        _print(several, [each.name for each in _runs_in(run)])
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file()
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(each.parent for each in folder.glob("*/run.json"))
+
+
+def _describe(run: Path) -> dict[str, Any]:
+    """The summary of a run, what is left to do, and the files it holds."""
+    from peerlora.config import load_config
+    from peerlora.runs.store import read_events
+    from peerlora.runs.table import summarise
+
+    summary = summarise(read_events(run))
+    finished = (run / "summary.json").is_file()
+    return summary | {
+        "run": str(run),
+        "finished": finished,
+        "rounds_planned": load_config(run / "config.yaml").train.rounds,
+        "resume": None if finished else f"peerlora train --resume {run}",
+        "files": [name for name in FILES if (run / name).exists()],
+    }
+
+
+def _print(told: list[dict[str, Any]], names: list[str]) -> None:
     from peerlora.cli.progress import print_summary
 
-    print_summary([(summary["method"], summary)])
+    begun = [(name or each["method"], each) for name, each in zip(names, told, strict=True) if each["method"]]
+    if begun:
+        print_summary(begun)
+    for each in told:
+        state = "finished" if each["finished"] else "not finished"
+        print(f"{each['run']}: {state}, {each['rounds']} of {each['rounds_planned']} rounds")
+        print(f"  holds {', '.join(each['files'])}")
+        if each["resume"]:
+            print(f"  go on with: {each['resume']}")

@@ -24,7 +24,9 @@ def command(
 
     config, overrides = _split(words or [])
     if resume is None and config is None and not overrides:
-        raise ConfigError("train needs a CONFIG.yaml, key=value settings, or --resume DIR; `peerlora init` writes a config")
+        raise ConfigError(
+            "train needs a CONFIG.yaml, key=value settings, or --resume DIR; `peerlora init` writes a config"
+        )
     if resume is not None and out is not None:
         raise ConfigError(f"--out {out} and --resume {resume} given; a resumed run stays in its folder, drop --out")
     wanted = load_config(config, overrides) if config or resume is None else None

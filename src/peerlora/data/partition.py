@@ -83,7 +83,7 @@ def _dirichlet(config: DirichletPartition, train: Dataset, clients: int, rng: np
     concentration = np.full(clients, config.concentration)
 
     def draw() -> np.ndarray:
-        return np.stack([_apportion(rng.dirichlet(concentration), rows) for rows in have], axis=1)
+        return np.stack([_apportion(rng.dirichlet(concentration), int(rows)) for rows in have], axis=1)
 
     return _leave_none_empty(_deal(_redrawn(draw), train, rng), clients, rng)
 

@@ -112,7 +112,7 @@ class Adapters:
 
     spec: AdapterSpec
     flat: Float[Tensor, "client parameter"]
-    ranks: Int[Tensor, "client"]
+    ranks: Int[Tensor, " client"]
 
     @property
     def clients(self) -> int:
@@ -138,7 +138,7 @@ class Adapters:
         return {slot.name: self.spec.view(slot, self.flat) for slot in self.spec.slots if slot.block == block}
 
     @property
-    def scaling(self) -> Float[Tensor, "client"]:
+    def scaling(self) -> Float[Tensor, " client"]:
         """alpha / rank of every client: the update of a layer is ``scaling * B @ A``."""
         return self.spec.alpha / self.ranks.to(self.flat.dtype)
 

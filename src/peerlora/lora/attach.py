@@ -149,5 +149,7 @@ def _head_linears(base: nn.Module, heads: tuple[str, ...]) -> list[tuple[str, nn
                 found.append((name, module))
             elif next(module.parameters(recurse=False), None) is not None:
                 kind = type(module).__name__
-                raise ModelError(f"head {head} holds a {kind} at {name}; only linear heads train; set adapter.head=frozen")
+                raise ModelError(
+                    f"head {head} holds a {kind} at {name}; only linear heads train; set adapter.head=frozen"
+                )
     return found

@@ -44,7 +44,7 @@ def export_adapter(folder: Path, x: Adapters, client: int, model: StackedModel, 
     full = [*model.targets.heads, *context.extra_modules]
     config = LoraConfig(
         r=rank,
-        lora_alpha=_whole(x.spec.alpha),
+        lora_alpha=_whole(x.spec.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
         lora_dropout=context.dropout,
         target_modules=[layer.name for layer in x.spec.layers],
         modules_to_save=full or None,
@@ -82,7 +82,7 @@ def _full_tensors(x: Adapters, client: int, model: StackedModel, context: Export
     for module in (*model.targets.heads, *context.extra_modules):
         for name, value in model.base.get_submodule(module).state_dict(prefix=f"{module}.").items():
             plain = name.replace(".base.", ".")  # a swapped-in layer keeps the original under `base`
-            tensors[_PREFIX + plain] = trained.get(plain, value).detach().contiguous().clone()
+            tensors[_PREFIX + plain] = (trained[plain] if plain in trained else value).detach().contiguous().clone()
     return tensors
 
 
@@ -106,7 +106,7 @@ def _card(context: ExportContext, rank: int, spec: AdapterSpec) -> str:
     return (
         f"---\n{json.dumps(head, indent=2)}\n---\n\n# LoRA adapter trained without a server\n\n"
         f"Rank {rank}, alpha {_whole(spec.alpha)}, {len(spec.layers)} layers of `{context.base_source}`.  "
-        "Trained with [peerlora](https://pypi.org/project/peerlora/): every client keeps its data and averages adapters with its neighbours.\n\n"
+        "Trained with peerlora: every client keeps its data and averages adapters with its neighbours.\n\n"
         "```python\nfrom peft import PeftModel\n"
         "model = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
         f"| run | |\n| --- | --- |\n{facts}\n"
@@ -136,7 +136,9 @@ def read_adapter(folder: Path, spec: AdapterSpec, like: Adapters) -> Adapters:
         value = tensors.get(key)
         if value is None or tuple(value.shape) != cut(slot, spec.rank):
             given = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-            raise ModelError(f"adapter.start: {key}: {given}; expected shape {cut(slot, spec.rank)}; use an adapter of these layers")
+            raise ModelError(
+                f"adapter.start: {key}: {given}; expected shape {cut(slot, spec.rank)}; use an adapter of these layers"
+            )
         if not torch.isfinite(value).all():
             raise ModelError(f"adapter.start: {key} holds values that are not finite; use an undamaged adapter")
         flat[:, slot.start : slot.stop] = value.reshape(-1).to(flat.dtype)
@@ -148,6 +150,6 @@ def _check_scaling(config: dict[str, Any], spec: AdapterSpec, like: Adapters, fo
     if not like.equal_ranks or rank != spec.rank or alpha != spec.alpha or config.get("use_rslora"):
         raise ModelError(
             f"adapter.start={str(folder)!r} has rank {rank} and alpha {alpha}; the config has rank "
-            f"{sorted(set(like.ranks.tolist()))} and alpha {_whole(spec.alpha)}; make adapter.rank and adapter.alpha equal to the folder's"
+            f"{sorted(set(like.ranks.tolist()))} and alpha {_whole(spec.alpha)}; make adapter.rank and adapter.alpha "
+            "equal to the folder's"
         )
-

@@ -23,7 +23,7 @@ def sum_norm2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client ra
     return torch.stack([(left @ strip).square().sum() for strip in strips]).sum()
 
 
-def norms2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, "client"]:
+def norms2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, " client"]:
     """``|| B_i A_i ||_F^2 = trace((B^T B)(A A^T))`` of every client."""
     return ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
 
@@ -42,7 +42,7 @@ def cross_term2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client 
 
 
 def local_cross_term2(
-    B: Float[Tensor, "sender d_out rank"], A: Float[Tensor, "sender rank d_in"], weights: Float[Tensor, "sender"]
+    B: Float[Tensor, "sender d_out rank"], A: Float[Tensor, "sender rank d_in"], weights: Float[Tensor, " sender"]
 ) -> Float[Tensor, ""]:
     """What one receiver loses in one mixing, squared; ``weights`` is its row of W without the zeros.
 

@@ -18,7 +18,7 @@ from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
 from peerlora.data.sources import Dataset, load_datasets
-from peerlora.errors import CompositionError
+from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, find_targets
@@ -92,6 +92,17 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     return ()
 
 
+def _check_memory(clients: int) -> None:
+    """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
+    needed = 4 * 8 * clients**2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise CompositionError(
+            f"clients={clients} needs {needed / 1e9:.0f} GB for mixing matrices, this machine has "
+            f"{there / 1e9:.0f} GB; use fewer clients"
+        )
+
+
 def compose(
     config: RunConfig,
     *,
@@ -106,6 +117,7 @@ def compose(
     an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
     """
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    _check_memory(config.clients)
     topology = build_topology(config.topology, config.clients, config.seed)
     warnings = check_composition(config, algorithm, topology)
     materials = materials or load_materials(config)
@@ -137,6 +149,10 @@ def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedMo
     kind, source = config.task.kind, config.model.source
     dtype = DTYPES[config.train.dtype]
     base = load_base(source, kind, train.names, config.seed, tokenizer.pad_token_id, dtype)
+    if base.longest is not None and config.data.max_length > base.longest:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
+        )
     targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
     pack_frozen(base.model, config.train.dtype, skip=targets.heads)
     model = StackedModel(

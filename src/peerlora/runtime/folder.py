@@ -59,7 +59,9 @@ def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitio
     if now.get("threads") is None:
         now["threads"] = was.get("threads")
     differences = [
-        f"{key}: {was.get(key)!r} then, {now.get(key)!r} now" for key in sorted(was | now) if was.get(key) != now.get(key)
+        f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(was | now)
+        if was.get(key) != now.get(key)
     ]
     then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
     if then != given:

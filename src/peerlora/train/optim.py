@@ -26,7 +26,7 @@ class Moments:
     """Mean of gradients (AdamW) or momentum buffer (SGD)."""
     second: Float[Tensor, "client parameter"]
     """Mean of squared gradients (AdamW; unused by SGD)."""
-    steps: Mapping[str, Int[Tensor, "client"]]
+    steps: Mapping[str, Int[Tensor, " client"]]
     """Steps taken so far, by block."""
 
     @staticmethod

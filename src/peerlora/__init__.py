@@ -1,0 +1,70 @@
+"""peerlora: clients that may not pool their data fine-tune one model together, without a server.
+
+    from peerlora import load_config, simulate
+    result = simulate(load_config("peerlora.yaml"))
+
+Names are imported when first used, so ``import peerlora`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peerlora.algorithms import REGISTRY as REGISTRY
+    from peerlora.algorithms import describe_algorithms as describe_algorithms
+    from peerlora.config import RunConfig as RunConfig
+    from peerlora.config import load_config as load_config
+    from peerlora.config import schema as schema
+    from peerlora.errors import CompositionError as CompositionError
+    from peerlora.errors import ConfigError as ConfigError
+    from peerlora.errors import DataError as DataError
+    from peerlora.errors import DivergenceError as DivergenceError
+    from peerlora.errors import ModelError as ModelError
+    from peerlora.errors import PeerloraError as PeerloraError
+    from peerlora.errors import RunError as RunError
+    from peerlora.errors import TopologyError as TopologyError
+    from peerlora.lora.adapters import Adapters as Adapters
+    from peerlora.lora.adapters import AdapterSpec as AdapterSpec
+    from peerlora.runs.store import read_events as read_events
+    from peerlora.runtime.compose import Federation as Federation
+    from peerlora.runtime.compose import compose as compose
+    from peerlora.runtime.folder import export_from_run as export_from_run
+    from peerlora.runtime.simulate import Result as Result
+    from peerlora.runtime.simulate import resume as resume
+    from peerlora.runtime.simulate import simulate as simulate
+    from peerlora.topology.schedule import Topology as Topology
+    from peerlora.topology.schedule import build_topology as build_topology
+
+_HOMES = {
+    "REGISTRY": "algorithms",
+    "describe_algorithms": "algorithms",
+    "RunConfig": "config",
+    "load_config": "config",
+    "schema": "config",
+    "CompositionError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DivergenceError": "errors",
+    "ModelError": "errors",
+    "PeerloraError": "errors",
+    "RunError": "errors",
+    "TopologyError": "errors",
+    "Adapters": "lora.adapters",
+    "AdapterSpec": "lora.adapters",
+    "read_events": "runs.store",
+    "Federation": "runtime.compose",
+    "compose": "runtime.compose",
+    "export_from_run": "runtime.folder",
+    "Result": "runtime.simulate",
+    "resume": "runtime.simulate",
+    "simulate": "runtime.simulate",
+    "Topology": "topology.schedule",
+    "build_topology": "topology.schedule",
+}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peerlora' has no attribute {name!r}")
+    return getattr(import_module(f"peerlora.{_HOMES[name]}"), name)

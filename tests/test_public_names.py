@@ -1,0 +1,19 @@
+import subprocess
+import sys
+
+import peerlora
+
+
+def test_every_public_name_is_importable_and_documented():
+    for name in peerlora.__all__:
+        thing = getattr(peerlora, name)
+        assert isinstance(thing, dict) or thing.__doc__, name
+
+
+def test_unknown_name_is_an_attribute_error():
+    assert not hasattr(peerlora, "no_such_name")
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import peerlora, sys; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
