@@ -4,15 +4,20 @@
 
 FOLDER holds SST-2's train.parquet and validation.parquet.  Each method's learning rate is chosen from one grid, with
 one seed and the full budget, on training rows that are set aside (never on the reported split).  Finished cells are
-kept in the output file, so that the study can be stopped and gone on with.  ``--write docs/results.md`` renders it.
+kept in the output file, so that the study can be stopped and gone on with.  At the end the table is written between
+the markers ``sst2`` of docs/results.md.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
+
+from markers import insert
 
 from peerlora.config import load_config
 from peerlora.runtime.demo import pooled
@@ -47,35 +52,47 @@ def cell_config(data: Path, method: str, rate: float, seed: int, search: bool, r
         "eval": {"every": rounds},
         "checkpoint": {"every": rounds},
         "seed": seed,
+        "threads": 1,
     }
     config = load_config(tree, METHODS[method])
     return pooled(config) if method == "all data in one place" else config
 
 
-def run_cell(cells: dict, path: Path, key: str, config) -> dict:
-    if key not in cells:
-        with tempfile.TemporaryDirectory() as folder:
-            summary = simulate(config, Path(folder) / "run").summary
-        cells[key] = {name: summary[name] for name in ("accuracy", "consensus", "bytes_sent", "seconds", "metric")}
-        text = json.dumps(
-            {"facts": run_facts(config), "config": config.model_dump(mode="json"), "cells": cells}, indent=1
-        )
-        path.write_text(text + "\n")
-        print(key, cells[key]["accuracy"], f"{cells[key]['seconds']['total']:.0f} s", flush=True)
-    return cells[key]
+def run_cell(config) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        summary = simulate(config, Path(folder) / "run").summary
+    return {name: summary[name] for name in ("accuracy", "consensus", "bytes_sent", "seconds", "metric")}
 
 
-def run_study(data: Path, path: Path, rounds: int) -> dict:
+def run_cells(cells: dict, path: Path, wanted: dict, workers: int) -> None:
+    """Fill in what is missing, one thread each, and write the file after every cell."""
+    missing = {key: config for key, config in wanted.items() if key not in cells}
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(run_cell, config): key for key, config in missing.items()}
+        for job in as_completed(jobs):
+            key = jobs[job]
+            cells[key] = job.result()
+            config = wanted[key]
+            study = {"facts": run_facts(config), "config": config.model_dump(mode="json"), "cells": cells}
+            path.write_text(json.dumps(study, indent=1) + "\n")
+            print(key, cells[key]["accuracy"], f"{cells[key]['seconds']['total']:.0f} s", flush=True)
+
+
+def run_study(data: Path, path: Path, rounds: int, workers: int) -> None:
     cells = json.loads(path.read_text())["cells"] if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for method in METHODS:
-        for rate in RATES:
-            run_cell(cells, path, f"search|{method}|{rate}|0", cell_config(data, method, rate, 0, True, rounds))
+    search = {
+        f"search|{method}|{rate}|0": cell_config(data, method, rate, 0, True, rounds)
+        for method in METHODS
+        for rate in RATES
+    }
+    run_cells(cells, path, search, workers)
+    final = {}
     for seed in SEEDS:
         for method in METHODS:
             rate = best_rate(cells, method)
-            run_cell(cells, path, f"final|{method}|{rate}|{seed}", cell_config(data, method, rate, seed, False, rounds))
-    return cells
+            final[f"final|{method}|{rate}|{seed}"] = cell_config(data, method, rate, seed, False, rounds)
+    run_cells(cells, path, final, workers)
 
 
 def best_rate(cells: dict, method: str) -> float:
@@ -114,6 +131,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("bench/results/sst2.json"))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2, help="cells at a time, one thread each")
     options = parser.parse_args()
-    run_study(options.data, options.out, options.rounds)
+    run_study(options.data, options.out, options.rounds, options.workers)
+    insert(Path("docs/results.md"), "sst2", render(options.out))
     print(render(options.out))

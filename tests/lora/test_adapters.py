@@ -60,7 +60,9 @@ def test_only_takes_a_copy_of_some_blocks():
     assert torch.equal(part.flat, x.flat[:, 18:36]) and set(part.B) == {"q", "v"} and not part.A and not part.head
     part.flat.zero_()
     assert torch.equal(x.flat, counted().flat)
-    assert torch.equal(x.only("AB").flat, x.flat[:, :36]) and torch.equal(x.only("head").head["out.bias"], x.head["out.bias"])
+    assert torch.equal(x.only("AB").flat, x.flat[:, :36]) and torch.equal(
+        x.only("head").head["out.bias"], x.head["out.bias"]
+    )
 
 
 @pytest.mark.parametrize("block", ["A", "B", "AB", "head"])
@@ -148,7 +150,12 @@ def test_rows_keep_clients_and_their_ranks():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_padding_stays_exactly_zero_through_training(config, optimizer):
-    words = ["adapter.rank=[1, 3, 2, 3]", "train.weight_decay=0.1", f"train.optimizer={optimizer}", "train.momentum=0.9"]
+    words = [
+        "adapter.rank=[1, 3, 2, 3]",
+        "train.weight_decay=0.1",
+        f"train.optimizer={optimizer}",
+        "train.momentum=0.9",
+    ]
     federation = compose(config("bert", "algorithm.name=local", *words, "train.lr=0.3", "train.clip=1.0"))
     x = federation.start
     for t in range(3):

@@ -73,7 +73,9 @@ def test_all_linear_takes_every_linear_layer_but_the_output(models, kind, each, 
 
 
 def test_no_match_lists_the_layers_that_exist(models):
-    with pytest.raises(ModelError, match=r"adapter\.targets=\['quarry'\].*linear layers that exist: query, key, value, dense"):
+    with pytest.raises(
+        ModelError, match=r"adapter\.targets=\['quarry'\].*linear layers that exist: query, key, value, dense"
+    ):
         found(models, "bert", ["quarry"])
     with pytest.raises(ModelError, match="no layer of BertForSequenceClassification matches"):
         found(models, "bert", "nothing.*")
@@ -103,7 +105,9 @@ def test_an_unknown_model_type_without_targets_is_refused():
 
 
 def test_only_linear_layers_can_be_targets(models):
-    with pytest.raises(ModelError, match="word_embeddings is a Embedding; adapter.targets can adapt linear layers only"):
+    with pytest.raises(
+        ModelError, match="word_embeddings is a Embedding; adapter.targets can adapt linear layers only"
+    ):
         found(models, "bert", ["query", "word_embeddings"])
 
 
@@ -151,7 +155,12 @@ def test_a_start_with_B_zero_gives_the_bases_own_logits(models, kind):
 def test_the_trained_head_is_the_bases_head(models):
     base = base_of(models, "roberta")
     model = attached(base, "roberta")
-    names = ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"]
+    names = [
+        "classifier.dense.weight",
+        "classifier.dense.bias",
+        "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+    ]
     assert list(model.head()) == names
     assert torch.equal(model.head()["classifier.dense.weight"], base.classifier.dense.base.weight)
     frozen = StackedModel(model.detach(), find_targets(base, "SEQ_CLS", None), train_head=False)

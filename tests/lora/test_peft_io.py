@@ -2,32 +2,17 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft_folders import FP32, export, trained
+from safetensors.torch import load_file
 
 from peerlora.data.batches import collate
-from peerlora.errors import ModelError
-from peerlora.lora.adapters import mask_ranks
-from peerlora.lora.peft_io import export_adapter, read_adapter
+from peerlora.lora.peft_io import export_adapter
 from peerlora.runtime.compose import compose
 
 CAUSAL = ("task.kind=causal-lm", "data.label=null")
-FP32 = "train.dtype=fp32"
-
-
-def trained(federation, seed=3):
-    """Adapters of which every tensor differs from the start, from client to client."""
-    generator = torch.Generator().manual_seed(seed)
-    x = federation.start
-    noise = torch.randn(x.flat.shape, generator=generator, dtype=torch.float64).to(x.flat.dtype)
-    return mask_ranks(replace(x, flat=x.flat + 0.1 * noise))
-
-
-def export(federation, folder, x, client=0):
-    return export_adapter(Path(folder), x, client, federation.model, federation.export)
 
 
 def load_with_peft(source, kind, folder, seed=123):
@@ -68,7 +53,7 @@ def assert_peft_agrees(config, folder, kind, words, client=1):
         with loaded.disable_adapter():
             without = plain(**inputs).logits
     assert (ours - theirs).abs().max() <= 2e-6 * float(theirs.abs().max().clamp_min(1))
-    assert (ours - without).abs().max() > 1e-2, "the adapter does nothing"
+    assert (ours - without).abs().max() > 1e-3, "the adapter does nothing"
     return federation, x, loaded
 
 
@@ -111,7 +96,9 @@ def without_pooler(models, tmp_path):
 def test_modules_that_the_base_lacks_travel_with_the_adapter(config, models, tmp_path):
     words = [f"model.source={without_pooler(models, tmp_path)}"]
     federation, _, _ = assert_peft_agrees(config, tmp_path / "out", "bert", words)
-    assert "bert.pooler.dense" in federation.export.extra_modules
+    assert federation.export.extra_modules == ("bert.pooler.dense",)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == ["bert.pooler.dense", "classifier"]
     assert "base_model.model.bert.pooler.dense.weight" in load_file(tmp_path / "out" / "adapter_model.safetensors")
 
 
@@ -179,182 +166,3 @@ def test_exporting_does_not_change_the_model(config, tmp_path):
     export(federation, tmp_path, x, 1)
     after, _ = logits_of(federation, x, 2)
     assert torch.equal(before, after)
-
-
-# --- the way back
-
-
-@pytest.mark.parametrize("words", [(), ("adapter.head=private",), ("adapter.head=frozen",), ("adapter.alpha=5.5",)])
-def test_an_exported_folder_as_start_gives_the_same_tensors(config, tmp_path, words):
-    chosen = config("bert", FP32, *words)
-    x = trained(compose(chosen))
-    export(compose(chosen), tmp_path, x, 2)
-    start = compose(config("bert", FP32, *words, f"adapter.start={tmp_path}")).start
-    assert torch.equal(start.flat, x.flat[2:3].expand(4, -1)) and torch.equal(start.ranks, x.ranks)
-
-
-def test_a_folder_that_peft_wrote_is_a_start(config, tmp_path):
-    from plain import initial_models, own_state
-
-    chosen = config("bert", FP32)
-    federation = compose(chosen)
-    own = initial_models(chosen, federation)[0]
-    for name, parameter in own.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            parameter.data.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    own.save_pretrained(tmp_path)
-    start = compose(config("bert", FP32, f"adapter.start={tmp_path}")).start
-    from peft import get_peft_model_state_dict
-
-    theirs = get_peft_model_state_dict(own)
-    ours = own_state(start, 3)
-    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.fixture
-def exported(config, tmp_path):
-    """(folder, function that reads it back with a config of these words)."""
-    federation = compose(config("bert", FP32))
-    folder = export(federation, tmp_path / "exported", trained(federation))
-
-    def read(*words, folder=folder):
-        start = compose(config("bert", FP32, *words)).start
-        return read_adapter(Path(folder), start.spec, start)
-
-    return folder, read
-
-
-def edit(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def edit_config(folder, **values):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def first_A(tensors):
-    return min(name for name in tensors if "lora_A" in name)
-
-
-def test_a_sound_folder_can_be_read(exported):
-    folder, read = exported
-    assert read().flat.isfinite().all()
-
-
-def test_a_head_that_the_folder_lacks_keeps_its_start(exported):
-    folder, read = exported
-    before = read()
-    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "classifier" in name])
-    after = read()
-    assert torch.equal(after.only("AB").flat, before.only("AB").flat)
-    assert not torch.equal(after.only("head").flat, before.only("head").flat)
-
-
-def test_a_missing_folder_is_refused(exported, tmp_path):
-    _, read = exported
-    with pytest.raises(ModelError, match="has no adapter_model.safetensors and adapter_config.json"):
-        read(folder=tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-@pytest.mark.parametrize("content", [b"", b"not what it should be", b"\xff\xfe\x00\x01" * 4])
-def test_a_damaged_file_is_refused(exported, name, content):
-    folder, read = exported
-    (folder / name).write_bytes(content)
-    with pytest.raises(ModelError, match="cannot be read"):
-        read()
-
-
-def test_a_config_that_is_no_mapping_is_refused(exported):
-    folder, read = exported
-    (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match="adapter_config.json|cannot be read"):
-        read()
-
-
-def test_a_truncated_tensor_file_is_refused(exported):
-    folder, read = exported
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="cannot be read"):
-        read()
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["adapter.rank=2"], "has rank 3 and alpha 6; the config has rank \\[2\\] and alpha 6"),
-        (["adapter.alpha=12"], "has rank 3 and alpha 6; the config has rank \\[3\\] and alpha 12"),
-        (["algorithm.name=local", "adapter.rank=[3, 1, 3, 3]"], "the config has rank \\[1, 3\\]"),
-    ],
-)
-def test_another_rank_or_alpha_is_refused(exported, words, told):
-    _, read = exported
-    with pytest.raises(ModelError, match=told):
-        read(*words)
-
-
-def test_another_shape_is_refused(exported):
-    folder, read = exported
-    edit(folder, lambda tensors: tensors.update({first_A(tensors): torch.zeros(3, 5)}))
-    with pytest.raises(ModelError, match=r"lora_A.weight: shape \(3, 5\); expected shape \(3, 16\)"):
-        read()
-
-
-def test_a_missing_layer_is_refused(exported):
-    folder, read = exported
-    edit(folder, lambda tensors: tensors.pop(first_A(tensors)))
-    with pytest.raises(ModelError, match="no such tensor"):
-        read()
-    with pytest.raises(ModelError, match="key.lora_A.weight: no such tensor"):
-        read("adapter.targets=[query, key]")
-
-
-def test_another_number_of_classes_is_refused(exported):
-    folder, read = exported
-    name = "base_model.model.classifier.weight"
-    edit(folder, lambda tensors: tensors.update({name: torch.zeros(2, 16)}))
-    with pytest.raises(ModelError, match="classifier.weight: shape"):
-        read()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(exported, value):
-    folder, read = exported
-    edit(folder, lambda tensors: tensors[first_A(tensors)].view(-1)[3:4].fill_(value))
-    with pytest.raises(ModelError, match="not finite"):
-        read()
-
-
-def test_layers_that_the_config_does_not_adapt_are_refused(exported):
-    # Read without them, the adapter would be another one than was trained.
-    _, read = exported
-    with pytest.raises(ModelError, match="value.lora_"):
-        read("adapter.targets=[query]")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"alpha_pattern": {"query": 32}},
-        {"rank_pattern": {"query": 2}},
-        {"peft_type": "LOHA"},
-    ],
-)
-def test_a_folder_that_means_another_update_is_refused(exported, values):
-    folder, read = exported
-    edit_config(folder, **values)
-    with pytest.raises(ModelError):
-        read()
-
-
-def test_a_frozen_head_that_differs_from_the_folders_is_refused_or_taken_over(exported):
-    # The factors were trained for the folder's head; with another one they mean nothing.
-    folder, read = exported
-    with pytest.raises(ModelError, match="head"):
-        read("adapter.head=frozen")

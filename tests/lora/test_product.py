@@ -128,7 +128,10 @@ def test_by_hand_two_clients_of_rank_one():
 @pytest.mark.parametrize("apart", [1e-5, 1e-8, 1e-11])
 def test_nearly_equal_clients_keep_their_digits(apart):
     generator = torch.Generator().manual_seed(0)
-    common = torch.randn(5, 2, generator=generator, dtype=torch.float64), torch.randn(2, 7, generator=generator).double()
+    common = (
+        torch.randn(5, 2, generator=generator, dtype=torch.float64),
+        torch.randn(2, 7, generator=generator).double(),
+    )
     turn = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None] * apart
     b, a = torch.randn(5, 2, generator=generator).double(), torch.randn(2, 7, generator=generator).double()
     B, A = common[0] + turn * b, common[1] + turn * a

@@ -68,7 +68,7 @@ class Progress:
             self.title = self.title or event.method
             self._line(f"{self.title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads")
         elif isinstance(event, Warned):
-            self.console.print(f"warning: {event.message}", highlight=False, markup=False)
+            self.console.print(f"warning: {event.message}", highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, Resumed):
             self.console.print(f"going on after round {event.round}", highlight=False)
         elif isinstance(event, Evaluated):

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from peerlora.config import (
+from peerlora.data.sources import Dataset
+from peerlora.errors import ConfigError, DataError, nearest
+from peerlora.randomness import numpy_generator
+from peerlora.sections import (
     ColumnPartition,
     DirichletPartition,
     IidPartition,
@@ -15,9 +18,6 @@ from peerlora.config import (
     QuantityPartition,
     SharesPartition,
 )
-from peerlora.data.sources import Dataset
-from peerlora.errors import ConfigError, DataError, nearest
-from peerlora.randomness import numpy_generator
 
 _TRIES = 10  # draws before rows are moved by hand to clients that got none
 _ROW = "peerlora_row"  # the column by which rows are told apart inside a flwr-datasets partitioner
@@ -37,17 +37,8 @@ class Partition:
     """What a user should know before training, one sentence each."""
 
     def report(self) -> dict[str, Any]:
-        """Who holds what, as plain lists and numbers."""
-        names = self.names or ("rows",)
-        clients = [
-            {
-                "client": client,
-                "rows": len(shard),
-                "labels": {name: int(count) for name, count in zip(names, own, strict=True) if self.names},
-            }
-            for client, (shard, own) in enumerate(zip(self.shards, self.counts, strict=True))
-        ]
-        return {"labels": list(self.names), "clients": clients, "warnings": list(self.warnings)}
+        """Who holds what, in plain lists: ``names`` [label] and ``counts`` [client][label] in rows."""
+        return {"names": list(self.names or ("rows",)), "counts": self.counts.tolist(), "warnings": list(self.warnings)}
 
 
 def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed: int) -> Partition:

@@ -165,9 +165,13 @@ class Adapters:
         return replace(self, flat=self.flat[clients], ranks=self.ranks[clients])
 
     def mean(self) -> Adapters:
-        """One client that holds the average of every factor and head (needs equal ranks)."""
+        """One client that holds the average of every factor and head (needs equal ranks).
+
+        Taken about the first client, so that the mean of equal clients is that client to the bit.
+        """
         assert self.equal_ranks, "factors of different ranks have no mean"
-        return replace(self, flat=self.flat.mean(0, keepdim=True), ranks=self.ranks[:1])
+        first = self.flat[:1]
+        return replace(self, flat=first + (self.flat - first).mean(0, keepdim=True), ranks=self.ranks[:1])
 
 
 def initial_adapters(

@@ -30,6 +30,8 @@ class ExportContext:
     extra_modules: tuple[str, ...] = ()
     """Frozen modules whose weights the base lacks and which we initialised: exported, else a loader draws its own."""
     tokenizer: Any = None
+    labels: tuple[str, ...] = ()
+    """Class names by id."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +59,9 @@ def export_adapter(folder: Path, x: Adapters, client: int, model: StackedModel, 
     _sort_config(folder / "adapter_config.json")
     if context.tokenizer is not None:
         context.tokenizer.save_pretrained(str(folder))
+    if context.labels:  # PEFT's config has no place for them
+        names = {"id2label": dict(enumerate(context.labels))}
+        (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(context, rank, x.spec), encoding="utf-8")
     return folder
 

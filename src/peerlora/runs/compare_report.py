@@ -39,12 +39,13 @@ class ComparisonRow:
     """As ``table.summarise`` gives it; ``run`` is its folder, absolute or relative to the comparison's."""
 
 
-def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow]) -> Path:
-    """Write report.html into ``folder``, which is made when missing."""
+def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings: Sequence[str] = ()) -> Path:
+    """Write report.html into ``folder``, which is made when missing; ``findings`` are sentences to put on top."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     starts = [start for row in rows if row.events and (start := started(row.events))]
-    body = [_lead(rows, starts), "<h2>Results</h2>", _table(folder, rows), _unlike(starts)]
+    body = [_lead(rows, starts), *(f"<p>{escape(text)}</p>" for text in findings)]
+    body += ["<h2>Results</h2>", _table(folder, rows), _unlike(rows, starts)]
     body += [picture_html(picture) for picture in _pictures(rows, starts)]
     return write_page(folder / "report.html", f"{len(rows)} runs compared", body)
 
@@ -89,13 +90,20 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _unlike(starts: Sequence[RunStarted]) -> str:
-    """A note for figures that show the first run's data and graph when the runs differ in them."""
+def _pictured(rows: Sequence[ComparisonRow]) -> ComparisonRow | None:
+    """The run whose data and graph are drawn: the one with the most contacts, the first of those."""
+    told = [row for row in rows if row.events and started(row.events)]
+    return max(told, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
+
+
+def _unlike(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
+    """A note for figures that show one run's data and graph when the runs differ in them."""
     facts = {"data": "partition", "topology": "topology", "seed": "seed"}
     differ = [word for word, name in facts.items() if any(getattr(s, name) != getattr(starts[0], name) for s in starts)]
-    if not differ:
+    shown = _pictured(rows)
+    if not differ or shown is None:
         return ""
-    text = f"The runs differ in {', '.join(differ)}; who holds what and the graph are shown for the first run."
+    text = f"The runs differ in {', '.join(differ)}; who holds what and the graph are shown for {shown.name}."
     return f'<p class="note">{escape(text)}</p>'
 
 
@@ -118,9 +126,9 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
             figures.log_figure("consensus", title, distances),
             figures.bytes_figure("bytes", "Bytes sent", sent),
         ]
-    first = next((row.events for row in rows if row.events and started(row.events)), None)
-    if first and starts:
-        pictures += [holdings(starts[0]), graph(starts[0], first)]
+    shown = _pictured(rows)
+    if shown and shown.events and (start := started(shown.events)):
+        pictures += [holdings(start), graph(start, shown.events)]
     return [picture for picture in pictures if picture]
 
 

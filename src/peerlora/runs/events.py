@@ -54,7 +54,7 @@ class RoundDone:
     cross_term: float
     local_cross_term: float
     rho: float
-    """Of this round's W: the factor by which disagreement shrinks at least."""
+    """Realised over the rounds so far: sqrt(lambda_max(mean of W^T W - J)), the share of disagreement that stays."""
     edges: list[list[int]] | None
     """[link][2] clients that exchanged, each undirected link once; None: not written down."""
     contacts: int

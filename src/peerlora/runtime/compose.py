@@ -163,7 +163,7 @@ def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedMo
         base_dropout=config.model.dropout,
     )
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
-    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer)
+    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, train.names)
     return model, export
 
 

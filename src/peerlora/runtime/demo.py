@@ -103,7 +103,7 @@ def run_demo(
         if name == "alone":
             rows.append(Row("averaged once", _note("averaged once"), averaged_once(result.summary, result.adapters)))
             shown.append(ComparisonRow("averaged once", _note("averaged once"), None, rows[-1].summary))
-    return DemoReport(rows, findings(rows), write_comparison(folder, shown))
+    return DemoReport(rows, findings(rows), write_comparison(folder, shown, findings(rows)))
 
 
 def row_config(config: RunConfig, name: str, overrides: Sequence[str]) -> RunConfig:

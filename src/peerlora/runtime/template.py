@@ -1,8 +1,10 @@
 """A first config for somebody's own data: look at the file, guess its columns, write commented YAML."""
 
+# pyright: reportAttributeAccessIssue=false
+# pyarrow.compute makes its functions while it is imported, so pyright cannot see them.
+
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -79,7 +81,7 @@ COMMENTS = {
     "train.local_steps": "optimiser steps of each client between two exchanges",
     "train.batch": "rows per step; or a list with one number per client",
     "train.optimizer": "adamw or sgd",
-    "train.optimizer_state": "the optimiser starts fresh every round, at every switch of factors (phase), or never (keep)",
+    "train.optimizer_state": "its memory starts fresh every round, at a switch of factors (phase), or never (keep)",
     "train.lr": "learning rate; the first setting to try other values of",
     "train.momentum": "of sgd",
     "train.weight_decay": "of the factors that train",
@@ -167,7 +169,7 @@ def template_config(train: str, guess: Guess) -> RunConfig:
 
 def template_lines(config: RunConfig, head: str) -> Iterator[str]:
     """A config as YAML with a comment behind every setting."""
-    yield f"# {' '.join(head.split())}"
+    yield "# " + "".join(letter if letter.isprintable() else "?" for letter in head)
     for section, value in config.model_dump(mode="json").items():
         yield ""
         if not isinstance(value, dict):
@@ -184,9 +186,12 @@ def _line(indent: str, path: str, key: str, value: Any) -> str:
 
 def _yaml(value: Any) -> str:
     """A value on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-    text = text.removesuffix("...\n").strip("\n")
-    return text if text.isprintable() else json.dumps(value)
+    plain = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = plain.removesuffix("...\n").strip("\n")
+    if text.isprintable():
+        return text
+    # Line breaks, say, which double quotes escape.
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf).strip("\n")
 
 
 def _write(to: Path, text: str) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from peerlora.config import TopologyConfig, load_config
+from peerlora.config import load_config
 from peerlora.errors import ConfigError
+from peerlora.sections import TopologyConfig
 from peerlora.topology.graphs import Adjacency, components, is_connected
 from peerlora.topology.schedule import Topology
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from peerlora.config import TopologyConfig
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
+from peerlora.sections import TopologyConfig
 
 Adjacency = Bool[np.ndarray, "client client"]
 

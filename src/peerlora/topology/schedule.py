@@ -7,8 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int
 
-from peerlora.config import TopologyConfig
 from peerlora.randomness import derive, numpy_generator
+from peerlora.sections import TopologyConfig
 from peerlora.topology.graphs import Adjacency, build_graph, edge_draw, pair_draw
 from peerlora.topology.properties import Properties
 from peerlora.topology.weights import Matrix, over_permutations, pairwise_weights, remove_links, rho, weights

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.config import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.sources import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
+from peerlora.sections import TrainConfig
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
 
 TOKENS_PER_GRAPH = (
-    512  # fewer make small products; more pad ragged rows further and leave the caches: docs/performance.md
+    512  # fewer make small products; more pad ragged rows further: docs/decisions/0006
 )
 
 

@@ -1,0 +1,108 @@
+"""Every script in examples/ runs as it stands, on tiny settings; the guide knows every setting."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from peerlora import RunConfig, load_config, read_events
+from peerlora.sections import PartitionConfig, Section, TopologyConfig
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+TINY = ["adapter.rank=2", "adapter.alpha=4", "data.max_length=12"]
+TINY += ["train.rounds=3", "train.local_steps=1", "train.batch=4", "threads=1"]
+
+
+@pytest.fixture
+def run(models, texts, cache, tmp_path, monkeypatch, capsys):
+    """Run a script as `python examples/NAME.py MODEL ROWS OUT ...` does; gives OUT and what was printed."""
+
+    def go(name, *words):
+        out = tmp_path / name
+        given = [models("bert"), str(texts), str(out), *TINY, *words]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return out, capsys.readouterr().out
+
+    return go
+
+
+def test_every_example_is_tested_and_short():
+    scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner"}
+    assert max(scripts.values()) <= 60
+
+
+def test_own_data_gives_folders_that_peft_loads(run, models):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    out, printed = run("own_data", "algorithm.interval=1")
+    assert "mean client" in printed
+    assert str(out / "adapters") in printed
+    assert {path.name for path in (out / "adapters").glob("*/")} >= {"average", "client-00", "client-03"}
+    base = AutoModelForSequenceClassification.from_pretrained(models("bert"), num_labels=3)
+    tuned = PeftModel.from_pretrained(base, str(out / "adapters" / "client-03"))
+    trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
+    assert trained and all(value.abs().max() > 0 for value in trained)
+
+
+def test_topologies_are_compared_on_the_same_shards(run):
+    out, printed = run("compare_topologies", "clients=4")
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}
+    assert list(rows) == ["ring", "complete", "random"]
+    assert float(rows["complete"][0]) == 0.0
+    assert float(rows["complete"][3]) < 1e-12 < float(rows["ring"][3])
+    shards = [read_events(out / name)[0].partition for name in rows]
+    assert shards[0] == shards[1] == shards[2]
+
+
+def test_a_flower_partitioner_decides_who_holds_what(run):
+    out, printed = run("flower_partitioner")
+    held = read_events(out)[0].partition["clients"]
+    assert [sum(rows > 0 for rows in each["labels"].values()) for each in held] == [2, 2, 2]
+    assert all(f"client {each['client']}: {each['labels']}" in printed for each in held)
+
+
+def settings(model, prefix=""):
+    """(dotted name, default) of every single setting."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from settings(field.annotation, f"{name}.")
+        else:
+            yield f"{prefix}{name}", field.default
+
+
+def test_the_guide_has_every_setting_with_its_default():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", guide, re.MULTILINE))
+    elsewhere = {"data.train", "data.eval", "partition", "topology", "algorithm", "adapter.dropout"}
+    for name, default in settings(RunConfig):
+        told = rows.get(name, rows.get(name.partition(".")[2]))
+        assert told is not None, f"{name} is missing"
+        if name not in elsewhere:
+            value = yaml.safe_load(told.strip("`"))
+            assert value == default, f"{name}: the guide says {value!r}, the config {default!r}"
+
+
+def test_the_guide_has_every_partition_and_topology():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    for union in (PartitionConfig, TopologyConfig):
+        for kind in get_args(get_args(union)[0]):
+            for name, field in kind.model_fields.items():
+                words = get_args(field.annotation) if name in ("kind", "weights") else [name]
+                assert all(f"`{word}`" in guide for word in words), f"{kind.__name__}.{name} is missing"
+
+
+def test_the_configs_in_the_docs_are_valid():
+    blocks = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        blocks += re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        load_config(yaml.safe_load(block))
