@@ -73,9 +73,17 @@ def run_cells(cells: dict, path: Path, wanted: dict, workers: int) -> None:
             key = jobs[job]
             cells[key] = job.result()
             config = wanted[key]
-            study = {"facts": run_facts(config), "config": config.model_dump(mode="json"), "cells": cells}
+            study = {"facts": run_facts(config), "config": told(config), "cells": cells}
             path.write_text(json.dumps(study, indent=1) + "\n")
             print(key, cells[key]["accuracy"], f"{cells[key]['seconds']['total']:.0f} s", flush=True)
+
+
+def told(config) -> dict:
+    """The config without this machine's paths."""
+    tree = config.model_dump(mode="json")
+    for name in ("train", "eval"):
+        tree["data"][name] = tree["data"][name] and Path(tree["data"][name]).name
+    return tree
 
 
 def run_study(data: Path, path: Path, rounds: int, workers: int) -> None:

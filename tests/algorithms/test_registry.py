@@ -39,6 +39,13 @@ def test_what_a_method_does_not_take_is_refused(name, parameters, told):
         build_algorithm(name, parameters)
 
 
+@pytest.mark.parametrize(("name", "parameters", "told"), REFUSED)
+def test_a_run_refuses_the_same_before_anything_is_loaded(tmp_path, name, parameters, told):
+    tree = {"model": {"source": str(tmp_path / "nowhere")}, "algorithm": {"name": name, **parameters}}
+    with pytest.raises(ConfigError, match=told):
+        compose(load_config(tree))
+
+
 def test_another_method_forgets_the_settings_of_the_old_one():
     tree = {"algorithm": {"name": "adf-lora", "interval": 3}}
     assert load_config(tree, ["algorithm.name=dec-lora"]).algorithm.parameters == {}

@@ -20,19 +20,20 @@ def test_exchanging_adapters_beats_training_alone_on_skewed_sst2(cache, tmp_path
             "text": ["sentence"],
             "label": "label",
             "max_length": 32,
-            "train_per_class": 500,
+            "train_per_class": 1000,
             "eval_per_class": 100,
         },
         "partition": {"kind": "shares", "shares": [[0.9, 0.1], [0.1, 0.9]], "counts": [2, 2]},
         "clients": 4,
         "topology": "complete",
-        "train": {"rounds": 6, "local_steps": 5, "batch": 8, "lr": 2e-3},
-        "eval": {"every": 6},
+        "train": {"rounds": 16, "local_steps": 5, "batch": 8, "lr": 2e-3},
+        "eval": {"every": 16, "rows": 50},
         "threads": 1,
     }
     reached = {}
-    for name in ("local", "adf-lora"):
-        result = simulate(load_config(tree, [f"algorithm.name={name}"]), tmp_path / name)
+    for name, words in {"local": [], "adf-lora": ["algorithm.interval=2"]}.items():
+        result = simulate(load_config(tree, [f"algorithm.name={name}", *words]), tmp_path / name)
         reached[name] = result.summary["accuracy"]
-    assert reached["adf-lora"]["own_mean"] > reached["local"]["own_mean"] + 0.05, reached
-    assert reached["adf-lora"]["own_min"] > reached["local"]["own_min"] + 0.05, reached
+    # With seeds 0 and 1: .50 and .51 alone (every client names the label it holds most of), .76 and .71 with ADF-LoRA.
+    assert reached["adf-lora"]["own_mean"] > reached["local"]["own_mean"] + 0.1, reached
+    assert reached["adf-lora"]["own_min"] > reached["local"]["own_min"] + 0.1, reached
