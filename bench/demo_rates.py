@@ -1,6 +1,6 @@
 """Choose the demo's learning rates: the same grid for every row, scored on training rows that are set aside.
 
-    python bench/demo_rates.py --out bench/results/demo_rates.json
+python bench/demo_rates.py --out bench/results/demo_rates.json
 """
 
 import argparse

@@ -18,7 +18,6 @@ from datetime import date
 from pathlib import Path
 
 from markers import insert
-
 from peerlora.config import load_config
 from peerlora.runtime.demo import pooled
 from peerlora.runtime.folder import run_facts

@@ -26,7 +26,12 @@ def save_tokenizer(folder):
         special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]", eos_token="[SEP]"
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        eos_token="[SEP]",
     ).save_pretrained(folder)
     return len(vocabulary)
 
@@ -49,7 +54,9 @@ def tiny_model(kind, folder):
         )
     else:
         model = tf.GPT2LMHeadModel(
-            tf.GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2)
+            tf.GPT2Config(
+                vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2
+            )
         )
     for parameter in model.parameters():  # larger than usual, so that a wrong factor shows
         parameter.data.mul_(4) if parameter.ndim == 2 else None

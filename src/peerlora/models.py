@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from peerlora.errors import ModelError
@@ -84,7 +85,7 @@ def _named(source: str):
     """Turn the library's many errors into one that names the source."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(
             f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and weights, "

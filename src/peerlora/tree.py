@@ -9,18 +9,23 @@ from torch import Tensor
 Tree = TypeVar("Tree")
 
 
-def tree_map(change: Callable[[str, Tensor], Tensor], tree: Tree, name: str = "") -> Tree:
-    """The same tree with every tensor leaf replaced by ``change(path, leaf)``; anything else is kept."""
-    if isinstance(tree, Tensor):
-        return change(name, tree)  # pyright: ignore[reportReturnType]
+def tree_map(
+    change: Callable[[str, Any], Any], tree: Tree, name: str = "", leaf: type | tuple[type, ...] = Tensor
+) -> Tree:
+    """The same tree with every leaf replaced by ``change(path, leaf)``; anything else is kept.
+
+    Leaves are tensors, and whatever else is an instance of ``leaf``.
+    """
+    if isinstance(tree, leaf):
+        return change(name, tree)
     if isinstance(tree, dict):
-        return {key: tree_map(change, value, f"{name}.{key}") for key, value in tree.items()}  # pyright: ignore
+        return {key: tree_map(change, value, f"{name}.{key}", leaf) for key, value in tree.items()}  # pyright: ignore
     if isinstance(tree, tuple):
-        changed = [tree_map(change, value, f"{name}.{i}") for i, value in enumerate(tree)]
+        changed = [tree_map(change, value, f"{name}.{i}", leaf) for i, value in enumerate(tree)]
         return type(tree)(*changed) if hasattr(tree, "_fields") else tuple(changed)  # pyright: ignore
     if is_dataclass(tree) and not isinstance(tree, type):
         values = {field.name: getattr(tree, field.name) for field in fields(tree)}
-        return replace(tree, **{key: tree_map(change, value, f"{name}.{key}") for key, value in values.items()})
+        return replace(tree, **{key: tree_map(change, value, f"{name}.{key}", leaf) for key, value in values.items()})
     return tree
 
 

@@ -201,7 +201,7 @@ def test_the_message_is_what_is_sent(config, method, head):
     message = federation.algorithm.message(federation.start)
     assert any(name.startswith("head:") for name in message) == (head == "mixed")
     run(federation, 1)
-    assert federation.exchange.bytes_per_edge == encoded_bytes(message, torch.float64)
+    assert federation.exchange.bytes_per_edge == encoded_bytes(message)
 
 
 def test_local_sends_nothing(config):

@@ -41,7 +41,13 @@ def algorithm_words(method):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
     extra = ["train.momentum=0.9", "train.lr=1.0"] if optimizer == "sgd" else []
-    words = [*algorithm_words(method), f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.clip=0.5", *extra]
+    words = [
+        *algorithm_words(method),
+        f"train.optimizer={optimizer}",
+        "train.weight_decay=0.1",
+        "train.clip=0.5",
+        *extra,
+    ]
     chosen = config(kind, *words)
     federation = compose(chosen)
     x = run_stacked(federation)
@@ -104,7 +110,9 @@ def test_two_shards_of_two_equal_one_of_four(config, method):
     chosen = config("bert", *algorithm_words(method), "adapter.dropout=0.3", "model.dropout=0.2")
     whole = run_stacked(compose(chosen))
     meeting, found = Meeting(2), {}
-    shards = {clients[0]: compose(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])}
+    shards = {
+        clients[0]: compose(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])
+    }
 
     def run(first):
         found[first] = run_stacked(shards[first]).flat

@@ -8,6 +8,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.train.learner import Learner
 
@@ -31,8 +32,8 @@ class Algorithm(Protocol[State]):
     unequal_ranks: ClassVar[str | None]
     """None where clients may have different ranks, else the reason why not."""
 
-    def message(self, x: Adapters) -> dict[str, tuple[int, ...]]:
-        """The named vectors that one client sends to a neighbour each round, with their shapes."""
+    def message(self, x: Adapters) -> Schema:
+        """The named vectors that one client sends to a neighbour each round, with shapes and dtypes."""
         ...
 
     def start(self, x: Adapters, peers: Exchange) -> State:

@@ -8,6 +8,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
     from peerlora.lora.adapters import Adapters
 
 
@@ -18,9 +19,9 @@ class FactorGossip:
     mixes: ClassVar = "A and B"
     unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
 
-    def message(self, x: Adapters) -> dict[str, tuple[int, ...]]:
+    def message(self, x: Adapters) -> Schema:
         """A, B and a mixed head."""
-        return x.spec.row_shapes(x.spec.rank)
+        return x.message()
 
     def start(self, x: Adapters, peers: Exchange) -> Adapters:
         """The common initial adapters."""

@@ -9,6 +9,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.train.learner import Learner
 
@@ -23,7 +24,7 @@ class Local:
     source: ClassVar = "baseline"
     unequal_ranks: ClassVar = None
 
-    def message(self, x: Adapters) -> dict[str, tuple[int, ...]]:
+    def message(self, x: Adapters) -> Schema:
         """Nothing is sent."""
         return {}
 

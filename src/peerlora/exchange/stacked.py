@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.wire import Schema, encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import Topology
-from peerlora.tree import leaves, tree_map
+from peerlora.tree import tree_map
 
 Payload = TypeVar("Payload")
 
@@ -45,29 +45,42 @@ class StackedExchange:
         """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``."""
         began = time.perf_counter()
         self._count(x)
-        if isinstance(x, Adapters):
-            self.mixed = x
-            flat = x.flat.clone()
-            flat[:, x.spec.shared] = self._rows(x.flat[:, x.spec.shared])
-            mixed = replace(x, flat=flat)
-        else:
-            mixed = tree_map(lambda _, leaf: self._rows(leaf), x)
+        mixed = tree_map(lambda _, leaf: self._leaf(leaf), x, leaf=(Adapters, Tensor))
         self.seconds += time.perf_counter() - began
-        return mixed  # pyright: ignore[reportReturnType]
+        return mixed
+
+    def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
+        """Of Adapters, everything but a private head."""
+        if isinstance(x, Tensor):
+            return self._rows(x)
+        self.mixed = x
+        flat = x.flat.clone()
+        flat[:, x.spec.shared] = self._rows(x.flat[:, x.spec.shared])
+        return replace(x, flat=flat)
 
     def _rows(self, x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
-        everybody = self.gather(x.flatten(1))
+        everybody = self.gather(x.reshape(len(x), -1))
         W = torch.from_numpy(self.graph.W[self.clients]).to(everybody.dtype)
         return (W @ everybody).view_as(x)
 
     def _count(self, x: object) -> None:
         """Add what this mixing sends: every linked client's encoded message to each of its neighbours."""
         degrees = self.graph.degrees[self.clients]
-        if isinstance(x, Adapters):
-            sizes = [encoded_bytes(x.spec.row_shapes(rank), x.flat.dtype) for rank in x.ranks.tolist()]
-        else:
-            named = leaves(x)
-            sizes = [encoded_bytes({name: tuple(leaf.shape[1:]) for name, leaf in named.items()}, torch.float32)]
-            sizes *= len(self.clients)
+        sizes = [encoded_bytes(_message(x, row)) for row in range(len(self.clients))]
         self.bytes_per_edge += max(sizes)
         self.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))
+
+
+def _message(x: object, row: int) -> Schema:
+    """What the client in this row sends: the name, shape (at its real rank) and dtype of every vector."""
+    found: Schema = {}
+
+    def note(name: str, leaf: Adapters | Tensor) -> Adapters | Tensor:
+        if isinstance(leaf, Tensor):
+            found[name] = (tuple(leaf.shape[1:]), leaf.dtype)
+        else:
+            found.update({name + part: what for part, what in leaf.message(row).items()})
+        return leaf
+
+    tree_map(note, x, leaf=(Adapters, Tensor))
+    return found

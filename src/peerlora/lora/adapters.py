@@ -79,7 +79,8 @@ class AdapterSpec:
     @property
     def shared(self) -> slice:
         """The columns that are exchanged: everything but a private head."""
-        return slice(0, self.columns("head").start if self.private_head and self.head else self.parameters)
+        holds_private = self.private_head and self.columns("head").stop
+        return slice(0, self.columns("head").start if holds_private else self.parameters)
 
     def only(self, block: str) -> AdapterSpec:
         """The layout of some blocks alone: "A", "B", "AB" or "head"."""
@@ -159,6 +160,11 @@ class Adapters:
         for block in part.spec.blocks:
             flat[:, self.spec.columns(block)] = part.flat[:, part.spec.columns(block)]
         return replace(self, flat=flat)
+
+    def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What one client sends when it mixes these: name -> (shape at its real rank, dtype)."""
+        shapes = self.spec.row_shapes(int(self.ranks[client]))
+        return {name: (shape, self.flat.dtype) for name, shape in shapes.items()}
 
     def rows(self, clients: slice | Sequence[int]) -> Adapters:
         """Some of the clients held here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
             wrapped = get_peft_model(shell, LoraConfig(r=1, target_modules=targets, task_type=task_type))
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ModelError(_no_targets(model, targets, error)) from None
     modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
     layers = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
@@ -115,6 +116,13 @@ class StackedModel:
             for name, module in self._heads.items()
             for kind, value in module.base.named_parameters(recurse=False)
         }
+
+    def frozen_head(self) -> dict[str, Tensor]:
+        """The base's own head tensors where they are not trained, by parameter name."""
+        if self._heads:
+            return {}
+        heads = [(head, self.base.get_submodule(head)) for head in self.targets.heads]
+        return {name: value for head, module in heads for name, value in module.state_dict(prefix=f"{head}.").items()}
 
     def spec(self, rank: int, alpha: float, private_head: bool = False) -> AdapterSpec:
         """The layout of adapters for this model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def export_adapter(folder: Path, x: Adapters, client: int, model: StackedModel, 
     rank = int(x.ranks[client])
     tensors = _lora_tensors(x, client, rank) | _full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    full = [*model.targets.heads, *context.extra_modules]
+    adapted = {layer.name for layer in x.spec.layers}
+    full = [*model.targets.heads, *(name for name in context.extra_modules if name not in adapted)]
     config = LoraConfig(
         r=rank,
         lora_alpha=_whole(x.spec.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
@@ -84,8 +85,10 @@ def _full_tensors(x: Adapters, client: int, model: StackedModel, context: Export
     """The head and other modules saved whole: trained tensors from the row, frozen ones from the base."""
     trained = {name: value[client] for name, value in x.head.items()}
     tensors = {}
+    adapted = {layer.name for layer in x.spec.layers}
     for module in (*model.targets.heads, *context.extra_modules):
-        for name, value in model.base.get_submodule(module).state_dict(prefix=f"{module}.").items():
+        inside = f"{module}.base_layer." if module in adapted else f"{module}."  # PEFT's name under a LoRA layer
+        for name, value in model.base.get_submodule(module).state_dict(prefix=inside).items():
             plain = name.replace(".base.", ".")  # a swapped-in layer keeps the original under `base`
             tensors[_PREFIX + plain] = (trained[plain] if plain in trained else value).detach().contiguous().clone()
     return tensors
@@ -118,43 +121,73 @@ def _card(context: ExportContext, rank: int, spec: AdapterSpec) -> str:
     )
 
 
-def read_adapter(folder: Path, spec: AdapterSpec, like: Adapters) -> Adapters:
-    """A PEFT adapter folder as the starting point of every client in ``like``.
+def read_adapter(folder: Path, x: Adapters, frozen_head: Mapping[str, Tensor]) -> Adapters:
+    """A PEFT adapter folder as the starting point of every client in ``x``.
 
-    Ranks must equal the folder's; scaling too.  A head that the folder lacks keeps its initial values.
-    Raises ModelError when the folder is missing, damaged, or made for other layers.
+    Rank and scaling must equal the folder's.  A head that the folder lacks keeps its initial values; ``frozen_head``
+    are the base's head tensors where the head does not train, from which the folder's must not differ.
+    Raises ModelError when the folder is missing, damaged, or made for something else.
     """
+    tensors, config = _read_folder(folder)
+    _check_scaling(config, x, folder)
+    flat, known = x.flat.clone(), set()
+    for slot in x.spec.slots:
+        key = f"{_PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
+        known.add(key)
+        if key in tensors or slot.block != "head":
+            _check_tensor(key, tensors.get(key), cut(slot, x.spec.rank))
+            flat[:, slot.start : slot.stop] = tensors[key].reshape(-1).to(flat.dtype)
+    unknown = [key for key in tensors if ".lora_" in key and key not in known]
+    if unknown:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} adapts layers that this config does not ({unknown[0]}, {len(unknown)} "
+            "tensors in all); make adapter.targets equal to the folder's target_modules"
+        )
+    for name, value in frozen_head.items():
+        if not torch.equal(tensors.get(_PREFIX + name, value).to(value.dtype), value):
+            raise ModelError(
+                f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
+                "would drop it; use adapter.head=mixed or private"
+            )
+    return replace(x, flat=flat)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     if not path.is_file() or not config_path.is_file():
-        raise ModelError(f"adapter.start={str(folder)!r} has no adapter_model.safetensors and adapter_config.json")
+        raise ModelError(
+            f"adapter.start={str(folder)!r} has no adapter_model.safetensors and adapter_config.json; "
+            "give the folder of a PEFT adapter"
+        )
     try:
         tensors = load_file(path)
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
-        raise ModelError(f"adapter.start={str(folder)!r} cannot be read: {error}") from None
-    _check_scaling(config, spec, like, folder)
-    flat = like.flat.clone()
-    for slot in spec.slots:
-        key = f"{_PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
-        if key not in tensors and slot.block == "head":
-            continue
-        value = tensors.get(key)
-        if value is None or tuple(value.shape) != cut(slot, spec.rank):
-            given = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-            raise ModelError(
-                f"adapter.start: {key}: {given}; expected shape {cut(slot, spec.rank)}; use an adapter of these layers"
-            )
-        if not torch.isfinite(value).all():
-            raise ModelError(f"adapter.start: {key} holds values that are not finite; use an undamaged adapter")
-        flat[:, slot.start : slot.stop] = value.reshape(-1).to(flat.dtype)
-    return Adapters(spec, flat, like.ranks)
+        raise ModelError(f"adapter.start={str(folder)!r} cannot be read: {error}; use an undamaged adapter") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_path} holds a {type(config).__name__}; expected PEFT's settings as a JSON object")
+    return tensors, config
 
 
-def _check_scaling(config: dict[str, Any], spec: AdapterSpec, like: Adapters, folder: Path) -> None:
+def _check_tensor(key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is None or tuple(value.shape) != shape:
+        given = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
+        raise ModelError(f"adapter.start: {key}: {given}; expected shape {shape}; use an adapter of these layers")
+    if not torch.isfinite(value).all():
+        raise ModelError(f"adapter.start: {key} holds values that are not finite; use an undamaged adapter")
+
+
+def _check_scaling(config: dict[str, Any], x: Adapters, folder: Path) -> None:
+    """Refuse what would make the same factors another update than the folder means."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not like.equal_ranks or rank != spec.rank or alpha != spec.alpha or config.get("use_rslora"):
+    special = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if special:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
+        )
+    if not x.equal_ranks or rank != x.spec.rank or alpha != x.spec.alpha:
         raise ModelError(
             f"adapter.start={str(folder)!r} has rank {rank} and alpha {alpha}; the config has rank "
-            f"{sorted(set(like.ranks.tolist()))} and alpha {_whole(spec.alpha)}; make adapter.rank and adapter.alpha "
+            f"{sorted(set(x.ranks.tolist()))} and alpha {_whole(x.spec.alpha)}; make adapter.rank and adapter.alpha "
             "equal to the folder's"
         )

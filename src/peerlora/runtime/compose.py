@@ -174,7 +174,7 @@ def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
     if config.adapter.start is None:
         return start
-    return read_adapter(Path(config.adapter.start), spec, start)
+    return read_adapter(Path(config.adapter.start), start, model.frozen_head())
 
 
 def evaluation_rows(federation: Federation) -> Dataset:

@@ -127,7 +127,7 @@ def averaged_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
     from peerlora.exchange.wire import encoded_bytes
 
     clients, reached = alone["clients"], alone["accuracy"]["averaged"]
-    message = encoded_bytes(adapters.spec.row_shapes(adapters.spec.rank), adapters.flat.dtype)
+    message = encoded_bytes(adapters.message())
     return alone | {
         "method": "averaged once",
         "accuracy": dict.fromkeys(("own_mean", "own_min", "own_max", "averaged"), reached),

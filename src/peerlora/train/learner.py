@@ -20,9 +20,7 @@ from peerlora.sections import TrainConfig
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
 
-TOKENS_PER_GRAPH = (
-    512  # fewer make small products; more pad ragged rows further: docs/decisions/0006
-)
+TOKENS_PER_GRAPH = 512  # fewer make small products; more pad ragged rows further: docs/decisions/0006
 
 
 @dataclass(frozen=True)
@@ -89,25 +87,26 @@ class Learner:
         steps = self.settings.local_steps
         rows = [self.shards.rows(i, self.t, steps) for i in range(*clients.indices(len(self.shards.clients)))]
         total = torch.zeros(x.clients, dtype=torch.float64)
-        for k in range(steps):
-            batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype)
-            self.model.step.extents = batch.extents
-            losses = self._losses(batch, clients, k)
-            gradients = torch.autograd.grad(
-                losses.sum(), trained
-            )  # clients share no parameter, so the sum mixes nothing
-            step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
-            total += losses.detach()
-        self.model.step.streams = None
+        try:
+            for k in range(steps):
+                batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype)
+                self.model.step.extents = batch.extents
+                losses = self._losses(batch, clients, k)
+                gradients = torch.autograd.grad(losses.sum(), trained)  # no two clients share a parameter
+                step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
+                total += losses.detach()
+        finally:
+            self.model.step.streams = None  # evaluation drops nothing
         return total / steps
 
     def _losses(self, batch: Batch, clients: slice, k: int) -> Float[Tensor, " client"]:
         losses = self.task.losses(self.model(batch.inputs), batch)
         finite = losses.isfinite()
         if not finite.all():
-            client = self.shards.clients[clients.start + int((~finite).nonzero()[0])]
+            row = int((~finite).nonzero()[0])
+            client, loss = self.shards.clients[clients.start + row], float(losses[row].detach())
             raise DivergenceError(
-                f"the loss of client {client} is {float(losses[~finite][0])} in round {self.t}, local step {k}; "
+                f"the loss of client {client} is {loss} in round {self.t}, local step {k}; "
                 f"expected a finite number; lower train.lr (now {self.settings.lr:g}) or set train.clip"
             )
         return losses
@@ -127,7 +126,8 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
         """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
-        if x.clients > 1 and bool((x.flat == x.flat[:1]).all()):  # before training, say: one answer serves all
+        equal = bool((x.flat == x.flat[:1]).all() and (x.ranks == x.ranks[0]).all())
+        if x.clients > 1 and equal:  # before training, say: one answer serves all
             one = self.evaluate(x.rows(slice(0, 1)), data, batch)
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
         outcomes = np.zeros((x.clients, len(data), 2))
