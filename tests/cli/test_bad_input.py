@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parents[2] / "src"
 SHARES = ["partition.kind=shares", "partition.shares=[[1,0,0],[0.2,0.4,0.4]]"]
 
 REFUSED = {
-    "unknown key": (["train.rouns=5"], ["'train.rouns'", "did you mean 'rounds'", "correct its name"]),
-    "unknown section": (["trian.rounds=5"], ["'trian'", "did you mean 'train'", "correct its name"]),
+    "unknown key": (["train.rouns=5"], ["'train.rouns'", "did you mean 'rounds'", "expected one of"]),
+    "unknown section": (["trian.rounds=5"], ["'trian'", "did you mean 'train'", "expected one of"]),
     "unknown key of a topology": (["topology.wieghts=uniform"], ["topology.wieghts", "did you mean 'weights'"]),
     "unknown method": (
         ["algorithm.name=adf-lra"],

