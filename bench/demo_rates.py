@@ -11,7 +11,7 @@ from pathlib import Path
 from peerlora import simulate
 from peerlora.runtime.demo import ROWS, demo_config, row_config
 
-RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+RATES = (2e-3, 5e-3)
 
 
 def main() -> None:
