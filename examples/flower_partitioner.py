@@ -26,8 +26,8 @@ def main(model: str, rows: str, out: str, *words: str):
         return PathologicalPartitioner(config.clients, partition_by="label", num_classes_per_partition=2, seed=1)
 
     report = compose(config, partitioner=partitioner()).partition.report()  # who would hold what; nothing is written
-    for each in report["clients"]:
-        print(f"client {each['client']}: {each['labels']}")
+    for client, counts in enumerate(report["counts"]):
+        print(f"client {client}: {dict(zip(report['names'], counts, strict=True))}")
     result = simulate(config, out, partitioner=partitioner())
     print(f"mean client {result.summary['accuracy']['own_mean']:.3f}, run folder {result.run}")
 

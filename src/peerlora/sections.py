@@ -64,6 +64,13 @@ class DataConfig(Section):
     eval_per_class: Positive | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_data_has_no_default_eval(cls, value: Any) -> Any:
+        """The default evaluation rows belong to the default training rows only."""
+        own = isinstance(value, dict) and "train" in value and "eval" not in value
+        return {**value, "eval": None} if own else value
+
 
 class IidPartition(Section):
     """Rows dealt out at random in equal numbers."""

@@ -28,7 +28,9 @@ ROWS = {
     "ADF-LoRA": ("adf-lora", 5e-3),
     "all data in one place": ("local", 5e-3),
 }
-"""Row -> (algorithm, learning rate); the rates are chosen from one grid for all, see bench/demo_rates.py."""
+"""Row -> (algorithm, learning rate).
+
+The rates come from a plain loop at this setting; ``bench/demo_rates.py`` searches one grid for all rows again."""
 
 
 @dataclass(frozen=True)

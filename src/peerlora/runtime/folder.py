@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -83,7 +85,8 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
     """``adapters/all.safetensors`` with every client, and a PEFT folder per client and for the average."""
     place = folder / "adapters"
     place.mkdir(exist_ok=True)
-    save_file({"flat": x.flat.contiguous(), "ranks": x.ranks}, place / "all.safetensors")
+    save_file({"flat": x.flat.contiguous(), "ranks": x.ranks}, place / "all.safetensors.tmp")
+    os.replace(place / "all.safetensors.tmp", place / "all.safetensors")
     if x.clients > EXPORTED:
         return
     for client in range(x.clients):
@@ -101,19 +104,26 @@ def _export(folder: Path, x: Adapters, client: int, federation: Federation, summ
 def export_from_run(run: Path, to: Path, client: int | None) -> Path:
     """Write one client's adapter (None: the average) of a finished run as a PEFT folder at ``to``.
 
-    Raises RunError when the run is unfinished, the client unknown, or ``to`` in use.
+    Raises RunError when ``run`` is no run or unfinished, the client unknown, or ``to`` in use.
     """
-    place = run / "adapters" / "all.safetensors"
-    if not place.is_file():
-        raise RunError(f"{run} holds no adapters/all.safetensors; finish it first: peerlora train --resume {run}")
-    require_free(to)
-    federation = compose(load_config(run / "config.yaml"))
-    with safe_open(place, framework="pt") as file:
-        x = Adapters(federation.start.spec, file.get_tensor("flat"), file.get_tensor("ranks").to(torch.int64))
-    if client is not None and not 0 <= client < x.clients:
-        raise RunError(f"--client {client} given; {run} has clients 0 to {x.clients - 1}")
-    if client is None and not x.equal_ranks:
+    if not (run / "run.json").is_file():
+        raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
+    if not (run / "summary.json").is_file():
+        raise RunError(f"{run} is not finished; finish it first: peerlora train --resume {run}")
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise RunError(f"--to {to} is in use; choose a folder that is new or empty")
+    config = load_config(run / "config.yaml")
+    if client is not None and not 0 <= client < config.clients:
+        raise RunError(f"--client {client} given; {run} has clients 0 to {config.clients - 1}")
+    if client is None and len(set(config.ranks)) > 1:
         raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
+    written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
+    if written.is_dir():
+        shutil.copytree(written, to, dirs_exist_ok=True)
+        return to
+    federation = compose(config)
+    with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
+        x = Adapters(federation.start.spec, file.get_tensor("flat"), file.get_tensor("ranks").to(torch.int64))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     row, number = (x.mean(), 0) if client is None else (x, client)
     return _export(to, row, number, federation, summary | {"client": "average of all" if client is None else client})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
@@ -97,19 +97,22 @@ class Learner:
                 total += losses.detach()
         finally:
             self.model.step.streams = None  # evaluation drops nothing
+        self._require_finite(x.flat.isfinite().all(1), x.flat.sum(1), clients, steps - 1)  # the last update has no loss
         return total / steps
 
     def _losses(self, batch: Batch, clients: slice, k: int) -> Float[Tensor, " client"]:
         losses = self.task.losses(self.model(batch.inputs), batch)
-        finite = losses.isfinite()
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            client, loss = self.shards.clients[clients.start + row], float(losses[row].detach())
-            raise DivergenceError(
-                f"the loss of client {client} is {loss} in round {self.t}, local step {k}; "
-                f"expected a finite number; lower train.lr (now {self.settings.lr:g}) or set train.clip"
-            )
+        self._require_finite(losses.isfinite(), losses.detach(), clients, k)
         return losses
+
+    def _require_finite(self, finite: Bool[Tensor, " client"], values: Tensor, clients: slice, k: int) -> None:
+        if bool(finite.all()):
+            return
+        row = int((~finite).nonzero()[0])
+        raise DivergenceError(
+            f"the loss of client {self.shards.clients[clients.start + row]} is {float(values[row])} in round {self.t}, "
+            f"local step {k}; expected a finite number; lower train.lr (now {self.settings.lr:g}) or set train.clip"
+        )
 
     def _streams(self, clients: slice) -> list[torch.Generator]:
         numbers = self.shards.clients[clients]
