@@ -64,9 +64,10 @@ def test_topologies_are_compared_on_the_same_shards(run):
 
 def test_a_flower_partitioner_decides_who_holds_what(run):
     out, printed = run("flower_partitioner")
-    held = read_events(out)[0].partition["clients"]
-    assert [sum(rows > 0 for rows in each["labels"].values()) for each in held] == [2, 2, 2]
-    assert all(f"client {each['client']}: {each['labels']}" in printed for each in held)
+    held = read_events(out)[0].partition
+    assert [sum(rows > 0 for rows in own) for own in held["counts"]] == [2, 2, 2]
+    for client, own in enumerate(held["counts"]):
+        assert f"client {client}: {dict(zip(held['names'], own, strict=True))}" in printed
 
 
 def settings(model, prefix=""):
