@@ -63,14 +63,14 @@ class RunStore:
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _require_empty(folder)  # before the lock, which would leave a file in a folder that is not ours
+            require_free(folder)  # before the lock, which would leave a file in a folder that is not ours
             lock = _take_lock(folder)
         except OSError as error:
             raise RunError(
                 f"output folder {folder} cannot be written ({error.strerror}); choose another --out"
             ) from None
         try:
-            _require_empty(folder)  # again: another process may have been faster
+            require_free(folder)  # again: another process may have been faster
             _write_atomically(folder / "config.yaml", config_yaml.encode())
             _write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
             return cls(folder, lock)
@@ -203,9 +203,10 @@ def _require_run(folder: Path) -> None:
         )
 
 
-def _require_empty(folder: Path) -> None:
-    if any(path.name != "lock" for path in folder.iterdir()):
-        raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume")
+def require_free(folder: Path) -> None:
+    """Raise RunError where ``folder`` is a file or holds something already; also asked before anything slow is done."""
+    if folder.is_file() or (folder.is_dir() and any(path.name != "lock" for path in folder.iterdir())):
+        raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -85,9 +85,8 @@ def run_demo(
     ``listener(title)`` opens what shows one row's progress.
     """
     from peerlora.runs.compare_report import ComparisonRow, write_comparison
-    from peerlora.runs.store import read_events
+    from peerlora.runs.store import read_events, require_free
     from peerlora.runtime.compose import load_materials
-    from peerlora.runtime.folder import require_free
     from peerlora.runtime.simulate import simulate
 
     folder = Path(out) if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"

@@ -32,12 +32,6 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / f"{config.algorithm.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def require_free(folder: Path) -> None:
-    """Raise RunError early where ``folder`` already holds something, before anything slow is loaded."""
-    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
-        raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
-
-
 def run_facts(config: RunConfig, partitioner: Any = None) -> dict[str, Any]:
     """Versions, seed and machine facts that decide a result beside the config."""
     packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")

@@ -18,13 +18,12 @@ from peerlora.errors import PeerloraError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import agreement, local_cross_term
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
-from peerlora.runs.store import RunStore, read_events
+from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
 from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
 from peerlora.runtime.folder import (
     check_same,
     default_folder,
-    require_free,
     run_facts,
     stored_config,
     write_adapters,
