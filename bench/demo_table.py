@@ -38,7 +38,7 @@ def table(rows: list[Row]) -> str:
 
 
 def picture(report: Path, to: Path) -> None:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1250"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1700"]
     with tempfile.TemporaryDirectory() as profile:
         command = ["chromium", *flags, f"--user-data-dir={profile}", f"--screenshot={to.resolve()}"]
         subprocess.run([*command, report.resolve().as_uri()], check=True, capture_output=True)
