@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from markers import insert
+
 WORDS = [
     "data.max_length=32",
     "partition.kind=iid",
@@ -58,6 +60,15 @@ def main() -> None:
         print(f"{clients} clients: {rows[-1]['peak_bytes'] / 1e9:.2f} GB, {rows[-1]['seconds_per_round']}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+    insert(Path("docs/results.md"), "memory", table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| clients | peak memory | mixing, seconds a round |", "| --- | --- | --- |"]
+    for row in rows:
+        peak, mix = row["peak_bytes"] / 1e9, row["seconds_per_round"]["mix"]
+        lines.append(f"| {row['clients']} | {peak:.2f} GB | {mix:.2f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
