@@ -23,14 +23,12 @@ DEMO: dict[str, Any] = {
 """R8 is capped per class, else half of it is one class."""
 
 ROWS = {
-    "alone": ("local", 2e-3),
+    "alone": ("local", 5e-3),
     "Dec-LoRA": ("dec-lora", 5e-3),
     "ADF-LoRA": ("adf-lora", 5e-3),
     "all data in one place": ("local", 5e-3),
 }
-"""Row -> (algorithm, learning rate).
-
-The rates come from a plain loop at this setting; ``bench/demo_rates.py`` searches one grid for all rows again."""
+"""Row -> (algorithm, learning rate); ``bench/demo_rates.py`` searches one grid for all rows (docs/log.md)."""
 
 
 @dataclass(frozen=True)
