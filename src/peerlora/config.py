@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -41,6 +41,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where clients train; cuda: one NVIDIA GPU."""
     threads: Positive | None = None
     """CPU threads; null: the cores that this process may use, found at the start and kept by a resumed run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

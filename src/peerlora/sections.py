@@ -244,9 +244,14 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm of one client."""
-    dtype: Literal["fp32", "fp64"] = "fp32"
+    batches: Literal["shuffled", "by-length"] = "shuffled"
+    """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Of the frozen base and its activations; bf16 keeps adapters, optimiser, mixing and loss in fp32."""
+    fast: bool = True
+    """Use the speed paths that work here; false: torch's ordinary operations, to check a result."""
     block: Positive | None = None
-    """Clients per graph; null: as many as give about 500 tokens per step."""
+    """Clients per graph; null: chosen by the tokens of a step."""
 
 
 class EvalConfig(Section):

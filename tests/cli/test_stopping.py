@@ -92,13 +92,13 @@ def test_only_damaged_checkpoints_are_refused(stopped, cli):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(cli, yaml_file, tmp_path):
     run = tmp_path / "run"
-    # Round 0 begins before the first update, so its one local step is finite; what it leads to is not.
+    # Round 1 begins before the first update, so its one local step is finite; what it leads to is not.
     path = yaml_file("train.dtype=fp32", "train.local_steps=1", "train.lr=1e30", "algorithm.interval=1")
     for words in (["--out", run], ["--resume", run]):
         answer = cli("train", path, *words)
         assert answer.code == 2
         message = answer.err.splitlines()[-1]
-        for part in ("loss of client 0", "nan", "round 1", "local step 0", "lower train.lr (now 1e+30)", "train.clip"):
+        for part in ("loss of client 0", "nan", "round 2", "local step 1", "lower train.lr (now 1e+30)", "train.clip"):
             assert part in message, answer.err
         with RunStore.open(run) as store:
             checkpoint = store.load_checkpoint()
@@ -113,7 +113,7 @@ def test_an_update_that_overflows_is_neither_saved_nor_called_a_result(rounds, c
     run = tmp_path / "run"
     words = [f"train.rounds={rounds}", "train.local_steps=1", "train.dtype=fp32", "train.lr=1e39"]
     answer = cli("train", yaml_file(*words), "--out", run)
-    assert answer.code == 2 and "finite" in answer.err and "round 0" in answer.err, answer
+    assert answer.code == 2 and "finite" in answer.err and "round 1" in answer.err, answer
     assert not list(run.glob("checkpoints/*"))
 
 

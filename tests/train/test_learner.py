@@ -182,7 +182,7 @@ def test_divergence_names_client_round_and_step(config, block):
     federation = compose(config("bert", f"train.block={block}"))
     federation.learner.begin(7)
     with pytest.raises(
-        DivergenceError, match=r"loss of client 2 is nan in round 7, local step 0;.*train\.lr \(now 0\.01\)"
+        DivergenceError, match=r"loss of client 2 is nan in round 8, local step 1;.*train\.lr \(now 0\.01\)"
     ):
         federation.learner.fit(poisoned(federation.start, 2), "AB")
 
@@ -195,7 +195,7 @@ def test_divergence_names_the_clients_own_number_in_a_shard(config):
 
 def test_a_huge_learning_rate_diverges_in_a_later_step(config):
     federation = compose(config("bert", "train.optimizer=sgd", "train.lr=1e300", "train.local_steps=3"))
-    with pytest.raises(DivergenceError, match="client 0 is nan in round 0, local step 1"):
+    with pytest.raises(DivergenceError, match="client 0 is nan in round 1, local step 2"):
         federation.learner.fit(federation.start, "AB")
 
 
@@ -271,7 +271,7 @@ def test_evaluation_depends_neither_on_batch_size_nor_on_clients_per_graph(confi
     federation = compose(config("bert", "data.holdout=0.3"))
     x = noisy(federation.start, 0.5)
     expected = federation.learner.evaluate(x, federation.eval_data, 1)
-    monkeypatch.setattr(learner_module, "TOKENS_PER_GRAPH", tokens)
+    monkeypatch.setattr(learner_module, "_EVALUATED", tokens)
     for batch in (1, 4, 64):
         found = federation.learner.evaluate(x, federation.eval_data, batch)
         assert np.abs(found.loss - expected.loss).max() < 1e-12 and (found.metric == expected.metric).all()

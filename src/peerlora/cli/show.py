@@ -38,14 +38,18 @@ def _runs_in(folder: Path) -> list[Path]:
 def _describe(run: Path) -> dict[str, Any]:
     """The summary of a run, what is left to do, and the files it holds."""
     from peerlora.config import load_config
+    from peerlora.runs.events import RunStarted
     from peerlora.runs.store import read_events
-    from peerlora.runs.table import summarise
+    from peerlora.runs.table import of, summarise
 
-    summary = summarise(read_events(run))
+    events = read_events(run)
+    summary = summarise(events)
+    started = [*of(events, RunStarted), None][0]
     finished = (run / "summary.json").is_file()
     return summary | {
         "run": str(run),
         "finished": finished,
+        "paths": started.paths if started else {},
         "rounds_planned": load_config(run / "config.yaml").train.rounds,
         "resume": None if finished else f"peerlora train --resume {run}",
         "files": [name for name in FILES if (run / name).exists()],
@@ -54,6 +58,7 @@ def _describe(run: Path) -> dict[str, Any]:
 
 def _print(told: list[dict[str, Any]], names: list[str]) -> None:
     from peerlora.cli.progress import print_summary
+    from peerlora.runs.report import speed_paths
 
     begun = [(name or each["method"], each) for name, each in zip(names, told, strict=True) if each["method"]]
     if begun:
@@ -62,5 +67,7 @@ def _print(told: list[dict[str, Any]], names: list[str]) -> None:
         state = "finished" if each["finished"] else "not finished"
         print(f"{each['run']}: {state}, {each['rounds']} of {each['rounds_planned']} rounds")
         print(f"  holds {', '.join(each['files'])}")
+        for path in speed_paths(each["paths"]):
+            print(f"  {path}")
         if each["resume"]:
             print(f"  go on with: {each['resume']}")

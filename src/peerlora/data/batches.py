@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.data.sources import Dataset
 from peerlora.randomness import numpy_generator
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the rows of a batch come from."""
+
+    data: Dataset
+    numbers: Int[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,12 @@ class Batch:
     """1/rows on a client's own rows, 0 on filler rows of clients with a smaller batch."""
     extents: list[tuple[int, int]]
     """Each client's own (rows, longest row in tokens)."""
+    origin: Origin | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=self.labels.to(device), weights=self.weights.to(device))
 
 
 def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype) -> Batch:
@@ -47,6 +61,7 @@ def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dt
         labels=labels.to(dtype) if labels.is_floating_point() else labels,
         weights=weights,
         extents=[(len(own), int(data.lengths[own].max())) for own in rows],
+        origin=Origin(data, numbers),
     )
 
 
@@ -71,22 +86,36 @@ class Shards:
     """
 
     def __init__(
-        self, data: Dataset, shards: Sequence[np.ndarray], batches: Sequence[int], clients: Sequence[int], seed: int
+        self,
+        data: Dataset,
+        shards: Sequence[np.ndarray],
+        batches: Sequence[int],
+        clients: Sequence[int],
+        seed: int,
+        by_length: bool = False,
     ):
         self.data, self.shards, self.batches, self.clients, self.seed = data, shards, batches, clients, seed
+        self.by_length = by_length
         self._order = lru_cache(maxsize=4 * len(clients))(self._shuffled)
 
     def rows(self, client: int, t: int, steps: int) -> list[np.ndarray]:
         """Row numbers of local steps 0..steps-1 of round ``t`` for the client at this place of the leading axis.
 
-        A shard smaller than a batch goes round, freshly shuffled each time.
+        A shard smaller than a batch goes round, freshly shuffled each time.  ``by_length`` regroups the rows of the
+        round, never changes which they are.
         """
         shard, size = self.shards[client], self.batches[client]
         first = t * steps * size
         places = np.arange(first, first + steps * size)
         order = [self._order(client, epoch) for epoch in range(places[0] // len(shard), places[-1] // len(shard) + 1)]
-        drawn = np.concatenate(order)[places - (places[0] // len(shard)) * len(shard)]
-        return list(shard[drawn].reshape(steps, size))
+        drawn = shard[np.concatenate(order)[places - (places[0] // len(shard)) * len(shard)]]
+        if self.by_length:
+            drawn = drawn[np.argsort(self.data.lengths[drawn], kind="stable")]
+            turn = numpy_generator(self.seed, "order of lengths", round=t).permutation(
+                steps
+            )  # the same for all clients:
+            return list(drawn.reshape(steps, size)[turn])  # their rows of a step share one rectangle
+        return list(drawn.reshape(steps, size))
 
     def _shuffled(self, client: int, epoch: int) -> np.ndarray:
         generator = numpy_generator(self.seed, f"shuffle {epoch}", client=self.clients[client])

@@ -141,7 +141,7 @@ class Adapters:
     @property
     def scaling(self) -> Float[Tensor, " client"]:
         """alpha / rank of every client: the update of a layer is ``scaling * B @ A``."""
-        return self.spec.alpha / self.ranks.to(self.flat.dtype)
+        return self.spec.alpha / self.ranks.to(self.flat)
 
     @property
     def equal_ranks(self) -> bool:
@@ -169,6 +169,10 @@ class Adapters:
     def rows(self, clients: slice | Sequence[int]) -> Adapters:
         """Some of the clients held here."""
         return replace(self, flat=self.flat[clients], ranks=self.ranks[clients])
+
+    def to(self, device: torch.device | str) -> Adapters:
+        """The same values on a device; ranks stay on the CPU."""
+        return replace(self, flat=self.flat.to(device))
 
     def mean(self) -> Adapters:
         """One client that holds the average of every factor and head (needs equal ranks).

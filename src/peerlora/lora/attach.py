@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,8 @@ class StackedModel:
         self.base = base.requires_grad_(False).eval()
         self.targets = targets
         self.step = Step()
+        self.forward: Callable[[dict[str, Tensor], Any], Tensor] = self.plain
+        """What a call runs: the base model's own forward, or a faster one that equals it."""
         self._originals: dict[str, nn.Module] = {}
         self._heads: dict[str, StackedHead] = {}
         self._layers: dict[str, StackedLinear] = {}
@@ -132,7 +136,7 @@ class StackedModel:
     def bind(self, spec: AdapterSpec, views: list[Tensor], scaling: Tensor) -> None:
         """Let the next forward passes use these tensors, one per slot of ``spec``."""
         self.step.clients = len(scaling)
-        self.step.scaling = scaling[:, None, None]
+        self.step.scaling = scaling[:, None, None].to(views[0].device)
         for slot, view in zip(spec.slots, views, strict=True):
             if slot.block == "head":
                 name, kind = slot.name.rsplit(".", 1)
@@ -144,8 +148,13 @@ class StackedModel:
         """Let the next forward passes use the adapters of these clients."""
         self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling)
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of client-major rows."""
+    def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
+        """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
+        logits = self.forward(inputs, origin)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
+        """The base model's own forward."""
         return self.base(**inputs).logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,14 +28,19 @@ class Step:
 
         A client's draws thus depend neither on who shares the graph nor on how far its rows were padded.
         """
+        keep = self.keep(x.shape, p, x)
+        return x if keep is None else x * keep
+
+    def keep(self, shape: Sequence[int], p: float, like: Tensor) -> Tensor | None:
+        """What ``dropout`` multiplies a tensor of this shape by: 0 or 1/(1-p); None where nothing is dropped."""
         if p == 0.0 or self.streams is None:
-            return x
-        mask = x.new_zeros(self.clients, x.shape[0] // self.clients, *x.shape[1:])
+            return None
+        mask = like.new_zeros(self.clients, shape[0] // self.clients, *shape[1:])
         for own, (rows, tokens), stream in zip(mask, self.extents, self.streams, strict=True):
-            part = own[:rows, :tokens] if x.ndim == 3 else own[:rows]
+            part = own[:rows, :tokens] if len(shape) == 3 else own[:rows]
             draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
-            part.copy_((draw >= p).to(x.device, x.dtype).div_(1 - p))
-        return x * mask.view_as(x)
+            part.copy_((draw >= p).to(mask.device, mask.dtype).div_(1 - p))
+        return mask.view(*shape)
 
 
 class ClientDropout(nn.Module):
@@ -66,8 +72,8 @@ class StackedLinear(nn.Module):
         """One frozen product for all rows, two batched ones for the factors."""
         y = self.base(x)
         z = self.step.dropout(x, self.p).reshape(self.step.clients, -1, self.d_in)
-        u = torch.bmm(z, self.A.mT) * self.step.scaling
-        return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT).view(y.shape)
+        u = torch.bmm(z, self.A.mT.to(z.dtype)) * self.step.scaling.to(z.dtype)
+        return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT.to(z.dtype)).view(y.shape)
 
 
 class StackedHead(nn.Module):
@@ -82,6 +88,6 @@ class StackedHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """Each client's rows through its own weights."""
-        z = x.reshape(self.step.clients, -1, x.shape[-1])
+        z = x.reshape(self.step.clients, -1, x.shape[-1]).to(self.weight.dtype)
         y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
         return y.view(*x.shape[:-1], -1)

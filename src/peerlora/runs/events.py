@@ -7,7 +7,7 @@ project: ``RoundDone.round`` is the index of the round (from 0); all others give
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
 from peerlora.errors import RunError
@@ -36,6 +36,8 @@ class RunStarted:
     parameters: int
     """Scalars of one client's adapter."""
     warnings: list[str]
+    paths: dict[str, str | None] = field(default_factory=dict)
+    """Speed paths: null where one is used, else why not."""
 
 
 @dataclass(frozen=True)

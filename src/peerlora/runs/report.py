@@ -1,6 +1,6 @@
 """report.html of one run: a single file without script that opens anywhere, also without a network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -188,6 +188,11 @@ def _contacts(start: RunStarted, events: Sequence[Event]) -> str:
     return f"<h2>Last contact</h2><p>Client: round of its last exchange with anybody, for {some}.</p>{table}"
 
 
+def speed_paths(paths: Mapping[str, str | None]) -> list[str]:
+    """Each speed path in words: on, or why not."""
+    return [f"{name}: {'on' if reason is None else f'off, {reason}'}" for name, reason in paths.items()]
+
+
 def _setting(start: RunStarted) -> str:
     """What was run, and with which versions."""
     shape = ", ".join(f"{key} {value}" for key, value in start.topology.items() if isinstance(value, str | int | float))
@@ -199,6 +204,7 @@ def _setting(start: RunStarted) -> str:
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
         ("CPU threads", start.threads),
+        ("speed paths", "; ".join(speed_paths(start.paths))),
         ("versions", ", ".join(f"{name} {version}" for name, version in start.versions.items())),
     ]
     return table_html(rows)

@@ -26,11 +26,11 @@ from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.topology.schedule import Topology, build_topology
-from peerlora.train.frozen import pack_frozen
+from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
 from peerlora.train.tasks import TASKS
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Federation:
     start: Adapters
     export: ExportContext
     warnings: tuple[str, ...]
+    paths: Paths
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,12 @@ def compose(
     train_data, eval_data = materials.train_data, materials.eval_data
     divided = partition(partitioner or config.partition, train_data, config.clients, config.seed)
     here = list(range(config.clients) if clients is None else clients)
-    model, export = _model(config, train_data, materials.tokenizer)
+    model, export, paths = _model(config, train_data, materials.tokenizer)
     start = _start(config, model, here)
-    batches = [config.batches[i] for i in here]
-    shards = Shards(train_data, [divided.shards[i] for i in here], batches, here, config.seed)
-    learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id)
+    batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
+    shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
+    graph = graph_size(model.base, paths)
+    learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -142,10 +144,11 @@ def compose(
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
+        paths=paths,
     )
 
 
-def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedModel, ExportContext]:
+def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedModel, ExportContext, Paths]:
     kind, source = config.task.kind, config.model.source
     dtype = DTYPES[config.train.dtype]
     base = load_base(source, kind, train.names, config.seed, tokenizer.pad_token_id, dtype)
@@ -154,7 +157,8 @@ def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedMo
             f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
         )
     targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
-    pack_frozen(base.model, config.train.dtype, skip=targets.heads)
+    base.model.to(_device(config))
+    paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
     model = StackedModel(
         base.model,
         targets,
@@ -164,7 +168,15 @@ def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedMo
     )
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
     export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, train.names)
-    return model, export
+    return model, export, paths | use_encoder(model, config.train.fast)
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda given, but this torch sees no NVIDIA GPU; use device=cpu, or install a CUDA build"
+        )
+    return torch.device(config.device)
 
 
 def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
@@ -172,9 +184,9 @@ def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
     spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
     generator = torch_generator(config.seed, "adapter")
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
-    if config.adapter.start is None:
-        return start
-    return read_adapter(Path(config.adapter.start), start, model.frozen_head())
+    if config.adapter.start is not None:
+        start = read_adapter(Path(config.adapter.start), start, model.frozen_head())
+    return start.to(config.device)
 
 
 def evaluation_rows(federation: Federation) -> Dataset:

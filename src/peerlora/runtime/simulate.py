@@ -152,8 +152,8 @@ class Simulation:
         state = self.algorithm.round(t, state, self.learner, self.exchange)
         worked = time.perf_counter()
         graph, sent = self.exchange.graph, self.exchange.mixed
-        apart = agreement(self.algorithm.model(state))
-        lost = local_cross_term(sent, graph.W) if sent is not None else 0.0
+        apart = agreement(self.algorithm.model(state).to("cpu"))
+        lost = local_cross_term(sent.to("cpu"), graph.W) if sent is not None else 0.0
         W = graph.W if sent is not None else np.eye(self.config.clients)
         self.moment += W.T @ W
         seconds_mix = self.exchange.seconds
@@ -202,7 +202,7 @@ class Simulation:
     def _save(self, done: int, state: Any) -> None:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
-        tensors["moment"] = torch.from_numpy(self.moment)
+        tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
         self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained})
 
     def _take_up(self, state: Any) -> tuple[int, Any]:
@@ -215,8 +215,9 @@ class Simulation:
         for note in checkpoint.notes:
             self._emit(Warned(note))
         self.moment = checkpoint.tensors["moment"].numpy().copy()
-        self.learner.load_state(_below("learner.", checkpoint.tensors), checkpoint.facts["trained"])
-        return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
+        tensors = {name: value.to(self.config.device) for name, value in checkpoint.tensors.items()}
+        self.learner.load_state(_below("learner.", tensors), checkpoint.facts["trained"])
+        return checkpoint.round, rebuild(state, _below("state.", tensors))
 
     def _started(self) -> RunStarted:
         federation, config = self.federation, self.config
@@ -234,12 +235,13 @@ class Simulation:
             topology=config.topology.model_dump(mode="json") | vars(federation.topology.properties),
             parameters=federation.start.spec.parameters,
             warnings=list(federation.warnings),
+            paths=federation.paths,
         )
 
     def _finish(self, state: Any) -> Result:
         from peerlora.runs.report import write_report
 
-        x = self.algorithm.model(state)
+        x = self.algorithm.model(state).to("cpu")
         self._evaluate(self.config.train.rounds, state, final=True)
         summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
         write_adapters(self.store.folder, x, self.federation, summary)

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
+from peerlora.data.batches import Shards, collate, in_order_of_length
 from peerlora.data.sources import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
 from peerlora.sections import TrainConfig
+from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
 
-TOKENS_PER_GRAPH = 512  # fewer make small products; more pad ragged rows further: docs/decisions/0006
+_EVALUATED = 2048  # tokens of one evaluation's graph; there is no backward, so more gain nothing
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,17 @@ class Learner:
     ``begin(t)`` says which round it is; ``losses`` then holds each client's mean training loss of that round.
     """
 
-    def __init__(self, model: StackedModel, task: Task, shards: Shards, settings: TrainConfig, pad: int):
-        self.model, self.task, self.shards, self.settings, self.pad = model, task, shards, settings, pad
+    def __init__(
+        self,
+        model: StackedModel,
+        task: Task,
+        shards: Shards,
+        settings: TrainConfig,
+        pad: int,
+        graph: GraphSize = GraphSize(PADDED_TOKENS, padded=True),  # noqa: B008 (frozen)
+    ):
+        self.model, self.task, self.shards, self.settings = model, task, shards, settings
+        self.pad, self.graph = pad, graph
         self.losses: Float[Tensor, " client"] = torch.zeros(len(shards.clients))
         self.t = 0
         self.memory: Moments | None = None
@@ -86,32 +96,31 @@ class Learner:
         self.model.step.streams = self._streams(clients)
         steps = self.settings.local_steps
         rows = [self.shards.rows(i, self.t, steps) for i in range(*clients.indices(len(self.shards.clients)))]
-        total = torch.zeros(x.clients, dtype=torch.float64)
+        seen = []
         try:
             for k in range(steps):
-                batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype)
+                batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
                 self.model.step.extents = batch.extents
-                losses = self._losses(batch, clients, k)
+                losses = self.task.losses(self.model(batch.inputs, batch.origin), batch)
                 gradients = torch.autograd.grad(losses.sum(), trained)  # no two clients share a parameter
                 step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
-                total += losses.detach()
+                seen.append(losses.detach())
         finally:
             self.model.step.streams = None  # evaluation drops nothing
-        self._require_finite(x.flat.isfinite().all(1), x.flat.sum(1), clients, steps - 1)  # the last update has no loss
-        return total / steps
+        seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
+        history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
+        self._require_finite(history, clients)
+        return history[:-1].double().mean(0)
 
-    def _losses(self, batch: Batch, clients: slice, k: int) -> Float[Tensor, " client"]:
-        losses = self.task.losses(self.model(batch.inputs), batch)
-        self._require_finite(losses.isfinite(), losses.detach(), clients, k)
-        return losses
-
-    def _require_finite(self, finite: Bool[Tensor, " client"], values: Tensor, clients: slice, k: int) -> None:
-        if bool(finite.all()):
+    def _require_finite(self, history: Float[Tensor, "step client"], clients: slice) -> None:
+        bad = (~history.isfinite()).nonzero()
+        if len(bad) == 0:
             return
-        row = int((~finite).nonzero()[0])
+        k, row = bad[0].tolist()
         raise DivergenceError(
-            f"the loss of client {self.shards.clients[clients.start + row]} is {float(values[row])} in round {self.t}, "
-            f"local step {k}; expected a finite number; lower train.lr (now {self.settings.lr:g}) or set train.clip"
+            f"the loss of client {self.shards.clients[clients.start + row]} is {float(history[k, row])} in round "
+            f"{self.t + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower train.lr "
+            f"(now {self.settings.lr:g}) or set train.clip"
         )
 
     def _streams(self, clients: slice) -> list[torch.Generator]:
@@ -121,8 +130,7 @@ class Learner:
     def _client_blocks(self) -> Iterator[slice]:
         """Slices of the leading axis, so many clients per graph that its activations stay in reach."""
         count = len(self.shards.clients)
-        tokens = max(self.shards.batches) * int(np.percentile(self.shards.data.lengths, 90))
-        largest = self.settings.block or max(1, TOKENS_PER_GRAPH // tokens)
+        largest = self.settings.block or self.graph.clients(max(self.shards.batches), self.shards.data.lengths)
         for edges in np.array_split(np.arange(count), -(-count // largest)):
             yield slice(int(edges[0]), int(edges[-1]) + 1)
 
@@ -135,13 +143,13 @@ class Learner:
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
         outcomes = np.zeros((x.clients, len(data), 2))
         for rows in in_order_of_length(data, batch):
-            size = max(1, 4 * TOKENS_PER_GRAPH // (len(rows) * int(data.lengths[rows].max())))
+            size = max(1, _EVALUATED // (len(rows) * int(data.lengths[rows].max())))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
                 self.model.bind_adapters(part)
-                stacked = collate(data, [rows] * part.clients, self.pad, x.flat.dtype)
-                found = self.task.outcomes(self.model(stacked.inputs), stacked)
-                outcomes[start : start + part.clients, rows] = found.view(part.clients, len(rows), 2).numpy()
+                stacked = collate(data, [rows] * part.clients, self.pad, x.flat.dtype).to(x.flat.device)
+                found = self.task.outcomes(self.model(stacked.inputs, stacked.origin), stacked)
+                outcomes[start : start + part.clients, rows] = found.view(part.clients, len(rows), 2).cpu().numpy()
         scores = [self.task.score(own, data.labels) for own in outcomes]
         return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
 

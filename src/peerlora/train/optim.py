@@ -32,7 +32,7 @@ class Moments:
     @staticmethod
     def fresh(flat: Float[Tensor, "client parameter"], blocks: tuple[str, ...]) -> Moments:
         """No memory yet."""
-        steps = {block: torch.zeros(len(flat), dtype=torch.int64) for block in blocks}
+        steps = {block: torch.zeros(len(flat), dtype=torch.int64, device=flat.device) for block in blocks}
         return Moments(torch.zeros_like(flat), torch.zeros_like(flat), steps)
 
     def rows(self, clients: slice) -> Moments:

@@ -1,0 +1,110 @@
+"""Where the real tokens of a padded batch lie, so that products and norms run on these only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_ROWS_PER_GROUP = 16  # fewer rows make attention's batched products small; more pad further
+
+
+@dataclass(frozen=True)
+class Places:
+    """Some tokens in packed order: those of client 0's first row, of its second row, ..., of the last client.
+
+    Products per client need a rectangle, so a client with fewer tokens than another is filled up there.
+    """
+
+    padded: Int[Tensor, " place"]
+    """Where each token lies in the padded [row * token]."""
+    clients: int
+    slots: Int[Tensor, "client longest"] | None
+    """The packed place of each client's tokens, for filling that of its first one; None: all have equally many."""
+    filling: Bool[Tensor, "client longest"] | None
+    where: Int[Tensor, " place"] | None
+    """Where each token lies in the flattened rectangle."""
+
+    @staticmethod
+    def of(padded: Int[Tensor, " place"], counts: Int[Tensor, " client"]) -> Places:
+        """Tokens of clients that have so many each."""
+        longest = int(counts.max())
+        if bool((counts == longest).all()):
+            return Places(padded, len(counts), None, None, None)
+        first = counts.cumsum(0) - counts
+        steps = torch.arange(longest)
+        filling = steps >= counts[:, None]
+        slots = first[:, None] + steps.expand_as(filling).masked_fill(filling, 0)
+        return Places(padded, len(counts), slots, filling, (~filling).flatten().nonzero()[:, 0])
+
+    def by_client(
+        self, x: Float[Tensor, "place width"], fill: float | None = None
+    ) -> Float[Tensor, "client longest width"]:
+        """One rectangle of all clients' tokens; filled up with ``fill`` or, cheaper, with any finite numbers."""
+        if self.slots is None or self.filling is None:
+            return x.reshape(self.clients, -1, x.shape[-1])
+        y = x.index_select(0, self.slots.flatten())
+        if fill is not None:
+            y.masked_fill_(self.filling.view(-1, 1), fill)
+        return y.view(*self.slots.shape, -1)
+
+    def packed(self, x: Float[Tensor, "client longest width"]) -> Float[Tensor, "place width"]:
+        """The way back."""
+        flat = x.flatten(0, 1)
+        return flat if self.where is None else flat.index_select(0, self.where)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of similar length, which attend in one rectangle."""
+
+    rows: Int[Tensor, " row"]
+    slots: Int[Tensor, "row token"]
+    """The packed place of each token; where a row has ended, that of its first one."""
+    ended: Bool[Tensor, "row 1 token"] | None
+    """True where a row has ended; None where no row has."""
+
+
+@dataclass(frozen=True)
+class TokenPacking:
+    """The real tokens of one batch whose rows are padded on the right."""
+
+    shape: tuple[int, int]
+    """Rows and tokens of the padded batch."""
+    tokens: Places
+    pooled: Places
+    """Each row's first token only."""
+    first: Int[Tensor, " row"]
+    """The packed place of each row's first token."""
+    groups: list[Group]
+
+    @staticmethod
+    def of(mask: Int[Tensor, "row token"], clients: int) -> TokenPacking:
+        """From an attention mask of client-major rows, ones first; every client has equally many rows."""
+        rows, width = mask.shape
+        lengths = mask.sum(1)
+        ends = lengths.cumsum(0)
+        first = ends - lengths
+        tokens = Places.of(mask.flatten().nonzero()[:, 0], lengths.view(clients, -1).sum(1))
+        pooled = Places.of(torch.arange(rows) * width, torch.full((clients,), rows // clients))
+        return TokenPacking((rows, width), tokens, pooled, first, _groups(lengths, first))
+
+    def scores_bias(self, group: Group, dtype: torch.dtype) -> Float[Tensor, "row 1 token"] | None:
+        """What is added to attention scores so that ended tokens get no weight."""
+        if group.ended is None:
+            return None
+        return torch.zeros(group.ended.shape, dtype=dtype).masked_fill_(group.ended, torch.finfo(dtype).min)
+
+
+def _groups(lengths: Int[Tensor, " row"], first: Int[Tensor, " row"]) -> list[Group]:
+    order = lengths.argsort(stable=True)
+    pieces = max(1, len(order) // _ROWS_PER_GROUP)
+    found = []
+    for rows in order.tensor_split(pieces):
+        places = torch.arange(int(lengths[rows[-1]]))
+        ended = places >= lengths[rows][:, None]
+        slots = first[rows][:, None] + places.expand_as(ended).masked_fill(ended, 0)
+        found.append(Group(rows, slots, ended[:, None] if bool(ended.any()) else None))
+    return found
