@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow check format bench
+.PHONY: install demo test test-slow check format bench bench-peers bench-gpu
 
 install: .venv/.installed
 
@@ -34,3 +34,13 @@ format: install
 
 bench: install
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/speed.py $(ARGS)
+	$(BIN)/python bench/performance_page.py
+
+bench-peers: install
+	$(BIN)/python bench/peers $(ARGS)
+	$(BIN)/python bench/performance_page.py
+
+bench-gpu: install
+	$(BIN)/python bench/gpu.py $(ARGS)
+	$(BIN)/python bench/performance_page.py

@@ -37,6 +37,7 @@ SETTINGS = {
     "adamw": dict(optimizer="adamw", lr=0.01),
     "adamw-decay": dict(optimizer="adamw", lr=0.1, weight_decay=0.3),
     "adamw-clip": dict(optimizer="adamw", lr=0.01, weight_decay=0.1, clip=0.5),
+    "adamw-plain": dict(optimizer="adamw", lr=0.1, weight_decay=0.3, fast=False),
     "sgd": dict(optimizer="sgd", lr=0.01),
     "sgd-decay": dict(optimizer="sgd", lr=0.01, weight_decay=0.3),
     "sgd-momentum": dict(optimizer="sgd", lr=0.01, momentum=0.9),
