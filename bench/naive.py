@@ -23,11 +23,15 @@ State = dict[str, Tensor]  # what PEFT calls an adapter's state dict
 class NaiveLoop:
     """All clients of a federation, one after the other, on one PEFT model with a frozen head."""
 
-    def __init__(self, federation: Federation, start: Adapters, tokens: int | None):
-        """``tokens``: pad every batch to so many, as ``padding="max_length"`` does; None: to its longest row."""
+    def __init__(self, federation: Federation, start: Adapters, tokens: int | None, dtype: torch.dtype = torch.float32):
+        """``tokens``: pad every batch to so many, as ``padding="max_length"`` does; None: to its longest row.
+
+        ``dtype`` is the base's; PEFT keeps the adapters in fp32.
+        """
         self.config, self.shards, self.topology = federation.config, federation.learner.shards, federation.topology
         self.pad, self.tokens, self.slots = federation.learner.pad, tokens, start.spec.slots
-        self.model = _peft_model(federation)
+        self.device = start.flat.device
+        self.model = _peft_model(federation, dtype).to(self.device)
         self.states = [
             {_key(slot): start.spec.view(slot, start.flat)[i].clone() for slot in self.slots}
             for i in range(start.clients)
@@ -46,7 +50,7 @@ class NaiveLoop:
         for rows in self.shards.rows(client, t, train.local_steps):
             optimizer.zero_grad()
             inputs, labels = self._batch(self.shards.data, rows)
-            F.cross_entropy(self.model(**inputs).logits, labels).backward()
+            F.cross_entropy(self.model(**inputs).logits.float(), labels).backward()
             optimizer.step()
         return {name: value.detach().clone() for name, value in get_peft_model_state_dict(self.model).items()}
 
@@ -60,7 +64,7 @@ class NaiveLoop:
         right, loss = 0, 0.0
         for first in range(0, len(data), size):
             inputs, labels = self._batch(data, np.arange(first, min(first + size, len(data))))
-            logits = self.model(**inputs).logits
+            logits = self.model(**inputs).logits.float()
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         return right / len(data), loss / len(data)
@@ -73,7 +77,8 @@ class NaiveLoop:
             own = data.ids[data.starts[row] : data.starts[row + 1]]
             ids[place, : len(own)] = torch.from_numpy(own)
             mask[place, : len(own)] = 1
-        return {"input_ids": ids, "attention_mask": mask}, torch.from_numpy(data.labels[rows])
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        return inputs, torch.from_numpy(data.labels[rows]).to(self.device)
 
     def adapters(self, like: Adapters) -> Adapters:
         """Every client's adapter, in the layout of ``like``."""
@@ -88,10 +93,10 @@ class NaiveLoop:
         return float((self.adapters(x).flat - x.flat).abs().max())
 
 
-def _peft_model(federation: Federation) -> torch.nn.Module:
+def _peft_model(federation: Federation, dtype: torch.dtype) -> torch.nn.Module:
     config, pad = federation.config, federation.learner.pad
     names = federation.train_data.names
-    base = load_base(config.model.source, config.task.kind, names, config.seed, pad, torch.float32)
+    base = load_base(config.model.source, config.task.kind, names, config.seed, pad, dtype)
     targets = sorted({layer.name.rsplit(".", 1)[-1] for layer in federation.start.spec.layers})
     lora = LoraConfig(r=config.ranks[0], lora_alpha=int(config.adapter.alpha), target_modules=targets)
     with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed

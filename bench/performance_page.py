@@ -249,11 +249,69 @@ def _runner(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
 
 
 def on_gpu(found: dict[str, Any]) -> str:
-    """Whatever rows the file has, as they are."""
+    """Every shape's ways, and what became of the targets."""
     if not found:
         return MISSING.format("bench-gpu")
-    names = [name for name, value in found["rows"][0].items() if not isinstance(value, dict | list)]
-    return table(names, [[_plain(row.get(name)) for name in names] for row in found["rows"]])
+    machine, model, shapes = (
+        found["machine"],
+        found["model"],
+        list(dict.fromkeys(row["shape"] for row in found["rows"])),
+    )
+    known = ", ".join(
+        f"{name.replace('_', ' ')} {_plain(value)}" for name, value in machine.items() if value is not None
+    )
+    text = (
+        f"Measured by `{found['command']}` on: {known}; torch {found['versions']['torch']}, transformers "
+        f"{found['versions']['transformers']}.  A RoBERTa of random weights, {model['layers']} blocks of width "
+        f"{model['width']}; rank, rates and reference as above, all in turn, wall time of a round.  Ratios are to the "
+        "naive loop whose base is in bf16; differences are those of the adapters to the naive fp32 loop's after one "
+        "round.  Rows are all of length s, but for the shape that says ragged; operations are counted as if they were."
+    )
+    blocks = [text, *(_gpu_shape(found, shape) for shape in shapes), _gpu_verdicts(found, shapes)]
+    if found["failed"]:
+        failed = [[each["shape"], each["variant"], _one_cell(each["reason"])] for each in found["failed"]]
+        blocks.append("What could not be measured:\n\n" + table(["shape", "way", "reason"], failed))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _gpu_shape(found: dict[str, Any], shape: str) -> str:
+    head = ["way", "target", "ratio", "ms a round", "samples/s", "of the peak", "memory", "differs by"]
+    rows = [
+        [
+            row["variant"],
+            _times(row["target"]),
+            "" if row["ratio"] is None else f"**{row['ratio']:.2f}** ({'-'.join(map(_times, row['ratio_range']))})",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['samples_per_second']:.0f}",
+            f"{row['share_of_peak']:.0%} of {row['peak']}",
+            _scaled(row["peak_memory_bytes"], 1e9, "GB"),
+            "" if row["difference"] is None else f"{row['difference']:.0e}",
+        ]
+        for row in found["rows"]
+        if row["shape"] == shape
+    ]
+    peaks = "; ".join(f"{kind} {rate / 1e12:.3g}" for kind, rate in found["peaks"][shape].items())
+    return f"**{shape}**.  Peaks measured in turn with the rest, TFLOP/s: {peaks}.\n\n{table(head, rows)}"
+
+
+def _gpu_verdicts(found: dict[str, Any], shapes: list[str]) -> str:
+    """One line for each shape that has a target, about its fastest way."""
+    lines, aim = [], found["targets"]["share_of_peak"]
+    for shape in shapes:
+        rows = [row for row in found["rows"] if row["shape"] == shape and row["target"] and row["ratio"] is not None]
+        if rows:
+            best = max(rows, key=lambda row: row["ratio"])
+            words = ["reached" if good else "not reached" for good in _reached(best, aim)]
+            gain = f"{_times(best['ratio'])} of {_times(best['target'])}"
+            lines.append(
+                f"- {shape}, {best['variant']}: target {words[0]}, {gain}; "
+                f"share of the bf16 peak {best['share_of_peak']:.0%}, target of {aim:.0%} {words[1]}."
+            )
+    return "\n".join(lines)
+
+
+def _reached(row: dict[str, Any], share: float) -> tuple[bool, bool]:
+    return row["ratio"] >= row["target"], row["share_of_peak"] >= share
 
 
 def _clock(name: str) -> str:

@@ -95,7 +95,11 @@ def synthetic(rows: int, tokens: int, seed: int, words: tuple[int, int] = (1000,
 
 
 def federation(
-    shape: Shape, variant: Sequence[str] = (), source: str = MODEL, words: tuple[int, int] = (1000, 20000)
+    shape: Shape,
+    variant: Sequence[str] = (),
+    source: str = MODEL,
+    words: tuple[int, int] = (1000, 20000),
+    rows: Callable[..., Dataset] = synthetic,
 ) -> Federation:
     tree = {
         "model": {"source": source},
@@ -109,14 +113,14 @@ def federation(
         "threads": torch.get_num_threads(),
     }
     config = load_config(tree, variant)
-    train, evaluation = synthetic(128 * shape.clients, shape.tokens, 0, words), synthetic(500, shape.tokens, 1, words)
+    train, evaluation = rows(128 * shape.clients, shape.tokens, 0, words), rows(500, shape.tokens, 1, words)
     return compose(config, materials=Materials(train, evaluation, load_tokenizer(source)))
 
 
 def scattered(start: Adapters) -> Adapters:
     """Another adapter for every client: with B at zero, A would have nothing to learn in the first step."""
     noise = torch.randn(start.flat.shape, generator=torch.Generator().manual_seed(0))
-    return replace(start, flat=start.flat + 0.01 * noise.to(start.flat.dtype))
+    return replace(start, flat=start.flat + 0.01 * noise.to(start.flat))
 
 
 class Stacked:

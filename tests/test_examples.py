@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from peerlora import RunConfig, load_config, read_events
+from peerlora.runtime.cells import load_grid
 from peerlora.sections import PartitionConfig, Section, TopologyConfig
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def run(models, texts, cache, tmp_path, monkeypatch, capsys):
 
 def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner"}
+    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner", "rolora_toy"}
     assert max(scripts.values()) <= 60
 
 
@@ -106,4 +107,5 @@ def test_the_configs_in_the_docs_are_valid():
         blocks += re.findall(r"```yaml\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
-        load_config(yaml.safe_load(block))
+        tree = yaml.safe_load(block)
+        load_grid(tree) if "axes" in tree else load_config(tree)

@@ -42,5 +42,5 @@ def leaves(tree: Any) -> dict[str, Tensor]:
 
 
 def rebuild(like: Tree, tensors: dict[str, Tensor]) -> Tree:
-    """A tree shaped like ``like`` with the tensors that ``leaves`` once took out of it."""
-    return tree_map(lambda name, _: tensors[name], like)
+    """A tree shaped like ``like`` with the tensors that ``leaves`` once took out of it, on the devices of ``like``."""
+    return tree_map(lambda name, leaf: tensors[name].to(leaf.device), like)

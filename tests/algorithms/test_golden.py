@@ -22,6 +22,9 @@ from peerlora.runtime.compose import compose
 
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}
+METHODS |= {"decaf": {}, "flexlora": {}, "hetlora": {"gamma": 0.5, "penalty": 0.01}}
+METHODS |= {"fedrot-lora": {"first": "B"}, "lora-fair": {"ridge": 0.1}}
+METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lora": {}}
 WORDS = [f"w{i}" for i in range(20)]
 
 
@@ -88,7 +91,7 @@ def history(folder, method):
         state = algorithm.round(t, state, learner, peers)
         found = agreement(algorithm.model(state))
         line = {"loss": learner.losses.tolist(), **vars(found)}
-        lost = local_cross_term(peers.mixed, peers.graph.W) if peers.mixed is not None else 0.0
+        lost = local_cross_term(peers.mixed, peers.graph.W, algorithm.model(state)) if peers.mixed is not None else 0.0
         rounds.append(line | {"local_cross_term": lost, "bytes_sent": peers.bytes_sent})
     return rounds
 

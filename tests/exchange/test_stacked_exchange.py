@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from peerlora.exchange.stacked import StackedExchange
+from peerlora.exchange.stacked import StackedExchange, operator
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
 from peerlora.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph
@@ -236,3 +236,12 @@ def test_a_shard_gets_its_rows_of_what_all_would_get(held):
     assert torch.allclose(part.flat, whole.mix(x).flat[held], rtol=0, atol=1e-14)
     degrees = whole.graph.adjacency.sum(1)
     assert shard.bytes_sent == encoded(x, 0) * int(np.sum(degrees[held]))
+
+
+@pytest.mark.parametrize(("graph", "sparse"), [(RING, True), (COMPLETE, False)])
+def test_many_clients_with_few_neighbours_mix_by_a_sparse_product(graph, sparse):
+    x, peers = adapters(300), exchange(graph, 300)
+    W = peers.graph.W
+    assert (operator(W, x.flat).layout == torch.sparse_csr) == sparse
+    assert operator(W[:, :100], x.flat).layout == torch.strided
+    assert torch.allclose(peers.mix(x).flat, torch.from_numpy(W) @ x.flat, rtol=0, atol=1e-13)

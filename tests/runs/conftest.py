@@ -44,6 +44,8 @@ def round_done(t: int, clients: int = 3, edges: list[list[int]] | None = None) -
         seconds_train=1.0,
         seconds_mix=0.5,
         seconds_diagnostics=0.25,
+        weak_mismatch=0.4,
+        strong_mismatch=0.3,
     )
 
 

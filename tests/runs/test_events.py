@@ -64,3 +64,15 @@ def test_any_text_stays_on_one_line(text):
 
 def test_plain_goes_into_the_depth():
     assert plain({1: (math.nan, [np.float64(2.0)])}) == {"1": [None, [2.0]]}
+
+
+def test_a_line_of_an_older_run_lacks_what_came_later(one_of_each):
+    tree = json.loads(to_json(one_of_each[1]))
+    old = {name: value for name, value in tree.items() if "mismatch" not in name}
+    back = from_json(json.dumps(old))
+    assert math.isnan(back.weak_mismatch) and math.isnan(back.strong_mismatch) and back.rho == one_of_each[1].rho
+    started = json.loads(to_json(one_of_each[0]))
+    del started["notes"]
+    assert from_json(json.dumps(started)).notes == []
+    with pytest.raises(RunError, match="rho"):
+        from_json(json.dumps({name: value for name, value in old.items() if name != "rho"}))

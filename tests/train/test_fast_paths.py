@@ -151,6 +151,7 @@ def test_a_graph_holds_what_its_tokens_allow():
     assert GraphSize(1, padded=True).clients(64, lengths) == 1
     roomy, tight = (GraphSize.of_gpu(free, 24, 1024, 2) for free in (100 << 30, 50 << 30))
     assert 1.9 < roomy.tokens / tight.tokens < 2.1 and 50_000 < roomy.tokens < 100_000
+    assert GraphSize.of_gpu(100 << 30, 24, 1024, 2, vocabulary=50_000).tokens < roomy.tokens / 1.5
 
 
 def test_batches_by_length_keep_each_rounds_rows(config):

@@ -1,49 +1,93 @@
 """One file per method.  To add one: a file, a line in ``REGISTRY``, a test, a paragraph in docs/methods.md."""
 
-from dataclasses import MISSING, fields
-from typing import Any
+from dataclasses import fields
+from math import isfinite
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.dec_lora import DecLoRA
+from peerlora.algorithms.decaf import DeCAF
+from peerlora.algorithms.fedit import FedIT
+from peerlora.algorithms.fedrot_lora import FedRotLoRA
+from peerlora.algorithms.fedsa_lora import FedSALoRA
+from peerlora.algorithms.ffa_lora import FFALoRA
+from peerlora.algorithms.flexlora import FlexLoRA
+from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.local import Local
+from peerlora.algorithms.lora_fair import LoRAFAIR
+from peerlora.algorithms.rolora import RoLoRA
+from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
 
 REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "local": Local,
     "dec-lora": DecLoRA,
     "adf-lora": ADFLoRA,
+    "tad-lora": TADLoRA,
+    "rolora": RoLoRA,
+    "ffa-lora": FFALoRA,
+    "fedit": FedIT,
+    "fedsa-lora": FedSALoRA,
+    "decaf": DeCAF,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
+    "fedrot-lora": FedRotLoRA,
+    "lora-fair": LoRAFAIR,
 }
+
+ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
+"""Other papers' names for the same arithmetic."""
 
 
 def build_algorithm(name: str, parameters: dict[str, Any]) -> Algorithm[Any]:
-    """The method registered under ``name``, with its hyper-parameters checked."""
-    if name not in REGISTRY:
+    """The method registered under ``name`` or an alias of it, with its hyper-parameters checked."""
+    kind = REGISTRY.get(ALIASES.get(name, name))
+    if kind is None:
+        names = [*REGISTRY, *ALIASES]
         raise ConfigError(
-            f"algorithm.name {name!r} is unknown{nearest(name, REGISTRY)}; expected one of {', '.join(REGISTRY)}"
+            f"algorithm.name {name!r} is unknown{nearest(name, names)}; expected one of {', '.join(names)}"
         )
-    known = {field.name: field for field in fields(REGISTRY[name])}
-    for key, value in parameters.items():
+    known = {field.name: field for field in fields(kind)}
+    for key in parameters:
         if key not in known:
             takes = f"takes {', '.join(known)}" if known else "has no settings"
             raise ConfigError(f"unknown key 'algorithm.{key}'{nearest(key, known)}; {name} {takes}")
-        default = known[key].default
-        if default is not MISSING and type(value) is not type(default):
-            raise ConfigError(
-                f"algorithm.{key}: {value!r} given; expected a {type(default).__name__} such as {default!r}"
-            )
-    return REGISTRY[name](**parameters)
+    hints = get_type_hints(kind)
+    return kind(**{key: _setting(key, value, hints[key], known[key].default) for key, value in parameters.items()})
+
+
+def _setting(key: str, value: Any, hint: Any, default: Any) -> Any:
+    """One setting's value as its annotation asks; a whole number serves as a float."""
+    if not _fits(value, hint):
+        choice = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else None
+        wanted = choice or f"a {getattr(hint, '__name__', hint)} such as {default!r}"
+        raise ConfigError(f"algorithm.{key}: {value!r} given; expected {wanted}")
+    return float(value) if type(value) is int and float in (hint, *get_args(hint)) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return type(value) in (int, float) and isfinite(value)
+    return type(value) is hint
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: source, trains, mixes, requires, settings with their defaults."""
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults."""
     described = {}
     for name, kind in REGISTRY.items():
         needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
         described[name] = {
+            "aliases": [alias for alias, meant in ALIASES.items() if meant == name],
             "source": kind.source,
             "trains": kind.trains,
             "mixes": kind.mixes,
+            "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]

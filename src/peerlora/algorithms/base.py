@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
 
 from peerlora.topology.properties import Properties
 
@@ -10,9 +13,16 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.wire import Schema
     from peerlora.lora.adapters import Adapters
+    from peerlora.topology.schedule import Topology
     from peerlora.train.learner import Learner
 
 State = TypeVar("State")
+Operator = Literal["none", "product-sum", "sum-product", "both"]
+"""How a method averages adapters, in the words of arXiv 2508.01348.
+
+product-sum (PS) averages the factors and multiplies the averages.  sum-product (SP) averages the products and, where it
+sends factors on, factors the average again.  Both: one factor is common to all clients, so the two are the same.
+"""
 
 
 class Algorithm(Protocol[State]):
@@ -29,11 +39,13 @@ class Algorithm(Protocol[State]):
     """For people: what it exchanges with its neighbours."""
     source: ClassVar[str]
     """For people: the paper."""
+    operator: ClassVar[Operator]
+    """What its exchange averages: factors, products, or nothing."""
     unequal_ranks: ClassVar[str | None]
     """None where clients may have different ranks, else the reason why not."""
 
-    def message(self, x: Adapters) -> Schema:
-        """The named vectors that one client sends to a neighbour each round, with shapes and dtypes."""
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """The named vectors that one client sends to a neighbour in round ``t``, with shapes and dtypes."""
         ...
 
     def start(self, x: Adapters, peers: Exchange) -> State:
@@ -47,3 +59,26 @@ class Algorithm(Protocol[State]):
     def model(self, state: State) -> Adapters:
         """What is evaluated, checkpointed as the result and exported."""
         ...
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A method with something to choose or to say once the topology and the length of the run are known."""
+
+    def prepared(self, topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
+        """The method that runs, and notes for the run.
+
+        Only what every client can work out alone may be used: they must all come to the same method.
+        """
+        ...
+
+
+def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
+    """The method that runs, with its notes; most methods are ready as they are."""
+    return algorithm.prepared(topology, rounds) if isinstance(algorithm, Preparable) else (algorithm, ())
+
+
+def part(x: Adapters, *blocks: str) -> Adapters:
+    """Some blocks alone ("A", "B", "head"), as a copy: what a method mixes that keeps a factor at home."""
+    spec = replace(x.spec, blocks=blocks)
+    return replace(x, spec=spec, flat=torch.cat([x.flat[:, x.spec.columns(block)] for block in blocks], dim=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from peerlora.algorithms.base import Operator
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -17,9 +18,10 @@ class FactorGossip:
 
     requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True)
     mixes: ClassVar = "A and B"
+    operator: ClassVar[Operator] = "product-sum"
     unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
 
-    def message(self, x: Adapters) -> Schema:
+    def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head."""
         return x.message()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from peerlora.algorithms.base import Operator
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -21,10 +22,11 @@ class Local:
     requires: ClassVar = Properties()
     trains: ClassVar = "A and B"
     mixes: ClassVar = "nothing"
+    operator: ClassVar[Operator] = "none"
     source: ClassVar = "baseline"
     unequal_ranks: ClassVar = None
 
-    def message(self, x: Adapters) -> Schema:
+    def message(self, x: Adapters, t: int = 0) -> Schema:
         """Nothing is sent."""
         return {}
 

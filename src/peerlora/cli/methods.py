@@ -4,7 +4,11 @@ from peerlora.cli.words import AsJson, print_json
 
 
 def command(json: AsJson = False) -> None:
-    """List every algorithm: its paper, what it trains and mixes, what it requires of the topology."""
+    """List every algorithm: its paper, what it trains and mixes, what it requires of the topology.
+
+    The operator says what an exchange averages: factors (product-sum), products (sum-product), both at once because a
+    factor is common to all, or nothing.
+    """
     from peerlora.algorithms import describe_algorithms
 
     described = describe_algorithms()
@@ -14,8 +18,21 @@ def command(json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "paper", "trains", "mixes", "requires of the topology", "settings", title="methods")
+    head = ("paper", "trains", "mixes", "operator", "requires of the topology", "settings")
+    table = Table(title="methods")
+    table.add_column("name, other names", no_wrap=True)
+    for word in head:
+        table.add_column(word, overflow="fold")
     for name, facts in described.items():
         settings = ", ".join(f"{key}={value}" for key, value in facts["settings"].items())
-        table.add_row(name, facts["source"], facts["trains"], facts["mixes"], facts["requires"] or "-", settings or "-")
+        names = "\n".join([name, *(f"= {alias}" for alias in facts["aliases"])])
+        table.add_row(
+            names,
+            facts["source"],
+            facts["trains"],
+            facts["mixes"],
+            facts["operator"],
+            facts["requires"] or "-",
+            settings or "-",
+        )
     Console().print(table)

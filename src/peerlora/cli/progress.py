@@ -67,6 +67,8 @@ class Progress:
             self.started, self.began = event, time.monotonic()
             self.title = self.title or event.method
             self._line(f"{self.title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads")
+            for note in event.notes:
+                self._line(note)
         elif isinstance(event, Warned):
             self.console.print(f"warning: {event.message}", highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, Resumed):

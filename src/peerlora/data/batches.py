@@ -39,8 +39,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels.to(device), weights=self.weights.to(device))
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        labels, weights = (value.to(device, non_blocking=True) for value in (self.labels, self.weights))
+        return replace(self, inputs=inputs, labels=labels, weights=weights)
 
 
 def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype) -> Batch:

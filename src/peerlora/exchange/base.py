@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+import torch
+
+from peerlora.exchange.combine import Rule
+from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph
 
 Payload = TypeVar("Payload")
@@ -24,4 +28,15 @@ class Exchange(Protocol):
 
     def mix(self, x: Payload) -> Payload:
         """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head."""
+        ...
+
+    def combine(self, x: Adapters, rule: Rule) -> Adapters:
+        """``x_i <- rule(x_i, the adapters of i and its neighbours, their weights)``; costs the messages of one ``mix``.
+
+        A client without contact keeps what it has, to the bit; a private head stays.
+        """
+        ...
+
+    def shared_random(self, purpose: str) -> torch.Generator:
+        """A generator that gives every client of the run the same numbers in this round."""
         ...

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from peerlora.lora.merged import Merged
+
 BLOCKS = ("A", "B", "head")
 
 
@@ -114,6 +116,8 @@ class Adapters:
     spec: AdapterSpec
     flat: Float[Tensor, "client parameter"]
     ranks: Int[Tensor, " client"]
+    merged: Merged | None = None
+    """What each client has folded into its base; None where the method never merges."""
 
     @property
     def clients(self) -> int:
@@ -168,20 +172,36 @@ class Adapters:
 
     def rows(self, clients: slice | Sequence[int]) -> Adapters:
         """Some of the clients held here."""
-        return replace(self, flat=self.flat[clients], ranks=self.ranks[clients])
+        merged = self.merged and self.merged.rows(clients)
+        return replace(self, flat=self.flat[clients], ranks=self.ranks[clients], merged=merged)
 
     def to(self, device: torch.device | str) -> Adapters:
         """The same values on a device; ranks stay on the CPU."""
-        return replace(self, flat=self.flat.to(device))
+        return replace(self, flat=self.flat.to(device), merged=self.merged and self.merged.to(device))
 
     def mean(self) -> Adapters:
-        """One client that holds the average of every factor and head (needs equal ranks).
+        """One client that holds the average of every factor and head (needs equal ranks) and of all merged products.
 
         Taken about the first client, so that the mean of equal clients is that client to the bit.
         """
         assert self.equal_ranks, "factors of different ranks have no mean"
         first = self.flat[:1]
-        return replace(self, flat=first + (self.flat - first).mean(0, keepdim=True), ranks=self.ranks[:1])
+        flat = first + (self.flat - first).mean(0, keepdim=True)
+        return replace(self, flat=flat, ranks=self.ranks[:1], merged=self.merged and self.merged.mean())
+
+    def mergeable(self) -> Adapters:
+        """The same with an empty ``merged``: how a method that merges begins."""
+        shapes = {layer.name: (layer.d_out, layer.d_in) for layer in self.spec.layers}
+        return replace(self, merged=Merged.nothing(shapes, self.flat))
+
+    def folded(self) -> Adapters:
+        """The same models with every ``scaling * B A`` moved into ``merged``: B is zero after it."""
+        assert self.merged is not None, "begin with mergeable()"
+        B = {name: self.scaling[:, None, None] * factor for name, factor in self.B.items()}
+        merged = self.merged.plus({name: (B[name], A) for name, A in self.A.items()})
+        flat = self.flat.clone()
+        flat[:, self.spec.columns("B")] = 0.0
+        return replace(self, flat=flat, merged=merged)
 
 
 def initial_adapters(
@@ -200,12 +220,28 @@ def initial_adapters(
     for slot in spec.slots:
         part = row[slot.start : slot.stop]
         if slot.block == "A":
-            bound = slot.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)) in closed form
-            part.copy_((torch.rand(part.numel(), generator=generator, dtype=torch.float64) * 2 - 1) * bound)
+            part.copy_(_drawn(slot, generator))
         elif slot.block == "head":
             part.copy_(head[slot.name].reshape(-1))
     adapters = Adapters(spec, row.repeat(len(ranks), 1), torch.tensor(ranks))
     return mask_ranks(adapters)
+
+
+def _drawn(slot: Slot, generator: torch.Generator) -> Float[Tensor, " scalar"]:
+    bound = slot.shape[1 if slot.block == "A" else 0] ** -0.5  # kaiming_uniform_(a=sqrt(5)) in closed form
+    return (torch.rand(prod(slot.shape), generator=generator, dtype=torch.float64) * 2 - 1) * bound
+
+
+def redrawn(x: Adapters, block: str, generator: torch.Generator) -> Adapters:
+    """One factor ("A" or "B") drawn anew as at the start, the same for all clients, and the other one zero."""
+    flat = x.flat.clone()
+    for slot in x.spec.slots:
+        part = flat[:, slot.start : slot.stop]
+        if slot.block == block:
+            part.copy_(_drawn(slot, generator))
+        elif slot.block in "AB":
+            part.zero_()
+    return mask_ranks(replace(x, flat=flat))
 
 
 def mask_ranks(x: Adapters) -> Adapters:

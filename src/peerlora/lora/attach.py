@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear, Step
+from peerlora.lora.merged import Merged
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class StackedModel:
         head = tuple((name, tuple(value.shape)) for name, value in self.head().items())
         return AdapterSpec(self.targets.layers, rank, alpha, head, private_head)
 
-    def bind(self, spec: AdapterSpec, views: list[Tensor], scaling: Tensor) -> None:
-        """Let the next forward passes use these tensors, one per slot of ``spec``."""
+    def bind(self, spec: AdapterSpec, views: list[Tensor], scaling: Tensor, merged: Merged | None = None) -> None:
+        """Let the next forward passes use these tensors, one per slot of ``spec``, and what was merged."""
         self.step.clients = len(scaling)
         self.step.scaling = scaling[:, None, None].to(views[0].device)
         for slot, view in zip(spec.slots, views, strict=True):
@@ -143,10 +144,13 @@ class StackedModel:
                 setattr(self._heads[name], kind, view)
             else:
                 setattr(self._layers[slot.name], slot.block, view)
+        for name, layer in self._layers.items():
+            update = merged.layers[name] if merged is not None else None
+            layer.merged = None if update is None or update.empty else update
 
     def bind_adapters(self, x: Adapters) -> None:
         """Let the next forward passes use the adapters of these clients."""
-        self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling)
+        self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling, x.merged)
 
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peerlora.lora.merged import Update
+
 
 @dataclass
 class Step:
@@ -35,12 +37,12 @@ class Step:
         """What ``dropout`` multiplies a tensor of this shape by: 0 or 1/(1-p); None where nothing is dropped."""
         if p == 0.0 or self.streams is None:
             return None
-        mask = like.new_zeros(self.clients, shape[0] // self.clients, *shape[1:])
+        mask = torch.zeros(self.clients, shape[0] // self.clients, *shape[1:], dtype=like.dtype)  # as the streams: CPU
         for own, (rows, tokens), stream in zip(mask, self.extents, self.streams, strict=True):
             part = own[:rows, :tokens] if len(shape) == 3 else own[:rows]
             draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
-            part.copy_((draw >= p).to(mask.device, mask.dtype).div_(1 - p))
-        return mask.view(*shape)
+            part.copy_((draw >= p).to(mask.dtype).div_(1 - p))
+        return mask.view(*shape).to(like.device, non_blocking=True)
 
 
 class ClientDropout(nn.Module):
@@ -56,21 +58,26 @@ class ClientDropout(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """``y = base(x) + scaling * B A x`` with client i's factors on client i's rows.
+    """``y = base(x) + merged x + scaling * B A x`` with client i's factors on client i's rows.
 
-    ``A`` [client, rank, d_in] and ``B`` [client, d_out, rank] are set before each step.
+    ``A`` [client, rank, d_in] and ``B`` [client, d_out, rank] are set before each step, and ``merged`` where a method
+    merges: it is part of the base, so adapter dropout does not reach it.
     """
 
     A: Tensor
     B: Tensor
+    merged: Update | None
 
     def __init__(self, base: nn.Module, d_in: int, d_out: int, dropout: float, step: Step):
         super().__init__()
         self.base, self.d_in, self.d_out, self.p, self.step = base, d_in, d_out, dropout, step
+        self.merged = None
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """One frozen product for all rows, two batched ones for the factors."""
         y = self.base(x)
+        if self.merged is not None:
+            y = y + self.merged.apply(x.reshape(self.step.clients, -1, self.d_in)).view(y.shape)
         z = self.step.dropout(x, self.p).reshape(self.step.clients, -1, self.d_in)
         u = torch.bmm(z, self.A.mT.to(z.dtype)) * self.step.scaling.to(z.dtype)
         return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT.to(z.dtype)).view(y.shape)

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peerlora.errors import ModelError
-from peerlora.lora.adapters import Adapters, AdapterSpec, cut
+from peerlora.lora.adapters import Adapters, cut
 from peerlora.lora.attach import StackedModel
+from peerlora.lora.merged import whole
+from peerlora.lora.product import decompose
 
 _PREFIX = "base_model.model."
 
@@ -35,19 +37,26 @@ class ExportContext:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def export_adapter(folder: Path, x: Adapters, client: int, model: StackedModel, context: ExportContext) -> Path:
-    """Write row ``client`` of ``x`` as a folder that ``PeftModel.from_pretrained`` loads."""
+def export_adapter(
+    folder: Path, x: Adapters, client: int, model: StackedModel, context: ExportContext, rank: int | None = None
+) -> Path:
+    """Write row ``client`` of ``x`` as a folder that ``PeftModel.from_pretrained`` loads.
+
+    What the client has merged becomes part of the adapter, whose rank grows.  ``rank``: the best approximation of at
+    most this rank instead; what it leaves out is told in the card.
+    """
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    rank = int(x.ranks[client])
-    tensors = _lora_tensors(x, client, rank) | _full_tensors(x, client, model, context)
+    factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
+    context = replace(context, facts={**context.facts, **factors.facts})
+    tensors = _lora_tensors(factors) | _full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
     full = [*model.targets.heads, *(name for name in context.extra_modules if name not in adapted)]
     config = LoraConfig(
-        r=rank,
-        lora_alpha=_whole(x.spec.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
+        r=factors.rank,
+        lora_alpha=_whole(factors.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
         lora_dropout=context.dropout,
         target_modules=[layer.name for layer in x.spec.layers],
         modules_to_save=full or None,
@@ -63,7 +72,7 @@ def export_adapter(folder: Path, x: Adapters, client: int, model: StackedModel, 
     if context.labels:  # PEFT's config has no place for them
         names = {"id2label": dict(enumerate(context.labels))}
         (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(context, rank, x.spec), encoding="utf-8")
+    (folder / "README.md").write_text(_card(context, factors), encoding="utf-8")
     return folder
 
 
@@ -71,13 +80,70 @@ def _whole(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _lora_tensors(x: Adapters, client: int, rank: int) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Factors:
+    """One client's update as PEFT wants it: by layer (B, A) of one rank, and alpha."""
+
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+    rank: int
+    alpha: float
+    facts: Mapping[str, Any]
+    """For the card."""
+
+
+def _own_factors(x: Adapters, client: int) -> Factors:
+    rank = int(x.ranks[client])
+    layers = {name: (x.B[name][client, :, :rank], A[client, :rank]) for name, A in x.A.items()}
+    return Factors(layers, rank, x.spec.alpha, {})
+
+
+def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
+    """All that one client adds to its base, with a scaling of 1.
+
+    Low-rank sums stay the tensors they are, side by side, while that is no larger than the layer.  A larger or dense
+    one, and any that is to be cut, is factored in float64.
+    """
+    own = x.rows([client]) if x.merged is not None else x.rows([client]).mergeable()
+    merged, held = own.merged, int(own.ranks[0])
+    assert merged is not None
+    layers, left_out, size = {}, 0.0, 0.0
+    for layer in x.spec.layers:
+        B, A = own.B[layer.name][:, :, :held] * own.scaling[0], own.A[layer.name][:, :held]
+        update = merged.layers[layer.name]
+        largest = min(layer.d_out, layer.d_in)
+        if rank is None and not update.dense.shape[2] and update.left.shape[2] + held <= largest:
+            layers[layer.name] = torch.cat([B, update.left], 2)[0], torch.cat([A, update.right], 1)[0]
+            continue
+        total = whole(update, B, A)
+        square = total.dense[0], torch.eye(layer.d_in, dtype=torch.float64, device=total.dense.device)
+        found = decompose(*(square if total.dense.shape[2] else (total.left[0], total.right[0])))
+        kept = min(int(found.rank), rank or largest)
+        layers[layer.name] = found.factors(kept)
+        left_out += float(found.tail(torch.tensor(kept, device=found.values.device)))
+        size += float(found.values.square().sum())
+    widest = max(1, *(A.shape[0] for _, A in layers.values()))
+    padded = {name: _padded(B.to(x.flat), A.to(x.flat), widest) for name, (B, A) in layers.items()}
+    return Factors(padded, widest, float(widest), _merge_facts(rank, left_out, size))
+
+
+def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - A.shape[0]
+    return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+
+
+def _merge_facts(rank: int | None, left_out: float, size: float) -> dict[str, str]:
+    if rank is None:
+        return {"holds": "the adapter and all that was merged into the base before it; scaling 1"}
+    share = (left_out / size) ** 0.5 if size else 0.0
+    told = f"{left_out**0.5:.4g}, {share:.2%} of the update (Frobenius norm over all layers)"
+    return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": told}
+
+
+def _lora_tensors(factors: Factors) -> dict[str, Tensor]:
     tensors = {}
-    for slot in x.spec.slots:
-        if slot.block != "head":
-            value = x.spec.view(slot, x.flat)[client]
-            own = value[:rank] if slot.block == "A" else value[:, :rank]
-            tensors[f"{_PREFIX}{slot.name}.lora_{slot.block}.weight"] = own.contiguous().clone()
+    for name, (B, A) in factors.layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous().clone()
     return tensors
 
 
@@ -108,12 +174,13 @@ def _sort_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(context: ExportContext, rank: int, spec: AdapterSpec) -> str:
+def _card(context: ExportContext, factors: Factors) -> str:
     head = {"base_model": context.base_source, "library_name": "peft", "tags": ["lora", "peerlora"]}
     facts = "\n".join(f"| {key} | {value} |" for key, value in context.facts.items())
     return (
         f"---\n{json.dumps(head, indent=2)}\n---\n\n# LoRA adapter trained without a server\n\n"
-        f"Rank {rank}, alpha {_whole(spec.alpha)}, {len(spec.layers)} layers of `{context.base_source}`.  "
+        f"Rank {factors.rank}, alpha {_whole(factors.alpha)}, {len(factors.layers)} layers of "
+        f"`{context.base_source}`.  "
         "Trained with peerlora: every client keeps its data and averages adapters with its neighbours.\n\n"
         "```python\nfrom peft import PeftModel\n"
         "model = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
@@ -144,7 +211,7 @@ def read_adapter(folder: Path, x: Adapters, frozen_head: Mapping[str, Tensor]) -
             "tensors in all); make adapter.targets equal to the folder's target_modules"
         )
     for name, value in frozen_head.items():
-        if not torch.equal(tensors.get(_PREFIX + name, value).to(value.dtype), value):
+        if not torch.equal(tensors.get(_PREFIX + name, value).to(value), value):
             raise ModelError(
                 f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
                 "would drop it; use adapter.head=mixed or private"

@@ -2,12 +2,17 @@
 
 Shapes: ``B`` [client, d_out, rank], ``A`` [client, rank, d_in]; the scaling alpha/rank is left out throughout, as in
 the identities of Wang et al. 2025 (arXiv 2511.18291) and of the notes in docs/methods.md.  Call with float64.
+
+``left`` [..., d_out, wide] and ``right`` [..., wide, d_in] stand for their product, a sum over several clients that
+``joined`` writes as one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _COLUMNS = 64  # of a product that is looked at in strips
@@ -63,3 +68,97 @@ def product_consensus(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "c
     left = torch.cat([deviation(B), mean], dim=2)
     right = torch.cat([A, deviation(A)], dim=1)
     return (norms2(left, right).mean() - cross_term2(B, A)).clamp_min(0.0)
+
+
+# --- sums of products, and their best approximation of a rank
+
+
+def joined(
+    B: Float[Tensor, "*batch sender d_out rank"],
+    A: Float[Tensor, "*batch sender rank d_in"],
+    weights: Float[Tensor, "*batch sender"],
+) -> tuple[Float[Tensor, "*batch d_out wide"], Float[Tensor, "*batch wide d_in"]]:
+    """``sum_j w_j B_j A_j`` as one product: the weighted B side by side, the A below each other."""
+    return (weights[..., None, None] * B).transpose(-3, -2).flatten(-2), A.flatten(-3, -2)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular value decomposition of a product, largest value first."""
+
+    U: Float[Tensor, "*batch d_out value"]
+    values: Float[Tensor, "*batch value"]
+    V: Float[Tensor, "*batch value d_in"]
+    rank: Int[Tensor, "*batch"]
+    """How many values stand above rounding."""
+
+    def tail(self, rank: Int[Tensor, "*receiver"]) -> Float[Tensor, "*all"]:
+        """``sum_{k > rank} sigma_k^2``, the squared distance to the best approximation of this rank."""
+        beyond = torch.arange(self.values.shape[-1], device=rank.device) >= rank[..., None]
+        return (self.values.square() * beyond).sum(-1)
+
+    def factors(self, rank: int) -> tuple[Float[Tensor, "*batch d_out {rank}"], Float[Tensor, "*batch {rank} d_in"]]:
+        """The best approximation of a rank, as balanced (B, A): ``B^T B = A A^T = diag(sigma)``.
+
+        The sign is fixed by making the largest entry of every row of A positive.  Directions that the product lacks
+        are zero in both factors.
+        """
+        kept = min(rank, self.values.shape[-1])
+        alive = torch.arange(kept, device=self.values.device) < self.rank[..., None]
+        root = self.values[..., :kept].sqrt() * alive
+        peak = self.V[..., :kept, :].gather(-1, self.V[..., :kept, :].abs().argmax(-1, keepdim=True))[..., 0]
+        signed = torch.where(peak < 0, -root, root)
+        B, A = self.U[..., :kept] * signed[..., None, :], signed[..., None] * self.V[..., :kept, :]
+        missing = rank - kept
+        return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+
+
+def decompose(left: Float[Tensor, "*batch d_out wide"], right: Float[Tensor, "*batch wide d_in"]) -> Decomposition:
+    """The decomposition of ``left @ right`` from the small core between the QR factors of both.
+
+    A value counts as rounding below ``eps * max(d_out, d_in) * ||left|| * ||right||``: relative to what went in, since
+    clients that cancel each other leave nothing but rounding.
+    """
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    U, values, V = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
+    widest = max(left.shape[-2], right.shape[-1]) * torch.finfo(left.dtype).eps
+    rounding = widest * torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
+    return Decomposition(Q_left @ U, values, V @ Q_right.mT, (values > rounding[..., None]).sum(-1))
+
+
+# --- alignment
+
+
+def nearest_rotation(M: Float[Tensor, "*batch rank rank"], strength: float = 1.0) -> Float[Tensor, "*batch rank rank"]:
+    """The rotation R (determinant +1) with the largest ``<R, M>``; with a strength below 1 only part of the way to it.
+
+    With ``M = A A_ref^T`` it minimises ``||R^T A - A_ref||``, with ``M = B^T B_ref`` it minimises ``||B R - B_ref||``.
+    Part of the way: ``(1 - strength) I + strength R``, projected back.  That needs the determinant: halfway between I
+    and a reflection lies a singular matrix.  Where M leaves R open (M = 0, say), R is the identity there.
+    """
+    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    size = torch.linalg.matrix_norm(M).clamp_min(torch.finfo(M.dtype).tiny)
+    R = _rotation(M / size[..., None, None] + 1e-12 * eye)
+    return R if strength == 1 else _rotation((1 - strength) * eye + strength * R)
+
+
+def _rotation(M: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch rank rank"]:
+    U, _, V = torch.linalg.svd(M)
+    mirrored = torch.linalg.det(U @ V) < 0
+    last = torch.where(mirrored[..., None], -U[..., -1], U[..., -1])  # the direction that costs least to flip
+    return torch.cat([U[..., :-1], last[..., None]], dim=-1) @ V
+
+
+# --- correction of B when A is given
+
+
+def ridge_correction(
+    left: Float[Tensor, "*batch d_out wide"],
+    right: Float[Tensor, "*batch wide d_in"],
+    A: Float[Tensor, "*batch rank d_in"],
+    ridge: float,
+) -> Float[Tensor, "*batch d_out rank"]:
+    """The X with the smallest ``||left @ right - X A||^2 + ridge ||X||^2``: ``left right A^T (A A^T + ridge I)^-1``."""
+    gram = A @ A.mT + ridge * torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(gram, left @ (right @ A.mT), left=False)

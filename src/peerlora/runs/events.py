@@ -2,12 +2,13 @@
 
 Report, metrics and resume read these and nothing else.  Rounds are counted in two ways, as everywhere in the
 project: ``RoundDone.round`` is the index of the round (from 0); all others give the number of finished rounds.
+A field with a default may be missing in a line: older runs were written without it.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
 from peerlora.errors import RunError
@@ -38,6 +39,8 @@ class RunStarted:
     warnings: list[str]
     paths: dict[str, str | None] = field(default_factory=dict)
     """Speed paths: null where one is used, else why not."""
+    notes: list[str] = field(default_factory=list)
+    """What the method has to say about this run: what it chose, and why."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ class RoundDone:
     seconds_train: float
     seconds_mix: float
     seconds_diagnostics: float
+    weak_mismatch: float = math.nan
+    """How far the exchange moved the clients' products B·A: mean squared norm; see ``lora.diagnostics``."""
+    strong_mismatch: float = math.nan
+    """The same of the factors A and B."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the method's exchange measured, averaged over clients, such as truncation_tail."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +162,12 @@ def from_json(line: str) -> Event:
         raise RunError(
             f"event {name} {version} is unknown here ({known}); read this run with the version that wrote it"
         )
-    names = {field.name for field in fields(kind)}
-    if names != set(tree):
-        wrong = ", ".join(sorted(names ^ set(tree)))
+    types = {each.name: each.type for each in fields(kind)}
+    needed = {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
+    if needed - set(tree) or set(tree) - set(types):
+        wrong = ", ".join(sorted((needed - set(tree)) | (set(tree) - set(types))))
         raise RunError(f"event {name} {version} has missing or unknown fields: {wrong}; the event log is damaged")
-    return kind(**{field.name: _typed(field.type, tree[field.name]) for field in fields(kind)})
+    return kind(**{key: _typed(types[key], value) for key, value in tree.items()})
 
 
 def plain(value: Any) -> Any:

@@ -17,6 +17,8 @@ PER_ROUND = (
     "consensus_product",
     "cross_term",
     "local_cross_term",
+    "weak_mismatch",
+    "strong_mismatch",
     "rho",
     "contacts",
     "bytes_per_edge",
@@ -51,6 +53,8 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
             yield client, done.round + 1, "loss", loss
         for name in PER_ROUND:
             yield None, done.round + 1, name, float(getattr(done, name))
+        for name, value in done.measures.items():
+            yield None, done.round + 1, name, float("nan") if value is None else float(value)
     for score in evaluations(events):
         for client, (own, loss) in enumerate(zip(score.own, score.own_loss, strict=True)):
             yield client, score.round, "own", own

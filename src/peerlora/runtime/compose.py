@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms import REGISTRY, build_algorithm
+from peerlora.algorithms.base import Algorithm, prepare
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
@@ -21,9 +21,9 @@ from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, initial_adapters
-from peerlora.lora.attach import StackedModel, find_targets
+from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
-from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
+from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
@@ -49,16 +49,56 @@ class Federation:
     start: Adapters
     export: ExportContext
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What the method has to say about the run, such as what it chose."""
     paths: Paths
 
 
 @dataclass(frozen=True)
+class PreparedBase:
+    """A base model with its frozen weights made fast, before adapters are attached."""
+
+    base: Base
+    targets: Targets
+    paths: Paths
+
+
+class Bases:
+    """Keeps the base model of the latest run for the next one that needs the same.
+
+    Only for runs that follow each other: with the next one, the adapters of the one before are taken off its model.
+    """
+
+    def __init__(self):
+        self._key: Any = None
+        self._kept: PreparedBase | None = None
+        self._user: StackedModel | None = None
+
+    def get(self, key: Any, load: Callable[[], PreparedBase]) -> PreparedBase:
+        """The base model of ``key``, as it was before anything was attached."""
+        if self._user is not None:
+            self._user.detach()
+        if self._user is None or key != self._key:  # without a user: attaching failed half way
+            self._kept = None  # the old one goes before the new one comes
+            self._kept, self._key = load(), key
+        self._user = None
+        assert self._kept is not None
+        return self._kept
+
+    def used_by(self, model: StackedModel) -> None:
+        """Remember what is attached to it now."""
+        self._user = model
+
+
+@dataclass(frozen=True)
 class Materials:
-    """What many runs can share: the tokenised data and the base model (which no run changes)."""
+    """What many runs can share: the tokenised data and, for runs one after another, the base model."""
 
     train_data: Dataset
     eval_data: Dataset
     tokenizer: Any
+    bases: Bases | None = None
+    """None: every run loads its own."""
 
 
 def load_materials(config: RunConfig) -> Materials:
@@ -82,7 +122,13 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
             f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {algorithm.unequal_ranks}; "
-            "give one adapter.rank, or use algorithm.name=local"
+            f"give one adapter.rank, or use {', '.join(own for own in REGISTRY if not REGISTRY[own].unequal_ranks)}"
+        )
+    stale = getattr(algorithm, "fresh_optimizer", None)
+    if stale and config.train.optimizer_state != "round":
+        raise CompositionError(
+            f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
+            f"{stale}; use train.optimizer_state=round"
         )
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
@@ -121,11 +167,12 @@ def compose(
     _check_memory(config.clients)
     topology = build_topology(config.topology, config.clients, config.seed)
     warnings = check_composition(config, algorithm, topology)
+    algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
     train_data, eval_data = materials.train_data, materials.eval_data
     divided = partition(partitioner or config.partition, train_data, config.clients, config.seed)
     here = list(range(config.clients) if clients is None else clients)
-    model, export, paths = _model(config, train_data, materials.tokenizer)
+    model, export, paths = _model(config, materials)
     start = _start(config, model, here)
     batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
     shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
@@ -144,21 +191,37 @@ def compose(
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
+        notes=notes,
         paths=paths,
     )
 
 
-def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedModel, ExportContext, Paths]:
-    kind, source = config.task.kind, config.model.source
-    dtype = DTYPES[config.train.dtype]
-    base = load_base(source, kind, train.names, config.seed, tokenizer.pad_token_id, dtype)
+def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:
+    kind, source, tokenizer, names = (
+        config.task.kind,
+        config.model.source,
+        materials.tokenizer,
+        materials.train_data.names,
+    )
+    bases = materials.bases or Bases()
+    prepared = bases.get(
+        (
+            source,
+            kind,
+            names,
+            config.seed,
+            config.train.dtype,
+            config.train.fast,
+            config.device,
+            config.adapter.targets,
+        ),
+        lambda: _prepared(config, names, tokenizer.pad_token_id),
+    )
+    base, targets = prepared.base, prepared.targets
     if base.longest is not None and config.data.max_length > base.longest:
         raise ConfigError(
             f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
         )
-    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
-    base.model.to(_device(config))
-    paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
     model = StackedModel(
         base.model,
         targets,
@@ -166,9 +229,18 @@ def _model(config: RunConfig, train: Dataset, tokenizer: Any) -> tuple[StackedMo
         dropout=config.adapter.dropout,
         base_dropout=config.model.dropout,
     )
+    bases.used_by(model)
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
-    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, train.names)
-    return model, export, paths | use_encoder(model, config.train.fast)
+    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, names)
+    return model, export, prepared.paths | use_encoder(model, config.train.fast)
+
+
+def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:
+    kind, dtype = config.task.kind, DTYPES[config.train.dtype]
+    base = load_base(config.model.source, kind, names, config.seed, pad_token, dtype)
+    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
+    base.model.to(_device(config))
+    return PreparedBase(base, targets, prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast))
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.lora.peft_io import export_adapter
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, compose
+from peerlora.tree import leaves, rebuild
 
 EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
 
@@ -79,7 +79,8 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
     """``adapters/all.safetensors`` with every client, and a PEFT folder per client and for the average."""
     place = folder / "adapters"
     place.mkdir(exist_ok=True)
-    save_file({"flat": x.flat.contiguous(), "ranks": x.ranks}, place / "all.safetensors.tmp")
+    tensors = {name.removeprefix("."): leaf.contiguous() for name, leaf in leaves(x).items()}
+    save_file(tensors, place / "all.safetensors.tmp")
     os.replace(place / "all.safetensors.tmp", place / "all.safetensors")
     if x.clients > EXPORTED:
         return
@@ -89,16 +90,19 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
         _export(place / "average", x.mean(), 0, federation, summary | {"client": "average of all"})
 
 
-def _export(folder: Path, x: Adapters, client: int, federation: Federation, summary: dict[str, Any]) -> Path:
+def _export(
+    folder: Path, x: Adapters, client: int, federation: Federation, summary: dict[str, Any], rank: int | None = None
+) -> Path:
     told = ("method", "client", "clients", "rounds", "metric")
     facts = {key: summary[key] for key in told if key in summary} | {"accuracy": json.dumps(summary["accuracy"])}
-    return export_adapter(folder, x, client, federation.model, replace(federation.export, facts=facts))
+    return export_adapter(folder, x, client, federation.model, replace(federation.export, facts=facts), rank)
 
 
-def export_from_run(run: Path, to: Path, client: int | None) -> Path:
+def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = None) -> Path:
     """Write one client's adapter (None: the average) of a finished run as a PEFT folder at ``to``.
 
-    Raises RunError when ``run`` is no run or unfinished, the client unknown, or ``to`` in use.
+    ``rank``: its best approximation of at most this rank, since merges make a rank grow.
+    Raises RunError when ``run`` is no run or unfinished, the client or rank impossible, or ``to`` in use.
     """
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
@@ -111,13 +115,17 @@ def export_from_run(run: Path, to: Path, client: int | None) -> Path:
         raise RunError(f"--client {client} given; {run} has clients 0 to {config.clients - 1}")
     if client is None and len(set(config.ranks)) > 1:
         raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
+    if rank is not None and rank < 1:
+        raise RunError(f"--rank {rank} given; expected at least 1")
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
-    if written.is_dir():
+    if rank is None and written.is_dir():
         shutil.copytree(written, to, dirs_exist_ok=True)
         return to
     federation = compose(config)
+    start = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
     with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
-        x = Adapters(federation.start.spec, file.get_tensor("flat"), file.get_tensor("ranks").to(torch.int64))
+        x = rebuild(start, {f".{name}": file.get_tensor(name) for name in file.keys()})
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     row, number = (x.mean(), 0) if client is None else (x, client)
-    return _export(to, row, number, federation, summary | {"client": "average of all" if client is None else client})
+    named = summary | {"client": "average of all" if client is None else client}
+    return _export(to, row, number, federation, named, rank)

@@ -16,7 +16,7 @@ from torch import Tensor
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.diagnostics import agreement, local_cross_term
+from peerlora.lora.diagnostics import diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
@@ -152,8 +152,7 @@ class Simulation:
         state = self.algorithm.round(t, state, self.learner, self.exchange)
         worked = time.perf_counter()
         graph, sent = self.exchange.graph, self.exchange.mixed
-        apart = agreement(self.algorithm.model(state).to("cpu"))
-        lost = local_cross_term(sent.to("cpu"), graph.W) if sent is not None else 0.0
+        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, graph.W)
         W = graph.W if sent is not None else np.eye(self.config.clients)
         self.moment += W.T @ W
         seconds_mix = self.exchange.seconds
@@ -162,11 +161,7 @@ class Simulation:
         event = RoundDone(
             round=t,
             loss=self.learner.losses.tolist(),
-            consensus_A=apart.consensus_A,
-            consensus_B=apart.consensus_B,
-            consensus_product=apart.consensus_product,
-            cross_term=apart.cross_term,
-            local_cross_term=lost,
+            **vars(found),
             rho=rho(self.moment / (t + 1)),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
@@ -175,6 +170,7 @@ class Simulation:
             seconds_train=seconds_train,
             seconds_mix=seconds_mix,
             seconds_diagnostics=time.perf_counter() - worked,
+            measures={name: float(values.mean()) for name, values in self.exchange.measured.items()},
         )
         self._emit(event)
         return state
@@ -215,9 +211,9 @@ class Simulation:
         for note in checkpoint.notes:
             self._emit(Warned(note))
         self.moment = checkpoint.tensors["moment"].numpy().copy()
-        tensors = {name: value.to(self.config.device) for name, value in checkpoint.tensors.items()}
-        self.learner.load_state(_below("learner.", tensors), checkpoint.facts["trained"])
-        return checkpoint.round, rebuild(state, _below("state.", tensors))
+        memory = {name: value.to(self.config.device) for name, value in _below("learner.", checkpoint.tensors).items()}
+        self.learner.load_state(memory, checkpoint.facts["trained"])
+        return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
 
     def _started(self) -> RunStarted:
         federation, config = self.federation, self.config
@@ -235,6 +231,7 @@ class Simulation:
             topology=config.topology.model_dump(mode="json") | vars(federation.topology.properties),
             parameters=federation.start.spec.parameters,
             warnings=list(federation.warnings),
+            notes=list(federation.notes),
             paths=federation.paths,
         )
 

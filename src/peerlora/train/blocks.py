@@ -21,9 +21,12 @@ class GraphSize:
     padded: bool
 
     @staticmethod
-    def of_gpu(free_bytes: int, blocks: int, width: int, bytes_per_number: int) -> GraphSize:
-        """What fits into a GPU's memory beside the model: there, larger is faster."""
-        per_token = blocks * width * _KEPT * bytes_per_number
+    def of_gpu(free_bytes: int, blocks: int, width: int, bytes_per_number: int, vocabulary: int = 0) -> GraphSize:
+        """What fits into a GPU's memory beside the model: there, larger is faster.
+
+        ``vocabulary``: of a language model, whose logits in fp32 are kept four times over by loss and gradient.
+        """
+        per_token = blocks * width * _KEPT * bytes_per_number + 4 * 4 * vocabulary
         return GraphSize(max(1, int(_SHARE * free_bytes) // per_token), padded=True)
 
     def clients(self, batch: int, lengths: Int[np.ndarray, " row"]) -> int:

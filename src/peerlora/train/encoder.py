@@ -21,7 +21,7 @@ from peerlora.train.prefix import PrefixCache
 _CLASSES = tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert"))
 
 
-def encoder_unavailable(base: nn.Module, device: str = "cpu") -> str | None:
+def encoder_unavailable(base: nn.Module, device: str) -> str | None:
     """Why a model cannot use this forward, or None."""
     kind, config = type(base).__name__, getattr(base, "config", None)
     if device != "cpu":
@@ -114,6 +114,9 @@ class PackedEncoder:
         self, linear: nn.Module, x: Tensor, packing: TokenPacking, places: Places, plus: Tensor | None = None
     ) -> Tensor:
         if isinstance(linear, StackedLinear):
+            if linear.merged is not None:
+                update = places.packed(linear.merged.apply(places.by_client(x)))
+                plus = update if plus is None else plus + update
             return adapted(linear, x, places, self._keep(linear.p, x, packing, places), plus)
         assert isinstance(linear, FrozenLinear)
         return linear(x, plus)

@@ -24,7 +24,8 @@ def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool
 
 def use_encoder(model: StackedModel, fast: bool) -> Paths:
     """Switch a model to the fast forward where that works."""
-    reason = encoder_unavailable(model.base) if fast else "train.fast is false"
+    device = next(model.base.parameters()).device.type
+    reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
     if reason is not None:
         return {"packed tokens": reason, "frozen prefix": reason}
     encoder = PackedEncoder(model)
@@ -37,7 +38,8 @@ def graph_size(base: nn.Module, paths: Paths) -> GraphSize:
     weight = next(base.parameters())
     if weight.device.type == "cuda":
         config, (free, _) = base.config, torch.cuda.mem_get_info(weight.device)
-        return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize)  # pyright: ignore
+        words = 0 if base.get_output_embeddings() is None else config.vocab_size  # pyright: ignore
+        return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize, words)  # pyright: ignore
     if paths["packed tokens"] is None:
         return GraphSize(PACKED_TOKENS, padded=False)
     return GraphSize(PADDED_TOKENS, padded=True)

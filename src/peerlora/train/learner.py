@@ -21,7 +21,7 @@ from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
 
-_EVALUATED = 2048  # tokens of one evaluation's graph; there is no backward, so more gain nothing
+_EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Learner:
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
         outcomes = np.zeros((x.clients, len(data), 2))
         for rows in in_order_of_length(data, batch):
-            size = max(1, _EVALUATED // (len(rows) * int(data.lengths[rows].max())))
+            size = max(1, max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max())))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
                 self.model.bind_adapters(part)

@@ -1,0 +1,60 @@
+"""DeCAF: agree on the product of the factors, then factor it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from peerlora.algorithms.base import Operator
+from peerlora.algorithms.gossip import FactorGossip
+from peerlora.exchange.combine import Combined, Received
+from peerlora.lora.product import decompose, joined
+from peerlora.topology.properties import Properties
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.lora.adapters import Adapters
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class DeCAF(FactorGossip):
+    """K local steps on A and B, then ``s_i B_i A_i <- SVD_r(sum_j W_ij s_j B_j A_j)``.
+
+    Source: "DeCAF", arXiv 2505.21382 (consensus on the product, truncated SVD, local step: as in the paper).
+    Differs (all ours): a round ends with the consensus, so that what is evaluated has been exchanged, as with the
+    other methods here; the cycle is the paper's, whose first consensus meets B = 0 and changes nothing.  The factors
+    are balanced, ``B = U sqrt(S)``, ``A = sqrt(S) V^T``.  Each client's own alpha/rank s is part of the product, so
+    ranks may differ.  Directions that the averaged product lacks keep the client's own rows of A and get B = 0: with
+    both zero they could never train again.  Coordinates change every round, so the optimiser must start afresh.
+    """
+
+    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
+    trains: ClassVar = "A and B"
+    mixes: ClassVar = "A and B, as products"
+    operator: ClassVar[Operator] = "sum-product"
+    source: ClassVar = "DeCAF, arXiv 2505.21382"
+    unequal_ranks: ClassVar = None
+    fresh_optimizer: ClassVar = "the factors are factored anew after every exchange"
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """One round."""
+        return peers.combine(learner.fit(x, train="AB"), product_consensus)
+
+
+def product_consensus(received: Received) -> Combined:
+    """The weighted average of the products, truncated to each receiver's own rank."""
+    own, rank = received.own, received.own.spec.rank
+    ranks = own.ranks.to(own.flat.device)
+    shrink = own.scaling.double().rsqrt()[:, None, None]  # s B A is the product; the factors share 1/s evenly
+    factors, tail = {}, torch.zeros(own.clients, dtype=torch.float64, device=own.flat.device)
+    for layer in received.layers:
+        found = decompose(*joined(received.B(layer), received.A(layer), received.weights * received.scaling))
+        B, A = found.factors(rank)
+        alive = torch.arange(rank, device=ranks.device) < torch.minimum(found.rank, ranks)[:, None]
+        new_A = torch.where(alive[:, :, None], A * shrink, own.A[layer].double())
+        factors[layer] = torch.where(alive[:, None, :], B * shrink, 0.0), new_A
+        tail += found.tail(ranks)
+    return received.with_factors(factors, {"truncation_tail": tail})

@@ -1,0 +1,42 @@
+"""FedSA-LoRA: train both factors, share A, keep B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.gossip import FactorGossip
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
+    from peerlora.lora.adapters import Adapters
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class FedSALoRA(FactorGossip):
+    """K local steps on A and B, then ``A_i <- sum_j W_ij A_j``; every client keeps its own B.
+
+    The models stay personal on purpose: judge them by every client's own accuracy, not by the averaged model.
+
+    Source: Guo et al., arXiv 2410.01463 (ICLR 2025), for the server, which is the complete graph here; which tensors
+    stay at home is as in the authors' code, Pengxin-Guo/FedSA-LoRA.
+    Differs: equal client weights; on other graphs A is mixed with the neighbours.  The authors keep the head at home
+    too: that is ``adapter.head=private``; a mixed head is mixed, as with every other method.
+    """
+
+    trains: ClassVar = "A and B"
+    mixes: ClassVar = "A"
+    operator: ClassVar[Operator] = "product-sum"
+    source: ClassVar = "FedSA-LoRA, arXiv 2410.01463"
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """A and a mixed head."""
+        return part(x, "A", "head").message()
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """One round."""
+        x = learner.fit(x, train="AB")
+        return x.merge(peers.mix(part(x, "A", "head")))

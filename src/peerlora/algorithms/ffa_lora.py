@@ -1,0 +1,41 @@
+"""FFA-LoRA: A is common and never trained, B is trained and mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.gossip import FactorGossip
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
+    from peerlora.lora.adapters import Adapters
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class FFALoRA(FactorGossip):
+    """K local steps on B, then ``B_i <- sum_j W_ij B_j``; A stays what it was at the start, the same for all.
+
+    The product is linear in B, so this mixes the products exactly on every graph, with half the bytes.
+
+    Source: "FFA-LoRA", arXiv 2403.12313 (ICLR 2024), for the server, as others describe it: the complete graph here.
+    ConLoRA (the authors' code in LuYuPromax/DFL-LORA) and DLoRA-FA (arXiv 2505.21382) are the same over a graph.
+    Differs: equal client weights; A is Kaiming-uniform, one of the starts that the paper tries.
+    """
+
+    trains: ClassVar = "B"
+    mixes: ClassVar = "B"
+    operator: ClassVar[Operator] = "both"
+    source: ClassVar = "FFA-LoRA, arXiv 2403.12313"
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """B and a mixed head."""
+        return part(x, "B", "head").message()
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """One round."""
+        x = learner.fit(x, train="B")
+        return x.merge(peers.mix(part(x, "B", "head")))

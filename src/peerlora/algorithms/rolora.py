@@ -1,0 +1,44 @@
+"""RoLoRA: train one factor a round, mix only that one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from peerlora.algorithms.adf_lora import ADFLoRA
+from peerlora.algorithms.base import Operator, part
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.wire import Schema
+    from peerlora.lora.adapters import Adapters
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class RoLoRA(ADFLoRA):
+    """Alternate as ADF-LoRA does, by default every round, but send only the factor that trained: half the bytes.
+
+    With a server everybody holds the same frozen factor, so averaging the active one averages the products.  Over a
+    sparse graph clients come to hold different ones, and what is not sent stops moving towards agreement.
+
+    Source: "RoLoRA", arXiv 2409.02346 and 2502.01755 (NeurIPS 2025), for the server, as others describe it: B first,
+    a switch every round; that is this method on the complete graph.
+    Differs: equal client weights.  Over a graph it is the variant that the ADF-LoRA and TAD-LoRA papers compare with.
+    An interval above 1 is ours, to tell the effect of the phases from that of mixing the frozen factor.
+    """
+
+    interval: int = 1
+    trains: ClassVar = "B and A in turn, `interval` rounds each"
+    mixes: ClassVar = "the factor that trained"
+    operator: ClassVar[Operator] = "product-sum"
+    source: ClassVar = "RoLoRA, arXiv 2502.01755"
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """The active factor and a mixed head."""
+        return part(x, self.active(t), "head").message()
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """One round: the frozen factor stays at home."""
+        x = learner.fit(x, train=self.active(t))
+        return x.merge(peers.mix(part(x, self.active(t), "head")))

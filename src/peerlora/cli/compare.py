@@ -1,0 +1,162 @@
+"""``peerlora compare``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peerlora.cli.words import AsJson, Out, print_json
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from peerlora.runs.compare import Comparison
+    from peerlora.runs.events import Event
+    from peerlora.runtime.cells import GridConfig
+    from peerlora.runtime.grid import Standing
+
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[GRID.yaml] [key=value ...]",
+            help="a grid file; settings of the base (train.rounds=50) or of the grid (seeds=[0,1]) to change in it",
+        ),
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="adf-lora or tad-lora: a paper's protocol")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="of a preset: small (half an hour on 2 cores) or full")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="of a preset: folder with sst2/train.parquet, sst2/validation.parquet")
+    ] = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the comparison in this folder")] = None,
+    json: AsJson = False,
+) -> None:
+    """Run methods, topologies, tasks and seeds against each other; one table, one report."""
+    from peerlora.cli.progress import stop_on_interrupt
+    from peerlora.errors import ConfigError
+
+    source, overrides = _split(words or [])
+    if resume is not None and out is not None:
+        raise ConfigError(f"--out {out} and --resume {resume} given; a comparison stays in its folder, drop --out")
+    expected = _expected(source, overrides, preset, budget, data)
+    if resume is None and expected is None:
+        raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
+    with stop_on_interrupt() as stop:
+        from peerlora.runtime.grid import Hooks, resume_grid, start_grid
+
+        hooks = Hooks(GridProgress(), stop)
+        if resume is not None:
+            result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), hooks)
+        else:
+            assert expected is not None
+            result = start_grid(expected, out, hooks)
+    _print(result)
+    if json:
+        print_json(result.as_json())
+
+
+def _split(words: list[str]) -> tuple[str | None, list[str]]:
+    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
+
+
+def _expected(
+    source: str | None, words: Sequence[str], preset: str | None, budget: str | None, data: Path | None
+) -> GridConfig | None:
+    """The grid that the command line asks for; None where it names none."""
+    from peerlora.errors import ConfigError
+    from peerlora.runtime.cells import load_grid
+    from peerlora.runtime.presets import preset as named
+
+    if preset is not None and source is not None:
+        raise ConfigError(f"{source} and --preset {preset} given; a comparison has one grid, drop one")
+    if preset is not None:
+        return load_grid(named(preset, budget or "full", data), words)
+    for option, value in (("--budget", budget), ("--data", data)):
+        if value is not None:
+            raise ConfigError(f"{option} {value} belongs to --preset adf-lora or tad-lora; name one")
+    return load_grid(source, words) if source is not None else None
+
+
+def _changed(stored: GridConfig, words: Sequence[str]) -> GridConfig:
+    from peerlora.runtime.cells import load_grid
+
+    return load_grid(stored.model_dump(mode="json"), words)
+
+
+class GridProgress:
+    """One line per cell; on a terminal the line of the current cell follows its rounds."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.began: tuple[float, int] | None = None  # time, and work that was done before
+        self.told: set[str] = set()
+
+    @contextmanager
+    def __call__(self, standing: Standing) -> Iterator[Callable[[Event], None]]:
+        """Around one cell."""
+        from rich.live import Live
+
+        self.began = self.began or (time.monotonic(), standing.done)
+        head = f"cell {standing.number} of {standing.cells}: {standing.cell}"
+        live = Live(console=self.console, transient=True) if self.console.is_terminal else None
+        if live is None:
+            self._tell(head + self._left(standing, 0))
+        with live or nullcontext():
+            yield lambda event: self._show(event, standing, head, live)
+        if live is not None:
+            self._tell(head)
+
+    def _show(self, event: Event, standing: Standing, head: str, live: Live | None) -> None:
+        from rich.text import Text
+
+        from peerlora.runs.events import Resumed, RoundDone, Warned
+
+        if isinstance(event, Warned) and event.message not in self.told:  # many cells have the same shards
+            self.told.add(event.message)
+            self._tell(f"warning: {event.message}")
+        elif isinstance(event, Resumed):
+            self._tell(f"going on after round {event.round}")
+        elif isinstance(event, RoundDone) and live is not None:
+            done = event.round + 1
+            left = self._left(standing, standing.own * done // standing.rounds)
+            live.update(Text(f"{head}, round {done} of {standing.rounds}{left}"))
+
+    def _left(self, standing: Standing, own: int) -> str:
+        """Time left by the pace of this process; ``own``: work done in the current cell."""
+        now, (began, before) = standing.done + own, self.began or (0.0, 0)
+        if now <= before:
+            return ""
+        left = (time.monotonic() - began) / (now - before) * (standing.total - now)
+        return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
+
+    def _tell(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(result: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from peerlora.runs.compare_files import cells, head
+
+    table = Table(title=f"{result.metric}, {len(result.lines)} settings", title_justify="left")
+    for word in head(result):
+        table.add_column(Text(word))
+    for line in result.lines:
+        table.add_row(*map(Text, cells(result, line)))  # as text: brackets would be read as markup
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
+    console.print(table)
+    console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

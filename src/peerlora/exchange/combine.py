@@ -1,0 +1,120 @@
+"""What a receiver makes of its neighbours' adapters where averaging every entry is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from peerlora.lora.adapters import Adapters
+
+_SCALARS = 2**24  # of received adapters that a rule sees at once: 128 MB in float64
+
+
+@dataclass(frozen=True)
+class Received:
+    """A block of receivers and what reached them, each receiver's own adapters included.
+
+    Receivers with equal rows of W got the same: then the leading axis of ``senders`` and ``weights`` has length 1, and
+    what is computed from those alone is computed once.  A rule must not let receivers of a block influence each other.
+    """
+
+    own: Adapters
+    """[receiver]: what they sent themselves."""
+    everybody: Adapters
+    """[client]: read it through ``senders``."""
+    senders: Int[Tensor, "#receiver sender"]
+    """Clients with a weight above zero."""
+    weights: Float[Tensor, "#receiver sender"]
+    """Their entries of W, in float64; rows sum to 1."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the adapted layers."""
+        return tuple(self.own.A)
+
+    def A(self, layer: str) -> Float[Tensor, "#receiver sender rank d_in"]:
+        """The factors A of one layer, in float64 as all algebra on products."""
+        return self.everybody.A[layer][self.senders].double()
+
+    def B(self, layer: str) -> Float[Tensor, "#receiver sender d_out rank"]:
+        """The factors B of one layer, in float64."""
+        return self.everybody.B[layer][self.senders].double()
+
+    @property
+    def scaling(self) -> Float[Tensor, "#receiver sender"]:
+        """alpha/rank of every sender."""
+        return self.everybody.scaling.double()[self.senders]
+
+    def average(self) -> Adapters:
+        """The receivers with the weighted average of all they got, entry by entry (heads too)."""
+        flat = self.everybody.flat
+        W = torch.zeros(len(self.senders), len(flat), dtype=torch.float64, device=self.weights.device)
+        W.scatter_(1, self.senders, self.weights)
+        mixed = W.to(flat.dtype) @ flat
+        return replace(self.own, flat=mixed.expand(self.own.clients, -1).contiguous())
+
+    def with_factors(
+        self, factors: Mapping[str, tuple[Tensor, Tensor]], measures: Mapping[str, Tensor] | None = None
+    ) -> Combined:
+        """The receivers with new (B, A) by layer.  A mixed head is always averaged linearly."""
+        x = self.average()
+        for layer, (B, A) in factors.items():
+            x.B[layer].copy_(B)
+            x.A[layer].copy_(A)
+        return Combined(x, dict(measures or {}))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a rule made: the receivers' new adapters, and by name a number per receiver that is worth logging."""
+
+    adapters: Adapters
+    measures: dict[str, Float[Tensor, "#receiver"]] = field(default_factory=dict)
+
+
+Rule = Callable[[Received], Combined]
+
+
+def mean(received: Received) -> Combined:
+    """The rule with which ``combine`` is ``mix``."""
+    return Combined(received.average())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Receivers that are handled together: places on the leading axis, with their senders and weights."""
+
+    rows: Int[np.ndarray, " receiver"]
+    senders: Int[np.ndarray, "#receiver sender"]
+    weights: Float[np.ndarray, "#receiver sender"]
+
+
+def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) -> Iterator[Block]:
+    """All receivers of these rows of W, equal rows together, else those with equally many senders.
+
+    So nothing is padded, and what a receiver gets does not depend on who else is held here.
+    """
+    # Rounded, since the diagonal of W, what the others leave of 1, may differ from them in its last bit.
+    _, which, counts = np.unique(W.round(14), axis=0, return_inverse=True, return_counts=True)
+    for group in np.flatnonzero(counts > 1):
+        alike = np.flatnonzero(which == group)
+        senders = np.flatnonzero(W[alike[0]])[None]
+        for rows in _pieces(alike, parameters):
+            yield Block(rows, senders, W[alike[0]][senders])
+    alone = np.flatnonzero(counts[which] == 1)
+    degrees = np.count_nonzero(W[alone], axis=1)
+    for degree in np.unique(degrees):
+        for rows in _pieces(alone[degrees == degree], parameters * int(degree)):
+            senders = np.nonzero(W[rows])[1].reshape(len(rows), degree)
+            yield Block(rows, senders, np.take_along_axis(W[rows], senders, axis=1))
+
+
+def _pieces(rows: Int[np.ndarray, " receiver"], scalars: int) -> Iterator[Int[np.ndarray, " part"]]:
+    """``rows`` in pieces whose receivers, of so many scalars each, stay within the bound."""
+    size = max(1, _SCALARS // max(1, scalars))
+    return (rows[start : start + size] for start in range(0, len(rows), size))

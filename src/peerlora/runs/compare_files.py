@@ -1,0 +1,161 @@
+"""What a comparison leaves in its folder: results.parquet, table.csv, table.md, report.html."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peerlora.config import RunConfig
+from peerlora.runs.compare import (
+    MEASURES,
+    Comparison,
+    Difference,
+    Estimate,
+    Line,
+    Outcome,
+    compare,
+    long_rows,
+)
+from peerlora.runs.report import number, size
+from peerlora.runs.table import started
+
+SHOWN = ("mean client", "worst client", "averaged model", "best round", "consensus of B·A", "bytes sent")
+
+
+def write_results(
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    searched: Sequence[Outcome],
+    baseline: Mapping[str, str],
+    grid: str,
+    configs: Mapping[str, RunConfig],
+    published: str | None,
+) -> Comparison:
+    """Write every file; ``outcomes`` may be of a grid that is not finished.
+
+    ``grid`` is its YAML, ``configs`` one config per place, ``published`` the paper to put beside.
+    """
+    from peerlora.runs.grid_report import write_grid_report
+
+    start = next((start for each in outcomes if (start := started(each.events))), None)
+    ended = [each for each in outcomes if each.events or each.diverged]
+    higher = start is None or start.higher_is_better
+    result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)
+    write_parquet(folder / "results.parquet", outcomes, searched)
+    _replace(folder / "table.csv", csv_text(result))
+    _replace(folder / "table.md", markdown(result, searched=bool(searched)))
+    write_grid_report(result, outcomes, searched, grid, configs, published)
+    return result
+
+
+def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Outcome]) -> None:
+    """The long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    axes = list(outcomes[0].labels) if outcomes else []
+    types = [(axis, pa.string()) for axis in axes]
+    types += [("purpose", pa.string()), ("seed", pa.int64()), ("learning rate", pa.float64())]
+    types += [("client", pa.int32()), ("round", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
+    lines = [*long_rows(outcomes, "report"), *long_rows(searched, "search")]
+    columns = {
+        name: pa.array([line[name] for line in lines], kind, from_pandas=kind == pa.float64()) for name, kind in types
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def csv_text(result: Comparison) -> str:
+    """One line per place and measure, numbers in full."""
+    axes = list(result.lines[0].labels) if result.lines else []
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
+    writer.writerow([*axes, *head])
+    for line in result.lines:
+        for name in MEASURES:
+            known, apart = line.estimates.get(name), line.differences.get(name)
+            low, high = (apart and apart.interval) or (None, None)
+            numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
+            cells = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
+            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged])
+    return out.getvalue()
+
+
+def head(result: Comparison) -> list[str]:
+    """The columns of the table for people."""
+    axes = list(result.lines[0].labels) if result.lines else []
+    against = f"mean client, difference to {', '.join(result.baseline.values())}"
+    shown = ["mean client", *([against] if result.baseline else []), *SHOWN[1:]]
+    return [*axes, "rate", "seeds", *shown]
+
+
+def cells(result: Comparison, line: Line) -> list[str]:
+    """One line of the table for people."""
+    known = [_spread(name, line.estimates.get(name)) for name in SHOWN]
+    if result.baseline:
+        base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
+        known.insert(1, "baseline" if base else difference(line.differences.get("mean client")))
+    seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
+    told = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
+    return [*line.labels.values(), f"{line.rate:g}", told, *known]
+
+
+def _spread(name: str, known: Estimate | None) -> str:
+    if known is None:
+        return "–"
+    if name == "bytes sent":
+        return size(known.mean)
+    if name == "consensus of B·A":
+        return number(float(f"{known.mean:.3g}"))
+    return f"{known.mean:.3f}" + (f" ± {known.deviation:.3f}" if known.deviation is not None else "")
+
+
+def difference(apart: Difference | None) -> str:
+    """``+0.012 [-0.003, +0.020]``."""
+    if apart is None:
+        return "–"
+    low, high = apart.interval or (None, None)
+    span = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else "[no interval]"
+    return f"{apart.mean:+.3f} {span}"
+
+
+def notes(result: Comparison, searched: bool) -> list[str]:
+    """How to read the table, in sentences."""
+    better = "higher" if result.higher_is_better else "lower"
+    told = [
+        f"{result.metric or 'metric'} ({better} is better): mean over seeds ± standard deviation over seeds (divisor "
+        "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows; the best round "
+        "is the best mean client of any evaluation, chosen on the rows it is reported on, so it flatters."
+    ]
+    if result.baseline:
+        told.append(
+            f"Differences are paired by seed. In brackets: 95 % percentile bootstrap interval over seeds, "
+            f"{result.resamples:,} resamples, seeded; for 3 seeds it is simply their range, for fewer it is not given."
+        )
+    if searched:
+        told.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
+    return told
+
+
+def markdown(result: Comparison, searched: bool) -> str:
+    """table.md."""
+    top = [_escaped(word) for word in head(result)]
+    lines = ["| " + " | ".join(top) + " |", "|" + " --- |" * len(top)]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in cells(result, line)) + " |" for line in result.lines]
+    return "\n".join([*lines, "", *notes(result, searched)]) + "\n"
+
+
+def _escaped(word: Any) -> str:
+    return str(word).replace("|", "\\|").replace("\n", " ")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

