@@ -35,7 +35,7 @@ def run(models, texts, cache, tmp_path, monkeypatch, capsys):
 
 def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner", "rolora_toy"}
+    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner", "rolora_toy", "rac_toy"}
     assert max(scripts.values()) <= 60
 
 

@@ -25,6 +25,7 @@ METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}
 METHODS |= {"decaf": {}, "flexlora": {}, "hetlora": {"gamma": 0.5, "penalty": 0.01}}
 METHODS |= {"fedrot-lora": {"first": "B"}, "lora-fair": {"ridge": 0.1}}
 METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lora": {}}
+METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
 WORDS = [f"w{i}" for i in range(20)]
 
 

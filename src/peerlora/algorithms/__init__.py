@@ -9,14 +9,18 @@ from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.algorithms.decaf import DeCAF
+from peerlora.algorithms.fedex_lora import FedExLoRA
+from peerlora.algorithms.fedhl import FedHL
 from peerlora.algorithms.fedit import FedIT
 from peerlora.algorithms.fedrot_lora import FedRotLoRA
 from peerlora.algorithms.fedsa_lora import FedSALoRA
 from peerlora.algorithms.ffa_lora import FFALoRA
 from peerlora.algorithms.flexlora import FlexLoRA
+from peerlora.algorithms.flora import FLoRA
 from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
+from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
@@ -35,6 +39,10 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "hetlora": HetLoRA,
     "fedrot-lora": FedRotLoRA,
     "lora-fair": LoRAFAIR,
+    "rac-lora": RACLoRA,
+    "flora": FLoRA,
+    "fedex-lora": FedExLoRA,
+    "fedhl": FedHL,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}

@@ -30,10 +30,12 @@ class Exchange(Protocol):
         """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head."""
         ...
 
-    def combine(self, x: Adapters, rule: Rule) -> Adapters:
+    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(x_i, the adapters of i and its neighbours, their weights)``; costs the messages of one ``mix``.
 
-        A client without contact keeps what it has, to the bit; a private head stays.
+        What a rule makes of a receiver's own merged parts is kept.  Those of senders cross, and count, with ``merged``
+        only; all clients must then have equally many columns.  A client without contact keeps what it has, to the bit;
+        a private head stays.
         """
         ...
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from peerlora.lora import merged
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.product import cross_term2, deviation, norms2, sum_norm2
 
@@ -23,7 +24,10 @@ Weights = Float[Tensor, "receiver sender"]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Summed over layers.  Consensus distances are squared norms, cross-terms are norms."""
+    """Summed over layers.  Consensus distances are squared norms, cross-terms are norms.
+
+    Where clients merge into their bases, the product is the whole update: what was merged and the factors.
+    """
 
     consensus_A: float
     consensus_B: float
@@ -44,7 +48,7 @@ class Mismatch:
     went in; the averages of both factors exceed it by their squared cross-term."""
     strong_mismatch: float
     """``mean_i (|| P_i - B_i ||^2 + || Q_i - A_i ||^2)``.  No common pair comes below the averages of both factors,
-    whose value is the consensus distance of A plus that of B, of what went in."""
+    whose value is the consensus distance of A plus that of B, of what went in.  FLoRA's new factors count as moved."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,10 @@ class Diagnostics(Agreement, Mismatch):
 
 
 def diagnose(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "receiver sender"]) -> Diagnostics:
-    """Everything about one round: the clients ``after`` it, and what they ``sent`` into the exchange, if anything.
-
-    Clients that fold products into their base start from new factors, which don't show what the exchange gave them:
-    what would need that is NaN for them.
-    """
+    """Everything about one round: the clients ``after`` it, and what they ``sent`` into the exchange, if anything."""
     apart = vars(agreement(after))
     if sent is None:
         return Diagnostics(**apart, weak_mismatch=0.0, strong_mismatch=0.0, local_cross_term=0.0)
-    if after.merged is not None:
-        lost, nan = local_cross_term(sent, W), float("nan")
-        return Diagnostics(**apart, weak_mismatch=nan, strong_mismatch=nan, local_cross_term=lost)
     moved = mismatch(before_exchange(after, sent), after)
     return Diagnostics(**apart, **vars(moved), local_cross_term=local_cross_term(sent, W, after))
 
@@ -73,14 +70,17 @@ def diagnose(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "recei
 def agreement(x: Adapters) -> Agreement:
     """Consensus of A, of B and of their product, and the global cross-term."""
     D_A = D_B = D_product = cross2 = 0.0
-    scale = _relative_scaling(x)
+    scale, unit = _relative_scaling(x), x.spec.alpha / x.spec.rank
     for layer, A in x.A.items():
         A, B = A.double(), x.B[layer].double()
         D_A += _norm2(deviation(A)) / x.clients
         D_B += _norm2(deviation(B)) / x.clients
         B = B * scale
         lost2 = float(cross_term2(B, A))
-        D_product += max(0.0, float(distances2(B, A, _mean(B), _mean(A)).mean()) - lost2)
+        if x.merged is None:
+            D_product += max(0.0, float(distances2(B, A, _mean(B), _mean(A)).mean()) - lost2)
+        else:
+            D_product += float(merged.consensus(merged.whole(x.merged.layers[layer], unit * B, A))) / unit**2
         cross2 += lost2
     return Agreement(D_A, D_B, D_product, cross2**0.5)
 
@@ -92,7 +92,14 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
     for layer, A in before.A.items():
         B, A, P, Q = (factor.double() for factor in (before.B[layer], A, after.B[layer], after.A[layer]))
         strong += (_norm2(P - B) + _norm2(Q - A)) / after.clients
-        weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
+        if after.merged is None or before.merged is after.merged:
+            weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
+            continue
+        earlier, unit = (before.merged or before.mergeable().merged), after.spec.alpha / after.spec.rank
+        assert earlier is not None  # mergeable() gives one
+        was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
+        now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
+        weak += float(merged.distances2(was, now).mean()) / unit**2
     return Mismatch(weak, strong)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import Algorithm, prepare
+from peerlora.algorithms.merging import check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
@@ -174,6 +175,7 @@ def compose(
     here = list(range(config.clients) if clients is None else clients)
     model, export, paths = _model(config, materials)
     start = _start(config, model, here)
+    check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
     batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
     shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)

@@ -29,6 +29,7 @@ from peerlora.runtime.folder import (
     write_adapters,
 )
 from peerlora.topology.weights import rho
+from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
 
 _EDGES_TOLD = 5000  # a round with more links tells only their number
@@ -179,10 +180,10 @@ class Simulation:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        everyone = _with_mean(x)
-        scores = self.learner.evaluate(everyone, rows, self.config.eval.batch)
-        own = slice(0, x.clients)
-        averaged = x.clients if everyone.clients > x.clients else None
+        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in _with_mean(x)]
+        metric, loss = (np.concatenate([getattr(scores, name) for scores in groups]) for name in ("metric", "loss"))
+        scores, own = Scores(metric, loss, len(rows)), slice(0, x.clients)
+        averaged = x.clients if len(scores.metric) > x.clients else None
         event = Evaluated(
             round=done,
             rows=scores.rows,
@@ -251,12 +252,17 @@ class Simulation:
         self.listener(event)
 
 
-def _with_mean(x: Adapters) -> Adapters:
-    """The clients and, behind them, their average; unequal ranks have no average."""
+def _with_mean(x: Adapters) -> tuple[Adapters, ...]:
+    """The clients and, behind them, their average; unequal ranks have no average.
+
+    Merged parts average to a sum of another shape, which is looked at by itself.
+    """
     if not x.equal_ranks:
-        return x
+        return (x,)
     mean = x.mean()
-    return replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks]))
+    if x.merged is not None:
+        return x, mean
+    return (replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks])),)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from peerlora.sections import TrainConfig
 from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
+from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
 
@@ -56,8 +57,9 @@ class Learner:
         self._trained: tuple[str, ...] = ()
 
     def begin(self, t: int) -> None:
-        """Set the round that the next ``fit`` belongs to."""
+        """Set the round that the next ``fit`` belongs to; a round without one has no losses."""
         self.t = t
+        self.losses = torch.full((len(self.shards.clients),), float("nan"))
 
     def fit(self, x: Adapters, train: str) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
@@ -70,7 +72,7 @@ class Learner:
         flat = x.flat.clone()
         losses = torch.zeros(x.clients, dtype=torch.float64)
         for clients in self._client_blocks():
-            part = Adapters(x.spec, flat[clients], x.ranks[clients])
+            part = replace(x.rows(clients), flat=flat[clients])
             kept = memory.rows(clients) if memory else Moments.fresh(part.flat, x.spec.blocks)
             losses[clients] = self._fit_block(part, clients, active, kept)
         self.losses = losses
@@ -90,9 +92,9 @@ class Learner:
         self, x: Adapters, clients: slice, active: Mapping[str, slice], moments: Moments
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
-        leaves = _leaves(x, active)
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        self.model.bind(x.spec, leaves, x.scaling)
+        views = _views(x, active)
+        trained = [view for view in views if view.requires_grad]
+        self.model.bind(x.spec, views, x.scaling, x.merged)
         self.model.step.streams = self._streams(clients)
         steps = self.settings.local_steps
         rows = [self.shards.rows(i, self.t, steps) for i in range(*clients.indices(len(self.shards.clients)))]
@@ -137,7 +139,7 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
         """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
-        equal = bool((x.flat == x.flat[:1]).all() and (x.ranks == x.ranks[0]).all())
+        equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             one = self.evaluate(x.rows(slice(0, 1)), data, batch)
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
@@ -173,7 +175,7 @@ class Learner:
         return self._trained
 
 
-def _leaves(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
+def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
     """One autograd leaf per slot, each a view into the flat buffer; only those of active blocks ask for gradients."""
     views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
     return [view.requires_grad_(slot.block in active) for slot, view in zip(x.spec.slots, views, strict=True)]

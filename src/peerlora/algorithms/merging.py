@@ -1,0 +1,65 @@
+"""What a method that merges into the base asks of a run: room for every client's merges, and a base that takes them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from peerlora.errors import CompositionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peerlora.algorithms.base import Algorithm
+    from peerlora.lora.adapters import Adapters
+    from peerlora.topology.schedule import Topology
+
+_COPIES = 3  # the sum, the longer one that replaces it, and what a checkpoint writes
+
+
+@runtime_checkable
+class Merging(Protocol):
+    """A method whose clients keep sums of low-rank products."""
+
+    def merged_columns(self, rank: int, senders: int, rounds: int) -> int:
+        """Columns that a client's sum has at the end of the run; ``senders``: most that ever reach it, itself too."""
+        ...
+
+
+def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, rounds: int, x: Adapters, base: nn.Module):
+    """Raise CompositionError where a method's merges don't fit this machine, or the base cannot take any.
+
+    ``x`` are the initial adapters of the clients held here.
+    """
+    if not isinstance(algorithm, Merging):
+        return
+    quantised = _quantised(base)
+    if quantised:
+        raise CompositionError(
+            f"{name} merges into the base, and {quantised}; merging needs weights of full precision: load the base "
+            "unquantised, or use algorithm.name=dec-lora"
+        )
+    senders = topology.clients if topology.graph is None else int(topology.graph.sum(axis=1).max()) + 1
+    columns = algorithm.merged_columns(x.spec.rank, senders, rounds)
+    needed = _COPIES * x.clients * _scalars(x, columns) * x.flat.element_size()
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise CompositionError(
+            f"{name} would hold up to {columns} merged columns in each of {len(x.spec.layers)} layers for each of "
+            f"{x.clients} clients: {needed / 1e9:.3g} GB with the copies that a merge and a checkpoint make, this "
+            f"machine has {there / 1e9:.3g} GB; use fewer clients, adapter.targets with fewer layers, or "
+            "algorithm.name=dec-lora"
+        )
+
+
+def _scalars(x: Adapters, columns: int) -> int:
+    """Of one client: low-rank while that is smaller than dense."""
+    layers = x.spec.layers
+    return sum(min(columns * (layer.d_in + layer.d_out), layer.d_in * layer.d_out) for layer in layers)
+
+
+def _quantised(base: nn.Module) -> str | None:
+    if getattr(getattr(base, "config", None), "quantization_config", None):
+        return "this one is quantised"
+    kinds = {parameter.dtype for parameter in base.parameters() if not parameter.is_floating_point()}
+    return f"this one has weights in {', '.join(sorted(map(str, kinds)))}" if kinds else None
