@@ -15,7 +15,7 @@ from peerlora.lora.adapters import AdapterSpec, LayerSpec, initial_adapters
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
-CLIENTS, D_IN, D_OUT, RANK, ROUNDS, CHAIN = 10, 12, 6, 2, 240, {"chain": 1, "settle": 0}
+CLIENTS, D_IN, D_OUT, RANK, ROUNDS, CHAIN = 6, 12, 6, 2, 200, {"chain": 1, "settle": 0}
 ROWS = [("dec-lora", "complete", {}), ("ffa-lora", "complete", {}), ("rac-lora", "complete", CHAIN)]
 ROWS += [("rac-lora", "ring", {"chain": 1, "settle": 1}), ("rac-lora", "ring", {**CHAIN, "mix_merged": True})]
 

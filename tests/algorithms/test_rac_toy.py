@@ -39,17 +39,17 @@ def test_the_chain_arrives_where_the_others_stall_or_diverge(tmp_path, capsys):
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_speed_is_proportional_to_the_rank(rank):
     """One block leaves ``(1 - r/d_in)`` of the expected squared error where all directions curve alike."""
-    generator, blocks = torch.Generator().manual_seed(0), 30
+    generator, blocks = torch.Generator().manual_seed(0), 20
     spec = EXAMPLE["AdapterSpec"](
         (EXAMPLE["LayerSpec"]("layer", EXAMPLE["D_IN"], EXAMPLE["D_OUT"]),), rank, float(rank)
     )
     learner = EXAMPLE["Quadratic"](generator)
     learner.curvature = torch.ones(EXAMPLE["D_IN"], dtype=torch.float64)
-    learner.target = 5 * torch.randn(200, EXAMPLE["D_OUT"], EXAMPLE["D_IN"], generator=generator, dtype=torch.float64)
-    topology = EXAMPLE["build_topology"](EXAMPLE["parse_spec"]("edges edges=[[0,1]] allow_disconnected=true"), 200, 0)
-    peers = EXAMPLE["StackedExchange"](topology, range(200))
+    learner.target = 5 * torch.randn(40, EXAMPLE["D_OUT"], EXAMPLE["D_IN"], generator=generator, dtype=torch.float64)
+    topology = EXAMPLE["build_topology"](EXAMPLE["parse_spec"]("edges edges=[[0,1]] allow_disconnected=true"), 40, 0)
+    peers = EXAMPLE["StackedExchange"](topology, range(40))
     algorithm = EXAMPLE["build_algorithm"]("rac-lora", {"chain": 1, "settle": 0})
-    x = algorithm.start(EXAMPLE["initial_adapters"](spec, [rank] * 200, {}, generator, torch.float64), peers)
+    x = algorithm.start(EXAMPLE["initial_adapters"](spec, [rank] * 40, {}, generator, torch.float64), peers)
     for t in range(blocks):
         peers.begin(t)
         x = algorithm.round(t, x, learner, peers)
