@@ -39,15 +39,16 @@ class DFedADMM(Stateful):
         4.  x_i   <-   sum_j w_ij z_j
 
     It removes the clients' drift, not the bias of a sparse graph: the fixed point is that of DSGD with the step lambda,
-    whatever K and lr are.  Exact where W = J.  Blocks that did not train keep g^ and are mixed as they are: step 3
-    would move them.
+    whatever K and lr are.  Exact where W = J.  With L the largest curvature and -v the smallest eigenvalue of W, lambda
+    has to stay below (1 + 1/v) / L, else disagreement grows; without negative ones any lambda will do.  Blocks that did
+    not train keep g^ and are mixed as they are: step 3 would move them.
 
     Source: DFedADMM, arXiv 2308.08290: a reconstruction from the algorithm as recalled, to be confirmed before
     comparisons are published; FedDyn (arXiv 2111.04263), whose decentralised form is the same arithmetic.
-    Differs: lambda is FedSpeed's.  Under AdamW the terms join the gradient before the moments; steps 2 and 3 stay.
+    Differs: lambda = 1 is our choice.  Under AdamW the terms join the gradient before the moments; steps 2 and 3 stay.
     """
 
-    penalty: float = 0.1
+    penalty: float = 1.0
     """1 / lambda."""
     source: ClassVar = "DFedADMM, arXiv 2308.08290"
     sgd_preferred: ClassVar = "its dual adds up displacements, which AdamW rescales, so it can break down"
@@ -101,8 +102,9 @@ class FedSpeed(DFedADMMSAM):
     """DFedADMM on the mixture ``(1 - alpha) g1 + alpha g2`` of the plain and the perturbed gradient.
 
     Source: Sun et al. 2023, arXiv 2302.10429.  The client follows the authors' code: their h is -lambda g^, alpha is 1
-    there, the penalty and rho 0.1, clipping at 10 after the correction (``train.clip``).
+    there, rho 0.1, clipping at 10 after the correction (``train.clip``).
     Differs: the server's average is replaced by gossip; on the complete graph it is the server's round with everybody.
+    The penalty, 0.1 there, is 1: over a sparse graph lambda = 10 leaves clients near their own optima, or diverges.
     """
 
     alpha: float = 1.0
