@@ -29,6 +29,7 @@ from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
+from peerlora.sections import TRAIN_DEFAULTS
 
 REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "local": Local,
@@ -103,7 +104,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults."""
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults, its
+    own defaults of ``train``.
+    """
     described = {}
     for name, kind in REGISTRY.items():
         needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
@@ -116,5 +119,6 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
+            "train": TRAIN_DEFAULTS.get(name, {}),
         }
     return described
