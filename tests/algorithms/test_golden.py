@@ -25,7 +25,12 @@ METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}
 METHODS |= {"decaf": {}, "flexlora": {}, "hetlora": {"gamma": 0.5, "penalty": 0.01}}
 METHODS |= {"fedrot-lora": {"first": "B"}, "lora-fair": {"ridge": 0.1}}
 METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lora": {}}
+METHODS |= {"dsgd": {}, "dfedavg": {"interval": 2}, "dfedavgm": {}, "dfedsam": {}, "fedprox": {"mu": 0.5}}
+METHODS |= {"fedspeed": {"alpha": 0.7, "interval": 1}, "dfedadmm": {}, "dfedadmm-sam": {}, "k-gt": {"interval": 2}}
+METHODS |= {"d2": {}, "consensus-admm": {"rho": 0.3}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
+ONE_STEP = ("dsgd", "d2")
+SGD = (*ONE_STEP, "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
 WORDS = [f"w{i}" for i in range(20)]
 
 
@@ -68,6 +73,8 @@ def golden_config(folder, method):
         "max_length": 8,
     }
     train = {"rounds": 5, "local_steps": 2, "batch": 3, "lr": 0.02, "weight_decay": 0.01, "clip": 1.0, "dtype": "fp64"}
+    train |= {"local_steps": 1} if method in ONE_STEP else {}
+    train |= {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9 * (method == "dfedavgm")} if method in SGD else {}
     tree = {"model": {"source": str(folder)}, "adapter": {"rank": 2, "alpha": 4}, "data": data, "train": train}
     tree |= {"clients": 4, "partition": "iid", "topology": "path", "threads": 1, "seed": 7}
     return load_config(tree | {"algorithm": {"name": method, **METHODS[method]}})
