@@ -12,6 +12,8 @@ from torch import Tensor
 
 Gradients = dict[str, Float[Tensor, "client column"]]
 """By active block, in the order of the flat buffer."""
+Rows = slice | list[int]
+"""Places on the leading axis: a run of them, whose rows are views, or single ones, whose rows are copies."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LocalStep:
     """Where they were when the round began."""
     active: Mapping[str, slice]
     """The blocks that train, and their columns."""
-    clients: slice
+    clients: Rows
     """Which of the clients held here they are: the rows of a rule's own state."""
     here: Callable[[], Gradients]
     """Gradients of the minibatch at ``x`` as it is now; the same minibatch and the same dropout at every call."""
