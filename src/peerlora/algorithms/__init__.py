@@ -5,7 +5,9 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
+from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.algorithms.decaf import DeCAF
@@ -43,6 +45,8 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "flora": FLoRA,
     "fedex-lora": FedExLoRA,
     "fedhl": FedHL,
+    "aedfl": AEDFL,
+    "ad-psgd": ADPSGD,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}

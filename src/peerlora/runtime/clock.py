@@ -83,7 +83,9 @@ class Clock:
 def ticks(seconds: float) -> int:
     """Whole nanoseconds; ConfigError beyond what a run can hold."""
     if not seconds * SECOND < _LONGEST:
-        raise ConfigError(f"clock: {seconds:.3g} virtual seconds at once; expected less than 146 years, check the units")
+        raise ConfigError(
+            f"clock: {seconds:.3g} virtual seconds at once; expected less than 146 years, check the units"
+        )
     return round(seconds * SECOND)
 
 

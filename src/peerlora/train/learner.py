@@ -143,8 +143,8 @@ class Learner:
         place = self._numbered(clients)[row]
         raise DivergenceError(
             f"the loss of client {self.shards.clients[place]} is {float(history[k, row])} in round "
-            f"{self.jobs[place] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower train.lr "
-            f"(now {self.settings.lr:g}) or set train.clip"
+            f"{self.jobs[place] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower "
+            f"train.lr (now {self.settings.lr:g}) or set train.clip"
         )
 
     def _numbered(self, clients: Rows) -> list[int]:
@@ -160,7 +160,7 @@ class Learner:
         places = np.arange(len(self.shards.clients)) if self.places is None else np.array(self.places, dtype=int)
         if len(places) == 0:
             return
-        most = max(self.shards.batches[i] for i in places)
+        most = max(self.shards.batches[i] for i in places.tolist())
         largest = self.settings.block or self.graph.clients(most, self.shards.data.lengths)
         for part in np.array_split(places, -(-len(places) // largest)):
             yield slice(int(part[0]), int(part[-1]) + 1) if self.places is None else part.tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Gradients = dict[str, Float[Tensor, "client column"]]
@@ -77,3 +77,16 @@ class Recorded:
     def mean(self) -> Float[Tensor, "client parameter"]:
         """The mean corrected gradient of the steps so far."""
         return self._sum / self._steps.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A rule under which only some coordinates of each client train; the others stay as they were at the start."""
+
+    free: Bool[Tensor, "client parameter"]
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """Zero elsewhere; weight decay, which is not part of a gradient, is undone there."""
+        free = self.free[step.clients]
+        step.x.copy_(torch.where(free, step.x, step.start))
+        return {block: gradient * free[:, step.active[block]] for block, gradient in step.gradient().items()}
