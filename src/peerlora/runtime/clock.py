@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +78,9 @@ class Clock:
 
     def _at(self, client: int, now: int, column: str, otherwise: float) -> float:
         """What the trace says of now; what it does not say stays as configured."""
-        known = [line[column] for line in self._trace.get(client, ()) if line["at"] <= now and column in line]
-        return known[-1] if known else float(otherwise)
+        lines = self._trace.get(client, [])
+        place = bisect_right(lines, now, key=lambda line: line["at"]) - 1
+        return lines[place].get(column, float(otherwise)) if place >= 0 else float(otherwise)
 
 
 def ticks(seconds: float) -> int:
@@ -131,7 +134,8 @@ def read_trace(path: str, clients: int) -> dict[int, list[dict[str, Any]]]:
         for number, row in enumerate(reader, start=2):
             client, line = _trace_line(f"clock.trace {path!r}, line {number}", row, clients)
             found.setdefault(client, []).append(line)
-    return {client: sorted(own, key=lambda line: line["at"]) for client, own in found.items()}
+    in_order = {client: sorted(own, key=lambda line: line["at"]) for client, own in found.items()}
+    return {client: list(accumulate(own, lambda before, line: before | line)) for client, own in in_order.items()}
 
 
 _COLUMNS = ("client", "seconds", "speed", "bandwidth")
@@ -140,6 +144,8 @@ _COLUMNS = ("client", "seconds", "speed", "bandwidth")
 def _trace_line(where: str, row: dict[str, str | None], clients: int) -> tuple[int, dict[str, Any]]:
     try:
         client = int(row["client"] or "")
+        if None in row:
+            raise ValueError("more fields than columns")
         values = {name: float(text) for name in _COLUMNS[1:] if (text := row.get(name))}
     except ValueError:
         raise ConfigError(f"{where}: {row} given; expected numbers, a field may be empty") from None

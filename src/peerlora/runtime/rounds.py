@@ -85,7 +85,7 @@ class Together:
         """Round ``t``; the state is that of its end."""
         absent = self._pass_time(self.clock, t, state) if self.clock else []
         here = [client for client in self.exchange.clients if client not in absent]
-        self.learner.begin(t, self.jobs if absent or self.clock else None, here)
+        self.learner.begin(t, self.jobs if self.clock else None, here)
         self.exchange.begin(t, absent)
         began = time.perf_counter()
         after = self.algorithm.round(t, state, self.learner, self.exchange)

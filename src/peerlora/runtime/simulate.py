@@ -165,13 +165,15 @@ class Simulation:
         worked = time.perf_counter()
         sent = passed.sent
         W = passed.W if passed.W is not None else np.eye(self.config.clients)
-        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W)
+        found = vars(diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W))
+        if passed.W is None:
+            found |= dict.fromkeys(("local_cross_term", "weak_mismatch", "strong_mismatch"), math.nan)
         self.moment += W.T @ W
         edges = passed.edges
         event = RoundDone(
             round=t,
             loss=passed.losses,
-            **vars(found),
+            **found,
             rho=rho(self.moment / (t + 1)) if passed.W is not None else math.nan,
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
