@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.config import load_config
@@ -112,6 +112,7 @@ happenings = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(happenings, st.randoms(use_true_random=False))
 def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, draw):
     shuffled = list(events)
@@ -137,7 +138,10 @@ def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, 
         (["clock.deadline=0"], "clock.deadline"),
         (["clock.away=[{client: 4}]"], "clock.away names client 4; 4 clients are numbered 0 to 3"),
         (["clock.away=[{client: 1, leave: 3, back: 2}]"], "back must be later than leave"),
-        (["clock.away=[{client: 1, untill: 2}]"], r"unknown key 'clock.away.0.untill'; expected one of client, leave"),
+        (
+            ["clock.away=[{client: 1, untill: 2}]"],
+            r"unknown key 'clock.away.0.untill' .*; expected one of client",
+        ),
         (["clock.delay=.inf"], "clock.delay"),
     ],
 )

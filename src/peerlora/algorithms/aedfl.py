@@ -84,7 +84,10 @@ class AEDFL(Asynchronous):
         return None if self.density == 1 else "the moments of a component that is not held would decay (density < 1)"
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
-        """Of job ``t``: values of the held components (and a mixed head), which they are, and all scores."""
+        """Of job ``t``: values of the held components (and a mixed head), which they are, and all scores.
+
+        Where layers differ in width the number of values depends on which are held; this is that of the first ones.
+        """
         held = torch.zeros(1, _components(x.spec), dtype=torch.bool)
         held[:, : self.kept(t, x.spec)] = True
         count = int(coordinates(x.spec, held)[0, x.spec.shared].sum())

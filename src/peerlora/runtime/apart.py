@@ -1,9 +1,9 @@
 """Rounds of an asynchronous run: clients work, send and listen at moments of their own, on the virtual clock.
 
 One round is as many finished jobs as there are clients, so that a run of R rounds does the local steps of R
-synchronous rounds, whoever does them.  Everything of one moment belongs together: first jobs end and push, then
-messages arrive, then clients combine what they have and begin the next job.  A round ends after the moment in which
-its last job ended.
+synchronous rounds, whoever does them.  A job is finished when its result has been sent.  Everything of one moment
+belongs together: first jobs end and push, then messages arrive, then clients combine what they have and begin the next
+job.  A round ends after the moment in which its last job was finished.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from peerlora.runtime.rounds import Passed, own_copy, put_row, rows_of
 from peerlora.train.learner import Learner
 from peerlora.train.rules import Masked
 
+_BY_ITSELF, _AFTER_A_JOB = range(2)  # how a client comes to begin a job
+
 
 class Apart:
     """Advances an asynchronous run by as many jobs as there are clients.
@@ -41,7 +43,7 @@ class Apart:
         self.algorithm, self.learner, self.clock = algorithm, learner, clock
         self.clients = clock.clients
         self.post = Post(exchange.topology.at(0), exchange.topology.seed, algorithm.newest_only)
-        self.agenda = Agenda([Happening(0, BEGINS, client, 0) for client in range(self.clients)])
+        self.agenda = Agenda([Happening(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
         self.now, self.done = 0, 0
         self.outstanding: set[int] = set()
         self.start: Adapters | None = None
@@ -115,12 +117,11 @@ class Apart:
         if client in self.outstanding:
             self._compute(t, state)
         assert self.start is not None and self.result is not None
-        self.done += 1
-        self.ended.append((client, float(self.losses[client])))
         self.post.end_job(client)
         row, box = rows_of(state, client), self.post.box(client)
         put_row(state, client, self.algorithm.on_job(row, self.start.rows([client]), self.result.rows([client]), box))
-        self.agenda.add(self._dispatch(client), BEGINS, client)  # an upload keeps a client from its next job
+        free = self._dispatch(client)  # an upload keeps a client from its next job
+        self.agenda.add(free, BEGINS, client, _AFTER_A_JOB)
 
     def _arrived(self, happening: Happening, t: int, state: Any) -> None:
         client = happening.client
@@ -135,10 +136,13 @@ class Apart:
 
     def _begin(self, happening: Happening, t: int, state: Any) -> None:
         client = happening.client
+        if happening.number == _AFTER_A_JOB:
+            self.done += 1
+            self.ended.append((client, float(self.losses[client])))
         back = self.clock.back(client, self.now)
         if back != self.now:
             if back is not None:
-                self.agenda.add(back, *happening[1:])
+                self.agenda.add(back, BEGINS, client, _BY_ITSELF)
             return
         put_row(state, client, self.algorithm.before_job(rows_of(state, client), self.post.box(client)))
         self.post.begin_job(client)
