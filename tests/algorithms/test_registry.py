@@ -65,9 +65,11 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
+        "asynchronous": False,
         "settings": {},
     }
     assert not described["dec-lora"]["unequal_ranks"]
+    assert [name for name, facts in described.items() if facts["asynchronous"]] == ["aedfl", "ad-psgd"]
     assert all(text["source"] and text["trains"] for text in described.values())
 
 

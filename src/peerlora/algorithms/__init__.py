@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.base import Algorithm, is_asynchronous
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.algorithms.decaf import DeCAF
 from peerlora.algorithms.fedex_lora import FedExLoRA
@@ -27,7 +27,7 @@ from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
 
-REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
+REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,
     "dec-lora": DecLoRA,
     "adf-lora": ADFLoRA,
@@ -90,7 +90,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults."""
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults.
+
+    ``asynchronous``: its clients keep no common step.
+    """
     described = {}
     for name, kind in REGISTRY.items():
         needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
@@ -102,6 +105,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
+            "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
         }
     return described

@@ -156,10 +156,10 @@ def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int],
     return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
 
 
-def runs_figure(name: str, title: str, runs: Mapping[str, Curves]) -> Picture:
+def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str = "round") -> Picture:
     """Several runs: mean over clients, a band from the lowest to the highest client, the averaged model dashed."""
     with _drawing(name, title, size=(7.4, 3.8)) as (figure, out):
-        axes = _axes(figure)
+        axes = _axes(figure, xlabel=xlabel)
         for curves, colour in zip(runs.values(), _colours(len(runs)), strict=True):
             low, high = _quantiles(curves.clients, 0.0, 1.0)
             axes.fill_between(curves.rounds, low, high, color=colour, alpha=0.12, linewidth=0)
