@@ -69,10 +69,12 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
+        "asynchronous": False,
         "settings": {},
         "train": {},
     }
     assert not described["dec-lora"]["unequal_ranks"]
+    assert [name for name, facts in described.items() if facts["asynchronous"]] == ["aedfl", "ad-psgd"]
     assert all(text["source"] and text["trains"] for text in described.values())
 
 

@@ -5,8 +5,10 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.aedfl import AEDFL
+from peerlora.algorithms.base import Algorithm, is_asynchronous
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -31,7 +33,7 @@ from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
 from peerlora.sections import TRAIN_DEFAULTS
 
-REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
+REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,
     "dec-lora": DecLoRA,
     "adf-lora": ADFLoRA,
@@ -60,6 +62,8 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "aedfl": AEDFL,
+    "ad-psgd": ADPSGD,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
@@ -106,6 +110,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def describe_algorithms() -> dict[str, dict[str, Any]]:
     """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults, its
     own defaults of ``train``.
+
+    ``asynchronous``: its clients keep no common step.
     """
     described = {}
     for name, kind in REGISTRY.items():
@@ -118,6 +124,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
+            "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
             "train": TRAIN_DEFAULTS.get(name, {}),
         }

@@ -33,7 +33,7 @@ def command(json: AsJson = False) -> None:
             facts["trains"],
             facts["mixes"],
             facts["operator"],
-            facts["requires"] or "-",
+            (facts["requires"] or "-") + ("; no common rounds" if facts["asynchronous"] else ""),
             settings or "-",
         )
     Console().print(table)

@@ -38,9 +38,9 @@ class StackedExchange:
         self.topology, self.clients, self.gather = topology, clients, gather
         self.begin(0)
 
-    def begin(self, t: int) -> None:
-        """Set the round; forget what the last one sent."""
-        self.t, self.graph = t, self.topology.at(t)
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``; forget what the last one sent."""
+        self.t, self.graph = t, self.topology.at(t, absent)
         self.bytes_per_edge = 0
         self.bytes_sent = 0
         self.seconds = 0.0

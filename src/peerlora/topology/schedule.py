@@ -1,6 +1,6 @@
 """Which graph and which W a round has.  Pure in (seed, t), so every peer computes the same without asking."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +48,8 @@ class Topology:
     seed: int
     graph: Adjacency | None
     """The graph of the whole run; None where every round draws its own."""
+    interrupted: bool = False
+    """Whether rounds may have to do without clients that the topology itself does not drop: see ``at``."""
 
     @cached_property
     def properties(self) -> Properties:
@@ -61,13 +63,13 @@ class Topology:
             symmetric=not pairwise,
             row_stochastic=True,
             column_stochastic=True,
-            static=not (self.graph is None or drops or pairwise),
+            static=not (self.graph is None or drops or pairwise or self.interrupted),
             neighbours_only=not pairwise,
         )
 
-    def at(self, t: int) -> RoundGraph:
-        """The graph and W of round ``t``."""
-        return self._static if self.properties.static else self._round(self.seed, t)
+    def at(self, t: int, absent: Sequence[int] = ()) -> RoundGraph:
+        """The graph and W of round ``t``, without the links of those who are ``absent``."""
+        return self._static if self.properties.static else self._round(self.seed, t, absent)
 
     def links(self, t: int) -> Adjacency:
         """The links that are up in round ``t``, without the cost of W."""
@@ -122,8 +124,10 @@ class Topology:
         assert self.graph is not None
         return weights(self.graph, self.config.weights)
 
-    def _round(self, seed: int, t: int) -> RoundGraph:
+    def _round(self, seed: int, t: int, absent: Sequence[int] = ()) -> RoundGraph:
         full, missing = self._links(seed, t)
+        gone = np.isin(np.arange(self.clients), absent)
+        missing = missing | (full & np.logical_or.outer(gone, gone))
         adjacency = full & ~missing
         if self.config.weights == "pairwise":
             return RoundGraph(adjacency, pairwise_weights(adjacency, numpy_generator(seed, "pairwise", round=t)))
