@@ -73,6 +73,11 @@ class RunConfig(Section):
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if self.train.label_prior != "none" and self.task.kind != "classification":
+            raise ValueError(
+                f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
+                "has none of; use train.label_prior=none"
+            )
         return self
 
     @property

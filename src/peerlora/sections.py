@@ -244,6 +244,8 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm of one client."""
+    label_prior: Literal["none", "uniform", "pooled"] = "none"
+    """Target of the prior-adjusted loss: label proportions that training aims at, whatever a client holds."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -14,6 +14,7 @@ from peerlora.topology.schedule import RoundGraph
 Payload = TypeVar("Payload")
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Gossip among all clients of the run, seen from the clients that are held here."""
 

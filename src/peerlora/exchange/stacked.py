@@ -36,13 +36,15 @@ class StackedExchange:
         self, topology: Topology, clients: Sequence[int], gather: Callable[[Tensor], Tensor] = lambda rows: rows
     ):
         self.topology, self.clients, self.gather = topology, clients, gather
+        self.t = 0
         self.begin(0)
 
     def begin(self, t: int) -> None:
-        """Set the round; forget what the last one sent."""
+        """Set the round; forget what the last one sent.  What rounds before 0 sent counts in round 0."""
+        opening = t <= 0 and self.t < 0
         self.t, self.graph = t, self.topology.at(t)
         self.bytes_per_edge = 0
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_sent if opening else 0
         self.seconds = 0.0
         self.mixed: Adapters | None = None
         """What went into this round's mixing, for the diagnostics."""

@@ -21,6 +21,7 @@ from peerlora.data.partition import Partition, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.stacked import StackedExchange
+from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
@@ -29,6 +30,7 @@ from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
+from peerlora.train.prior import LabelPrior
 from peerlora.train.tasks import TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
@@ -131,6 +133,8 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    if config.train.label_prior == "pooled":
+        gossip_rounds(topology)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
         return (
@@ -180,6 +184,8 @@ def compose(
     shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
+    if config.train.label_prior != "none":
+        learner.loss_rules += (LabelPrior(divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -193,8 +199,25 @@ def compose(
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=notes,
+        notes=(*notes, *_prior_notes(config, topology)),
         paths=paths,
+    )
+
+
+def opening_state(federation: Federation) -> Any:
+    """The method's state before round 0, once clients know what their losses need to know of each other."""
+    for rule in federation.learner.loss_rules:
+        if isinstance(rule, LabelPrior):
+            rule.agree(lambda own: network_sum(own, federation.exchange, federation.topology))
+    return federation.algorithm.start(federation.start, federation.exchange)
+
+
+def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.label_prior != "pooled":
+        return ()
+    return (
+        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        "before round 0; their bytes are counted in the first round",
     )
 
 

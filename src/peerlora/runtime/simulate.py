@@ -20,7 +20,7 @@ from peerlora.lora.diagnostics import diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
-from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
+from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, opening_state, resolve_threads
 from peerlora.runtime.folder import (
     check_same,
     default_folder,
@@ -124,7 +124,7 @@ class Simulation:
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
-        state = self.algorithm.start(self.federation.start, self.exchange)
+        state = opening_state(self.federation)
         first, state = self._take_up(state) if resumed else (0, state)
         if first == 0:
             self._emit(self._started())

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.data.batches import Shards, collate, in_order_of_length
+from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.sources import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
@@ -18,6 +18,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
 from peerlora.sections import TrainConfig
 from peerlora.train.blocks import PADDED_TOKENS, GraphSize
+from peerlora.train.loss_rules import LossRule
 from peerlora.train.optim import Moments, step
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
@@ -52,6 +53,8 @@ class Learner:
         self.model, self.task, self.shards, self.settings = model, task, shards, settings
         self.pad, self.graph = pad, graph
         self.losses: Float[Tensor, " client"] = torch.zeros(len(shards.clients))
+        self.loss_rules: tuple[LossRule, ...] = ()
+        """What is changed between logits and losses in training, in this order."""
         self.t = 0
         self.memory: Moments | None = None
         self._trained: tuple[str, ...] = ()
@@ -103,7 +106,7 @@ class Learner:
             for k in range(steps):
                 batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
                 self.model.step.extents = batch.extents
-                losses = self.task.losses(self.model(batch.inputs, batch.origin), batch)
+                losses = self._losses(batch, clients)
                 gradients = torch.autograd.grad(losses.sum(), trained)  # no two clients share a parameter
                 step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
                 seen.append(losses.detach())
@@ -113,6 +116,13 @@ class Learner:
         history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
         self._require_finite(history, clients)
         return history[:-1].double().mean(0)
+
+    def _losses(self, batch: Batch, clients: slice) -> Float[Tensor, " client"]:
+        """The training losses of one step, by the task and the loss rules."""
+        logits = self.model(batch.inputs, batch.origin)
+        for rule in self.loss_rules:
+            logits, batch = rule(logits, batch, clients)
+        return self.task.losses(logits, batch)
 
     def _require_finite(self, history: Float[Tensor, "step client"], clients: slice) -> None:
         bad = (~history.isfinite()).nonzero()
