@@ -86,6 +86,7 @@ COMMENTS = {
     "train.momentum": "of sgd",
     "train.weight_decay": "of the factors that train",
     "train.clip": "largest gradient norm of one client; null: no limit",
+    "train.label_prior": "uniform or pooled: a loss adjusted for each client's own label proportions; none: as it is",
     "train.batches": "shuffled, or by-length: less padding, other batches of the same rows",
     "train.dtype": "fp32, fp64, or bf16 for a base in half precision (adapters stay in fp32)",
     "train.fast": "use the speed paths that work here; false: ordinary operations, to check a result",

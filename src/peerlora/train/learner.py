@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from peerlora.sections import TrainConfig
 from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.loss_rules import LossRule
 from peerlora.train.optim import Moments, step
+from peerlora.train.rules import Gradients, LocalStep, Rule
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 
@@ -64,10 +66,11 @@ class Learner:
         self.t = t
         self.losses = torch.full((len(self.shards.clients),), float("nan"))
 
-    def fit(self, x: Adapters, train: str) -> Adapters:
+    def fit(self, x: Adapters, train: str, rule: Rule | None = None) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
 
-        ``x`` is not changed.  Raises DivergenceError at the first loss that is not finite.
+        ``rule`` changes the gradient of every step before it is clipped.  ``x`` is not changed.  Raises
+        DivergenceError at the first loss that is not finite.
         """
         blocks = tuple(name for name in x.spec.blocks if name in train or name == "head")
         active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
@@ -77,7 +80,7 @@ class Learner:
         for clients in self._client_blocks():
             part = replace(x.rows(clients), flat=flat[clients])
             kept = memory.rows(clients) if memory else Moments.fresh(part.flat, x.spec.blocks)
-            losses[clients] = self._fit_block(part, clients, active, kept)
+            losses[clients] = self._fit_block(part, clients, active, kept, rule, x.flat[clients])
         self.losses = losses
         return replace(x, flat=flat)
 
@@ -92,7 +95,13 @@ class Learner:
         return self.memory
 
     def _fit_block(
-        self, x: Adapters, clients: slice, active: Mapping[str, slice], moments: Moments
+        self,
+        x: Adapters,
+        clients: slice,
+        active: Mapping[str, slice],
+        moments: Moments,
+        rule: Rule | None,
+        start: Float[Tensor, "client parameter"],
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
         views = _views(x, active)
@@ -106,10 +115,12 @@ class Learner:
             for k in range(steps):
                 batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
                 self.model.step.extents = batch.extents
-                losses = self._losses(batch, clients)
-                gradients = torch.autograd.grad(losses.sum(), trained)  # no two clients share a parameter
-                step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
-                seen.append(losses.detach())
+                look = _Look(self.model, partial(self._losses, batch, clients), trained, repeats=rule is not None)
+                here = partial(_gradients, x, look, active)
+                found = here() if rule is None else rule.gradient(LocalStep(x.flat, start, active, clients, here))
+                step(self.settings, x.flat, found, moments, active)
+                assert look.losses is not None, "a rule has to look at the minibatch"
+                seen.append(look.losses)
         finally:
             self.model.step.streams = None  # evaluation drops nothing
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
@@ -154,16 +165,35 @@ class Learner:
             one = self.evaluate(x.rows(slice(0, 1)), data, batch)
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
         outcomes = np.zeros((x.clients, len(data), 2))
+        for clients, rows, logits, stacked in self._everywhere(x, data, batch):
+            found = self.task.outcomes(logits, stacked)
+            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
+        scores = [self.task.score(own, data.labels) for own in outcomes]
+        return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
+
+    @torch.no_grad()
+    def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
+        """Every client's logits on the same rows of ``data``; not for language models."""
+        found = None
+        for clients, rows, logits, _ in self._everywhere(x, data, batch):
+            found = np.zeros((x.clients, len(data), logits.shape[1])) if found is None else found
+            found[clients, rows] = logits.view(-1, len(rows), logits.shape[1]).cpu().numpy()
+        assert found is not None
+        return found
+
+    def _everywhere(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
+        """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
             size = max(1, max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max())))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
-                self.model.bind_adapters(part)
-                stacked = collate(data, [rows] * part.clients, self.pad, x.flat.dtype).to(x.flat.device)
-                found = self.task.outcomes(self.model(stacked.inputs, stacked.origin), stacked)
-                outcomes[start : start + part.clients, rows] = found.view(part.clients, len(rows), 2).cpu().numpy()
-        scores = [self.task.score(own, data.labels) for own in outcomes]
-        return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
+                yield slice(start, start + size), rows, *self._forward(part, data, [rows] * part.clients)
+
+    def _forward(self, x: Adapters, data: Dataset, rows: Sequence[np.ndarray]) -> tuple[Tensor, Batch]:
+        """Logits of some rows for each of these clients, and their batch; nothing drops."""
+        self.model.bind_adapters(x)
+        batch = collate(data, rows, self.pad, x.flat.dtype).to(x.flat.device)
+        return self.model(batch.inputs, batch.origin), batch
 
     def state(self) -> dict[str, Tensor]:
         """What must be saved to go on: empty unless the optimiser's memory outlives a round."""
@@ -191,8 +221,29 @@ def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
     return [view.requires_grad_(slot.block in active) for slot, view in zip(x.spec.slots, views, strict=True)]
 
 
-def _by_block(x: Adapters, gradients: Sequence[Tensor], active: Mapping[str, slice]) -> dict[str, Tensor]:
+class _Look:
+    """A minibatch that is looked at once or, by a rule, more often: with the same dropout every time."""
+
+    def __init__(self, model: StackedModel, losses_of: Callable[[], Tensor], trained: Sequence[Tensor], repeats: bool):
+        self._losses_of, self.trained = losses_of, trained
+        self.losses: Float[Tensor, " client"] | None = None
+        """Of the first look."""
+        self._streams = model.step.streams or []
+        self._dropout = [stream.get_state() for stream in self._streams] if repeats else []
+
+    def gradients(self) -> Sequence[Tensor]:
+        """One per trained view, at the values that these have now."""
+        if self.losses is not None:
+            for stream, state in zip(self._streams, self._dropout, strict=True):
+                stream.set_state(state)
+        losses = self._losses_of()
+        if self.losses is None:
+            self.losses = losses.detach()
+        return torch.autograd.grad(losses.sum(), self.trained)  # no two clients share a parameter
+
+
+def _gradients(x: Adapters, look: _Look, active: Mapping[str, slice]) -> Gradients:
     """The gradients of each active block as [client, its columns], in the order of the flat buffer."""
-    left = iter(gradients)
+    left = iter(look.gradients())
     found = {slot: next(left).flatten(1) for slot in x.spec.slots if slot.block in active}
     return {block: torch.cat([g for slot, g in found.items() if slot.block == block], dim=1) for block in active}
