@@ -1,13 +1,15 @@
 """Mixing matrices W (rows are receivers) from a graph, and how fast they make clients agree.
 
-``neighbours`` of a client never include itself; every W is float64 [client, client] and doubly stochastic.
+``neighbours`` of a client never include itself; every W is float64 [client, client].  Those of an undirected graph are
+doubly stochastic, but for the ones that say what else they keep: ``metropolis_target``, ``push_sum``, ``row_average``.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
+from peerlora.errors import TopologyError
 from peerlora.topology.graphs import Adjacency
 
 Matrix = Float64[np.ndarray, "client client"]
@@ -43,6 +45,41 @@ def laplacian(adjacency: Adjacency) -> Matrix:
 def uniform(adjacency: Adjacency) -> Matrix:
     """1 / (1 + the largest degree of the graph) on every link: 1/3 on a ring, 1/clients on the complete graph."""
     return _fill_diagonal(adjacency / (1.0 + adjacency.sum(axis=1).max()))
+
+
+def metropolis_target(adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> Matrix:
+    """``w_ij = min(1 / (1 + d_i), (c_j / c_i) / (1 + d_j))``, the rest of each row on the diagonal.
+
+    Rows sum to 1 and ``c_i w_ij = c_j w_ji``, so repeated mixing ends at ``sum_i c_i x_i / sum_i c_i`` exactly, where
+    rows that are reweighted by c and renormalised do not.  Each end of a link needs the other's c and degree alone.
+
+    Raises TopologyError unless every ``c`` is a positive number.
+    Source: Hastings 1970, with a uniform proposal over the closed neighbourhood.
+    """
+    if not (np.isfinite(c).all() and (c > 0).all()):
+        raise TopologyError(f"target weights {np.asarray(c).tolist()} given; each client needs a positive number")
+    share = 1.0 / (1.0 + adjacency.sum(axis=1))
+    return _fill_diagonal(np.where(adjacency, np.minimum(share[:, None], np.outer(1 / c, c * share)), 0.0))
+
+
+def lazy(W: Matrix) -> Matrix:
+    """``(I + W) / 2``: half as fast, and without negative eigenvalues where W is symmetric."""
+    return (np.eye(len(W)) + W) / 2
+
+
+def push_sum(adjacency: Adjacency) -> Matrix:
+    """Senders split their mass evenly: ``1 / (1 + out-degree of j)`` in column j, its diagonal included.
+
+    ``adjacency[i, j]``: i hears from j.  Columns sum to 1; rows do too where all have equally many neighbours each way.
+    Source: Kempe, Dobra, Gehrke 2003, "Gossip-based computation of aggregate information".
+    """
+    linked = adjacency | np.eye(len(adjacency), dtype=bool)
+    return linked / linked.sum(axis=0)
+
+
+def row_average(adjacency: Adjacency) -> Matrix:
+    """Receivers take the plain average of what reaches them: rows sum to 1, and the limit is a weighted mean."""
+    return np.ascontiguousarray(push_sum(adjacency.T).T)
 
 
 def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Matrix:
