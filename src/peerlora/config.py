@@ -186,11 +186,12 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
 
 
-_TAGS = {
-    get_args(kind.model_fields["kind"].annotation)[0]
-    for union in (PartitionConfig, TopologyConfig)
-    for kind in get_args(get_args(union)[0])
-}
+def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a ``kind`` tells apart, by kind."""
+    return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
+
+
+_TAGS = {tag for union in (PartitionConfig, TopologyConfig) for tag in _by_tag(get_args(get_args(union)[0]))}
 
 
 def _is_tag(part: str) -> bool:
@@ -209,5 +210,5 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
             kinds = get_args(get_args(node)[0]) if get_args(node) else ()
             kinds = kinds or get_args(node)
             if kinds:
-                node = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in kinds}
+                node = _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

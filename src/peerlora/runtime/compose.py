@@ -118,7 +118,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if missing:
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not; use topology.weights=metropolis"
+            f"{config.topology.weights} weights is not; {_remedy(missing, topology)}"
         )
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
@@ -138,6 +138,14 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             "trained, as in FFA-LoRA",
         )
     return ()
+
+
+def _remedy(missing: Sequence[str], topology: Topology) -> str:
+    if {"static", "symmetric"} & set(missing):
+        return "use an undirected graph that never changes, such as topology=ring, without drops"
+    if topology.directed:
+        return "use algorithm.name=sgp or push-diging, which are made for links that go one way, or an undirected kind"
+    return "use topology.weights=metropolis"
 
 
 def _check_memory(clients: int) -> None:

@@ -4,7 +4,8 @@
 doubly stochastic, but for the ones that say what else they keep: ``metropolis_target``, ``push_sum``, ``row_average``.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Float, Float64
@@ -16,7 +17,7 @@ Matrix = Float64[np.ndarray, "client client"]
 
 
 def weights(adjacency: Adjacency, rule: str) -> Matrix:
-    """W by the rule ``metropolis``, ``laplacian`` or ``uniform``: symmetric, and only between neighbours."""
+    """W by one of ``RULES``, only between neighbours."""
     return RULES[rule](adjacency)
 
 
@@ -96,13 +97,14 @@ def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Ma
     return W
 
 
-def remove_links(W: Matrix, missing: Adjacency) -> Matrix:
-    """W without the ``missing`` links, whose weight goes to the diagonal of both ends: W_ij to W_ii and W_ji to W_jj.
+def remove_links(W: Matrix, missing: Adjacency, sender_keeps: bool = False) -> Matrix:
+    """W without the ``missing`` links; what W_ij weighed goes to W_ii, or to W_jj where the sender keeps it.
 
-    A symmetric W stays symmetric and doubly stochastic.
+    The first keeps the sums of rows, the second those of columns: what was not sent is not lost.  A symmetric W without
+    links both ways stays symmetric, and both are the same.
     """
     kept = np.where(missing, 0.0, W)
-    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=1)
+    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=0 if sender_keeps else 1)
     return kept
 
 
@@ -125,6 +127,29 @@ def spectral_gap(second_moment: Matrix) -> float:
     return 1 - rho(second_moment)
 
 
+def long_run_rho(matrices: Iterable[Matrix], columns: bool, generator: np.random.Generator) -> float:
+    """The factor per round by which these W shrink the disagreement in the long run, where they keep one sum alone.
+
+    Column-stochastic W (``columns``) map vectors with sum 0 to such: the growth of a random one is the rate at which
+    push-sum's ratios agree.  Of row-stochastic W the transposes are taken.  The first rounds do not count.
+    """
+    x, logs = None, []
+    for W in matrices:
+        x = generator.normal(size=len(W)) if x is None else x
+        x = (W if columns else W.T) @ (x - x.mean())
+        size = float(np.linalg.norm(x))
+        if size < 1e-14:
+            return 0.0
+        x = x / size
+        logs.append(math.log(size))
+    return min(1.0, math.exp(np.mean(logs[len(logs) // 10 :])))
+
+
+def static_rho(W: Matrix) -> float:
+    """``long_run_rho`` of one W: the second largest modulus of its eigenvalues."""
+    return float(np.sort(np.abs(np.linalg.eigvals(W)))[-2]) if len(W) > 1 else 0.0
+
+
 def over_permutations(matrix: Matrix) -> Matrix:
     """The mean of a matrix over all renumberings of the clients: one value on the diagonal, one elsewhere."""
     clients = len(matrix)
@@ -139,6 +164,8 @@ RULES: dict[str, Callable[[Adjacency], Matrix]] = {
     "metropolis": metropolis,
     "laplacian": laplacian,
     "uniform": uniform,
+    "push-sum": push_sum,
+    "row-average": row_average,
 }
 
 
