@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from peerlora.errors import ConfigError, nearest
 from peerlora.sections import (
+    TRAIN_DEFAULTS,
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
@@ -59,6 +60,17 @@ class RunConfig(Section):
     @classmethod
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_trains(cls, tree: Any) -> Any:
+        """Settings of ``train`` that were not given, where the method has defaults of its own."""
+        if not isinstance(tree, dict):
+            return tree
+        algorithm, train = tree.get("algorithm"), tree.get("train") or {}
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        own = TRAIN_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**tree, "train": {**own, **train}} if own and isinstance(train, dict) else tree
 
     @model_validator(mode="after")
     def _one_per_client(self):

@@ -128,9 +128,9 @@ def _message(payload: tuple[object, ...], row: int) -> Schema:
 
     def note(name: str, leaf: Adapters | Merged | Tensor) -> Adapters | Merged | Tensor:
         if isinstance(leaf, Tensor):
-            found[name] = (tuple(leaf.shape[1:]), leaf.dtype)
+            found[name.removeprefix(".")] = (tuple(leaf.shape[1:]), leaf.dtype)
         else:
-            found.update({name + part: what for part, what in leaf.message(row).items()})
+            found.update({f"{name}.{part}".removeprefix("."): what for part, what in leaf.message(row).items()})
         return leaf
 
     for x in payload:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.data.batches import Shards, collate, in_order_of_length
+from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.sources import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
@@ -19,6 +20,7 @@ from peerlora.randomness import torch_generator
 from peerlora.sections import TrainConfig
 from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.optim import Moments, step
+from peerlora.train.rules import Gradients, LocalStep, Rule
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 
@@ -61,12 +63,13 @@ class Learner:
         self.t = t
         self.losses = torch.full((len(self.shards.clients),), float("nan"))
 
-    def fit(self, x: Adapters, train: str) -> Adapters:
+    def fit(self, x: Adapters, train: str, rule: Rule | None = None) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
 
-        ``x`` is not changed.  Raises DivergenceError at the first loss that is not finite.
+        ``rule`` changes the gradient of every step before it is clipped.  ``x`` is not changed.  Raises
+        DivergenceError at the first loss that is not finite.
         """
-        blocks = tuple(name for name in x.spec.blocks if name in train or name == "head")
+        blocks = x.spec.trained(train)
         active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
         memory = self._remembered(x, blocks)
         flat = x.flat.clone()
@@ -74,7 +77,7 @@ class Learner:
         for clients in self._client_blocks():
             part = replace(x.rows(clients), flat=flat[clients])
             kept = memory.rows(clients) if memory else Moments.fresh(part.flat, x.spec.blocks)
-            losses[clients] = self._fit_block(part, clients, active, kept)
+            losses[clients] = self._fit_block(part, clients, active, kept, rule, x.flat[clients])
         self.losses = losses
         return replace(x, flat=flat)
 
@@ -89,7 +92,13 @@ class Learner:
         return self.memory
 
     def _fit_block(
-        self, x: Adapters, clients: slice, active: Mapping[str, slice], moments: Moments
+        self,
+        x: Adapters,
+        clients: slice,
+        active: Mapping[str, slice],
+        moments: Moments,
+        rule: Rule | None,
+        start: Float[Tensor, "client parameter"],
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
         views = _views(x, active)
@@ -103,10 +112,12 @@ class Learner:
             for k in range(steps):
                 batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
                 self.model.step.extents = batch.extents
-                losses = self.task.losses(self.model(batch.inputs, batch.origin), batch)
-                gradients = torch.autograd.grad(losses.sum(), trained)  # no two clients share a parameter
-                step(self.settings, x.flat, _by_block(x, gradients, active), moments, active)
-                seen.append(losses.detach())
+                look = _Look(self.model, self.task, batch, trained, repeats=rule is not None)
+                here = partial(_gradients, x, look, active)
+                found = here() if rule is None else rule.gradient(LocalStep(x.flat, start, active, clients, here))
+                step(self.settings, x.flat, found, moments, active)
+                assert look.losses is not None, "a rule has to look at the minibatch"
+                seen.append(look.losses)
         finally:
             self.model.step.streams = None  # evaluation drops nothing
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
@@ -181,8 +192,29 @@ def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
     return [view.requires_grad_(slot.block in active) for slot, view in zip(x.spec.slots, views, strict=True)]
 
 
-def _by_block(x: Adapters, gradients: Sequence[Tensor], active: Mapping[str, slice]) -> dict[str, Tensor]:
+class _Look:
+    """A minibatch that is looked at once or, by a rule, more often: with the same dropout every time."""
+
+    def __init__(self, model: StackedModel, task: Task, batch: Batch, trained: Sequence[Tensor], repeats: bool):
+        self.model, self.task, self.batch, self.trained = model, task, batch, trained
+        self.losses: Float[Tensor, " client"] | None = None
+        """Of the first look."""
+        self._streams = model.step.streams or []
+        self._dropout = [stream.get_state() for stream in self._streams] if repeats else []
+
+    def gradients(self) -> Sequence[Tensor]:
+        """One per trained view, at the values that these have now."""
+        if self.losses is not None:
+            for stream, state in zip(self._streams, self._dropout, strict=True):
+                stream.set_state(state)
+        losses = self.task.losses(self.model(self.batch.inputs, self.batch.origin), self.batch)
+        if self.losses is None:
+            self.losses = losses.detach()
+        return torch.autograd.grad(losses.sum(), self.trained)  # no two clients share a parameter
+
+
+def _gradients(x: Adapters, look: _Look, active: Mapping[str, slice]) -> Gradients:
     """The gradients of each active block as [client, its columns], in the order of the flat buffer."""
-    left = iter(gradients)
+    left = iter(look.gradients())
     found = {slot: next(left).flatten(1) for slot in x.spec.slots if slot.block in active}
     return {block: torch.cat([g for slot, g in found.items() if slot.block == block], dim=1) for block in active}
