@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from peerlora.errors import ConfigError, nearest
 from peerlora.sections import (
+    TRAIN_DEFAULTS,
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
@@ -59,6 +60,17 @@ class RunConfig(Section):
     @classmethod
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_trains(cls, tree: Any) -> Any:
+        """Settings of ``train`` that were not given, where the method has defaults of its own."""
+        if not isinstance(tree, dict):
+            return tree
+        algorithm, train = tree.get("algorithm"), tree.get("train") or {}
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        own = TRAIN_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**tree, "train": {**own, **train}} if own and isinstance(train, dict) else tree
 
     @model_validator(mode="after")
     def _one_per_client(self):
@@ -191,11 +203,12 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
 
 
-_TAGS = {
-    get_args(kind.model_fields["kind"].annotation)[0]
-    for union in (PartitionConfig, TopologyConfig)
-    for kind in get_args(get_args(union)[0])
-}
+def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a ``kind`` tells apart, by kind."""
+    return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
+
+
+_TAGS = {tag for union in (PartitionConfig, TopologyConfig) for tag in _by_tag(get_args(get_args(union)[0]))}
 
 
 def _is_tag(part: str) -> bool:
@@ -214,5 +227,5 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
             kinds = get_args(get_args(node)[0]) if get_args(node) else ()
             kinds = kinds or get_args(node)
             if kinds:
-                node = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in kinds}
+                node = _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

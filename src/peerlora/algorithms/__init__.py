@@ -7,17 +7,22 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.consensus_admm import ConsensusADMM
+from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.algorithms.decaf import DeCAF
+from peerlora.algorithms.dfedavg import DSGD, DFedAvg, DFedAvgM, DFedSAM, FedProx
 from peerlora.algorithms.fedex_lora import FedExLoRA
 from peerlora.algorithms.fedhl import FedHL
 from peerlora.algorithms.fedit import FedIT
 from peerlora.algorithms.fedrot_lora import FedRotLoRA
 from peerlora.algorithms.fedsa_lora import FedSALoRA
+from peerlora.algorithms.fedspeed import DFedADMM, DFedADMMSAM, FedSpeed
 from peerlora.algorithms.ffa_lora import FFALoRA
 from peerlora.algorithms.flexlora import FlexLoRA
 from peerlora.algorithms.flora import FLoRA
 from peerlora.algorithms.hetlora import HetLoRA
+from peerlora.algorithms.k_gt import KGT
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
 from peerlora.algorithms.rac_lora import RACLoRA
@@ -43,9 +48,21 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "flora": FLoRA,
     "fedex-lora": FedExLoRA,
     "fedhl": FedHL,
+    "dsgd": DSGD,
+    "dfedavg": DFedAvg,
+    "dfedavgm": DFedAvgM,
+    "dfedsam": DFedSAM,
+    "fedprox": FedProx,
+    "fedspeed": FedSpeed,
+    "dfedadmm": DFedADMM,
+    "dfedadmm-sam": DFedADMMSAM,
+    "k-gt": KGT,
+    "d2": D2,
+    "consensus-admm": ConsensusADMM,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
+ALIASES |= {"feddyn": "dfedadmm", "scaffold": "k-gt", "d-psgd": "dsgd", "exact-diffusion": "d2"}
 """Other papers' names for the same arithmetic."""
 
 

@@ -104,8 +104,8 @@ class StackedExchange:
         return everybody.view(len(everybody), *x.shape[1:])
 
     def _count(self, *payload: object) -> None:
-        """Add what this mixing sends: every linked client's encoded message to each of its neighbours."""
-        degrees = self.graph.degrees[self.clients]
+        """Add what this mixing sends: every linked client's encoded message to each of its receivers."""
+        degrees = self.graph.out_degrees[self.clients]
         sizes = [encoded_bytes(_message(payload, row)) for row in range(len(self.clients))]
         self.bytes_per_edge += max(sizes)
         self.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))
@@ -130,9 +130,9 @@ def _message(payload: tuple[object, ...], row: int) -> Schema:
 
     def note(name: str, leaf: Adapters | Merged | Tensor) -> Adapters | Merged | Tensor:
         if isinstance(leaf, Tensor):
-            found[name] = (tuple(leaf.shape[1:]), leaf.dtype)
+            found[name.removeprefix(".")] = (tuple(leaf.shape[1:]), leaf.dtype)
         else:
-            found.update({name + part: what for part, what in leaf.message(row).items()})
+            found.update({f"{name}.{part}".removeprefix("."): what for part, what in leaf.message(row).items()})
         return leaf
 
     for x in payload:

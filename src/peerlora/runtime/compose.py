@@ -27,6 +27,7 @@ from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.sections import TrainConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
@@ -120,7 +121,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if missing:
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not; use topology.weights=metropolis"
+            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
         )
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
@@ -135,12 +136,45 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
         )
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
+    warnings = _check_training(name, algorithm, config.train)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
-        return (
+        warnings += (
             f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
             "trained, as in FFA-LoRA",
         )
+    return warnings
+
+
+def _reason(algorithm: Algorithm[Any]) -> str:
+    """Why a method asks for its kind of topology, where it says so."""
+    reason = getattr(algorithm, "topology_reason", None)
+    return f" ({reason})" if reason else ""
+
+
+def _cure(missing: Sequence[str], topology: Topology) -> str:
+    if {"static", "symmetric"} & set(missing):
+        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
+    if topology.directed:
+        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
+    return "topology.weights=metropolis"
+
+
+def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
+    """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
+    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
+    if one_step and train.local_steps != 1:
+        raise CompositionError(
+            f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
+        )
+    if train.optimizer == "sgd":
+        return ()
+    if only:
+        raise CompositionError(
+            f"{name} cannot use train.optimizer={train.optimizer}: {only}; use train.optimizer=sgd or dfedavg"
+        )
+    if preferred:
+        return (f"{name} with train.optimizer={train.optimizer}: {preferred}; it was made for train.optimizer=sgd",)
     return ()
 
 

@@ -163,7 +163,7 @@ class Simulation:
             round=t,
             loss=self.learner.losses.tolist(),
             **vars(found),
-            rho=rho(self.moment / (t + 1)),
+            rho=rho(self.moment / (t + 1)) if self.federation.topology.properties.doubly_stochastic else float("nan"),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
             bytes_per_edge=self.exchange.bytes_per_edge,

@@ -72,7 +72,7 @@ class Learner:
         ``rule`` changes the gradient of every step before it is clipped.  ``x`` is not changed.  Raises
         DivergenceError at the first loss that is not finite.
         """
-        blocks = tuple(name for name in x.spec.blocks if name in train or name == "head")
+        blocks = x.spec.trained(train)
         active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
         memory = self._remembered(x, blocks)
         flat = x.flat.clone()

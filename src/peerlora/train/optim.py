@@ -59,10 +59,14 @@ def step(
 
 def clip(gradients: Mapping[str, Float[Tensor, "client column"]], largest: float) -> None:
     """Scale each client's gradient, in place, so that its norm over all blocks is at most ``largest``."""
-    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp_max(1.0)  # torch.nn.utils.clip_grad_norm_'s own epsilon
+    factor = (largest / (norms(gradients) + 1e-6)).clamp_max(1.0)  # torch.nn.utils.clip_grad_norm_'s own epsilon
     for g in gradients.values():
         g.mul_(factor[:, None])
+
+
+def norms(gradients: Mapping[str, Float[Tensor, "client column"]]) -> Float[Tensor, " client"]:
+    """Each client's gradient norm over all active blocks."""
+    return torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
 
 
 def _adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:

@@ -10,6 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.train.optim import norms
+
+_SMALLEST = 1e-12  # of a gradient that gives a direction
+
 Gradients = dict[str, Float[Tensor, "client column"]]
 """By active block, in the order of the flat buffer."""
 
@@ -51,6 +55,60 @@ class Rule(Protocol):
     def gradient(self, step: LocalStep) -> Gradients:
         """The corrected gradients of the active blocks, as tensors that the caller may change."""
         ...
+
+
+Oracle = Callable[[LocalStep], Gradients]
+"""Where a rule gets its gradient from."""
+
+
+def plain(step: LocalStep) -> Gradients:
+    """The minibatch's gradient."""
+    return step.gradient()
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """``(1 - alpha) g1 + alpha g2``, with ``g2`` the same minibatch's gradient at ``x + rho g1 / |g1|``.
+
+    alpha = 1 is SAM's gradient.  ``|g1|`` runs over the active blocks of a client, so only these are shifted.
+    """
+
+    rho: float
+    alpha: float = 1.0
+
+    def __call__(self, step: LocalStep) -> Gradients:
+        """Two gradients, or one where the second would not count."""
+        first = step.gradient()
+        if self.rho == 0 or self.alpha == 0:
+            return first
+        size = (self.rho / norms(first).clamp_min(_SMALLEST))[:, None]
+        second = step.gradient_at({block: size * g for block, g in first.items()})
+        return {block: g.lerp(second[block], self.alpha) for block, g in first.items()}
+
+
+@dataclass(frozen=True)
+class DualProx:
+    """``oracle's gradient + offset + pull (x - start)``.
+
+    The terms join the gradient, not the weight decay, which AdamW would keep out of its moments.
+    """
+
+    offset: Float[Tensor, "client parameter"] | None = None
+    """A dual or a correction, held by the clients here; read in active blocks only."""
+    pull: float | Float[Tensor, "client 1"] = 0.0
+    """Towards where the round began."""
+    oracle: Oracle = plain
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """Corrected."""
+        pull = self.pull[step.clients] if isinstance(self.pull, Tensor) else self.pull
+        found = self.oracle(step)
+        for block, columns in step.active.items():
+            if self.offset is not None:
+                found[block].add_(self.offset[step.clients, columns])
+            if isinstance(pull, Tensor) or pull:
+                found[block].add_(pull * (step.x[:, columns] - step.start[:, columns]))
+        return found
 
 
 class Recorded:
