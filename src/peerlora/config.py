@@ -13,6 +13,7 @@ from peerlora.sections import (
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
+    ClockConfig,
     DataConfig,
     DirichletPartition,
     EvalConfig,
@@ -42,6 +43,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    clock: ClockConfig | None = None
+    """Virtual time; null: rounds only."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU."""
     threads: Positive | None = None
@@ -74,11 +77,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_per_client(self):
-        for name, value in (("adapter.rank", self.adapter.rank), ("train.batch", self.train.batch)):
+        lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
+        if self.clock:
+            lists |= {"clock.speed": self.clock.speed, "clock.bandwidth": self.clock.bandwidth}
+        for name, value in lists.items():
             if isinstance(value, list) and len(value) != self.clients:
                 raise ValueError(
                     f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each"
                 )
+        gone = next((each for each in (self.clock.away if self.clock else ()) if each.client >= self.clients), None)
+        if gone:
+            raise ValueError(
+                f"clock.away names client {gone.client}; {self.clients} clients are numbered 0 to {self.clients - 1}"
+            )
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
@@ -225,7 +236,9 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
         elif part in node.model_fields:
             node = node.model_fields[part].annotation
             kinds = get_args(get_args(node)[0]) if get_args(node) else ()
-            kinds = kinds or get_args(node)
-            if kinds:
+            kinds = [kind for kind in kinds or get_args(node) if hasattr(kind, "model_fields")]
+            if len(kinds) == 1:  # an optional section, or a list of one kind
+                node = kinds[0]
+            elif kinds:
                 node = _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

@@ -5,6 +5,7 @@
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from peerlora.algorithms import build_algorithm
 from peerlora.exchange.stacked import StackedExchange
@@ -13,7 +14,6 @@ from peerlora.sections import TopologyConfig, TrainConfig
 from peerlora.topology.schedule import build_topology
 from peerlora.train.optim import Moments, step
 from peerlora.train.rules import LocalStep
-from pydantic import TypeAdapter
 
 
 def adapters(clients, d_in=1, d_out=1, head=0, private=False):

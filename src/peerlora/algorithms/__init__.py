@@ -5,7 +5,9 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
+from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
@@ -59,6 +61,8 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "aedfl": AEDFL,
+    "ad-psgd": ADPSGD,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}

@@ -39,10 +39,13 @@ class StackedExchange:
         self.t = 0
         self.begin(0)
 
-    def begin(self, t: int) -> None:
-        """Set the round; forget what the last one sent.  What rounds before 0 sent counts in round 0."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``; forget what the last one sent.
+
+        What rounds before 0 sent counts in round 0.
+        """
         opening = t <= 0 and self.t < 0
-        self.t, self.graph = t, self.topology.at(t)
+        self.t, self.graph = t, self.topology.at(t, absent)
         self.bytes_per_edge = 0
         self.bytes_sent = self.bytes_sent if opening else 0
         self.seconds = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms import REGISTRY, build_algorithm
-from peerlora.algorithms.base import Algorithm, prepare
-from peerlora.algorithms.merging import check_merges
+from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
+from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
@@ -27,7 +27,8 @@ from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
-from peerlora.sections import TrainConfig
+from peerlora.runtime.clock import Clock
+from peerlora.sections import ClockConfig, TrainConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
@@ -56,6 +57,7 @@ class Federation:
     notes: tuple[str, ...]
     """What the method has to say about the run, such as what it chose."""
     paths: Paths
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,39 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
     return ()
 
 
+def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
+    """The virtual clock of a run; an asynchronous method without one gets equal speeds.
+
+    Raises CompositionError for a clock that the method cannot keep.
+    """
+    name, settings = config.algorithm.name, config.clock
+    if not is_asynchronous(algorithm):
+        if settings and (settings.deadline or settings.away) and isinstance(algorithm, Merging):
+            raise CompositionError(
+                f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
+                "reach everybody; drop these settings, or use algorithm.name=dec-lora"
+            )
+        return Clock(settings, config.clients, config.seed) if settings else None
+    if settings and settings.deadline:
+        raise CompositionError(
+            f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
+            "clock.deadline, or use a synchronous method such as algorithm.name=dec-lora"
+        )
+    if settings and any(absence.unit == "rounds" for absence in settings.away):
+        raise CompositionError(
+            f"the clients of {name} have no rounds in common, and clock.away counts in rounds; use unit: seconds"
+        )
+    if config.train.optimizer_state == "phase":
+        raise CompositionError(
+            f"the clients of {name} switch factors at moments of their own, so the optimiser's memory has no common "
+            "phase (train.optimizer_state=phase); use train.optimizer_state=round or keep"
+        )
+    clock = Clock(settings or ClockConfig(), config.clients, config.seed)
+    if all(clock.back(client, 0) is None for client in range(config.clients)):
+        raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
+    return clock
+
+
 def _check_memory(clients: int) -> None:
     """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
     needed = 4 * 8 * clients**2
@@ -204,7 +239,9 @@ def compose(
     """
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     _check_memory(config.clients)
+    clock = build_clock(config, algorithm)
     topology = build_topology(config.topology, config.clients, config.seed)
+    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
     warnings = check_composition(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
@@ -235,6 +272,7 @@ def compose(
         warnings=(*warnings, *divided.warnings),
         notes=(*notes, *_prior_notes(config, topology)),
         paths=paths,
+        clock=clock,
     )
 
 

@@ -96,6 +96,7 @@ COMMENTS = {
     "eval.rows": "rows used during the run; null: all; the last evaluation takes all anyway",
     "eval.batch": "rows evaluated together",
     "checkpoint.every": "rounds between two points from which a stopped run can go on",
+    "clock": "virtual time: {speed: [1, 0.1, ...], deadline: 30}, see docs/guide.md; null: count rounds only",
     "device": "cpu, or cuda for one NVIDIA GPU",
     "threads": "CPU threads; null: one per core",
     "seed": "the same seed on the same machine gives the same result, bit for bit",

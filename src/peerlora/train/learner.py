@@ -21,7 +21,7 @@ from peerlora.sections import TrainConfig
 from peerlora.train.blocks import PADDED_TOKENS, GraphSize
 from peerlora.train.loss_rules import LossRule
 from peerlora.train.optim import Moments, step
-from peerlora.train.rules import Gradients, LocalStep, Rule
+from peerlora.train.rules import Gradients, LocalStep, Rows, Rule
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 
@@ -40,7 +40,8 @@ class Scores:
 class Learner:
     """Trains and evaluates the clients in ``shards`` on one shared frozen model.
 
-    ``begin(t)`` says which round it is; ``losses`` then holds each client's mean training loss of that round.
+    ``begin(t)`` says which round it is; ``losses`` then holds each client's mean training loss of that round.  Where
+    clients do not keep step, it also says which job of its own each client is at, and who trains at all.
     """
 
     def __init__(
@@ -54,17 +55,22 @@ class Learner:
     ):
         self.model, self.task, self.shards, self.settings = model, task, shards, settings
         self.pad, self.graph = pad, graph
-        self.losses: Float[Tensor, " client"] = torch.zeros(len(shards.clients))
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
-        self.t = 0
+        self.begin(0)
         self.memory: Moments | None = None
         self._trained: tuple[str, ...] = ()
 
-    def begin(self, t: int) -> None:
-        """Set the round that the next ``fit`` belongs to; a round without one has no losses."""
+    def begin(self, t: int, jobs: Sequence[int] | None = None, places: Sequence[int] | None = None) -> None:
+        """Set the round that the next ``fit`` belongs to; a round without one has no losses.
+
+        ``jobs``: per client the number that decides its draws, ``t`` for all by default.  ``places``: the clients that
+        train, by their places on the leading axis, all by default; ``fit`` leaves the others as they are.
+        """
         self.t = t
-        self.losses = torch.full((len(self.shards.clients),), float("nan"))
+        self.jobs = [t] * len(self.shards.clients) if jobs is None else list(jobs)
+        self.places = None if places is None or len(places) == len(self.shards.clients) else list(places)
+        self.losses: Float[Tensor, " client"] = torch.full((len(self.shards.clients),), float("nan"))
 
     def fit(self, x: Adapters, train: str, rule: Rule | None = None) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
@@ -76,11 +82,15 @@ class Learner:
         active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
         memory = self._remembered(x, blocks)
         flat = x.flat.clone()
-        losses = torch.zeros(x.clients, dtype=torch.float64)
+        losses = torch.full((x.clients,), float("nan"), dtype=torch.float64)
         for clients in self._client_blocks():
             part = replace(x.rows(clients), flat=flat[clients])
             kept = memory.rows(clients) if memory else Moments.fresh(part.flat, x.spec.blocks)
             losses[clients] = self._fit_block(part, clients, active, kept, rule, x.flat[clients])
+            if not isinstance(clients, slice):  # then the rows are copies
+                flat[clients] = part.flat
+                if memory:
+                    memory.put(clients, kept)
         self.losses = losses
         return replace(x, flat=flat)
 
@@ -97,7 +107,7 @@ class Learner:
     def _fit_block(
         self,
         x: Adapters,
-        clients: slice,
+        clients: Rows,
         active: Mapping[str, slice],
         moments: Moments,
         rule: Rule | None,
@@ -109,7 +119,7 @@ class Learner:
         self.model.bind(x.spec, views, x.scaling, x.merged)
         self.model.step.streams = self._streams(clients)
         steps = self.settings.local_steps
-        rows = [self.shards.rows(i, self.t, steps) for i in range(*clients.indices(len(self.shards.clients)))]
+        rows = [self.shards.rows(i, self.jobs[i], steps) for i in self._numbered(clients)]
         seen = []
         try:
             for k in range(steps):
@@ -128,34 +138,42 @@ class Learner:
         self._require_finite(history, clients)
         return history[:-1].double().mean(0)
 
-    def _losses(self, batch: Batch, clients: slice) -> Float[Tensor, " client"]:
+    def _losses(self, batch: Batch, clients: Rows) -> Float[Tensor, " client"]:
         """The training losses of one step, by the task and the loss rules."""
         logits = self.model(batch.inputs, batch.origin)
         for rule in self.loss_rules:
             logits, batch = rule(logits, batch, clients)
         return self.task.losses(logits, batch)
 
-    def _require_finite(self, history: Float[Tensor, "step client"], clients: slice) -> None:
+    def _require_finite(self, history: Float[Tensor, "step client"], clients: Rows) -> None:
         bad = (~history.isfinite()).nonzero()
         if len(bad) == 0:
             return
         k, row = bad[0].tolist()
+        place = self._numbered(clients)[row]
         raise DivergenceError(
-            f"the loss of client {self.shards.clients[clients.start + row]} is {float(history[k, row])} in round "
-            f"{self.t + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower train.lr "
-            f"(now {self.settings.lr:g}) or set train.clip"
+            f"the loss of client {self.shards.clients[place]} is {float(history[k, row])} in round "
+            f"{self.jobs[place] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower "
+            f"train.lr (now {self.settings.lr:g}) or set train.clip"
         )
 
-    def _streams(self, clients: slice) -> list[torch.Generator]:
-        numbers = self.shards.clients[clients]
-        return [torch_generator(self.shards.seed, "dropout", client=i, round=self.t) for i in numbers]
+    def _numbered(self, clients: Rows) -> list[int]:
+        return list(range(len(self.shards.clients)))[clients] if isinstance(clients, slice) else clients
 
-    def _client_blocks(self) -> Iterator[slice]:
-        """Slices of the leading axis, so many clients per graph that its activations stay in reach."""
-        count = len(self.shards.clients)
-        largest = self.settings.block or self.graph.clients(max(self.shards.batches), self.shards.data.lengths)
-        for edges in np.array_split(np.arange(count), -(-count // largest)):
-            yield slice(int(edges[0]), int(edges[-1]) + 1)
+    def _streams(self, clients: Rows) -> list[torch.Generator]:
+        seed, numbers = self.shards.seed, self.shards.clients
+        places = self._numbered(clients)
+        return [torch_generator(seed, "dropout", client=numbers[i], round=self.jobs[i]) for i in places]
+
+    def _client_blocks(self) -> Iterator[Rows]:
+        """Parts of the leading axis, so many clients per graph that its activations stay in reach."""
+        places = np.arange(len(self.shards.clients)) if self.places is None else np.array(self.places, dtype=int)
+        if len(places) == 0:
+            return
+        most = max(self.shards.batches[i] for i in places.tolist())
+        largest = self.settings.block or self.graph.clients(most, self.shards.data.lengths)
+        for part in np.array_split(places, -(-len(places) // largest)):
+            yield slice(int(part[0]), int(part[-1]) + 1) if self.places is None else part.tolist()
 
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:

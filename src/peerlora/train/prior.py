@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.data.batches import Batch
+from peerlora.train.rules import Rows
 
 SMOOTHING = 1.0  # rows per class
 
@@ -36,7 +37,7 @@ class LabelPrior:
         if self.target == "pooled":
             self._offsets = offsets(self.counts, sum_of(self.counts))
 
-    def __call__(self, logits: Tensor, batch: Batch, clients: slice) -> tuple[Tensor, Batch]:
+    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
         """Each client's offsets on each of its rows."""
         assert self._offsets is not None, "agree() comes first"
         own = self._offsets[clients].to(logits)
