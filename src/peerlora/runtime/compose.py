@@ -192,6 +192,9 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
                 f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
                 "reach everybody; drop these settings, or use algorithm.name=dec-lora"
             )
+        reason = getattr(algorithm, "needs_clock", None)
+        if reason and not settings:
+            raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
         return Clock(settings, config.clients, config.seed) if settings else None
     if settings and settings.deadline:
         raise CompositionError(
