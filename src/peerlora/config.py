@@ -96,6 +96,11 @@ class RunConfig(Section):
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if self.train.label_prior != "none" and self.task.kind != "classification":
+            raise ValueError(
+                f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
+                "has none of; use train.label_prior=none"
+            )
         return self
 
     @property
@@ -209,11 +214,12 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
 
 
-_TAGS = {
-    get_args(kind.model_fields["kind"].annotation)[0]
-    for union in (PartitionConfig, TopologyConfig)
-    for kind in get_args(get_args(union)[0])
-}
+def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a ``kind`` tells apart, by kind."""
+    return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
+
+
+_TAGS = {tag for union in (PartitionConfig, TopologyConfig) for tag in _by_tag(get_args(get_args(union)[0]))}
 
 
 def _is_tag(part: str) -> bool:
@@ -234,5 +240,5 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
             if len(kinds) == 1:  # an optional section, or a list of one kind
                 node = kinds[0]
             elif kinds:
-                node = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in kinds}
+                node = _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

@@ -7,15 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of dropout, of links and clients that fail
-
-
-class Section(BaseModel):
-    """One part of the config: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from peerlora.section import Positive, Rate, Section, Share
+from peerlora.topology.settings import (  # noqa: F401 (all sections can be had from here)
+    CompleteGraph,
+    EdgesGraph,
+    PathGraph,
+    RandomGraph,
+    RingGraph,
+    StarGraph,
+    TopologyConfig,
+)
 
 
 class ModelConfig(Section):
@@ -125,97 +126,6 @@ PartitionConfig = Annotated[
 ]
 
 
-class Graph(Section):
-    """What all topologies have in common."""
-
-    weights: Literal["metropolis", "laplacian", "uniform", "pairwise"] = "metropolis"
-    drop_links: Rate = 0.0
-    """Probability per round that a link is down."""
-    drop_clients: Rate = 0.0
-    """Probability per round that a client takes no part in the exchange."""
-    allow_disconnected: bool = False
-
-
-class RingGraph(Graph):
-    """Each client with its two neighbours."""
-
-    kind: Literal["ring"]
-
-
-class TorusGraph(Graph):
-    """A grid with wrapped edges; ``clients`` must be rows x columns with both at least 3."""
-
-    kind: Literal["torus"]
-    rows: Positive | None = None
-
-
-class PathGraph(Graph):
-    """A line."""
-
-    kind: Literal["path"]
-
-
-class StarGraph(Graph):
-    """Client 0 with everybody else."""
-
-    kind: Literal["star"]
-
-
-class CompleteGraph(Graph):
-    """Everybody with everybody."""
-
-    kind: Literal["complete"]
-
-
-class ExponentialGraph(Graph):
-    """Client i with i ± 1, 2, 4, 8, ..."""
-
-    kind: Literal["exponential"]
-
-
-class RandomRegularGraph(Graph):
-    """One random graph, fixed for the run, in which everybody has ``degree`` neighbours."""
-
-    kind: Literal["random-regular"]
-    degree: Positive = 3
-
-
-class ErdosRenyiGraph(Graph):
-    """One random graph, fixed for the run, in which each pair is linked with probability ``p``."""
-
-    kind: Literal["erdos-renyi"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.3
-
-
-class RandomGraph(Graph):
-    """A new random graph every round: each pair meets with probability ``p``."""
-
-    kind: Literal["random"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
-class EdgesGraph(Graph):
-    """The links written out: ``edges: [[0, 1], [1, 2]]``."""
-
-    kind: Literal["edges"]
-    edges: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]]
-
-
-TopologyConfig = Annotated[
-    RingGraph
-    | TorusGraph
-    | PathGraph
-    | StarGraph
-    | CompleteGraph
-    | ExponentialGraph
-    | RandomRegularGraph
-    | ErdosRenyiGraph
-    | RandomGraph
-    | EdgesGraph,
-    Field(discriminator="kind"),
-]
-
-
 _SGD = {"optimizer": "sgd", "lr": 0.1}
 _DUAL = _SGD | {"clip": 10.0}  # as in FedSpeed's code
 TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -255,6 +165,8 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm of one client."""
+    label_prior: Literal["none", "uniform", "pooled"] = "none"
+    """Target of the prior-adjusted loss: label proportions that training aims at, whatever a client holds."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"

@@ -29,6 +29,7 @@ from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
+from peerlora.algorithms.salf import SALF
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
 from peerlora.sections import TRAIN_DEFAULTS
@@ -62,6 +63,7 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "salf": SALF,
     "aedfl": AEDFL,
     "ad-psgd": ADPSGD,
 }

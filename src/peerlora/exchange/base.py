@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from peerlora.topology.schedule import RoundGraph
 Payload = TypeVar("Payload")
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Gossip among all clients of the run, seen from the clients that are held here."""
 

@@ -61,11 +61,13 @@ class RoundDone:
     cross_term: float
     local_cross_term: float
     rho: float
-    """Realised over the rounds so far: sqrt(lambda_max(mean of W^T W - J)), the share of disagreement that stays."""
+    """Realised over the rounds so far: sqrt(lambda_max(mean of W^T W - J)), the share of disagreement that stays; NaN
+    where W is not doubly stochastic."""
     edges: list[list[int]] | None
-    """[link][2] clients that exchanged, each undirected link once; None: not written down."""
+    """[link][2] clients that exchanged, each undirected link once, directed ones as [sender, receiver]; None: not
+    written down."""
     contacts: int
-    """Undirected links used."""
+    """Links used, an undirected one counted once."""
     bytes_per_edge: int
     """Of one directed transfer."""
     bytes_sent: int

@@ -21,6 +21,7 @@ from peerlora.data.partition import Partition, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.stacked import StackedExchange
+from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
@@ -31,6 +32,7 @@ from peerlora.sections import ClockConfig, TrainConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
+from peerlora.train.prior import LabelPrior
 from peerlora.train.tasks import TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
@@ -121,7 +123,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if missing:
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing)}"
+            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
         )
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
@@ -134,6 +136,8 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    if config.train.label_prior == "pooled":
+        gossip_rounds(topology)
     warnings = _check_training(name, algorithm, config.train)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
@@ -150,9 +154,12 @@ def _reason(algorithm: Algorithm[Any]) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _cure(missing: Sequence[str]) -> str:
-    fixed = "a fixed graph without drop-outs, such as topology=ring"
-    return f"{fixed}, with topology.weights=metropolis" if "static" in missing else "topology.weights=metropolis"
+def _cure(missing: Sequence[str], topology: Topology) -> str:
+    if {"static", "symmetric"} & set(missing):
+        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
+    if topology.directed:
+        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
+    return "topology.weights=metropolis"
 
 
 def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
@@ -185,6 +192,9 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
                 f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
                 "reach everybody; drop these settings, or use algorithm.name=dec-lora"
             )
+        reason = getattr(algorithm, "needs_clock", None)
+        if reason and not settings:
+            raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
         return Clock(settings, config.clients, config.seed) if settings else None
     if settings and settings.deadline:
         raise CompositionError(
@@ -248,6 +258,8 @@ def compose(
     shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
+    if config.train.label_prior != "none":
+        learner.loss_rules += (LabelPrior(divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -261,9 +273,26 @@ def compose(
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=notes,
+        notes=(*notes, *_prior_notes(config, topology)),
         paths=paths,
         clock=clock,
+    )
+
+
+def opening_state(federation: Federation) -> Any:
+    """The method's state before round 0, once clients know what their losses need to know of each other."""
+    for rule in federation.learner.loss_rules:
+        if isinstance(rule, LabelPrior):
+            rule.agree(lambda own: network_sum(own, federation.exchange, federation.topology))
+    return federation.algorithm.start(federation.start, federation.exchange)
+
+
+def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.label_prior != "pooled":
+        return ()
+    return (
+        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        "before round 0; their bytes are counted in the first round",
     )
 
 

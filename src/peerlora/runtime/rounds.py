@@ -15,7 +15,7 @@ from peerlora.algorithms.base import Algorithm
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters
-from peerlora.runtime.clock import Clock, seconds
+from peerlora.runtime.clock import Clock, seconds, ticks
 from peerlora.topology.weights import Matrix
 from peerlora.train.learner import Learner
 from peerlora.tree import leaves, tree_map
@@ -75,6 +75,8 @@ class Together:
         self.now, self.jobs = 0, [0] * len(exchange.clients)
         self.ready: dict[int, int] = {}
         """Client that has begun a job -> when its result will have been sent."""
+        self.step_seconds = torch.full((len(exchange.clients),), float("nan"), dtype=torch.float64)
+        """Of each client's latest job, as long as it took from its beginning."""
 
     @property
     def virtual_seconds(self) -> float:
@@ -86,6 +88,7 @@ class Together:
         absent = self._pass_time(self.clock, t, state) if self.clock else []
         here = [client for client in self.exchange.clients if client not in absent]
         self.learner.begin(t, self.jobs if self.clock else None, here)
+        self.learner.step_seconds = self.step_seconds if self.clock else None
         self.exchange.begin(t, absent)
         began = time.perf_counter()
         after = self.algorithm.round(t, state, self.learner, self.exchange)
@@ -112,12 +115,14 @@ class Together:
         """The moment, the jobs done, and who is at work; nothing without a clock."""
         if self.clock is None:
             return {}, {}
-        return {}, {"now": self.now, "jobs": self.jobs, "ready": sorted(self.ready.items())}
+        facts = {"now": self.now, "jobs": self.jobs, "ready": sorted(self.ready.items())}
+        return {"step_seconds": self.step_seconds}, facts
 
     def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on."""
         if self.clock is not None:
             self.now, self.jobs = facts["now"], list(facts["jobs"])
+            self.step_seconds = tensors["step_seconds"].clone()
             self.ready = {client: moment for client, moment in facts["ready"]}
 
     def _pass_time(self, clock: Clock, t: int, state: Any) -> list[int]:
@@ -139,8 +144,11 @@ class Together:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
+        limit = getattr(self.algorithm, "deadline", None)
         for i in [i for i in idle if i not in away]:
-            computed = self.now + clock.compute(i, steps, self.now)
+            self.step_seconds[i] = seconds(clock.compute(i, 1, self.now))
+            whole = clock.compute(i, steps, self.now)
+            computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
             message = self.algorithm.message(x.rows([i]), t)
             links = int(degrees[i]) if message else 0
             count = links * encoded_bytes(message)

@@ -23,7 +23,7 @@ from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarte
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
 from peerlora.runtime.apart import Apart
-from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
+from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, opening_state, resolve_threads
 from peerlora.runtime.folder import (
     check_same,
     default_folder,
@@ -138,7 +138,7 @@ class Simulation:
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
-        state = self.algorithm.start(self.federation.start, self.exchange)
+        state = opening_state(self.federation)
         first, state = self._take_up(state) if resumed else (0, state)
         if first == 0:
             self._emit(self._started())
@@ -169,12 +169,12 @@ class Simulation:
         if passed.W is None:
             found |= dict.fromkeys(("local_cross_term", "weak_mismatch", "strong_mismatch"), math.nan)
         self.moment += W.T @ W
-        edges = passed.edges
+        edges, doubly = passed.edges, self.federation.topology.properties.doubly_stochastic
         event = RoundDone(
             round=t,
             loss=passed.losses,
             **found,
-            rho=rho(self.moment / (t + 1)) if passed.W is not None else math.nan,
+            rho=rho(self.moment / (t + 1)) if passed.W is not None and doubly else math.nan,
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
             bytes_per_edge=passed.bytes_per_edge,
