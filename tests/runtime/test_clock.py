@@ -137,7 +137,10 @@ def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, 
         (["clock.deadline=0"], "clock.deadline"),
         (["clock.away=[{client: 4}]"], "clock.away names client 4; 4 clients are numbered 0 to 3"),
         (["clock.away=[{client: 1, leave: 3, back: 2}]"], "back must be later than leave"),
-        (["clock.away=[{client: 1, untill: 2}]"], r"unknown key 'clock.away.0.untill'; expected one of client, leave"),
+        (
+            ["clock.away=[{client: 1, untill: 2}]"],
+            r"unknown key 'clock.away.0.untill'.*; expected one of client, leave",
+        ),
         (["clock.delay=.inf"], "clock.delay"),
     ],
 )
