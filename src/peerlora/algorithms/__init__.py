@@ -22,6 +22,7 @@ from peerlora.algorithms.fedsa_lora import FedSALoRA
 from peerlora.algorithms.fedspeed import DFedADMM, DFedADMMSAM, FedSpeed
 from peerlora.algorithms.ffa_lora import FFALoRA
 from peerlora.algorithms.flexlora import FlexLoRA
+from peerlora.algorithms.flood import FLood
 from peerlora.algorithms.flora import FLoRA
 from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.k_gt import KGT
@@ -64,6 +65,7 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "d2": D2,
     "consensus-admm": ConsensusADMM,
     "salf": SALF,
+    "flood": FLood,
     "aedfl": AEDFL,
     "ad-psgd": ADPSGD,
 }

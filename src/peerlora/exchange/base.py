@@ -35,6 +35,13 @@ class Exchange(Protocol):
         """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head."""
         ...
 
+    def aim_at(self, c: Float[Tensor, " client"]) -> None:
+        """Mix by Metropolis-Hastings weights for this target in this round: ``sum_i c_i x_i / sum_i c_i`` is kept.
+
+        Each end of a link needs the other's c and degree: mix c together with what is sent, so that it travels along.
+        """
+        ...
+
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(x_i, the adapters of i and its neighbours, their weights)``; costs the messages of one ``mix``.
 

@@ -19,6 +19,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged
 from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
+from peerlora.topology.weights import metropolis_target
 from peerlora.tree import tree_map
 
 Payload = TypeVar("Payload")
@@ -61,6 +62,11 @@ class StackedExchange:
         mixed = tree_map(lambda _, leaf: self._leaf(leaf), x, leaf=(Adapters, Tensor))
         self.seconds += time.perf_counter() - began
         return mixed
+
+    def aim_at(self, c: Float[Tensor, " client"]) -> None:
+        """Put Metropolis-Hastings weights for the target c in the place of this round's W."""
+        everybody = self._gathered(c).double().cpu().numpy()
+        self.graph = replace(self.graph, W=metropolis_target(self.graph.adjacency, everybody))
 
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have."""

@@ -136,6 +136,9 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    check_task = getattr(algorithm, "check_task", None)
+    if check_task:
+        check_task(config.task.kind)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
     warnings = _check_training(name, algorithm, config.train)

@@ -160,6 +160,8 @@ def held(before: Any, after: Any, clients: list[int]) -> Any:
     kept = leaves(before)
 
     def put_back(name: str, leaf: Tensor) -> Tensor:
+        if leaf.shape != kept[name].shape:  # a leaf that has only now got its size
+            return leaf
         leaf = leaf.clone()
         leaf[clients] = kept[name][clients]
         return leaf

@@ -169,7 +169,7 @@ class Simulation:
         if passed.W is None:
             found |= dict.fromkeys(("local_cross_term", "weak_mismatch", "strong_mismatch"), math.nan)
         self.moment += W.T @ W
-        edges, doubly = passed.edges, self.federation.topology.properties.doubly_stochastic
+        edges, doubly = passed.edges, np.allclose(W.sum(axis=0), 1)
         event = RoundDone(
             round=t,
             loss=passed.losses,

@@ -23,6 +23,7 @@ from peerlora.train.loss_rules import LossRule
 from peerlora.train.optim import Moments, step
 from peerlora.train.reach import Cut, Reach, cut, parts, whole
 from peerlora.train.rules import Gradients, LocalStep, Rows, Rule
+from peerlora.train.scoring import Emphasis, Measure, score_shards
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 
@@ -58,6 +59,7 @@ class Learner:
         self.pad, self.graph = pad, graph
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
+        self._emphasis: tuple[LossRule, ...] = ()
         self.step_seconds: Float[Tensor, " client"] | None = None
         """How long each client's local step takes in this round, on a virtual clock."""
         self.begin(0)
@@ -75,12 +77,21 @@ class Learner:
         self.places = None if places is None or len(places) == len(self.shards.clients) else list(places)
         self.losses: Float[Tensor, " client"] = torch.full((len(self.shards.clients),), float("nan"))
 
-    def fit(self, x: Adapters, train: str, rule: Rule | None = None, reach: Reach | None = None) -> Adapters:
+    def fit(
+        self,
+        x: Adapters,
+        train: str,
+        rule: Rule | None = None,
+        reach: Reach | None = None,
+        emphasis: Float[Tensor, "client place"] | None = None,
+    ) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
 
-        ``rule`` changes the gradient of every step before it is clipped; ``reach`` cuts backward passes short.  ``x``
-        is not changed.  Raises DivergenceError at the first loss that is not finite.
+        ``rule`` changes the gradient of every step before it is clipped; ``reach`` cuts backward passes short;
+        ``emphasis`` says how much each row of a shard counts.  ``x`` is not changed.  Raises DivergenceError at the
+        first loss that is not finite.
         """
+        self._emphasis = () if emphasis is None else (Emphasis(emphasis, self.shards),)
         blocks = x.spec.trained(train)
         by_layer = reach is not None and self.settings.optimizer_state != "round"
         memory = self._remembered(x, blocks, by_layer)
@@ -154,7 +165,7 @@ class Learner:
     def _losses(self, batch: Batch, clients: Rows) -> Float[Tensor, " client"]:
         """The training losses of one step, by the task and the loss rules."""
         logits = self.model(batch.inputs, batch.origin)
-        for rule in self.loss_rules:
+        for rule in (*self.loss_rules, *self._emphasis):
             logits, batch = rule(logits, batch, clients)
         return self.task.losses(logits, batch)
 
@@ -229,6 +240,15 @@ class Learner:
             found[clients, rows] = logits.view(-1, len(rows), logits.shape[1]).cpu().numpy()
         assert found is not None
         return found
+
+    @torch.no_grad()
+    def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client place"]:
+        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
+
+        def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
+            return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)
+
+        return score_shards(self.shards, batch, max(_EVALUATED, self.graph.tokens), forward)
 
     def _everywhere(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""

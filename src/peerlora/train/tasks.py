@@ -90,9 +90,9 @@ class CausalLM:
     higher_is_better: ClassVar[bool] = False
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over each client's own tokens."""
+        """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
         loss, tokens = self._sums(logits, batch)
-        real = (batch.weights > 0).to(loss.dtype)
+        real = (batch.weights / batch.weights.amax(1, keepdim=True)).to(loss.dtype)  # 1, or by a loss rule less
         return (loss.view_as(real) * real).sum(1) / (tokens.view_as(real) * real).sum(1)
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
