@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Received, Rule, receiver_blocks
-from peerlora.exchange.wire import Schema, encoded_bytes
+from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged
 from peerlora.randomness import torch_generator
