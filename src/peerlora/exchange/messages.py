@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peerlora.exchange.wire import Schema
+from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged, Update
 from peerlora.tree import tree_map
@@ -38,7 +38,10 @@ def vectors(payload: Payload, row: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def expected(payload: Payload, claimed: Schema) -> Schema:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def expected(payload: Payload, claimed: Shapes) -> Schema:
     """What a neighbour may send where this client sends ``payload``: the same names, at the neighbour's own rank.
 
     Its rank, and the columns of its merged parts, are taken from the shapes it ``claimed`` as far as they are possible.
@@ -75,6 +78,7 @@ def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payloa
 
 
 def _leaves(payload: Payload) -> list[tuple[str, Leaf]]:
+    """The leaves in order, with the paths at which ``tree_map`` finds them."""
     found: list[tuple[str, Leaf]] = []
 
     def note(name: str, leaf: Leaf) -> Leaf:
@@ -103,7 +107,7 @@ def _corner(shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(size) for size in shape)
 
 
-def _rank(name: str, leaf: Adapters, sent: Schema) -> int:
+def _rank(name: str, leaf: Adapters, sent: Shapes) -> int:
     """The rank that a message has, by its first factor; the own one where it has no factor."""
     for slot in leaf.spec.slots:
         if slot.block in ("A", "B"):
@@ -111,8 +115,8 @@ def _rank(name: str, leaf: Adapters, sent: Schema) -> int:
     return int(leaf.ranks[0])
 
 
-def _size(sent: Schema, name: str, axis: int, other: int) -> int:
-    shape = sent.get(name, ((),))[0]
+def _size(sent: Shapes, name: str, axis: int, other: int) -> int:
+    shape = sent.get(name, ())
     return shape[axis] if len(shape) == 2 else other
 
 
@@ -121,7 +125,7 @@ def _adapters(name: str, leaf: Adapters, messages: Sequence[dict[str, Tensor]]) 
     whole = replace(leaf, flat=flat, merged=None)
     for part in leaf.message():
         _fill(_padded(whole)[part], [sent[name + part] for sent in messages])
-    shapes = [{key: (tuple(value.shape), value.dtype) for key, value in sent.items()} for sent in messages]
+    shapes = [{key: tuple(value.shape) for key, value in sent.items()} for sent in messages]
     return replace(whole, ranks=torch.tensor([_rank(name, leaf, shape) for shape in shapes]))
 
 

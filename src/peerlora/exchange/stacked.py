@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.messages import message
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology

@@ -15,14 +15,43 @@ HEADER_BYTES = 64 * 1024
 """The largest header that anybody accepts."""
 
 
+REASONS = {
+    "not-a-member": "the certificate's key is not on the current member list",
+    "not-a-neighbour": "the member list names the edges, and this is none of them",
+    "list-expired": "the member list is out of date, so nobody is admitted by it",
+    "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
+    "old-tls": "a TLS version before 1.3",
+    "no-session": "a message outside the edge's session, or of one that another has replaced",
+    "wrong-proof": "the side that was dialled does not hold the key that the member list names",
+    "wrong-sender": "the message claims another name than the channel proved",
+    "wrong-run": "the message belongs to another run",
+    "wrong-base": "the sender trains another base model",
+    "wrong-spec": "the sender's adapter has another spec",
+    "wrong-config": "the sender's settings differ where all peers must have the same",
+    "late": "the round is over here",
+    "from-the-future": "the round is further ahead than any honest peer can be",
+    "replay": "this message was taken before",
+    "unexpected": "no message of this kind is waited for from this peer",
+    "oversize": "more bytes announced or sent than this message may have",
+    "bad-header": "the header cannot be read, or has unknown fields or impossible values",
+    "bad-body": "the body is damaged, or its names, shapes or dtypes are not those expected",
+    "unknown-vector": "the body holds a vector that the method's message does not name",
+    "not-finite": "the body holds NaN or infinite values",
+    "bad-frame": "the pieces of a message break the transport's rules",
+    "unknown-reason": "the other side gave a reason that is not in this list",
+}
+"""Every reason for a refusal, and what it means."""
+
+
 class TransportError(PeerloraError):
     """A message did not get through."""
 
 
 class Refused(TransportError):
-    """The receiver said no.  ``reason`` is one of a fixed list of words, such as ``not-a-member`` or ``wrong-run``."""
+    """The receiver said no.  ``reason`` is a word of ``REASONS``, such as ``not-a-member`` or ``wrong-run``."""
 
     def __init__(self, reason: str, detail: str = ""):
+        assert reason in REASONS, reason
         super().__init__(f"refused: {reason}" + (f" ({detail})" if detail else ""))
         self.reason, self.detail = reason, detail
 
@@ -56,6 +85,7 @@ class Receiver(Protocol):
         """Take a complete message.  Returning acknowledges it, raising Refused tells the sender why not.
 
         Awaiting here is back-pressure: the sender's call stays open, and no more than one message per edge is held.
+        It is cancelled when the sender gave up or went away meanwhile: what was not returned from was not taken.
         """
         ...
 
