@@ -77,17 +77,22 @@ def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payloa
     return tuple(tree_map(filled, x, leaf=LEAVES) for x in payload)
 
 
-def _leaves(payload: Payload) -> list[tuple[str, Leaf]]:
-    """The leaves in order, with the paths at which ``tree_map`` finds them."""
-    found: list[tuple[str, Leaf]] = []
+def named(payload: Payload, kinds: tuple[type, ...] = LEAVES) -> dict[str, Any]:
+    """The leaves of these kinds, by the paths at which ``tree_map`` finds them."""
+    found: dict[str, Any] = {}
 
-    def note(name: str, leaf: Leaf) -> Leaf:
-        found.append((name, leaf))
+    def note(name: str, leaf: Any) -> Any:
+        found[name] = leaf
         return leaf
 
     for x in payload:
-        tree_map(note, x, leaf=LEAVES)
+        tree_map(note, x, leaf=kinds)
     return found
+
+
+def _leaves(payload: Payload) -> list[tuple[str, Leaf]]:
+    """All leaves in order, also where two trees of a payload have one at the same path."""
+    return [item for x in payload for item in named((x,)).items()]
 
 
 def _message(leaf: Leaf, row: int) -> Schema:
@@ -121,12 +126,12 @@ def _size(sent: Shapes, name: str, axis: int, other: int) -> int:
 
 
 def _adapters(name: str, leaf: Adapters, messages: Sequence[dict[str, Tensor]]) -> Adapters:
-    flat = leaf.flat[:1].repeat(len(messages), 1)
-    whole = replace(leaf, flat=flat, merged=None)
+    shapes = [{key: tuple(value.shape) for key, value in sent.items()} for sent in messages]
+    ranks = torch.tensor([_rank(name, leaf, shape) for shape in shapes])
+    whole = replace(leaf, flat=leaf.flat[:1].repeat(len(messages), 1), ranks=ranks, merged=None)
     for part in leaf.message():
         _fill(_padded(whole)[part], [sent[name + part] for sent in messages])
-    shapes = [{key: tuple(value.shape) for key, value in sent.items()} for sent in messages]
-    return replace(whole, ranks=torch.tensor([_rank(name, leaf, shape) for shape in shapes]))
+    return whole
 
 
 def _merged(name: str, leaf: Merged, messages: Sequence[dict[str, Tensor]]) -> Merged:

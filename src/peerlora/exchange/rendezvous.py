@@ -121,9 +121,7 @@ class Rendezvous:
         self.expected.check(found, peer)
         self.heard[peer] = found.round
         self._compare(peer, found)
-        if peer in self.absent and found.kind in ("hello", "mix"):
-            self.absent.discard(peer)
-            self._tell()
+        self.back(peer)
         return found
 
     def _timely(self, peer: PeerId, step: Step) -> None:
@@ -199,7 +197,7 @@ class Rendezvous:
         return meeting.counts(peer) or peer in meeting.failed or peer in self.absent
 
     async def _send(self, meeting: _Meeting, peer: PeerId, seal: Header, body: bytes) -> None:
-        header = encode_header(msgspec.structs.replace(seal, facts=self._last(peer)))
+        header = encode_header(msgspec.structs.replace(seal, facts=self.last(peer)))
         for attempt in (1, 2):
             try:
                 await self.transport.send(peer, header, body, deadline=self.deadline)
@@ -244,13 +242,24 @@ class Rendezvous:
         (round, step), me = self.at, self.transport.me
         return Header(kind=kind, round=round, step=step, sender=me, facts=facts, **vars(self.expected))
 
-    def _last(self, peer: PeerId) -> dict[str, int | str]:
+    def last(self, peer: PeerId) -> dict[str, int | str]:
         """What became of the last exchange with a neighbour, for a header."""
         past = self._past.get(peer)
         if not past:
             return {}
         last = max(past)
         return {"last_round": last.round, "last_step": last.number, "last_used": int(past[last])}
+
+    def leave(self, peer: PeerId) -> None:
+        """Don't wait for a neighbour until it is heard of again."""
+        self.absent.add(peer)
+        self._tell()
+
+    def back(self, peer: PeerId) -> None:
+        """A neighbour was heard of."""
+        if peer in self.absent:
+            self.absent.discard(peer)
+            self._tell()
 
     def notice(self, kind: str, peer: PeerId, detail: str = "") -> None:
         """Note something for the user."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from peerlora.errors import PeerloraError
 
@@ -74,6 +74,7 @@ class PeerEvent:
     """For ``refused``: the reason and which side refused."""
 
 
+@runtime_checkable
 class Receiver(Protocol):
     """What a transport hands messages to.  It runs on the transport's event loop."""
 
@@ -90,6 +91,7 @@ class Receiver(Protocol):
         ...
 
 
+@runtime_checkable
 class Transport(Protocol):
     """One peer's end of all its edges."""
 
