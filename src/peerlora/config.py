@@ -17,6 +17,7 @@ from peerlora.sections import (
     EvalConfig,
     ModelConfig,
     PartitionConfig,
+    PeerConfig,
     Positive,
     RandomGraph,
     Section,
@@ -41,6 +42,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    peer: PeerConfig = PeerConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU."""
     threads: Positive | None = None
@@ -70,6 +72,11 @@ class RunConfig(Section):
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
+            )
+        if self.partition.kind == "own" and self.task.kind == "classification" and not self.task.labels:
+            raise ValueError(
+                "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
+                "the class names in one order at all sites"
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from peerlora.exchange.combine import Rule
 from peerlora.lora.adapters import Adapters
@@ -42,3 +44,15 @@ class Exchange(Protocol):
     def shared_random(self, purpose: str) -> torch.Generator:
         """A generator that gives every client of the run the same numbers in this round."""
         ...
+
+
+class Counted(Exchange, Protocol):
+    """An exchange that tells what its round cost and did; a runtime reads it after the round."""
+
+    bytes_per_edge: int
+    bytes_sent: int
+    seconds: float
+    mixed: Adapters | None
+    """What the clients held here put into the mixing."""
+    measured: dict[str, Float[Tensor, " client"]]
+    """What the round's rules measured, by name."""

@@ -15,6 +15,7 @@ from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused
 
 _KNOCK = 0.5  # seconds between two signs of life to a neighbour that is not waited for
 _RETRY = 0.2  # seconds between two greetings to a neighbour that is not there yet
+_USUAL = ("late", "replay", "from-the-future")  # refusals that are part of agreeing on who met
 _SETTING = "setting "  # before the name of a section whose hash a greeting carries
 
 
@@ -173,7 +174,8 @@ class Neighbourhood(Service):
         """Take the transport's word on who is there."""
         async for event in self.rendezvous.transport.events():
             if event.peer in self._answered:
-                self.rendezvous.notice(event.kind, event.peer, event.detail)
+                if not event.detail.startswith(_USUAL):
+                    self.rendezvous.notice(event.kind, event.peer, event.detail)
                 if event.kind in ("suspect", "down"):
                     self.rendezvous.leave(event.peer)
                 elif event.kind == "up":

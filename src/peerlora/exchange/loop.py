@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
@@ -21,6 +21,14 @@ class LoopThread:
     def call(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         """What the coroutine returns, or raises."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def ask(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """What a function returns that must be called there."""
+
+        async def asked() -> Answer:
+            return function(*arguments)
+
+        return self.call(asked())
 
     def close(self) -> None:
         """End all that still runs there, and the thread."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
@@ -38,6 +39,8 @@ class Step(NamedTuple):
 class Notice(NamedTuple):
     """Something that the user should hear about a neighbour."""
 
+    time: str
+    """ISO 8601, UTC."""
     kind: str
     """up, suspect, down, refused, half-used"""
     peer: PeerId
@@ -92,7 +95,6 @@ class Rendezvous:
         self.notices: deque[Notice] = deque(maxlen=_NOTICES)
         self._born = Step(0)
         self._open: _Meeting | None = None
-        self._held: dict[PeerId, object] = {}
         self._past: dict[PeerId, dict[Step, bool]] = {}
         self._claims: dict[PeerId, tuple[Step, bool]] = {}
         self._changed = asyncio.Event()
@@ -148,18 +150,20 @@ class Rendezvous:
         self._tell()
 
     async def _until(self, peer: PeerId, step: Step) -> _Meeting:
-        """The meeting of ``step``, once it has begun.  Of every peer one message waits: a newer one drives it out."""
-        turn = self._held[peer] = object()
+        """The meeting of ``step``, once it has begun; the transport lets one message per peer wait."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.deadline):
-                while self._held.get(peer) is turn:
+                while step != self.at or self._open is None:
                     self._timely(peer, step)
-                    if step == self.at and self._open is not None:
-                        return self._open
                     await self._changed.wait()
-        raise Refused("late", "it waited too long" if self._held.get(peer) is turn else "a newer message came")
+                return self._open
+        raise Refused("late", f"it waited for {self.deadline:g} s")
 
     # --- what the exchange calls
+
+    def furthest(self) -> tuple[int, PeerId] | None:
+        """The neighbour that is furthest, as far as it was heard, and its round."""
+        return max(((round, peer) for peer, round in self.heard.items()), default=None)
 
     def enter(self, round: int, first: bool = False) -> None:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
@@ -168,9 +172,7 @@ class Rendezvous:
             self._born = self.at
         self._tell()
 
-    async def meet(
-        self, neighbours: Collection[PeerId], body: bytes, check: Check
-    ) -> Outcome:
+    async def meet(self, neighbours: Collection[PeerId], body: bytes, check: Check) -> Outcome:
         """Send to all neighbours and take their messages, until all have answered or the deadline has come."""
         step, meeting = self.at, _Meeting(neighbours, check)
         self._open = meeting
@@ -263,7 +265,7 @@ class Rendezvous:
 
     def notice(self, kind: str, peer: PeerId, detail: str = "") -> None:
         """Note something for the user."""
-        self.notices.append(Notice(kind, peer, detail))
+        self.notices.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
 
     def _compare(self, peer: PeerId, header: Header) -> None:
         """See whether both ends of the edge agree on the last exchange that the neighbour remembers."""

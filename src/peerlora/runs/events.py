@@ -41,6 +41,10 @@ class RunStarted:
     """Speed paths: null where one is used, else why not."""
     notes: list[str] = field(default_factory=list)
     """What the method has to say about this run: what it chose, and why."""
+    held: list[int] = field(default_factory=list)
+    """The clients whose numbers the other events give, in this order; empty: all.  A real peer holds one."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Client number -> site, for real peers."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class RoundDone:
     """The same of the factors A and B."""
     measures: dict[str, float] = field(default_factory=dict)
     """What the method's exchange measured, averaged over clients, such as truncation_tail."""
+    missed: dict[str, str] = field(default_factory=dict)
+    """Neighbour -> why its link was not used, for real peers."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,38 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class NeighbourChanged:
+    """Something happened between a real peer and a neighbour."""
+
+    version: ClassVar[int] = 1
+    time: str
+    """ISO 8601, UTC: when it was noticed."""
+    round: int
+    """Finished rounds when it was written down."""
+    client: int
+    """The neighbour."""
+    kind: str
+    """up, suspect, down, refused, or half-used: one end of the link used an exchange that the other did not."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class CaughtUp:
+    """A real peer that had fallen behind left out rounds."""
+
+    version: ClassVar[int] = 1
+    time: str
+    round: int
+    """Finished rounds before."""
+    to: int
+    """Finished rounds from here on."""
+    client: int
+    """The neighbour that was furthest."""
+    pulled: bool
+    """Whether its state was taken over."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Last event of a run that reached its end."""
 
@@ -134,7 +172,9 @@ class RunFinished:
     summary: dict[str, Any]
 
 
-Event = RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | RunFinished
+Event = (
+    RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | NeighbourChanged | CaughtUp | RunFinished
+)
 
 _TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}
 

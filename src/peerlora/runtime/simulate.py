@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +77,7 @@ def simulate(
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
-    federation = _composed(config, materials, partitioner)
+    federation = composed(config, materials, partitioner)
     with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
         return Simulation(federation, store, listener, stop).run()
 
@@ -98,12 +98,15 @@ def resume(
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
-        return Simulation(_composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
+        return Simulation(composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
 
 
-def _composed(config: RunConfig, materials: Materials | None, partitioner: Any) -> Federation:
+def composed(
+    config: RunConfig, materials: Materials | None, partitioner: Any, clients: Sequence[int] | None = None
+) -> Federation:
+    """The parts of a run, on the threads that it asks for."""
     torch.set_num_threads(resolve_threads(config.threads))
-    return compose(config, materials=materials, partitioner=partitioner)
+    return compose(config, materials=materials, partitioner=partitioner, clients=clients)
 
 
 class Simulation:
@@ -131,8 +134,12 @@ class Simulation:
             for warning in self.federation.warnings:
                 self._emit(Warned(warning))
             self._evaluate(0, state, final=False)
-        rounds = self.config.train.rounds
-        for t in range(first, rounds):
+        self._open(first, state)
+        rounds, done = self.config.train.rounds, first
+        while done < rounds:
+            t, state = self._ready(done, state)
+            if t == rounds:
+                break
             state = self._round(t, state)
             done = t + 1
             if done % self.config.eval.every == 0 and done < rounds:
@@ -141,10 +148,19 @@ class Simulation:
             if done % self.config.checkpoint.every == 0 or done == rounds or stopping:
                 self._save(done, state)
             if stopping:
-                raise Stopped(
-                    f"stopped after {done} of {rounds} rounds; go on with: peerlora train --resume {self.store.folder}"
-                )
+                raise Stopped(f"stopped after {done} of {rounds} rounds; go on with: {self._again()}")
         return self._finish(state)
+
+    def _open(self, done: int, state: Any) -> None:
+        """Before the first round of this process."""
+
+    def _ready(self, t: int, state: Any) -> tuple[int, Any]:
+        """The round that comes next, and the state to begin it with."""
+        return t, state
+
+    def _again(self) -> str:
+        """How to take the run up again."""
+        return f"peerlora train --resume {self.store.folder}"
 
     def _round(self, t: int, state: Any) -> Any:
         self.learner.begin(t)
@@ -152,18 +168,13 @@ class Simulation:
         began = time.perf_counter()
         state = self.algorithm.round(t, state, self.learner, self.exchange)
         worked = time.perf_counter()
-        graph, sent = self.exchange.graph, self.exchange.mixed
-        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, graph.W)
-        W = graph.W if sent is not None else np.eye(self.config.clients)
-        self.moment += W.T @ W
+        seen, edges = self._observed(t, state), self._edges()
         seconds_mix = self.exchange.seconds
         seconds_train = worked - began - seconds_mix
-        edges = graph.edges if sent is not None else []
         event = RoundDone(
             round=t,
             loss=self.learner.losses.tolist(),
-            **vars(found),
-            rho=rho(self.moment / (t + 1)),
+            **seen,
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
             bytes_per_edge=self.exchange.bytes_per_edge,
@@ -176,11 +187,27 @@ class Simulation:
         self._emit(event)
         return state
 
+    def _observed(self, t: int, state: Any) -> dict[str, Any]:
+        """What there is to know about the clients after a round, under the names that its event has."""
+        sent, W = self.exchange.mixed, self.exchange.graph.W
+        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W)
+        W = W if sent is not None else np.eye(self.config.clients)
+        self.moment += W.T @ W
+        return {**vars(found), "rho": rho(self.moment / (t + 1))}
+
+    def _edges(self) -> list[tuple[int, int]]:
+        """The links over which this round exchanged anything."""
+        return self.exchange.graph.edges if self.exchange.mixed is not None else []
+
+    def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
+        """Whom to evaluate: the clients held here, and what they are averaged to, if that is known."""
+        return _with_mean(x)
+
     def _evaluate(self, done: int, state: Any, final: bool) -> None:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in _with_mean(x)]
+        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in self._scored(x)]
         metric, loss = (np.concatenate([getattr(scores, name) for scores in groups]) for name in ("metric", "loss"))
         scores, own = Scores(metric, loss, len(rows)), slice(0, x.clients)
         averaged = x.clients if len(scores.metric) > x.clients else None
