@@ -37,7 +37,8 @@ REASONS = {
     "bad-body": "the body is damaged, or its names, shapes or dtypes are not those expected",
     "unknown-vector": "the body holds a vector that the method's message does not name",
     "not-finite": "the body holds NaN or infinite values",
-    "bad-frame": "the pieces of a message break the transport's rules",
+    "bad-frame": "the pieces of a message break the transport's rules, or some are missing",
+    "internal": "the receiver failed on this message; its log says how",
     "unknown-reason": "the other side gave a reason that is not in this list",
 }
 """Every reason for a refusal, and what it means."""
@@ -104,7 +105,8 @@ class Transport(Protocol):
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
         """Send one message and wait, at most ``deadline`` seconds, until the receiver took it.
 
-        Messages to one peer arrive in the order of the calls.  Raises Refused, PeerDown or DeadlineMissed.
+        Messages to one peer arrive in the order of the calls.  Raises Refused, PeerDown or DeadlineMissed; PeerDown at
+        once while there is no session with ``to``, that is before the event ``up`` and after ``down``.
         """
         ...
 
