@@ -275,7 +275,7 @@ class PeerConfig(Section):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,60}$")] = "run"
     """A name for this run, the same at all peers and another one for the next run."""
     deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    """Seconds that an exchange waits for neighbours: more than the slowest peer's round is longer than the fastest's."""
+    """Seconds that an exchange waits for neighbours; more than the slowest peer's round exceeds the fastest's."""
     join: Annotated[float, Field(gt=0, le=86_400)] = 120.0
     """Seconds to wait for neighbours at the start; then the run begins with those who came."""
     pull: Positive = 5

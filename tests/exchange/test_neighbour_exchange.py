@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peers import exchanges, together
+from in_memory import exchanges, together
 
 from peerlora.exchange.combine import Combined, mean
 from peerlora.exchange.stacked import StackedExchange

@@ -1,9 +1,9 @@
-"""Beside the exchanges: greetings that compare settings, signs of life, and the state that a returning peer takes over."""
+"""Beside the exchanges: greetings that compare settings, signs of life, the state that a returning peer takes over."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -64,17 +64,18 @@ class Neighbourhood(Service):
         self._answered: dict[PeerId, asyncio.Event] = {peer: asyncio.Event() for peer in peers}
         self._pulling: dict[PeerId, asyncio.Future[Pulled]] = {}
         self._tasks: dict[tuple[str, PeerId], asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
         rendezvous.service = self
 
     async def start(self) -> None:
         """Open the transport and watch the neighbours."""
         await self.rendezvous.transport.start(self.rendezvous)
-        self._task("watch", "", self._watch())
-        self._task("knock", "", self._knock())
+        for forever in (self._watch, self._knock):
+            self._background.add(asyncio.create_task(forever()))
 
     async def close(self) -> None:
         """Stop watching and close the transport."""
-        tasks = list(self._tasks.values())
+        tasks = [*self._background, *self._tasks.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -85,7 +86,6 @@ class Neighbourhood(Service):
         greeted = Greeted()
 
         async def one(peer: PeerId) -> None:
-            self._answered[peer].clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     while True:
@@ -133,11 +133,11 @@ class Neighbourhood(Service):
         if header.kind == "hello":
             self._compare(header)
             if header.facts.get("answer"):
-                self._task("answer", peer, self._quietly(self._hello(peer, False, self.rendezvous.deadline)))
+                self._task("greet", peer, self._greet_again)
             else:
                 self._answered[peer].set()
         elif header.kind == "ask":
-            self._task("state", peer, self._quietly(self._state(peer)))
+            self._task("state", peer, self._state)
         elif header.kind == "state" and peer in self._pulling and not self._pulling[peer].done():
             self._pulling[peer].set_result(Pulled(peer, header, body))
         else:
@@ -179,30 +179,26 @@ class Neighbourhood(Service):
                 if event.kind in ("suspect", "down"):
                     self.rendezvous.leave(event.peer)
                 elif event.kind == "up":
-                    self._task("answer", event.peer, self._quietly(self._greet_again(event.peer)))
+                    self._task("greet", event.peer, self._greet_again)
 
     async def _knock(self) -> None:
         """Give those who are not waited for a chance to be heard: who takes a greeting is there."""
         while True:
             await asyncio.sleep(_KNOCK)
             for peer in sorted(self.rendezvous.absent):
-                if ("knock", peer) not in self._tasks:
-                    self._task("knock", peer, self._quietly(self._greet_again(peer)))
+                self._task("greet", peer, self._greet_again)
 
     async def _greet_again(self, peer: PeerId) -> None:
         await self._hello(peer, False, self.rendezvous.deadline)
         self.rendezvous.back(peer)
 
-    async def _quietly(self, call) -> None:
-        """A message whose failure is no news: the transport's events tell it."""
-        with suppress(Refused, PeerDown, DeadlineMissed):
-            await call
+    def _task(self, kind: str, peer: PeerId, send: Callable[[PeerId], Awaitable[None]]) -> None:
+        """Send in the background; of one kind to one peer only one at a time.  Failures are told by the transport."""
 
-    def _task(self, kind: str, peer: PeerId, call) -> None:
-        """Run in the background; of one kind and peer only one at a time."""
-        key = (kind, peer)
-        if key in self._tasks:
-            call.close()
-            return
-        self._tasks[key] = asyncio.create_task(call)
-        self._tasks[key].add_done_callback(lambda task: self._tasks.pop(key, None))
+        async def quietly() -> None:
+            with suppress(Refused, PeerDown, DeadlineMissed):
+                await send(peer)
+
+        if (kind, peer) not in self._tasks:
+            task = self._tasks[kind, peer] = asyncio.create_task(quietly())
+            task.add_done_callback(lambda _: self._tasks.pop((kind, peer), None))

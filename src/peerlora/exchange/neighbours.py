@@ -101,14 +101,17 @@ class NeighbourExchange:
     def _meet(self, payload: Payload) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
         """The payloads of all whose edge counts, and the own row of W for them."""
         (me,) = self.clients
-        planned = {self.names[j]: j for j in self.topology.at(self.t).neighbours(me)}
+        linked = self.topology.at(self.t).neighbours(me)
+        planned = {self.names[j]: j for j in linked if j in self.names}
         own = vectors(payload)
         body = encode_body(own)
         outcome = self.thread.call(self.rendezvous.meet(tuple(planned), body, partial(_check, payload)))
         self._count(message(payload), len(body), len(outcome.got))
         self.missed |= {planned[peer]: reason for peer, reason in outcome.missing.items()}
-        self.graph = without(self.topology.at(self.t), [(me, planned[peer]) for peer in outcome.missing])
-        reached = {me: own} | {planned[peer]: found for peer, found in outcome.got.items()}
+        self.missed |= {j: "not on the member list" for j in linked if j not in self.names}
+        reached = {planned[peer]: found for peer, found in outcome.got.items()}
+        self.graph = without(self.topology.at(self.t), [(me, j) for j in linked if j not in reached])
+        reached[me] = own
         senders = sorted(reached)
         return everybody(payload, [reached[j] for j in senders]), self.graph.W[[me]][:, senders]
 

@@ -2,9 +2,9 @@
 
 An edge counts in an exchange for the end that got the other's message and whose own message the other acknowledged.
 A message is acknowledged only while it would still be used: one that comes early waits, with the sender's call open,
-until its exchange begins here; one that comes after the exchange was closed is refused as ``late``.  So both ends agree,
-except where the very last acknowledgement is lost.  Then one end used an edge that the other did not: every message
-says what became of the last exchange on its edge, and the end that knows otherwise tells it as ``half-used``.
+until its exchange begins here; one that comes after the exchange was closed is refused as ``late``.  So both ends
+agree, except where the very last acknowledgement is lost.  Then one end used an edge that the other did not: every
+message says what became of the last exchange on its edge, and the end that knows otherwise tells it as ``half-used``.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ def compose(
 def _check_own(config: RunConfig, clients: Sequence[int] | None) -> None:
     if config.partition.kind == "own" and (clients is None or len(clients) != 1):
         raise CompositionError(
-            "partition.kind=own is for `peerlora peer`, where every site has a file of its own; to simulate, put all rows "
-            "in one file with a column that names the site, and use partition.kind=column partition.column=..."
+            "partition.kind=own is for `peerlora peer`, where every site has a file of its own; to simulate, put all "
+            "rows in one file with a column that names the site, and use partition.kind=column partition.column=..."
         )
 
 

@@ -89,8 +89,8 @@ def check_site(config: RunConfig, site: Site) -> None:
     """Refuse what real peers cannot do, before anything is loaded."""
     if config.topology.weights == "pairwise":
         raise CompositionError(
-            "topology.weights=pairwise passes on in one round what came in the same round, which real peers cannot; use "
-            "topology.weights=metropolis"
+            "topology.weights=pairwise passes on in one round what came in the same round, which real peers cannot; "
+            "use topology.weights=metropolis"
         )
     if max(site.names) >= config.clients:
         raise CompositionError(
