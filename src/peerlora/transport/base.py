@@ -20,6 +20,7 @@ REASONS = {
     "not-a-neighbour": "the member list names the edges, and this is none of them",
     "list-expired": "the member list is out of date, so nobody is admitted by it",
     "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
+    "certificate-expired": "the certificate expired while the connection stood",
     "old-tls": "a TLS version before 1.3",
     "no-session": "a message outside the edge's session, or of one that another has replaced",
     "wrong-proof": "the side that was dialled does not hold the key that the member list names",
