@@ -132,6 +132,18 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A real peer greeted its neighbours and begins its rounds."""
+
+    version: ClassVar[int] = 1
+    time: str
+    round: int
+    """Finished rounds."""
+    reached: list[int]
+    """The neighbours that were there."""
+
+
+@dataclass(frozen=True)
 class NeighbourChanged:
     """Something happened between a real peer and a neighbour."""
 
@@ -173,7 +185,7 @@ class RunFinished:
 
 
 Event = (
-    RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | NeighbourChanged | CaughtUp | RunFinished
+    RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | Joined | NeighbourChanged | CaughtUp | RunFinished
 )
 
 _TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}

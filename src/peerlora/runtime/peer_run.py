@@ -19,7 +19,7 @@ from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
 from peerlora.exchange.wire import Expected, claimed, largest_body, read_body
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import neighbourhood
-from peerlora.runs.events import CaughtUp, Event, NeighbourChanged, RunStarted, Warned
+from peerlora.runs.events import CaughtUp, Event, Joined, NeighbourChanged, RunStarted, Warned
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.agreement import base_digest, settings, spec_digest
 from peerlora.runtime.compose import Federation, Materials, resolve_threads
@@ -143,6 +143,7 @@ class PeerRun(Simulation):
         greeted = self.thread.call(self.hood.greet(self.config.peer.join))
         self._tell()
         self._check(greeted)
+        self._emit(Joined(_now(), done, sorted(self.numbers[peer] for peer in greeted.reached)))
 
     def _check(self, greeted: Greeted) -> None:
         away = sorted(set(self.numbers) - greeted.reached - set(greeted.refused))
