@@ -74,9 +74,9 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
         async with asyncio.timeout(timing.handshake):
             nonce = new_nonce()
             await call.write(frames.HELLO + nonce)
-            answer = await call.read()
-            if not isinstance(answer, bytes):
-                await _raise(call)
+            answer = await frames.reader(call)()
+            if answer is None:
+                raise await _reason(call)
             token = check_proof(answer, nonce, peer, member.fingerprint, identity.site, identity.fingerprint)
             link = DialledLink(channel, token)
         ends.opened(peer, link)
@@ -86,6 +86,8 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
         finally:
             await give_up(taking)
         ends.lost(peer, link, why)
+    except PeerDown as down:
+        ends.unreachable(peer, str(down))
     except TimeoutError:
         ends.unreachable(peer, f"no answer from {member.address} within {timing.handshake:g} s")
     except (aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -101,10 +103,6 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
         call.cancel()
         await channel.close()
     return link is not None
-
-
-async def _raise(call: Any) -> None:
-    raise await _reason(call)
 
 
 async def _reason(call: Any) -> Refused | PeerDown:

@@ -24,6 +24,7 @@ from peerlora.transport.pulse import Health, Session
 CHUNK = 1 << 20
 """Bytes of a piece of a body."""
 EVENTS = 1000
+REPLACED = "replaced by a new session"
 
 Read = Callable[[], Awaitable[bytes | None]]
 """The next piece of a message; None when there are no more."""
@@ -78,17 +79,23 @@ class Ends:
         view = memoryview(body).cast("B")
         try:
             self.guard.check(to)
+        except Refused as refusal:
+            self.refused(to, refusal, "here", header)
+            raise
+        try:
             async with asyncio.timeout(deadline):
                 async with self.edge(to).sending:
                     await self._push(to, header, view)
         except TimeoutError:
             self.audit.message("unanswered", to, header, len(view))
             raise DeadlineMissed(f"{to} did not answer within {deadline:g} s") from None
-        except Refused as refusal:
-            self.refused(to, refusal, "there", header)
-            raise
         except PeerDown:
             self.audit.message("unanswered", to, header, len(view))
+            raise
+        except Refused as refusal:
+            if refusal.reason == "no-session":  # it ended while the message was on its way
+                raise PeerDown(f"{to} has ended the session") from None
+            self.refused(to, refusal, "there", header)
             raise
         self.audit.message("sent", to, header, len(view))
 
@@ -129,8 +136,8 @@ class Ends:
         edge = self.edge(peer)
         old, edge.link, edge.told = edge.link, link, False
         if old is not None:
-            old.end("replaced by a new session")
-            self.tell(PeerEvent("down", peer, "replaced by a new session"))
+            old.end(REPLACED)
+            self.tell(PeerEvent("down", peer, REPLACED))
         self.tell(PeerEvent("up", peer))
 
     def lost(self, peer: PeerId, link: Link, why: str) -> None:

@@ -19,7 +19,7 @@ from peerlora.errors import IdentityError
 from peerlora.transport import frames
 from peerlora.transport.base import PeerDown, PeerId, Refused, TransportError
 from peerlora.transport.dialler import live
-from peerlora.transport.edge import Ends, Link
+from peerlora.transport.edge import REPLACED, Ends, Link
 from peerlora.transport.identity import Identity, certificate_fingerprint, read_certificates
 from peerlora.transport.proof import NONCE, TOKEN, prove
 from peerlora.transport.pulse import Timing, give_up
@@ -138,8 +138,8 @@ class Listener:
         if isinstance(link, AnsweredLink) and link.open and isinstance(token, bytes):
             if hmac.compare_digest(link.token, token):
                 return peer, link
-        refusal = Refused("no-session")
-        self.ends.refused(peer, refusal, "here")
+        refusal = Refused("no-session")  # not told as an event: it happens to honest peers whenever a session ends
+        self.ends.audit.refused(peer, refusal.reason, "", "here")
         raise await _abort(context, refusal)
 
     async def _send(self, requests: Any, context: Any) -> None:
@@ -182,6 +182,8 @@ class Listener:
             why = await live(self.ends, peer, link, self.timing, context.write, read)
         finally:
             self.ends.lost(peer, link, why)
+        if why == REPLACED:
+            await _abort(context, Refused("replaced"))
 
 
 async def _abort(context: Any, refusal: Refused) -> Exception:

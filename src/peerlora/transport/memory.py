@@ -100,11 +100,10 @@ class MemoryNetwork:
     def expel(self, site: PeerId) -> None:
         """Take ``site`` off everybody's member list."""
         self.sites.discard(site)
-        for transport in self.live.values():
-            if transport.me != site and (link := transport.ends.edge(site).link) is not None:
+        for transport in [live for live in self.live.values() if live.me != site]:
+            if (link := transport.ends.edge(site).link) is not None:
                 transport.ends.lost(site, link, "not-a-member")
-        if site in self.live:
-            self.reset(self.live[site], "refused: not-a-member")
+                self.later(transport.me, site, _resetter(transport, "refused: not-a-member"))
 
     def check(self, one: PeerId, other: PeerId) -> None:
         """Raise Refused unless both may talk."""
@@ -166,12 +165,16 @@ class MemoryNetwork:
     def reset(self, dead: MemoryTransport, why: str) -> None:
         """Let the machine of a process that is gone say so to all its neighbours."""
         for peer in list(dead.ends.edges):
-            self.later(dead.me, peer, lambda live: live.reset(dead, why))
+            self.later(dead.me, peer, _resetter(dead, why))
 
     async def awake(self, site: PeerId) -> None:
         """Wait while the process of ``site`` is stopped."""
         while site in self._awake:
             await self._awake[site].wait()
+
+
+def _resetter(theirs: MemoryTransport, why: str) -> Callable[[MemoryTransport], None]:
+    return lambda live: live.reset(theirs, why)
 
 
 class _MemoryLink(Link):
@@ -196,6 +199,10 @@ class _MemoryLink(Link):
             await self.network.message(source, target, "ack")
             raise
         await self.network.message(source, target, "ack")
+
+
+def _refuser(peer: PeerId, refusal: Refused) -> Callable[[MemoryTransport], None]:
+    return lambda live: live.ends.refused(peer, refusal, "there")
 
 
 def _reader(pieces: Iterator[bytes]) -> Read:
@@ -278,6 +285,7 @@ class MemoryTransport:
             self.check(peer)
         except Refused as refusal:
             self.ends.refused(peer, refusal, "here")
+            self.network.later(self.me, peer, _refuser(self.me, refusal))
             return
         if self.network.live.get(peer) is not theirs:
             return  # it was sent by a process that died since

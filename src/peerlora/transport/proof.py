@@ -14,7 +14,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from peerlora.errors import IdentityError
 from peerlora.transport.base import Refused
+from peerlora.transport.identity import p256
 
 NONCE = TOKEN = 32  # bytes
 _DOMAIN = b"peerlora session 1\n"
@@ -43,9 +45,9 @@ def check_proof(answer: bytes, nonce: bytes, dialled: str, listed: str, dialler:
         raise Refused("wrong-proof", f"{dialled} answered with another key than the list's")
     try:
         key = serialization.load_der_public_key(der)
-        assert isinstance(key, ec.EllipticCurvePublicKey)
-        key.verify(signature, _signed(nonce, token, dialled, dialler, dialler_key), ec.ECDSA(hashes.SHA256()))
-    except (ValueError, InvalidSignature, AssertionError):
+        signed = _signed(nonce, token, dialled, dialler, dialler_key)
+        p256(key, dialled).verify(signature, signed, ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature, IdentityError):
         raise Refused("wrong-proof", f"{dialled}'s signature does not hold") from None
     return token
 
