@@ -39,7 +39,9 @@ def exchanges(topology, deadline=20.0, largest=1 << 20):
         made, hoods = [], []
         for client, site in sites.items():
             rendezvous = Rendezvous(net.transport(site), Expected("run", "ba5e", "5bec"), deadline, largest)
-            hoods.append(Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"}))
+            hoods.append(
+                Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"})
+            )
             thread.call(hoods[-1].start())
             made.append(NeighbourExchange(topology, client, sites, rendezvous, thread))
         greeted = together([lambda hood=hood: thread.call(hood.greet(10)) for hood in hoods])

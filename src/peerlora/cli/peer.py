@@ -36,9 +36,7 @@ def command(
     with Progress() as listener, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
         from peerlora.runtime.peer import run_peer
 
-        result = run_peer(
-            wanted, identity, members, out, resume=resume, listen=listen, listener=listener, stop=stop
-        )
+        result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, listener=listener, stop=stop)
     print_summary([(result.summary["method"], result.summary)])
     if json:
         print_json(result.summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Neighbourhood(Service):
         self._answered: dict[PeerId, asyncio.Event] = {peer: asyncio.Event() for peer in peers}
         self._pulling: dict[PeerId, asyncio.Future[Pulled]] = {}
         self._tasks: dict[tuple[str, PeerId], asyncio.Task[None]] = {}
+        self.skew: dict[PeerId, float] = {}
+        """Seconds that a neighbour's clock was ahead of this one when it greeted, less the way."""
         self._background: set[asyncio.Task[None]] = set()
         rendezvous.service = self
 
@@ -132,6 +135,9 @@ class Neighbourhood(Service):
             raise Refused("not-a-neighbour")
         if header.kind == "hello":
             self._compare(header)
+            clock = header.facts.get("clock")
+            if isinstance(clock, int):
+                self.skew[peer] = clock / 1000 - time.time()
             if header.facts.get("answer"):
                 self._task("greet", peer, self._greet_again)
             else:
@@ -156,7 +162,7 @@ class Neighbourhood(Service):
 
     async def _hello(self, peer: PeerId, answer: bool, deadline: float) -> None:
         facts = {f"{_SETTING}{name}": value for name, value in self.settings.items()}
-        await self._send("hello", peer, b"", deadline, answer=int(answer), **facts)
+        await self._send("hello", peer, b"", deadline, answer=int(answer), clock=int(time.time() * 1000), **facts)
 
     async def _state(self, peer: PeerId) -> None:
         snapshot = self.snapshot()

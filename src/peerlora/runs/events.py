@@ -185,7 +185,16 @@ class RunFinished:
 
 
 Event = (
-    RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | Joined | NeighbourChanged | CaughtUp | RunFinished
+    RunStarted
+    | RoundDone
+    | Evaluated
+    | CheckpointSaved
+    | Resumed
+    | Warned
+    | Joined
+    | NeighbourChanged
+    | CaughtUp
+    | RunFinished
 )
 
 _TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}

@@ -57,8 +57,8 @@ def site_of(config: RunConfig, identity: Path, members: Path) -> tuple[Identity,
     barred = sorted(set(linked.values()) - set(roster.others()))
     if barred:
         raise CompositionError(
-            f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no such "
-            "edge; change the topology, or have the edges added: peerlora members add --neighbours"
+            f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
+            "such edge; change the topology, or have the edges added: peerlora members add --neighbours"
         )
     return who, roster, site
 
