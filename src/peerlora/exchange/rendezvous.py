@@ -276,8 +276,10 @@ class Rendezvous:
 
     def _reconcile(self, peer: PeerId) -> None:
         """Tell it where a neighbour's word on an exchange is not what was done here."""
+        if peer not in self._claims:
+            return
         past = self._past.setdefault(peer, {})
-        step, used = self._claims.get(peer, (self.at, False))
+        step, used = self._claims[peer]
         # Where this process knows nothing of an exchange that it should have been in, it died before it could use it.
         own = past.get(step, False if self._born <= step < self.at else None)
         if own is None or own == used:
