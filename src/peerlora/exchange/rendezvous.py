@@ -10,6 +10,7 @@ message says what became of the last exchange on its edge, and the end that know
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -24,6 +25,9 @@ from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, T
 
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
 _REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
+_TOLD = 8  # of them that every message tells
+_LAST = re.compile(r"\d{1,12}\.\d{1,6}[+-]( \d{1,12}\.\d{1,6}[+-]){0,15}")
+_ONE = re.compile(r"(\d+)\.(\d+)([+-])")
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop
 _NOTICES = 10_000  # that nobody fetched; the oldest go first
@@ -96,7 +100,8 @@ class Rendezvous:
         self._born = Step(0)
         self._open: _Meeting | None = None
         self._past: dict[PeerId, dict[Step, bool]] = {}
-        self._claims: dict[PeerId, tuple[Step, bool]] = {}
+        self._claims: dict[PeerId, dict[Step, bool]] = {}
+        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_NOTICES)
         self._changed = asyncio.Event()
 
     # --- what the transport calls
@@ -245,12 +250,10 @@ class Rendezvous:
         return Header(kind=kind, round=round, step=step, sender=me, facts=facts, **vars(self.expected))
 
     def last(self, peer: PeerId) -> dict[str, int | str]:
-        """What became of the last exchange with a neighbour, for a header."""
-        past = self._past.get(peer)
-        if not past:
-            return {}
-        last = max(past)
-        return {"last_round": last.round, "last_step": last.number, "last_used": int(past[last])}
+        """What became of the last exchanges with a neighbour, for a header."""
+        past = sorted(self._past.get(peer, {}).items())[-_TOLD:]
+        told = (f"{step.round}.{step.number}{'+' if used else '-'}" for step, used in past)
+        return {"last": " ".join(told)} if past else {}
 
     def leave(self, peer: PeerId) -> None:
         """Don't wait for a neighbour until it is heard of again."""
@@ -268,25 +271,30 @@ class Rendezvous:
         self.notices.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
 
     def _compare(self, peer: PeerId, header: Header) -> None:
-        """See whether both ends of the edge agree on the last exchange that the neighbour remembers."""
-        facts = [header.facts.get(f"last_{name}") for name in ("round", "step", "used")]
-        if all(isinstance(fact, int) for fact in facts):
-            self._claims[peer] = Step(*facts[:2]), bool(facts[2])  # pyright: ignore[reportArgumentType]
-            self._reconcile(peer)
+        """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
+        told = str(header.facts.get("last", ""))
+        if told and not _LAST.fullmatch(told):
+            raise Refused("bad-header", "last")
+        claims = self._claims.setdefault(peer, {})
+        for round, number, sign in _ONE.findall(told):
+            claims[Step(int(round), int(number))] = sign == "+"
+        for step in sorted(claims)[:-_REMEMBERED]:
+            del claims[step]
+        self._reconcile(peer)
 
     def _reconcile(self, peer: PeerId) -> None:
-        """Tell it where a neighbour's word on an exchange is not what was done here."""
-        if peer not in self._claims:
-            return
-        past = self._past.setdefault(peer, {})
-        step, used = self._claims[peer]
-        # Where this process knows nothing of an exchange that it should have been in, it died before it could use it.
-        own = past.get(step, False if self._born <= step < self.at else None)
-        if own is None or own == used:
-            return
-        past[step] = used  # told once
-        self.half_used += 1
-        self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
+        """Tell where a neighbour's word on an exchange is not what was done here."""
+        past, claims = self._past.setdefault(peer, {}), self._claims.get(peer, {})
+        for step, used in list(claims.items()):
+            # Where this process knows nothing of an exchange that it should have been in, it died before it used it.
+            own = past.get(step, False if self._born <= step < self.at else None)
+            if own is None or (own != used and (peer, step) in self._told):
+                continue
+            del claims[step]
+            if own != used:
+                self._told.append((peer, step))
+                self.half_used += 1
+                self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
 
     def _tell(self) -> None:
         """Wake everybody who waits for something to change."""
