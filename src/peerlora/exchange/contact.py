@@ -63,6 +63,7 @@ class Neighbourhood(Service):
         self.rendezvous, self.peers, self.settings = rendezvous, tuple(peers), settings
         self.snapshot, self.largest_state = snapshot, largest_state
         self._answered: dict[PeerId, asyncio.Event] = {peer: asyncio.Event() for peer in peers}
+        self._refused: dict[PeerId, str] = {}
         self._pulling: dict[PeerId, asyncio.Future[Pulled]] = {}
         self._tasks: dict[tuple[str, PeerId], asyncio.Task[None]] = {}
         self.skew: dict[PeerId, float] = {}
@@ -96,14 +97,17 @@ class Neighbourhood(Service):
                             await self._hello(peer, answer=True, deadline=seconds)
                             await self._answered[peer].wait()
                             greeted.reached.add(peer)
+                            return
                         except Refused as refusal:
-                            greeted.refused[peer] = str(refusal)
+                            self._refused[peer] = str(refusal)
                         except (PeerDown, DeadlineMissed):
-                            await asyncio.sleep(_RETRY)
-                            continue
-                        return
+                            pass
+                        if peer in self._refused:
+                            return
+                        await asyncio.sleep(_RETRY)
 
         await asyncio.gather(*(one(peer) for peer in self.peers))
+        greeted.refused = {peer: why for peer, why in self._refused.items() if peer not in greeted.reached}
         self.rendezvous.absent |= set(self.peers) - greeted.reached
         return greeted
 
@@ -129,12 +133,17 @@ class Neighbourhood(Service):
             return 0
         raise Refused("unexpected", header.kind)
 
+    def disagrees(self, peer: PeerId, refusal: Refused) -> None:
+        """Remember it, whichever side said so first."""
+        self._refused[peer] = str(refusal)
+
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A greeting, a question for the state, or the answer to one."""
         if peer not in self._answered:
             raise Refused("not-a-neighbour")
         if header.kind == "hello":
             self._compare(header)
+            self._refused.pop(peer, None)
             clock = header.facts.get("clock")
             if isinstance(clock, int):
                 self.skew[peer] = clock / 1000 - time.time()
@@ -156,7 +165,9 @@ class Neighbourhood(Service):
         }
         other = sorted(name for name in theirs | dict(self.settings) if theirs.get(name) != self.settings.get(name))
         if other:
-            raise Refused("wrong-config", f"other {', '.join(other)}")
+            refusal = Refused("wrong-config", f"other {', '.join(other)}")
+            self.disagrees(header.sender, refusal)
+            raise refusal
 
     # --- what goes out
 

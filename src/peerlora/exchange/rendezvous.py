@@ -125,7 +125,11 @@ class Rendezvous:
 
     def _read(self, peer: PeerId, header: bytes) -> Header:
         found = read_header(header)
-        self.expected.check(found, peer)
+        try:
+            self.expected.check(found, peer)
+        except Refused as refusal:
+            self.service.disagrees(peer, refusal)
+            raise
         self.heard[peer] = found.round
         self._compare(peer, found)
         self.back(peer)
@@ -308,6 +312,9 @@ class Service:
     def largest(self, peer: PeerId, header: Header) -> int:
         """The bytes of body that a message may have."""
         raise Refused("unexpected", header.kind)
+
+    def disagrees(self, peer: PeerId, refusal: Refused) -> None:
+        """A peer belongs to another run, or has another model."""
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """Take a message."""
