@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from peerlora.cli import compare, demo, export, init, methods, schema, show, topology, train
+from peerlora.cli import compare, demo, export, identity, init, members, methods, schema, show, topology, train
 from peerlora.errors import PeerloraError
 
 app = typer.Typer(
@@ -16,6 +16,8 @@ app = typer.Typer(
 )
 for module in (demo, init, train, compare, methods, topology, show, export, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
+app.add_typer(identity.app, name="identity")
+app.add_typer(members.app, name="members")
 
 
 def main() -> None:
