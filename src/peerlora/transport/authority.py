@@ -117,7 +117,9 @@ def list_signer(authority: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(read_private(path), None)
     except (ValueError, TypeError):
-        raise IdentityError(f"{path} holds no private key; expected a folder by `identity new --authority`") from None
+        raise IdentityError(
+            f"{path} holds no private key; expected a folder by `identity new --as-authority`"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise IdentityError(f"{path} holds another kind of key; expected Ed25519")
     return key

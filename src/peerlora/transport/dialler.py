@@ -52,12 +52,14 @@ async def dial_for_ever(
     """Keep a session with ``peer`` for as long as it is a member: open it, and again whenever it ended."""
     wait: float | None = None
     while True:
+        side = "here"
         try:
             roster.check(peer)
+            side = "there"
             stood = await _one_session(ends, roster, identity(), peer, timing)
             wait = timing.next_wait(None if stood else wait)
         except Refused as refusal:
-            ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else "there")
+            ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
             wait = timing.refused
         await asyncio.sleep(wait)
 
@@ -69,11 +71,10 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
     credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
     named = ("grpc.ssl_target_name_override", host_name(peer))
     channel = aio.secure_channel(member.address, credentials, options=[*frames.options(timing), named])
-    call, link = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(), None
+    nonce, link = new_nonce(), None
+    call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=((frames.NONCE_KEY, nonce),))
     try:
         async with asyncio.timeout(timing.handshake):
-            nonce = new_nonce()
-            await call.write(frames.HELLO + nonce)
             answer = await frames.reader(call)()
             if answer is None:
                 raise await _reason(call)

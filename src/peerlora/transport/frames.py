@@ -15,9 +15,8 @@ from peerlora.transport.pulse import Timing, give_up
 
 SERVICE = "peerlora.Peer"
 SEND, TAKE, SESSION = "Send", "Take", "Session"
-TOKEN_KEY, ANSWER_KEY = "session-bin", "refusal-bin"
-HELLO = b"\x01"
-"""Opens a session: the version of these frames, then the dialler's nonce."""
+NONCE_KEY, TOKEN_KEY, ANSWER_KEY = "nonce1-bin", "session-bin", "refusal-bin"
+"""Metadata: the dialler's nonce (with the version of these frames), the session's token, why a call was refused."""
 BEAT = b"."
 ACCEPTED = b""
 OVERRUN = 16
@@ -70,6 +69,11 @@ async def hear(ends: Ends, peer: PeerId, write: Callable[[bytes], Awaitable[Any]
         await write(refusal_bytes(refusal))
     else:
         await write(ACCEPTED)
+    await throw_away(read)
+
+
+async def throw_away(read: Read) -> None:
+    """Read what an honest sender may still have on its way, and no more."""
     for _ in range(OVERRUN):
         if await read() is None:
             return

@@ -6,11 +6,11 @@ import asyncio
 import hmac
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import lru_cache
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc import aio
@@ -25,6 +25,7 @@ from peerlora.transport.proof import NONCE, TOKEN, prove
 from peerlora.transport.pulse import Timing, give_up
 from peerlora.transport.roster import Roster
 
+Got = TypeVar("Got")
 STRANGER = "unknown"
 """What events and the audit log call somebody who has no name here."""
 
@@ -110,8 +111,8 @@ class Listener:
             for _ in range(self._strangers.failed()):
                 self.ends.refused(STRANGER, Refused("tls-failed"), "here")
 
-    async def _who(self, context: Any) -> tuple[PeerId, str]:
-        """The member that calls, and its key's fingerprint; refuses the call otherwise."""
+    def _who(self, context: Any) -> tuple[PeerId, str]:
+        """The member that calls, and its key's fingerprint; raises Refused, told here."""
         self._strangers.passed(context.peer())
         shown: dict[str, list[bytes]] = context.auth_context()
         name = STRANGER
@@ -128,31 +129,37 @@ class Listener:
         except Refused as refused:
             refusal = refused
         self.ends.refused(name, refusal, "here")
-        raise await _abort(context, refusal)
+        raise refusal
 
-    async def _in_session(self, context: Any) -> tuple[PeerId, AnsweredLink]:
-        """The caller and the session that its call belongs to; refuses the call otherwise."""
-        peer, _ = await self._who(context)
-        token = dict(context.invocation_metadata() or ()).get(frames.TOKEN_KEY)
-        link = self.ends.edge(peer).link
-        if isinstance(link, AnsweredLink) and link.open and isinstance(token, bytes):
-            if hmac.compare_digest(link.token, token):
-                return peer, link
+    def _in_session(self, context: Any) -> tuple[PeerId, AnsweredLink]:
+        """The caller and the session that its call belongs to; raises Refused, told here."""
+        peer, _ = self._who(context)
+        link, token = self.ends.edge(peer).link, _metadata(context, frames.TOKEN_KEY)
+        if isinstance(link, AnsweredLink) and link.open and hmac.compare_digest(link.token, token):
+            return peer, link
         refusal = Refused("no-session")  # not told as an event: it happens to honest peers whenever a session ends
         self.ends.audit.refused(peer, refusal.reason, "", "here")
-        raise await _abort(context, refusal)
+        raise refusal
 
     async def _send(self, requests: Any, context: Any) -> None:
-        """A member's message."""
-        peer, link = await self._in_session(context)
+        """A member's message.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
+        read = frames.reader(context)
         try:
-            await link.during(frames.hear(self.ends, peer, context.write, frames.reader(context)))
+            peer, link = self._in_session(context)
+            await link.during(frames.hear(self.ends, peer, context.write, read))
         except PeerDown:
-            raise await _abort(context, Refused("no-session", "it ended meanwhile")) from None
+            await context.write(frames.refusal_bytes(Refused("no-session", "it ended meanwhile")))
+        except Refused as refusal:
+            await context.write(frames.refusal_bytes(refusal))
+            await _within(self.timing.handshake, lambda: frames.throw_away(read))
 
     async def _take(self, requests: Any, context: Any) -> None:
         """A member's offer to take our next message for it."""
-        _, link = await self._in_session(context)
+        try:
+            _, link = self._in_session(context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+            return
         way = _Way(context)
         try:
             if link.ways.qsize() < 4:
@@ -163,34 +170,51 @@ class Listener:
 
     async def _session(self, requests: Any, context: Any) -> None:
         """A member's session; lives as long as this call."""
-        peer, fingerprint = await self._who(context)
-        read = frames.reader(context)
-        hello = await read()
-        if hello is None or hello[:1] != frames.HELLO or len(hello) != 1 + NONCE:
-            refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
-            self.ends.refused(peer, refusal, "here")
-            raise await _abort(context, refusal)
-        token, me = os.urandom(TOKEN), self.identity()
-        await context.write(prove(me.key, hello[1:], token, me.site, peer, fingerprint))
-        async with asyncio.timeout(self.timing.handshake):
-            if await read() is None:  # the first heartbeat says that the proof was accepted
-                return
-        link = AnsweredLink(token)
-        self.ends.opened(peer, link)
-        why = "the connection broke"
         try:
-            why = await live(self.ends, peer, link, self.timing, context.write, read)
+            peer, fingerprint = self._who(context)
+            token = await self._greet(peer, fingerprint, context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+            return
+        link, why = AnsweredLink(token), "the connection broke"
+        self.ends.opened(peer, link)
+        try:
+            why = await live(self.ends, peer, link, self.timing, context.write, frames.reader(context))
         finally:
             self.ends.lost(peer, link, why)
         if why == REPLACED:
             await _abort(context, Refused("replaced"))
 
+    async def _greet(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
+        """Prove who we are; the token of the new session.  Raises Refused, told here."""
+        nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
+        refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
+        if len(nonce) == NONCE:
+            await context.write(prove(me.key, nonce, token, me.site, peer, fingerprint))
+            if await _within(self.timing.handshake, frames.reader(context)):  # a heartbeat: the proof was accepted
+                return token
+            refusal = Refused("wrong-proof", "it went away after our proof")
+        self.ends.refused(peer, refusal, "here" if refusal.reason == "bad-frame" else "there")
+        raise refusal
 
-async def _abort(context: Any, refusal: Refused) -> Exception:
-    """End a call with a refusal that the caller can read; what it raises leaves the handler."""
+
+def _metadata(context: Any, key: str) -> bytes:
+    value = dict(context.invocation_metadata() or ()).get(key, b"")
+    return value if isinstance(value, bytes) else b""
+
+
+async def _within(seconds: float, do: Callable[[], Awaitable[Got]]) -> Got | None:
+    try:
+        async with asyncio.timeout(seconds):
+            return await do()
+    except TimeoutError:
+        return None
+
+
+async def _abort(context: Any, refusal: Refused) -> None:
+    """End a call with a refusal that the caller can read."""
     answer = ((frames.ANSWER_KEY, frames.refusal_bytes(refusal)),)
     await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal)[:300], answer)
-    return refusal
 
 
 @lru_cache(maxsize=1024)

@@ -53,7 +53,7 @@ class Roster:
         """Raise Refused unless ``site`` may talk to this one now."""
         if self.members.expired(self.clock()):
             raise Refused("list-expired", f"version {self.members.version}")
-        if site not in self._sites.values():
+        if site not in self._names:
             raise Refused("not-a-member", site)
         if not self.members.linked(self.me, site):
             raise Refused("not-a-neighbour", site)
@@ -80,7 +80,7 @@ class Roster:
             seen |= {before.name: {"version": before.version, "sha256": hashlib.sha256(canonical(before)).hexdigest()}}
             if before.name != members.name:
                 raise IdentityError(f"member list {members.name!r} given while {before.name!r} is in force")
-        newest = seen.get(members.name, {"version": 0, "sha256": ""})
+        newest = seen.get(members.name, {"version": -1, "sha256": ""})
         if members.version < newest["version"]:
             raise IdentityError(
                 f"member list {members.name!r} version {members.version} given, version {newest['version']} was seen "
@@ -94,6 +94,7 @@ class Roster:
         if self.folder is not None and members.version > newest["version"]:
             text = json.dumps(seen | {members.name: {"version": members.version, "sha256": digest}})
             write_over(self.folder / "lists.json", text.encode() + b"\n")
+        self._names = {member.site for member in members.members}
         self._sites = {member.fingerprint: member.site for member in members.members}
         return members
 
