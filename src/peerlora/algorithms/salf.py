@@ -18,7 +18,7 @@ from peerlora.train.reach import Reach
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
 
 

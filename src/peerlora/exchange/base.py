@@ -27,8 +27,8 @@ class Exchange(Protocol):
     graph: RoundGraph
     """Who is linked in this round, and the weights."""
 
-    def begin(self, t: int) -> None:
-        """Set the round."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``."""
         ...
 
     def mix(self, x: Payload) -> Payload:
@@ -87,3 +87,15 @@ class Mailbox(Protocol):
     def random(self, purpose: str) -> np.random.Generator:
         """A generator of this client's own, for its present version."""
         ...
+
+
+class Counted(Exchange, Protocol):
+    """An exchange that tells what its round cost and did; a runtime reads it after the round."""
+
+    bytes_per_edge: int
+    bytes_sent: int
+    seconds: float
+    mixed: Adapters | None
+    """What the clients held here put into the mixing."""
+    measured: dict[str, Float[Tensor, " client"]]
+    """What the round's rules measured, by name."""
