@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peerlora.exchange.combine import Rule
 from peerlora.lora.adapters import Adapters
-from peerlora.topology.schedule import RoundGraph
+from peerlora.topology.schedule import RoundGraph, Topology
 
 Payload = TypeVar("Payload")
 
@@ -92,6 +92,7 @@ class Mailbox(Protocol):
 class Counted(Exchange, Protocol):
     """An exchange that tells what its round cost and did; a runtime reads it after the round."""
 
+    topology: Topology
     bytes_per_edge: int
     bytes_sent: int
     seconds: float
