@@ -1,11 +1,9 @@
 """FedSpeed and K-GT equal N separate PEFT models with torch's optimiser, corrected and averaged by hand."""
 
-import threading
-
 import pytest
 import torch
 from plain import average, initial_models, loss_of, optimiser, state_of, trained_parameters
-from test_plain_loop import Meeting, largest_difference, run_stacked
+from test_plain_loop import largest_difference, run_in_two_shards, run_stacked
 
 from peerlora.runtime.compose import compose
 
@@ -128,17 +126,4 @@ SHARDED = {"fedspeed": [], "k-gt": ["algorithm.interval=1"], "d2": ["train.local
 def test_two_shards_of_two_equal_one_of_four(config, method, words):
     chosen = config("bert", f"algorithm.name={method}", "adapter.dropout=0.3", *words)
     whole = run_stacked(compose(chosen))
-    meeting, found = Meeting(2), {}
-    shards = {
-        clients[0]: compose(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])
-    }
-
-    def run(first):
-        found[first] = run_stacked(shards[first]).flat
-
-    threads = [threading.Thread(target=run, args=(first,)) for first in shards]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert float((torch.cat([found[0], found[2]]) - whole.flat).abs().max()) < 1e-12
+    assert float((run_in_two_shards(chosen) - whole.flat).abs().max()) < 1e-12
