@@ -188,11 +188,13 @@ class Neighbourhood(Service):
     # --- what goes on in the background
 
     async def _watch(self) -> None:
-        """Take the transport's word on who is there."""
+        """Take the transport's word on who is there; what it repeats, such as failing to dial, is told once."""
+        told: dict[PeerId, str] = {}
         async for event in self.rendezvous.transport.events():
             if event.peer in self._answered:
-                if not event.detail.startswith(_USUAL):
+                if not event.detail.startswith(_USUAL) and told.get(event.peer) != event.kind:
                     self.rendezvous.notice(event.kind, event.peer, event.detail)
+                    told[event.peer] = event.kind if event.kind != "refused" else ""
                 if event.kind in ("suspect", "down"):
                     self.rendezvous.leave(event.peer)
                 elif event.kind == "up":
