@@ -10,7 +10,7 @@ from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_alg
 from peerlora.algorithms.base import Preparable, part, prepare
 from peerlora.data.batches import Shards
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.diagnostics import agreement, diagnose
 from peerlora.runtime.compose import compose
 from peerlora.topology.describe import parse_spec

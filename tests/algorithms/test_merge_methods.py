@@ -21,8 +21,8 @@ from peerlora.algorithms.fedhl import Referenced, capped, corrected_reference, s
 from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import redrawn
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.merged import Merged

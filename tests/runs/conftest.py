@@ -2,7 +2,19 @@ from collections.abc import Callable
 
 import pytest
 
-from peerlora.runs.events import CheckpointSaved, Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import (
+    CaughtUp,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Joined,
+    NeighbourChanged,
+    Resumed,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 
 TIME = "2025-01-01T00:00:00+00:00"
 
@@ -79,5 +91,8 @@ def one_of_each() -> list[Event]:
         CheckpointSaved(1, "checkpoints/round-000001.safetensors", "ab"),
         Resumed(TIME, 1),
         Warned('a "quoted" café\nsecond line'),
+        Joined(TIME, 0, [1, 2]),
+        NeighbourChanged(TIME, 3, 2, "down", "no heartbeat"),
+        CaughtUp(TIME, 3, 9, 2, True),
         RunFinished(TIME, {"accuracy": {"own_mean": 0.5}}),
     ]

@@ -102,6 +102,13 @@ class FLood(Stateful):
                 f"flood: algorithm.score={self.score} needs class logits, task.kind={kind} has none; use score=nll"
             )
 
+    @property
+    def simulated_only(self) -> str | None:
+        """Why real peers cannot do it, or None."""
+        if self.beta and self.mixing == "metropolis":
+            return "its weights follow from what a message brings; use algorithm.mixing=push-sum, or beta=0"
+        return None
+
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, and one number."""
         if not self.beta:

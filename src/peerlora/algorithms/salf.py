@@ -18,7 +18,7 @@ from peerlora.train.reach import Reach
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
 
 
@@ -84,6 +84,13 @@ class SALF(Scheduled):
     def needs_clock(self) -> str | None:
         """Why there has to be a virtual clock, or None."""
         return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None
+
+    @property
+    def simulated_only(self) -> str | None:
+        """Why real peers cannot do it, or None."""
+        if self.send == "reached":
+            return "its messages differ in what they hold from round to round; use algorithm.send=all"
+        return None
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, of which a client may send less, and which layers it sends."""

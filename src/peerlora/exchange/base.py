@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peerlora.exchange.combine import Rule
 from peerlora.lora.adapters import Adapters
-from peerlora.topology.schedule import RoundGraph
+from peerlora.topology.schedule import RoundGraph, Topology
 
 Payload = TypeVar("Payload")
 
@@ -27,8 +27,8 @@ class Exchange(Protocol):
     graph: RoundGraph
     """Who is linked in this round, and the weights."""
 
-    def begin(self, t: int) -> None:
-        """Set the round."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``."""
         ...
 
     def mix(self, x: Payload) -> Payload:
@@ -94,3 +94,16 @@ class Mailbox(Protocol):
     def random(self, purpose: str) -> np.random.Generator:
         """A generator of this client's own, for its present version."""
         ...
+
+
+class Counted(Exchange, Protocol):
+    """An exchange that tells what its round cost and did; a runtime reads it after the round."""
+
+    topology: Topology
+    bytes_per_edge: int
+    bytes_sent: int
+    seconds: float
+    mixed: Adapters | None
+    """What the clients held here put into the mixing."""
+    measured: dict[str, Float[Tensor, " client"]]
+    """What the round's rules measured, by name."""
