@@ -31,6 +31,7 @@ METHODS |= {"fedspeed": {"alpha": 0.7, "interval": 1}, "dfedadmm": {}, "dfedadmm
 METHODS |= {"d2": {}, "consensus-admm": {"rho": 0.3}}
 ONE_STEP = ("dsgd", "d2")
 SGD = (*ONE_STEP, "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
+METHODS |= {"salf": {"stragglers": 0.7, "cap": 2.0}, "flood": {"beta": 1.0, "every": 2}}
 METHODS |= {"aedfl": {"density": 0.4, "ramp": 3, "refresh": 1, "cutoff": 2}, "ad-psgd": {"interval": 2}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
 APART = ("aedfl", "ad-psgd")  # the methods without common rounds: their clients differ in speed here
