@@ -26,6 +26,8 @@ METHODS |= {"decaf": {}, "flexlora": {}, "hetlora": {"gamma": 0.5, "penalty": 0.
 METHODS |= {"fedrot-lora": {"first": "B"}, "lora-fair": {"ridge": 0.1}}
 METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lora": {}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
+METHODS |= {"sgp": {"interval": 2}, "push-diging": {}}
+TOPOLOGIES = dict.fromkeys(("sgp", "push-diging"), {"kind": "directed-ring", "chords": [[0, 2]]})
 WORDS = [f"w{i}" for i in range(20)]
 
 
@@ -69,7 +71,7 @@ def golden_config(folder, method):
     }
     train = {"rounds": 5, "local_steps": 2, "batch": 3, "lr": 0.02, "weight_decay": 0.01, "clip": 1.0, "dtype": "fp64"}
     tree = {"model": {"source": str(folder)}, "adapter": {"rank": 2, "alpha": 4}, "data": data, "train": train}
-    tree |= {"clients": 4, "partition": "iid", "topology": "path", "threads": 1, "seed": 7}
+    tree |= {"clients": 4, "partition": "iid", "topology": TOPOLOGIES.get(method, "path"), "threads": 1, "seed": 7}
     return load_config(tree | {"algorithm": {"name": method, **METHODS[method]}})
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.choco import Choco
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -25,6 +26,7 @@ from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.k_gt import KGT
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
+from peerlora.algorithms.push_sum import SGP, PushDIGing
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.tad_lora import TADLoRA
@@ -59,10 +61,14 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "sgp": SGP,
+    "push-diging": PushDIGing,
+    "choco": Choco,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
 ALIASES |= {"feddyn": "dfedadmm", "scaffold": "k-gt", "d-psgd": "dsgd", "exact-diffusion": "d2"}
+ALIASES |= {"push-sum": "sgp"}
 """Other papers' names for the same arithmetic."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from peerlora.exchange.combine import Rule
 from peerlora.lora.adapters import Adapters
@@ -28,6 +29,15 @@ class Exchange(Protocol):
 
     def mix(self, x: Payload) -> Payload:
         """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head."""
+        ...
+
+    def mix_encoded(
+        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
+    ) -> Tensor:
+        """``sum_j W_ij decode(message_j)``: the message [client, ...] is what crosses, and counts, in place of ``x``.
+
+        ``decode`` takes the messages of any clients of this round to rows, which need not look like ``x``.
+        """
         ...
 
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:

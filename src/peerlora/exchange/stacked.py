@@ -57,6 +57,24 @@ class StackedExchange:
         self.seconds += time.perf_counter() - began
         return mixed
 
+    def mix_encoded(
+        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
+    ) -> Tensor:
+        """``sum_j W_ij decode(message_j)``, where ``message`` is sent for ``x``."""
+        began = time.perf_counter()
+        self._count(message)
+        self.mixed = x
+        mixed = self._rows(decode(message))
+        self.seconds += time.perf_counter() - began
+        return mixed
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved to go on: nothing."""
+        return {}
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Take up what ``state`` gave."""
+
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have."""
         began = time.perf_counter()
