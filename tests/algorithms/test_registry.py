@@ -65,6 +65,7 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
+        "wrappers": False,
         "settings": {},
     }
     assert not described["dec-lora"]["unequal_ranks"]

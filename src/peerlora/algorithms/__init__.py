@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.choco import Choco
+from peerlora.algorithms.composition import refusal
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -109,7 +110,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults."""
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults.
+
+    ``wrappers``: whether ``exchange.codec`` and ``exchange.robust`` go with it.
+    """
     described = {}
     for name, kind in REGISTRY.items():
         needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
@@ -121,6 +125,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
+            "wrappers": refusal(name) is None,
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
         }
     return described

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Integer, UInt8
@@ -34,6 +34,7 @@ class Draws:
     """One generator for each client held here."""
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Q: ``decode(encode(x))``, with Q(0) = 0 and ``|x - Q(x)|^2 <= (1 - delta) |x|^2`` for a delta above 0."""
 
@@ -188,7 +189,7 @@ def kept(size: int, share: float) -> int:
     return ceil(size * share)
 
 
-def scattered(values: Flat, places: Integer[Tensor, "client entry"], size: int) -> Flat:
+def scattered(values: Float[Tensor, "client entry"], places: Integer[Tensor, "client entry"], size: int) -> Flat:
     """Rows of ``size`` scalars with the values at their places, zero elsewhere."""
     return values.new_zeros(len(values), size).scatter_(1, places, values)
 

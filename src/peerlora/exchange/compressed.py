@@ -51,7 +51,7 @@ def compressed_gossip(
     Source: Koloskova, Stich, Jaggi 2019, arXiv 1902.00340 (memory form as in the authors' code).
     Differs: xhat starts at the common initial adapters in place of zero.
     """
-    shared, columns = x.spec.shared, _columns(whole, x.spec)
+    shared, columns = x.spec.shared, whole.places(x.spec)
     sizes, draws = tensor_sizes(x.spec), _draws(peers)
     value, xhat, s = x.flat[:, shared], known.xhat[:, columns], known.s[:, columns]
     message = codec.encode(value - xhat, sizes, draws)
@@ -104,12 +104,6 @@ class Compressed(Wrapped):
         """The replicas of the last round."""
         super().load_state(saved)
         self.known = Replicas(saved["xhat"], saved["s"])
-
-
-def _columns(whole: AdapterSpec, part: AdapterSpec) -> Integer[Tensor, " column"]:
-    """Where the exchanged columns of some blocks lie in the whole buffer."""
-    ranges = [whole.columns(block) for block in part.blocks]
-    return torch.cat([torch.arange(each.start, each.stop) for each in ranges])[part.shared]
 
 
 def _with(whole: Tensor, columns: Integer[Tensor, " column"], part: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms import REGISTRY, build_algorithm
+from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
 from peerlora.algorithms.base import Algorithm, prepare
+from peerlora.algorithms.composition import check_wrappers
 from peerlora.algorithms.merging import check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.adversary import Adversarial, attackers, flipped_labels
+from peerlora.exchange.codec import build_codec
+from peerlora.exchange.compressed import Compressed
+from peerlora.exchange.robust import Robust
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
@@ -47,13 +52,16 @@ class Federation:
     eval_data: Dataset
     model: StackedModel
     learner: Learner
-    exchange: StackedExchange
+    exchange: Any
+    """A StackedExchange, or what wraps it."""
     start: Adapters
     export: ExportContext
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     """What the method has to say about the run, such as what it chose."""
     paths: Paths
+    attackers: tuple[int, ...] = ()
+    """Clients whose results don't count."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    check_wrappers(config, ALIASES.get(name, name), topology)
     warnings = _check_training(name, algorithm, config.train)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
@@ -202,6 +211,7 @@ def compose(
     _check_memory(config.clients)
     topology = build_topology(config.topology, config.clients, config.seed)
     warnings = check_composition(config, algorithm, topology)
+    attacking = attackers(config.adversary, config.clients, config.seed)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
     train_data, eval_data = materials.train_data, materials.eval_data
@@ -211,7 +221,14 @@ def compose(
     start = _start(config, model, here)
     check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
     batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
-    shards = Shards(train_data, own, batches, here, config.seed, config.train.batches == "by-length")
+    shards = Shards(
+        _learned_from(config, train_data, [divided.shards[i] for i in attacking]),
+        own,
+        batches,
+        here,
+        config.seed,
+        config.train.batches == "by-length",
+    )
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
     return Federation(
@@ -223,12 +240,50 @@ def compose(
         eval_data=eval_data,
         model=model,
         learner=learner,
-        exchange=StackedExchange(topology, here, gather),
+        exchange=_exchange(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=notes,
+        notes=(*notes, *_told(config, attacking)),
         paths=paths,
+        attackers=attacking,
+    )
+
+
+def _exchange(config: RunConfig, plain: StackedExchange, start: Adapters, attacking: tuple[int, ...]) -> Any:
+    """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it."""
+    peers: Any = plain
+    codec, robust = config.exchange.codec, config.exchange.robust
+    if codec:
+        peers = Compressed(peers, build_codec(codec, start.flat.dtype), codec.step, start)
+    if config.adversary and config.adversary.attack != "label-flip":
+        if len(plain.clients) < config.clients:
+            raise CompositionError(
+                f"adversary.attack={config.adversary.attack} needs all clients in one process, for attackers know "
+                "everybody's model; use attack=label-flip, or one process"
+            )
+        peers = Adversarial(peers, config.adversary, attacking, start, config.seed)
+    return Robust(peers, robust, start, config.train.rounds) if robust else peers
+
+
+def _learned_from(config: RunConfig, data: Dataset, attacked: list[np.ndarray]) -> Dataset:
+    """The training rows, with the labels of attackers turned round where that is their attack."""
+    if config.adversary is None or config.adversary.attack != "label-flip":
+        return data
+    if not data.names:
+        raise CompositionError(
+            f"adversary.attack=label-flip needs classes, task.kind={config.task.kind} has none; use another attack"
+        )
+    return replace(data, labels=flipped_labels(data.labels, np.concatenate(attacked), len(data.names)))
+
+
+def _told(config: RunConfig, attacking: tuple[int, ...]) -> tuple[str, ...]:
+    if config.adversary is None:
+        return ()
+    who = ", ".join(map(str, attacking))
+    return (
+        f"attackers: {who} ({config.adversary.attack}); their results are left out of means, worst clients, the "
+        "averaged model and the diagnostics",
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.diagnostics import diagnose
+from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
@@ -28,7 +28,7 @@ from peerlora.runtime.folder import (
     stored_config,
     write_adapters,
 )
-from peerlora.topology.weights import rho
+from peerlora.topology.weights import remove_links, rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
 
@@ -121,6 +121,7 @@ class Simulation:
         self.learner, self.exchange = federation.learner, federation.exchange
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
+        self.honest = [i for i in range(self.config.clients) if i not in federation.attackers]
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
@@ -153,7 +154,7 @@ class Simulation:
         state = self.algorithm.round(t, state, self.learner, self.exchange)
         worked = time.perf_counter()
         graph, sent = self.exchange.graph, self.exchange.mixed
-        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, graph.W)
+        found = self._diagnosed(self.algorithm.model(state), sent, graph.W)
         W = graph.W if sent is not None else np.eye(self.config.clients)
         self.moment += W.T @ W
         seconds_mix = self.exchange.seconds
@@ -161,7 +162,7 @@ class Simulation:
         edges = graph.edges if sent is not None else []
         event = RoundDone(
             round=t,
-            loss=self.learner.losses.tolist(),
+            loss=self._honest(self.learner.losses.numpy()),
             **vars(found),
             rho=rho(self.moment / (t + 1)) if self.federation.topology.properties.doubly_stochastic else float("nan"),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
@@ -176,20 +177,35 @@ class Simulation:
         self._emit(event)
         return state
 
+    def _diagnosed(self, after: Adapters, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+        """About the honest clients alone, as if they had no link to attackers."""
+        if len(self.honest) < self.config.clients:
+            away = np.ones_like(W, dtype=bool)
+            away[np.ix_(self.honest, self.honest)] = False
+            W = remove_links(W, away & ~np.eye(len(W), dtype=bool))[np.ix_(self.honest, self.honest)]
+            after, sent = after.rows(self.honest), sent and sent.rows(self.honest)
+        return diagnose(after.to("cpu"), sent.to("cpu") if sent is not None else None, W)
+
+    def _honest(self, values: np.ndarray) -> list[float]:
+        """[client], NaN for attackers."""
+        told = np.full(len(values), np.nan)
+        told[self.honest] = values[self.honest]
+        return told.tolist()
+
     def _evaluate(self, done: int, state: Any, final: bool) -> None:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in _with_mean(x)]
+        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in _with_mean(x, self.honest)]
         metric, loss = (np.concatenate([getattr(scores, name) for scores in groups]) for name in ("metric", "loss"))
         scores, own = Scores(metric, loss, len(rows)), slice(0, x.clients)
         averaged = x.clients if len(scores.metric) > x.clients else None
         event = Evaluated(
             round=done,
             rows=scores.rows,
-            own=scores.metric[own].tolist(),
+            own=self._honest(scores.metric[own]),
             averaged=float(scores.metric[averaged]) if averaged else float("nan"),
-            own_loss=scores.loss[own].tolist(),
+            own_loss=self._honest(scores.loss[own]),
             averaged_loss=float(scores.loss[averaged]) if averaged else float("nan"),
             seconds=time.perf_counter() - began,
             final=final,
@@ -199,6 +215,7 @@ class Simulation:
     def _save(self, done: int, state: Any) -> None:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
+        tensors |= {f"exchange.{name}": leaf for name, leaf in self.exchange.state().items()}
         tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
         self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained})
 
@@ -214,6 +231,8 @@ class Simulation:
         self.moment = checkpoint.tensors["moment"].numpy().copy()
         memory = {name: value.to(self.config.device) for name, value in _below("learner.", checkpoint.tensors).items()}
         self.learner.load_state(memory, checkpoint.facts["trained"])
+        known = _below("exchange.", checkpoint.tensors)
+        self.exchange.load_state({name: value.to(self.config.device) for name, value in known.items()})
         return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
 
     def _started(self) -> RunStarted:
@@ -252,14 +271,14 @@ class Simulation:
         self.listener(event)
 
 
-def _with_mean(x: Adapters) -> tuple[Adapters, ...]:
-    """The clients and, behind them, their average; unequal ranks have no average.
+def _with_mean(x: Adapters, honest: list[int]) -> tuple[Adapters, ...]:
+    """The clients and, behind them, the average of the honest ones; unequal ranks have no average.
 
     Merged parts average to a sum of another shape, which is looked at by itself.
     """
     if not x.equal_ranks:
         return (x,)
-    mean = x.mean()
+    mean = x.mean() if len(honest) == x.clients else x.rows(honest).mean()
     if x.merged is not None:
         return x, mean
     return (replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks])),)
