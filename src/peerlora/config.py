@@ -14,6 +14,7 @@ from peerlora.sections import (
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
+    ClockConfig,
     DataConfig,
     DirichletPartition,
     EvalConfig,
@@ -46,6 +47,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    clock: ClockConfig | None = None
+    """Virtual time; null: rounds only."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU."""
     threads: Positive | None = None
@@ -78,17 +81,30 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _one_per_client(self):
-        for name, value in (("adapter.rank", self.adapter.rank), ("train.batch", self.train.batch)):
+        lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
+        if self.clock:
+            lists |= {"clock.speed": self.clock.speed, "clock.bandwidth": self.clock.bandwidth}
+        for name, value in lists.items():
             if isinstance(value, list) and len(value) != self.clients:
                 raise ValueError(
                     f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each"
                 )
+        gone = next((each for each in (self.clock.away if self.clock else ()) if each.client >= self.clients), None)
+        if gone:
+            raise ValueError(
+                f"clock.away names client {gone.client}; {self.clients} clients are numbered 0 to {self.clients - 1}"
+            )
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if self.train.label_prior != "none" and self.task.kind != "classification":
+            raise ValueError(
+                f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
+                "has none of; use train.label_prior=none"
+            )
         return self
 
     @property

@@ -166,6 +166,8 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm of one client."""
+    label_prior: Literal["none", "uniform", "pooled"] = "none"
+    """Target of the prior-adjusted loss: label proportions that training aims at, whatever a client holds."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
@@ -189,3 +191,46 @@ class CheckpointConfig(Section):
     """How often the run can be taken up again."""
 
     every: Positive = 10
+
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Absence(Section):
+    """One client that leaves and perhaps comes back."""
+
+    client: Annotated[int, Field(ge=0)]
+    leave: Annotated[float, Field(ge=0)] = 0.0
+    """From then on it begins no job; one that it has begun it finishes."""
+    back: PositiveFloat | None = None
+    """From then on it is there again; null: never."""
+    unit: Literal["rounds", "seconds"] = "rounds"
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.back is not None and self.back <= self.leave:
+            raise ValueError(f"leave={self.leave:g} and back={self.back:g} given; back must be later than leave")
+        return self
+
+
+class ClockConfig(Section):
+    """Virtual time: how fast each client computes and sends."""
+
+    step: PositiveFloat = 1.0
+    """Seconds of one local step at speed 1."""
+    speed: PositiveFloat | list[PositiveFloat] = 1.0
+    """Relative speed: one for all, or one per client; 0.1 takes ten times as long."""
+    speed_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Each client's speed is multiplied by a log-normal draw whose logarithm has this standard deviation."""
+    bandwidth: PositiveFloat | list[PositiveFloat] | None = None
+    """Bytes per second of a client's uplink: one for all, or one per client; null: sending takes no time."""
+    bandwidth_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The same for the bandwidth."""
+    delay: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that every message is on its way, beside its upload."""
+    trace: str | None = None
+    """A CSV file with the columns client, seconds, speed, bandwidth: what holds from that moment on."""
+    deadline: PositiveFloat | None = None
+    """Seconds after which a round goes on without those who are not ready; null: everybody is waited for."""
+    away: list[Absence] = []
+    """Who leaves, and when."""

@@ -107,8 +107,9 @@ def test_bytes_are_those_of_the_encoded_message(kind):
     x = adapters()
     peers = compressed(kind, zeros(x))
     peers.mix(x)
-    size = encoded_bytes(compressed_message(SPEC, x.flat, peers.codec))
+    size = encoded_bytes(compressed_message(x.message(), peers.codec))
     assert (peers.bytes_per_edge, peers.bytes_sent) == (size, 12 * size)
+    assert peers.on_the_wire(x.message()) == compressed_message(x.message(), peers.codec)
     if kind not in ("identity", "cast"):
         assert size < encoded_bytes(x.message()) / 2
 

@@ -5,8 +5,10 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.aedfl import AEDFL
+from peerlora.algorithms.base import Algorithm, is_asynchronous
 from peerlora.algorithms.choco import Choco
 from peerlora.algorithms.composition import refusal
 from peerlora.algorithms.consensus_admm import ConsensusADMM
@@ -30,10 +32,12 @@ from peerlora.algorithms.lora_fair import LoRAFAIR
 from peerlora.algorithms.push_sum import SGP, PushDIGing
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
+from peerlora.algorithms.salf import SALF
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
+from peerlora.sections import TRAIN_DEFAULTS
 
-REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
+REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,
     "dec-lora": DecLoRA,
     "adf-lora": ADFLoRA,
@@ -65,6 +69,9 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "sgp": SGP,
     "push-diging": PushDIGing,
     "choco": Choco,
+    "salf": SALF,
+    "aedfl": AEDFL,
+    "ad-psgd": ADPSGD,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
@@ -110,8 +117,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults.
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults, its
+    own defaults of ``train``.
 
+    ``asynchronous``: its clients keep no common step.
     ``wrappers``: whether ``exchange.codec`` and ``exchange.robust`` go with it.
     """
     described = {}
@@ -126,6 +135,8 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
             "wrappers": refusal(name) is None,
+            "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
+            "train": TRAIN_DEFAULTS.get(name, {}),
         }
     return described

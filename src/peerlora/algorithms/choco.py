@@ -83,7 +83,7 @@ class Choco(Stateful):
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """What the codec makes of the difference."""
-        return compressed_message(x.spec, x.flat, self.built(x))
+        return compressed_message(x.message(), self.built(x))
 
     def start(self, x: Adapters, peers: Exchange) -> Heard:
         """Everybody knows the common start."""

@@ -36,6 +36,10 @@ REFUSED: dict[str, str] = {
     "choco": "it has a codec of its own, and its receivers know averages only",
 }
 """Why a method refuses both wrappers."""
+_NO_ROUNDS = "its clients keep no common rounds"
+REFUSED |= dict.fromkeys(("aedfl", "ad-psgd"), _NO_ROUNDS) | {"salf": "it sends some layers, and which ones they are"}
+ATTACKED = {*PLAIN, *REFUSED} - {"local", "choco", "salf", "aedfl", "ad-psgd"}
+"""Methods whose adapters cross as they are, so that attackers can change them."""
 
 
 def refusal(name: str) -> str | None:
@@ -66,10 +70,11 @@ def check_wrappers(config: RunConfig, name: str, topology: Topology) -> None:
         )
     if robust:
         _check_robust(robust, topology)
-    if config.adversary and config.adversary.attack != "label-flip" and name in ("choco", "local"):
+    attack = config.adversary.attack if config.adversary else "label-flip"
+    if attack != "label-flip" and name not in ATTACKED:
         raise CompositionError(
-            f"adversary.attack={config.adversary.attack} changes what is mixed, and {name} mixes nothing of its own "
-            "models; use attack=label-flip, or dec-lora, with exchange.codec if you want one"
+            f"adversary.attack={attack} changes the adapters that are mixed, and {config.algorithm.name} mixes none as "
+            "they are; use attack=label-flip, or dec-lora, with exchange.codec if you want one"
         )
 
 

@@ -62,11 +62,11 @@ def compressed_gossip(
     return replace(x, flat=flat), Replicas(_with(known.xhat, columns, xhat), _with(known.s, columns, s))
 
 
-def compressed_message(spec: AdapterSpec, like: Tensor, codec: Codec) -> Schema:
-    """The named vectors that stand for one client's adapters; their sizes don't depend on the values."""
+def compressed_message(vectors: Schema, codec: Codec) -> Schema:
+    """What crosses in place of these named vectors; its sizes don't depend on their values."""
     draws = Draws(lambda: torch.Generator().manual_seed(0), lambda: [torch.Generator()])
-    sizes = tensor_sizes(spec)
-    sent = codec.encode(like.new_zeros(1, sum(sizes)), sizes, draws)
+    sizes, dtype = [prod(shape) for shape, _ in vectors.values()], next(iter(vectors.values()))[1]
+    sent = codec.encode(torch.zeros(1, sum(sizes), dtype=dtype), sizes, draws)
     return {name: (tuple(value.shape[1:]), value.dtype) for name, value in sent.items()}
 
 
@@ -88,6 +88,10 @@ class Compressed(Wrapped):
         x = only_adapters(x, "exchange.codec")
         mixed, self.known = compressed_gossip(x, self.known, self.spec, self.codec, self.gamma, self.peers)
         return mixed
+
+    def on_the_wire(self, vectors: Schema) -> Schema:
+        """What is sent in place of what the method mixes."""
+        return compressed_message(vectors, self.codec)
 
     def combine(self, x: Adapters, rule: Any, merged: bool = False) -> Adapters:
         """Refused: replicas hold averages, and a rule needs what each neighbour sent."""

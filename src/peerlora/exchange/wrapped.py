@@ -30,6 +30,11 @@ class Wrapped:
         self.peers.load_state(saved)
 
 
+def innermost(peers: Any) -> Any:
+    """The exchange without its wrappers."""
+    return innermost(peers.peers) if isinstance(peers, Wrapped) else peers
+
+
 def only_adapters(x: object, what: str) -> Adapters:
     """``x``, where it is adapters and nothing else.
 

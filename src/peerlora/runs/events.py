@@ -41,6 +41,8 @@ class RunStarted:
     """Speed paths: null where one is used, else why not."""
     notes: list[str] = field(default_factory=list)
     """What the method has to say about this run: what it chose, and why."""
+    clock: dict[str, Any] | None = None
+    """Virtual time: the settings, and every client's speed and bandwidth in bytes per second (null: unlimited)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class RoundDone:
     """The same of the factors A and B."""
     measures: dict[str, float] = field(default_factory=dict)
     """What the method's exchange measured, averaged over clients, such as truncation_tail."""
+    virtual_seconds: float = math.nan
+    """Since the start of the run, at the end of this round, on the virtual clock; NaN without one."""
+    absent: list[int] = field(default_factory=list)
+    """Clients without part in this synchronous round: late or away."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,8 @@ class Evaluated:
     averaged_loss: float
     seconds: float
     final: bool
+    virtual_seconds: float = math.nan
+    """Since the start of the run, on the virtual clock; NaN without one."""
 
 
 @dataclass(frozen=True)

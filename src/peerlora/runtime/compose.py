@@ -13,28 +13,30 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
-from peerlora.algorithms.base import Algorithm, prepare
+from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
 from peerlora.algorithms.composition import check_wrappers
-from peerlora.algorithms.merging import check_merges
+from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.adversary import Adversarial, attackers, flipped_labels
-from peerlora.exchange.codec import build_codec
-from peerlora.exchange.compressed import Compressed
-from peerlora.exchange.robust import Robust
+from peerlora.exchange.adversary import attackers
 from peerlora.exchange.stacked import StackedExchange
+from peerlora.exchange.sums import gossip_rounds, network_sum
+from peerlora.exchange.wrapped import innermost
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
-from peerlora.sections import TrainConfig
+from peerlora.runtime.clock import Clock
+from peerlora.runtime.wrappers import attack_notes, learned_from, wrap
+from peerlora.sections import ClockConfig, TrainConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
+from peerlora.train.prior import LabelPrior
 from peerlora.train.tasks import TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
@@ -62,6 +64,7 @@ class Federation:
     paths: Paths
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{stale}; use train.optimizer_state=round"
         )
     check_wrappers(config, ALIASES.get(name, name), topology)
+    if config.train.label_prior == "pooled":
+        gossip_rounds(topology)
     warnings = _check_training(name, algorithm, config.train)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
@@ -183,6 +188,42 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
     return ()
 
 
+def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
+    """The virtual clock of a run; an asynchronous method without one gets equal speeds.
+
+    Raises CompositionError for a clock that the method cannot keep.
+    """
+    name, settings = config.algorithm.name, config.clock
+    if not is_asynchronous(algorithm):
+        if settings and (settings.deadline or settings.away) and isinstance(algorithm, Merging):
+            raise CompositionError(
+                f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
+                "reach everybody; drop these settings, or use algorithm.name=dec-lora"
+            )
+        reason = getattr(algorithm, "needs_clock", None)
+        if reason and not settings:
+            raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
+        return Clock(settings, config.clients, config.seed) if settings else None
+    if settings and settings.deadline:
+        raise CompositionError(
+            f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
+            "clock.deadline, or use a synchronous method such as algorithm.name=dec-lora"
+        )
+    if settings and any(absence.unit == "rounds" for absence in settings.away):
+        raise CompositionError(
+            f"the clients of {name} have no rounds in common, and clock.away counts in rounds; use unit: seconds"
+        )
+    if config.train.optimizer_state == "phase":
+        raise CompositionError(
+            f"the clients of {name} switch factors at moments of their own, so the optimiser's memory has no common "
+            "phase (train.optimizer_state=phase); use train.optimizer_state=round or keep"
+        )
+    clock = Clock(settings or ClockConfig(), config.clients, config.seed)
+    if all(clock.back(client, 0) is None for client in range(config.clients)):
+        raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
+    return clock
+
+
 def _check_memory(clients: int) -> None:
     """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
     needed = 4 * 8 * clients**2
@@ -209,7 +250,9 @@ def compose(
     """
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     _check_memory(config.clients)
+    clock = build_clock(config, algorithm)
     topology = build_topology(config.topology, config.clients, config.seed)
+    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
     warnings = check_composition(config, algorithm, topology)
     attacking = attackers(config.adversary, config.clients, config.seed)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
@@ -222,7 +265,7 @@ def compose(
     check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
     batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
     shards = Shards(
-        _learned_from(config, train_data, [divided.shards[i] for i in attacking]),
+        learned_from(config, train_data, [divided.shards[i] for i in attacking]),
         own,
         batches,
         here,
@@ -231,6 +274,8 @@ def compose(
     )
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
+    if config.train.label_prior != "none":
+        learner.loss_rules += (LabelPrior(divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -240,50 +285,31 @@ def compose(
         eval_data=eval_data,
         model=model,
         learner=learner,
-        exchange=_exchange(config, StackedExchange(topology, here, gather), start, attacking),
+        exchange=wrap(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=(*notes, *_told(config, attacking)),
+        notes=(*notes, *_prior_notes(config, topology), *attack_notes(config, attacking)),
         paths=paths,
+        clock=clock,
         attackers=attacking,
     )
 
 
-def _exchange(config: RunConfig, plain: StackedExchange, start: Adapters, attacking: tuple[int, ...]) -> Any:
-    """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it."""
-    peers: Any = plain
-    codec, robust = config.exchange.codec, config.exchange.robust
-    if codec:
-        peers = Compressed(peers, build_codec(codec, start.flat.dtype), codec.step, start)
-    if config.adversary and config.adversary.attack != "label-flip":
-        if len(plain.clients) < config.clients:
-            raise CompositionError(
-                f"adversary.attack={config.adversary.attack} needs all clients in one process, for attackers know "
-                "everybody's model; use attack=label-flip, or one process"
-            )
-        peers = Adversarial(peers, config.adversary, attacking, start, config.seed)
-    return Robust(peers, robust, start, config.train.rounds) if robust else peers
+def opening_state(federation: Federation) -> Any:
+    """The method's state before round 0, once clients know what their losses need to know of each other."""
+    for rule in federation.learner.loss_rules:
+        if isinstance(rule, LabelPrior):
+            rule.agree(lambda own: network_sum(own, innermost(federation.exchange), federation.topology))
+    return federation.algorithm.start(federation.start, federation.exchange)
 
 
-def _learned_from(config: RunConfig, data: Dataset, attacked: list[np.ndarray]) -> Dataset:
-    """The training rows, with the labels of attackers turned round where that is their attack."""
-    if config.adversary is None or config.adversary.attack != "label-flip":
-        return data
-    if not data.names:
-        raise CompositionError(
-            f"adversary.attack=label-flip needs classes, task.kind={config.task.kind} has none; use another attack"
-        )
-    return replace(data, labels=flipped_labels(data.labels, np.concatenate(attacked), len(data.names)))
-
-
-def _told(config: RunConfig, attacking: tuple[int, ...]) -> tuple[str, ...]:
-    if config.adversary is None:
+def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.label_prior != "pooled":
         return ()
-    who = ", ".join(map(str, attacking))
     return (
-        f"attackers: {who} ({config.adversary.attack}); their results are left out of means, worst clients, the "
-        "averaged model and the diagnostics",
+        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        "before round 0; their bytes are counted in the first round",
     )
 
 

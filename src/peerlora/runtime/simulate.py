@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.lora.adapters import Adapters
@@ -20,7 +22,8 @@ from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
-from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
+from peerlora.runtime.apart import Apart
+from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, opening_state, resolve_threads
 from peerlora.runtime.folder import (
     check_same,
     default_folder,
@@ -28,6 +31,7 @@ from peerlora.runtime.folder import (
     stored_config,
     write_adapters,
 )
+from peerlora.runtime.rounds import Rounds, Together
 from peerlora.topology.weights import remove_links, rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
@@ -106,6 +110,15 @@ def _composed(config: RunConfig, materials: Materials | None, partitioner: Any) 
     return compose(config, materials=materials, partitioner=partitioner)
 
 
+def rounds_of(federation: Federation) -> Rounds:
+    """How the clients of a federation come from one round to the next."""
+    algorithm, clock = federation.algorithm, federation.clock
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        assert clock is not None
+        return Apart(algorithm, federation.learner, federation.exchange, clock)
+    return Together(algorithm, federation.learner, federation.exchange, clock)
+
+
 class Simulation:
     """One run in its folder."""
 
@@ -122,10 +135,11 @@ class Simulation:
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
         self.honest = [i for i in range(self.config.clients) if i not in federation.attackers]
+        self.rounds = rounds_of(federation)
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
-        state = self.algorithm.start(self.federation.start, self.exchange)
+        state = opening_state(self.federation)
         first, state = self._take_up(state) if resumed else (0, state)
         if first == 0:
             self._emit(self._started())
@@ -148,31 +162,30 @@ class Simulation:
         return self._finish(state)
 
     def _round(self, t: int, state: Any) -> Any:
-        self.learner.begin(t)
-        self.exchange.begin(t)
-        began = time.perf_counter()
-        state = self.algorithm.round(t, state, self.learner, self.exchange)
+        state, passed = self.rounds.advance(t, state)
         worked = time.perf_counter()
-        graph, sent = self.exchange.graph, self.exchange.mixed
-        found = self._diagnosed(self.algorithm.model(state), sent, graph.W)
-        W = graph.W if sent is not None else np.eye(self.config.clients)
+        sent = passed.sent
+        W = passed.W if passed.W is not None else np.eye(self.config.clients)
+        found = vars(self._diagnosed(self.algorithm.model(state), sent, W))
+        if passed.W is None:
+            found |= dict.fromkeys(("local_cross_term", "weak_mismatch", "strong_mismatch"), math.nan)
         self.moment += W.T @ W
-        seconds_mix = self.exchange.seconds
-        seconds_train = worked - began - seconds_mix
-        edges = graph.edges if sent is not None else []
+        edges, doubly = passed.edges, self.federation.topology.properties.doubly_stochastic
         event = RoundDone(
             round=t,
-            loss=self._honest(self.learner.losses.numpy()),
-            **vars(found),
-            rho=rho(self.moment / (t + 1)) if self.federation.topology.properties.doubly_stochastic else float("nan"),
+            loss=self._honest(np.array(passed.losses)),
+            **found,
+            rho=rho(self.moment / (t + 1)) if passed.W is not None and doubly else math.nan,
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
-            bytes_per_edge=self.exchange.bytes_per_edge,
-            bytes_sent=self.exchange.bytes_sent,
-            seconds_train=seconds_train,
-            seconds_mix=seconds_mix,
+            bytes_per_edge=passed.bytes_per_edge,
+            bytes_sent=passed.bytes_sent,
+            seconds_train=passed.seconds_train,
+            seconds_mix=passed.seconds_mix,
             seconds_diagnostics=time.perf_counter() - worked,
-            measures={name: float(values.mean()) for name, values in self.exchange.measured.items()},
+            measures=dict(passed.measures),
+            virtual_seconds=self.rounds.virtual_seconds,
+            absent=passed.absent,
         )
         self._emit(event)
         return state
@@ -209,6 +222,7 @@ class Simulation:
             averaged_loss=float(scores.loss[averaged]) if averaged else float("nan"),
             seconds=time.perf_counter() - began,
             final=final,
+            virtual_seconds=self.rounds.virtual_seconds,
         )
         self._emit(event)
 
@@ -216,8 +230,10 @@ class Simulation:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
         tensors |= {f"exchange.{name}": leaf for name, leaf in self.exchange.state().items()}
+        on_the_way, facts = self.rounds.saved()
+        tensors |= {f"rounds.{name}": leaf for name, leaf in on_the_way.items()}
         tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
-        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained})
+        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
 
     def _take_up(self, state: Any) -> tuple[int, Any]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
@@ -233,6 +249,8 @@ class Simulation:
         self.learner.load_state(memory, checkpoint.facts["trained"])
         known = _below("exchange.", checkpoint.tensors)
         self.exchange.load_state({name: value.to(self.config.device) for name, value in known.items()})
+        on_the_way = {name: leaf.to(self.config.device) for name, leaf in _below("rounds.", checkpoint.tensors).items()}
+        self.rounds.take_up(on_the_way, checkpoint.facts.get("rounds", {}))
         return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
 
     def _started(self) -> RunStarted:
@@ -253,6 +271,7 @@ class Simulation:
             warnings=list(federation.warnings),
             notes=list(federation.notes),
             paths=federation.paths,
+            clock=federation.clock.told() if federation.clock else None,
         )
 
     def _finish(self, state: Any) -> Result:

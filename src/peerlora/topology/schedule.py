@@ -1,6 +1,6 @@
 """Which graph and which W a round has.  Pure in (seed, t), so every peer computes the same without asking."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +83,8 @@ class Topology:
     """The graph of the whole run; None where every round has its own."""
     plan: Plan | None = None
     """Where the topology comes with its own W."""
+    interrupted: bool = False
+    """Whether rounds may have to do without clients that the topology itself does not drop: see ``at``."""
 
     @cached_property
     def properties(self) -> Properties:
@@ -122,9 +124,9 @@ class Topology:
             return not self.plan.symmetric
         return self.config.kind == "random-out" or (self.graph is not None and not is_symmetric(self.graph))
 
-    def at(self, t: int) -> RoundGraph:
-        """The graph and W of round ``t``."""
-        return self._static if self.period == 1 else self._round(self.seed, t)
+    def at(self, t: int, absent: Sequence[int] = ()) -> RoundGraph:
+        """The graph and W of round ``t``, without the links of those who are ``absent``."""
+        return self._static if self.period == 1 else self._round(self.seed, t, absent)
 
     def links(self, t: int) -> Adjacency:
         """The links that are up in round ``t``, without the cost of W where it follows from them."""
@@ -175,7 +177,7 @@ class Topology:
 
     @property
     def _drops(self) -> bool:
-        return self.config.drop_links > 0 or self.config.drop_clients > 0
+        return self.config.drop_links > 0 or self.config.drop_clients > 0 or self.interrupted
 
     @property
     def _sample_seed(self) -> int:
@@ -197,12 +199,14 @@ class Topology:
     def _lazy(self, W: Matrix) -> Matrix:
         return lazy(W) if self.config.lazy else W
 
-    def _round(self, seed: int, t: int) -> RoundGraph:
+    def _round(self, seed: int, t: int, absent: Sequence[int] = ()) -> RoundGraph:
+        gone = np.isin(np.arange(self.clients), absent)
+        apart = np.logical_or.outer(gone, gone)
         if self.config.weights == "pairwise":
-            up = self._up(seed, t)
+            up = self._up(seed, t) & ~apart
             return RoundGraph(up, self._lazy(pairwise_weights(up, numpy_generator(seed, "pairwise", round=t))))
         full, W = self._planned(seed, t)
-        missing = full & self._missing(seed, t)
+        missing = full & (self._missing(seed, t) | apart)
         sender_keeps = self.directed and self.config.weights != "row-average"
         return RoundGraph(full & ~missing, remove_links(W, missing, sender_keeps or self.config.weights == "push-sum"))
 

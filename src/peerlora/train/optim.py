@@ -35,9 +35,15 @@ class Moments:
         steps = {block: torch.zeros(len(flat), dtype=torch.int64, device=flat.device) for block in blocks}
         return Moments(torch.zeros_like(flat), torch.zeros_like(flat), steps)
 
-    def rows(self, clients: slice) -> Moments:
-        """Some clients' memory, as views."""
+    def rows(self, clients: slice | list[int]) -> Moments:
+        """Some clients' memory: of a slice as views, else as copies."""
         return Moments(self.first[clients], self.second[clients], {k: v[clients] for k, v in self.steps.items()})
+
+    def put(self, clients: list[int], part: Moments) -> None:
+        """Write back what ``rows`` copied."""
+        self.first[clients], self.second[clients] = part.first, part.second
+        for block, count in self.steps.items():
+            count[clients] = part.steps[block]
 
 
 def step(

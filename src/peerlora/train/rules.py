@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.train.optim import norms
@@ -16,6 +16,8 @@ _SMALLEST = 1e-12  # of a gradient that gives a direction
 
 Gradients = dict[str, Float[Tensor, "client column"]]
 """By active block, in the order of the flat buffer."""
+Rows = slice | list[int]
+"""Places on the leading axis: a run of them, whose rows are views, or single ones, whose rows are copies."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LocalStep:
     """Where they were when the round began."""
     active: Mapping[str, slice]
     """The blocks that train, and their columns."""
-    clients: slice
+    clients: Rows
     """Which of the clients held here they are: the rows of a rule's own state."""
     here: Callable[[], Gradients]
     """Gradients of the minibatch at ``x`` as it is now; the same minibatch and the same dropout at every call."""
@@ -133,3 +135,16 @@ class Recorded:
     def mean(self) -> Float[Tensor, "client parameter"]:
         """The mean corrected gradient of the steps so far."""
         return self._sum / self._steps.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A rule under which only some coordinates of each client train; the others stay as they were at the start."""
+
+    free: Bool[Tensor, "client parameter"]
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """Zero elsewhere; weight decay, which is not part of a gradient, is undone there."""
+        free = self.free[step.clients]
+        step.x.copy_(torch.where(free, step.x, step.start))
+        return {block: gradient * free[:, step.active[block]] for block, gradient in step.gradient().items()}
