@@ -47,6 +47,7 @@ class Codec(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Identity:
     """Everything, as it is."""
 
@@ -127,6 +128,7 @@ class RandomK:
         return scattered(value, self.places(sizes, draws).to(value.device).expand(len(value), -1), sum(sizes))
 
 
+@dataclass(frozen=True)
 class Sign:
     """``|x|_1 / size * sign(x)`` for every tensor: one bit an entry, and one number."""
 
