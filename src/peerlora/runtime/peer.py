@@ -41,9 +41,12 @@ def run_peer(
     who, roster, site = site_of(config, identity, members)
     going_on = resume and _begun(Path(str(out)))
     audit = Audit(identity / "audit.jsonl", describe=message_facts)
-    with LoopThread() as thread:
-        transport = GrpcTransport(who, roster, listen=listen, audit=audit)
-        return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+    try:
+        with LoopThread() as thread:
+            transport = GrpcTransport(who, roster, listen=listen, audit=audit)
+            return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+    finally:
+        audit.close()
 
 
 def site_of(config: RunConfig, identity: Path, members: Path) -> tuple[Identity, Roster, Site]:
