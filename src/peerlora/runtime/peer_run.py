@@ -98,6 +98,11 @@ def check_site(config: RunConfig, site: Site) -> None:
             f"{name} runs in simulations only: its clients have no common rounds, and real peers exchange by rounds; "
             "use a method with rounds, such as dec-lora"
         )
+    simulated_only = getattr(REGISTRY[ALIASES.get(name, name)], "simulated_only", None)
+    if simulated_only:
+        raise CompositionError(
+            f"{name} runs in simulations only: {simulated_only}; use another method, such as dec-lora"
+        )
     if config.train.label_prior == "pooled":
         raise CompositionError(
             "train.label_prior=pooled sums label counts over the network before round 0, which real peers do not do; "
