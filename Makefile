@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow check format bench bench-peers bench-gpu
+.PHONY: install demo test test-slow check format bench bench-peers bench-gpu bench-transport
 
 install: .venv/.installed
 
@@ -44,3 +44,6 @@ bench-peers: install
 bench-gpu: install
 	$(BIN)/python bench/gpu.py $(ARGS)
 	$(BIN)/python bench/performance_page.py
+
+bench-transport: install
+	$(BIN)/python bench/transport.py $(ARGS)

@@ -219,12 +219,46 @@ def frameworks(found: dict[str, Any]) -> str:
         settings = found["job"].get(job)
         blocks.append(f"### Job: {job}" + (f" ({_settings(settings)})" if isinstance(settings, dict) else ""))
         blocks.append(table(head, [_runner(row, _ours(row, own)) for row in own]))
+        blocks.append(_verdicts(own, settings if isinstance(settings, dict) else {}))
     if found["unavailable"]:
         reasons = [
             [each["runner"], each["reason"].replace("\n", " ").replace("|", "/")] for each in found["unavailable"]
         ]
         blocks.append("Could not be run here:\n\n" + table(["runner", "reason"], reasons))
     return "\n\n".join(block for block in blocks if block)
+
+
+FRAMEWORKS = ("flower", "nvflare", "p2pfl")
+MANY_ROUNDS, ROUNDS_TARGET, SHORT_TARGET = 100, 10.0, 3.0
+
+
+def _verdicts(rows: list[dict[str, Any]], job: dict[str, Any]) -> str:
+    """What became of the targets: time in the rounds of a long job, time after the start-up of a short one."""
+    ours = [row for row in rows if row["runner"].startswith("peerlora")]
+    if not ours or "rounds" not in job:
+        return ""
+    many = job["rounds"] >= MANY_ROUNDS
+    target, what = (ROUNDS_TARGET, "in the rounds") if many else (SHORT_TARGET, "after the start-up")
+    seconds = {row["runner"]: row["round_seconds"] if many else _after_startup(row) for row in rows}
+    best = min(ours, key=lambda row: seconds[row["runner"]])["runner"]
+    lines = []
+    for framework in FRAMEWORKS:
+        known = {name: each for name, each in seconds.items() if name.startswith(framework)}
+        if known:
+            name = min(known, key=lambda each: known[each])
+            gain = known[name] / seconds[best]
+            word = "reached" if gain >= target else "not reached"
+            lines.append(f"- {best} against {name}, {what}: {gain:.1f} times less time; target of {target:g} {word}.")
+    plain = next((row for row in rows if row["runner"] == "plain loop"), None)
+    if plain is not None:
+        wall = min(row["wall_seconds"] for row in ours)
+        word = "not slower" if wall <= plain["wall_seconds"] else "slower"
+        lines.append(f"- Whole program against the plain loop: {plain['wall_seconds'] / wall:.2f} times; {word}.")
+    return "\n".join(lines)
+
+
+def _after_startup(row: dict[str, Any]) -> float:
+    return row["wall_seconds"] - row["startup_seconds"]
 
 
 def _ours(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -63,11 +63,11 @@ def run_cell(config) -> dict:
     return {name: summary[name] for name in ("accuracy", "consensus", "bytes_sent", "seconds", "metric")}
 
 
-def run_cells(cells: dict, path: Path, wanted: dict, workers: int) -> None:
+def run_cells(cells: dict, path: Path, wanted: dict, workers: int, run=run_cell) -> None:
     """Fill in what is missing, one thread each, and write the file after every cell."""
     missing = {key: config for key, config in wanted.items() if key not in cells}
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(run_cell, config): key for key, config in missing.items()}
+        jobs = {pool.submit(run, config): key for key, config in missing.items()}
         for job in as_completed(jobs):
             key = jobs[job]
             cells[key] = job.result()

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from peerlora import RunConfig, load_config, read_events
+from peerlora.runs.events import RoundDone
 from peerlora.runtime.cells import load_grid
 from peerlora.sections import PartitionConfig, Section, TopologyConfig
 
@@ -35,7 +36,14 @@ def run(models, texts, cache, tmp_path, monkeypatch, capsys):
 
 def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert set(scripts) == {"own_data", "compare_topologies", "flower_partitioner", "rolora_toy", "rac_toy"}
+    assert set(scripts) == {
+        "own_data",
+        "compare_topologies",
+        "flower_partitioner",
+        "rolora_toy",
+        "rac_toy",
+        "stragglers",
+    }
     assert max(scripts.values()) <= 60
 
 
@@ -61,6 +69,17 @@ def test_topologies_are_compared_on_the_same_shards(run):
     assert float(rows["complete"][3]) < 1e-12 < float(rows["ring"][3])
     shards = [read_events(out / name)[0].partition for name in rows]
     assert shards[0] == shards[1] == shards[2]
+
+
+def test_stragglers_hold_up_only_who_waits_for_them(run):
+    out, printed = run("stragglers")
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}
+    assert list(rows) == ["wait", "deadline", "aedfl", "ad-psgd"]
+    seconds = {way: float(row[0]) for way, row in rows.items()}
+    assert max(seconds.values()) < 1.25 * min(seconds.values()), "about equally long"
+    rounds = {way: len([e for e in read_events(out / way) if isinstance(e, RoundDone)]) for way in rows}
+    assert rounds == {"wait": 3, "deadline": 24, "aedfl": 18, "ad-psgd": 18}
+    assert (out / "stragglers.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
 def test_a_flower_partitioner_decides_who_holds_what(run):

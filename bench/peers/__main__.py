@@ -38,6 +38,9 @@ def main() -> None:
         "unavailable": unavailable,
     }
     cells = {(job, name): Cell(RUNNERS[name], pythons[name], works[job]) for job in works for name in pythons}
+    for job, name in cells:
+        if f"{job}:{name}" in options.without:
+            cells[job, name].failed = "left out of this run by --without"
     references: dict[tuple[str, str], dict[str, Any]] = {}
     for repeat in range(options.repeats):
         for (job, name), cell in cells.items():
@@ -57,6 +60,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
+    parser.add_argument("--without", nargs="+", default=[], metavar="JOB:RUNNER", help="e.g. 'long:p2pfl, stock'")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one run")
     parser.add_argument("--install-limit", type=float, default=1800, help="seconds for one installation")
     parser.add_argument("--out", type=Path, default=Path("bench/results/peers.json"))

@@ -39,7 +39,11 @@ class Job:
     seed: int = 0
 
 
-JOBS = {"short": Job(rounds=3, steps=10), "long": Job(rounds=100, steps=5)}
+JOBS = {
+    "short": Job(rounds=3, steps=10),
+    "long": Job(rounds=100, steps=5),
+    "gossip": Job(rounds=100, steps=1, batch=4),  # little learning between two exchanges: what a round itself costs
+}
 
 
 def write_work(folder: Path, job: Job) -> None:

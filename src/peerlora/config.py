@@ -9,9 +9,11 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from peerlora.errors import ConfigError, nearest
 from peerlora.sections import (
+    TRAIN_DEFAULTS,
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
+    ClockConfig,
     DataConfig,
     DirichletPartition,
     EvalConfig,
@@ -42,6 +44,8 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    clock: ClockConfig | None = None
+    """Virtual time; null: rounds only."""
     peer: PeerConfig = PeerConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU."""
@@ -62,13 +66,32 @@ class RunConfig(Section):
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_trains(cls, tree: Any) -> Any:
+        """Settings of ``train`` that were not given, where the method has defaults of its own."""
+        if not isinstance(tree, dict):
+            return tree
+        algorithm, train = tree.get("algorithm"), tree.get("train") or {}
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        own = TRAIN_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**tree, "train": {**own, **train}} if own and isinstance(train, dict) else tree
+
     @model_validator(mode="after")
     def _one_per_client(self):
-        for name, value in (("adapter.rank", self.adapter.rank), ("train.batch", self.train.batch)):
+        lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
+        if self.clock:
+            lists |= {"clock.speed": self.clock.speed, "clock.bandwidth": self.clock.bandwidth}
+        for name, value in lists.items():
             if isinstance(value, list) and len(value) != self.clients:
                 raise ValueError(
                     f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each"
                 )
+        gone = next((each for each in (self.clock.away if self.clock else ()) if each.client >= self.clients), None)
+        if gone:
+            raise ValueError(
+                f"clock.away names client {gone.client}; {self.clients} clients are numbered 0 to {self.clients - 1}"
+            )
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
@@ -80,6 +103,11 @@ class RunConfig(Section):
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if self.train.label_prior != "none" and self.task.kind != "classification":
+            raise ValueError(
+                f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
+                "has none of; use train.label_prior=none"
+            )
         return self
 
     @property
@@ -193,11 +221,12 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
 
 
-_TAGS = {
-    get_args(kind.model_fields["kind"].annotation)[0]
-    for union in (PartitionConfig, TopologyConfig)
-    for kind in get_args(get_args(union)[0])
-}
+def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a ``kind`` tells apart, by kind."""
+    return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
+
+
+_TAGS = {tag for union in (PartitionConfig, TopologyConfig) for tag in _by_tag(get_args(get_args(union)[0]))}
 
 
 def _is_tag(part: str) -> bool:
@@ -214,7 +243,9 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
         elif part in node.model_fields:
             node = node.model_fields[part].annotation
             kinds = get_args(get_args(node)[0]) if get_args(node) else ()
-            kinds = kinds or get_args(node)
-            if kinds:
-                node = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in kinds}
+            kinds = [kind for kind in kinds or get_args(node) if hasattr(kind, "model_fields")]
+            if len(kinds) == 1:  # an optional section, or a list of one kind
+                node = kinds[0]
+            elif kinds:
+                node = _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

@@ -7,15 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of dropout, of links and clients that fail
-
-
-class Section(BaseModel):
-    """One part of the config: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from peerlora.section import Positive, Rate, Section, Share
+from peerlora.topology.settings import (  # noqa: F401 (all sections can be had from here)
+    CompleteGraph,
+    EdgesGraph,
+    PathGraph,
+    RandomGraph,
+    RingGraph,
+    StarGraph,
+    TopologyConfig,
+)
 
 
 class ModelConfig(Section):
@@ -131,95 +132,15 @@ PartitionConfig = Annotated[
 ]
 
 
-class Graph(Section):
-    """What all topologies have in common."""
-
-    weights: Literal["metropolis", "laplacian", "uniform", "pairwise"] = "metropolis"
-    drop_links: Rate = 0.0
-    """Probability per round that a link is down."""
-    drop_clients: Rate = 0.0
-    """Probability per round that a client takes no part in the exchange."""
-    allow_disconnected: bool = False
-
-
-class RingGraph(Graph):
-    """Each client with its two neighbours."""
-
-    kind: Literal["ring"]
-
-
-class TorusGraph(Graph):
-    """A grid with wrapped edges; ``clients`` must be rows x columns with both at least 3."""
-
-    kind: Literal["torus"]
-    rows: Positive | None = None
-
-
-class PathGraph(Graph):
-    """A line."""
-
-    kind: Literal["path"]
-
-
-class StarGraph(Graph):
-    """Client 0 with everybody else."""
-
-    kind: Literal["star"]
-
-
-class CompleteGraph(Graph):
-    """Everybody with everybody."""
-
-    kind: Literal["complete"]
-
-
-class ExponentialGraph(Graph):
-    """Client i with i ± 1, 2, 4, 8, ..."""
-
-    kind: Literal["exponential"]
-
-
-class RandomRegularGraph(Graph):
-    """One random graph, fixed for the run, in which everybody has ``degree`` neighbours."""
-
-    kind: Literal["random-regular"]
-    degree: Positive = 3
-
-
-class ErdosRenyiGraph(Graph):
-    """One random graph, fixed for the run, in which each pair is linked with probability ``p``."""
-
-    kind: Literal["erdos-renyi"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.3
-
-
-class RandomGraph(Graph):
-    """A new random graph every round: each pair meets with probability ``p``."""
-
-    kind: Literal["random"]
-    p: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
-class EdgesGraph(Graph):
-    """The links written out: ``edges: [[0, 1], [1, 2]]``."""
-
-    kind: Literal["edges"]
-    edges: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]]
-
-
-TopologyConfig = Annotated[
-    RingGraph
-    | TorusGraph
-    | PathGraph
-    | StarGraph
-    | CompleteGraph
-    | ExponentialGraph
-    | RandomRegularGraph
-    | ErdosRenyiGraph
-    | RandomGraph
-    | EdgesGraph,
-    Field(discriminator="kind"),
-]
+_SGD = {"optimizer": "sgd", "lr": 0.1}
+_DUAL = _SGD | {"clip": 10.0}  # as in FedSpeed's code
+TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("dsgd", "d-psgd", "d2", "exact-diffusion"), _SGD | {"local_steps": 1}),
+    **dict.fromkeys(("fedspeed", "dfedadmm", "feddyn", "dfedadmm-sam"), _DUAL),
+    "dfedavgm": _SGD | {"momentum": 0.9},
+    "consensus-admm": _SGD,
+}
+"""What ``train`` is for a method where the config does not say: these were made for SGD."""
 
 
 class AlgorithmConfig(BaseModel):
@@ -250,6 +171,8 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm of one client."""
+    label_prior: Literal["none", "uniform", "pooled"] = "none"
+    """Target of the prior-adjusted loss: label proportions that training aims at, whatever a client holds."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
@@ -286,3 +209,46 @@ class CheckpointConfig(Section):
     """How often the run can be taken up again."""
 
     every: Positive = 10
+
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class Absence(Section):
+    """One client that leaves and perhaps comes back."""
+
+    client: Annotated[int, Field(ge=0)]
+    leave: Annotated[float, Field(ge=0)] = 0.0
+    """From then on it begins no job; one that it has begun it finishes."""
+    back: PositiveFloat | None = None
+    """From then on it is there again; null: never."""
+    unit: Literal["rounds", "seconds"] = "rounds"
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.back is not None and self.back <= self.leave:
+            raise ValueError(f"leave={self.leave:g} and back={self.back:g} given; back must be later than leave")
+        return self
+
+
+class ClockConfig(Section):
+    """Virtual time: how fast each client computes and sends."""
+
+    step: PositiveFloat = 1.0
+    """Seconds of one local step at speed 1."""
+    speed: PositiveFloat | list[PositiveFloat] = 1.0
+    """Relative speed: one for all, or one per client; 0.1 takes ten times as long."""
+    speed_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Each client's speed is multiplied by a log-normal draw whose logarithm has this standard deviation."""
+    bandwidth: PositiveFloat | list[PositiveFloat] | None = None
+    """Bytes per second of a client's uplink: one for all, or one per client; null: sending takes no time."""
+    bandwidth_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The same for the bandwidth."""
+    delay: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that every message is on its way, beside its upload."""
+    trace: str | None = None
+    """A CSV file with the columns client, seconds, speed, bandwidth: what holds from that moment on."""
+    deadline: PositiveFloat | None = None
+    """Seconds after which a round goes on without those who are not ready; null: everybody is waited for."""
+    away: list[Absence] = []
+    """Who leaves, and when."""

@@ -19,13 +19,21 @@ from peerlora.config import load_config
 from peerlora.lora.diagnostics import agreement, local_cross_term
 from peerlora.randomness import numpy_generator
 from peerlora.runtime.compose import compose
+from peerlora.runtime.simulate import rounds_of
 
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}
 METHODS |= {"decaf": {}, "flexlora": {}, "hetlora": {"gamma": 0.5, "penalty": 0.01}}
 METHODS |= {"fedrot-lora": {"first": "B"}, "lora-fair": {"ridge": 0.1}}
 METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lora": {}}
+METHODS |= {"dsgd": {}, "dfedavg": {"interval": 2}, "dfedavgm": {}, "dfedsam": {}, "fedprox": {"mu": 0.5}}
+METHODS |= {"fedspeed": {"alpha": 0.7, "interval": 1}, "dfedadmm": {}, "dfedadmm-sam": {}, "k-gt": {"interval": 2}}
+METHODS |= {"d2": {}, "consensus-admm": {"rho": 0.3}}
+ONE_STEP = ("dsgd", "d2")
+SGD = (*ONE_STEP, "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
+METHODS |= {"aedfl": {"density": 0.4, "ramp": 3, "refresh": 1, "cutoff": 2}, "ad-psgd": {"interval": 2}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
+APART = ("aedfl", "ad-psgd")  # the methods without common rounds: their clients differ in speed here
 WORDS = [f"w{i}" for i in range(20)]
 
 
@@ -68,8 +76,12 @@ def golden_config(folder, method):
         "max_length": 8,
     }
     train = {"rounds": 5, "local_steps": 2, "batch": 3, "lr": 0.02, "weight_decay": 0.01, "clip": 1.0, "dtype": "fp64"}
+    train |= {"local_steps": 1} if method in ONE_STEP else {}
+    train |= {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9 * (method == "dfedavgm")} if method in SGD else {}
     tree = {"model": {"source": str(folder)}, "adapter": {"rank": 2, "alpha": 4}, "data": data, "train": train}
     tree |= {"clients": 4, "partition": "iid", "topology": "path", "threads": 1, "seed": 7}
+    if method in APART:
+        tree |= {"clock": {"speed": [1.0, 0.5, 0.3, 0.8], "delay": 0.7, "bandwidth": 2000.0}}
     return load_config(tree | {"algorithm": {"name": method, **METHODS[method]}})
 
 
@@ -86,6 +98,8 @@ def history(folder, method):
     federation = compose(golden_config(folder, method))
     learner, peers, algorithm = federation.learner, federation.exchange, federation.algorithm
     state, rounds = algorithm.start(common_start(federation.start), peers), []
+    if method in APART:
+        return apart(federation, state)
     for t in range(federation.config.train.rounds):
         learner.begin(t)
         peers.begin(t)
@@ -94,6 +108,17 @@ def history(folder, method):
         line = {"loss": learner.losses.tolist(), **vars(found)}
         lost = local_cross_term(peers.mixed, peers.graph.W, algorithm.model(state)) if peers.mixed is not None else 0.0
         rounds.append(line | {"local_cross_term": lost, "bytes_sent": peers.bytes_sent})
+    return rounds
+
+
+def apart(federation, state):
+    """The same of a method without common rounds."""
+    runner, rounds = rounds_of(federation), []
+    for t in range(federation.config.train.rounds):
+        state, told = runner.advance(t, state)
+        known = [loss if loss == loss else -1 for loss in told.losses]
+        line = {"loss": known, **vars(agreement(federation.algorithm.model(state))), "bytes_sent": told.bytes_sent}
+        rounds.append(line | {"virtual_seconds": runner.virtual_seconds, **told.measures})
     return rounds
 
 

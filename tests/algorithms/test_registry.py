@@ -1,9 +1,13 @@
-import pytest
+from dataclasses import replace
 
-from peerlora.algorithms import REGISTRY, build_algorithm, describe_algorithms
+import pytest
+import yaml
+
+from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.runtime.compose import check_composition, compose
+from peerlora.sections import TRAIN_DEFAULTS
 from peerlora.topology.schedule import build_topology
 
 
@@ -65,9 +69,12 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
+        "asynchronous": False,
         "settings": {},
+        "train": {},
     }
     assert not described["dec-lora"]["unequal_ranks"]
+    assert [name for name, facts in described.items() if facts["asynchronous"]] == ["aedfl", "ad-psgd"]
     assert all(text["source"] and text["trains"] for text in described.values())
 
 
@@ -92,6 +99,86 @@ def test_a_run_that_never_switches_is_warned_about(interval):
     (warning,) = composition(f"algorithm.interval={interval}")
     assert f"algorithm.interval={interval}" in warning and "only B" in warning
     assert composition("algorithm.interval=9") == ()
+
+
+# --- methods that were made for SGD, for one step, or for a fixed graph
+
+MADE_FOR_SGD = ["dfedadmm", "feddyn", "dfedadmm-sam", "fedspeed", "d2", "consensus-admm"]
+
+
+def test_methods_bring_their_own_defaults_for_what_is_not_said():
+    train = load_config({"algorithm": "fedspeed"}).train
+    assert (train.optimizer, train.lr, train.clip, train.local_steps) == ("sgd", 0.1, 10.0, 10)
+    assert load_config({"algorithm": "fedspeed"}, ["train.lr=0.3", "train.clip=null"]).train.lr == 0.3
+    assert load_config({"algorithm": "fedspeed"}, ["train.lr=0.3", "train.clip=null"]).train.clip is None
+    assert load_config({"algorithm": "dfedavgm"}).train.momentum == 0.9
+    assert load_config({"train": {"optimizer": "adamw"}}, ["algorithm.name=dsgd"]).train.optimizer == "adamw"
+    assert load_config({}, ["algorithm.name=d2"]).train.local_steps == 1
+    for method in ("adf-lora", "k-gt", "dfedavg"):
+        assert load_config({"algorithm": method}).train == load_config().train
+    for name, own in TRAIN_DEFAULTS.items():
+        assert load_config({"algorithm": name}).train.model_dump() == load_config().train.model_dump() | own
+
+
+def test_a_resolved_config_reads_as_it_was_written():
+    for name in TRAIN_DEFAULTS:
+        chosen = load_config({"algorithm": name}, ["train.momentum=0.5"])
+        assert load_config(yaml.safe_load(chosen.to_yaml())) == chosen
+
+
+def test_own_defaults_belong_to_methods_and_bad_sections_are_still_told():
+    assert set(TRAIN_DEFAULTS) <= {*REGISTRY, *ALIASES}
+    for alias, method in ALIASES.items():
+        assert TRAIN_DEFAULTS.get(alias) == TRAIN_DEFAULTS.get(method)
+    with pytest.raises(ConfigError, match="train: 'fast' given"):
+        load_config({"algorithm": "fedspeed", "train": "fast"})
+    with pytest.raises(ConfigError, match="unknown key 'train.rate'"):
+        load_config({"algorithm": "fedspeed", "train": {"rate": 1}})
+
+
+@pytest.mark.parametrize("method", [*REGISTRY, *ALIASES])
+def test_every_method_composes_by_its_name_alone(method):
+    topology = ["topology.kind=complete"] if method == "d2" else []
+    assert composition(f"algorithm.name={method}", *topology) == ()
+
+
+@pytest.mark.parametrize("method", MADE_FOR_SGD)
+def test_adamw_is_warned_about_where_a_method_was_made_for_sgd(method):
+    steps = ["train.local_steps=1"] if method == "d2" else []
+    (warning,) = composition(f"algorithm.name={method}", "train.optimizer=adamw", *steps)
+    assert warning.startswith(f"{method} with train.optimizer=adamw: ") and "train.optimizer=sgd" in warning
+
+
+REFUSED_TOGETHER = [
+    (["dsgd", "train.local_steps=5"], "dsgd cannot take train.local_steps=5: .*; use train.local_steps=1"),
+    (["d2", "train.local_steps=5"], "d2 cannot take train.local_steps=5: .*k-gt takes any number"),
+    (["dfedavgm", "train.optimizer=adamw"], "dfedavgm cannot use train.optimizer=adamw: .*; use train.optimizer=sgd"),
+    (["d2", "topology.kind=random"], r"d2 needs .* is static; .* is not \(.*k-gt .*\); use a fixed graph"),
+    (["d2", "topology.drop_links=0.1"], "d2 needs .* is static; ring with metropolis weights is not"),
+    (["d2", "topology.weights=pairwise"], "d2 needs .* is symmetric and static; .*topology.weights=metropolis"),
+    (["consensus-admm", "topology.weights=pairwise"], "consensus-admm needs .* symmetric and neighbours only"),
+    (["fedspeed", "adapter.rank=[1, 2, 2, 2]"], "fedspeed cannot work with different ranks"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), REFUSED_TOGETHER)
+def test_combinations_that_cannot_work_are_refused(words, told):
+    with pytest.raises(CompositionError, match=told):
+        composition(f"algorithm.name={words[0]}", *words[1:])
+
+
+@pytest.mark.parametrize("method", ["k-gt", "scaffold", "dfedadmm", "d2"])
+def test_weights_that_are_only_row_stochastic_are_refused(method):
+    chosen = load_config({"clients": 4, "topology": "ring", "algorithm": method})
+    topology = build_topology(chosen.topology, 4, 0)
+    topology.__dict__["properties"] = replace(topology.properties, column_stochastic=False)
+    with pytest.raises(CompositionError, match=f"{method} needs a topology whose mixing matrix is column stochastic"):
+        check_composition(chosen, build_algorithm(method, {}), topology)
+
+
+def test_with_factors_in_turn_a_run_that_never_switches_is_warned_about():
+    (warning,) = composition("algorithm.name=k-gt", "algorithm.interval=10")
+    assert "algorithm.interval=10" in warning and "only B" in warning
 
 
 def test_a_bad_combination_is_refused_before_anything_is_loaded(tmp_path):

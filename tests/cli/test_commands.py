@@ -193,3 +193,16 @@ def test_demo_then_show(cli, demo_words, tmp_path):
     assert all(run["finished"] for run in shown["runs"]) and shown["report"] == told["report"]
     printed = cli("show", out).out
     assert "adf-lora" in printed and "all-data-in-one-place" in printed
+
+
+def test_a_run_on_a_clock_tells_its_virtual_time(cli, yaml_file, tmp_path):
+    words = ["algorithm.name=aedfl", "clock.speed=[1,1,0.5,0.5]"]
+    run = tmp_path / "run"
+    told = last_json(cli("train", yaml_file(*words), "--out", run, "--json"))
+    assert told["virtual_seconds"] > 0
+    assert last_json(cli("show", run, "--json"))["virtual_seconds"] == told["virtual_seconds"]
+    assert "virtual s" in cli("show", run).out
+    plain = cli("train", yaml_file(), "--out", tmp_path / "plain")
+    assert "virtual" not in plain.out
+    methods = cli("methods", "--json")
+    assert [name for name, facts in last_json(methods).items() if facts["asynchronous"]] == ["aedfl", "ad-psgd"]

@@ -5,9 +5,8 @@ import torch
 from in_memory import without_reports
 from processes import Processes
 from safetensors.torch import load_file
-from test_peers_in_memory import TOLERANCE, words
+from test_peers_in_memory import METHODS, TOLERANCE, words
 
-from peerlora.algorithms import REGISTRY
 from peerlora.runs.events import RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
@@ -43,4 +42,4 @@ def test_three_methods_give_what_the_simulation_gives(config, tmp_path):
 
 @pytest.mark.slow
 def test_every_other_method_gives_what_the_simulation_gives(config, tmp_path):
-    compare(config, tmp_path, [method for method in REGISTRY if method not in ("local", "dec-lora", "adf-lora")])
+    compare(config, tmp_path, [method for method in METHODS if method not in ("local", "dec-lora", "adf-lora")])

@@ -90,7 +90,8 @@ def test_a_state_is_taken_over_but_for_what_the_method_never_exchanges():
     found = taken_over(own, leaves(other), {"A"})
     assert torch.equal(found.A["q"], other.A["q"])
     assert torch.equal(found.B["q"], own.B["q"]) and torch.equal(found.only("head").flat, own.only("head").flat)
-    whole = taken_over({"x": own, "mass": torch.ones(1)}, leaves({"x": other, "mass": torch.zeros(1)}), {"A", "B", "head"})
+    state, sent = {"x": own, "mass": torch.ones(1)}, leaves({"x": other, "mass": torch.zeros(1)})
+    whole = taken_over(state, sent, {"A", "B", "head"})
     assert torch.equal(whole["x"].flat, other.flat) and whole["mass"] == 0
 
 

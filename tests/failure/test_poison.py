@@ -96,7 +96,10 @@ POISON = {
     "half a body": (damaged(GOOD[: len(GOOD) // 2]), "bad-body"),
     "no body": (damaged(b""), "bad-body"),
     "a body beyond all bounds": (damaged(bytes(1 << 20)), "oversize"),
-    "another hash": ((encode_header(msgspec.structs.replace(sealed(header(), GOOD), sha256="00" * 32)), GOOD), "bad-body"),
+    "another hash": (
+        (encode_header(msgspec.structs.replace(sealed(header(), GOOD), sha256="00" * 32)), GOOD),
+        "bad-body",
+    ),
     "no header": ((b"\x93junk", GOOD), "bad-header"),
     "a state that nobody asked for": (packed(changed(), kind="state"), "unexpected"),
     "a kind that this run does not know": (packed(changed(), kind="push"), "unexpected"),

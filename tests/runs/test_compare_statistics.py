@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ from scipy import stats
 
 from peerlora.config import load_config
 from peerlora.runs.compare import Outcome, bootstrap, compare, estimate, measures, paired
+from peerlora.runs.compare_figures import comparison_figures
 from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
@@ -197,3 +199,28 @@ def test_tasks_are_averaged_only_where_all_are_there(tmp_path):
 def test_a_grid_without_a_finished_cell_can_be_written(tmp_path):
     write_results(tmp_path, [outcome("a", 0)], [], {"method": "a"}, "", {}, None)
     assert "0 of 1 cells finished" in (tmp_path / "report.html").read_text()
+
+
+def on_a_clock(outcome, length):
+    """The same cell, its rounds so many virtual seconds long."""
+    told = []
+    for event in outcome.events:
+        if isinstance(event, RoundDone):
+            event = replace(event, virtual_seconds=length * (event.round + 1))
+        elif isinstance(event, Evaluated):
+            event = replace(event, virtual_seconds=length * event.round)
+        told.append(event)
+    return replace(outcome, events=told)
+
+
+def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
+    timed = [on_a_clock(outcome(method, 0, 0.5, 0.9), length) for method, length in (("a", 3.0), ("b", 7.0))]
+    assert [measures(each.events)["virtual seconds"] for each in timed] == [6.0, 14.0]
+    assert "virtual seconds" not in measures(outcome("a", 0, 0.5, 0.9).events)
+
+    def titles(outcomes):
+        return [picture.title for picture in comparison_figures(outcomes, "method") if "virtual" in picture.title]
+
+    assert titles(timed) == ["accuracy of the mean client by virtual seconds, graph ring"]
+    assert titles([outcome("a", 0, 0.5, 0.9)]) == []
+    assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []

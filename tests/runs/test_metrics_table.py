@@ -57,3 +57,14 @@ def test_the_summary_of_a_run_and_of_nothing(run):
     assert found["seconds"] == {"total": 11.0, "train": 4.0, "mix": 2.0, "diagnostics": 1.0, "eval": 4.0}
     assert table.summarise([])["accuracy"]["own_mean"] is None
     assert table.summarise(run(stop=0))["consensus"]["A"] is None
+
+
+def test_virtual_seconds_are_in_the_table_of_a_run_on_a_clock_only(tmp_path, run):
+    events = [
+        replace(e, virtual_seconds=1.5 * (e.round + 1), absent=[0, 2]) if isinstance(e, RoundDone) else e for e in run()
+    ]
+    found = read(events, tmp_path / "timed.parquet")
+    assert found[None, 2, "virtual_seconds"] == 3.0 and found[None, 2, "absent"] == 2
+    assert table.summarise(events)["virtual_seconds"] == 6.0
+    assert not any(name in ("virtual_seconds", "absent") for _, _, name in read(run(), tmp_path / "plain.parquet"))
+    assert table.summarise(run())["virtual_seconds"] is None

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from peerlora.errors import RunError
 from peerlora.runs import figures
 from peerlora.runs.compare_report import ComparisonRow, write_comparison
-from peerlora.runs.events import Warned
+from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
 from peerlora.runs.report import number, size, write_report
 from peerlora.runs.store import RunStore
 from peerlora.runs.table import summarise
@@ -177,3 +178,35 @@ def test_a_comparison_shows_every_run_and_links_to_its_report(tmp_path, run):
 
 def test_a_comparison_of_nothing_is_a_page(tmp_path):
     assert "0 runs compared" in Page(write_comparison(tmp_path, [])).text
+
+
+CLOCK = {"step": 0.5, "speed": [1.0, 0.1], "bandwidth": [1e6, None], "delay": 0.25, "deadline": 3.0, "away": []}
+
+
+def timed(events):
+    """The same run on a clock: round t ends at second 2.5 (t + 1)."""
+    told = []
+    for event in events:
+        if isinstance(event, RunStarted):
+            event = replace(event, clock={**CLOCK, "trace": None})
+        elif isinstance(event, RoundDone):
+            event = replace(event, virtual_seconds=2.5 * (event.round + 1), absent=[1])
+        elif isinstance(event, Evaluated):
+            event = replace(event, virtual_seconds=2.5 * event.round)
+        told.append(event)
+    return told
+
+
+def test_a_run_on_a_clock_shows_its_results_by_virtual_seconds(tmp_path, run):
+    page, plain = report(tmp_path / "run", timed(run())), report(tmp_path / "plain", run())
+    assert "accuracy of every client's own model and of the averaged model, by virtual seconds" in page.text
+    assert "virtual seconds 10 " in page.text
+    told = "0.5 s per local step, speeds 0.1 to 1, uplinks 1 MB/s to 1 MB/s, delay 0.25 s, deadline 3 s"
+    assert told in page.text
+    assert "virtual" not in plain.text
+
+
+def test_runs_on_clocks_are_compared_by_virtual_seconds(tmp_path, run):
+    rows = [ComparisonRow(name, "", events, summarise(events)) for name, events in (("a", timed(run())), ("b", run()))]
+    assert "own models, by virtual seconds" in Page(write_comparison(tmp_path / "two", rows)).text
+    assert "virtual" not in Page(write_comparison(tmp_path / "one", rows[1:])).text

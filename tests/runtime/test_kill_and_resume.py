@@ -158,6 +158,30 @@ def test_killed_again_and_again(start, undisturbed, processes):
     assert adapters(run) == adapters(whole) and comparable(run) == comparable(whole)
 
 
+APART = ["topology.kind=ring", "clock.speed=[1,0.7,0.31,0.1]", "clock.delay=0.4", "clock.bandwidth=3000"]
+
+
+@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, start, undisturbed):
+    words = [f"algorithm.name={method}", *APART]
+    whole, draw = undisturbed(*words), random.Random(method)
+    for moment in (EVERY - 1, EVERY + 1, ROUNDS - 1):
+        process, run = start(*words)
+        kill_at(process, run, moment, draw.uniform(0, 0.01))
+        resume(run)
+        assert adapters(run) == adapters(whole), moment
+        assert comparable(run) == comparable(whole), moment
+
+
+def test_a_killed_run_with_a_deadline_remembers_who_was_late(start, undisturbed):
+    words = ["clock.speed=[1,0.7,0.31,0.1]", "clock.deadline=2.5"]
+    whole = undisturbed(*words)
+    process, run = start(*words)
+    kill_at(process, run, EVERY + 1, 0.0)
+    resume(run)
+    assert adapters(run) == adapters(whole) and comparable(run) == comparable(whole)
+
+
 def test_half_a_line_and_half_a_checkpoint_are_no_obstacle(start, undisturbed):
     """What a kill in the middle of a write leaves, made by hand because the moment is too short to be hit."""
     whole = undisturbed()

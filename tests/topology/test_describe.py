@@ -45,7 +45,10 @@ def test_figures_of_a_ring():
     ring = figures("ring")
     assert ring["degree"] == {"min": 2, "mean": 2.0, "max": 2}
     assert (ring["connected"], ring["isolated"], ring["static"]) == (True, 0.0, True)
-    assert ring["stochasticity"] == {"symmetric": True, "doubly_stochastic": True, "neighbours_only": True}
+    promised = ("symmetric", "doubly_stochastic", "row_stochastic", "column_stochastic", "neighbours_only")
+    assert ring["stochasticity"] == dict.fromkeys(promised, True)
+    assert (ring["directed"], ring["period"], ring["messages_per_round"]) == (False, 1, 20)
+    assert ring["left_after_period"] == pytest.approx(ring["rho"])
     assert ring["rho"] == pytest.approx(1 / 3 + 2 / 3 * math.cos(math.pi / 5))
     assert ring["spectral_gap"] == 1 - ring["rho"]
     assert ring["rounds_to_halve"] == pytest.approx(5.089, abs=0.001)
@@ -76,10 +79,36 @@ def test_figures_of_a_split_graph():
     assert split["union"] == {"rounds": 20, "connected": False, "reached": 0.75}
 
 
+def test_figures_of_a_cycle_are_exact_over_its_period():
+    peer = figures("one-peer", clients=8)
+    assert (peer["period"], peer["messages_per_round"], peer["estimated_from"]) == (3, 8, None)
+    assert (peer["directed"], peer["static"]) == (True, False)
+    assert peer["connected"] == pytest.approx(1 / 3)  # i -> i + 1 is a ring, i -> i + 2 is two, i -> i + 4 four
+    assert peer["left_after_period"] == 0 and peer["union"]["connected"]
+    assert figures("one-peer", clients=6)["left_after_period"] == pytest.approx(0.2165, abs=1e-4)
+
+
+def test_figures_of_a_directed_ring_with_a_chord():
+    ring = figures("directed-ring chords=[[0, 2]]", clients=5)
+    assert ring["degree"] == {"min": 1, "mean": 1.2, "max": 2}
+    assert (ring["connected"], ring["directed"], ring["left_after_period"]) == (True, True, None)
+    assert (ring["stochasticity"]["row_stochastic"], ring["stochasticity"]["column_stochastic"]) == (False, True)
+    assert 0 < ring["rho"] < 1 and ring["messages_per_round"] == 6
+
+
+NEW = ["directed-ring chords=[[0, 1]]", "random-out degree=1", "one-peer", "base-k", "d-equistatic", "ou-equidyn"]
+
+
 @pytest.mark.parametrize("spec", ["ring", "random", "star weights=pairwise", "path drop_links=0.5", "complete"])
 @pytest.mark.parametrize("clients", [1, 5])
 def test_figures_are_plain_json(spec, clients):
     shown = figures(spec, clients=clients, rounds=3)
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+
+
+@pytest.mark.parametrize("spec", [*NEW, "matcha base=path", "one-peer drop_links=0.3", "hypercube lazy=true"])
+def test_figures_of_every_new_kind_are_plain_json(spec):
+    shown = figures(spec, clients=4, rounds=3)
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
 
 

@@ -91,6 +91,8 @@ def test_one_client_without_edges_is_fine():
         (30, {"kind": "erdos-renyi", "p": 0.01}, "p=0.01 and 30 clients .*allow_disconnected=true"),
         (3, {"kind": "edges", "edges": [[0, 1], [1, 3]]}, r"names client 3 in \[1, 3\]"),
         (3, {"kind": "edges", "edges": [[1, 1]]}, "links client 1 to itself"),
+        (4, {"kind": "directed-ring", "chords": [[0, 9]]}, r"topology.chords names client 9 in \[0, 9\]"),
+        (3, {"kind": "edges", "edges": [[0, 1], [1, 2]], "directed": True}, "disconnected: client 0 never hears from"),
         (4, {"kind": "edges", "edges": [[0, 1], [2, 3]]}, "never hears from 2, 3; .*allow_disconnected=true"),
     ],
 )
@@ -129,3 +131,26 @@ def test_edge_draw_has_the_probability_and_is_pure():
     assert share == pytest.approx(0.3, abs=0.02)
     assert (drawn[5] == edge_draw(0.3, 10, 7, 5)).all()
     assert (drawn[5] != drawn[6]).any() and (drawn[5] != edge_draw(0.3, 10, 8, 5)).any()
+
+
+def test_directed_graphs_by_hand():
+    assert np.argwhere(graph(3, "directed-ring", chords=[[0, 2]])).tolist() == [[0, 2], [1, 0], [2, 0], [2, 1]]
+    assert np.flatnonzero(graph(16, "directed-exponential")[:, 0]).tolist() == [1, 2, 4, 8]
+    assert np.argwhere(graph(3, "edges", edges=[[0, 1], [1, 2], [2, 0]], directed=True)).tolist() == [
+        [0, 2],
+        [1, 0],
+        [2, 1],
+    ]
+
+
+def test_directed_parts_are_those_in_which_all_reach_each_other():
+    one_way = graph(3, "edges", edges=[[0, 1], [1, 0], [1, 2]], directed=True, allow_disconnected=True)
+    labels = components(one_way)
+    assert labels[0] == labels[1] != labels[2] and not is_connected(one_way)
+
+
+def test_weights_that_need_both_ways_are_refused_where_links_go_one_way():
+    with pytest.raises(ValueError, match="weights=metropolis needs links both ways"):
+        graph(3, "edges", edges=[[0, 1]], directed=True, weights="metropolis")
+    with pytest.raises(ValueError, match="push-sum"):
+        graph(3, "directed-ring", weights="metropolis")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
-from peerlora.topology.weights import rho, weights
+from peerlora.topology.weights import long_run_rho, rho, static_rho, weights
 
 KINDS = ["ring", "torus", "path", "star", "complete", "exponential", "random-regular", "erdos-renyi", "random"]
 WEIGHTS = ["metropolis", "laplacian", "uniform", "pairwise"]
@@ -17,21 +17,123 @@ def topology(spec, clients=10, seed=0):
     return build_topology(parse_spec(spec), clients, seed)
 
 
-@pytest.mark.parametrize("drops", ["", " drop_links=0.3", " drop_clients=0.3", " drop_links=0.2 drop_clients=0.2"])
-@pytest.mark.parametrize("rule", WEIGHTS)
+DIRECTED = ["directed-ring", "directed-ring chords=[[0, 5], [7, 2]]", "directed-exponential", "random-out degree=3"]
+DIRECTED += ["edges edges=[[0, 1], [1, 2], [2, 0]] directed=true allow_disconnected=true"]
+PLANNED = ["one-peer", "base-k", "base-k degree=3", "d-equistatic", "u-equistatic", "od-equidyn", "ou-equidyn eta=0.7"]
+PLANNED += ["matcha base=torus budget=0.4", "matcha"]
+DROPS = ["", " drop_links=0.3", " drop_clients=0.3", " drop_links=0.2 drop_clients=0.2", " lazy=true drop_links=0.2"]
+
+
+@pytest.mark.parametrize("drops", DROPS)
+@pytest.mark.parametrize("rule", [*WEIGHTS, "push-sum", "row-average"])
 @pytest.mark.parametrize("kind", [*KINDS, "edges edges=[[0, 1], [1, 2], [2, 3]] allow_disconnected=true"])
 def test_declared_properties_hold(kind, rule, drops):
-    made = topology(f"{kind} weights={rule}{drops}", clients=12)
-    rounds = [made.at(t) for t in range(4)]
+    check_properties(topology(f"{kind} weights={rule}{drops}", clients=12))
+
+
+@pytest.mark.parametrize("drops", [*DROPS, " lazy=true"])
+@pytest.mark.parametrize(
+    "kind", [*(f"{kind} weights={rule}" for kind in DIRECTED for rule in ("push-sum", "row-average")), *PLANNED]
+)
+def test_declared_properties_of_directed_and_planned_rounds_hold(kind, drops):
+    check_properties(topology(f"{kind}{drops}", clients=12))
+
+
+def check_properties(made):
+    rounds, promised = [made.at(t) for t in range(4)], made.properties
     for graph in rounds:
         W, adjacency = graph.W, graph.adjacency
-        assert (adjacency == adjacency.T).all() and not adjacency.diagonal().any()
-        assert (W >= -1e-12).all()
-        assert W.sum(axis=1) == pytest.approx(1, abs=1e-12) and W.sum(axis=0) == pytest.approx(1, abs=1e-12)
-        assert not made.properties.symmetric or (W == W.T).all()
-        assert not made.properties.neighbours_only or (W[~(adjacency | np.eye(12, dtype=bool))] == 0).all()
-        assert not made.properties.static or graph is rounds[0]
-    assert made.properties.doubly_stochastic
+        assert made.directed or (adjacency == adjacency.T).all()
+        assert not adjacency.diagonal().any()
+        assert made.config.kind == "matcha" or (W >= -1e-12).all()
+        assert not promised.row_stochastic or W.sum(axis=1) == pytest.approx(1, abs=1e-12)
+        assert not promised.column_stochastic or W.sum(axis=0) == pytest.approx(1, abs=1e-12)
+        assert not promised.symmetric or (W == W.T).all()
+        assert not promised.neighbours_only or (W[~(adjacency | np.eye(12, dtype=bool))] == 0).all()
+        assert not promised.static or graph is rounds[0]
+        assert promised.period is None or (made.at(promised.period + 1).W == made.at(1).W).all()
+    assert promised.static == (promised.period == 1)
+    assert promised.row_stochastic or promised.column_stochastic
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "columns", "symmetric"),
+    [
+        ("ring weights=metropolis drop_links=0.3", True, True, True),
+        ("star weights=push-sum", False, True, False),
+        ("star weights=row-average", True, False, False),
+        ("ring weights=push-sum", True, True, True),
+        ("ring weights=push-sum drop_links=0.3", True, True, True),
+        ("path weights=push-sum drop_links=0.3", False, True, False),
+        ("directed-ring", True, True, False),
+        ("directed-ring drop_links=0.3", False, True, False),
+        ("directed-ring weights=row-average drop_links=0.3", True, False, False),
+        ("directed-ring chords=[[0, 2]]", False, True, False),
+        ("directed-exponential", True, True, False),
+        ("random-out", False, True, False),
+        ("one-peer", True, True, False),
+        ("one-peer drop_clients=0.3", False, True, False),
+        ("base-k drop_clients=0.3", True, True, True),
+        ("matcha drop_links=0.3", True, True, True),
+    ],
+)
+def test_what_is_promised_and_what_the_matrices_really_are(spec, rows, columns, symmetric):
+    made = topology(spec)
+    promised = made.properties
+    assert (promised.row_stochastic, promised.column_stochastic, promised.symmetric) == (rows, columns, symmetric)
+    drawn = [made.at(t).W for t in range(12)]
+    assert np.allclose([W.sum(axis=1) for W in drawn], 1) == rows
+    assert np.allclose([W.sum(axis=0) for W in drawn], 1) == columns
+    assert all((W == W.T).all() for W in drawn) == symmetric
+
+
+def test_a_directed_ring_with_halves_is_doubly_stochastic_and_a_chord_ends_that():
+    W = topology("directed-ring", clients=6).at(0).W
+    assert (W == (np.eye(6) + np.roll(np.eye(6), 1, axis=0)) / 2).all()
+    W = topology("directed-ring chords=[[0, 3]]", clients=6).at(0).W
+    assert W[:, 0].tolist() == [1 / 3, 1 / 3, 0, 1 / 3, 0, 0]
+    assert W.sum(axis=0) == pytest.approx(1) and abs(W.sum(axis=1) - 1).max() > 0.3
+
+
+def test_what_could_not_be_sent_stays_with_the_sender():
+    made = topology("directed-ring chords=[[0, 3]] drop_links=0.5", clients=6)
+    full = topology("directed-ring chords=[[0, 3]]", clients=6).at(0)
+    for t in range(10):
+        graph = made.at(t)
+        lost = np.where(full.adjacency & ~graph.adjacency, full.W, 0)
+        assert np.diag(graph.W) == pytest.approx(np.diag(full.W) + lost.sum(axis=0))
+
+
+def test_links_of_a_directed_graph_fail_each_way_alone():
+    made = topology("edges edges=[[0, 1], [1, 0], [1, 2], [2, 0]] directed=true drop_links=0.5", clients=3)
+    assert any(made.links(t)[0, 1] != made.links(t)[1, 0] for t in range(20))
+
+
+def test_a_directed_round_by_hand():
+    graph = topology("directed-ring chords=[[0, 2]]", clients=4).at(0)
+    assert graph.edges == [(3, 0), (0, 1), (0, 2), (1, 2), (2, 3)]
+    assert (graph.neighbours(2), graph.receivers(0)) == ([0, 1], [1, 2])
+    assert (graph.degrees.tolist(), graph.out_degrees.tolist()) == ([1, 1, 2, 1], [2, 1, 1, 1])
+
+
+def test_random_out_sends_to_so_many_others_each_round():
+    made = topology("random-out degree=3")
+    for t in range(5):
+        assert (made.links(t).sum(axis=0) == 3).all()
+    assert (made.links(0) != made.links(1)).any()
+
+
+@pytest.mark.parametrize("rule", ["push-sum", "row-average"])
+def test_the_long_run_rho_of_one_matrix_is_its_second_eigenvalue(rule):
+    W = topology(f"directed-ring chords=[[0, 3], [2, 9]] weights={rule}").at(0).W
+    followed = long_run_rho(itertools.repeat(W, 3000), rule == "push-sum", np.random.default_rng(0))
+    assert followed == pytest.approx(static_rho(W), abs=2e-3)
+    assert topology(f"directed-ring chords=[[0, 3], [2, 9]] weights={rule}").rho() == static_rho(W)
+
+
+def test_lazy_mixes_half():
+    assert topology("ring lazy=true").at(0).W == pytest.approx((np.eye(10) + topology("ring").at(0).W) / 2)
+    assert np.linalg.eigvalsh(topology("ring lazy=true", clients=4).at(0).W).min() > 0
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.topology.graphs import complete, pair_draw, path, ring, star
+from peerlora.errors import TopologyError
+from peerlora.topology.graphs import complete, is_connected, pair_draw, path, ring, star
 from peerlora.topology.weights import (
-    RULES,
+    lazy,
     metropolis,
+    metropolis_target,
     over_permutations,
     pairwise_weights,
+    push_sum,
     remove_links,
     rho,
+    row_average,
     spectral_gap,
     uniform,
     weights,
 )
 
+DOUBLY = ["laplacian", "metropolis", "uniform"]
 random_graphs = st.builds(
     lambda clients, p, seed: pair_draw(p, clients, np.random.default_rng(seed)),
     st.integers(1, 12),
@@ -85,7 +90,7 @@ def test_rho_of_no_mixing_is_exactly_one():
     assert rho(np.eye(1)) == 0.0
 
 
-@given(random_graphs, st.sampled_from(sorted(RULES)))
+@given(random_graphs, st.sampled_from(DOUBLY))
 @settings(max_examples=80, deadline=None)
 def test_rules_are_symmetric_doubly_stochastic_and_local(adjacency, rule):
     W = weights(adjacency, rule)
@@ -96,7 +101,7 @@ def test_rules_are_symmetric_doubly_stochastic_and_local(adjacency, rule):
         assert (W.diagonal() >= 1 / 3 - 1e-12).all()
 
 
-@given(random_graphs, st.sampled_from(sorted(RULES)), st.floats(0, 1), st.integers(0, 99))
+@given(random_graphs, st.sampled_from(DOUBLY), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
 def test_removed_links_leave_their_weight_at_both_ends(adjacency, rule, share, seed):
     full = weights(adjacency, rule)
@@ -129,7 +134,7 @@ def test_pairwise_on_a_path_is_one_of_two_orders():
     assert orders == {first.tobytes(), first[::-1, ::-1].tobytes()}
 
 
-@given(random_graphs, st.sampled_from(sorted(RULES)), st.integers(0, 99))
+@given(random_graphs, st.sampled_from(DOUBLY), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_mixing_keeps_the_mean_and_shrinks_disagreement_by_rho(adjacency, rule, seed):
     W = weights(adjacency, rule)
@@ -140,7 +145,7 @@ def test_mixing_keeps_the_mean_and_shrinks_disagreement_by_rho(adjacency, rule, 
     assert after <= rho(W.T @ W) * before + 1e-6
 
 
-@given(random_graphs.filter(lambda adjacency: len(adjacency) > 1), st.sampled_from(sorted(RULES)))
+@given(random_graphs.filter(lambda adjacency: len(adjacency) > 1), st.sampled_from(DOUBLY))
 @settings(max_examples=40, deadline=None)
 def test_rho_of_a_symmetric_w_is_its_second_largest_eigenvalue(adjacency, rule):
     W = weights(adjacency, rule)
@@ -150,3 +155,48 @@ def test_rho_of_a_symmetric_w_is_its_second_largest_eigenvalue(adjacency, rule):
 def test_over_permutations_by_hand():
     assert over_permutations(np.array([[3.0, 1.0], [0.0, 1.0]])).tolist() == [[2.0, 0.5], [0.5, 2.0]]
     assert over_permutations(np.ones((1, 1))).tolist() == [[1.0]]
+
+
+@given(random_graphs, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_metropolis_with_a_target_keeps_detailed_balance_and_reaches_the_weighted_mean(adjacency, seed):
+    c = np.random.default_rng(seed).uniform(0.2, 3, len(adjacency))
+    W = metropolis_target(adjacency, c)
+    assert (W >= -1e-12).all() and W.sum(axis=1) == pytest.approx(1, abs=1e-12)
+    balance = c[:, None] * W
+    assert balance == pytest.approx(balance.T, abs=1e-12)
+    assert (W[~(adjacency | np.eye(len(c), dtype=bool))] == 0).all()
+    if is_connected(adjacency) and len(c) > 1:
+        limit = np.linalg.matrix_power(W, 20_000)
+        assert limit == pytest.approx(np.tile(c / c.sum(), (len(c), 1)), abs=1e-9)
+
+
+def test_renormalised_rows_miss_the_weighted_mean_that_the_target_weights_reach():
+    c, x = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.arange(5.0)
+    plain = metropolis(path(5)) * c
+    biased = np.linalg.matrix_power(plain / plain.sum(axis=1, keepdims=True), 5000) @ x
+    exact = np.linalg.matrix_power(metropolis_target(path(5), c), 5000) @ x
+    assert exact == pytest.approx(c @ x / c.sum(), abs=1e-12)
+    assert abs(biased[0] - c @ x / c.sum()) > 0.05
+
+
+def test_equal_targets_on_a_regular_graph_are_metropolis_weights():
+    assert metropolis_target(ring(6), np.full(6, 7.0)) == pytest.approx(metropolis(ring(6)))
+
+
+@pytest.mark.parametrize("c", [[1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0]])
+def test_targets_must_be_positive_numbers(c):
+    with pytest.raises(TopologyError, match="needs a positive number"):
+        metropolis_target(path(3), np.array(c))
+
+
+def test_lazy_weights_have_no_negative_eigenvalue():
+    W = metropolis(ring(4))
+    assert np.linalg.eigvalsh(W)[0] == pytest.approx(-1 / 3)
+    assert np.linalg.eigvalsh(lazy(W)) == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1])
+
+
+def test_push_sum_and_row_average_by_hand():
+    hears = np.array([[0, 0, 1], [1, 0, 0], [1, 1, 0]], dtype=bool)  # links 0 -> 1, 0 -> 2, 1 -> 2, 2 -> 0
+    assert push_sum(hears) * 6 == pytest.approx(np.array([[2, 0, 3], [2, 3, 0], [2, 3, 3]]))
+    assert row_average(hears) * 6 == pytest.approx(np.array([[3, 0, 3], [3, 3, 0], [2, 2, 2]]))

@@ -136,7 +136,7 @@ def test_rectangles_by_client_lose_and_invent_nothing(lengths, clients):
     packing = TokenPacking.of(ragged(lengths, max(lengths)), clients)
     x = torch.arange(1.0, sum(lengths) + 1)[:, None]
     for places, values in ((packing.tokens, x), (packing.pooled, x[packing.first])):
-        rectangle = places.by_client(values, fill=0.0)
+        rectangle = places.only_tokens(places.by_client(values))
         assert torch.equal(places.packed(rectangle), values)
         assert float(rectangle.sum()) == float(values.sum())
         own = places.padded // (len(lengths) // clients * max(lengths))

@@ -9,6 +9,7 @@ from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.compose import compose
 from peerlora.train import learner as learner_module
+from peerlora.train.rules import Masked
 
 CAUSAL = ("task.kind=causal-lm", "data.label=null")
 
@@ -298,3 +299,58 @@ def test_equal_values_at_different_ranks_are_different_models(config):
     each = [federation.learner.evaluate(two.rows([i]), federation.eval_data, 8).loss[0] for i in (0, 1)]
     assert abs(each[0] - each[1]) > 1e-5
     assert federation.learner.evaluate(two, federation.eval_data, 8).loss.tolist() == pytest.approx(each, rel=1e-12)
+
+
+# --- clients that do not keep step
+
+
+def test_who_does_not_train_stays_and_has_no_loss(config):
+    federation = compose(config("bert", "train.optimizer_state=keep"))
+    learner, x = federation.learner, noisy(federation.start)
+    learner.begin(0, places=[1, 3])
+    found = learner.fit(x, "AB")
+    assert torch.equal(found.flat[[0, 2]], x.flat[[0, 2]]) and not torch.equal(found.flat[[1, 3]], x.flat[[1, 3]])
+    assert learner.losses.isnan().tolist() == [True, False, True, False]
+    assert learner.memory is not None
+    assert learner.memory.steps["A"].tolist() == [0, 2, 0, 2], "memory moves with those who train"
+    learner.begin(0, places=[])
+    assert torch.equal(learner.fit(x, "AB").flat, x.flat)
+
+
+@pytest.mark.parametrize("kept", ["round", "keep"])
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_job_is_the_same_whenever_and_with_whomever_it_is_done(config, kept, block):
+    """Rows, dropout and memory follow (client, job); only sums may be taken in another order."""
+    words = [f"train.optimizer_state={kept}", "adapter.dropout=0.2", f"train.block={block}", "train.batch=[4,3,2,4]"]
+    together, apart = compose(config("bert", *words)), compose(config("bert", *words))
+    expected = run(together.learner, together.start, ["B", "AB", "A"])
+    x, jobs = apart.start, [0, 0, 0, 0]
+    for t, places in enumerate([[2], [0, 2], [1, 3], [2], [3, 0, 1], [0], [3, 1]]):
+        for blocks in ("B", "AB", "A"):
+            now = [place for place in places if ("B", "AB", "A")[jobs[place]] == blocks]
+            apart.learner.begin(t, jobs, now)
+            x = apart.learner.fit(x, blocks)
+        jobs = [job + (place in places) for place, job in enumerate(jobs)]
+    assert jobs == [3, 3, 3, 3]
+    assert (x.flat - expected.flat).abs().max() < 1e-12
+
+
+def test_divergence_names_the_job(config):
+    federation = compose(config("bert", "train.optimizer=sgd", "train.lr=1e300"))
+    federation.learner.begin(9, [4, 6, 0, 0], [1])
+    with pytest.raises(DivergenceError, match=r"client 1 is \S+ in round 7, local step"):
+        federation.learner.fit(federation.start, "AB")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_coordinates_that_a_mask_closes_do_not_move_under_decay(config, optimizer):
+    """Up to the last step's weight decay, which the rule undoes at the next; and what is open moves as ever."""
+    federation = compose(config("bert", *OPTIMIZERS[optimizer], "train.weight_decay=0", "train.local_steps=3"))
+    x = noisy(federation.start)
+    plain = federation.learner.fit(x, "AB")
+    free = torch.ones_like(x.flat, dtype=torch.bool)
+    assert torch.equal(federation.learner.fit(x, "AB", Masked(free)).flat, plain.flat)
+    free[1, ::2] = False
+    found = federation.learner.fit(x, "AB", Masked(free))
+    assert torch.equal(found.flat[~free], x.flat[~free])
+    assert torch.equal(found.flat[0], plain.flat[0]) and not torch.equal(found.flat[1, 1::2], x.flat[1, 1::2])

@@ -5,27 +5,36 @@ from math import isfinite
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.aedfl import AEDFL
+from peerlora.algorithms.base import Algorithm, is_asynchronous
+from peerlora.algorithms.consensus_admm import ConsensusADMM
+from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.algorithms.decaf import DeCAF
+from peerlora.algorithms.dfedavg import DSGD, DFedAvg, DFedAvgM, DFedSAM, FedProx
 from peerlora.algorithms.fedex_lora import FedExLoRA
 from peerlora.algorithms.fedhl import FedHL
 from peerlora.algorithms.fedit import FedIT
 from peerlora.algorithms.fedrot_lora import FedRotLoRA
 from peerlora.algorithms.fedsa_lora import FedSALoRA
+from peerlora.algorithms.fedspeed import DFedADMM, DFedADMMSAM, FedSpeed
 from peerlora.algorithms.ffa_lora import FFALoRA
 from peerlora.algorithms.flexlora import FlexLoRA
 from peerlora.algorithms.flora import FLoRA
 from peerlora.algorithms.hetlora import HetLoRA
+from peerlora.algorithms.k_gt import KGT
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
+from peerlora.algorithms.salf import SALF
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.errors import ConfigError, nearest
+from peerlora.sections import TRAIN_DEFAULTS
 
-REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
+REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,
     "dec-lora": DecLoRA,
     "adf-lora": ADFLoRA,
@@ -43,9 +52,24 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm
     "flora": FLoRA,
     "fedex-lora": FedExLoRA,
     "fedhl": FedHL,
+    "dsgd": DSGD,
+    "dfedavg": DFedAvg,
+    "dfedavgm": DFedAvgM,
+    "dfedsam": DFedSAM,
+    "fedprox": FedProx,
+    "fedspeed": FedSpeed,
+    "dfedadmm": DFedADMM,
+    "dfedadmm-sam": DFedADMMSAM,
+    "k-gt": KGT,
+    "d2": D2,
+    "consensus-admm": ConsensusADMM,
+    "salf": SALF,
+    "aedfl": AEDFL,
+    "ad-psgd": ADPSGD,
 }
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
+ALIASES |= {"feddyn": "dfedadmm", "scaffold": "k-gt", "d-psgd": "dsgd", "exact-diffusion": "d2"}
 """Other papers' names for the same arithmetic."""
 
 
@@ -86,7 +110,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
-    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults."""
+    """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults, its
+    own defaults of ``train``.
+
+    ``asynchronous``: its clients keep no common step.
+    """
     described = {}
     for name, kind in REGISTRY.items():
         needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
@@ -98,6 +126,8 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
+            "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
+            "train": TRAIN_DEFAULTS.get(name, {}),
         }
     return described

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.gossip import FactorGossip
-from peerlora.errors import ConfigError
+from peerlora.algorithms.gossip import Scheduled
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -15,10 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ADFLoRA(FactorGossip):
+class ADFLoRA(Scheduled):
     """Only the active factor trains in a round; both are mixed, so the frozen one keeps moving towards consensus.
-
-    The phase comes from the global round counter, so clients agree on it even when they had no contact.
 
     Source: Wang, Li, Zhou, Li, Liu 2025, arXiv 2511.18291 (principle as in the paper).
     Differs: B first is our reading, forced by B = 0 at the start, where A has no gradient; a client with several
@@ -29,14 +26,6 @@ class ADFLoRA(FactorGossip):
     """T, rounds between two switches of the active factor."""
     trains: ClassVar = "B and A in turn, `interval` rounds each"
     source: ClassVar = "ADF-LoRA, arXiv 2511.18291"
-
-    def __post_init__(self):
-        if self.interval < 1:
-            raise ConfigError(f"algorithm.interval: {self.interval} given; expected at least 1 round")
-
-    def active(self, t: int) -> str:
-        """The factor that trains in round ``t``."""
-        return "B" if (t // self.interval) % 2 == 0 else "A"
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round: the mixing of the frozen factor is the point."""

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
-    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.base import Exchange, Mailbox
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
@@ -59,6 +61,56 @@ class Algorithm(Protocol[State]):
     def model(self, state: State) -> Adapters:
         """What is evaluated, checkpointed as the result and exported."""
         ...
+
+
+@runtime_checkable
+class AsynchronousAlgorithm(Protocol[State]):
+    """A method whose clients keep no common step: each works, sends and listens when it is its turn.
+
+    It has what Algorithm has but ``round``.  Instead a client calls, with the state of itself alone (a leading axis of
+    one) and its mailbox, ``on_job`` when a job of K local steps is done, ``on_message`` when something has arrived,
+    and ``before_job`` before it begins the next.  Each returns the new state and changes neither the old nor payloads.
+    """
+
+    newest_only: ClassVar[bool]
+    """Whether of several messages of one sender that wait, the newest alone counts."""
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """The named vectors of one message after ``t`` jobs."""
+        ...
+
+    def start(self, x: Adapters, peers: Exchange) -> State:
+        """The state before the first job."""
+        ...
+
+    def model(self, state: State) -> Adapters:
+        """What is trained, evaluated and exported."""
+        ...
+
+    def active(self, job: int) -> str:
+        """The blocks that a client's job of this number trains: "A", "B" or "AB"."""
+        ...
+
+    def coordinates(self, state: State) -> Bool[Tensor, "client parameter"] | None:
+        """What may change in local training; None: everything."""
+        ...
+
+    def on_job(self, state: State, before: Adapters, trained: Adapters, mail: Mailbox) -> State:
+        """A job that began at ``before`` came to ``trained``."""
+        ...
+
+    def on_message(self, state: State, mail: Mailbox) -> State:
+        """Something has arrived."""
+        ...
+
+    def before_job(self, state: State, mail: Mailbox) -> State:
+        """The next job is about to begin, from the model of what this returns."""
+        ...
+
+
+def is_asynchronous(algorithm: object) -> bool:
+    """Whether the method's clients keep no common step."""
+    return isinstance(algorithm, AsynchronousAlgorithm)
 
 
 @runtime_checkable

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from peerlora.algorithms.base import Operator
+from peerlora.errors import ConfigError
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -32,3 +38,41 @@ class FactorGossip:
     def model(self, x: Adapters) -> Adapters:
         """The state is the model."""
         return x
+
+
+@dataclass(frozen=True)
+class Scheduled(FactorGossip):
+    """Which factors train in which round: both in every one, or B and A in turn.
+
+    The phase comes from the global round counter, so clients agree on it even when they had no contact.  Whatever a
+    method remembers of a block that does not train in a round is held: neither decayed nor fed zeros.
+    """
+
+    interval: int | None = None
+    """T, rounds between two switches of the active factor; null: both train in every round."""
+    trains: ClassVar = "A and B; with `interval` in turn"
+
+    def __post_init__(self):
+        if self.interval is not None and self.interval < 1:
+            raise ConfigError(f"algorithm.interval: {self.interval} given; expected at least 1 round")
+
+    def active(self, t: int) -> str:
+        """The factors that train in round ``t``."""
+        if self.interval is None:
+            return "AB"
+        return "B" if (t // self.interval) % 2 == 0 else "A"
+
+    def changing(self, t: int, x: Adapters) -> Bool[Tensor, " parameter"]:
+        """The columns that train in round ``t``: those of the active factors and of a head."""
+        mask = torch.zeros(x.spec.parameters, dtype=torch.bool, device=x.flat.device)
+        for block in x.spec.trained(self.active(t)):
+            mask[x.spec.columns(block)] = True
+        return mask
+
+
+class Stateful(Scheduled):
+    """A method whose state holds the adapters, as ``x``, beside what it remembers."""
+
+    def model(self, state: Any) -> Adapters:
+        """The client's own."""
+        return state.x

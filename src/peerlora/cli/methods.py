@@ -24,7 +24,8 @@ def command(json: AsJson = False) -> None:
     for word in head:
         table.add_column(word, overflow="fold")
     for name, facts in described.items():
-        settings = ", ".join(f"{key}={value}" for key, value in facts["settings"].items())
+        own = facts["settings"] | {f"train.{key}": value for key, value in facts["train"].items()}
+        settings = ", ".join(f"{key}={value}" for key, value in own.items())
         names = "\n".join([name, *(f"= {alias}" for alias in facts["aliases"])])
         table.add_row(
             names,
@@ -32,7 +33,7 @@ def command(json: AsJson = False) -> None:
             facts["trains"],
             facts["mixes"],
             facts["operator"],
-            facts["requires"] or "-",
+            (facts["requires"] or "-") + ("; no common rounds" if facts["asynchronous"] else ""),
             settings or "-",
         )
     Console().print(table)

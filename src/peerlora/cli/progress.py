@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -116,7 +117,7 @@ class Progress:
         done = event.round + 1 - (self.first_round or 0)
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
-            "loss": f"{mean(event.loss):.3f}",
+            "loss": f"{mean([loss for loss in event.loss if loss == loss] or [math.nan]):.3f}",
             "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": megabytes(self.bytes_sent),
@@ -125,6 +126,8 @@ class Progress:
             own = self.evaluated.own
             facts["mean client"] = f"{mean(own):.3f}"
             facts["worst"] = f"{min(own):.3f}"
+        if event.virtual_seconds == event.virtual_seconds:
+            facts["virtual"] = f"{event.virtual_seconds:.1f} s"
         if rounds:
             left = (time.monotonic() - self.began) / done * (rounds - event.round - 1)
             facts["left"] = f"{left:.0f} s"
@@ -150,7 +153,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """One line per run: what it reached, what it cost, where it lies."""
     metric = rows[0][1]["metric"]
     table = Table(title=f"{metric} of each client's own model, and of the averaged model", title_justify="left")
-    for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds"):
+    timed = any(summary.get("virtual_seconds") is not None for _, summary in rows)
+    for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds", *(["virtual s"] if timed else [])):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True, min_width=len(name))
     for name, summary in rows:
         reached = summary["accuracy"]
@@ -163,6 +167,7 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
             _number(summary["consensus"]["product"], ".2e"),
             megabytes(summary["bytes_sent"]),
             _number(summary["seconds"]["total"], ".1f"),
+            *([_number(summary["virtual_seconds"], ".1f")] if timed else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 110)  # a file has no width to keep to
     console.print(table)

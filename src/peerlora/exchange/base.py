@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Rule
 from peerlora.lora.adapters import Adapters
-from peerlora.topology.schedule import RoundGraph
+from peerlora.topology.schedule import RoundGraph, Topology
 
 Payload = TypeVar("Payload")
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """Gossip among all clients of the run, seen from the clients that are held here."""
 
@@ -24,8 +27,8 @@ class Exchange(Protocol):
     graph: RoundGraph
     """Who is linked in this round, and the weights."""
 
-    def begin(self, t: int) -> None:
-        """Set the round."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``."""
         ...
 
     def mix(self, x: Payload) -> Payload:
@@ -46,9 +49,50 @@ class Exchange(Protocol):
         ...
 
 
+Vectors = dict[str, Tensor]
+"""What one asynchronous message carries, by name; without a client axis."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What reached a client, once."""
+
+    sender: int
+    payload: Vectors
+    version: int
+    """Jobs that the sender had done when it sent this."""
+    seen: int
+    """The newest version of the receiver that the sender knew when its latest job began."""
+    staleness: int = 0
+    """The receiver's version when its own latest job began, less ``seen``; 0 where all keep step."""
+
+
+class Mailbox(Protocol):
+    """One client's post, for methods whose clients keep no common step."""
+
+    client: int
+    version: int
+    """Jobs that this client has done."""
+    weights: Float[np.ndarray, " client"]
+    """Its row of W."""
+
+    def push(self, payload: Vectors, to: Sequence[int] | None = None) -> None:
+        """Send to some neighbours, by default to all."""
+        ...
+
+    def poll(self) -> list[Message]:
+        """What has arrived since the last call, by sender; no message is ever returned twice."""
+        ...
+
+    def random(self, purpose: str) -> np.random.Generator:
+        """A generator of this client's own, for its present version."""
+        ...
+
+
 class Counted(Exchange, Protocol):
     """An exchange that tells what its round cost and did; a runtime reads it after the round."""
 
+    topology: Topology
     bytes_per_edge: int
     bytes_sent: int
     seconds: float

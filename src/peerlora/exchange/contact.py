@@ -102,7 +102,7 @@ class Neighbourhood(Service):
                             self._refused[peer] = str(refusal)
                         except (PeerDown, DeadlineMissed):
                             pass
-                        if peer in self._refused:
+                        if peer in self._refused and "wrong-run" not in self._refused[peer]:  # it may end that one soon
                             return
                         await asyncio.sleep(_RETRY)
 

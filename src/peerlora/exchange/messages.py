@@ -67,7 +67,8 @@ def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payloa
     What does not cross, such as a private head, is the own one for all.
     """
 
-    def filled(name: str, leaf: Leaf) -> Leaf:
+    def filled(path: str, leaf: Leaf) -> Leaf:
+        name = _prefix(path, leaf)
         if isinstance(leaf, Tensor):
             return torch.stack([sent[name].to(leaf.device) for sent in messages])
         if isinstance(leaf, Merged):
@@ -92,7 +93,13 @@ def named(payload: Payload, kinds: tuple[type, ...] = LEAVES) -> dict[str, Any]:
 
 def _leaves(payload: Payload) -> list[tuple[str, Leaf]]:
     """All leaves in order, also where two trees of a payload have one at the same path."""
-    return [item for x in payload for item in named((x,)).items()]
+    return [(_prefix(path, leaf), leaf) for x in payload for path, leaf in named((x,)).items()]
+
+
+def _prefix(path: str, leaf: Leaf) -> str:
+    """What the names of a leaf's vectors begin with on the wire: ``z``, or ``x.`` before ``A:layer``."""
+    path = path.removeprefix(".")
+    return path if isinstance(leaf, Tensor) or not path else f"{path}."
 
 
 def _message(leaf: Leaf, row: int) -> Schema:

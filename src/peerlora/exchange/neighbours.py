@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -43,13 +43,13 @@ class NeighbourExchange:
         self.rendezvous, self.thread = rendezvous, thread
         self._set(0)
 
-    def begin(self, t: int) -> None:
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
         """Set the round, here and for what neighbours send; forget what the last one sent."""
-        self._set(t)
+        self._set(t, absent)
         self.thread.loop.call_soon_threadsafe(self.rendezvous.enter, t)
 
-    def _set(self, t: int) -> None:
-        self.t, self.graph = t, self.topology.at(t)
+    def _set(self, t: int, absent: Sequence[int] = ()) -> None:
+        self.t, self.graph = t, self.topology.at(t, absent)
         self.bytes_per_edge = 0
         self.bytes_sent = 0
         self.seconds = 0.0

@@ -36,13 +36,18 @@ class StackedExchange:
         self, topology: Topology, clients: Sequence[int], gather: Callable[[Tensor], Tensor] = lambda rows: rows
     ):
         self.topology, self.clients, self.gather = topology, clients, gather
+        self.t = 0
         self.begin(0)
 
-    def begin(self, t: int) -> None:
-        """Set the round; forget what the last one sent."""
-        self.t, self.graph = t, self.topology.at(t)
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``; forget what the last one sent.
+
+        What rounds before 0 sent counts in round 0.
+        """
+        opening = t <= 0 and self.t < 0
+        self.t, self.graph = t, self.topology.at(t, absent)
         self.bytes_per_edge = 0
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_sent if opening else 0
         self.seconds = 0.0
         self.mixed: Adapters | None = None
         """What went into this round's mixing, for the diagnostics."""
@@ -93,8 +98,8 @@ class StackedExchange:
         return everybody.view(len(everybody), *x.shape[1:])
 
     def _count(self, *payload: object) -> None:
-        """Add what this mixing sends: every linked client's encoded message to each of its neighbours."""
-        degrees = self.graph.degrees[self.clients]
+        """Add what this mixing sends: every linked client's encoded message to each of its receivers."""
+        degrees = self.graph.out_degrees[self.clients]
         sizes = [encoded_bytes(message(payload, row)) for row in range(len(self.clients))]
         self.bytes_per_edge += max(sizes)
         self.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))

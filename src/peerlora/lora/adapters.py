@@ -78,6 +78,10 @@ class AdapterSpec:
         own = [slot for slot in self.slots if slot.block == block]
         return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
 
+    def trained(self, train: str) -> tuple[str, ...]:
+        """The blocks that change when the factors in ``train`` are trained: a head always does."""
+        return tuple(name for name in self.blocks if name in train or name == "head")
+
     @property
     def shared(self) -> slice:
         """The columns that are exchanged: everything but a private head."""

@@ -25,6 +25,7 @@ MEASURES = (
     "consensus of B·A",
     "cross-term",
     "seconds",
+    "virtual seconds",
 )
 """What a run is summed up in.  All are of the last evaluation, but for ``best round``: the highest mean client of any
 evaluation, picked on the very rows it is reported on, so it flatters."""
@@ -131,6 +132,7 @@ def measures(events: Sequence[Event]) -> dict[str, float]:
         "bytes sent": float(sum(each.bytes_sent for each in done)),
         "consensus of B·A": done[-1].consensus_product,
         "cross-term": done[-1].cross_term,
+        "virtual seconds": done[-1].virtual_seconds,
         "seconds": sum(each.seconds_train + each.seconds_mix for each in done) + sum(each.seconds for each in scores),
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}

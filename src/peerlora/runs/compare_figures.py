@@ -31,6 +31,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
         pictures += [
             _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round"),
             _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
+            _by_seconds(f"time{number}", f"{title} by virtual seconds{where}", panel),
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
@@ -77,6 +78,18 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
     factor, unit = figures.byte_unit(top)
     lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
     return _lines(name, title, lines, f"{unit} sent, all clients")
+
+
+def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
+    """Of the places with a clock; x is the mean over seeds, whose clients may differ in speed."""
+
+    def passed(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+        return [], [score.virtual_seconds for score in evaluations(events)]
+
+    reached = _curves(panel, _accuracy)
+    x = {label: line[1].mean(0) for label, line in _curves(panel, passed).items()}
+    lines = {label: (x[label], reached[label][1]) for label in reached if np.isfinite(x[label]).all()}
+    return _lines(name, title, lines, "virtual seconds") if lines else None
 
 
 def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:

@@ -119,7 +119,12 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     metric = ", ".join(sorted({start.metric for start in starts}))
     pictures = []
     if curves:
-        pictures.append(figures.runs_figure("metric", f"{metric} of the clients' own models", curves))
+        title = f"{metric} of the clients' own models"
+        pictures.append(figures.runs_figure("metric", title, curves))
+        timed = {name: found for name, events in named.items() if (found := curves_of(events, "virtual_seconds"))}
+        if timed:
+            by_time = f"{title}, by virtual seconds"
+            pictures.append(figures.runs_figure("metric-time", by_time, timed, "virtual seconds"))
     if distances:
         title = "How far the clients are apart: consensus distance of the product B·A"
         pictures += [

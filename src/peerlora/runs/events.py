@@ -41,6 +41,8 @@ class RunStarted:
     """Speed paths: null where one is used, else why not."""
     notes: list[str] = field(default_factory=list)
     """What the method has to say about this run: what it chose, and why."""
+    clock: dict[str, Any] | None = None
+    """Virtual time: the settings, and every client's speed and bandwidth in bytes per second (null: unlimited)."""
     held: list[int] = field(default_factory=list)
     """The clients whose numbers the other events give, in this order; empty: all.  A real peer holds one."""
     names: dict[str, str] = field(default_factory=dict)
@@ -63,11 +65,13 @@ class RoundDone:
     cross_term: float
     local_cross_term: float
     rho: float
-    """Realised over the rounds so far: sqrt(lambda_max(mean of W^T W - J)), the share of disagreement that stays."""
+    """Realised over the rounds so far: sqrt(lambda_max(mean of W^T W - J)), the share of disagreement that stays; NaN
+    where W is not doubly stochastic."""
     edges: list[list[int]] | None
-    """[link][2] clients that exchanged, each undirected link once; None: not written down."""
+    """[link][2] clients that exchanged, each undirected link once, directed ones as [sender, receiver]; None: not
+    written down."""
     contacts: int
-    """Undirected links used."""
+    """Links used, an undirected one counted once."""
     bytes_per_edge: int
     """Of one directed transfer."""
     bytes_sent: int
@@ -81,6 +85,10 @@ class RoundDone:
     """The same of the factors A and B."""
     measures: dict[str, float] = field(default_factory=dict)
     """What the method's exchange measured, averaged over clients, such as truncation_tail."""
+    virtual_seconds: float = math.nan
+    """Since the start of the run, at the end of this round, on the virtual clock; NaN without one."""
+    absent: list[int] = field(default_factory=list)
+    """Clients without part in this synchronous round: late or away."""
     missed: dict[str, str] = field(default_factory=dict)
     """Neighbour -> why its link was not used, for real peers."""
 
@@ -100,6 +108,8 @@ class Evaluated:
     averaged_loss: float
     seconds: float
     final: bool
+    virtual_seconds: float = math.nan
+    """Since the start of the run, on the virtual clock; NaN without one."""
 
 
 @dataclass(frozen=True)

@@ -50,19 +50,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curves:
-    """One quantity of every client over the rounds."""
+    """One quantity of every client over the rounds, or over virtual seconds."""
 
-    rounds: list[int]
+    rounds: Sequence[float]
     clients: np.ndarray
     """[round, client]"""
     averaged: list[float] | None = None
     """[round] of the averaged model."""
 
 
-def clients_figure(name: str, title: str, curves: Curves) -> Picture:
+def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round") -> Picture:
     """Every client thin (quantile bands above 50 clients), their mean thick, the averaged model dashed."""
     with _drawing(name, title) as (figure, out):
-        axes = _axes(figure)
+        axes = _axes(figure, xlabel=xlabel)
         legend = _spread(axes, curves)
         axes.plot(curves.rounds, _mean(curves.clients), color=MEAN, linewidth=2.2, **_marker(curves.rounds))
         legend.append(Key("mean over clients", MEAN, "thick"))
@@ -156,10 +156,10 @@ def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int],
     return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
 
 
-def runs_figure(name: str, title: str, runs: Mapping[str, Curves]) -> Picture:
+def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str = "round") -> Picture:
     """Several runs: mean over clients, a band from the lowest to the highest client, the averaged model dashed."""
     with _drawing(name, title, size=(7.4, 3.8)) as (figure, out):
-        axes = _axes(figure)
+        axes = _axes(figure, xlabel=xlabel)
         for curves, colour in zip(runs.values(), _colours(len(runs)), strict=True):
             low, high = _quantiles(curves.clients, 0.0, 1.0)
             axes.fill_between(curves.rounds, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -207,7 +207,7 @@ def _colours(count: int) -> list[str]:
     return [PALETTE[place % len(PALETTE)] for place in range(count)]
 
 
-def _marker(rounds: Sequence[int]) -> dict[str, Any]:
+def _marker(rounds: Sequence[float]) -> dict[str, Any]:
     """Points as well as lines where there are few, so that a single round can be seen."""
     return {"marker": "o", "markersize": 3.5} if len(rounds) <= 25 else {}
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.store import read_events
@@ -109,17 +109,20 @@ def size(count: float) -> str:
     return f"{count / factor:.4g} {unit}"
 
 
-def curves_of(events: Sequence[Event]) -> "Curves | None":
-    """The metric of every client and of the averaged model by finished rounds; None before the first evaluation."""
+def curves_of(events: Sequence[Event], by: str = "round") -> "Curves | None":
+    """The metric of every client and of the averaged model; None before the first evaluation.
+
+    ``by``: "round", or "virtual_seconds", of which a run without a clock has none.
+    """
     import numpy as np
 
     from peerlora.runs.figures import Curves
 
-    scores = evaluations(events)
+    scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by))]
     if not scores:
         return None
     own = np.array([score.own for score in scores], float)
-    return Curves([score.round for score in scores], own, [score.averaged for score in scores])
+    return Curves([getattr(score, by) for score in scores], own, [score.averaged for score in scores])
 
 
 def holdings(start: RunStarted) -> "Picture | None":
@@ -128,7 +131,7 @@ def holdings(start: RunStarted) -> "Picture | None":
 
     names, counts = start.partition.get("names"), start.partition.get("counts")
     whole = counts and len(counts) == start.clients  # a site with a file of its own knows no other's rows
-    return labels_figure("labels", "Who holds which labels", names, counts) if names and whole else None
+    return labels_figure("labels", "Who holds which labels", names, counts) if names and counts and whole else None
 
 
 def graph(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
@@ -173,6 +176,8 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         ("cross-term", distance["cross_term"]),
         ("sent by all clients together", size(facts["bytes_sent"])),
     ]
+    if facts["virtual_seconds"] is not None:
+        rows.append(("virtual seconds", facts["virtual_seconds"]))
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
     return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
@@ -230,6 +235,18 @@ def speed_paths(paths: Mapping[str, str | None]) -> list[str]:
     return [f"{name}: {'on' if reason is None else f'off, {reason}'}" for name, reason in paths.items()]
 
 
+def clock_words(clock: Mapping[str, Any]) -> str:
+    """A clock in one line."""
+    speeds, links = clock["speed"], [each for each in clock["bandwidth"] if each is not None]
+    words = [f"{clock['step']:g} s per local step", f"speeds {min(speeds):.3g} to {max(speeds):.3g}"]
+    words.append(f"uplinks {size(min(links))}/s to {size(max(links))}/s" if links else "uplinks unlimited")
+    words.append(f"delay {clock['delay']:g} s")
+    words += [f"deadline {clock['deadline']:g} s"] if clock["deadline"] else []
+    words += [f"{len(clock['away'])} absences"] if clock["away"] else []
+    words += [f"trace {clock['trace']}"] if clock["trace"] else []
+    return ", ".join(words)
+
+
 def _setting(start: RunStarted) -> str:
     """What was run, and with which versions."""
     shape = ", ".join(f"{key} {value}" for key, value in start.topology.items() if isinstance(value, str | int | float))
@@ -238,6 +255,7 @@ def _setting(start: RunStarted) -> str:
         ("clients", start.clients),
         ("rounds planned", start.rounds),
         ("topology", shape),
+        *([("virtual clock", clock_words(start.clock))] if start.clock else []),
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
         ("CPU threads", start.threads),
@@ -271,6 +289,10 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
     if curves:
         title = f"{start.metric} of every client's own model and of the averaged model"
         found.insert(0, figures.clients_figure("metric", title, curves))
+        timed = curves_of(events, "virtual_seconds")
+        if timed and start.clock:
+            by_time = f"{title}, by virtual seconds"
+            found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
     return [picture for picture in found if picture]
 
 

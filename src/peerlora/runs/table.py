@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,9 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
             yield client, done.round + 1, "loss", loss
         for name in PER_ROUND:
             yield None, done.round + 1, name, float(getattr(done, name))
+        if math.isfinite(done.virtual_seconds):
+            yield None, done.round + 1, "virtual_seconds", done.virtual_seconds
+            yield None, done.round + 1, "absent", float(len(done.absent))
         for name, value in done.measures.items():
             yield None, done.round + 1, name, float("nan") if value is None else float(value)
     for score in evaluations(events):
@@ -64,6 +68,20 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
         whole = {"averaged": score.averaged, "averaged_loss": score.averaged_loss}
         for name, value in {**whole, "eval_rows": score.rows, "eval_seconds": score.seconds}.items():
             yield None, score.round, name, float(value)
+
+
+def evaluated_within(events: Iterable[Event], seconds: float = math.inf, sent: float = math.inf) -> Evaluated | None:
+    """The last evaluation that a budget of virtual seconds and of bytes allows: how runs are compared at equal cost.
+
+    None where no evaluation is known to lie within it; a run without a clock took no known time.
+    """
+    events, found = list(events), None
+    spent = [0, *accumulate(done.bytes_sent for done in of(events, RoundDone))]
+    for score in evaluations(events):
+        in_time = seconds == math.inf or score.virtual_seconds <= seconds
+        if in_time and spent[score.round] <= sent:
+            found = score
+    return found
 
 
 def write_table(events: Iterable[Event], path: Path | str) -> None:
@@ -113,7 +131,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     """The run in a few numbers, from whatever was written so far; None where nothing was.
 
     Keys: method, clients, rounds (finished), metric, accuracy {own_mean, own_min, own_max, averaged}, consensus
-    {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, last_contact [client].
+    {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, virtual_seconds,
+    last_contact [client].
     """
     start, done, scores = started(events), of(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -138,6 +157,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         },
         "bytes_sent": sum(each.bytes_sent for each in done),
         "seconds": {"total": sum(seconds.values()), **seconds},
+        "virtual_seconds": last.virtual_seconds if last and math.isfinite(last.virtual_seconds) else None,
         "last_contact": last_contact(events, clients),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms import REGISTRY, build_algorithm
-from peerlora.algorithms.base import Algorithm, prepare
-from peerlora.algorithms.merging import check_merges
+from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
+from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, own_rows, partition
@@ -22,14 +22,18 @@ from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.base import Counted
 from peerlora.exchange.stacked import StackedExchange
+from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.runtime.clock import Clock
+from peerlora.sections import ClockConfig, TrainConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
+from peerlora.train.prior import LabelPrior
 from peerlora.train.tasks import TASKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
@@ -54,6 +58,7 @@ class Federation:
     notes: tuple[str, ...]
     """What the method has to say about the run, such as what it chose."""
     paths: Paths
+    clock: Clock | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if missing:
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not; use topology.weights=metropolis"
+            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
         )
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
@@ -132,13 +137,84 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    if config.train.label_prior == "pooled":
+        gossip_rounds(topology)
+    warnings = _check_training(name, algorithm, config.train)
     interval = getattr(algorithm, "interval", None)
     if interval is not None and interval >= config.train.rounds:
-        return (
+        warnings += (
             f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
             "trained, as in FFA-LoRA",
         )
+    return warnings
+
+
+def _reason(algorithm: Algorithm[Any]) -> str:
+    """Why a method asks for its kind of topology, where it says so."""
+    reason = getattr(algorithm, "topology_reason", None)
+    return f" ({reason})" if reason else ""
+
+
+def _cure(missing: Sequence[str], topology: Topology) -> str:
+    if {"static", "symmetric"} & set(missing):
+        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
+    if topology.directed:
+        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
+    return "topology.weights=metropolis"
+
+
+def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
+    """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
+    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
+    if one_step and train.local_steps != 1:
+        raise CompositionError(
+            f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
+        )
+    if train.optimizer == "sgd":
+        return ()
+    if only:
+        raise CompositionError(
+            f"{name} cannot use train.optimizer={train.optimizer}: {only}; use train.optimizer=sgd or dfedavg"
+        )
+    if preferred:
+        return (f"{name} with train.optimizer={train.optimizer}: {preferred}; it was made for train.optimizer=sgd",)
     return ()
+
+
+def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
+    """The virtual clock of a run; an asynchronous method without one gets equal speeds.
+
+    Raises CompositionError for a clock that the method cannot keep.
+    """
+    name, settings = config.algorithm.name, config.clock
+    if not is_asynchronous(algorithm):
+        if settings and (settings.deadline or settings.away) and isinstance(algorithm, Merging):
+            raise CompositionError(
+                f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
+                "reach everybody; drop these settings, or use algorithm.name=dec-lora"
+            )
+        reason = getattr(algorithm, "needs_clock", None)
+        if reason and not settings:
+            raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
+        return Clock(settings, config.clients, config.seed) if settings else None
+    if settings and settings.deadline:
+        raise CompositionError(
+            f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
+            "clock.deadline, or use a synchronous method such as algorithm.name=dec-lora"
+        )
+    if settings and any(absence.unit == "rounds" for absence in settings.away):
+        raise CompositionError(
+            f"the clients of {name} have no rounds in common, and clock.away counts in rounds; use unit: seconds"
+        )
+    if config.train.optimizer_state == "phase":
+        raise CompositionError(
+            f"the clients of {name} switch factors at moments of their own, so the optimiser's memory has no common "
+            "phase (train.optimizer_state=phase); use train.optimizer_state=round or keep"
+        )
+    clock = Clock(settings or ClockConfig(), config.clients, config.seed)
+    if all(clock.back(client, 0) is None for client in range(config.clients)):
+        raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
+    return clock
 
 
 def _check_memory(clients: int) -> None:
@@ -168,7 +244,9 @@ def compose(
     _check_own(config, clients)
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     _check_memory(config.clients)
+    clock = build_clock(config, algorithm)
     topology = build_topology(config.topology, config.clients, config.seed)
+    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
     warnings = check_composition(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
@@ -187,6 +265,8 @@ def compose(
     shards = Shards(train_data, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
+    if config.train.label_prior != "none":
+        learner.loss_rules += (LabelPrior(divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -200,8 +280,26 @@ def compose(
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=notes,
+        notes=(*notes, *_prior_notes(config, topology)),
         paths=paths,
+        clock=clock,
+    )
+
+
+def opening_state(federation: Federation) -> Any:
+    """The method's state before round 0, once clients know what their losses need to know of each other."""
+    for rule in federation.learner.loss_rules:
+        if isinstance(rule, LabelPrior):
+            rule.agree(lambda own: network_sum(own, federation.exchange, federation.topology))
+    return federation.algorithm.start(federation.start, federation.exchange)
+
+
+def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.label_prior != "pooled":
+        return ()
+    return (
+        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        "before round 0; their bytes are counted in the first round",
     )
 
 

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peerlora.algorithms import ALIASES, REGISTRY
+from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, RunError
 from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
@@ -24,8 +26,9 @@ from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.agreement import base_digest, settings, spec_digest
 from peerlora.runtime.compose import Federation, Materials, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
+from peerlora.runtime.rounds import Passed
 from peerlora.runtime.simulate import Result, Simulation, composed
-from peerlora.topology.schedule import Topology
+from peerlora.topology.schedule import Topology, build_topology
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
@@ -87,10 +90,28 @@ def train_peer(
 
 def check_site(config: RunConfig, site: Site) -> None:
     """Refuse what real peers cannot do, before anything is loaded."""
-    if config.topology.weights == "pairwise":
+    name = config.algorithm.name
+    if config.clock is not None:
+        raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
+    if is_asynchronous(REGISTRY[ALIASES.get(name, name)]):
         raise CompositionError(
-            "topology.weights=pairwise passes on in one round what came in the same round, which real peers cannot; "
-            "use topology.weights=metropolis"
+            f"{name} runs in simulations only: its clients have no common rounds, and real peers exchange by rounds; "
+            "use a method with rounds, such as dec-lora"
+        )
+    simulated_only = getattr(REGISTRY[ALIASES.get(name, name)], "simulated_only", None)
+    if simulated_only:
+        raise CompositionError(
+            f"{name} runs in simulations only: {simulated_only}; use another method, such as dec-lora"
+        )
+    if config.train.label_prior == "pooled":
+        raise CompositionError(
+            "train.label_prior=pooled sums label counts over the network before round 0, which real peers do not do; "
+            "use train.label_prior=uniform"
+        )
+    if not build_topology(config.topology, config.clients, config.seed).properties.symmetric:
+        raise CompositionError(
+            f"topology={config.topology.kind} with {config.topology.weights} weights is not symmetric, and real peers "
+            "agree on every link at both ends; use an undirected graph with topology.weights=metropolis"
         )
     if max(site.names) >= config.clients:
         raise CompositionError(
@@ -197,7 +218,7 @@ class PeerRun(Simulation):
         taken = taken_over(state, vectors, {name.partition(":")[0] for name in self.sends})
         return None if taken is None else (finished, taken)
 
-    def _observed(self, t: int, state: Any) -> dict[str, Any]:
+    def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
         """What the neighbourhood knows: how far apart those were who met."""
         exchange, (me,) = self.met, self.met.clients
         after = self.algorithm.model(state).to("cpu")
@@ -207,9 +228,9 @@ class PeerRun(Simulation):
         missed = {str(client): reason for client, reason in sorted(exchange.missed.items())}
         return {**vars(found), "rho": float("nan"), "missed": missed}
 
-    def _edges(self) -> list[tuple[int, int]]:
+    def _edges(self, passed: Passed) -> list[tuple[int, int]]:
         (me,) = self.met.clients
-        return [edge for edge in super()._edges() if me in edge]
+        return [edge for edge in passed.edges if me in edge]
 
     def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
         return (x,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
+from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
-from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, resolve_threads
+from peerlora.runtime.apart import Apart
+from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, opening_state, resolve_threads
 from peerlora.runtime.folder import (
     check_same,
     default_folder,
@@ -28,6 +32,7 @@ from peerlora.runtime.folder import (
     stored_config,
     write_adapters,
 )
+from peerlora.runtime.rounds import Passed, Rounds, Together
 from peerlora.topology.weights import rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
@@ -109,6 +114,15 @@ def composed(
     return compose(config, materials=materials, partitioner=partitioner, clients=clients)
 
 
+def rounds_of(federation: Federation) -> Rounds:
+    """How the clients of a federation come from one round to the next."""
+    algorithm, clock = federation.algorithm, federation.clock
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        assert clock is not None and isinstance(federation.exchange, StackedExchange)
+        return Apart(algorithm, federation.learner, federation.exchange, clock)
+    return Together(algorithm, federation.learner, federation.exchange, clock)
+
+
 class Simulation:
     """One run in its folder."""
 
@@ -124,10 +138,11 @@ class Simulation:
         self.learner, self.exchange = federation.learner, federation.exchange
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
+        self.rounds = rounds_of(federation)
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
-        state = self.algorithm.start(self.federation.start, self.exchange)
+        state = opening_state(self.federation)
         first, state = self._take_up(state) if resumed else (0, state)
         if first == 0:
             self._emit(self._started())
@@ -163,41 +178,41 @@ class Simulation:
         return f"peerlora train --resume {self.store.folder}"
 
     def _round(self, t: int, state: Any) -> Any:
-        self.learner.begin(t)
-        self.exchange.begin(t)
-        began = time.perf_counter()
-        state = self.algorithm.round(t, state, self.learner, self.exchange)
+        state, passed = self.rounds.advance(t, state)
         worked = time.perf_counter()
-        seen, edges = self._observed(t, state), self._edges()
-        seconds_mix = self.exchange.seconds
-        seconds_train = worked - began - seconds_mix
+        edges = self._edges(passed)
         event = RoundDone(
             round=t,
-            loss=self.learner.losses.tolist(),
-            **seen,
+            loss=passed.losses,
+            **self._observed(t, state, passed),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
-            bytes_per_edge=self.exchange.bytes_per_edge,
-            bytes_sent=self.exchange.bytes_sent,
-            seconds_train=seconds_train,
-            seconds_mix=seconds_mix,
+            bytes_per_edge=passed.bytes_per_edge,
+            bytes_sent=passed.bytes_sent,
+            seconds_train=passed.seconds_train,
+            seconds_mix=passed.seconds_mix,
             seconds_diagnostics=time.perf_counter() - worked,
-            measures={name: float(values.mean()) for name, values in self.exchange.measured.items()},
+            measures=dict(passed.measures),
+            virtual_seconds=self.rounds.virtual_seconds,
+            absent=passed.absent,
         )
         self._emit(event)
         return state
 
-    def _observed(self, t: int, state: Any) -> dict[str, Any]:
+    def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
         """What there is to know about the clients after a round, under the names that its event has."""
-        sent, W = self.exchange.mixed, self.exchange.graph.W
-        found = diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W)
-        W = W if sent is not None else np.eye(self.config.clients)
+        sent, W = passed.sent, passed.W if passed.W is not None else np.eye(self.config.clients)
+        found = vars(diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W))
         self.moment += W.T @ W
-        return {**vars(found), "rho": rho(self.moment / (t + 1))}
+        if passed.W is None:
+            unknown = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
+            return {**found, **dict.fromkeys(unknown, math.nan)}
+        doubly = self.federation.topology.properties.doubly_stochastic
+        return {**found, "rho": rho(self.moment / (t + 1)) if doubly else math.nan}
 
-    def _edges(self) -> list[tuple[int, int]]:
+    def _edges(self, passed: Passed) -> list[tuple[int, int]]:
         """The links over which this round exchanged anything."""
-        return self.exchange.graph.edges if self.exchange.mixed is not None else []
+        return passed.edges
 
     def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
         """Whom to evaluate: the clients held here, and what they are averaged to, if that is known."""
@@ -220,14 +235,17 @@ class Simulation:
             averaged_loss=float(scores.loss[averaged]) if averaged else float("nan"),
             seconds=time.perf_counter() - began,
             final=final,
+            virtual_seconds=self.rounds.virtual_seconds,
         )
         self._emit(event)
 
     def _save(self, done: int, state: Any) -> None:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
+        on_the_way, facts = self.rounds.saved()
+        tensors |= {f"rounds.{name}": leaf for name, leaf in on_the_way.items()}
         tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
-        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained})
+        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
 
     def _take_up(self, state: Any) -> tuple[int, Any]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
@@ -241,6 +259,8 @@ class Simulation:
         self.moment = checkpoint.tensors["moment"].numpy().copy()
         memory = {name: value.to(self.config.device) for name, value in _below("learner.", checkpoint.tensors).items()}
         self.learner.load_state(memory, checkpoint.facts["trained"])
+        on_the_way = {name: leaf.to(self.config.device) for name, leaf in _below("rounds.", checkpoint.tensors).items()}
+        self.rounds.take_up(on_the_way, checkpoint.facts.get("rounds", {}))
         return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
 
     def _started(self) -> RunStarted:
@@ -261,6 +281,7 @@ class Simulation:
             warnings=list(federation.warnings),
             notes=list(federation.notes),
             paths=federation.paths,
+            clock=federation.clock.told() if federation.clock else None,
         )
 
     def _finish(self, state: Any) -> Result:

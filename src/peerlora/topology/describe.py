@@ -9,9 +9,9 @@ import numpy as np
 
 from peerlora.config import load_config
 from peerlora.errors import ConfigError
-from peerlora.sections import TopologyConfig
 from peerlora.topology.graphs import Adjacency, components, is_connected
 from peerlora.topology.schedule import Topology
+from peerlora.topology.settings import TopologyConfig
 
 
 def parse_spec(words: str | Sequence[str]) -> TopologyConfig:
@@ -30,15 +30,18 @@ def parse_spec(words: str | Sequence[str]) -> TopologyConfig:
 def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[str, Any]:
     """The key figures of a topology, as plain values for JSON.
 
-    Degrees, ``connected``, ``isolated``, ``bytes_per_round`` and ``rho`` of a topology that is not static are
-    estimates from ``estimated_from`` draws; ``connected`` is then the share of rounds with a connected graph.
-    ``isolated`` is the mean share of clients without a neighbour.  ``rounds_to_halve`` is how many rounds halve the
-    disagreement: 0 when one round ends it, null when it never ends.  ``union`` puts the links of the run's first
-    ``rounds`` rounds together; ``reached`` is the share of clients in its largest connected part.
+    Degrees, ``connected``, ``isolated``, messages, bytes and ``rho`` (beta in many papers) of a topology whose rounds
+    are drawn are estimates from ``estimated_from`` draws, else over its ``period``; where that is not 1, ``connected``
+    is the share of rounds with a connected graph.  Degrees are those of sending.  ``isolated`` is the mean share of
+    clients without a neighbour.  ``rounds_to_halve`` is how many rounds halve the disagreement: 0 when one round ends
+    it, null when it never ends.  ``left_after_period`` is what the product of a period leaves of it, null without one.
+    ``union`` puts the links of the run's first ``rounds`` rounds together; ``reached`` is the share of clients in its
+    largest connected part.
     """
     static = topology.properties.static
-    drawn = [topology.links(0)] if static else list(topology.sample_links(topology.draws or 1))
-    rho = topology.rho()
+    drawn = [topology.links(t) for t in range(topology.period)] if topology.period else []
+    drawn = drawn or list(topology.sample_links(topology.draws or 1))
+    messages, rho = float(np.mean([links.sum() for links in drawn])), topology.rho()
     return {
         "kind": topology.config.kind,
         "clients": topology.clients,
@@ -47,13 +50,19 @@ def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[s
         "stochasticity": {
             "symmetric": topology.properties.symmetric,
             "doubly_stochastic": topology.properties.doubly_stochastic,
+            "row_stochastic": topology.properties.row_stochastic,
+            "column_stochastic": topology.properties.column_stochastic,
             "neighbours_only": topology.properties.neighbours_only,
         },
+        "directed": topology.directed,
         "static": static,
+        "period": topology.period,
+        "left_after_period": topology.left_after_period(),
         "rho": rho,
         "spectral_gap": 1 - rho,
         "rounds_to_halve": rounds_to_halve(rho),
-        "bytes_per_round": round(float(np.mean([links.sum() for links in drawn])) * bytes_per_transfer),
+        "messages_per_round": messages,
+        "bytes_per_round": round(messages * bytes_per_transfer),
         "estimated_from": topology.draws,
         "union": _union(topology, rounds),
     }
@@ -67,18 +76,19 @@ def rounds_to_halve(rho: float) -> float | None:
 
 
 def _shape(drawn: list[Adjacency], static: bool) -> dict[str, Any]:
-    degrees = np.stack([links.sum(axis=1) for links in drawn])
+    degrees = np.stack([links.sum(axis=0) for links in drawn])
+    heard = np.stack([links.sum(axis=1) for links in drawn])
     connected = [is_connected(links) for links in drawn]
     return {
         "degree": {"min": int(degrees.min()), "mean": float(degrees.mean()), "max": int(degrees.max())},
         "connected": connected[0] if static else float(np.mean(connected)),
-        "isolated": float((degrees == 0).mean()),
+        "isolated": float((degrees + heard == 0).mean()),
     }
 
 
 def _union(topology: Topology, rounds: int) -> dict[str, Any]:
     union = np.zeros((topology.clients, topology.clients), dtype=bool)
-    for t in range(1 if topology.properties.static else rounds):
+    for t in range(min(rounds, topology.period) if topology.period else rounds):
         union |= topology.links(t)
     largest = int(np.bincount(components(union)).max())
     return {"rounds": rounds, "connected": largest == topology.clients, "reached": largest / topology.clients}

@@ -1,6 +1,7 @@
 """Graphs that stay the same for a whole run, and the draw of one that changes every round.
 
-A graph is a symmetric boolean array [client, client] with an empty diagonal.
+A graph is a boolean array [client, client] with an empty diagonal: ``adjacency[i, j]`` says that i hears from j.  It is
+symmetric but for the kinds that are called directed.
 """
 
 import math
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
-from peerlora.sections import TopologyConfig
+from peerlora.topology.settings import DirectedGraph, Graph, TopologyConfig
 
 Adjacency = Bool[np.ndarray, "client client"]
 
@@ -21,11 +22,11 @@ OVERRIDE = "or set topology.allow_disconnected=true"
 
 
 def build_graph(config: TopologyConfig, clients: int, seed: int) -> Adjacency:
-    """The fixed graph of a run; every kind but ``random`` has one.
+    """The fixed graph of a run, for the kinds in ``GRAPHS``.
 
     Raises TopologyError where the graph does not exist, or is disconnected without ``allow_disconnected``.
     """
-    assert config.kind in GRAPHS, f"{config.kind} has no fixed graph"
+    assert config.kind in GRAPHS and isinstance(config, Graph | DirectedGraph), f"{config.kind} has no fixed graph"
     if clients == 1 and config.kind != "edges":
         return _empty(1)
     adjacency = GRAPHS[config.kind](config, clients, seed)
@@ -44,6 +45,23 @@ def edge_draw(p: float, clients: int, seed: int, t: int) -> Adjacency:
     return pair_draw(p, clients, numpy_generator(seed, "graph", round=t))
 
 
+def out_draw(degree: int, clients: int, seed: int, t: int) -> Adjacency:
+    """The directed graph of round ``t``: each client sends to ``degree`` others; pure in (seed, t)."""
+    draw = numpy_generator(seed, "graph", round=t).random((clients, clients))
+    np.fill_diagonal(draw, np.inf)
+    receivers = np.argsort(draw, axis=1)[:, :degree]
+    return _arrows(clients, np.repeat(np.arange(clients), degree), receivers.ravel())
+
+
+def check_out_degree(clients: int, degree: int) -> None:
+    """Raises TopologyError where nobody has so many others to send to."""
+    if degree >= clients > 1:
+        raise TopologyError(
+            f"random-out graph with degree {degree} and {clients} clients; a client has at most {clients - 1} others; "
+            "lower topology.degree"
+        )
+
+
 def pair_draw(p: float, clients: int, generator: np.random.Generator) -> Adjacency:
     """Each pair of clients independently with probability ``p``."""
     upper = np.triu(generator.random((clients, clients)) < p, 1)
@@ -51,16 +69,22 @@ def pair_draw(p: float, clients: int, generator: np.random.Generator) -> Adjacen
 
 
 def components(adjacency: Adjacency) -> Int[np.ndarray, " client"]:
-    """For every client the number of the connected part it belongs to."""
+    """For every client the number of the connected part it belongs to; within one, all reach each other."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import connected_components
 
-    return connected_components(csr_matrix(adjacency), directed=False)[1]
+    directed = not is_symmetric(adjacency)
+    return connected_components(csr_matrix(adjacency), directed=directed, connection="strong")[1]
 
 
 def is_connected(adjacency: Adjacency) -> bool:
     """Whether every client can reach every other one."""
     return bool((components(adjacency) == 0).all())
+
+
+def is_symmetric(adjacency: Adjacency) -> bool:
+    """Whether every link goes both ways."""
+    return bool((adjacency == adjacency.T).all())
 
 
 def ring(clients: int) -> Adjacency:
@@ -143,18 +167,35 @@ def erdos_renyi(clients: int, p: float, seed: int, any_draw: bool = False) -> Ad
     return _first_connected(lambda generator: pair_draw(p, clients, generator), seed, any_draw, given, remedy)
 
 
-def from_edges(clients: int, edges: list[tuple[int, int]]) -> Adjacency:
-    """The links written out; naming one twice is the same as once."""
+def directed_ring(clients: int, chords: list[tuple[int, int]]) -> Adjacency:
+    """Client i sends to i + 1, and along the ``chords`` [sender, receiver].
+
+    With a chord in- and out-degrees differ; a directed ring alone is as balanced as an undirected one.
+    """
+    i = np.arange(clients)
+    return _arrows(clients, i, (i + 1) % clients) | from_edges(clients, chords, directed=True, name="chords")
+
+
+def directed_exponential(clients: int) -> Adjacency:
+    """Client i sends to i + 2^k (mod clients), for all 2^k < clients."""
+    hears, i = _empty(clients), np.arange(clients)
+    for k in range((clients - 1).bit_length()):
+        hears |= _arrows(clients, i, (i + 2**k) % clients)
+    return hears
+
+
+def from_edges(clients: int, edges: list[tuple[int, int]], directed: bool = False, name: str = "edges") -> Adjacency:
+    """The links written out, directed ones as (sender, receiver); naming one twice is the same as once."""
     for i, j in edges:
         if i == j:
-            raise TopologyError(f"topology.edges links client {i} to itself; remove [{i}, {j}]")
+            raise TopologyError(f"topology.{name} links client {i} to itself; remove [{i}, {j}]")
         if max(i, j) >= clients:
             raise TopologyError(
-                f"topology.edges names client {max(i, j)} in [{i}, {j}], but {clients} clients are numbered 0 to "
+                f"topology.{name} names client {max(i, j)} in [{i}, {j}], but {clients} clients are numbered 0 to "
                 f"{clients - 1}; remove it or raise clients"
             )
     ends = np.array(edges, dtype=int).reshape(-1, 2)
-    return _linked(clients, ends[:, 0], ends[:, 1])
+    return (_arrows if directed else _linked)(clients, ends[:, 0], ends[:, 1])
 
 
 GRAPHS: dict[str, Callable[[Any, int, int], Adjacency]] = {
@@ -168,7 +209,9 @@ GRAPHS: dict[str, Callable[[Any, int, int], Adjacency]] = {
         clients, config.degree, seed, config.allow_disconnected
     ),
     "erdos-renyi": lambda config, clients, seed: erdos_renyi(clients, config.p, seed, config.allow_disconnected),
-    "edges": lambda config, clients, seed: from_edges(clients, config.edges),
+    "edges": lambda config, clients, seed: from_edges(clients, config.edges, config.directed),
+    "directed-ring": lambda config, clients, seed: directed_ring(clients, config.chords),
+    "directed-exponential": lambda config, clients, seed: directed_exponential(clients),
 }
 
 
@@ -189,6 +232,10 @@ def _empty(clients: int) -> Adjacency:
 
 
 def _linked(clients: int, i: Int[np.ndarray, " edge"], j: Int[np.ndarray, " edge"]) -> Adjacency:
+    return _arrows(clients, i, j) | _arrows(clients, j, i)
+
+
+def _arrows(clients: int, senders: Int[np.ndarray, " edge"], receivers: Int[np.ndarray, " edge"]) -> Adjacency:
     adjacency = _empty(clients)
-    adjacency[i, j] = adjacency[j, i] = True
+    adjacency[receivers, senders] = True
     return adjacency

@@ -13,6 +13,9 @@ class Properties:
     static: bool = False
     neighbours_only: bool = False
     """False where W reaches beyond this round's neighbours, which real peers cannot do."""
+    period: int | None = None
+    """Rounds after which the same matrices come again: 1 where W is static, None where rounds are drawn.  Told, never
+    required."""
 
     @property
     def doubly_stochastic(self) -> bool:
@@ -21,5 +24,5 @@ class Properties:
 
     def missing(self, offered: "Properties") -> list[str]:
         """The names of what is required here and not offered there."""
-        names = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self) if field.name != "period"]
         return [name.replace("_", " ") for name in names if getattr(self, name) and not getattr(offered, name)]

@@ -1,6 +1,6 @@
 """Which graph and which W a round has.  Pure in (seed, t), so every peer computes the same without asking."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,16 +8,38 @@ import numpy as np
 from jaxtyping import Int
 
 from peerlora.randomness import derive, numpy_generator
-from peerlora.sections import TopologyConfig
-from peerlora.topology.graphs import Adjacency, build_graph, edge_draw, pair_draw
+from peerlora.topology.graphs import (
+    GRAPHS,
+    Adjacency,
+    build_graph,
+    check_out_degree,
+    edge_draw,
+    is_symmetric,
+    out_draw,
+    pair_draw,
+)
+from peerlora.topology.planned import Plan
+from peerlora.topology.plans import PLANS
 from peerlora.topology.properties import Properties
-from peerlora.topology.weights import Matrix, over_permutations, pairwise_weights, remove_links, rho, weights
+from peerlora.topology.settings import TopologyConfig
+from peerlora.topology.weights import (
+    Matrix,
+    lazy,
+    long_run_rho,
+    over_permutations,
+    pairwise_weights,
+    remove_links,
+    rho,
+    static_rho,
+    weights,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class RoundGraph:
     """The links that are really up in one round, and W [client, client] with rows = receivers.
 
+    ``adjacency[i, j]`` says that i hears from j; W_ij is then the weight of j's message.
     Static topologies hand out the same object every round: read it, never write into it.
     """
 
@@ -26,17 +48,28 @@ class RoundGraph:
 
     @property
     def degrees(self) -> Int[np.ndarray, " client"]:
-        """The number of neighbours of every client."""
+        """The number of those whom a client hears from."""
         return self.adjacency.sum(axis=1)
 
     @property
+    def out_degrees(self) -> Int[np.ndarray, " client"]:
+        """The number of those whom a client sends to; the same where links go both ways."""
+        return self.adjacency.sum(axis=0)
+
+    @property
     def edges(self) -> list[tuple[int, int]]:
-        """The links (i, j) with i < j."""
-        return [(i, j) for i, j in np.argwhere(np.triu(self.adjacency)).tolist()]
+        """The links (i, j) with i < j; where any goes one way only, all of them as (sender, receiver)."""
+        if is_symmetric(self.adjacency):
+            return [(i, j) for i, j in np.argwhere(np.triu(self.adjacency)).tolist()]
+        return [(j, i) for i, j in np.argwhere(self.adjacency).tolist()]
 
     def neighbours(self, client: int) -> list[int]:
-        """Those whom ``client`` talks to this round, in order."""
+        """Those whom ``client`` hears from this round, in order."""
         return np.flatnonzero(self.adjacency[client]).tolist()
+
+    def receivers(self, client: int) -> list[int]:
+        """Those whom ``client`` sends to this round, in order."""
+        return np.flatnonzero(self.adjacency[:, client]).tolist()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +80,11 @@ class Topology:
     clients: int
     seed: int
     graph: Adjacency | None
-    """The graph of the whole run; None where every round draws its own."""
+    """The graph of the whole run; None where every round has its own."""
+    plan: Plan | None = None
+    """Where the topology comes with its own W."""
+    interrupted: bool = False
+    """Whether rounds may have to do without clients that the topology itself does not drop: see ``at``."""
 
     @cached_property
     def properties(self) -> Properties:
@@ -55,29 +92,50 @@ class Topology:
 
         ``pairwise`` draws a new order of contacts every round, so it is never static.
         """
-        config, pairwise = self.config, self.config.weights == "pairwise"
-        drops = config.drop_links > 0 or config.drop_clients > 0
+        rule = self.config.weights
+        one_way = self.directed and self._drops  # the sender keeps what it could not send, so rows lose their sum
+        if rule in ("push-sum", "row-average"):
+            balanced = not one_way and self.graph is not None and _is_regular(self.graph)
+            symmetric = balanced and not self.directed
+            rows, columns = balanced or rule == "row-average", balanced or rule == "push-sum"
+        else:
+            symmetric = self.plan.symmetric if self.plan else rule != "pairwise"
+            rows, columns = not one_way, True
         return Properties(
-            symmetric=not pairwise,
-            row_stochastic=True,
-            column_stochastic=True,
-            static=not (self.graph is None or drops or pairwise),
-            neighbours_only=not pairwise,
+            symmetric=bool(symmetric),
+            row_stochastic=bool(rows),
+            column_stochastic=bool(columns),
+            static=self.period == 1,
+            neighbours_only=rule != "pairwise",
+            period=self.period,
         )
 
-    def at(self, t: int) -> RoundGraph:
-        """The graph and W of round ``t``."""
-        return self._static if self.properties.static else self._round(self.seed, t)
+    @cached_property
+    def period(self) -> int | None:
+        """Rounds after which the same matrices come again, 1 where they never change; None where rounds are drawn."""
+        if self._drops or self.config.weights == "pairwise":
+            return None
+        return self.plan.period if self.plan else 1 if self.graph is not None else None
+
+    @cached_property
+    def directed(self) -> bool:
+        """Whether links may go one way."""
+        if self.plan is not None:
+            return not self.plan.symmetric
+        return self.config.kind == "random-out" or (self.graph is not None and not is_symmetric(self.graph))
+
+    def at(self, t: int, absent: Sequence[int] = ()) -> RoundGraph:
+        """The graph and W of round ``t``, without the links of those who are ``absent``."""
+        return self._static if self.period == 1 else self._round(self.seed, t, absent)
 
     def links(self, t: int) -> Adjacency:
-        """The links that are up in round ``t``, without the cost of W."""
-        full, missing = self._links(self.seed, t)
-        return full & ~missing
+        """The links that are up in round ``t``, without the cost of W where it follows from them."""
+        return self._up(self.seed, t)
 
     @property
     def draws(self) -> int | None:
-        """How many rounds an estimate draws by default; None where the graph is static and nothing is estimated."""
-        if self.properties.static:
+        """How many rounds an estimate draws by default; None where rounds repeat and nothing is estimated."""
+        if self.period is not None:
             return None
         return 1000 if self.clients <= 100 else max(20, 10_000_000 // self.clients**2)
 
@@ -86,26 +144,40 @@ class Topology:
         return (self._round(self._sample_seed, t) for t in range(rounds))
 
     def sample_links(self, rounds: int) -> Iterator[Adjacency]:
-        """The links of the rounds that ``sample`` draws, without the cost of W."""
-        for t in range(rounds):
-            full, missing = self._links(self._sample_seed, t)
-            yield full & ~missing
+        """The links of the rounds that ``sample`` draws, without the cost of W where it follows from them."""
+        return (self._up(self._sample_seed, t) for t in range(rounds))
 
     def rho(self, rounds: int | None = None) -> float:
-        """How much of the disagreement norm a round leaves (see ``weights.rho``).
+        """How much of the disagreement norm a round leaves, in the mean over rounds (see ``weights.rho``).
 
-        Exact for static topologies, else estimated from ``rounds`` draws that do not depend on the run's rounds.
+        Exact for topologies with a period, else estimated from ``rounds`` draws that do not depend on the run's
+        rounds.  Where W is not doubly stochastic it is the factor in the long run (``weights.long_run_rho``).
         """
-        if self.properties.static:
-            W = self._static.W
-            return rho(W.T @ W)
-        rounds = rounds or self.draws or 1
+        rounds = self.period or rounds or self.draws or 1
+        if not self.properties.doubly_stochastic:
+            if self.period == 1:
+                return static_rho(self._static.W)
+            drawn = (graph.W for graph in self.sample(rounds))
+            return long_run_rho(drawn, self.properties.column_stochastic, numpy_generator(self.seed, "rho"))
         moment = np.zeros((self.clients, self.clients))
-        for drawn in self.sample(rounds):
+        for drawn in [self._static] if self.period == 1 else self.sample(rounds):
             moment += drawn.W.T @ drawn.W / rounds
         # No client is special in a graph drawn anew every round, so neither is one in the true moment;
         # imposing that removes the upward bias that the largest eigenvalue of a noisy matrix has.
-        return rho(over_permutations(moment) if self.graph is None else moment)
+        return rho(over_permutations(moment) if self.config.kind == "random" else moment)
+
+    def left_after_period(self) -> float | None:
+        """``|| W_period ... W_1 - J ||_2``: what one period leaves of the disagreement; None without a period."""
+        if self.period is None or not self.properties.doubly_stochastic:
+            return None
+        product = np.eye(self.clients)
+        for t in range(self.period):
+            product = self.at(t).W @ product
+        return rho(product.T @ product)
+
+    @property
+    def _drops(self) -> bool:
+        return self.config.drop_links > 0 or self.config.drop_clients > 0 or self.interrupted
 
     @property
     def _sample_seed(self) -> int:
@@ -113,35 +185,69 @@ class Topology:
 
     @cached_property
     def _static(self) -> RoundGraph:
-        assert self.graph is not None
-        return RoundGraph(self.graph, self._full_weights)
+        return RoundGraph(*self._planned(self.seed, 0))
 
     @cached_property
     def _full_weights(self) -> Matrix:
         """W of the fixed graph with nothing missing."""
         assert self.graph is not None
-        return weights(self.graph, self.config.weights)
+        return self._weighted(self.graph)
 
-    def _round(self, seed: int, t: int) -> RoundGraph:
-        full, missing = self._links(seed, t)
-        adjacency = full & ~missing
+    def _weighted(self, adjacency: Adjacency) -> Matrix:
+        return self._lazy(weights(adjacency, self.config.weights))
+
+    def _lazy(self, W: Matrix) -> Matrix:
+        return lazy(W) if self.config.lazy else W
+
+    def _round(self, seed: int, t: int, absent: Sequence[int] = ()) -> RoundGraph:
+        gone = np.isin(np.arange(self.clients), absent)
+        apart = np.logical_or.outer(gone, gone)
         if self.config.weights == "pairwise":
-            return RoundGraph(adjacency, pairwise_weights(adjacency, numpy_generator(seed, "pairwise", round=t)))
-        W = self._full_weights if self.graph is not None else weights(full, self.config.weights)
-        return RoundGraph(adjacency, remove_links(W, missing))
+            up = self._up(seed, t) & ~apart
+            return RoundGraph(up, self._lazy(pairwise_weights(up, numpy_generator(seed, "pairwise", round=t))))
+        full, W = self._planned(seed, t)
+        missing = full & (self._missing(seed, t) | apart)
+        sender_keeps = self.directed and self.config.weights != "row-average"
+        return RoundGraph(full & ~missing, remove_links(W, missing, sender_keeps or self.config.weights == "push-sum"))
 
-    def _links(self, seed: int, t: int) -> tuple[Adjacency, Adjacency]:
-        """The planned links of a round, and those of them that are missing."""
+    def _planned(self, seed: int, t: int) -> tuple[Adjacency, Matrix]:
+        """The links of a round and W before anything drops."""
+        if self.plan is not None:
+            W = self._lazy(self.plan.W(seed, t))
+            return _links(W), W
+        if self.graph is not None:
+            return self.graph, self._full_weights
+        full = self._drawn(seed, t)
+        return full, self._weighted(full)
+
+    def _up(self, seed: int, t: int) -> Adjacency:
+        if self.plan is not None:
+            full = _links(self.plan.W(seed, t))
+        else:
+            full = self.graph if self.graph is not None else self._drawn(seed, t)
+        return full & ~self._missing(seed, t)
+
+    def _drawn(self, seed: int, t: int) -> Adjacency:
+        config = self.config
+        if config.kind == "random":
+            return edge_draw(config.p, self.clients, seed, t)
+        assert config.kind == "random-out"
+        return out_draw(config.degree, self.clients, seed, t)
+
+    def _missing(self, seed: int, t: int) -> Adjacency:
+        """Which links are down if they are planned; each way has its own luck where links may go one way."""
         config, clients = self.config, self.clients
-        full = edge_draw(config.p, clients, seed, t) if config.kind == "random" else self.graph
-        assert full is not None
-        missing = np.zeros_like(full)
+        missing = np.zeros((clients, clients), dtype=bool)
         if config.drop_links > 0:
-            missing |= pair_draw(config.drop_links, clients, numpy_generator(seed, "links", round=t))
+            generator = numpy_generator(seed, "links", round=t)
+            if self.directed:
+                missing |= generator.random((clients, clients)) < config.drop_links
+            else:
+                missing |= pair_draw(config.drop_links, clients, generator)
         if config.drop_clients > 0:
             away = numpy_generator(seed, "participation", round=t).random(clients) < config.drop_clients
             missing |= np.logical_or.outer(away, away)
-        return full, full & missing
+        return missing
 
 
 def build_topology(config: TopologyConfig, clients: int, seed: int) -> Topology:
@@ -149,5 +255,18 @@ def build_topology(config: TopologyConfig, clients: int, seed: int) -> Topology:
 
     Raises TopologyError where its graph does not exist, or is disconnected without ``allow_disconnected``.
     """
-    graph = None if config.kind == "random" else build_graph(config, clients, seed)
-    return Topology(config, clients, seed, graph)
+    if config.kind in PLANS:
+        return Topology(config, clients, seed, None, PLANS[config.kind](config, clients, seed))
+    if config.kind == "random-out":
+        check_out_degree(clients, config.degree)
+    return Topology(config, clients, seed, build_graph(config, clients, seed) if config.kind in GRAPHS else None)
+
+
+def _links(W: Matrix) -> Adjacency:
+    return (W != 0) & ~np.eye(len(W), dtype=bool)
+
+
+def _is_regular(adjacency: Adjacency) -> bool:
+    """Whether all clients hear from and send to equally many."""
+    degrees = np.concatenate([adjacency.sum(axis=0), adjacency.sum(axis=1)])
+    return bool((degrees == degrees[0]).all())

@@ -1,20 +1,23 @@
 """Mixing matrices W (rows are receivers) from a graph, and how fast they make clients agree.
 
-``neighbours`` of a client never include itself; every W is float64 [client, client] and doubly stochastic.
+``neighbours`` of a client never include itself; every W is float64 [client, client].  Those of an undirected graph are
+doubly stochastic, but for the ones that say what else they keep: ``metropolis_target``, ``push_sum``, ``row_average``.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
+from peerlora.errors import TopologyError
 from peerlora.topology.graphs import Adjacency
 
 Matrix = Float64[np.ndarray, "client client"]
 
 
 def weights(adjacency: Adjacency, rule: str) -> Matrix:
-    """W by the rule ``metropolis``, ``laplacian`` or ``uniform``: symmetric, and only between neighbours."""
+    """W by one of ``RULES``, only between neighbours."""
     return RULES[rule](adjacency)
 
 
@@ -45,6 +48,41 @@ def uniform(adjacency: Adjacency) -> Matrix:
     return _fill_diagonal(adjacency / (1.0 + adjacency.sum(axis=1).max()))
 
 
+def metropolis_target(adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> Matrix:
+    """``w_ij = min(1 / (1 + d_i), (c_j / c_i) / (1 + d_j))``, the rest of each row on the diagonal.
+
+    Rows sum to 1 and ``c_i w_ij = c_j w_ji``, so repeated mixing ends at ``sum_i c_i x_i / sum_i c_i`` exactly, where
+    rows that are reweighted by c and renormalised do not.  Each end of a link needs the other's c and degree alone.
+
+    Raises TopologyError unless every ``c`` is a positive number.
+    Source: Hastings 1970, with a uniform proposal over the closed neighbourhood.
+    """
+    if not (np.isfinite(c).all() and (c > 0).all()):
+        raise TopologyError(f"target weights {np.asarray(c).tolist()} given; each client needs a positive number")
+    share = 1.0 / (1.0 + adjacency.sum(axis=1))
+    return _fill_diagonal(np.where(adjacency, np.minimum(share[:, None], np.outer(1 / c, c * share)), 0.0))
+
+
+def lazy(W: Matrix) -> Matrix:
+    """``(I + W) / 2``: half as fast, and without negative eigenvalues where W is symmetric."""
+    return (np.eye(len(W)) + W) / 2
+
+
+def push_sum(adjacency: Adjacency) -> Matrix:
+    """Senders split their mass evenly: ``1 / (1 + out-degree of j)`` in column j, its diagonal included.
+
+    ``adjacency[i, j]``: i hears from j.  Columns sum to 1; rows do too where all have equally many neighbours each way.
+    Source: Kempe, Dobra, Gehrke 2003, "Gossip-based computation of aggregate information".
+    """
+    linked = adjacency | np.eye(len(adjacency), dtype=bool)
+    return linked / linked.sum(axis=0)
+
+
+def row_average(adjacency: Adjacency) -> Matrix:
+    """Receivers take the plain average of what reaches them: rows sum to 1, and the limit is a weighted mean."""
+    return np.ascontiguousarray(push_sum(adjacency.T).T)
+
+
 def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Matrix:
     """The product of half/half averages, one contact after another in a random order.
 
@@ -59,13 +97,14 @@ def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Ma
     return W
 
 
-def remove_links(W: Matrix, missing: Adjacency) -> Matrix:
-    """W without the ``missing`` links, whose weight goes to the diagonal of both ends: W_ij to W_ii and W_ji to W_jj.
+def remove_links(W: Matrix, missing: Adjacency, sender_keeps: bool = False) -> Matrix:
+    """W without the ``missing`` links; what W_ij weighed goes to W_ii, or to W_jj where the sender keeps it.
 
-    A symmetric W stays symmetric and doubly stochastic.
+    The first keeps the sums of rows, the second those of columns: what was not sent is not lost.  A symmetric W without
+    links both ways stays symmetric, and both are the same.
     """
     kept = np.where(missing, 0.0, W)
-    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=1)
+    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=0 if sender_keeps else 1)
     return kept
 
 
@@ -88,6 +127,29 @@ def spectral_gap(second_moment: Matrix) -> float:
     return 1 - rho(second_moment)
 
 
+def long_run_rho(matrices: Iterable[Matrix], columns: bool, generator: np.random.Generator) -> float:
+    """The factor per round by which these W shrink the disagreement in the long run, where they keep one sum alone.
+
+    Column-stochastic W (``columns``) map vectors with sum 0 to such: the growth of a random one is the rate at which
+    push-sum's ratios agree.  Of row-stochastic W the transposes are taken.  The first rounds do not count.
+    """
+    x, logs = None, []
+    for W in matrices:
+        x = generator.normal(size=len(W)) if x is None else x
+        x = (W if columns else W.T) @ (x - x.mean())
+        size = float(np.linalg.norm(x))
+        if size < 1e-14:
+            return 0.0
+        x = x / size
+        logs.append(math.log(size))
+    return min(1.0, math.exp(np.mean(logs[len(logs) // 10 :])))
+
+
+def static_rho(W: Matrix) -> float:
+    """``long_run_rho`` of one W: the second largest modulus of its eigenvalues."""
+    return float(np.sort(np.abs(np.linalg.eigvals(W)))[-2]) if len(W) > 1 else 0.0
+
+
 def over_permutations(matrix: Matrix) -> Matrix:
     """The mean of a matrix over all renumberings of the clients: one value on the diagonal, one elsewhere."""
     clients = len(matrix)
@@ -102,6 +164,8 @@ RULES: dict[str, Callable[[Adjacency], Matrix]] = {
     "metropolis": metropolis,
     "laplacian": laplacian,
     "uniform": uniform,
+    "push-sum": push_sum,
+    "row-average": row_average,
 }
 
 

@@ -43,7 +43,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         down, up = A.to(x.dtype), (B * scaling).to(x.dtype)
         z = places.by_client(x if keep is None else x * keep)
-        u = torch.bmm(z, down.mT)
+        u = places.only_tokens(torch.bmm(z, down.mT))
         y = base.up(x, plus).add_(places.packed(torch.bmm(u, up.mT)))
         ctx.save_for_backward(z, u, down, up, keep, scaling)
         ctx.base, ctx.places, ctx.dtype = base, places, A.dtype
@@ -53,8 +53,9 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         z, u, down, up, keep, scaling = ctx.saved_tensors
         want_x, want_plus, want_A, want_B, *_ = ctx.needs_input_grad
-        g = ctx.places.by_client(gradients[0], fill=0.0)  # else a gradient would reach the places that are no token
-        du = torch.bmm(g, up)
+        # u and du are zero in the places that are no token, so no gradient comes from there.
+        g = ctx.places.by_client(gradients[0])
+        du = ctx.places.only_tokens(torch.bmm(g, up))
         dA = torch.bmm(du.mT, z).to(ctx.dtype) if want_A else None
         dB = torch.bmm(g.mT, u).to(ctx.dtype) * scaling if want_B else None
         dx = None

@@ -35,9 +35,15 @@ class Moments:
         steps = {block: torch.zeros(len(flat), dtype=torch.int64, device=flat.device) for block in blocks}
         return Moments(torch.zeros_like(flat), torch.zeros_like(flat), steps)
 
-    def rows(self, clients: slice) -> Moments:
-        """Some clients' memory, as views."""
+    def rows(self, clients: slice | list[int]) -> Moments:
+        """Some clients' memory: of a slice as views, else as copies."""
         return Moments(self.first[clients], self.second[clients], {k: v[clients] for k, v in self.steps.items()})
+
+    def put(self, clients: list[int], part: Moments) -> None:
+        """Write back what ``rows`` copied."""
+        self.first[clients], self.second[clients] = part.first, part.second
+        for block, count in self.steps.items():
+            count[clients] = part.steps[block]
 
 
 def step(
@@ -59,10 +65,14 @@ def step(
 
 def clip(gradients: Mapping[str, Float[Tensor, "client column"]], largest: float) -> None:
     """Scale each client's gradient, in place, so that its norm over all blocks is at most ``largest``."""
-    norm = torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
-    factor = (largest / (norm + 1e-6)).clamp_max(1.0)  # torch.nn.utils.clip_grad_norm_'s own epsilon
+    factor = (largest / (norms(gradients) + 1e-6)).clamp_max(1.0)  # torch.nn.utils.clip_grad_norm_'s own epsilon
     for g in gradients.values():
         g.mul_(factor[:, None])
+
+
+def norms(gradients: Mapping[str, Float[Tensor, "client column"]]) -> Float[Tensor, " client"]:
+    """Each client's gradient norm over all active blocks."""
+    return torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
 
 
 def _adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:

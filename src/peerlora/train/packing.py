@@ -39,16 +39,15 @@ class Places:
         slots = first[:, None] + steps.expand_as(filling).masked_fill(filling, 0)
         return Places(padded, len(counts), slots, filling, (~filling).flatten().nonzero()[:, 0])
 
-    def by_client(
-        self, x: Float[Tensor, "place width"], fill: float | None = None
-    ) -> Float[Tensor, "client longest width"]:
-        """One rectangle of all clients' tokens; filled up with ``fill`` or, cheaper, with any finite numbers."""
-        if self.slots is None or self.filling is None:
+    def by_client(self, x: Float[Tensor, "place width"]) -> Float[Tensor, "client longest width"]:
+        """One rectangle of all clients' tokens; where a client has no more, its first one again."""
+        if self.slots is None:
             return x.reshape(self.clients, -1, x.shape[-1])
-        y = x.index_select(0, self.slots.flatten())
-        if fill is not None:
-            y.masked_fill_(self.filling.view(-1, 1), fill)
-        return y.view(*self.slots.shape, -1)
+        return x.index_select(0, self.slots.flatten()).view(*self.slots.shape, -1)
+
+    def only_tokens(self, x: Float[Tensor, "client longest rank"]) -> Float[Tensor, "client longest rank"]:
+        """Zeros, in place, where a client has no more tokens; on narrow rectangles, since it costs a pass."""
+        return x if self.filling is None else x.masked_fill_(self.filling[..., None], 0.0)
 
     def packed(self, x: Float[Tensor, "client longest width"]) -> Float[Tensor, "place width"]:
         """The way back."""

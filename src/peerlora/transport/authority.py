@@ -6,10 +6,11 @@ trust.pem      what every site gets: the root certificate and the list signer's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -125,11 +126,18 @@ def list_signer(authority: Path) -> Ed25519PrivateKey:
     return key
 
 
-def throwaway(folder: Path, addresses: Mapping[str, str | None], name: str = "throwaway", days: int = 30) -> MemberList:
+def throwaway(
+    folder: Path,
+    addresses: Mapping[str, str | None],
+    name: str = "throwaway",
+    days: int = 30,
+    edges: Iterable[tuple[str, str]] | None = None,
+) -> MemberList:
     """Identities and a signed list for a federation on one machine, in ``folder``.
 
     ``folder/authority``, ``folder/SITE`` for every site (in the order of their client numbers) and
-    ``folder/members.json``.  ``addresses``: site -> host:port, or None for one that only dials.
+    ``folder/members.json``.  ``addresses``: site -> host:port, or None for one that only dials.  ``edges``: who may
+    talk to whom; None: everybody to everybody.
     """
     authority, members = folder / "authority", new_list(name)
     new_authority(authority, name)
@@ -137,6 +145,8 @@ def throwaway(folder: Path, addresses: Mapping[str, str | None], name: str = "th
         fingerprint = new_identity(folder / site, site)
         enrol(authority, folder / site, days)
         members = add_member(members, site, fingerprint, address)
+    if edges is not None:
+        members = msgspec.structs.replace(members, edges=list(edges))
     signed = sign_list(members, list_signer(authority), timedelta(days=days))
     write_list(folder / "members.json", signed)
     return signed.list

@@ -1,0 +1,193 @@
+"""The studies of docs/results.md: grids of `peerlora compare`, on GLUE tasks with MiniLM and skewed labels.
+
+    python bench/studies.py methods --data FOLDER
+
+FOLDER holds sst2/train.parquet, sst2/validation.parquet and so on.  A study's runs lie below .bench/studies; it can be
+stopped and gone on with.  At its end the table goes to bench/results and between the study's markers of
+docs/results.md.  Learning rates are searched per method and task, at p = 0.1, on training rows set aside; ``ring`` and
+``sparsity`` take the rates that ``methods`` found.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from markers import insert
+from peerlora.algorithms import REGISTRY
+from peerlora.runs.compare import Comparison
+from peerlora.runtime.cells import load_grid
+from peerlora.runtime.folder import run_facts
+from peerlora.runtime.grid import Hooks, resume_grid, start_grid
+from peerlora.runtime.presets import BINARY, THREE
+
+Tree = dict[str, Any]
+PLACE, RESULTS, PAGE = Path(".bench/studies"), Path("bench/results"), Path("docs/results.md")
+SEEDS = [0, 1, 2]
+RATES = [2e-3, 5e-3]
+LORA_METHODS = (
+    "local", "dec-lora", "adf-lora", "tad-lora", "rolora", "ffa-lora", "fedit", "fedsa-lora", "decaf", "flexlora",
+    "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "flora", "fedex-lora", "fedhl",
+)  # fmt: skip
+FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
+TASKS = {
+    "SST-2": ("sst2", ["sentence"], ["negative", "positive"], BINARY, 64),
+    "QNLI": ("qnli", ["question", "sentence"], ["entailment", "not_entailment"], BINARY, 96),
+    "MNLI": ("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], THREE, 96),
+}
+"""Task -> (folder, columns of text, labels by id, partition, most tokens of a row)."""
+
+
+def task(name: str, data: Path) -> Tree:
+    folder, text, labels, partition, longest = TASKS[name]
+    rows = {
+        "train": f"parquet:{data / folder / 'train.parquet'}",
+        "eval": f"parquet:{data / folder / 'validation.parquet'}",
+        "text": text,
+        "label": "label",
+        "max_length": longest,
+    }
+    return {"data": rows, "task": {"labels": labels}, "partition": partition}
+
+
+def base(rounds: int) -> Tree:
+    """What the studies have in common; 40 rows a client and round."""
+    return {
+        "clients": 10,
+        "adapter": {"rank": 8, "alpha": 16, "targets": ["query", "value"]},
+        "topology": {"kind": "random", "p": 0.1},
+        "train": {"rounds": rounds, "local_steps": 5, "batch": 8, "dtype": "bf16"},
+        "eval": {"every": max(1, rounds // 2), "rows": 500},
+        "checkpoint": {"every": rounds},
+        "threads": 1,
+    }
+
+
+def search(rows_of: str) -> Tree:
+    """500 rows of every task are set aside, whatever its size."""
+    shares = {"SST-2": 500 / 67349, "QNLI": 0.05, "MNLI": 0.05}
+    return {"rates": RATES, "seeds": [0], "holdout": shares[rows_of]}
+
+
+def methods(data: Path, rounds: int) -> Tree:
+    """Every LoRA method on SST-2, meeting at random with p = 0.1."""
+    return {
+        "base": base(rounds) | task("SST-2", data),
+        "axes": {"method": list(LORA_METHODS)},
+        "seeds": SEEDS,
+        "baseline": {"method": "dec-lora"},
+        "search": search("SST-2"),
+    }
+
+
+def elsewhere(methods: Sequence[str], graphs: Sequence[Any]) -> Callable[[Path, int], Tree]:
+    """SST-2 on other graphs, with the rates that ``methods`` found."""
+
+    def grid(data: Path, rounds: int) -> Tree:
+        rates = {row["labels"]["method"]: row["rate"] for row in read("methods")["rows"]}
+        axis = {name: {"algorithm": {"name": name}, "train": {"lr": rates[name]}} for name in methods}
+        return {
+            "base": base(rounds) | task("SST-2", data),
+            "axes": {"method": axis, "topology": list(graphs)},
+            "seeds": SEEDS,
+            "baseline": {"method": "dec-lora"},
+        }
+
+    return grid
+
+
+def pairs(name: str) -> Callable[[Path, int], Tree]:
+    """The same methods on a task of text pairs."""
+
+    def grid(data: Path, rounds: int) -> Tree:
+        graphs = [{"kind": "random", "p": p} for p in (0.1, 0.02)]
+        return {
+            "base": base(rounds) | task(name, data),
+            "axes": {"method": list(FACTOR_METHODS), "topology": graphs},
+            "seeds": SEEDS,
+            "baseline": {"method": "dec-lora"},
+            "search": search(name),
+        }
+
+    return grid
+
+
+def dtype(data: Path, rounds: int) -> Tree:
+    """Whether the other studies may use bf16: the same runs in both."""
+    grid = {
+        "base": base(rounds) | task("SST-2", data),
+        "axes": {"method": ["dec-lora", "adf-lora"], "train.dtype": ["fp32", "bf16"]},
+        "seeds": SEEDS,
+        "baseline": {"train.dtype": "fp32"},
+    }
+    del grid["base"]["train"]["dtype"]
+    grid["base"]["train"]["lr"] = 5e-3
+    return grid
+
+
+STUDIES: dict[str, Callable[[Path, int], Tree]] = {
+    "methods": methods,
+    "ring": elsewhere(LORA_METHODS, ["ring"]),
+    "sparsity": elsewhere(FACTOR_METHODS, [{"kind": "random", "p": p} for p in (0.5, 0.02)]),
+    "qnli": pairs("QNLI"),
+    "mnli": pairs("MNLI"),
+    "dtype": dtype,
+}
+
+
+def read(study: str) -> Tree:
+    return json.loads((RESULTS / f"study-{study}.json").read_text())
+
+
+def run(study: str, tree: Tree) -> Comparison:
+    """Start the grid, or go on with it."""
+    folder = PLACE / study
+
+    @contextmanager
+    def watch(standing):
+        print(f"{study}: cell {standing.number} of {standing.cells}, {standing.cell}", flush=True)
+        yield lambda event: None
+
+    if (folder / "grid.yaml").is_file():
+        return resume_grid(folder, lambda stored: load_grid(tree), Hooks(watch))
+    return start_grid(load_grid(tree), folder, Hooks(watch))
+
+
+def told(tree: Any, data: Path) -> Any:
+    """The grid without this machine's folders."""
+    if isinstance(tree, dict):
+        return {key: told(value, data) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [told(value, data) for value in tree]
+    return tree.replace(f"{data}{os.sep}", "") if isinstance(tree, str) else tree
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=24)
+    options = parser.parse_args()
+    assert set(LORA_METHODS) <= REGISTRY.keys()
+    tree = STUDIES[options.study](options.data, options.rounds)
+    result = run(options.study, tree)
+    found = result.as_json()
+    facts = run_facts(load_grid_base(tree))
+    study = {"date": str(date.today()), "facts": facts, "grid": told(tree, options.data), "rows": found["rows"]}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"study-{options.study}.json").write_text(json.dumps(study, indent=1) + "\n")
+    insert(PAGE, f"study-{options.study}", (result.folder / "table.md").read_text(encoding="utf-8"))
+
+
+def load_grid_base(tree: Tree):
+    from peerlora.config import load_config
+
+    return load_config(tree["base"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""AEDFL: combine whatever has arrived, the staler the lighter, and train and send fewer and fewer components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from peerlora.algorithms.apart import Asynchronous
+from peerlora.errors import ConfigError
+from peerlora.lora.adapters import Adapters, AdapterSpec
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange, Mailbox, Message, Vectors
+    from peerlora.exchange.schema import Schema
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A client's adapters and which of its rank-one components it holds: component k of a layer is b_k a_k."""
+
+    x: Adapters
+    held: Bool[Tensor, "client component"]
+    """Components that it trains and sends, layer by layer."""
+    scores: Float[Tensor, "client component"]
+    """``|b_k| |a_k|``, averaged with the neighbours'."""
+
+
+@dataclass(frozen=True)
+class AEDFL(Asynchronous):
+    """Train, push, then combine the newest message of each neighbour that has come since the last time:
+
+        w~_ij = w_ij xi(tau_ij),  xi(tau) = (1 + tau)^-sigma, none where tau > cutoff;  the rest of 1 is the own weight,
+        x_i,c += sum_j w~_ij m_jc (x_j,c - x_i,c),  m_jc: client j holds what coordinate c belongs to.
+
+    Sparse training: of all rank-one components a client holds those with the largest ``|b_k| |a_k|`` (averaged with
+    the neighbours' before the cut), a share that falls from 1 to ``density`` over the first ``ramp`` jobs.  What it
+    does not hold it neither trains nor sends; the values stay in its model and follow neighbours that do hold it.
+
+    Source: Liu, Che, Zhou, Jin, Dai, Dou, Valduriez 2023, "AEDFL", arXiv 2312.10935: inspired by the abstract, the
+    formulas are ours.  ``staleness=fedasmu`` follows Ji Liu et al., FedASMU (AAAI 2024), as a re-implementation of
+    others gives it: s = lambda / sqrt(t) (1 + tau)^-sigma + iota, xi = mu s / (1 + mu s), t the own jobs done.
+    Differs: FedASMU adapts lambda, sigma, iota online; here they are 1, sigma, 0, and mu is 1.  Rows of w~ sum to one,
+    columns don't: the mean over clients moves towards those whose messages are fresh.
+    """
+
+    sigma: float = 0.5
+    """How fast weight falls with staleness; 0: not at all."""
+    cutoff: int | None = 20
+    """Largest staleness that is used; null: any."""
+    staleness: Literal["polynomial", "fedasmu"] = "polynomial"
+    density: float = 0.5
+    """Share of the components that is held in the end; 1: dense."""
+    ramp: int = 10
+    """Jobs of a client until then."""
+    refresh: int = 5
+    """Jobs of a client between two choices of what it holds."""
+    interval: int = 0
+    """Jobs between two switches of the active factor; 0: both train."""
+    newest_only: ClassVar = True
+    trains: ClassVar = "A and B, or in turn by `interval`; no common rounds"
+    mixes: ClassVar = "held components of A and B, lighter when stale"
+    source: ClassVar = "AEDFL, arXiv 2312.10935"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.sigma >= 0 and (self.cutoff is None or self.cutoff >= 0)):
+            raise ConfigError(
+                f"algorithm.sigma={self.sigma:g}, cutoff={self.cutoff} given; expected at least 0, else stale messages "
+                "would count more than fresh ones"
+            )
+        if not (0 < self.density <= 1 and self.ramp >= 0 and self.refresh >= 1):
+            raise ConfigError(
+                f"algorithm.density={self.density:g}, ramp={self.ramp}, refresh={self.refresh} given; expected a "
+                "density above 0 and at most 1, ramp at least 0 and refresh at least 1 jobs"
+            )
+
+    @property
+    def fresh_optimizer(self) -> str | None:
+        """Why the optimiser's memory cannot be kept."""
+        return None if self.density == 1 else "the moments of a component that is not held would decay (density < 1)"
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """Of job ``t``: values of the held components (and a mixed head), which they are, and all scores.
+
+        Where layers differ in width the number of values depends on which are held; this is that of the first ones.
+        """
+        held = torch.zeros(1, _components(x.spec), dtype=torch.bool)
+        held[:, : self.kept(t, x.spec)] = True
+        count = int(coordinates(x.spec, held)[0, x.spec.shared].sum())
+        shapes = {"values": ((count,), x.flat.dtype), "held": ((held.shape[1],), torch.bool)}
+        return shapes | {"scores": ((held.shape[1],), x.flat.dtype)}
+
+    def start(self, x: Adapters, peers: Exchange) -> Sparse:
+        """Everything is held."""
+        held = torch.ones(x.clients, _components(x.spec), dtype=torch.bool, device=x.flat.device)
+        return Sparse(x, held, torch.zeros_like(held, dtype=x.flat.dtype))
+
+    def coordinates(self, state: Sparse) -> Bool[Tensor, "client parameter"] | None:
+        """What a client holds."""
+        return None if self.density == 1 else coordinates(state.x.spec, state.held)
+
+    def on_job(self, state: Sparse, before: Adapters, trained: Adapters, mail: Mailbox) -> Sparse:
+        """The result is pushed as it is; averages come before the next job."""
+        scores = component_norms(trained)
+        mail.push(packed(trained, state.held, scores))
+        return replace(state, x=trained, scores=scores)
+
+    def before_job(self, state: Sparse, mail: Mailbox) -> Sparse:
+        """Combine what has arrived; every ``refresh`` jobs choose what is held."""
+        received = [each for each in mail.poll() if self.cutoff is None or each.staleness <= self.cutoff]
+        state = combined(state, received, self.weights(received, mail))
+        if mail.version % self.refresh == 0:
+            state = replace(state, held=largest(state.scores, self.kept(mail.version, state.x.spec)))
+        return state
+
+    def weights(self, received: list[Message], mail: Mailbox) -> list[float]:
+        """``w~_ij`` of every message; what is left of 1 is the receiver's own."""
+        return [float(mail.weights[each.sender]) * self.xi(each.staleness, mail.version) for each in received]
+
+    def xi(self, tau: int, version: int) -> float:
+        """The share of its weight that a message of this staleness keeps; ``version``: the receiver's jobs done."""
+        fresh = (1 + tau) ** -self.sigma
+        if self.staleness == "polynomial":
+            return fresh
+        s = fresh / max(1, version) ** 0.5
+        return s / (1 + s)
+
+    def kept(self, job: int, spec: AdapterSpec) -> int:
+        """How many components a client holds after so many jobs, at least one."""
+        share = self.density if job >= self.ramp else 1 - (1 - self.density) * job / self.ramp
+        return max(1, round(share * _components(spec)))
+
+    def model(self, state: Sparse) -> Adapters:
+        """The adapters, with every component."""
+        return state.x
+
+
+def _components(spec: AdapterSpec) -> int:
+    return len(spec.layers) * spec.rank
+
+
+def component_norms(x: Adapters) -> Float[Tensor, "client component"]:
+    """``|b_k| |a_k|``: the norm of each rank-one part, whichever factor carries its size."""
+    return torch.cat([x.B[layer].norm(dim=1) * A.norm(dim=2) for layer, A in x.A.items()], dim=1)
+
+
+def largest(scores: Float[Tensor, "client component"], count: int) -> Bool[Tensor, "client component"]:
+    """The ``count`` components of each client with the largest scores; of equal ones the first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], True)
+
+
+def coordinates(spec: AdapterSpec, held: Bool[Tensor, "client component"]) -> Bool[Tensor, "client parameter"]:
+    """Which coordinates belong to held components; those of the head all do."""
+    by_layer = dict(zip([layer.name for layer in spec.layers], held.split(spec.rank, dim=1), strict=True))
+    parts = []
+    for slot in spec.slots:
+        if slot.block == "head":
+            parts.append(torch.ones(len(held), slot.stop - slot.start, dtype=torch.bool, device=held.device))
+        else:
+            own = by_layer[slot.name][:, :, None] if slot.block == "A" else by_layer[slot.name][:, None, :]
+            parts.append(own.expand(-1, *slot.shape).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def packed(x: Adapters, held: Bool[Tensor, "client component"], scores: Float[Tensor, "client component"]) -> Vectors:
+    """One client's message."""
+    sent = coordinates(x.spec, held)[0, x.spec.shared]
+    return {"values": x.flat[0, x.spec.shared][sent], "held": held[0].clone(), "scores": scores[0].clone()}
+
+
+def combined(state: Sparse, received: list[Message], weights: list[float]) -> Sparse:
+    """One client's average with what it received, coordinate by coordinate over those who hold it."""
+    x, shared = state.x, state.x.spec.shared
+    own, scores = x.flat[0, shared], state.scores
+    flat = x.flat.clone()
+    for each, weight in zip(received, weights, strict=True):
+        theirs = coordinates(x.spec, each.payload["held"][None])[0, shared]
+        flat[0, shared][theirs] += weight * (each.payload["values"] - own[theirs])
+        scores = scores + weight * (each.payload["scores"] - state.scores)
+    return replace(state, x=replace(x, flat=flat), scores=scores)

@@ -1,0 +1,59 @@
+"""D2 (Exact Diffusion): one step a round, corrected by what the last mixing undid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.algorithms.gossip import Stateful
+from peerlora.lora.adapters import Adapters
+from peerlora.topology.properties import Properties
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class Diffused:
+    """A client's model and its last step's end."""
+
+    x: Adapters
+    psi: Float[Tensor, "client parameter"]
+    """Where the last local step of each block led, before it was corrected and mixed."""
+
+
+@dataclass(frozen=True)
+class D2(Stateful):
+    """``psi = x - lr g,   phi = psi + x - psi_last,   x <- (I + W)/2 phi``.
+
+    Exact with a constant rate on a fixed undirected graph, for SGD and one local step.  A block that does not train
+    keeps its psi and is mixed as it is.
+
+    Source: D2, arXiv 1803.07068, in the form of Exact Diffusion, arXiv 1702.05122 (adapt, correct, combine; recalled,
+    and as BlueFog's example has it).
+    Differs: (I + W)/2 in place of W, whose smallest eigenvalue would have to be above -1/3: Metropolis weights on a
+    ring of 4 sit exactly there.  The first step of a block is not corrected.
+    """
+
+    requires: ClassVar = Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True)
+    topology_reason: ClassVar = "it undoes what the last mixing did; k-gt is exact on graphs that change too"
+    source: ClassVar = "D2, arXiv 1803.07068"
+    one_step: ClassVar = "its correction undoes exactly one step; k-gt takes any number"
+    sgd_preferred: ClassVar = "it is exact for SGD only"
+
+    def start(self, x: Adapters, peers: Exchange) -> Diffused:
+        """As if the last step had led here."""
+        return Diffused(x, x.flat.clone())
+
+    def round(self, t: int, state: Diffused, learner: Learner, peers: Exchange) -> Diffused:
+        """One round."""
+        x, trains = state.x, self.changing(t, state.x)
+        psi = learner.fit(x, self.active(t)).flat
+        phi = torch.where(trains, psi + x.flat - state.psi, x.flat)
+        mixed = peers.mix(replace(x, flat=phi))
+        return Diffused(replace(x, flat=(phi + mixed.flat) / 2), torch.where(trains, psi, state.psi))

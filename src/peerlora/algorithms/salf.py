@@ -1,0 +1,201 @@
+"""SALF: a client whose time runs out keeps what its backward pass has reached, from the head down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from peerlora.algorithms.gossip import Scheduled
+from peerlora.errors import ConfigError
+from peerlora.lora.adapters import Adapters, cut
+from peerlora.lora.depth import by_column, depth_of, layer_numbers, reached_layers
+from peerlora.topology.properties import Properties
+from peerlora.train.reach import Reach
+
+if TYPE_CHECKING:
+    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.schema import Schema
+    from peerlora.train.learner import Learner
+
+
+@dataclass(frozen=True)
+class SALF(Scheduled):
+    """Layer l = 1 is the head, l = 2, 3, ... the transformer blocks' A and B from the last one down.  With depth d_i:
+
+    local:  ``x_i,l <- x_i,l + min(1/q_l, cap) (local update)`` where l <= d_i, else ``x_i,l`` stays, to the bit;
+    mixing: ``x_i,l <- x_i,l + sum_j w_ij m_il m_jl (x_j,l - x_i,l)`` with ``m_il = [l <= d_i]``.
+
+    q_l = P(d >= l) makes the expected update that of a full pass, and the mask on both ends of a link keeps the W of
+    each layer doubly stochastic.  ``correction: neighbourhood`` takes SALF's server rule over the closed neighbourhood:
+    ``x_i,l <- (mean of x_j,l over those that reached l - p x_i,l) / (1 - p)``, p = prod_j (1 - q_l), the mean by w_ij;
+    it is unbiased where these are equal, and does not keep the mean over clients.
+
+    Source: Lang, Cohen, Shlezinger 2024, arXiv 2403.18375: truncation and the depths ``uniform`` as in the authors'
+    code; ``poisson`` as in their follow-up's.  Reconstruction: p and the correction are recalled and checked to be
+    unbiased; the released code adds the old layer for those that did not reach it, which shrinks the update by q.
+    Differs (ours): no server; a block is one layer, where the code counts weights and biases; 1/q with a cap; the
+    deadline.  What a deadline lets no client reach cannot be corrected.
+    """
+
+    depth: Literal["uniform", "poisson", "deadline"] = "uniform"
+    """uniform: stragglers reach 1 to L layers, all equally likely; poisson: a Poisson number of layers; deadline: what
+    ``deadline`` and the client's speed on the virtual clock allow."""
+    stragglers: float = 0.9
+    """Chance that a client is a straggler in a round (uniform); the others reach everything."""
+    rate: float = 4.0
+    """Mean number of layers (poisson)."""
+    deadline: float | None = None
+    """Virtual seconds for the local steps of a round (deadline); null: no end."""
+    forward: float = 0.5
+    """Share of a step's time that its forward pass takes (deadline); the layers share the rest equally."""
+    steps: Literal["every", "last"] = "every"
+    """Which local steps of a round are cut short: all, each in the same layer, or the last one only."""
+    correction: Literal["ipw", "neighbourhood", "none"] = "ipw"
+    cap: float = 10.0
+    """Largest 1/q."""
+    send: Literal["reached", "all"] = "reached"
+    """Whether layers that were not reached are sent too: their values are those of the round's start."""
+    requires: ClassVar = Properties(symmetric=True, row_stochastic=True, column_stochastic=True)
+    topology_reason: ClassVar = "a mask on both ends of a link keeps the sums of a symmetric W only"
+    trains: ClassVar = "A and B of the layers that backward reaches; with `interval` in turn"
+    mixes: ClassVar = "A and B of the layers that both ends reached"
+    source: ClassVar = "SALF, arXiv 2403.18375"
+    simulated_only: ClassVar = "a client may send fewer layers, and a peer accepts messages of one form only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (0 <= self.stragglers <= 1 and 0 < self.forward < 1 and self.rate > 0 and self.cap >= 1):
+            raise ConfigError(
+                f"algorithm.stragglers={self.stragglers:g}, forward={self.forward:g}, rate={self.rate:g}, "
+                f"cap={self.cap:g} given; expected 0 to 1, between 0 and 1, above 0, at least 1"
+            )
+        if self.deadline is not None and (self.depth != "deadline" or self.deadline <= 0 or self.steps == "last"):
+            raise ConfigError(
+                f"algorithm.deadline={self.deadline:g}: expected seconds above 0 together with depth=deadline and "
+                f"steps=every (depth={self.depth}, steps={self.steps} given)"
+            )
+        if self.correction == "neighbourhood" and self.send == "all":
+            raise ConfigError("algorithm.correction=neighbourhood takes only what was reached; use send=reached")
+
+    @property
+    def needs_clock(self) -> str | None:
+        """Why there has to be a virtual clock, or None."""
+        return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None
+
+    def message(self, x: Adapters, t: int = 0) -> Schema:
+        """A, B and a mixed head, of which a client may send less, and which layers it sends."""
+        if self.send == "all":
+            return x.message()
+        own = {f"layers.{name}": what for name, what in x.message().items()}
+        return own | {"reached": ((depth_of(x.spec),), x.flat.dtype)}
+
+    def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """One round."""
+        layers = depth_of(x.spec)
+        depth = self.depths(layers, learner, peers)
+        if depth is None:
+            return peers.mix(learner.fit(x, self.active(t)))
+        q = self.chances(layers)
+        factor = (1 / q).clamp_max(self.cap) if self.correction == "ipw" else torch.ones_like(q)
+        reach = Reach(depth, factor.to(x.flat).expand(x.clients, -1), self.steps == "last")
+        trained = learner.fit(x, self.active(t), reach=reach)
+        if self.send == "all":
+            return peers.mix(trained)
+        reached = reached_layers(depth, layers)
+        if self.correction == "neighbourhood":
+            return neighbourhood_mean(x, trained, reached, q, peers)
+        return mix_reached(trained, reached, peers)
+
+    def depths(self, layers: int, learner: Learner, peers: Exchange) -> Int[Tensor, " client"] | None:
+        """Layers that each client reaches in this round; None where all reach everything by the settings."""
+        clients, draw = torch.as_tensor(peers.clients), peers.shared_random("depth")
+        everybody = len(peers.graph.W)
+        if self.depth == "uniform":
+            cut_short = torch.rand(everybody, generator=draw) < self.stragglers
+            depth = torch.where(cut_short, torch.randint(1, layers + 1, (everybody,), generator=draw), layers)
+            return depth[clients] if self.stragglers else None
+        if self.depth == "poisson":
+            drawn = torch.poisson(torch.full((everybody,), self.rate), generator=draw)
+            return drawn.clamp_max(layers).long()[clients]
+        if self.deadline is None:
+            return None
+        assert learner.step_seconds is not None, "a deadline needs a clock"
+        of_step = self.deadline / learner.settings.local_steps / learner.step_seconds
+        share = (of_step.nan_to_num(0.0) - self.forward) / (1 - self.forward)  # NaN: absent
+        return (share * layers + 1e-9).floor().clamp(0, layers).long()
+
+    def chances(self, layers: int) -> Float[Tensor, " layer"]:
+        """q_l, the chance that a client reaches layer l; 1 for every layer that a deadline lets it reach."""
+        l = torch.arange(1, layers + 1, dtype=torch.float64)  # noqa: E741 (the paper's letter)
+        if self.depth == "uniform":
+            return 1 - self.stragglers * (l - 1) / layers
+        if self.depth == "poisson":
+            return torch.special.gammainc(l, torch.full_like(l, self.rate))
+        return torch.ones_like(l)
+
+
+@dataclass(frozen=True)
+class PartlySent(Adapters):
+    """Adapters of which each client sends some layers only; the others hold zeros."""
+
+    sent: Bool[Tensor, "client layer"] | None = None
+
+    @classmethod
+    def of(cls, x: Adapters, sent: Bool[Tensor, "client layer"]) -> PartlySent:
+        """The layers that are sent."""
+        flat = torch.where(by_column(x.spec, sent.to(x.flat.device)), x.flat, 0.0)
+        return cls(x.spec, flat, x.ranks, x.merged, sent)
+
+    def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What one client sends."""
+        assert self.sent is not None
+        reached, rank = self.sent[client], int(self.ranks[client])
+        return {
+            f"{slot.block}:{slot.name}": (cut(slot, rank), self.flat.dtype)
+            for slot, number in zip(self.spec.slots, layer_numbers(self.spec), strict=True)
+            if slot.start < self.spec.shared.stop and reached[number - 1]
+        }
+
+
+def _gathered(
+    x: Adapters, reached: Bool[Tensor, "client layer"], peers: Exchange
+) -> tuple[Float[Tensor, "client parameter"], Float[Tensor, "client parameter"]]:
+    """``sum_j w_ij m_jl x_j,l`` and ``sum_j w_ij m_jl``, by column."""
+    message: Any = {"layers": PartlySent.of(x, reached), "reached": reached.to(x.flat)}
+    found = peers.mix(message)
+    return found["layers"].flat, by_column(x.spec, found["reached"])
+
+
+def mix_reached(x: Adapters, reached: Bool[Tensor, "client layer"], peers: Exchange) -> Adapters:
+    """``x_i,l + sum_j w_ij m_il m_jl (x_j,l - x_i,l)``; a private head stays."""
+    total, weight = _gathered(x, reached, peers)
+    keep = by_column(x.spec, reached.to(x.flat.device))
+    return _shared(x, torch.where(keep, x.flat + (total - weight * x.flat), x.flat))
+
+
+def neighbourhood_mean(
+    before: Adapters,
+    after: Adapters,
+    reached: Bool[Tensor, "client layer"],
+    q: Float[Tensor, " layer"],
+    peers: Exchange,
+) -> Adapters:
+    """SALF's server rule over the closed neighbourhood; a layer that nobody there has reached keeps its old value."""
+    total, weight = _gathered(after, reached, peers)
+    degrees = torch.as_tensor(peers.graph.degrees)[torch.as_tensor(peers.clients)]
+    p = by_column(after.spec, ((1 - q) ** (1 + degrees[:, None])).to(after.flat))
+    some = weight > 0
+    mean = total / torch.where(some, weight, 1.0)
+    result = torch.where(some, (mean - p * before.flat) / torch.where(some, 1 - p, 1.0), before.flat)
+    return _shared(after, result)
+
+
+def _shared(x: Adapters, flat: Float[Tensor, "client parameter"]) -> Adapters:
+    """``x`` with these values in the columns that are exchanged."""
+    result = x.flat.clone()
+    result[:, x.spec.shared] = flat[:, x.spec.shared]
+    return replace(x, flat=result)

@@ -1,0 +1,153 @@
+"""The post of a simulation: who has sent what to whom, what has arrived, and who knows which version of whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerlora.exchange.base import Message, Vectors
+from peerlora.exchange.schema import encoded_bytes
+from peerlora.randomness import numpy_generator
+from peerlora.topology.schedule import RoundGraph
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """One call of ``push``: the same message to several receivers."""
+
+    receivers: list[int]
+    numbers: list[int]
+    """One per receiver: what ``deliver`` is told."""
+    size: int
+    """Bytes of one."""
+
+
+class Post:
+    """Mailboxes of all clients on one fixed graph.
+
+    Staleness needs counters only, no common clock.  A client's version is the number of jobs it has done.  With its
+    message about a job, client j tells i the newest version of i that it knew when that job began; i subtracts this
+    from its own version as its own latest job began.
+    """
+
+    def __init__(self, graph: RoundGraph, seed: int, newest_only: bool):
+        clients = len(graph.W)
+        self.graph, self.seed, self.newest_only = graph, seed, newest_only
+        self.versions = [0] * clients
+        self.known = np.zeros((clients, clients), dtype=np.int64)
+        """[client, other] the newest version of the other that has arrived."""
+        self.known_then = self.known.copy()
+        """The same when the client's latest job began."""
+        self.count = 0
+        self.on_the_way: dict[int, tuple[int, Message]] = {}
+        """Number of a message -> its receiver and itself."""
+        self.waiting: dict[int, list[Message]] = {client: [] for client in range(clients)}
+        self.pushed: list[Pushed] = []
+        self.staleness: list[int] = []
+        """Of every message polled since ``begin_round``."""
+        self.used: set[tuple[int, int]] = set()
+        """Links over which something arrived since then."""
+
+    def begin_round(self) -> None:
+        """Forget what was counted for the last round."""
+        self.staleness, self.used = [], set()
+
+    def begin_job(self, client: int) -> None:
+        """A client begins a job, with what it knows now."""
+        self.known_then[client] = self.known[client]
+
+    def end_job(self, client: int) -> None:
+        """A client has done a job."""
+        self.versions[client] += 1
+
+    def box(self, client: int) -> Box:
+        """One client's mailbox."""
+        return Box(self, client)
+
+    def send(self, sender: int, payload: Vectors, receivers: Sequence[int]) -> None:
+        """Put a message on the way to each receiver; its tensors must not change any more."""
+        numbers = list(range(self.count, self.count + len(receivers)))
+        for number, receiver in zip(numbers, receivers, strict=True):
+            seen = int(self.known_then[sender, receiver])
+            self.on_the_way[number] = receiver, Message(sender, payload, self.versions[sender], seen)
+        self.count += len(receivers)
+        size = encoded_bytes({name: (tuple(leaf.shape), leaf.dtype) for name, leaf in payload.items()})
+        self.pushed.append(Pushed(list(receivers), numbers, size))
+
+    def taken(self) -> list[Pushed]:
+        """What was pushed since the last call."""
+        pushed, self.pushed = self.pushed, []
+        return pushed
+
+    def deliver(self, number: int) -> None:
+        """A message arrives; where only the newest counts, an older one of the same sender gives way to it."""
+        receiver, message = self.on_the_way.pop(number)
+        self.used.add((min(receiver, message.sender), max(receiver, message.sender)))
+        late = message.version < self.known[receiver, message.sender]
+        self.known[receiver, message.sender] = max(message.version, self.known[receiver, message.sender])
+        if self.newest_only:
+            if late:
+                return
+            self.waiting[receiver] = [each for each in self.waiting[receiver] if each.sender != message.sender]
+        self.waiting[receiver].append(message)
+
+    def poll(self, client: int) -> list[Message]:
+        """Everything that waits for a client, with its staleness."""
+        begun = max(0, self.versions[client] - 1)
+        found = [replace(each, staleness=max(0, begun - each.seen)) for each in self.waiting[client]]
+        self.waiting[client] = []
+        self.staleness += [each.staleness for each in found]
+        return sorted(found, key=lambda each: each.sender)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything, as tensors and as facts that JSON knows."""
+        listed = [(number, *each) for number, each in sorted(self.on_the_way.items())]
+        listed += [(None, client, each) for client, own in self.waiting.items() for each in own]
+        tensors = {"known": torch.from_numpy(self.known.copy()), "known then": torch.from_numpy(self.known_then.copy())}
+        facts = []
+        for place, (number, receiver, message) in enumerate(listed):
+            tensors |= {f"message.{place}.{name}": leaf for name, leaf in message.payload.items()}
+            facts.append([number, receiver, message.sender, message.version, message.seen])
+        return tensors, {"messages": facts, "count": self.count, "versions": list(self.versions)}
+
+    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what ``saved`` gave."""
+        self.versions, self.count = list(facts["versions"]), facts["count"]
+        self.known, self.known_then = (tensors[name].cpu().numpy().copy() for name in ("known", "known then"))
+        payloads: dict[int, Vectors] = {}
+        for path, leaf in tensors.items():
+            if path.startswith("message."):
+                _, place, name = path.split(".", 2)
+                payloads.setdefault(int(place), {})[name] = leaf
+        for place, (number, receiver, sender, version, seen) in enumerate(facts["messages"]):
+            message = Message(sender, payloads.get(place, {}), version, seen)
+            if number is None:
+                self.waiting[receiver].append(message)
+            else:
+                self.on_the_way[number] = receiver, message
+
+
+class Box:
+    """One client's mailbox in a simulation."""
+
+    def __init__(self, post: Post, client: int):
+        self._post, self.client = post, client
+        self.version, self.weights = post.versions[client], post.graph.W[client]
+
+    def push(self, payload: Vectors, to: Sequence[int] | None = None) -> None:
+        """Send to some neighbours, by default to all."""
+        receivers = self._post.graph.neighbours(self.client) if to is None else list(to)
+        self._post.send(self.client, payload, receivers)
+
+    def poll(self) -> list[Message]:
+        """What has arrived since the last call, by sender."""
+        return self._post.poll(self.client)
+
+    def random(self, purpose: str) -> np.random.Generator:
+        """From the seed of the run, the client and its version."""
+        return numpy_generator(self._post.seed, purpose, client=self.client, round=self.version)

@@ -1,0 +1,56 @@
+"""The prior-adjusted loss: training forgives a client the labels that it happens to hold more of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from peerlora.data.batches import Batch
+from peerlora.train.rules import Rows
+
+SMOOTHING = 1.0  # rows per class
+
+
+class LabelPrior:
+    """Adds ``log(own label share) - log(target share)`` to training logits.
+
+    The loss is then the one that clients would have if all held labels in the target's proportions: what a client
+    learns of its own proportions goes into the offsets instead of the model.
+
+    Source: Menon et al. 2021, arXiv 2007.07314 (logit adjustment); Ren et al. 2020, arXiv 2007.10740 (balanced
+    softmax); per client: FedLC, Zhang et al. 2022, arXiv 2209.00189.
+    Differs (ours): a target other than uniform; the smoothing in ``offsets``.
+    """
+
+    def __init__(self, counts: Int[np.ndarray, "client label"], target: Literal["uniform", "pooled"]):
+        self.counts = torch.from_numpy(counts).double()
+        self.target = target
+        self._offsets = offsets(self.counts, torch.ones_like(self.counts)) if target == "uniform" else None
+
+    def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
+        """Before round 0; ``sum_of`` adds up a [client, ...] tensor over the whole network."""
+        if self.target == "pooled":
+            self._offsets = offsets(self.counts, sum_of(self.counts))
+
+    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
+        """Each client's offsets on each of its rows."""
+        assert self._offsets is not None, "agree() comes first"
+        own = self._offsets[clients].to(logits)
+        return (logits.view(len(own), -1, own.shape[1]) + own[:, None]).view_as(logits), batch
+
+
+def offsets(own: Float[Tensor, "client label"], target: Float[Tensor, "client label"]) -> Float[Tensor, "client label"]:
+    """``log(own share) - log(target share)`` from counts of rows; zero where both have the same proportions.
+
+    Every client counts ``SMOOTHING`` more rows per class, dealt in the target's proportions, so that a class it lacks
+    gets a finite offset: about ``-log(rows / classes)``, with which the loss hardly pushes that class down.
+    """
+    extra = SMOOTHING * own.shape[1]
+    share = target / target.sum(1, keepdim=True)
+    ratio = torch.where(own > 0, own / share, 0.0)  # a class that nobody has is one more that this client lacks
+    return ((ratio + extra) / (own.sum(1, keepdim=True) + extra)).log()

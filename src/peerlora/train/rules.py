@@ -1,0 +1,150 @@
+"""Local rules: what an optimiser is given in place of the plain gradient.  A rule never owns a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from peerlora.train.optim import norms
+
+_SMALLEST = 1e-12  # of a gradient that gives a direction
+
+Gradients = dict[str, Float[Tensor, "client column"]]
+"""By active block, in the order of the flat buffer."""
+Rows = slice | list[int]
+"""Places on the leading axis: a run of them, whose rows are views, or single ones, whose rows are copies."""
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """One local step of some clients, on one minibatch of each."""
+
+    x: Float[Tensor, "client parameter"]
+    """Where they are: the rows that the optimiser will change."""
+    start: Float[Tensor, "client parameter"]
+    """Where they were when the round began."""
+    active: Mapping[str, slice]
+    """The blocks that train, and their columns."""
+    clients: Rows
+    """Which of the clients held here they are: the rows of a rule's own state."""
+    here: Callable[[], Gradients]
+    """Gradients of the minibatch at ``x`` as it is now; the same minibatch and the same dropout at every call."""
+
+    def gradient(self) -> Gradients:
+        """At ``x``."""
+        return self.here()
+
+    def gradient_at(self, shift: Gradients) -> Gradients:
+        """At ``x + shift``; ``x`` is afterwards what it was, to the bit."""
+        before = {block: self.x[:, columns].clone() for block, columns in self.active.items()}
+        for block, columns in self.active.items():
+            self.x[:, columns].add_(shift[block])
+        found = self.here()
+        for block, columns in self.active.items():
+            self.x[:, columns].copy_(before[block])
+        return found
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Turns the gradient of every local step into the one that clipping and the optimiser see."""
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """The corrected gradients of the active blocks, as tensors that the caller may change."""
+        ...
+
+
+Oracle = Callable[[LocalStep], Gradients]
+"""Where a rule gets its gradient from."""
+
+
+def plain(step: LocalStep) -> Gradients:
+    """The minibatch's gradient."""
+    return step.gradient()
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """``(1 - alpha) g1 + alpha g2``, with ``g2`` the same minibatch's gradient at ``x + rho g1 / |g1|``.
+
+    alpha = 1 is SAM's gradient.  ``|g1|`` runs over the active blocks of a client, so only these are shifted.
+    """
+
+    rho: float
+    alpha: float = 1.0
+
+    def __call__(self, step: LocalStep) -> Gradients:
+        """Two gradients, or one where the second would not count."""
+        first = step.gradient()
+        if self.rho == 0 or self.alpha == 0:
+            return first
+        size = (self.rho / norms(first).clamp_min(_SMALLEST))[:, None]
+        second = step.gradient_at({block: size * g for block, g in first.items()})
+        return {block: g.lerp(second[block], self.alpha) for block, g in first.items()}
+
+
+@dataclass(frozen=True)
+class DualProx:
+    """``oracle's gradient + offset + pull (x - start)``.
+
+    The terms join the gradient, not the weight decay, which AdamW would keep out of its moments.
+    """
+
+    offset: Float[Tensor, "client parameter"] | None = None
+    """A dual or a correction, held by the clients here; read in active blocks only."""
+    pull: float | Float[Tensor, "client 1"] = 0.0
+    """Towards where the round began."""
+    oracle: Oracle = plain
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """Corrected."""
+        pull = self.pull[step.clients] if isinstance(self.pull, Tensor) else self.pull
+        found = self.oracle(step)
+        for block, columns in step.active.items():
+            if self.offset is not None:
+                found[block].add_(self.offset[step.clients, columns])
+            if isinstance(pull, Tensor) or pull:
+                found[block].add_(pull * (step.x[:, columns] - step.start[:, columns]))
+        return found
+
+
+class Recorded:
+    """A rule whose mean over all local steps of a ``fit`` is kept: raw, before clipping and the optimiser.
+
+    ``mean`` is zero in blocks that did not train.
+    """
+
+    def __init__(self, rule: Rule, like: Float[Tensor, "client parameter"]):
+        self.rule = rule
+        self._sum, self._steps = torch.zeros_like(like), torch.zeros(len(like), 1, dtype=like.dtype, device=like.device)
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """What the rule makes of it."""
+        found = self.rule.gradient(step)
+        for block, columns in step.active.items():
+            self._sum[step.clients, columns] += found[block]
+        self._steps[step.clients] += 1
+        return found
+
+    @property
+    def mean(self) -> Float[Tensor, "client parameter"]:
+        """The mean corrected gradient of the steps so far."""
+        return self._sum / self._steps.clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A rule under which only some coordinates of each client train; the others stay as they were at the start."""
+
+    free: Bool[Tensor, "client parameter"]
+
+    def gradient(self, step: LocalStep) -> Gradients:
+        """Zero elsewhere; weight decay, which is not part of a gradient, is undone there."""
+        free = self.free[step.clients]
+        step.x.copy_(torch.where(free, step.x, step.start))
+        return {block: gradient * free[:, step.active[block]] for block, gradient in step.gradient().items()}

@@ -1,0 +1,39 @@
+"""What a method remembers of a client is in the checkpoint: a stopped run goes on bit for bit."""
+
+import pytest
+
+from peerlora.runs.store import read_events
+from peerlora.runs.table import started
+from peerlora.runtime.compose import compose
+from peerlora.runtime.simulate import Stopped, resume, simulate
+
+METHODS = {
+    "fedspeed": ["algorithm.interval=1"],
+    "k-gt": ["topology.kind=random", "topology.p=0.5"],
+    "d2": ["algorithm.interval=2", "train.local_steps=1"],
+    "consensus-admm": ["train.optimizer_state=keep"],
+}
+
+
+@pytest.mark.parametrize(("method", "words"), METHODS.items())
+def test_stopped_and_resumed_is_undisturbed(config, tmp_path, method, words):
+    chosen = config("bert", f"algorithm.name={method}", "train.rounds=5", "checkpoint.every=2", "eval.every=5", *words)
+    whole = simulate(chosen, tmp_path / "whole")
+    rounds = iter([False, False, True])
+    with pytest.raises(Stopped):
+        simulate(chosen, tmp_path / "stopped", stop=lambda: next(rounds, False))
+    again = resume(tmp_path / "stopped", expected=lambda stored: chosen)
+    assert bool((again.adapters.flat == whole.adapters.flat).all())
+    assert again.summary["accuracy"] == whole.summary["accuracy"]
+
+
+def test_the_methods_own_defaults_are_in_the_stored_config_and_a_warning_in_the_events(config, tmp_path):
+    chosen = config("bert", "algorithm.name=fedspeed", "train.rounds=1")
+    assert chosen.train.optimizer == "sgd" and compose(chosen).learner.settings.optimizer == "sgd"
+    run = simulate(chosen, tmp_path / "run").run
+    assert "optimizer: sgd" in (run / "config.yaml").read_text() and started(read_events(run)).warnings == []
+    run = simulate(
+        config("bert", "algorithm.name=fedspeed", "train.rounds=1", "train.optimizer=adamw"), tmp_path / "two"
+    ).run
+    (warning,) = started(read_events(run)).warnings
+    assert "made for train.optimizer=sgd" in warning
