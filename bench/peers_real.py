@@ -62,11 +62,13 @@ class Memory:
         self.peaks = defaultdict(lambda: defaultdict(int))
 
     def __call__(self, peers):
+        """Look at all of them."""
         for peer in peers:
             if peer.process is not None and peer.process.poll() is None and peer.round:
                 self.peaks[peer.client][peer.round] = max(self.peaks[peer.client][peer.round], resident(peer.process))
 
     def within(self, client, first, last):
+        """The peak of one over some rounds."""
         found = [peak for t, peak in self.peaks[client].items() if first < t <= last]
         return max(found, default=0)
 
