@@ -1,6 +1,6 @@
 """Peers over the in-memory transport end with the adapters that the simulation gives their clients.
 
-Tolerance: 1e-5 in fp32 after three rounds, where factors are of the order of 0.1.  The sums are taken in the same
+Tolerance: 1e-5 in fp32 after three rounds, of products relative where they are above 1.  The sums are taken in the same
 order, but over other shapes: the last bits may differ.
 """
 
