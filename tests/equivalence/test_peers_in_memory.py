@@ -16,8 +16,8 @@ from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
-SGD = ("dsgd", "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "d2", "consensus-admm")
-SETTINGS |= {name: ["train.lr=3", *(["train.local_steps=1"] if name in ("dsgd", "d2") else [])] for name in SGD}
+SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
+SETTINGS |= {name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")}
 METHODS = [
     name for name, kind in REGISTRY.items() if not is_asynchronous(kind) and not getattr(kind, "simulated_only", None)
 ]
