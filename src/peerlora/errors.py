@@ -7,7 +7,10 @@ PeerloraError                 something the user can mend; the command line prin
 ├── TopologyError             a graph cannot be built, or would never let all clients agree
 ├── CompositionError          parts that are fine alone do not work together (method, topology, adapter)
 ├── RunError                  a run folder is in use, belongs to another config, or is damaged
-└── DivergenceError           a loss stopped being finite
+├── DivergenceError           a loss stopped being finite
+├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
+├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (transport/base.py)
+└── ExtraMissing              an optional part of peerlora is not installed
 
 A message says what was given, what was expected, and what to do:
 ``ring of 2 clients has a double edge; use at least 3 clients or topology.kind=complete``
@@ -49,6 +52,14 @@ class RunError(PeerloraError):
 
 class DivergenceError(PeerloraError):
     """Raised when a client's loss is not finite; says which client, round and step."""
+
+
+class IdentityError(PeerloraError):
+    """Raised for keys, certificates and member lists: missing, unsafe, expired, not signed as they must be."""
+
+
+class ExtraMissing(PeerloraError):
+    """Raised when a command needs an optional part of peerlora that is not installed."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,13 +1,23 @@
-"""Files that an installed package ships, found without importing it: demo data and demo models without a network."""
+"""What is installed: optional parts of peerlora, and files of packages (demo data and models without a network)."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
-from peerlora.errors import DataError, ModelError, PeerloraError, nearest
+from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, nearest
 
+EXTRAS = {"peer": ("grpc", "cryptography", "msgspec")}
+"""The modules that an optional part of peerlora imports."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def need_extra(extra: str) -> None:
+    """Raise ExtraMissing, saying how to get it, unless an optional part of peerlora is installed."""
+    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    if missing:
+        raise ExtraMissing(f"this needs {', '.join(missing)}, not installed here; run `pip install peerlora[{extra}]`")
 
 
 def package_file(distribution: str, name: str) -> Path:

@@ -120,8 +120,14 @@ class QuantityPartition(Section):
     sizes: list[Annotated[float, Field(gt=0)]] | None = None
 
 
+class OwnPartition(Section):
+    """A real site's file: all its rows are the site's own, and nobody else's."""
+
+    kind: Literal["own"]
+
+
 PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition,
+    IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition | OwnPartition,
     Field(discriminator="kind"),
 ]
 
@@ -185,6 +191,19 @@ class EvalConfig(Section):
     rows: Positive | None = None
     """Rows used during the run; the last evaluation takes all."""
     batch: Positive = 64
+
+
+class PeerConfig(Section):
+    """How real peers meet; a simulation does not read it."""
+
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,60}$")] = "run"
+    """A name for this run, the same at all peers and another one for the next run."""
+    deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Seconds that an exchange waits for neighbours; more than the slowest peer's round exceeds the fastest's."""
+    join: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    """Seconds to wait for neighbours at the start; then the run begins with those who came."""
+    pull: Positive = 5
+    """Rounds behind from which a returning peer takes over a neighbour's state."""
 
 
 class CheckpointConfig(Section):

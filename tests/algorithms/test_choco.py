@@ -5,7 +5,7 @@ from quadratics import adapters, coupled, curvatures, exchange, run
 
 from peerlora.algorithms import build_algorithm
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.runtime.compose import compose
 
 

@@ -9,7 +9,7 @@ from test_product_methods import GRAPHS, UNEQUAL, exchange, run, start
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.hetlora import norm_weighted_average, shrink_tail, tail_norm
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import mask_ranks
 from peerlora.runtime.compose import compose
 

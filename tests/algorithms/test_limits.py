@@ -7,7 +7,7 @@ import torch
 
 from peerlora.algorithms import build_algorithm
 from peerlora.data.batches import Shards
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import agreement
 from peerlora.runtime.compose import compose

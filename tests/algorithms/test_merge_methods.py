@@ -21,8 +21,8 @@ from peerlora.algorithms.fedhl import Referenced, capped, corrected_reference, s
 from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import redrawn
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.merged import Merged
@@ -639,7 +639,11 @@ def test_merged_factors_can_be_mixed_on(side, rounds):
 
     def fit(x, train):
         seen.append(learner.fit(x, train) if learner.t < rounds else x)
-        sizes.append(encoded_bytes({k: v for k, v in algorithm.message(x).items() if k[0] == "."}) if learner.t else 0)
+        sizes.append(
+            encoded_bytes({k.removeprefix("."): v for k, v in algorithm.message(x).items() if k[0] == "."})
+            if learner.t
+            else 0
+        )
         return seen[-1]
 
     both = SimpleNamespace(begin=learner.begin, fit=fit)

@@ -8,8 +8,8 @@ import torch
 
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import AdapterSpec, LayerSpec, initial_adapters
 from peerlora.randomness import torch_generator
 from peerlora.runtime.compose import compose

@@ -12,7 +12,7 @@ from quadratics import adapters, coupled, curvatures, exchange, run
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.push_sum import SGP
 from peerlora.errors import CompositionError
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.runtime.compose import compose
 
 CHORD = {"kind": "directed-ring", "chords": [[0, 3]]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from plain import average, initial_models, loss_of, optimiser, state_of, trained_parameters
-from test_plain_loop import largest_difference, run_stacked
+from test_plain_loop import largest_difference, run_in_two_shards, run_stacked
 
 from peerlora.runtime.compose import compose
 
@@ -117,3 +117,13 @@ def test_k_gt_equals_a_plain_loop(config, kind, words):
     chosen = config(kind, "algorithm.name=k-gt", *words)
     x = run_stacked(compose(chosen))
     assert largest_difference(x, run_k_gt(chosen, compose(chosen), schedule(words))) < 1e-9
+
+
+SHARDED = {"fedspeed": [], "k-gt": ["algorithm.interval=1"], "d2": ["train.local_steps=1"], "consensus-admm": []}
+
+
+@pytest.mark.parametrize(("method", "words"), SHARDED.items())
+def test_two_shards_of_two_equal_one_of_four(config, method, words):
+    chosen = config("bert", f"algorithm.name={method}", "adapter.dropout=0.3", *words)
+    whole = run_stacked(compose(chosen))
+    assert float((run_in_two_shards(chosen) - whole.flat).abs().max()) < 1e-12

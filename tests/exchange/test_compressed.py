@@ -9,9 +9,9 @@ from pydantic import TypeAdapter
 from peerlora.errors import CompositionError
 from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed import Compressed, compressed_message
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.settings import CODEC
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.sections import TopologyConfig
 from peerlora.topology.schedule import build_topology

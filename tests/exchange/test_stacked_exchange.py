@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange, operator
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
 from peerlora.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph
 from peerlora.topology.schedule import build_topology

@@ -1,8 +1,21 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
-from peerlora.runs.events import CheckpointSaved, Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import (
+    CaughtUp,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Joined,
+    NeighbourChanged,
+    Resumed,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 
 TIME = "2025-01-01T00:00:00+00:00"
 
@@ -54,6 +67,12 @@ def evaluated(round: int, own: list[float], final: bool = False, rows: int = 20)
 
 
 @pytest.fixture
+def made() -> SimpleNamespace:
+    """The builders of single events."""
+    return SimpleNamespace(started=started, round_done=round_done, evaluated=evaluated, TIME=TIME)
+
+
+@pytest.fixture
 def run() -> Callable[..., list[Event]]:
     """Builds the events of a whole run; ``stop`` cuts it after so many rounds."""
 
@@ -79,5 +98,8 @@ def one_of_each() -> list[Event]:
         CheckpointSaved(1, "checkpoints/round-000001.safetensors", "ab"),
         Resumed(TIME, 1),
         Warned('a "quoted" café\nsecond line'),
+        Joined(TIME, 0, [1, 2]),
+        NeighbourChanged(TIME, 3, 2, "down", "no heartbeat"),
+        CaughtUp(TIME, 3, 9, 2, True),
         RunFinished(TIME, {"accuracy": {"own_mean": 0.5}}),
     ]

@@ -8,7 +8,7 @@ from toys import Quadratic, adapters, run, targets
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
 from peerlora.errors import CompositionError
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.table import evaluated_within, of
 from peerlora.runtime.compose import compose

@@ -229,3 +229,19 @@ def test_clients_per_graph_do_not_change_what_a_rule_does(config):
 def test_the_plain_gradient_is_an_oracle_too(quadratic):
     step = quadratic_step(*quadratic)
     assert torch.equal(together(plain(step)), together(step.gradient()))
+
+
+def test_the_rule_of_the_guide_works(config):
+    """docs/guide.md, local rules."""
+
+    @dataclass(frozen=True)
+    class TowardsZero:
+        strength: float
+
+        def gradient(self, step):
+            return {block: g + self.strength * step.x[:, step.active[block]] for block, g in step.gradient().items()}
+
+    federation = compose(config("bert", *SGD, "train.local_steps=1"))
+    x = noisy(federation.start)
+    plainly = federation.learner.fit(x, "AB").flat
+    assert torch.allclose(federation.learner.fit(x, "AB", TowardsZero(0.01)).flat, plainly - 0.5 * 0.01 * x.flat)

@@ -16,7 +16,7 @@ from peerlora.lora.adapters import Adapters
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.topology.graphs import Adjacency
 
 

@@ -15,7 +15,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox, Message, Vectors
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
 
 
 @dataclass(frozen=True)

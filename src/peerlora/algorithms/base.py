@@ -13,7 +13,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
     from peerlora.train.learner import Learner

@@ -17,7 +17,7 @@ from peerlora.topology.properties import Properties
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.codec import Codec
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
 
 REQUIRES = Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True)
@@ -56,6 +56,7 @@ class Choco(Stateful):
     """Step towards the neighbours; null: 1 for identity and cast, 0.1 for random-k, 0.3 for the rest."""
     requires: ClassVar = REQUIRES
     topology_reason: ClassVar = REASON
+    simulated_only: ClassVar = "real peers send plain vectors, not what a codec makes of them"
     mixes: ClassVar = "A and B, compressed"
     source: ClassVar = "CHOCO-SGD, arXiv 1902.00340"
 

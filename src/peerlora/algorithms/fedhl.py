@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.train.learner import Learner
 

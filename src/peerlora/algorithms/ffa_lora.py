@@ -10,7 +10,7 @@ from peerlora.algorithms.gossip import FactorGossip
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.train.learner import Learner
 

@@ -15,7 +15,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
 
 

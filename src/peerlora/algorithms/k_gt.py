@@ -16,7 +16,7 @@ from peerlora.train.rules import DualProx, Recorded
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
 
 

@@ -18,7 +18,7 @@ from peerlora.train.reach import Reach
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
 
 
@@ -64,6 +64,7 @@ class SALF(Scheduled):
     trains: ClassVar = "A and B of the layers that backward reaches; with `interval` in turn"
     mixes: ClassVar = "A and B of the layers that both ends reached"
     source: ClassVar = "SALF, arXiv 2403.18375"
+    simulated_only: ClassVar = "a client may send fewer layers, and a peer accepts messages of one form only"
 
     def __post_init__(self):
         super().__post_init__()

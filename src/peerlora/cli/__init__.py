@@ -4,7 +4,22 @@ import sys
 
 import typer
 
-from peerlora.cli import compare, demo, export, init, methods, schema, show, topology, train
+from peerlora.cli import (
+    compare,
+    demo,
+    doctor,
+    export,
+    identity,
+    init,
+    launch,
+    members,
+    methods,
+    peer,
+    schema,
+    show,
+    topology,
+    train,
+)
 from peerlora.errors import PeerloraError
 
 app = typer.Typer(
@@ -14,8 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, init, train, compare, methods, topology, show, export, schema):
+for module in (demo, init, train, compare, peer, launch, doctor, methods, topology, show, export, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
+app.add_typer(identity.app, name="identity")
+app.add_typer(members.app, name="members")
 
 
 def main() -> None:

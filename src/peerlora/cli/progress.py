@@ -15,14 +15,24 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
+from peerlora.runs.events import (
+    CaughtUp,
+    Evaluated,
+    Event,
+    Joined,
+    NeighbourChanged,
+    Resumed,
+    RoundDone,
+    RunStarted,
+    Warned,
+)
 
 if TYPE_CHECKING:
     from peerlora.runtime.demo import DemoReport
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+def stop_on_interrupt(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
     """Let the first Ctrl-C end the run after its round, with a checkpoint; the second one ends it at once."""
     asked = False
 
@@ -33,11 +43,12 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         asked = True
         print("\nstopping after this round; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in signals or (signal.SIGINT,)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -68,18 +79,31 @@ class Progress:
             self.started, self.began = event, time.monotonic()
             self.title = self.title or event.method
             self._line(f"{self.title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads")
+            if event.held:
+                self._line(f"this is {self._name(event.held[0])}; consensus is that of its neighbourhood, of no more")
             for note in event.notes:
                 self._line(note)
         elif isinstance(event, Warned):
             self.console.print(f"warning: {event.message}", highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, Resumed):
             self.console.print(f"going on after round {event.round}", highlight=False)
+        elif isinstance(event, Joined):
+            self._line(f"beginning with {', '.join(map(self._name, event.reached)) or 'nobody'}")
+        elif isinstance(event, NeighbourChanged):
+            told = f"{self._name(event.client)}: {event.kind}" + (f" ({event.detail})" if event.detail else "")
+            self.console.print(told, highlight=False, markup=False, soft_wrap=True)
+        elif isinstance(event, CaughtUp):
+            how = f" with the state of {self._name(event.client)}" if event.pulled else ""
+            self.console.print(f"fell behind; going on from round {event.round} to {event.to}{how}", highlight=False)
         elif isinstance(event, Evaluated):
             self.evaluated = event
         elif isinstance(event, RoundDone):
             self.first_round = event.round if self.first_round is None else self.first_round
             self.bytes_sent += event.bytes_sent
             self._round(event)
+
+    def _name(self, client: int) -> str:
+        return (self.started.names.get(str(client)) if self.started else None) or f"client {client}"
 
     def _round(self, event: RoundDone) -> None:
         if self.live:
@@ -95,7 +119,7 @@ class Progress:
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
             "loss": f"{mean(_told(event.loss)):.3f}",
             "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
-            "contacts": str(event.contacts),
+            "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": megabytes(self.bytes_sent),
         }
         if self.evaluated:

@@ -1,7 +1,7 @@
 """Who holds which training rows: every kind of partition is one function from labels and seed to each row's owner."""
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,13 @@ def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed:
         shards = _by_owner(owner, clients)
     counts = np.stack([_count(train, shard) for shard in shards])
     return Partition(shards, train.names, counts, tuple(_warnings(counts, train)))
+
+
+def own_rows(train: Dataset, client: int) -> Partition:
+    """All rows are those of one client, at its own site."""
+    shard = np.arange(len(train), dtype=np.int64)
+    counts = _count(train, shard)[None]
+    return Partition((shard,), train.names, counts, tuple(_warnings(counts, train, [client])))
 
 
 def _iid(config: IidPartition, train: Dataset, clients: int, rng: np.random.Generator) -> np.ndarray:
@@ -238,11 +245,11 @@ def _count(train: Dataset, rows: np.ndarray) -> np.ndarray:
     return np.bincount(train.labels[rows], minlength=len(train.names)).astype(np.int64)
 
 
-def _warnings(counts: np.ndarray, train: Dataset) -> list[str]:
+def _warnings(counts: np.ndarray, train: Dataset, numbers: Sequence[int] = ()) -> list[str]:
     notes = []
-    for client in np.flatnonzero((counts > 0).sum(axis=1) == 1) if train.names else ():
-        label = int(counts[client].argmax())
-        notes.append(f"client {client} holds only one label: {train.names[label]!r} ({counts[client, label]} rows)")
+    for row in np.flatnonzero((counts > 0).sum(axis=1) == 1) if train.names else ():
+        label, client = int(counts[row].argmax()), numbers[int(row)] if numbers else int(row)
+        notes.append(f"client {client} holds only one label: {train.names[label]!r} ({counts[row, label]} rows)")
     if counts.sum() < len(train):
         notes.append(f"{len(train) - counts.sum()} of {len(train)} training rows belong to no client")
     return notes

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Rule
+from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
-from peerlora.topology.schedule import RoundGraph
+from peerlora.topology.schedule import RoundGraph, Topology
 
 Payload = TypeVar("Payload")
 
@@ -27,8 +28,8 @@ class Exchange(Protocol):
     graph: RoundGraph
     """Who is linked in this round, and the weights."""
 
-    def begin(self, t: int) -> None:
-        """Set the round."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, in which nobody has a link to those who are ``absent``."""
         ...
 
     def mix(self, x: Payload) -> Payload:
@@ -95,4 +96,29 @@ class Mailbox(Protocol):
 
     def random(self, purpose: str) -> np.random.Generator:
         """A generator of this client's own, for its present version."""
+        ...
+
+
+class Counted(Exchange, Protocol):
+    """An exchange that tells what its round cost and did; a runtime reads it after the round."""
+
+    topology: Topology
+    bytes_per_edge: int
+    bytes_sent: int
+    seconds: float
+    mixed: Adapters | None
+    """What the clients held here put into the mixing."""
+    measured: dict[str, Float[Tensor, " client"]]
+    """What the round's rules measured, by name."""
+
+    def on_the_wire(self, vectors: Schema) -> Schema:
+        """What crosses in place of the named vectors that a method mixes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved to go on, each leaf with the leading client axis."""
+        ...
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Take up what ``state`` gave."""
         ...

@@ -85,6 +85,28 @@ def mean(received: Received) -> Combined:
     return Combined(received.average())
 
 
+def apply_rule(
+    x: Adapters, everybody: Adapters, W: Float[np.ndarray, "receiver client"], rule: Rule
+) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
+    """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
+
+    ``everybody`` are the clients that the columns of W stand for.  Also gives what the rule measured, by name.
+    """
+    result, parts = x.flat.clone(), []
+    measured: dict[str, Tensor] = {}
+    (reached,) = np.nonzero(np.count_nonzero(W, axis=1) > 1)
+    for block in receiver_blocks(W[reached], x.spec.parameters):
+        rows = reached[block.rows].tolist()
+        senders, weights = (torch.from_numpy(part).to(result.device) for part in (block.senders, block.weights))
+        combined = rule(Received(x.rows(rows), everybody, senders, weights))
+        result[rows] = combined.adapters.flat
+        parts.append((rows, combined.adapters.merged))
+        for name, values in combined.measures.items():
+            kept = measured.setdefault(name, torch.zeros(x.clients, dtype=torch.float64))
+            kept[rows] = values.to(kept)
+    return replace(x, flat=result, merged=x.merged and x.merged.with_rows(parts)), measured
+
+
 @dataclass(frozen=True)
 class Block:
     """Receivers that are handled together: places on the leading axis, with their senders and weights."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peerlora.errors import CompositionError
 from peerlora.exchange.codec import Codec, Draws, Sizes
-from peerlora.exchange.wire import Schema
+from peerlora.exchange.schema import Schema
 from peerlora.exchange.wrapped import Wrapped, only_adapters
 from peerlora.lora.adapters import Adapters, AdapterSpec
 

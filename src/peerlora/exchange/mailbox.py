@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peerlora.exchange.base import Message, Vectors
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.randomness import numpy_generator
 from peerlora.topology.schedule import RoundGraph
 

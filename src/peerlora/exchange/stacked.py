@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.combine import Received, Rule, receiver_blocks
-from peerlora.exchange.wire import Schema, encoded_bytes
+from peerlora.exchange.combine import Rule, apply_rule
+from peerlora.exchange.messages import message
+from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.merged import Merged
 from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 from peerlora.tree import tree_map
@@ -85,26 +85,17 @@ class StackedExchange:
         """Take up what ``state`` gave."""
 
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
-        """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have."""
+        """``x_i <- rule(what reached i)``; those whom nobody reached keep what they have."""
         began = time.perf_counter()
         self._count(x, *([x.merged] if merged else []))
         self.mixed = x
         sent = x.only("AB") if x.spec.private_head else x
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
         everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=others)
-        result, W, parts = sent.flat.clone(), self.graph.W[self.clients], []
-        (reached,) = np.nonzero(np.count_nonzero(W, axis=1) > 1)
-        for block in receiver_blocks(W[reached], sent.spec.parameters):
-            rows = reached[block.rows].tolist()
-            senders, weights = (torch.from_numpy(part).to(result.device) for part in (block.senders, block.weights))
-            combined = rule(Received(sent.rows(rows), everybody, senders, weights))
-            result[rows] = combined.adapters.flat
-            parts.append((rows, combined.adapters.merged))
-            for name, values in combined.measures.items():
-                kept = self.measured.setdefault(name, torch.zeros(x.clients, dtype=torch.float64))
-                kept[rows] = values.to(kept)
+        mixed, measured = apply_rule(sent, everybody, self.graph.W[self.clients], rule)
+        self.measured.update(measured)
         self.seconds += time.perf_counter() - began
-        return replace(x.merge(replace(sent, flat=result)), merged=x.merged and x.merged.with_rows(parts))
+        return replace(x.merge(mixed), merged=mixed.merged)
 
     def shared_random(self, purpose: str) -> torch.Generator:
         """From the seed of the topology, which is that of the run, and the round."""
@@ -131,7 +122,7 @@ class StackedExchange:
     def _count(self, *payload: object) -> None:
         """Add what this mixing sends: every linked client's encoded message to each of its receivers."""
         degrees = self.graph.out_degrees[self.clients]
-        sizes = [encoded_bytes(_message(payload, row)) for row in range(len(self.clients))]
+        sizes = [encoded_bytes(message(payload, row)) for row in range(len(self.clients))]
         self.bytes_per_edge += max(sizes)
         self.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))
 
@@ -147,19 +138,3 @@ def operator(W: Float[np.ndarray, "receiver client"], like: Tensor) -> Tensor:
     with warnings.catch_warnings():  # told once per process by torch, of a format whose product is all we use
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return dense.to_sparse_csr()
-
-
-def _message(payload: tuple[object, ...], row: int) -> Schema:
-    """What the client in this row sends: the name, shape (at its real rank) and dtype of every vector."""
-    found: Schema = {}
-
-    def note(name: str, leaf: Adapters | Merged | Tensor) -> Adapters | Merged | Tensor:
-        if isinstance(leaf, Tensor):
-            found[name.removeprefix(".")] = (tuple(leaf.shape[1:]), leaf.dtype)
-        else:
-            found.update({f"{name}.{part}".removeprefix("."): what for part, what in leaf.message(row).items()})
-        return leaf
-
-    for x in payload:
-        tree_map(note, x, leaf=(Adapters, Merged, Tensor))
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,31 @@ def diagnose(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "recei
         return Diagnostics(**apart, weak_mismatch=0.0, strong_mismatch=0.0, local_cross_term=0.0)
     moved = mismatch(before_exchange(after, sent), after)
     return Diagnostics(**apart, **vars(moved), local_cross_term=local_cross_term(sent, W, after))
+
+
+def neighbourhood(
+    after: Adapters, sent: Adapters | None, met: Adapters | None, row: Float[np.ndarray, "1 sender"]
+) -> Diagnostics:
+    """What one client can know of a round: how far apart those were who met, itself too, before they mixed.
+
+    ``after`` and ``sent`` hold the client alone, ``met`` all who met, ``row`` the client's weights for them.  What was
+    not exchanged is not known: NaN.  Merged parts are left out.
+    """
+    nan = float("nan")
+    unknown = Diagnostics(nan, nan, nan, nan, nan, nan, nan)
+    if sent is None or met is None:
+        return unknown
+    moved = mismatch(before_exchange(after, sent), after)
+    known = {"A", "B"} & set(met.spec.blocks)
+    if len(known) == 2:
+        met = replace(met, merged=None)
+        return Diagnostics(**vars(agreement(met)), **vars(moved), local_cross_term=local_cross_term(met, row))
+    apart = {
+        f"consensus_{block}": sum(_norm2(deviation(factor.double())) for factor in getattr(met, block).values())
+        / met.clients
+        for block in known
+    }
+    return replace(unknown, **vars(moved), **apart)
 
 
 def agreement(x: Adapters) -> Agreement:

@@ -43,6 +43,10 @@ class RunStarted:
     """What the method has to say about this run: what it chose, and why."""
     clock: dict[str, Any] | None = None
     """Virtual time: the settings, and every client's speed and bandwidth in bytes per second (null: unlimited)."""
+    held: list[int] = field(default_factory=list)
+    """The clients whose numbers the other events give, in this order; empty: all.  A real peer holds one."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Client number -> site, for real peers."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class RoundDone:
     """Since the start of the run, at the end of this round, on the virtual clock; NaN without one."""
     absent: list[int] = field(default_factory=list)
     """Clients without part in this synchronous round: late or away."""
+    missed: dict[str, str] = field(default_factory=dict)
+    """Neighbour -> why its link was not used, for real peers."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,50 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """A real peer greeted its neighbours and begins its rounds."""
+
+    version: ClassVar[int] = 1
+    time: str
+    round: int
+    """Finished rounds."""
+    reached: list[int]
+    """The neighbours that were there."""
+
+
+@dataclass(frozen=True)
+class NeighbourChanged:
+    """Something happened between a real peer and a neighbour."""
+
+    version: ClassVar[int] = 1
+    time: str
+    """ISO 8601, UTC: when it was noticed."""
+    round: int
+    """Finished rounds when it was written down."""
+    client: int
+    """The neighbour."""
+    kind: str
+    """up, suspect, down, refused, or half-used: one end of the link used an exchange that the other did not."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class CaughtUp:
+    """A real peer that had fallen behind left out rounds."""
+
+    version: ClassVar[int] = 1
+    time: str
+    round: int
+    """Finished rounds before."""
+    to: int
+    """Finished rounds from here on."""
+    client: int
+    """The neighbour that was furthest."""
+    pulled: bool
+    """Whether its state was taken over."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Last event of a run that reached its end."""
 
@@ -144,7 +194,18 @@ class RunFinished:
     summary: dict[str, Any]
 
 
-Event = RunStarted | RoundDone | Evaluated | CheckpointSaved | Resumed | Warned | RunFinished
+Event = (
+    RunStarted
+    | RoundDone
+    | Evaluated
+    | CheckpointSaved
+    | Resumed
+    | Warned
+    | Joined
+    | NeighbourChanged
+    | CaughtUp
+    | RunFinished
+)
 
 _TYPES: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}
 

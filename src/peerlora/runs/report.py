@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 MANY_CONTACTS = 60  # clients in the table of last contacts
+MANY_CHANGES = 100  # of neighbours, the last ones, that are listed
 
 CSS = """
 :root { color-scheme: light; }
@@ -47,11 +48,12 @@ def write_report(folder: Path | str) -> Path:
     events = read_events(folder)
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     start = started(events)
-    title = f"{start.method}, {start.clients} clients" if start else "A run that has not started"
+    title = f"{start.method}, {_who(start)}" if start else "A run that has not started"
     body = [_lead(start, events), _warnings(start, events)]
     if start:
         body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
-        body += [_contacts(start, events), "<h2>How it was run</h2>", _setting(start)]
+        body += [_neighbours(events) if start.held else _contacts(start, events)]
+        body += ["<h2>How it was run</h2>", _setting(start)]
     body.append(f"<details><summary>The resolved config</summary><pre>{escape(config)}</pre></details>")
     return write_page(folder / "report.html", title, body)
 
@@ -128,7 +130,8 @@ def holdings(start: RunStarted) -> "Picture | None":
     from peerlora.runs.figures import labels_figure
 
     names, counts = start.partition.get("names"), start.partition.get("counts")
-    return labels_figure("labels", "Who holds which labels", names, counts) if names and counts else None
+    whole = counts and len(counts) == start.clients  # a site with a file of its own knows no other's rows
+    return labels_figure("labels", "Who holds which labels", names, counts) if names and counts and whole else None
 
 
 def graph(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
@@ -178,6 +181,40 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
     return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
+
+
+def _who(start: RunStarted) -> str:
+    if not start.held:
+        return f"{start.clients} clients"
+    (me,) = start.held
+    return f"{start.names.get(str(me), 'a peer')}, client {me} of {start.clients}"
+
+
+def _neighbours(events: Sequence[Event]) -> str:
+    """A real peer's neighbours: how often it met them, why not, and what happened to them last."""
+    from peerlora.runs.neighbours import left_out, neighbours
+
+    known, skipped = neighbours(events), left_out(events)
+    rows = [
+        (f"{each.site} (client {each.client})", each.met, sum(each.missed.values()), _reasons(each.missed))
+        + (each.half_used,)
+        for each in known
+    ]
+    head = ("neighbour", "rounds met", "missed", "because", "used by one end only")
+    changes = sorted(((each.site, change) for each in known for change in each.changes), key=lambda pair: pair[1].time)
+    lines = "".join(
+        f"<li>{escape(f'{change.time}, round {change.round}: {site} {change.kind} {change.detail}')}</li>"
+        for site, change in changes[-MANY_CHANGES:]
+    )
+    told = "This peer knows its neighbourhood only: consensus distances are those of who met, before they mixed."
+    if skipped:
+        told += f" It had fallen behind and left out {skipped} rounds."
+    listed = f"<details><summary>What happened to them</summary><ul>{lines}</ul></details>" if changes else ""
+    return f"<h2>Neighbours</h2><p>{escape(told)}</p>{table_html(rows, head)}{listed}"
+
+
+def _reasons(missed: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in sorted(missed.items()))
 
 
 def _contacts(start: RunStarted, events: Sequence[Event]) -> str:

@@ -49,8 +49,10 @@ def evaluations(events: Iterable[Event]) -> list[Evaluated]:
 def rows(events: Iterable[Event]) -> Iterator[Row]:
     """Every number of a run.  ``round`` counts finished rounds here: the loss of round index 0 is in round 1."""
     events = list(events)
+    start = started(events)
+    held = start.held if start else []
     for done in of(events, RoundDone):
-        for client, loss in enumerate(done.loss):
+        for client, loss in zip(held or range(len(done.loss)), done.loss, strict=True):
             yield client, done.round + 1, "loss", loss
         for name in PER_ROUND:
             yield None, done.round + 1, name, float(getattr(done, name))
@@ -60,7 +62,7 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
         for name, value in done.measures.items():
             yield None, done.round + 1, name, float("nan") if value is None else float(value)
     for score in evaluations(events):
-        for client, (own, loss) in enumerate(zip(score.own, score.own_loss, strict=True)):
+        for client, own, loss in zip(held or range(len(score.own)), score.own, score.own_loss, strict=True):
             yield client, score.round, "own", own
             yield client, score.round, "own_loss", loss
         whole = {"averaged": score.averaged, "averaged_loss": score.averaged_loss}

@@ -18,10 +18,11 @@ from peerlora.algorithms.composition import check_wrappers
 from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import RunConfig
 from peerlora.data.batches import Shards
-from peerlora.data.partition import Partition, partition
+from peerlora.data.partition import Partition, own_rows, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.adversary import attackers
+from peerlora.exchange.base import Counted
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.exchange.wrapped import innermost
@@ -54,8 +55,7 @@ class Federation:
     eval_data: Dataset
     model: StackedModel
     learner: Learner
-    exchange: Any
-    """A StackedExchange, or what wraps it."""
+    exchange: Counted
     start: Adapters
     export: ExportContext
     warnings: tuple[str, ...]
@@ -248,6 +248,7 @@ def compose(
     ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
     an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
     """
+    _check_own(config, clients)
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     _check_memory(config.clients)
     clock = build_clock(config, algorithm)
@@ -258,20 +259,19 @@ def compose(
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
     train_data, eval_data = materials.train_data, materials.eval_data
-    divided = partition(partitioner or config.partition, train_data, config.clients, config.seed)
     here = list(range(config.clients) if clients is None else clients)
+    own = config.partition.kind == "own" and partitioner is None
+    divided = (
+        own_rows(train_data, here[0])
+        if own
+        else partition(partitioner or config.partition, train_data, config.clients, config.seed)
+    )
     model, export, paths = _model(config, materials)
     start = _start(config, model, here)
     check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
-    batches, own = [config.batches[i] for i in here], [divided.shards[i] for i in here]
-    shards = Shards(
-        learned_from(config, train_data, [divided.shards[i] for i in attacking]),
-        own,
-        batches,
-        here,
-        config.seed,
-        config.train.batches == "by-length",
-    )
+    batches, rows = [config.batches[i] for i in here], divided.shards if own else [divided.shards[i] for i in here]
+    learned = learned_from(config, train_data, [divided.shards[i] for i in attacking])
+    shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
     if config.train.label_prior != "none":
@@ -311,6 +311,14 @@ def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
         f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
         "before round 0; their bytes are counted in the first round",
     )
+
+
+def _check_own(config: RunConfig, clients: Sequence[int] | None) -> None:
+    if config.partition.kind == "own" and (clients is None or len(clients) != 1):
+        raise CompositionError(
+            "partition.kind=own is for `peerlora peer`, where every site has a file of its own; to simulate, put all "
+            "rows in one file with a column that names the site, and use partition.kind=column partition.column=..."
+        )
 
 
 def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:

@@ -123,7 +123,7 @@ def row_config(config: RunConfig, name: str, overrides: Sequence[str]) -> RunCon
 
 def averaged_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
     """The row for clients that train alone and exchange everything with everybody once, at the end."""
-    from peerlora.exchange.wire import encoded_bytes
+    from peerlora.exchange.schema import encoded_bytes
 
     clients, reached = alone["clients"], alone["accuracy"]["averaged"]
     message = encoded_bytes(adapters.message())

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, compose
 from peerlora.tree import leaves, rebuild
 
+_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers meet, not what is run
 EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
 
 
@@ -32,8 +34,8 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / f"{config.algorithm.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def run_facts(config: RunConfig, partitioner: Any = None) -> dict[str, Any]:
-    """Versions, seed and machine facts that decide a result beside the config."""
+def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | None = None) -> dict[str, Any]:
+    """Versions, seed and machine facts that decide a result beside the config; ``held``: the clients, if not all."""
     packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -41,7 +43,7 @@ def run_facts(config: RunConfig, partitioner: Any = None) -> dict[str, Any]:
         "seed": config.seed,
         "threads": config.threads,
         "partitioner": type(partitioner).__name__ if partitioner is not None else None,
-    }
+    } | ({} if held is None else {"held": list(held)})
 
 
 def stored_config(store: RunStore) -> RunConfig:
@@ -57,7 +59,7 @@ def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitio
     differences = [
         f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
         for key in sorted(was | now)
-        if was.get(key) != now.get(key)
+        if was.get(key) != now.get(key) and key not in _MAY_CHANGE
     ]
     then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
     if then != given:
@@ -84,9 +86,9 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
     os.replace(place / "all.safetensors.tmp", place / "all.safetensors")
     if x.clients > EXPORTED:
         return
-    for client in range(x.clients):
-        _export(place / f"client-{client:02d}", x, client, federation, summary | {"client": client})
-    if x.equal_ranks:
+    for row, client in enumerate(federation.exchange.clients):
+        _export(place / f"client-{client:02d}", x, row, federation, summary | {"client": client})
+    if x.equal_ranks and x.clients == federation.config.clients:
         _export(place / "average", x.mean(), 0, federation, summary | {"client": "average of all"})
 
 
@@ -117,15 +119,18 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
         raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
     if rank is not None and rank < 1:
         raise RunError(f"--rank {rank} given; expected at least 1")
+    here = json.loads((run / "run.json").read_text(encoding="utf-8")).get("held")
+    if here is not None and client not in here:
+        raise RunError(f"{run} is the run of a peer and has client {here[0]} only; give --client {here[0]}")
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
     if rank is None and written.is_dir():
         shutil.copytree(written, to, dirs_exist_ok=True)
         return to
-    federation = compose(config)
+    federation = compose(config, clients=here)
     start = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
     with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
         x = rebuild(start, {f".{name}": file.get_tensor(name) for name in file.keys()})
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    row, number = (x.mean(), 0) if client is None else (x, client)
+    row, number = (x.mean(), 0) if client is None else (x, list(federation.exchange.clients).index(client))
     named = summary | {"client": "average of all" if client is None else client}
     return _export(to, row, number, federation, named, rank)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms.base import Algorithm
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.exchange.base import Counted
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.clock import Clock, seconds, ticks
 from peerlora.topology.weights import Matrix
@@ -69,7 +70,7 @@ class Together:
     begin their next job at once.
     """
 
-    def __init__(self, algorithm: Algorithm[Any], learner: Learner, exchange: Any, clock: Clock | None):
+    def __init__(self, algorithm: Algorithm[Any], learner: Learner, exchange: Counted, clock: Clock | None):
         self.algorithm, self.learner, self.exchange, self.clock = algorithm, learner, exchange, clock
         self.now, self.jobs = 0, [0] * len(exchange.clients)
         self.ready: dict[int, int] = {}
@@ -85,7 +86,7 @@ class Together:
     def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
         """Round ``t``; the state is that of its end."""
         absent = self._pass_time(self.clock, t, state) if self.clock else []
-        here = [client for client in self.exchange.clients if client not in absent]
+        here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
         self.learner.begin(t, self.jobs if self.clock else None, here)
         self.learner.step_seconds = self.step_seconds if self.clock else None
         self.exchange.begin(t, absent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
+from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
@@ -31,7 +32,7 @@ from peerlora.runtime.folder import (
     stored_config,
     write_adapters,
 )
-from peerlora.runtime.rounds import Rounds, Together
+from peerlora.runtime.rounds import Passed, Rounds, Together
 from peerlora.topology.weights import remove_links, rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
@@ -81,7 +82,7 @@ def simulate(
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
-    federation = _composed(config, materials, partitioner)
+    federation = composed(config, materials, partitioner)
     with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
         return Simulation(federation, store, listener, stop).run()
 
@@ -102,19 +103,22 @@ def resume(
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
-        return Simulation(_composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
+        return Simulation(composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
 
 
-def _composed(config: RunConfig, materials: Materials | None, partitioner: Any) -> Federation:
+def composed(
+    config: RunConfig, materials: Materials | None, partitioner: Any, clients: Sequence[int] | None = None
+) -> Federation:
+    """The parts of a run, on the threads that it asks for."""
     torch.set_num_threads(resolve_threads(config.threads))
-    return compose(config, materials=materials, partitioner=partitioner)
+    return compose(config, materials=materials, partitioner=partitioner, clients=clients)
 
 
 def rounds_of(federation: Federation) -> Rounds:
     """How the clients of a federation come from one round to the next."""
     algorithm, clock = federation.algorithm, federation.clock
     if isinstance(algorithm, AsynchronousAlgorithm):
-        assert clock is not None
+        assert clock is not None and isinstance(federation.exchange, StackedExchange)
         return Apart(algorithm, federation.learner, federation.exchange, clock)
     return Together(algorithm, federation.learner, federation.exchange, clock)
 
@@ -134,7 +138,7 @@ class Simulation:
         self.learner, self.exchange = federation.learner, federation.exchange
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
-        self.honest = [i for i in range(self.config.clients) if i not in federation.attackers]
+        self.honest = [row for row, i in enumerate(self.exchange.clients) if i not in federation.attackers]
         self.rounds = rounds_of(federation)
 
     def run(self, resumed: bool = False) -> Result:
@@ -146,8 +150,12 @@ class Simulation:
             for warning in self.federation.warnings:
                 self._emit(Warned(warning))
             self._evaluate(0, state, final=False)
-        rounds = self.config.train.rounds
-        for t in range(first, rounds):
+        self._open(first, state)
+        rounds, done = self.config.train.rounds, first
+        while done < rounds:
+            t, state = self._ready(done, state)
+            if t == rounds:
+                break
             state = self._round(t, state)
             done = t + 1
             if done % self.config.eval.every == 0 and done < rounds:
@@ -156,26 +164,28 @@ class Simulation:
             if done % self.config.checkpoint.every == 0 or done == rounds or stopping:
                 self._save(done, state)
             if stopping:
-                raise Stopped(
-                    f"stopped after {done} of {rounds} rounds; go on with: peerlora train --resume {self.store.folder}"
-                )
+                raise Stopped(f"stopped after {done} of {rounds} rounds; go on with: {self._again()}")
         return self._finish(state)
+
+    def _open(self, done: int, state: Any) -> None:
+        """Before the first round of this process."""
+
+    def _ready(self, t: int, state: Any) -> tuple[int, Any]:
+        """The round that comes next, and the state to begin it with."""
+        return t, state
+
+    def _again(self) -> str:
+        """How to take the run up again."""
+        return f"peerlora train --resume {self.store.folder}"
 
     def _round(self, t: int, state: Any) -> Any:
         state, passed = self.rounds.advance(t, state)
         worked = time.perf_counter()
-        sent = passed.sent
-        W = passed.W if passed.W is not None else np.eye(self.config.clients)
-        found = vars(self._diagnosed(self.algorithm.model(state), sent, W))
-        if passed.W is None:
-            found |= dict.fromkeys(("local_cross_term", "weak_mismatch", "strong_mismatch"), math.nan)
-        self.moment += W.T @ W
-        edges, doubly = passed.edges, self.federation.topology.properties.doubly_stochastic
+        edges = self._edges(passed)
         event = RoundDone(
             round=t,
             loss=self._honest(np.array(passed.losses)),
-            **found,
-            rho=rho(self.moment / (t + 1)) if passed.W is not None and doubly else math.nan,
+            **self._observed(t, state, passed),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
             bytes_per_edge=passed.bytes_per_edge,
@@ -192,7 +202,7 @@ class Simulation:
 
     def _diagnosed(self, after: Adapters, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
         """About the honest clients alone, as if they had no link to attackers."""
-        if len(self.honest) < self.config.clients:
+        if len(self.honest) < after.clients:
             away = np.ones_like(W, dtype=bool)
             away[np.ix_(self.honest, self.honest)] = False
             W = remove_links(W, away & ~np.eye(len(W), dtype=bool))[np.ix_(self.honest, self.honest)]
@@ -205,11 +215,30 @@ class Simulation:
         told[self.honest] = values[self.honest]
         return told.tolist()
 
+    def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
+        """What there is to know about the clients after a round, under the names that its event has."""
+        sent, W = passed.sent, passed.W if passed.W is not None else np.eye(self.config.clients)
+        found = vars(self._diagnosed(self.algorithm.model(state), sent, W))
+        self.moment += W.T @ W
+        if passed.W is None:
+            unknown = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
+            return {**found, **dict.fromkeys(unknown, math.nan)}
+        doubly = self.federation.topology.properties.doubly_stochastic
+        return {**found, "rho": rho(self.moment / (t + 1)) if doubly else math.nan}
+
+    def _edges(self, passed: Passed) -> list[tuple[int, int]]:
+        """The links over which this round exchanged anything."""
+        return passed.edges
+
+    def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
+        """Whom to evaluate: the clients held here, and what they are averaged to, if that is known."""
+        return _with_mean(x, self.honest)
+
     def _evaluate(self, done: int, state: Any, final: bool) -> None:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in _with_mean(x, self.honest)]
+        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in self._scored(x)]
         metric, loss = (np.concatenate([getattr(scores, name) for scores in groups]) for name in ("metric", "loss"))
         scores, own = Scores(metric, loss, len(rows)), slice(0, x.clients)
         averaged = x.clients if len(scores.metric) > x.clients else None

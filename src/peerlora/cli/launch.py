@@ -1,0 +1,117 @@
+"""``peerlora launch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peerlora.cli.words import AsJson, Out, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from peerlora.runtime.launch import Peer
+
+Kill = Annotated[
+    list[str] | None, typer.Option("--kill", help="3@5s: SIGKILL peer 3, 5 s after round 0 began; 3@5s:2s: restart it")
+]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="2@4s:3s: SIGSTOP peer 2 for 3 s")]
+Cut = Annotated[
+    list[str] | None, typer.Option("--cut", help="1-2@4s:3s: cut the link for 3 s; 1>2@4s: one direction, for good")
+]
+
+
+def command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="a config, as for train")],
+    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
+    peers: Annotated[int | None, typer.Option("--peers", help="how many; default: the config's clients")] = None,
+    out: Out = None,
+    kill: Kill = None,
+    stop: Stop = None,
+    cut: Cut = None,
+    json: AsJson = False,
+) -> None:
+    """Run a whole federation as real processes on this machine, with throw-away identities."""
+    import signal
+
+    from peerlora.cli.progress import stop_on_interrupt
+    from peerlora.config import load_config
+    from peerlora.runtime.mishaps import parse_mishap
+
+    chosen = load_config(config, [*(words or []), *([f"clients={peers}"] if peers is not None else [])])
+    mishaps = [parse_mishap("kill", word, chosen.clients) for word in kill or ()]
+    mishaps += [parse_mishap("stop", word, chosen.clients) for word in stop or ()]
+    mishaps += [parse_mishap("cut", word, chosen.clients) for word in cut or ()]
+    with Watch() as watch, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stopping:
+        from peerlora.runtime.launch import launch
+
+        summary = launch(chosen, out, mishaps, listener=watch, stop=stopping)
+    print_launch(summary)
+    if json:
+        print_json(summary)
+    if not summary["ok"]:
+        raise typer.Exit(1)
+
+
+class Watch:
+    """One live table on a terminal, lines of news elsewhere; a context manager."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
+        self.told: dict[int, tuple[str, int]] = {}
+
+    def __enter__(self) -> Watch:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, peers: Sequence[Peer]) -> None:
+        """Show how the peers stand."""
+        for peer in peers:
+            state, count = self.told.get(peer.client, ("", 0))
+            lines = [peer.state] if peer.state != state else []
+            for line in lines + peer.news[count:]:
+                self.console.print(f"peer {peer.client}: {line}", highlight=False, markup=False, soft_wrap=True)
+            self.told[peer.client] = peer.state, len(peer.news)
+        if self.live:
+            self.live.update(table(peers))
+
+
+def table(peers: Sequence[Peer]) -> Table:
+    """How the peers stand."""
+    from rich.table import Table
+
+    made = Table("peer", "state", "round", "loss", "metric", "missed links", "starts")
+    for peer in peers:
+        numbers = (str(peer.round), _number(peer.loss), _number(peer.metric), str(peer.missed), str(peer.starts))
+        made.add_row(str(peer.client), peer.state, *numbers)
+    return made
+
+
+def print_launch(summary: dict[str, Any]) -> None:
+    """One line per peer, and where everything lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table("peer", "ended", "rounds", "metric", "missed links", "rounds left out", "starts", title_justify="left")
+    for peer in summary["peers"]:
+        keys = ("client", "ended", "rounds", "metric", "missed", "skipped", "starts")
+        made.add_row(*(_number(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
+    console = Console(width=110)
+    console.print(made)
+    reached = ", ".join(f"{name} {_number(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
+    console.print(f"{summary['method']}: {reached}; {summary['run']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,133 @@
+"""``peerlora members``: the signed list of who takes part."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peerlora.cli.words import AsJson, print_json
+from peerlora.packages import need_extra
+
+if TYPE_CHECKING:
+    from peerlora.transport.members import MemberList
+
+app = typer.Typer(help="The signed list of who takes part.", no_args_is_help=True)
+File = Annotated[Path, typer.Argument(help="the member list")]
+Site = Annotated[str, typer.Option("--site", help="the site's name")]
+
+
+@app.callback()
+def _needs() -> None:
+    need_extra("peer")
+
+
+@app.command()
+def new(
+    file: File,
+    name: Annotated[str, typer.Option("--name", help="the consortium's name")],
+    json: AsJson = False,
+) -> None:
+    """Start an empty list."""
+    from peerlora.errors import IdentityError
+    from peerlora.transport.members import SignedList, new_list, write_list
+
+    if file.exists():
+        raise IdentityError(f"{file} exists already; change it with `members add` and `members remove`")
+    write_list(file, SignedList(new_list(name)))
+    _told(new_list(name), file, json)
+
+
+@app.command()
+def add(
+    file: File,
+    site: Site,
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="the site's certificate")] = None,
+    fingerprint: Annotated[str | None, typer.Option("--fingerprint", help="or its key's fingerprint")] = None,
+    address: Annotated[str | None, typer.Option("--address", help="host:port; none for a site that only dials")] = None,
+    neighbour: Annotated[
+        list[str] | None, typer.Option("--neighbour", help="allow this edge, and others no more")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Add a site; the list must be signed again afterwards."""
+    from peerlora.errors import ConfigError
+    from peerlora.transport.files import read_public
+    from peerlora.transport.identity import certificate_fingerprint
+    from peerlora.transport.members import SignedList, add_member, read_list, write_list
+
+    if (certificate is None) == (fingerprint is None):
+        raise ConfigError("members add needs exactly one of --certificate FILE and --fingerprint HEX")
+    if certificate is not None:
+        fingerprint = certificate_fingerprint(read_public(certificate, "a certificate", most=100_000))
+    grown = add_member(read_list(file).list, site, fingerprint or "", address, tuple(neighbour or ()))
+    write_list(file, SignedList(grown))
+    _told(grown, file, json)
+
+
+@app.command()
+def remove(file: File, site: Site, json: AsJson = False) -> None:
+    """Remove a site; the list must be signed again and handed out afterwards."""
+    from peerlora.transport.members import SignedList, read_list, remove_member, write_list
+
+    shrunk = remove_member(read_list(file).list, site)
+    write_list(file, SignedList(shrunk))
+    _told(shrunk, file, json)
+
+
+@app.command()
+def sign(
+    file: File,
+    authority: Annotated[Path, typer.Option("--authority", help="the authority's folder")],
+    days: Annotated[int, typer.Option("--days", min=1, max=366, help="how long the list is valid")] = 90,
+    json: AsJson = False,
+) -> None:
+    """Sign the list as its next version."""
+    from peerlora.transport.authority import list_signer
+    from peerlora.transport.members import read_list, sign_list, write_list
+
+    signed = sign_list(read_list(file).list, list_signer(authority), timedelta(days=days))
+    write_list(file, signed)
+    _told(signed.list, file, json)
+
+
+@app.command()
+def verify(
+    file: File,
+    trust: Annotated[Path, typer.Option("--trust", help="the consortium's trust.pem")],
+    json: AsJson = False,
+) -> None:
+    """Check signature and validity; exit code 2 where they don't hold."""
+    from peerlora.transport.files import read_public
+    from peerlora.transport.identity import read_trust
+    from peerlora.transport.members import load_members
+
+    _, signers = read_trust(read_public(trust, "the consortium's trust.pem"), str(trust))
+    members = load_members(file, signers)
+    if not json:
+        print(f"{file} is signed and in force")
+    _told(members, file, json)
+
+
+@app.command()
+def show(file: File, json: AsJson = False) -> None:
+    """Print the list, without checking its signature."""
+    from peerlora.transport.members import read_list
+
+    signed = read_list(file)
+    if not json:
+        print("signed; not checked here" if signed.signature else "a draft: not signed")
+        for member in signed.list.members:
+            print(f"{member.client:4}  {member.site:24} {member.address or 'dials only':32} {member.fingerprint}")
+    _told(signed.list, file, json)
+
+
+def _told(members: "MemberList", file: Path, json: bool) -> None:
+    """Say which list this is."""
+    if json:
+        import msgspec
+
+        print_json({"file": str(file)} | msgspec.to_builtins(members))
+        return
+    until = f"valid until {members.expires:%Y-%m-%d %H:%M} UTC" if members.expires else "never signed"
+    print(f"{members.name}: version {members.version}, {len(members.members)} sites, {until}")

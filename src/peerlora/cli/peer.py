@@ -1,0 +1,42 @@
+"""``peerlora peer``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peerlora.cli.words import AsJson, Out, print_json
+
+Identity = Annotated[Path, typer.Option("--identity", help="folder with this site's key and certificate")]
+Members = Annotated[Path, typer.Option("--members", help="the consortium's signed member list")]
+Listen = Annotated[
+    str | None, typer.Option("--listen", help="host:port to open; default: the port of the own address on the list")
+]
+
+
+def command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the run's config, as at all sites")],
+    identity: Identity,
+    members: Members,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
+    out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --out, or begin one there if there is none")
+    ] = False,
+    listen: Listen = None,
+    json: AsJson = False,
+) -> None:
+    """Train as one site of a real federation, with the other sites on the member list."""
+    import signal
+
+    from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
+    from peerlora.config import load_config
+
+    wanted = load_config(config, words or [])
+    with Progress() as listener, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
+        from peerlora.runtime.peer import run_peer
+
+        result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, listener=listener, stop=stop)
+    print_summary([(result.summary["method"], result.summary)])
+    if json:
+        print_json(result.summary)

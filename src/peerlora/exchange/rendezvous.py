@@ -1,0 +1,321 @@
+"""Who meets whom in an exchange between real peers.  Lives on one event loop; knows messages, not what they are for.
+
+An edge counts in an exchange for the end that got the other's message and whose own message the other acknowledged.
+A message is acknowledged only while it would still be used: one that comes early waits, with the sender's call open,
+until its exchange begins here; one that comes after the exchange was closed is refused as ``late``.  So both ends
+agree, except where the very last acknowledgement is lost.  Then one end used an edge that the other did not: every
+message says what became of the last exchange on its edge, and the end that knows otherwise tells it as ``half-used``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
+from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
+
+_AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
+_REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
+_TOLD = 8  # of them that every message tells
+_LAST = re.compile(r"\d{1,12}\.\d{1,6}[+-]( \d{1,12}\.\d{1,6}[+-]){0,15}")
+_ONE = re.compile(r"(\d+)\.(\d+)([+-])")
+_AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
+_OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop
+_NOTICES = 10_000  # that nobody fetched; the oldest go first
+
+
+class Step(NamedTuple):
+    """One exchange: the round, and which one within it."""
+
+    round: int
+    number: int = 0
+
+
+class Notice(NamedTuple):
+    """Something that the user should hear about a neighbour."""
+
+    time: str
+    """ISO 8601, UTC."""
+    kind: str
+    """up, suspect, down, refused, half-used"""
+    peer: PeerId
+    detail: str
+
+
+class Outcome(NamedTuple):
+    """What came of one exchange."""
+
+    got: dict[PeerId, Any]
+    """What was made of the messages of those whose edge counts."""
+    missing: dict[PeerId, str]
+    """The other neighbours, and why."""
+
+
+Check = Callable[[Header, bytearray], Any]
+"""Turns a message's body into what is used of it; raises Refused.  It may run in another thread."""
+
+
+@dataclass
+class _Meeting:
+    """One exchange that is going on."""
+
+    neighbours: Collection[PeerId]
+    check: Check
+    got: dict[PeerId, Any] = field(default_factory=dict)
+    acknowledged: set[PeerId] = field(default_factory=set)
+    failed: dict[PeerId, str] = field(default_factory=dict)
+
+    def counts(self, peer: PeerId) -> bool:
+        return peer in self.got and peer in self.acknowledged
+
+
+class Rendezvous:
+    """One peer's exchanges over a transport; it is the transport's receiver.
+
+    ``deadline``: seconds that an exchange waits for neighbours.  ``largest``: bytes of body that a ``mix`` may have.
+    ``service``: takes every kind of message but ``mix``.
+    """
+
+    def __init__(self, transport: Transport, expected: Expected, deadline: float, largest: int):
+        self.transport, self.expected, self.deadline, self.largest = transport, expected, deadline, largest
+        self.service: Service = Service()
+        self.at = Step(0)
+        """The exchange that is going on, or comes next."""
+        self.heard: dict[PeerId, int] = {}
+        """The round that each neighbour was in when it last said something."""
+        self.absent: set[PeerId] = set()
+        """Not waited for: they are down, or missed a deadline and were not heard of since."""
+        self.half_used = 0
+        """Edges so far that one end used and the other did not."""
+        self.notices: deque[Notice] = deque(maxlen=_NOTICES)
+        self._born = Step(0)
+        self._open: _Meeting | None = None
+        self._past: dict[PeerId, dict[Step, bool]] = {}
+        self._claims: dict[PeerId, dict[Step, bool]] = {}
+        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_NOTICES)
+        self._changed = asyncio.Event()
+
+    # --- what the transport calls
+
+    def admit(self, peer: PeerId, header: bytes) -> int:
+        """The bytes of body that a message may have; raises Refused for one that could not be used."""
+        found = self._read(peer, header)
+        if found.kind == "mix":
+            self._timely(peer, Step(found.round, found.step))
+        most = self.largest if found.kind == "mix" else self.service.largest(peer, found)
+        read_header(header, most)
+        return most
+
+    async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
+        """Take a message, once it can be used."""
+        found = self._read(peer, header)
+        if found.kind == "mix":
+            await self._take(peer, found, body)
+        else:
+            await self.service.take(peer, found, body)
+
+    def _read(self, peer: PeerId, header: bytes) -> Header:
+        found = read_header(header)
+        try:
+            self.expected.check(found, peer)
+        except Refused as refusal:
+            self.service.disagrees(peer, refusal)
+            raise
+        self.heard[peer] = found.round
+        self._compare(peer, found)
+        self.back(peer)
+        return found
+
+    def _timely(self, peer: PeerId, step: Step) -> None:
+        """Raise Refused for a message whose time is over or far away."""
+        if step < self.at:
+            taken = self._past.get(peer, {}).get(step, False)
+            raise Refused("replay" if taken else "late", f"round {step.round} given, now in round {self.at.round}")
+        if step.round > self.at.round + _AHEAD:
+            raise Refused("from-the-future", f"round {step.round} given, now in round {self.at.round}")
+
+    async def _take(self, peer: PeerId, header: Header, body: bytearray) -> None:
+        step = Step(header.round, header.step)
+        meeting = await self._until(peer, step)
+        if peer not in meeting.neighbours:
+            raise Refused("not-a-neighbour", f"in round {step.round}")
+        if len(body) >= _OFF_LOOP:
+            made = await asyncio.to_thread(meeting.check, header, body)
+        else:
+            made = meeting.check(header, body)
+        self._timely(peer, step)
+        if peer in meeting.got:
+            raise Refused("replay", f"round {step.round}, exchange {step.number}")
+        meeting.got[peer] = made
+        self._tell()
+
+    async def _until(self, peer: PeerId, step: Step) -> _Meeting:
+        """The meeting of ``step``, once it has begun; the transport lets one message per peer wait."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.deadline):
+                while step != self.at or self._open is None:
+                    self._timely(peer, step)
+                    await self._changed.wait()
+                return self._open
+        raise Refused("late", f"it waited for {self.deadline:g} s")
+
+    # --- what the exchange calls
+
+    def furthest(self) -> tuple[int, PeerId] | None:
+        """The neighbour that is furthest, as far as it was heard, and its round."""
+        return max(((round, peer) for peer, round in self.heard.items()), default=None)
+
+    def enter(self, round: int, first: bool = False) -> None:
+        """Say that this client is in a round; everything of earlier rounds is late from now on."""
+        self.at = Step(round)
+        if first:
+            self._born = self.at
+        self._tell()
+
+    async def meet(self, neighbours: Collection[PeerId], body: bytes, check: Check) -> Outcome:
+        """Send to all neighbours and take their messages, until all have answered or the deadline has come."""
+        step, meeting = self.at, _Meeting(neighbours, check)
+        self._open = meeting
+        self._tell()
+        seal = sealed(self.header("mix"), body)
+        calls = [asyncio.create_task(self._send(meeting, peer, seal, body)) for peer in neighbours]
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.deadline):
+                    while not all(self._settled(meeting, peer) for peer in neighbours):
+                        await self._changed.wait()
+            return self._close(step, meeting)
+        finally:
+            self._open, self.at = None, Step(step.round, step.number + 1)
+            self._tell()
+            for call in calls:
+                call.cancel()
+            ends = await asyncio.gather(*calls, return_exceptions=True)
+            for end in ends:
+                if isinstance(end, Exception):
+                    raise end
+
+    def _settled(self, meeting: _Meeting, peer: PeerId) -> bool:
+        return meeting.counts(peer) or peer in meeting.failed or peer in self.absent
+
+    async def _send(self, meeting: _Meeting, peer: PeerId, seal: Header, body: bytes) -> None:
+        header = encode_header(msgspec.structs.replace(seal, facts=self.last(peer)))
+        for attempt in (1, 2):
+            try:
+                await self.transport.send(peer, header, body, deadline=self.deadline)
+                meeting.acknowledged.add(peer)
+            except Refused as refusal:
+                if refusal.reason == "replay":  # an earlier attempt got through
+                    meeting.acknowledged.add(peer)
+                else:
+                    meeting.failed[peer] = refusal.reason
+            except DeadlineMissed:
+                meeting.failed[peer] = "no acknowledgement"
+            except PeerDown:
+                if attempt == 1:
+                    await asyncio.sleep(_AGAIN)
+                    continue
+                meeting.failed[peer] = "down"
+            break
+        self._tell()
+
+    def _close(self, step: Step, meeting: _Meeting) -> Outcome:
+        """Decide which edges count, and remember it."""
+        got, missing = {}, {}
+        for peer in meeting.neighbours:
+            if meeting.counts(peer):
+                got[peer] = meeting.got[peer]
+            else:
+                quiet = "no acknowledgement" if peer in meeting.got else "no message"
+                missing[peer] = meeting.failed.get(peer, "absent" if peer in self.absent else quiet)
+                if peer not in meeting.got and missing[peer] in ("no acknowledgement", "no message", "down"):
+                    self.absent.add(peer)
+            past = self._past.setdefault(peer, {})
+            past[step] = peer in got
+            if len(past) > _REMEMBERED:
+                del past[min(past)]
+            self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
+        return Outcome(got, missing)
+
+    # --- both
+
+    def header(self, kind: Any, **facts: int | str) -> Header:
+        """The header of a message of this moment."""
+        (round, step), me = self.at, self.transport.me
+        return Header(kind=kind, round=round, step=step, sender=me, facts=facts, **vars(self.expected))
+
+    def last(self, peer: PeerId) -> dict[str, int | str]:
+        """What became of the last exchanges with a neighbour, for a header."""
+        past = sorted(self._past.get(peer, {}).items())[-_TOLD:]
+        told = (f"{step.round}.{step.number}{'+' if used else '-'}" for step, used in past)
+        return {"last": " ".join(told)} if past else {}
+
+    def leave(self, peer: PeerId) -> None:
+        """Don't wait for a neighbour until it is heard of again."""
+        self.absent.add(peer)
+        self._tell()
+
+    def back(self, peer: PeerId) -> None:
+        """A neighbour was heard of."""
+        if peer in self.absent:
+            self.absent.discard(peer)
+            self._tell()
+
+    def notice(self, kind: str, peer: PeerId, detail: str = "") -> None:
+        """Note something for the user."""
+        self.notices.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
+
+    def _compare(self, peer: PeerId, header: Header) -> None:
+        """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
+        told = str(header.facts.get("last", ""))
+        if told and not _LAST.fullmatch(told):
+            raise Refused("bad-header", "last")
+        claims = self._claims.setdefault(peer, {})
+        for round, number, sign in _ONE.findall(told):
+            claims[Step(int(round), int(number))] = sign == "+"
+        for step in sorted(claims)[:-_REMEMBERED]:
+            del claims[step]
+        self._reconcile(peer)
+
+    def _reconcile(self, peer: PeerId) -> None:
+        """Tell where a neighbour's word on an exchange is not what was done here."""
+        past, claims = self._past.setdefault(peer, {}), self._claims.get(peer, {})
+        for step, used in list(claims.items()):
+            # Where this process knows nothing of an exchange that it should have been in, it died before it used it.
+            own = past.get(step, False if self._born <= step < self.at else None)
+            if own is None or (own != used and (peer, step) in self._told):
+                continue
+            del claims[step]
+            if own != used:
+                self._told.append((peer, step))
+                self.half_used += 1
+                self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
+
+    def _tell(self) -> None:
+        """Wake everybody who waits for something to change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Service:
+    """What a rendezvous does with messages that are not part of an exchange: by default, nothing."""
+
+    def largest(self, peer: PeerId, header: Header) -> int:
+        """The bytes of body that a message may have."""
+        raise Refused("unexpected", header.kind)
+
+    def disagrees(self, peer: PeerId, refusal: Refused) -> None:
+        """A peer belongs to another run, or has another model."""
+
+    async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
+        """Take a message."""
+        raise Refused("unexpected", header.kind)

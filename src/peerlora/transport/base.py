@@ -1,0 +1,121 @@
+"""The byte contract: a transport knows who talks, and bytes; never what tensors mean."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from peerlora.errors import PeerloraError
+
+PeerId = str
+"""A site's name, always taken from the authenticated channel, never from a message."""
+
+HEADER_BYTES = 64 * 1024
+"""The largest header that anybody accepts."""
+
+
+REASONS = {
+    "not-a-member": "the certificate's key is not on the current member list",
+    "not-a-neighbour": "the member list names the edges, and this is none of them",
+    "list-expired": "the member list is out of date, so nobody is admitted by it",
+    "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
+    "certificate-expired": "the certificate expired while the connection stood",
+    "old-tls": "a TLS version before 1.3",
+    "no-session": "a message outside the edge's session, or of one that another has replaced",
+    "replaced": "another process of the same site has opened a newer session",
+    "wrong-proof": "the side that was dialled does not hold the key that the member list names",
+    "wrong-sender": "the message claims another name than the channel proved",
+    "wrong-run": "the message belongs to another run",
+    "wrong-base": "the sender trains another base model",
+    "wrong-spec": "the sender's adapter has another spec",
+    "wrong-config": "the sender's settings differ where all peers must have the same",
+    "late": "the round is over here",
+    "from-the-future": "the round is further ahead than any honest peer can be",
+    "replay": "this message was taken before",
+    "unexpected": "no message of this kind is waited for from this peer",
+    "oversize": "more bytes announced or sent than this message may have",
+    "bad-header": "the header cannot be read, or has unknown fields or impossible values",
+    "bad-body": "the body is damaged, or its names, shapes or dtypes are not those expected",
+    "unknown-vector": "the body holds a vector that the method's message does not name",
+    "not-finite": "the body holds NaN or infinite values",
+    "bad-frame": "the pieces of a message break the transport's rules, or some are missing",
+    "internal": "the receiver failed on this message; its log says how",
+    "unknown-reason": "the other side gave a reason that is not in this list",
+}
+"""Every reason for a refusal, and what it means."""
+
+
+class TransportError(PeerloraError):
+    """A message did not get through."""
+
+
+class Refused(TransportError):
+    """The receiver said no.  ``reason`` is a word of ``REASONS``, such as ``not-a-member`` or ``wrong-run``."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        assert reason in REASONS, reason
+        super().__init__(f"refused: {reason}" + (f" ({detail})" if detail else ""))
+        self.reason, self.detail = reason, detail
+
+
+class PeerDown(TransportError):
+    """The peer cannot be reached, or went away before it acknowledged."""
+
+
+class DeadlineMissed(TransportError):
+    """The acknowledgement did not come in time; whether the peer used the message is not known."""
+
+
+@dataclass(frozen=True)
+class PeerEvent:
+    """Something that happened to an edge."""
+
+    kind: Literal["up", "suspect", "down", "refused"]
+    peer: PeerId
+    detail: str = ""
+    """For ``refused``: the reason and which side refused."""
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """What a transport hands messages to.  It runs on the transport's event loop."""
+
+    def admit(self, peer: PeerId, header: bytes) -> int:
+        """The bytes of body that may follow, from the header alone; raises Refused before any body is read."""
+        ...
+
+    async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
+        """Take a complete message.  Returning acknowledges it, raising Refused tells the sender why not.
+
+        Awaiting here is back-pressure: the sender's call stays open, and no more than one message per edge is held.
+        It is cancelled when the sender gave up or went away meanwhile: what was not returned from was not taken.
+        """
+        ...
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One peer's end of all its edges."""
+
+    me: PeerId
+
+    async def start(self, receiver: Receiver) -> None:
+        """Open the port (where it has one) and dial the neighbours that can be dialled."""
+        ...
+
+    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
+        """Send one message and wait, at most ``deadline`` seconds, until the receiver took it.
+
+        Messages to one peer arrive in the order of the calls.  Raises Refused, PeerDown or DeadlineMissed; PeerDown at
+        once while there is no session with ``to``, that is before the event ``up`` and after ``down``.
+        """
+        ...
+
+    def events(self) -> AsyncIterator[PeerEvent]:
+        """What happens to the edges, for as long as the transport is open; bounded, the oldest go first."""
+        ...
+
+    async def close(self) -> None:
+        """End all sessions; calls in flight raise PeerDown."""
+        ...

@@ -1,0 +1,63 @@
+"""Files that hold keys and lists: made whole or not at all, private where they must be, no key ever overwritten."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from peerlora.errors import IdentityError
+
+PRIVATE, PUBLIC = 0o600, 0o644
+
+
+def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
+    """Write a file that must not exist yet; raises IdentityError where it does."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = _temporary(path, data, mode)
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+    except FileExistsError:
+        raise IdentityError(f"{path} exists already and is never overwritten; give another place or move it") from None
+    finally:
+        os.unlink(temporary)
+
+
+def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
+    """Replace a file at once: whoever reads finds the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.replace(_temporary(path, data, mode), path)
+
+
+def read_private(path: Path) -> bytes:
+    """A key's bytes; raises IdentityError where other users may read or change the file."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise IdentityError(f"{path} can be opened by other users; make it yours alone: chmod 600 {path}")
+            return file.read()
+    except OSError as error:
+        raise IdentityError(f"{path} cannot be read: {error.strerror}; expected a private key") from None
+
+
+def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
+    """The bytes of a file of at most ``most`` bytes; raises IdentityError saying ``what`` it should have been."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise IdentityError(f"{path} cannot be read: {error.strerror}; expected {what}") from None
+    if len(data) > most:
+        raise IdentityError(f"{path} is larger than {most} bytes; expected {what}")
+    return data
+
+
+def _temporary(path: Path, data: bytes, mode: int) -> str:
+    """A finished file beside ``path``; private from its first moment."""
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(number, "wb") as file:
+        os.fchmod(number, mode)
+        file.write(data)
+        file.flush()
+        os.fsync(number)
+    return name

@@ -1,0 +1,87 @@
+"""Real peers in one process: every peer a thread, their in-memory transports on one event loop."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from peerlora.exchange.contact import Neighbourhood
+from peerlora.exchange.loop import LoopThread
+from peerlora.exchange.neighbours import NeighbourExchange
+from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.wire import Expected
+from peerlora.runtime import peer_run
+from peerlora.runtime.peer_run import Site, train_peer
+from peerlora.transport.memory import MemoryNetwork
+from peerlora.transport.pulse import Timing
+
+QUICK = Timing(beat=0.05, suspect=4, down=8)
+
+
+def names(clients):
+    return {client: f"site-{client}" for client in range(clients)}
+
+
+@contextmanager
+def network(clients, timing=QUICK):
+    """A memory network and the event loop that its peers share."""
+    with LoopThread() as thread:
+        made = MemoryNetwork(names(clients).values(), timing=timing)
+        yield made, thread
+        thread.call(made.close())
+
+
+@contextmanager
+def exchanges(topology, deadline=20.0, largest=1 << 20):
+    """One NeighbourExchange per client, all greeted."""
+    sites = names(topology.clients)
+    with network(topology.clients) as (net, thread):
+        made, hoods = [], []
+        for client, site in sites.items():
+            rendezvous = Rendezvous(net.transport(site), Expected("run", "ba5e", "5bec"), deadline, largest)
+            hoods.append(
+                Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"})
+            )
+            thread.call(hoods[-1].start())
+            made.append(NeighbourExchange(topology, client, sites, rendezvous, thread))
+        greeted = together([lambda hood=hood: thread.call(hood.greet(10)) for hood in hoods])
+        assert all(len(each.reached) == topology.clients - 1 for each in greeted)
+        yield made
+        for hood in hoods:
+            thread.call(hood.close())
+
+
+def together(calls):
+    """The results of synchronous calls that need each other."""
+    with ThreadPoolExecutor(max(1, len(calls))) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+@contextmanager
+def one_at_a_time():
+    """Models are loaded one after another: drawing a missing head seeds torch's global generator."""
+    lock, composed = threading.Lock(), peer_run.composed
+
+    def locked(*arguments):
+        with lock:
+            return composed(*arguments)
+
+    with patch.object(peer_run, "composed", locked):
+        yield
+
+
+def without_reports():
+    """Drawing figures takes longer than a tiny run."""
+    return patch("peerlora.runs.report.write_report")
+
+
+def federation(config, folder, **options):
+    """The results of one peer per client of a config, each in its own folder."""
+    with one_at_a_time(), without_reports(), network(config.clients) as (net, thread):
+
+        def run(client):
+            site = Site(client, names(config.clients), "run")
+            transport = net.transport(site.names[client])
+            return train_peer(config, site, transport, thread, folder / f"peer-{client}", **options)
+
+        return together([lambda client=client: run(client) for client in range(config.clients)])

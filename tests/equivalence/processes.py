@@ -1,0 +1,83 @@
+"""Real peers as processes of this machine over gRPC, for tests.
+
+Forked from a process that has loaded torch but not gRPC, so that each costs a run and not the loading.
+"""
+
+import ctypes
+import multiprocessing
+from pathlib import Path
+
+from peerlora.config import load_config
+from peerlora.runtime.launch import free_ports
+from peerlora.transport.authority import throwaway
+
+PRELOAD = ["peft", "transformers.models.bert.modeling_bert", "peerlora.runtime.simulate", "peerlora.runs.report"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(PRELOAD)
+
+
+def take_part(configs, client, folder, namespace=None):
+    """What one process does: its part in one run after another; a killed one goes on where it was."""
+    if namespace is not None:
+        enter(namespace)
+    from peerlora.runtime.peer import run_peer
+
+    identities = Path(folder) / "identities"
+    for name, yaml in configs.items():
+        out = Path(folder) / name / f"peer-{client}"
+        if not (out / "summary.json").exists():
+            members = identities / "members.json"
+            run_peer(load_config(Path(yaml)), identities / f"site-{client}", members, out, resume=True)
+
+
+def enter(namespace):
+    """Move this process into a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as place:
+        if libc.setns(place.fileno(), 0x40000000):
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+
+
+class Processes:
+    """The processes of a federation; ``configs``: name -> config, run one after another.
+
+    ``hosts``: (namespace, address) of every client's host; by default all are on this one.
+    """
+
+    def __init__(self, configs, folder, hosts=None):
+        self.folder, self.clients, self.hosts = folder, next(iter(configs.values())).clients, hosts
+        local = [f"127.0.0.1:{port}" for port in free_ports(self.clients)]
+        chosen = [f"{address}:7443" for _, address in hosts] if hosts else local
+        addresses = {f"site-{i}": address for i, address in enumerate(chosen)}
+        throwaway(folder / "identities", addresses, "test")
+        self.configs = {}
+        for name, config in configs.items():
+            named = config.model_copy(update={"peer": config.peer.model_copy(update={"run": name})})
+            self.configs[name] = str(folder / f"{name}.yaml")
+            (folder / f"{name}.yaml").write_text(named.to_yaml())
+        self.running = {}
+
+    def start(self, client):
+        place = self.hosts[client][0] if self.hosts else None
+        process = _CONTEXT.Process(target=take_part, args=(self.configs, client, str(self.folder), place))
+        process.start()
+        self.running[client] = process
+        return process
+
+    def run(self, name, client):
+        return self.folder / name / f"peer-{client}"
+
+    def wait(self, seconds=200):
+        """The exit codes, once all have ended."""
+        for process in self.running.values():
+            process.join(seconds)
+        return {client: process.exitcode for client, process in self.running.items()}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.running.values():
+            process.kill()
+            process.join()
+            process.close()

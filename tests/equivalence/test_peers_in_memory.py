@@ -1,0 +1,84 @@
+"""Peers over the in-memory transport end with the adapters that the simulation gives their clients.
+
+Tolerance: 1e-5 in fp32 after three rounds, of products relative where they are above 1.  The sums are taken in the same
+order, but over other shapes: the last bits may differ.
+"""
+
+import pytest
+import torch
+from in_memory import federation, without_reports
+
+from peerlora.algorithms import REGISTRY
+from peerlora.algorithms.base import is_asynchronous
+from peerlora.runs.events import RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
+from peerlora.runtime.simulate import simulate
+
+SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
+SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
+SETTINGS |= {name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")}
+METHODS = [
+    name for name, kind in REGISTRY.items() if not is_asynchronous(kind) and not getattr(kind, "simulated_only", None)
+]
+TOLERANCE = 1e-5
+
+
+def words(method):
+    train = ["train.dtype=fp32", "peer.deadline=60", "peer.join=60"]
+    return ["algorithm.name=" + method, *train, *SETTINGS.get(method, [])]
+
+
+def simulated(config, folder):
+    with without_reports():
+        return simulate(config, folder / "whole")
+
+
+def products(x, row):
+    """All that a client adds to its base, by layer."""
+    found = {}
+    for layer, A in x.A.items():
+        found[layer] = x.scaling[row] * x.B[layer][row] @ A[row]
+        if x.merged is not None and not x.merged.layers[layer].empty:
+            found[layer] = found[layer] + x.merged.layers[layer].weight()[row]
+    return found
+
+
+def check(whole, parts):
+    moved = 0.0
+    for client, part in enumerate(parts):
+        expected, found = whole.adapters, part.adapters
+        assert found.clients == 1 and torch.equal(found.ranks, expected.ranks[client : client + 1])
+        assert torch.allclose(found.flat, expected.flat[client : client + 1], rtol=0, atol=TOLERANCE)
+        for layer, product in products(found, 0).items():
+            assert torch.allclose(product, products(expected, client)[layer], rtol=TOLERANCE, atol=TOLERANCE)
+            moved = max(moved, float(product.abs().max()))
+    assert moved > 1e-3, "nothing was trained"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_what_the_simulation_gives(config, tmp_path, method):
+    chosen = config("bert", *words(method))
+    whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
+    check(whole, parts)
+    for t in range(3):
+        rounds = [of(read_events(part.run), RoundDone)[t] for part in parts]
+        told = of(read_events(whole.run), RoundDone)[t]
+        assert [each.loss[0] for each in rounds] == pytest.approx(told.loss, abs=1e-5)
+        assert sum(each.bytes_sent for each in rounds) == told.bytes_sent
+        assert not any(each.missed for each in rounds)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["algorithm.name=hetlora", "algorithm.gamma=0.5", "adapter.rank=[3, 2, 3, 1]"],
+        ["algorithm.name=fedhl", "adapter.rank=[3, 2, 3, 1]"],
+        ["algorithm.name=rac-lora", "algorithm.chain=1", "algorithm.mix_merged=true"],
+        ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=random", "topology.p=0.5"],
+        ["algorithm.name=dec-lora", "topology.drop_links=0.3", "train.optimizer_state=keep"],
+    ],
+)
+def test_other_ranks_heads_and_graphs(config, tmp_path, extra):
+    chosen = config("bert", "train.dtype=fp32", "topology.kind=ring", "peer.deadline=60", *extra)
+    check(simulated(chosen, tmp_path), federation(chosen, tmp_path))

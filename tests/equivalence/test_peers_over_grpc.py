@@ -1,0 +1,45 @@
+"""Processes over gRPC end with the adapters that the simulation gives their clients; tolerance as in memory."""
+
+import pytest
+import torch
+from in_memory import without_reports
+from processes import Processes
+from safetensors.torch import load_file
+from test_peers_in_memory import METHODS, TOLERANCE, words
+
+from peerlora.runs.events import RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
+from peerlora.runtime.simulate import simulate
+
+CLIENTS = 3
+
+
+def compare(config, folder, methods):
+    configs = {method: config("bert", *words(method), f"clients={CLIENTS}") for method in methods}
+    with Processes(configs, folder) as processes:
+        for client in range(CLIENTS):
+            processes.start(client)
+        whole = {}
+        with without_reports():
+            for method, chosen in configs.items():
+                whole[method] = simulate(chosen, folder / "whole" / method).adapters
+        assert processes.wait() == dict.fromkeys(range(CLIENTS), 0)
+        for method in methods:
+            for client in range(CLIENTS):
+                run = processes.run(method, client)
+                found = load_file(run / "adapters" / "all.safetensors")["flat"]
+                expected = whole[method].flat[client : client + 1]
+                assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE), (method, client)
+                rounds = of(read_events(run), RoundDone)
+                assert [done.round for done in rounds] == [0, 1, 2] and not any(done.missed for done in rounds)
+                assert (run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors").is_file()
+
+
+def test_three_methods_give_what_the_simulation_gives(config, tmp_path):
+    compare(config, tmp_path, ["local", "dec-lora", "adf-lora"])
+
+
+@pytest.mark.slow
+def test_every_other_method_gives_what_the_simulation_gives(config, tmp_path):
+    compare(config, tmp_path, [method for method in METHODS if method not in ("local", "dec-lora", "adf-lora")])

@@ -1,0 +1,205 @@
+"""Whole runs, in memory and in real time: a peer that dies, returns, or falls behind, and everybody at once."""
+
+import threading
+import time
+
+import pytest
+import torch
+from in_memory import names, network, one_at_a_time, together, without_reports
+
+from peerlora.errors import CompositionError, RunError
+from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of, summarise
+from peerlora.runtime.peer_run import Site, check_site, train_peer
+from peerlora.runtime.simulate import Stopped
+
+QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
+
+
+class Runs:
+    """Peers as threads, whose processes can be killed and started again."""
+
+    def __init__(self, config, folder, net, thread):
+        self.config, self.folder, self.net, self.thread = config, folder, net, thread
+        self.dead = {client: threading.Event() for client in range(config.clients)}
+        self.slow = dict.fromkeys(range(config.clients), 0.05)
+        self.rounds = dict.fromkeys(range(config.clients), 0)
+
+    def run(self, client, resume=False):
+        """The result, or how the process ended."""
+        self.dead[client].clear()
+        site, transport = Site(client, names(self.config.clients), "run"), None
+
+        def listen(event):
+            if isinstance(event, RoundDone):
+                self.rounds[client] = event.round + 1
+                time.sleep(self.slow[client])
+
+        transport = self.net.transport(site.names[client])
+        try:
+            return train_peer(
+                self.config,
+                site,
+                transport,
+                self.thread,
+                self.folder / f"peer-{client}",
+                resume=resume,
+                listener=listen,
+                stop=self.dead[client].is_set,
+            )
+        except Stopped as end:
+            return end
+
+    def until(self, client, rounds):
+        limit = time.monotonic() + 60
+        while self.rounds[client] < rounds:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+    def events(self, client, kind=None):
+        found = read_events(self.folder / f"peer-{client}")
+        return of(found, kind) if kind else found
+
+
+@pytest.fixture
+def runs(config, tmp_path):
+    with one_at_a_time(), without_reports(), network(3) as (net, thread):
+
+        def build(*words):
+            settings = ["clients=3", "peer.deadline=5", "peer.join=20", *QUICK, *words]
+            return Runs(config("bert", *settings), tmp_path, net, thread)
+
+        yield build
+
+
+def later(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    return thread, found
+
+
+def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
+    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2")
+    others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
+    first, ended = later(lambda: made.run(2))
+    made.until(2, 3)
+    made.dead[2].set()
+    first.join()
+    assert isinstance(ended[0], Stopped) and "--resume" in str(ended[0])
+    made.until(0, made.rounds[2] + 5)
+    made.slow |= {0: 1.0, 1: 1.0, 2: 0.0}  # so that they are not done while the process starts
+    back = later(lambda: (made.until(2, made.rounds[0]), made.slow.update({0: 0.0, 1: 0.0})))
+    made.rounds[2] = 0
+    again = made.run(2, resume=True)
+    back[0].join()
+    for thread, _ in others:
+        thread.join()
+    (caught,) = made.events(2, CaughtUp)
+    assert caught.pulled and caught.to >= caught.round + 3
+    assert len(made.events(2, Resumed)) == 1
+    rounds = [done.round for done in made.events(2, RoundDone)]
+    assert rounds == sorted(set(rounds)) and rounds[-1] == 23
+    assert made.events(2, RoundDone)[-1].contacts == 2
+    assert again.summary["rounds"] == 24
+    for client in (0, 1):
+        told = made.events(client, RoundDone)
+        assert [done.round for done in told] == list(range(24))
+        assert any("2" in done.missed for done in told) and not told[-1].missed
+        assert {"down", "up"} <= {event.kind for event in made.events(client, NeighbourChanged) if event.client == 2}
+
+
+def test_everybody_restarts_from_the_checkpoints(runs):
+    made = runs("train.rounds=14", "checkpoint.every=3")
+    threads = [later(lambda client=client: made.run(client)) for client in range(3)]
+    made.until(0, 4)
+    for client in range(3):
+        made.dead[client].set()
+    for thread, _ in threads:
+        thread.join()
+    results = together([lambda client=client: made.run(client, resume=True) for client in range(3)])
+    assert [result.summary["rounds"] for result in results] == [14, 14, 14]
+    assert all(len(made.events(client, Resumed)) == 1 for client in range(3))
+    assert all(len(made.events(client, RoundDone)[-1].edges) == 2 for client in range(3))
+
+
+def test_without_anybody_a_peer_trains_alone_and_says_so(runs):
+    made = runs("train.rounds=2", "peer.join=0.5")
+    result = made.run(1)
+    assert result.summary["rounds"] == 2
+    assert any("site-0, site-2" in warned.message for warned in made.events(1, Warned))
+    assert made.events(1, Joined)[0].reached == []
+    assert [done.missed for done in made.events(1, RoundDone)] == [{"0": "down", "2": "down"}] * 2 or all(
+        set(done.missed) == {"0", "2"} for done in made.events(1, RoundDone)
+    )
+
+
+def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs):
+    made = runs("train.rounds=2", "clients=2", "topology=path")
+    other = runs("train.rounds=2", "clients=2", "topology=path", "train.lr=0.5")
+    other.net, other.thread = made.net, made.thread
+
+    def ended(run, client):
+        with pytest.raises(RunError, match="wrong-config.*other train"):
+            run.run(client)
+        return True
+
+    assert together([lambda: ended(made, 0), lambda: ended(other, 1)]) == [True, True]
+
+
+def test_another_base_model_is_refused(runs, models):
+    made = runs("train.rounds=2", "clients=2", "topology=path")
+    other = runs("train.rounds=2", "clients=2", "topology=path", f"model.source={models('roberta')}", "seed=0")
+
+    def ended(run, client):
+        with pytest.raises(RunError, match="wrong-base|wrong-spec"):
+            run.run(client)
+        return True
+
+    assert together([lambda: ended(made, 0), lambda: ended(other, 1)]) == [True, True]
+
+
+def test_a_peer_knows_its_neighbourhood_only_and_says_so(runs):
+    made = runs("train.rounds=3")
+    results = together([lambda client=client: made.run(client) for client in range(3)])
+    (started,) = made.events(1, RunStarted)
+    assert started.held == [1] and started.names == {"0": "site-0", "1": "site-1", "2": "site-2"}
+    done = made.events(1, RoundDone)[0]
+    assert len(done.loss) == 1 and done.consensus_B > 0 and done.rho != done.rho
+    summary = results[1].summary
+    assert (
+        summary["accuracy"]["averaged"] is None and summary["last_contact"] == summarise(made.events(1))["last_contact"]
+    )
+    metrics = results[1].metrics.to_pylist()
+    assert {row["client"] for row in metrics} == {1, None}
+    assert (results[1].run / "adapters" / "client-01" / "adapter_config.json").is_file()
+    assert not (results[1].run / "adapters" / "average").exists()
+    assert torch.equal(results[1].adapters.ranks, torch.tensor([3]))
+
+
+def test_pairwise_weights_are_refused(runs):
+    made = runs("topology.weights=pairwise")
+    with pytest.raises(CompositionError, match="pairwise"):
+        made.run(0)
+
+
+def test_a_list_with_more_clients_than_the_config_is_refused(runs):
+    made = runs()
+    with pytest.raises(CompositionError, match="clients=4"):
+        train_peer(made.config, Site(0, names(4), "run"), made.net.transport("site-0"), made.thread)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algorithm.name=ad-psgd"],
+        ["algorithm.name=salf"],
+        ["train.label_prior=pooled"],
+        ["topology.weights=pairwise"],
+        ["clock.deadline=3"],
+    ],
+)
+def test_what_only_a_simulation_can_do_is_refused(config, words):
+    with pytest.raises(CompositionError, match="real peers|simulations only"):
+        check_site(config("bert", *words), Site(0, {0: "a", 1: "b"}, "run"))

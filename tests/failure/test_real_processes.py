@@ -1,0 +1,98 @@
+"""Real processes over gRPC, and real signals."""
+
+import os
+import signal
+import time
+
+import pytest
+from processes import Processes
+
+from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
+
+WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=3"]
+WORDS += ["peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
+
+
+@pytest.fixture
+def processes(config, tmp_path):
+    made = []
+
+    def start(*words):
+        made.append(Processes({"run": config("bert", *WORDS, *words)}, tmp_path))
+        for client in range(3):
+            made[0].start(client)
+        return made[0]
+
+    yield start
+    for each in made:
+        each.__exit__()
+
+
+def rounds(processes, client):
+    run = processes.run("run", client)
+    return of(read_events(run), RoundDone) if (run / "run.json").exists() else []
+
+
+def until(processes, client, count):
+    limit = time.monotonic() + 120
+    while len(rounds(processes, client)) < count:
+        assert time.monotonic() < limit, f"client {client} never came to round {count}"
+        assert processes.running[client].is_alive()
+        time.sleep(0.05)
+
+
+def told(processes, client, about):
+    changes = of(read_events(processes.run("run", client)), NeighbourChanged)
+    return [change.kind for change in changes if change.client == about]
+
+
+def test_a_killed_process_is_missed_and_takes_part_again(processes):
+    found = processes("train.rounds=60", "train.local_steps=40")
+    until(found, 2, 4)
+    found.running[2].kill()
+    found.running[2].join()
+    until(found, 0, len(rounds(found, 0)) + 4)
+    found.start(2)
+    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    for client in (0, 1):
+        done = rounds(found, client)
+        assert [each.round for each in done] == list(range(60))
+        assert any("2" in each.missed for each in done)
+        assert "down" in told(found, client, 2) and told(found, client, 2)[-1:] != ["suspect"]
+    events = read_events(found.run("run", 2))
+    assert len(of(events, Resumed)) == 1 and of(events, CaughtUp)
+    assert any(each.contacts == 2 for each in of(events, RoundDone) if each.round > of(events, CaughtUp)[0].to)
+    assert max(each.seconds_mix for each in rounds(found, 0)) < 6
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_missed_and_takes_part_again(processes):
+    found = processes("train.rounds=60", "train.local_steps=40")
+    until(found, 2, 4)
+    os.kill(found.running[2].pid, signal.SIGSTOP)
+    try:
+        until(found, 0, len(rounds(found, 0)) + 6)
+    finally:
+        os.kill(found.running[2].pid, signal.SIGCONT)
+    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    assert sum(each.seconds_mix > 3.5 for each in rounds(found, 0)) <= 3  # then it is not waited for
+    assert any("2" in each.missed for each in rounds(found, 0))
+    assert any(each.contacts for each in rounds(found, 2)[-5:])
+
+
+@pytest.mark.slow
+def test_everybody_is_killed_and_goes_on(processes):
+    found = processes("train.rounds=40", "train.local_steps=20")
+    until(found, 0, 7)
+    for process in list(found.running.values()):
+        process.kill()
+        process.join()
+    for client in range(3):
+        found.start(client)
+    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    for client in range(3):
+        events = read_events(found.run("run", client))
+        assert len(of(events, Resumed)) == 1
+        assert of(events, RoundDone)[-1].round == 39 and of(events, RoundDone)[-1].contacts == 2
