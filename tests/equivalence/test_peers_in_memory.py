@@ -17,7 +17,9 @@ from peerlora.runtime.simulate import simulate
 
 SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
 SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
-SETTINGS |= {name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")}
+SETTINGS |= {
+    name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging")
+}
 METHODS = [
     name for name, kind in REGISTRY.items() if not is_asynchronous(kind) and not getattr(kind, "simulated_only", None)
 ]
@@ -77,6 +79,8 @@ def test_every_method_gives_what_the_simulation_gives(config, tmp_path, method):
         ["algorithm.name=rac-lora", "algorithm.chain=1", "algorithm.mix_merged=true"],
         ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=random", "topology.p=0.5"],
         ["algorithm.name=dec-lora", "topology.drop_links=0.3", "train.optimizer_state=keep"],
+        ["algorithm.name=dec-lora", "topology.kind=complete", "exchange.robust=median", "train.lr=0.05"],
+        ["algorithm.name=adf-lora", "exchange.robust={kind: balance, gamma: 2}", "train.lr=0.05"],
     ],
 )
 def test_other_ranks_heads_and_graphs(config, tmp_path, extra):

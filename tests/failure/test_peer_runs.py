@@ -195,6 +195,10 @@ def test_a_list_with_more_clients_than_the_config_is_refused(runs):
     [
         ["algorithm.name=ad-psgd"],
         ["algorithm.name=salf"],
+        ["algorithm.name=choco"],
+        ["exchange.codec=sign", "algorithm.name=dec-lora"],
+        ["adversary.attack=ipm", "algorithm.name=dec-lora"],
+        ["topology.kind=directed-ring", "algorithm.name=sgp"],
         ["train.label_prior=pooled"],
         ["topology.weights=pairwise"],
         ["clock.deadline=3"],
