@@ -6,7 +6,8 @@ import yaml
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.runtime.compose import check_composition, compose
+from peerlora.runtime.checks import check_composition
+from peerlora.runtime.compose import compose
 from peerlora.sections import TRAIN_DEFAULTS
 from peerlora.topology.schedule import build_topology
 

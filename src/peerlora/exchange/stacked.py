@@ -15,9 +15,9 @@ from torch import Tensor
 
 from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.messages import message
-from peerlora.exchange.schema import Schema, encoded_bytes
+from peerlora.exchange.schema import encoded_bytes
+from peerlora.exchange.uncoded import Uncoded
 from peerlora.lora.adapters import Adapters
-from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 from peerlora.tree import tree_map
 
@@ -25,7 +25,7 @@ Payload = TypeVar("Payload")
 _MANY, _FEW = 256, 0.1  # clients, and share of W that is not zero, from which the sparse product is faster
 
 
-class StackedExchange:
+class StackedExchange(Uncoded):
     """Mixes the rows held here with those of everybody.
 
     ``gather`` turns the rows held here into the rows of all clients, in the order of their numbers.  In a plain
@@ -73,17 +73,6 @@ class StackedExchange:
         self.seconds += time.perf_counter() - began
         return mixed
 
-    def on_the_wire(self, vectors: Schema) -> Schema:
-        """What is sent for these named vectors: they themselves."""
-        return vectors
-
-    def state(self) -> dict[str, Tensor]:
-        """What must be saved to go on: nothing."""
-        return {}
-
-    def load_state(self, saved: dict[str, Tensor]) -> None:
-        """Take up what ``state`` gave."""
-
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; those whom nobody reached keep what they have."""
         began = time.perf_counter()
@@ -96,10 +85,6 @@ class StackedExchange:
         self.measured.update(measured)
         self.seconds += time.perf_counter() - began
         return replace(x.merge(mixed), merged=mixed.merged)
-
-    def shared_random(self, purpose: str) -> torch.Generator:
-        """From the seed of the topology, which is that of the run, and the round."""
-        return torch_generator(self.topology.seed, f"shared {purpose}", round=self.t)
 
     def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
         """Of Adapters, everything but a private head."""
