@@ -33,7 +33,6 @@ from peerlora.topology.schedule import Topology, build_topology
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
-_BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
 
 
@@ -193,10 +192,8 @@ class PeerRun(Simulation):
         """The next round; for a peer that fell behind, the one in which its neighbours are."""
         self._show(t, state)
         self._tell()
-        ahead = self.thread.ask(self.rendezvous.furthest) if self.sends else None
-        if ahead is None or ahead[0] < t + _BEHIND:
-            return t, state
-        return self._catch_up(t, state, *ahead)
+        called = self.thread.ask(self.rendezvous.called, t) if self.sends else None
+        return (t, state) if called is None else self._catch_up(t, state, *called)
 
     def _catch_up(self, t: int, state: Any, round: int, peer: PeerId) -> tuple[int, Any]:
         """Leave out rounds; after many of them, with the state of the neighbour that is furthest."""
