@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow check format bench bench-peers bench-gpu bench-transport
+.PHONY: install demo test test-slow check format bench bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
 
@@ -44,6 +44,9 @@ bench-peers: install
 bench-gpu: install
 	$(BIN)/python bench/gpu.py $(ARGS)
 	$(BIN)/python bench/performance_page.py
+
+bench-real: install
+	$(BIN)/python bench/peers_real.py $(ARGS)
 
 bench-transport: install
 	$(BIN)/python bench/transport.py $(ARGS)

@@ -110,11 +110,9 @@ def kill(peers: int, size: float, away: float) -> dict[str, list[float]]:
         federation(Path(name), peers)
         processes = [Process(Path(name), "talk", number, peers, size, 0) for number in range(peers)]
         try:
-            for process in processes:
-                process.until("ready")
             victim = peers // 2
-            for other in neighbours(victim, peers):
-                processes[other].until("first", None)
+            for other in neighbours(victim, peers):  # not "ready" before: a message may come earlier than that line
+                processes[other].until("first", site(victim))
             time.sleep(1.0)
             killed = time.monotonic()
             processes[victim].popen.send_signal(signal.SIGKILL)

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from peerlora.errors import ConfigError, nearest
+from peerlora.exchange.settings import AdversaryConfig, CodecConfig, ExchangeConfig, RobustConfig
 from peerlora.sections import (
     TRAIN_DEFAULTS,
     AdapterConfig,
@@ -41,6 +42,9 @@ class RunConfig(Section):
     clients: Annotated[int, Field(ge=1, le=100_000)] = 10
     topology: TopologyConfig = RandomGraph(kind="random")
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
+    adversary: AdversaryConfig | None = None
+    """Clients that attack, to see what a method makes of them; null: nobody does."""
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -221,12 +225,20 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
 
 
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation, a union or an optional one say, names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
 def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
     """The models of a union that a ``kind`` tells apart, by kind."""
     return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
 
 
-_TAGS = {tag for union in (PartitionConfig, TopologyConfig) for tag in _by_tag(get_args(get_args(union)[0]))}
+_UNIONS = (PartitionConfig, TopologyConfig, CodecConfig, RobustConfig)
+_TAGS = {tag for union in _UNIONS for tag in _by_tag(_models(union))}
 
 
 def _is_tag(part: str) -> bool:
@@ -241,11 +253,6 @@ def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
         if isinstance(node, dict):
             node = node.get(part, model)
         elif part in node.model_fields:
-            node = node.model_fields[part].annotation
-            kinds = get_args(get_args(node)[0]) if get_args(node) else ()
-            kinds = [kind for kind in kinds or get_args(node) if hasattr(kind, "model_fields")]
-            if len(kinds) == 1:  # an optional section, or a list of one kind
-                node = kinds[0]
-            elif kinds:
-                node = _by_tag(kinds)
+            kinds = _models(node.model_fields[part].annotation)
+            node = kinds[0] if len(kinds) == 1 else _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

@@ -139,6 +139,7 @@ TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("fedspeed", "dfedadmm", "feddyn", "dfedadmm-sam"), _DUAL),
     "dfedavgm": _SGD | {"momentum": 0.9},
     "consensus-admm": _SGD,
+    "push-diging": _SGD,
 }
 """What ``train`` is for a method where the config does not say: these were made for SGD."""
 

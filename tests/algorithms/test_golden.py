@@ -34,6 +34,8 @@ SGD = (*ONE_STEP, "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus
 METHODS |= {"salf": {"stragglers": 0.7, "cap": 2.0}, "flood": {"beta": 1.0, "every": 2}}
 METHODS |= {"aedfl": {"density": 0.4, "ramp": 3, "refresh": 1, "cutoff": 2}, "ad-psgd": {"interval": 2}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
+METHODS |= {"sgp": {"interval": 2}, "push-diging": {}, "choco": {"share": 0.3}}
+TOPOLOGIES = dict.fromkeys(("sgp", "push-diging"), {"kind": "directed-ring", "chords": [[0, 2]]})
 APART = ("aedfl", "ad-psgd")  # the methods without common rounds: their clients differ in speed here
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -80,7 +82,7 @@ def golden_config(folder, method):
     train |= {"local_steps": 1} if method in ONE_STEP else {}
     train |= {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9 * (method == "dfedavgm")} if method in SGD else {}
     tree = {"model": {"source": str(folder)}, "adapter": {"rank": 2, "alpha": 4}, "data": data, "train": train}
-    tree |= {"clients": 4, "partition": "iid", "topology": "path", "threads": 1, "seed": 7}
+    tree |= {"clients": 4, "partition": "iid", "topology": TOPOLOGIES.get(method, "path"), "threads": 1, "seed": 7}
     if method in APART:
         tree |= {"clock": {"speed": [1.0, 0.5, 0.3, 0.8], "delay": 0.7, "bandwidth": 2000.0}}
     return load_config(tree | {"algorithm": {"name": method, **METHODS[method]}})

@@ -639,7 +639,11 @@ def test_merged_factors_can_be_mixed_on(side, rounds):
 
     def fit(x, train):
         seen.append(learner.fit(x, train) if learner.t < rounds else x)
-        sizes.append(encoded_bytes({k: v for k, v in algorithm.message(x).items() if k[0] == "."}) if learner.t else 0)
+        sizes.append(
+            encoded_bytes({k.removeprefix("."): v for k, v in algorithm.message(x).items() if k[0] == "."})
+            if learner.t
+            else 0
+        )
         return seen[-1]
 
     both = SimpleNamespace(begin=learner.begin, fit=fit)

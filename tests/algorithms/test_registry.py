@@ -6,7 +6,8 @@ import yaml
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.runtime.compose import check_composition, compose
+from peerlora.runtime.checks import check_composition
+from peerlora.runtime.compose import compose
 from peerlora.sections import TRAIN_DEFAULTS
 from peerlora.topology.schedule import build_topology
 
@@ -69,6 +70,7 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
+        "wrappers": False,
         "asynchronous": False,
         "settings": {},
         "train": {},

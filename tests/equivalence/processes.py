@@ -3,6 +3,7 @@
 Forked from a process that has loaded torch but not gRPC, so that each costs a run and not the loading.
 """
 
+import ctypes
 import multiprocessing
 from pathlib import Path
 
@@ -15,8 +16,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
 
 
-def take_part(configs, client, folder):
+def take_part(configs, client, folder, namespace=None):
     """What one process does: its part in one run after another; a killed one goes on where it was."""
+    if namespace is not None:
+        enter(namespace)
     from peerlora.runtime.peer import run_peer
 
     identities = Path(folder) / "identities"
@@ -27,12 +30,25 @@ def take_part(configs, client, folder):
             run_peer(load_config(Path(yaml)), identities / f"site-{client}", members, out, resume=True)
 
 
-class Processes:
-    """The processes of a federation; ``configs``: name -> config, run one after another."""
+def enter(namespace):
+    """Move this process into a network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as place:
+        if libc.setns(place.fileno(), 0x40000000):
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
 
-    def __init__(self, configs, folder):
-        self.folder, self.clients = folder, next(iter(configs.values())).clients
-        addresses = {f"site-{i}": f"127.0.0.1:{port}" for i, port in enumerate(free_ports(self.clients))}
+
+class Processes:
+    """The processes of a federation; ``configs``: name -> config, run one after another.
+
+    ``hosts``: (namespace, address) of every client's host; by default all are on this one.
+    """
+
+    def __init__(self, configs, folder, hosts=None):
+        self.folder, self.clients, self.hosts = folder, next(iter(configs.values())).clients, hosts
+        local = [f"127.0.0.1:{port}" for port in free_ports(self.clients)]
+        chosen = [f"{address}:7443" for _, address in hosts] if hosts else local
+        addresses = {f"site-{i}": address for i, address in enumerate(chosen)}
         throwaway(folder / "identities", addresses, "test")
         self.configs = {}
         for name, config in configs.items():
@@ -42,7 +58,8 @@ class Processes:
         self.running = {}
 
     def start(self, client):
-        process = _CONTEXT.Process(target=take_part, args=(self.configs, client, str(self.folder)))
+        place = self.hosts[client][0] if self.hosts else None
+        process = _CONTEXT.Process(target=take_part, args=(self.configs, client, str(self.folder), place))
         process.start()
         self.running[client] = process
         return process

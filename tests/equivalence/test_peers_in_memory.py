@@ -1,6 +1,6 @@
 """Peers over the in-memory transport end with the adapters that the simulation gives their clients.
 
-Tolerance: 1e-5 in fp32 after three rounds, where factors are of the order of 0.1.  The sums are taken in the same
+Tolerance: 1e-5 in fp32 after three rounds, of products relative where they are above 1.  The sums are taken in the same
 order, but over other shapes: the last bits may differ.
 """
 
@@ -16,8 +16,12 @@ from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
-SETTINGS |= {name: ["train.local_steps=1"] for name in ("dsgd", "d2")}
-METHODS = [name for name, kind in REGISTRY.items() if not is_asynchronous(kind)]
+SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
+SETTINGS |= {
+    name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging")
+}
+SETTINGS |= {"salf": ["algorithm.send=all"], "flood": ["algorithm.mixing=push-sum"]}
+METHODS = [name for name, kind in REGISTRY.items() if not is_asynchronous(kind) and name != "choco"]  # simulated only
 TOLERANCE = 1e-5
 
 
@@ -48,7 +52,7 @@ def check(whole, parts):
         assert found.clients == 1 and torch.equal(found.ranks, expected.ranks[client : client + 1])
         assert torch.allclose(found.flat, expected.flat[client : client + 1], rtol=0, atol=TOLERANCE)
         for layer, product in products(found, 0).items():
-            assert torch.allclose(product, products(expected, client)[layer], rtol=0, atol=TOLERANCE)
+            assert torch.allclose(product, products(expected, client)[layer], rtol=TOLERANCE, atol=TOLERANCE)
             moved = max(moved, float(product.abs().max()))
     assert moved > 1e-3, "nothing was trained"
 
@@ -74,6 +78,8 @@ def test_every_method_gives_what_the_simulation_gives(config, tmp_path, method):
         ["algorithm.name=rac-lora", "algorithm.chain=1", "algorithm.mix_merged=true"],
         ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=random", "topology.p=0.5"],
         ["algorithm.name=dec-lora", "topology.drop_links=0.3", "train.optimizer_state=keep"],
+        ["algorithm.name=dec-lora", "topology.kind=complete", "exchange.robust=median", "train.lr=0.05"],
+        ["algorithm.name=adf-lora", "exchange.robust={kind: balance, gamma: 2}", "train.lr=0.05"],
     ],
 )
 def test_other_ranks_heads_and_graphs(config, tmp_path, extra):

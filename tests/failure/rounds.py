@@ -52,9 +52,9 @@ class Federation:
         loop = asyncio.get_running_loop()
         try:
             while t < self.rounds:
-                furthest = rendezvous.furthest()
-                if furthest and furthest[0] >= t + 2:
-                    t = min(furthest[0], self.rounds - 1)
+                called = rendezvous.called(t)
+                if called:
+                    t = min(called[0], self.rounds - 1)
                 rendezvous.enter(t)
                 await asyncio.sleep(self.seconds[client])
                 began = loop.time()

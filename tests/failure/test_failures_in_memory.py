@@ -100,6 +100,27 @@ def test_a_peer_that_hung_and_goes_on_takes_part_again():
     assert {1, 3} <= found.used[found.rounds - 1, 2]
 
 
+def test_a_peer_that_ran_ahead_alone_waits_and_takes_nobody_with_it():
+    """Cut off, it has nobody to wait for; those who are still together leave no round out for it when it is back."""
+    ahead = {}
+
+    async def script(found):
+        await asyncio.sleep(6.5)
+        for other in (0, 1, 3):
+            found.network.cut(site(2), site(other), True)
+        await asyncio.sleep(14)
+        ahead.update({client: found.rendezvous[client].at.round for client in (1, 2)})
+        for other in (0, 1, 3):
+            found.network.heal(site(2), site(other))
+
+    found = Federation(RING, rounds=40)
+    found.seconds = {0: 2.0, 1: 2.0, 2: 1.0, 3: 2.0}
+    run(found, script).check()
+    assert ahead[2] >= ahead[1] + 3
+    assert alone(found, 0, 1, 2, 3)
+    assert found.used[found.rounds - 1, 2] == {1, 3}
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_a_cut_link_carries_nothing_and_comes_back(both):
     async def script(found):

@@ -11,7 +11,7 @@ from peerlora.errors import CompositionError, RunError
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of, summarise
-from peerlora.runtime.peer_run import Site, train_peer
+from peerlora.runtime.peer_run import Site, check_site, train_peer
 from peerlora.runtime.simulate import Stopped
 
 QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
@@ -188,3 +188,23 @@ def test_a_list_with_more_clients_than_the_config_is_refused(runs):
     made = runs()
     with pytest.raises(CompositionError, match="clients=4"):
         train_peer(made.config, Site(0, names(4), "run"), made.net.transport("site-0"), made.thread)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algorithm.name=ad-psgd"],
+        ["algorithm.name=salf"],
+        ["algorithm.name=flood"],
+        ["algorithm.name=choco"],
+        ["exchange.codec=sign", "algorithm.name=dec-lora"],
+        ["adversary.attack=ipm", "algorithm.name=dec-lora"],
+        ["topology.kind=directed-ring", "algorithm.name=sgp"],
+        ["train.label_prior=pooled"],
+        ["topology.weights=pairwise"],
+        ["clock.deadline=3"],
+    ],
+)
+def test_what_only_a_simulation_can_do_is_refused(config, words):
+    with pytest.raises(CompositionError, match="real peers|simulations only"):
+        check_site(config("bert", *words), Site(0, {0: "a", 1: "b"}, "run"))

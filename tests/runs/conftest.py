@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,12 @@ def round_done(t: int, clients: int = 3, edges: list[list[int]] | None = None) -
 
 def evaluated(round: int, own: list[float], final: bool = False, rows: int = 20) -> Evaluated:
     return Evaluated(round, rows, own, 0.9, [1 - each for each in own], 0.1, 2.0, final)
+
+
+@pytest.fixture
+def made() -> SimpleNamespace:
+    """The builders of single events."""
+    return SimpleNamespace(started=started, round_done=round_done, evaluated=evaluated, TIME=TIME)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import TIME, evaluated, round_done, started
 from peerlora.runs.events import CaughtUp, NeighbourChanged
 from peerlora.runs.neighbours import left_out, neighbours
 from peerlora.runs.report import write_report
@@ -11,14 +10,17 @@ from peerlora.runs.table import rows
 
 
 @pytest.fixture
-def events():
+def events(made):
     """Client 1 of 3: two rounds with both, then client 2 dies; one link was used by one end only."""
     names = {"0": "clinic-a", "1": "clinic-b", "2": "clinic-<c>"}
-    done = [replace(round_done(t), loss=[0.5 + t], edges=[[0, 1], [1, 2]], contacts=2) for t in range(2)]
-    done += [replace(round_done(t), loss=[0.1], edges=[[0, 1]], contacts=1, missed={"2": "down"}) for t in (2, 6)]
-    changes = [NeighbourChanged(TIME, 2, 2, "down", "the process died"), NeighbourChanged(TIME, 2, 2, "half-used", "x")]
-    end = [CaughtUp(TIME, 3, 6, 0, True), evaluated(7, [0.75])]
-    return [started(held=[1], names=names), *done[:3], *changes, end[0], done[3], end[1]]
+    done = [replace(made.round_done(t), loss=[0.5 + t], edges=[[0, 1], [1, 2]], contacts=2) for t in range(2)]
+    done += [replace(made.round_done(t), loss=[0.1], edges=[[0, 1]], contacts=1, missed={"2": "down"}) for t in (2, 6)]
+    changes = [
+        NeighbourChanged(made.TIME, 2, 2, "down", "the process died"),
+        NeighbourChanged(made.TIME, 2, 2, "half-used", "x"),
+    ]
+    end = [CaughtUp(made.TIME, 3, 6, 0, True), made.evaluated(7, [0.75])]
+    return [made.started(held=[1], names=names), *done[:3], *changes, end[0], done[3], end[1]]
 
 
 def test_every_neighbour_is_counted(events):

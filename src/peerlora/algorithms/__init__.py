@@ -9,6 +9,8 @@ from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm, is_asynchronous
+from peerlora.algorithms.choco import Choco
+from peerlora.algorithms.composition import refusal
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -28,6 +30,7 @@ from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.k_gt import KGT
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
+from peerlora.algorithms.push_sum import SGP, PushDIGing
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.salf import SALF
@@ -64,6 +67,9 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "sgp": SGP,
+    "push-diging": PushDIGing,
+    "choco": Choco,
     "salf": SALF,
     "flood": FLood,
     "aedfl": AEDFL,
@@ -72,6 +78,7 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
 
 ALIASES = {"dlora": "dec-lora", "conlora": "ffa-lora", "dlora-fa": "ffa-lora"}
 ALIASES |= {"feddyn": "dfedadmm", "scaffold": "k-gt", "d-psgd": "dsgd", "exact-diffusion": "d2"}
+ALIASES |= {"push-sum": "sgp"}
 """Other papers' names for the same arithmetic."""
 
 
@@ -116,6 +123,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
     own defaults of ``train``.
 
     ``asynchronous``: its clients keep no common step.
+    ``wrappers``: whether ``exchange.codec`` and ``exchange.robust`` go with it.
     """
     described = {}
     for name, kind in REGISTRY.items():
@@ -128,6 +136,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
+            "wrappers": refusal(name) is None,
             "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
             "train": TRAIN_DEFAULTS.get(name, {}),

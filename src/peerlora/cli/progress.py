@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -117,13 +117,13 @@ class Progress:
         done = event.round + 1 - (self.first_round or 0)
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
-            "loss": f"{mean([loss for loss in event.loss if loss == loss] or [math.nan]):.3f}",
+            "loss": f"{mean(_told(event.loss)):.3f}",
             "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": megabytes(self.bytes_sent),
         }
         if self.evaluated:
-            own = self.evaluated.own
+            own = _told(self.evaluated.own)
             facts["mean client"] = f"{mean(own):.3f}"
             facts["worst"] = f"{min(own):.3f}"
         if event.virtual_seconds == event.virtual_seconds:
@@ -142,6 +142,11 @@ class Progress:
     def _line(self, text: str) -> None:
         if not self.live:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _told(values: Sequence[float]) -> list[float]:
+    """Those of clients that have a value: attackers have none."""
+    return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
 def megabytes(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Rule
+from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph, Topology
 
@@ -39,6 +40,15 @@ class Exchange(Protocol):
         """Mix by Metropolis-Hastings weights for this target in this round: ``sum_i c_i x_i / sum_i c_i`` is kept.
 
         Each end of a link needs the other's c and degree: mix c together with what is sent, so that it travels along.
+        """
+        ...
+
+    def mix_encoded(
+        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
+    ) -> Tensor:
+        """``sum_j W_ij decode(message_j)``: the message [client, ...] is what crosses, and counts, in place of ``x``.
+
+        ``decode`` takes the messages of any clients of this round to rows, which need not look like ``x``.
         """
         ...
 
@@ -107,3 +117,15 @@ class Counted(Exchange, Protocol):
     """What the clients held here put into the mixing."""
     measured: dict[str, Float[Tensor, " client"]]
     """What the round's rules measured, by name."""
+
+    def on_the_wire(self, vectors: Schema) -> Schema:
+        """What crosses in place of the named vectors that a method mixes."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved to go on, each leaf with the leading client axis."""
+        ...
+
+    def load_state(self, saved: dict[str, Tensor]) -> None:
+        """Take up what ``state`` gave."""
+        ...

@@ -102,7 +102,7 @@ class Neighbourhood(Service):
                             self._refused[peer] = str(refusal)
                         except (PeerDown, DeadlineMissed):
                             pass
-                        if peer in self._refused:
+                        if peer in self._refused and "wrong-run" not in self._refused[peer]:  # it may end that one soon
                             return
                         await asyncio.sleep(_RETRY)
 
@@ -147,10 +147,9 @@ class Neighbourhood(Service):
             clock = header.facts.get("clock")
             if isinstance(clock, int):
                 self.skew[peer] = clock / 1000 - time.time()
+            self._answered[peer].set()
             if header.facts.get("answer"):
                 self._task("greet", peer, self._greet_again)
-            else:
-                self._answered[peer].set()
         elif header.kind == "ask":
             self._task("state", peer, self._state)
         elif header.kind == "state" and peer in self._pulling and not self._pulling[peer].done():

@@ -9,18 +9,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.errors import CompositionError
 from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.messages import Payload, everybody, expected, message, named, vectors
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.stacked import operator
+from peerlora.exchange.uncoded import Uncoded
 from peerlora.exchange.wire import Header, claimed, encode_body, read_body
 from peerlora.lora.adapters import Adapters
-from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import remove_links
 from peerlora.transport.base import PeerId
@@ -29,7 +29,7 @@ from peerlora.tree import tree_map
 Tree = TypeVar("Tree")
 
 
-class NeighbourExchange:
+class NeighbourExchange(Uncoded):
     """Sends the own row, collects the neighbours' until the deadline, and combines them by the own row of W.
 
     What is summed, is summed in the order of client numbers.  The weight of an edge that does not count goes to the
@@ -71,6 +71,10 @@ class NeighbourExchange:
         self.seconds += time.perf_counter() - began
         return mixed
 
+    def mix_encoded(self, x: Adapters, message: dict[str, Tensor], decode: Any) -> Tensor:
+        """Refused: compressed messages cross in simulations only."""
+        raise CompositionError("choco and exchange.codec run in simulations only; use dec-lora without a codec")
+
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; without any contact ``x`` stays as it is."""
         began = time.perf_counter()
@@ -82,10 +86,6 @@ class NeighbourExchange:
         self.measured.update(measured)
         self.seconds += time.perf_counter() - began
         return replace(x.merge(combined), merged=combined.merged)
-
-    def shared_random(self, purpose: str) -> torch.Generator:
-        """From the seed of the topology, which is that of the run, and the round."""
-        return torch_generator(self.topology.seed, f"shared {purpose}", round=self.t)
 
     def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
         """The average of one leaf; of Adapters, of everything but a private head."""

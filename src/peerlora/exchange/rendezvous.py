@@ -28,7 +28,9 @@ _REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
 _TOLD = 8  # of them that every message tells
 _LAST = re.compile(r"\d{1,12}\.\d{1,6}[+-]( \d{1,12}\.\d{1,6}[+-]){0,15}")
 _ONE = re.compile(r"(\d+)\.(\d+)([+-])")
+_BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
+_SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
 _OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop
 _NOTICES = 10_000  # that nobody fetched; the oldest go first
 
@@ -73,6 +75,8 @@ class _Meeting:
     got: dict[PeerId, Any] = field(default_factory=dict)
     acknowledged: set[PeerId] = field(default_factory=set)
     failed: dict[PeerId, str] = field(default_factory=dict)
+    behind: set[PeerId] = field(default_factory=set)
+    """Those who were not yet so far when they last answered."""
 
     def counts(self, peer: PeerId) -> bool:
         return peer in self.got and peer in self.acknowledged
@@ -94,6 +98,8 @@ class Rendezvous:
         """The round that each neighbour was in when it last said something."""
         self.absent: set[PeerId] = set()
         """Not waited for: they are down, or missed a deadline and were not heard of since."""
+        self.together = False
+        """Whether any edge counted in the latest exchange."""
         self.half_used = 0
         """Edges so far that one end used and the other did not."""
         self.notices: deque[Notice] = deque(maxlen=_NOTICES)
@@ -170,9 +176,17 @@ class Rendezvous:
 
     # --- what the exchange calls
 
-    def furthest(self) -> tuple[int, PeerId] | None:
-        """The neighbour that is furthest, as far as it was heard, and its round."""
-        return max(((round, peer) for peer, round in self.heard.items()), default=None)
+    def called(self, round: int) -> tuple[int, PeerId] | None:
+        """The furthest neighbour and its round, where a client that would begin ``round`` should leave rounds out.
+
+        Who exchanged with somebody last time follows only where most neighbours are ahead: a neighbour that was cut off
+        has nobody to wait for and runs ahead alone, and then it is the one to wait.
+        """
+        present = {peer: there for peer, there in self.heard.items() if peer not in self.absent}
+        ahead = [(there, peer) for peer, there in present.items() if there >= round + _BEHIND]
+        if not ahead or (self.together and 2 * len(ahead) <= len(present)):
+            return None
+        return max(ahead)
 
     def enter(self, round: int, first: bool = False) -> None:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
@@ -209,11 +223,17 @@ class Rendezvous:
 
     async def _send(self, meeting: _Meeting, peer: PeerId, seal: Header, body: bytes) -> None:
         header = encode_header(msgspec.structs.replace(seal, facts=self.last(peer)))
-        for attempt in (1, 2):
+        down, pause = 0, _AGAIN
+        while True:  # until the deadline, which ends this call
             try:
                 await self.transport.send(peer, header, body, deadline=self.deadline)
                 meeting.acknowledged.add(peer)
             except Refused as refusal:
+                if refusal.reason == "from-the-future":
+                    meeting.behind.add(peer)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _SLOWEST)
+                    continue
                 if refusal.reason == "replay":  # an earlier attempt got through
                     meeting.acknowledged.add(peer)
                 else:
@@ -221,7 +241,8 @@ class Rendezvous:
             except DeadlineMissed:
                 meeting.failed[peer] = "no acknowledgement"
             except PeerDown:
-                if attempt == 1:
+                down += 1
+                if down == 1:
                     await asyncio.sleep(_AGAIN)
                     continue
                 meeting.failed[peer] = "down"
@@ -236,6 +257,7 @@ class Rendezvous:
                 got[peer] = meeting.got[peer]
             else:
                 quiet = "no acknowledgement" if peer in meeting.got else "no message"
+                quiet = "behind" if peer in meeting.behind else quiet
                 missing[peer] = meeting.failed.get(peer, "absent" if peer in self.absent else quiet)
                 if peer not in meeting.got and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
@@ -244,6 +266,7 @@ class Rendezvous:
             if len(past) > _REMEMBERED:
                 del past[min(past)]
             self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
+        self.together = bool(got) if meeting.neighbours else self.together
         return Outcome(got, missing)
 
     # --- both

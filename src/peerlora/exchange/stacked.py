@@ -16,8 +16,8 @@ from torch import Tensor
 from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.messages import message
 from peerlora.exchange.schema import encoded_bytes
+from peerlora.exchange.uncoded import Uncoded
 from peerlora.lora.adapters import Adapters
-from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 from peerlora.topology.weights import metropolis_target
 from peerlora.tree import tree_map
@@ -26,7 +26,7 @@ Payload = TypeVar("Payload")
 _MANY, _FEW = 256, 0.1  # clients, and share of W that is not zero, from which the sparse product is faster
 
 
-class StackedExchange:
+class StackedExchange(Uncoded):
     """Mixes the rows held here with those of everybody.
 
     ``gather`` turns the rows held here into the rows of all clients, in the order of their numbers.  In a plain
@@ -68,6 +68,17 @@ class StackedExchange:
         everybody = self._gathered(c).double().cpu().numpy()
         self.graph = replace(self.graph, W=metropolis_target(self.graph.adjacency, everybody))
 
+    def mix_encoded(
+        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
+    ) -> Tensor:
+        """``sum_j W_ij decode(message_j)``, where ``message`` is sent for ``x``."""
+        began = time.perf_counter()
+        self._count(message)
+        self.mixed = x
+        mixed = self._rows(decode(message))
+        self.seconds += time.perf_counter() - began
+        return mixed
+
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; those whom nobody reached keep what they have."""
         began = time.perf_counter()
@@ -80,10 +91,6 @@ class StackedExchange:
         self.measured.update(measured)
         self.seconds += time.perf_counter() - began
         return replace(x.merge(mixed), merged=mixed.merged)
-
-    def shared_random(self, purpose: str) -> torch.Generator:
-        """From the seed of the topology, which is that of the run, and the round."""
-        return torch_generator(self.topology.seed, f"shared {purpose}", round=self.t)
 
     def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
         """Of Adapters, everything but a private head."""

@@ -93,6 +93,11 @@ class AdapterSpec:
         kept = ("head",) if block == "head" else tuple(block)
         return replace(self, blocks=tuple(name for name in self.blocks if name in kept))
 
+    def places(self, part: AdapterSpec) -> Int[Tensor, " column"]:
+        """Where the exchanged columns of ``part``, which holds some of these blocks, lie in this buffer."""
+        columns = [self.columns(block) for block in part.blocks]
+        return torch.cat([torch.arange(each.start, each.stop) for each in columns])[part.shared]
+
     def view(self, slot: Slot, flat: Float[Tensor, "client parameter"]) -> Float[Tensor, "client ..."]:
         """One tensor of all clients as a view into the buffer."""
         return flat[:, slot.start : slot.stop].view(-1, *slot.shape)

@@ -59,8 +59,13 @@ class Diagnostics(Agreement, Mismatch):
 
 
 def diagnose(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "receiver sender"]) -> Diagnostics:
-    """Everything about one round: the clients ``after`` it, and what they ``sent`` into the exchange, if anything."""
+    """Everything about one round: the clients ``after`` it, and what they ``sent`` into the exchange, if anything.
+
+    Where rows of W don't sum to 1, clients sent shares of a sum, not models: what compares the two is NaN.
+    """
     apart = vars(agreement(after))
+    if sent is not None and not np.allclose(W.sum(axis=1), 1):
+        return Diagnostics(**apart, weak_mismatch=np.nan, strong_mismatch=np.nan, local_cross_term=np.nan)
     if sent is None:
         return Diagnostics(**apart, weak_mismatch=0.0, strong_mismatch=0.0, local_cross_term=0.0)
     moved = mismatch(before_exchange(after, sent), after)

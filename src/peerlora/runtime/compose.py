@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms import REGISTRY, build_algorithm
+from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
 from peerlora.algorithms.merging import Merging, check_merges
 from peerlora.config import RunConfig
@@ -20,16 +20,20 @@ from peerlora.data.batches import Shards
 from peerlora.data.partition import Partition, own_rows, partition
 from peerlora.data.sources import Dataset, load_datasets
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.adversary import attackers
 from peerlora.exchange.base import Counted
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.sums import gossip_rounds, network_sum
+from peerlora.exchange.wrapped import innermost
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.runtime.checks import check_composition, check_memory, check_own
 from peerlora.runtime.clock import Clock
-from peerlora.sections import ClockConfig, TrainConfig
+from peerlora.runtime.wrappers import attack_notes, learned_from, wrap
+from peerlora.sections import ClockConfig
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
 from peerlora.train.learner import Learner
@@ -58,6 +62,8 @@ class Federation:
     notes: tuple[str, ...]
     """What the method has to say about the run, such as what it chose."""
     paths: Paths
+    attackers: tuple[int, ...] = ()
+    """Clients whose results don't count."""
     clock: Clock | None = None
 
 
@@ -114,76 +120,6 @@ def load_materials(config: RunConfig) -> Materials:
     return Materials(*load_datasets(config, tokenizer), tokenizer)
 
 
-def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> tuple[str, ...]:
-    """Refuse a method on a topology or with ranks it cannot work with; return warnings.
-
-    Raises CompositionError with the reason and an alternative.
-    """
-    name = config.algorithm.name
-    missing = algorithm.requires.missing(topology.properties)
-    if missing:
-        raise CompositionError(
-            f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
-        )
-    if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
-        raise CompositionError(
-            f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {algorithm.unequal_ranks}; "
-            f"give one adapter.rank, or use {', '.join(own for own in REGISTRY if not REGISTRY[own].unequal_ranks)}"
-        )
-    stale = getattr(algorithm, "fresh_optimizer", None)
-    if stale and config.train.optimizer_state != "round":
-        raise CompositionError(
-            f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
-            f"{stale}; use train.optimizer_state=round"
-        )
-    check_task = getattr(algorithm, "check_task", None)
-    if check_task:
-        check_task(config.task.kind)
-    if config.train.label_prior == "pooled":
-        gossip_rounds(topology)
-    warnings = _check_training(name, algorithm, config.train)
-    interval = getattr(algorithm, "interval", None)
-    if interval is not None and interval >= config.train.rounds:
-        warnings += (
-            f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
-            "trained, as in FFA-LoRA",
-        )
-    return warnings
-
-
-def _reason(algorithm: Algorithm[Any]) -> str:
-    """Why a method asks for its kind of topology, where it says so."""
-    reason = getattr(algorithm, "topology_reason", None)
-    return f" ({reason})" if reason else ""
-
-
-def _cure(missing: Sequence[str], topology: Topology) -> str:
-    if {"static", "symmetric"} & set(missing):
-        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
-    if topology.directed:
-        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
-    return "topology.weights=metropolis"
-
-
-def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
-    """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
-    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
-    if one_step and train.local_steps != 1:
-        raise CompositionError(
-            f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
-        )
-    if train.optimizer == "sgd":
-        return ()
-    if only:
-        raise CompositionError(
-            f"{name} cannot use train.optimizer={train.optimizer}: {only}; use train.optimizer=sgd or dfedavg"
-        )
-    if preferred:
-        return (f"{name} with train.optimizer={train.optimizer}: {preferred}; it was made for train.optimizer=sgd",)
-    return ()
-
-
 def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
     """The virtual clock of a run; an asynchronous method without one gets equal speeds.
 
@@ -220,17 +156,6 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
     return clock
 
 
-def _check_memory(clients: int) -> None:
-    """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
-    needed = 4 * 8 * clients**2
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise CompositionError(
-            f"clients={clients} needs {needed / 1e9:.0f} GB for mixing matrices, this machine has "
-            f"{there / 1e9:.0f} GB; use fewer clients"
-        )
-
-
 def compose(
     config: RunConfig,
     *,
@@ -244,13 +169,14 @@ def compose(
     ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
     an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
     """
-    _check_own(config, clients)
+    check_own(config, clients)
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    _check_memory(config.clients)
+    check_memory(config.clients)
     clock = build_clock(config, algorithm)
     topology = build_topology(config.topology, config.clients, config.seed)
     topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
     warnings = check_composition(config, algorithm, topology)
+    attacking = attackers(config.adversary, config.clients, config.seed)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     materials = materials or load_materials(config)
     train_data, eval_data = materials.train_data, materials.eval_data
@@ -265,7 +191,8 @@ def compose(
     start = _start(config, model, here)
     check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
     batches, rows = [config.batches[i] for i in here], divided.shards if own else [divided.shards[i] for i in here]
-    shards = Shards(train_data, rows, batches, here, config.seed, config.train.batches == "by-length")
+    learned = learned_from(config, train_data, [divided.shards[i] for i in attacking])
+    shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
     if config.train.label_prior != "none":
@@ -279,13 +206,14 @@ def compose(
         eval_data=eval_data,
         model=model,
         learner=learner,
-        exchange=StackedExchange(topology, here, gather),
+        exchange=wrap(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
-        notes=(*notes, *_prior_notes(config, topology)),
+        notes=(*notes, *_prior_notes(config, topology), *attack_notes(config, attacking)),
         paths=paths,
         clock=clock,
+        attackers=attacking,
     )
 
 
@@ -293,7 +221,7 @@ def opening_state(federation: Federation) -> Any:
     """The method's state before round 0, once clients know what their losses need to know of each other."""
     for rule in federation.learner.loss_rules:
         if isinstance(rule, LabelPrior):
-            rule.agree(lambda own: network_sum(own, federation.exchange, federation.topology))
+            rule.agree(lambda own: network_sum(own, innermost(federation.exchange), federation.topology))
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
@@ -304,14 +232,6 @@ def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
         f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
         "before round 0; their bytes are counted in the first round",
     )
-
-
-def _check_own(config: RunConfig, clients: Sequence[int] | None) -> None:
-    if config.partition.kind == "own" and (clients is None or len(clients) != 1):
-        raise CompositionError(
-            "partition.kind=own is for `peerlora peer`, where every site has a file of its own; to simulate, put all "
-            "rows in one file with a column that names the site, and use partition.kind=column partition.column=..."
-        )
 
 
 def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:

@@ -26,6 +26,7 @@ from peerlora.transport.roster import Roster
 
 _SOON = 14  # days before an expiry that are worth a word
 _SKEW = 30.0  # seconds that two clocks may differ
+_LINGER = 0.5  # seconds that a neighbour's doctor has to hear the answer to its greeting
 _CONNECT = 3.0  # seconds for a TCP connection
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
@@ -86,6 +87,7 @@ def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0
         try:
             greeted = thread.call(hood.greet(wait))
             yield from _about_neighbours(roster, greeted, neighbours, hood.skew, thread)
+            thread.call(asyncio.sleep(_LINGER))
         finally:
             thread.call(hood.close())
 

@@ -281,7 +281,8 @@ def _score(outcome: Outcome) -> float:
     start = started(outcome.events)
     if start is None:
         return -math.inf
-    mean = sum(evaluations(outcome.events)[-1].own) / start.clients
+    own = [value for value in evaluations(outcome.events)[-1].own if not math.isnan(value)]  # attackers have none
+    mean = sum(own) / len(own)
     return mean if start.higher_is_better else -mean
 
 

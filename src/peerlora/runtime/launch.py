@@ -224,15 +224,18 @@ class Launched:
             return lambda: self._cut(mishap, True), lambda: self._cut(mishap, False)
         if mishap.kind == "stop":
             return lambda: self._stop(peer), lambda: self._go_on(peer)
-        return lambda: self._kill(peer, mishap.lasts is not None), lambda: peer.start(environment)
+        return lambda: self._kill(peer, mishap.lasts is not None), lambda: self._restart(peer, environment)
 
     def _kill(self, peer: Peer, again: bool) -> None:
         if peer.process is None or peer.process.poll() is not None:
-            peer.state = "restarting" if again else peer.state
-            return
+            return  # it has ended by itself
         peer.signal(signal.SIGKILL)
         peer.process.wait()
         peer.killed, peer.state = not again, "restarting" if again else "killed"
+
+    def _restart(self, peer: Peer, environment: Mapping[str, str]) -> None:
+        if peer.state == "restarting":
+            peer.start(environment)
 
     def _stop(self, peer: Peer) -> None:
         peer.signal(signal.SIGSTOP)

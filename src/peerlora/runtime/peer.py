@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peerlora.runtime.peer_run import Site, check_site, train_peer
 from peerlora.runtime.simulate import Result
 from peerlora.topology.schedule import build_topology
 from peerlora.transport.audit import Audit
+from peerlora.transport.follow import follow
 from peerlora.transport.grpc import GrpcTransport
 from peerlora.transport.identity import Identity, load_identity
 from peerlora.transport.members import MemberList, load_members
@@ -31,7 +33,9 @@ def run_peer(
     listener: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Take part in a run as the site whose identity this is, against the others on the member list.
+    """Take part in a run as the site whose identity this is, with the others on the member list.
+
+    A renewed certificate or a newer list is taken up when its file is replaced.
 
     ``resume``: go on with the run in ``out``, or begin one there where there is none yet.  ``listen``: host:port to
     open in place of the port of the own address on all of the machine's addresses.
@@ -41,9 +45,13 @@ def run_peer(
     who, roster, site = site_of(config, identity, members)
     going_on = resume and _begun(Path(str(out)))
     audit = Audit(identity / "audit.jsonl", describe=message_facts)
-    with LoopThread() as thread:
-        transport = GrpcTransport(who, roster, listen=listen, audit=audit)
-        return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+    try:
+        with LoopThread() as thread:
+            transport = GrpcTransport(who, roster, listen=listen, audit=audit)
+            asyncio.run_coroutine_threadsafe(follow(transport, identity, members), thread.loop)
+            return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+    finally:
+        audit.close()
 
 
 def site_of(config: RunConfig, identity: Path, members: Path) -> tuple[Identity, Roster, Site]:
@@ -58,7 +66,7 @@ def site_of(config: RunConfig, identity: Path, members: Path) -> tuple[Identity,
     if barred:
         raise CompositionError(
             f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
-            "such edge; change the topology, or have the edges added: peerlora members add --neighbours"
+            "such edge; change the topology, or have the edges added: peerlora members add --neighbour"
         )
     return who, roster, site
 

@@ -16,6 +16,7 @@ from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.robust import Robust
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
 from peerlora.exchange.wire import Expected, claimed, largest_body, read_body
@@ -32,7 +33,6 @@ from peerlora.topology.schedule import Topology, build_topology
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
-_BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
 
 
@@ -101,6 +101,11 @@ def check_site(config: RunConfig, site: Site) -> None:
     reason = getattr(build_algorithm(name, config.algorithm.parameters), "simulated_only", None)
     if reason:
         raise CompositionError(f"{name} cannot run between real peers like this: {reason}")
+    if config.exchange.codec or config.adversary:
+        raise CompositionError(
+            "exchange.codec and adversary run in simulations only: real peers send plain vectors, and nobody knows all "
+            "models; drop them (exchange.robust works between real peers)"
+        )
     if config.train.label_prior == "pooled":
         raise CompositionError(
             "train.label_prior=pooled sums label counts over the network before round 0, which real peers do not do; "
@@ -139,7 +144,9 @@ class PeerRun(Simulation):
             transport, expected_of(federation, site), federation.config.peer.deadline, largest_body(self.sends)
         )
         exchange = NeighbourExchange(federation.topology, site.client, self.neighbours, self.rendezvous, thread)
-        super().__init__(replace(federation, exchange=exchange), store, listener, stop)
+        robust = federation.config.exchange.robust
+        peers = Robust(exchange, robust, federation.start, federation.config.train.rounds) if robust else exchange
+        super().__init__(replace(federation, exchange=peers), store, listener, stop)
         self.met = exchange
         self.hood = Neighbourhood(
             self.rendezvous, list(self.numbers), settings(self.config), snapshot=lambda: self._snapshot
@@ -183,10 +190,8 @@ class PeerRun(Simulation):
         """The next round; for a peer that fell behind, the one in which its neighbours are."""
         self._show(t, state)
         self._tell()
-        ahead = self.thread.ask(self.rendezvous.furthest) if self.sends else None
-        if ahead is None or ahead[0] < t + _BEHIND:
-            return t, state
-        return self._catch_up(t, state, *ahead)
+        called = self.thread.ask(self.rendezvous.called, t) if self.sends else None
+        return (t, state) if called is None else self._catch_up(t, state, *called)
 
     def _catch_up(self, t: int, state: Any, round: int, peer: PeerId) -> tuple[int, Any]:
         """Leave out rounds; after many of them, with the state of the neighbour that is furthest."""

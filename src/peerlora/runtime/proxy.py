@@ -18,6 +18,7 @@ class Relay:
         for flow in self.flows.values():
             flow.set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[None] | None] = set()
 
     async def start(self, listen: int) -> None:
         """Open the port ``listen``."""
@@ -30,11 +31,20 @@ class Relay:
     async def close(self) -> None:
         """End all connections."""
         self._server.close()
+        calls = [call for call in self._calls if call is not None]
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        call = asyncio.current_task()
+        self._calls.add(call)
+        try:
+            await self._both_ways(reader, writer)
+        finally:
+            self._calls.discard(call)
+
+    async def _both_ways(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             beyond_reader, beyond_writer = await asyncio.open_connection("127.0.0.1", self.port)
         except OSError:
@@ -50,6 +60,8 @@ class Relay:
         self._tasks -= set(tasks)
         for end in (writer, beyond_writer):
             end.close()
+            with suppress(ConnectionError, asyncio.CancelledError):
+                await end.wait_closed()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, forward: bool) -> None:
         with suppress(ConnectionError):

@@ -149,7 +149,7 @@ class Together:
             self.step_seconds[i] = seconds(clock.compute(i, 1, self.now))
             whole = clock.compute(i, steps, self.now)
             computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
-            message = self.algorithm.message(x.rows([i]), t)
+            message = self.exchange.on_the_wire(self.algorithm.message(x.rows([i]), t))
             links = int(degrees[i]) if message else 0
             count = links * encoded_bytes(message)
             self.ready[i] = computed + clock.upload(i, count, computed) + (clock.delay if links else 0)

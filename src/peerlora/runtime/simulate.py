@@ -19,7 +19,7 @@ from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.diagnostics import diagnose
+from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import RunStore, read_events, require_free
 from peerlora.runs.table import summarise
@@ -33,7 +33,7 @@ from peerlora.runtime.folder import (
     write_adapters,
 )
 from peerlora.runtime.rounds import Passed, Rounds, Together
-from peerlora.topology.weights import rho
+from peerlora.topology.weights import remove_links, rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
 
@@ -138,6 +138,7 @@ class Simulation:
         self.learner, self.exchange = federation.learner, federation.exchange
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
+        self.honest = [row for row, i in enumerate(self.exchange.clients) if i not in federation.attackers]
         self.rounds = rounds_of(federation)
 
     def run(self, resumed: bool = False) -> Result:
@@ -183,7 +184,7 @@ class Simulation:
         edges = self._edges(passed)
         event = RoundDone(
             round=t,
-            loss=passed.losses,
+            loss=self._honest(np.array(passed.losses)),
             **self._observed(t, state, passed),
             edges=[list(edge) for edge in edges] if len(edges) <= _EDGES_TOLD else None,
             contacts=len(edges),
@@ -199,10 +200,25 @@ class Simulation:
         self._emit(event)
         return state
 
+    def _diagnosed(self, after: Adapters, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+        """About the honest clients alone, as if they had no link to attackers."""
+        if len(self.honest) < after.clients:
+            away = np.ones_like(W, dtype=bool)
+            away[np.ix_(self.honest, self.honest)] = False
+            W = remove_links(W, away & ~np.eye(len(W), dtype=bool))[np.ix_(self.honest, self.honest)]
+            after, sent = after.rows(self.honest), sent and sent.rows(self.honest)
+        return diagnose(after.to("cpu"), sent.to("cpu") if sent is not None else None, W)
+
+    def _honest(self, values: np.ndarray) -> list[float]:
+        """[client], NaN for attackers."""
+        told = np.full(len(values), np.nan)
+        told[self.honest] = values[self.honest]
+        return told.tolist()
+
     def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
         """What there is to know about the clients after a round, under the names that its event has."""
         sent, W = passed.sent, passed.W if passed.W is not None else np.eye(self.config.clients)
-        found = vars(diagnose(self.algorithm.model(state).to("cpu"), sent.to("cpu") if sent is not None else None, W))
+        found = vars(self._diagnosed(self.algorithm.model(state), sent, W))
         self.moment += W.T @ W
         if passed.W is None:
             unknown = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
@@ -216,7 +232,7 @@ class Simulation:
 
     def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
         """Whom to evaluate: the clients held here, and what they are averaged to, if that is known."""
-        return _with_mean(x)
+        return _with_mean(x, self.honest)
 
     def _evaluate(self, done: int, state: Any, final: bool) -> None:
         began = time.perf_counter()
@@ -229,9 +245,9 @@ class Simulation:
         event = Evaluated(
             round=done,
             rows=scores.rows,
-            own=scores.metric[own].tolist(),
+            own=self._honest(scores.metric[own]),
             averaged=float(scores.metric[averaged]) if averaged else float("nan"),
-            own_loss=scores.loss[own].tolist(),
+            own_loss=self._honest(scores.loss[own]),
             averaged_loss=float(scores.loss[averaged]) if averaged else float("nan"),
             seconds=time.perf_counter() - began,
             final=final,
@@ -242,6 +258,7 @@ class Simulation:
     def _save(self, done: int, state: Any) -> None:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
+        tensors |= {f"exchange.{name}": leaf for name, leaf in self.exchange.state().items()}
         on_the_way, facts = self.rounds.saved()
         tensors |= {f"rounds.{name}": leaf for name, leaf in on_the_way.items()}
         tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
@@ -259,6 +276,8 @@ class Simulation:
         self.moment = checkpoint.tensors["moment"].numpy().copy()
         memory = {name: value.to(self.config.device) for name, value in _below("learner.", checkpoint.tensors).items()}
         self.learner.load_state(memory, checkpoint.facts["trained"])
+        known = _below("exchange.", checkpoint.tensors)
+        self.exchange.load_state({name: value.to(self.config.device) for name, value in known.items()})
         on_the_way = {name: leaf.to(self.config.device) for name, leaf in _below("rounds.", checkpoint.tensors).items()}
         self.rounds.take_up(on_the_way, checkpoint.facts.get("rounds", {}))
         return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
@@ -300,14 +319,14 @@ class Simulation:
         self.listener(event)
 
 
-def _with_mean(x: Adapters) -> tuple[Adapters, ...]:
-    """The clients and, behind them, their average; unequal ranks have no average.
+def _with_mean(x: Adapters, honest: list[int]) -> tuple[Adapters, ...]:
+    """The clients and, behind them, the average of the honest ones; unequal ranks have no average.
 
     Merged parts average to a sum of another shape, which is looked at by itself.
     """
     if not x.equal_ranks:
         return (x,)
-    mean = x.mean()
+    mean = x.mean() if len(honest) == x.clients else x.rows(honest).mean()
     if x.merged is not None:
         return x, mean
     return (replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks])),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
@@ -30,12 +31,12 @@ Read = Callable[[], Awaitable[bytes | None]]
 """The next piece of a message; None when there are no more."""
 
 
-class Link(Session):
+class Link(Session, ABC):
     """A session that can carry messages."""
 
+    @abstractmethod
     async def push(self, header: bytes, body: memoryview) -> None:
         """Carry one message to the other side and wait for its answer; raises Refused or PeerDown."""
-        raise NotImplementedError
 
 
 class Guard(Protocol):

@@ -22,7 +22,7 @@ from peerlora.transport.dialler import live
 from peerlora.transport.edge import REPLACED, Ends, Link
 from peerlora.transport.identity import Identity, certificate_fingerprint, read_certificates
 from peerlora.transport.proof import NONCE, TOKEN, prove
-from peerlora.transport.pulse import Timing, give_up
+from peerlora.transport.pulse import Session, Timing, give_up
 from peerlora.transport.roster import Roster
 
 Got = TypeVar("Got")
@@ -49,7 +49,7 @@ class AnsweredLink(Link):
             way.end("used")
 
 
-class _Way(Link):
+class _Way(Session):
     """One call of the dialler's, over which one message may go back."""
 
     def __init__(self, context: Any):

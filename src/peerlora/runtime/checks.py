@@ -1,0 +1,107 @@
+"""Refuses parts of a run that do not work together, with the reason and an alternative."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from peerlora.algorithms import ALIASES, REGISTRY
+from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.composition import check_wrappers
+from peerlora.config import RunConfig
+from peerlora.errors import CompositionError
+from peerlora.exchange.sums import gossip_rounds
+from peerlora.sections import TrainConfig
+from peerlora.topology.schedule import Topology
+
+
+def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> tuple[str, ...]:
+    """Refuse a method on a topology or with ranks it cannot work with; return warnings.
+
+    Raises CompositionError with the reason and an alternative.
+    """
+    name = config.algorithm.name
+    missing = algorithm.requires.missing(topology.properties)
+    if missing:
+        raise CompositionError(
+            f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
+            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
+        )
+    if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
+        raise CompositionError(
+            f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {algorithm.unequal_ranks}; "
+            f"give one adapter.rank, or use {', '.join(own for own in REGISTRY if not REGISTRY[own].unequal_ranks)}"
+        )
+    stale = getattr(algorithm, "fresh_optimizer", None)
+    if stale and config.train.optimizer_state != "round":
+        raise CompositionError(
+            f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
+            f"{stale}; use train.optimizer_state=round"
+        )
+    check_task = getattr(algorithm, "check_task", None)
+    if check_task:
+        check_task(config.task.kind)
+    check_wrappers(config, ALIASES.get(name, name), topology)
+    if config.train.label_prior == "pooled":
+        gossip_rounds(topology)
+    warnings = _check_training(name, algorithm, config.train)
+    interval = getattr(algorithm, "interval", None)
+    if interval is not None and interval >= config.train.rounds:
+        warnings += (
+            f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
+            "trained, as in FFA-LoRA",
+        )
+    return warnings
+
+
+def _reason(algorithm: Algorithm[Any]) -> str:
+    """Why a method asks for its kind of topology, where it says so."""
+    reason = getattr(algorithm, "topology_reason", None)
+    return f" ({reason})" if reason else ""
+
+
+def _cure(missing: Sequence[str], topology: Topology) -> str:
+    if {"static", "symmetric"} & set(missing):
+        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
+    if topology.directed:
+        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
+    return "topology.weights=metropolis"
+
+
+def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
+    """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
+    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
+    if one_step and train.local_steps != 1:
+        raise CompositionError(
+            f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
+        )
+    if train.optimizer == "sgd":
+        return ()
+    if only:
+        raise CompositionError(
+            f"{name} cannot use train.optimizer={train.optimizer}: {only}; use train.optimizer=sgd or dfedavg"
+        )
+    if preferred:
+        return (f"{name} with train.optimizer={train.optimizer}: {preferred}; it was made for train.optimizer=sgd",)
+    return ()
+
+
+def check_memory(clients: int) -> None:
+    """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
+    needed = 4 * 8 * clients**2
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise CompositionError(
+            f"clients={clients} needs {needed / 1e9:.0f} GB for mixing matrices, this machine has "
+            f"{there / 1e9:.0f} GB; use fewer clients"
+        )
+
+
+def check_own(config: RunConfig, clients: Sequence[int] | None) -> None:
+    """Refuse to simulate sites that each have a file of their own."""
+    if config.partition.kind == "own" and (clients is None or len(clients) != 1):
+        raise CompositionError(
+            "partition.kind=own is for `peerlora peer`, where every site has a file of its own; to simulate, put all "
+            "rows in one file with a column that names the site, and use partition.kind=column partition.column=..."
+        )

@@ -1,0 +1,133 @@
+"""Failures as the command line writes them, the relay that cuts links, and a launched federation."""
+
+import asyncio
+import json
+
+import pytest
+
+from peerlora.errors import ConfigError
+from peerlora.runs.events import CaughtUp, RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
+from peerlora.runtime.launch import free_ports, launch
+from peerlora.runtime.mishaps import Mishap, parse_mishap
+from peerlora.runtime.proxy import Relay
+
+GOOD = [
+    ("kill", "3@5s", Mishap("kill", 3, 5.0)),
+    ("kill", "0@1.5:2s", Mishap("kill", 0, 1.5, 2.0)),
+    ("stop", "2@4s:3s", Mishap("stop", 2, 4.0, 3.0)),
+    ("cut", "1-2@4s:3s", Mishap("cut", 1, 4.0, 3.0, 2, True)),
+    ("cut", "1>2@4s", Mishap("cut", 1, 4.0, None, 2, False)),
+]
+
+
+@pytest.mark.parametrize(("kind", "word", "expected"), GOOD)
+def test_a_failure_is_read(kind, word, expected):
+    assert parse_mishap(kind, word, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "told"),
+    [
+        ("kill", "3", "such as 3@5s"),
+        ("kill", "4@5s", "peers are 0 to 3"),
+        ("stop", "2@-1s", "such as 2@4s:3s"),
+        ("cut", "2@4s", "such as 1-2@4s:3s"),
+        ("cut", "2-2@4s", "peers are 0 to 3"),
+        ("cut", "1-9@4s", "peers are 0 to 3"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(kind, word, told):
+    with pytest.raises(ConfigError, match=told):
+        parse_mishap(kind, word, 4)
+
+
+def test_a_relay_passes_bytes_until_it_is_cut():
+    async def echo(reader, writer):
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    async def main():
+        port, listen = free_ports(2)
+        server, relay = await asyncio.start_server(echo, "127.0.0.1", port), Relay(port)
+        await relay.start(listen)
+        reader, writer = await asyncio.open_connection("127.0.0.1", listen)
+        writer.write(b"one")
+        assert await reader.readexactly(3) == b"one"
+        for forward in (True, False):
+            relay.cut(forward, True)
+            writer.write(b"two")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await reader.readexactly(3)
+            relay.cut(forward, False)
+            assert await reader.readexactly(3) == b"two"
+        writer.close()
+        await writer.wait_closed()
+        await relay.close()
+        server.close()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+
+
+def test_a_relay_to_nobody_ends_the_connection():
+    async def main():
+        port, listen = free_ports(2)
+        relay = Relay(port)
+        await relay.start(listen)
+        reader, writer = await asyncio.open_connection("127.0.0.1", listen)
+        assert await reader.read() == b""
+        writer.close()
+        await relay.close()
+
+    asyncio.run(main())
+
+
+def test_one_peer_is_no_federation(config, tmp_path):
+    with pytest.raises(ConfigError, match="at least 2 peers"):
+        launch(config("bert", "clients=1", "topology=complete"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SETTINGS = ["train.dtype=fp32", "peer.deadline=20", "eval.rows=4", "threads=null"]
+
+
+def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
+    path = yaml_file(*SETTINGS, "clients=2", "topology=path", "train.rounds=2")
+    answer = cli("launch", path, "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["ok"] and [peer["ended"] for peer in summary["peers"]] == ["finished", "finished"]
+    assert [peer["rounds"] for peer in summary["peers"]] == [2, 2] and summary["own_mean"] is not None
+    for client in range(2):
+        run = tmp_path / "out" / f"peer-{client:02d}"
+        assert (run / "report.html").is_file() and (run / "adapters" / f"client-{client:02d}").is_dir()
+    assert "peer 0: finished" in answer.err
+    shown = cli("show", tmp_path / "out" / "peer-01")
+    assert shown.code == 0
+    exported = cli("export", tmp_path / "out" / "peer-01", "--client", "1", "--rank", "2", "--to", tmp_path / "adapter")
+    assert exported.code == 0, exported.err
+    refused = cli("export", tmp_path / "out" / "peer-01", "--client", "0", "--to", tmp_path / "other")
+    assert refused.code == 2 and "give --client 1" in refused.err
+
+
+@pytest.mark.slow
+def test_failures_on_purpose(cli, yaml_file, tmp_path):
+    words = [*SETTINGS, "clients=4", "train.rounds=150", "train.local_steps=30", "algorithm.name=dec-lora"]
+    path = yaml_file(*words, "peer.deadline=2", "peer.join=60", "checkpoint.every=5", "eval.every=1000")
+    failures = ["--kill", "3@1s", "--kill", "1@2s:1s", "--stop", "2@3s:2s", "--cut", "0-1@3s:5s"]
+    answer = cli("launch", path, "--out", tmp_path / "out", "--json", *failures)
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    ended = {peer["client"]: peer["ended"] for peer in summary["peers"]}
+    assert ended == {0: "finished", 1: "finished", 2: "finished", 3: "killed"}
+    assert summary["peers"][1]["starts"] == 2 and all(summary["peers"][client]["missed"] for client in (0, 2))
+    events = read_events(tmp_path / "out" / "peer-01")  # it misses no link itself: it goes on where the others are
+    (back,) = of(events, CaughtUp)
+    after = [done for done in of(events, RoundDone) if done.round >= back.to]
+    assert back.to > back.round and after[-1].round == 149
+    assert sum(done.contacts == 2 for done in after) >= len(after) // 2

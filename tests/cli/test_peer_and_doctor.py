@@ -1,0 +1,95 @@
+"""``peer`` and ``doctor`` with real identities, alone and against each other."""
+
+import json
+import re
+
+import pytest
+
+from peerlora.runtime.launch import free_ports
+from peerlora.transport.authority import throwaway
+
+WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
+
+
+@pytest.fixture
+def sites(tmp_path):
+    """Folder with the identities a and b, and their list."""
+    addresses = {site: f"127.0.0.1:{port}" for site, port in zip("ab", free_ports(2), strict=True)}
+    throwaway(tmp_path / "sites", addresses, "clinics")
+    return tmp_path / "sites"
+
+
+def options(sites, site):
+    return ["--identity", sites / site, "--members", sites / "members.json"]
+
+
+def test_a_peer_without_neighbours_trains_alone_resumes_and_says_so(cli, yaml_file, sites, tmp_path):
+    path, out = yaml_file(*WORDS), tmp_path / "run"
+    answer = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
+    assert answer.code == 0, answer.err
+    assert "not there after 0.5 s: a" in answer.err
+    assert json.loads(answer.out.strip().splitlines()[-1])["rounds"] == 2
+    assert (out / "adapters" / "client-01").is_dir() and (sites / "b" / "audit.jsonl").is_file()
+    again = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
+    assert again.code == 0 and json.loads(again.out.strip().splitlines()[-1])["rounds"] == 2
+    other = cli("peer", path, *options(sites, "b"), "--out", out, "--resume", "train.lr=0.5")
+    assert other.code == 2 and "train.lr" in other.err
+
+
+def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
+    path = yaml_file(*WORDS)
+    for words, told in [
+        ((["--resume"]), "--resume given without --out"),
+        ((["topology.weights=pairwise"]), "pairwise"),
+        ((["clients=1", "topology=complete"]), "set clients=2 at all sites"),
+    ]:
+        answer = cli("peer", path, *words, *options(sites, "a"))
+        assert answer.code == 2 and told in answer.err, answer.err
+    answer = cli("peer", path, "--identity", tmp_path, "--members", sites / "members.json")
+    assert answer.code == 2
+
+
+def test_a_site_with_a_file_of_its_own(cli, yaml_file, sites, tmp_path, texts):
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    own = tmp_path / "own.jsonl"
+    own.write_text("\n".join(json.dumps(row) for row in rows if row["label"] != "class1"))
+    words = [*WORDS, "partition=own", f"data.train=jsonl:{own}", "task.labels=[class0, class1, class2]"]
+    path = yaml_file(*words)
+    answer = cli("peer", path, *options(sites, "a"), "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    started = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    ((zero, one, two),) = started["partition"]["counts"]
+    assert one == 0 and zero + two == 40 - round(0.1 * 40)
+    refused = cli("train", path, "--out", tmp_path / "simulated")
+    assert refused.code == 2 and "partition.kind=column" in refused.err
+    unnamed = cli("train", path, "task.labels=null")
+    assert unnamed.code == 2 and "needs task.labels" in unnamed.err
+
+
+def test_doctor_alone(cli, yaml_file, sites):
+    answer = cli("doctor", yaml_file(*WORDS), *options(sites, "b"), "--wait", "0.5")
+    assert answer.code == 1
+    assert re.search(r"ok +b is client 1 of 2 on list 'clinics'", answer.out)
+    assert re.search(r"ok +the certificate is good for \d+ days", answer.out)
+    assert "TCP congestion control" in answer.out
+    assert re.search(r"PROBLEM a did not come", answer.out) and "->" in answer.out
+
+
+def test_doctor_at_the_side_that_dials(cli, yaml_file, sites):
+    answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.5")
+    assert answer.code == 1 and re.search(r"PROBLEM b cannot be reached at 127.0.0.1:\d+", answer.out)
+
+
+def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):
+    answer = cli("doctor", yaml_file(*WORDS), "--identity", tmp_path, "--members", sites / "members.json")
+    assert answer.code == 1 and "PROBLEM" in answer.out
+
+
+@pytest.mark.parametrize(("extra", "code", "told"), [([], 0, "same config"), (["train.lr=0.5"], 1, "other train")])
+def test_two_doctors_compare(cli, process, yaml_file, sites, extra, code, told):
+    path = yaml_file(*WORDS)
+    other = process("doctor", path, *options(sites, "a"), "--wait", "30")
+    answer = cli("doctor", path, *options(sites, "b"), "--wait", "30", *extra)
+    assert answer.code == code and told in answer.out, answer.out
+    out, err = other.communicate(timeout=60)
+    assert other.returncode == code and told in out, out + err

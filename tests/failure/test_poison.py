@@ -1,0 +1,142 @@
+"""A member that sends what no honest peer sends: refused by name, nothing of it used, and the others go on."""
+
+import asyncio
+from dataclasses import replace
+from functools import partial
+
+import msgspec
+import pytest
+import torch
+
+from peerlora.exchange.contact import Neighbourhood
+from peerlora.exchange.messages import vectors
+from peerlora.exchange.neighbours import _check
+from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
+from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
+from peerlora.transport.base import Refused
+from peerlora.transport.clock import virtual_run
+from peerlora.transport.memory import MemoryNetwork
+
+SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))
+OWN = Adapters(SPEC, torch.randn(1, SPEC.parameters), torch.tensor([2]))
+EXPECTED = Expected("run", "ba5e", "5bec")
+
+
+def header(**changes):
+    facts = {"run": "run", "kind": "mix", "round": 3, "sender": "mallory", "base": "ba5e", "spec": "5bec"}
+    return Header(**(facts | changes))
+
+
+def changed(**tensors):
+    return {**{name: value.clone() for name, value in vectors((OWN,)).items()}, **tensors}
+
+
+def attack(*messages, meeting=True, service=True):
+    """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange."""
+
+    async def main():
+        network = MemoryNetwork(["alice", "bob", "mallory"])
+        transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
+        peers = {name: Rendezvous(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports}
+        for name in ("alice", "bob"):
+            others = [other for other in transports if other != name]
+            await Neighbourhood(peers[name], others, {"train": "same"}).start()
+            peers[name].enter(3)
+        peers["mallory"].enter(2)  # so that what is sent to it waits, and is waited for
+        await transports["mallory"].start(peers["mallory"])
+        await asyncio.sleep(5)
+        body = encode_body(vectors((OWN,)))
+        check = partial(_check, (OWN,))
+        calls = [asyncio.create_task(peers[name].meet([other, "mallory"], body, check))
+                 for name, other in (("alice", "bob"), ("bob", "alice"))] if meeting else []  # fmt: skip
+        await asyncio.sleep(0)
+        answers = []
+        for head, content in messages:
+            try:
+                await transports["mallory"].send("alice", head, content, deadline=5.0)
+                answers.append("taken")
+            except Refused as refusal:
+                answers.append(refusal.reason)
+        outcomes = [await call for call in calls]
+        await network.close()
+        return answers, outcomes, peers["alice"]
+
+    return virtual_run(main())
+
+
+def packed(tensors, **changes):
+    body = encode_body(tensors)
+    return encode_header(sealed(header(**changes), body)), body
+
+
+def damaged(body):
+    return encode_header(sealed(header(), body)), body
+
+
+GOOD = encode_body(vectors((OWN,)))
+NAN = torch.full((2, 5), float("nan"))
+POISON = {
+    "another's name": (packed(changed(), sender="bob"), "wrong-sender"),
+    "another run": (packed(changed(), run="other"), "wrong-run"),
+    "another base model": (packed(changed(), base="0bad"), "wrong-base"),
+    "another adapter": (packed(changed(), spec="0bad"), "wrong-spec"),
+    "an old round": (packed(changed(), round=2), "late"),
+    "a round of the future": (packed(changed(), round=5), "from-the-future"),
+    "the last round there could be": (packed(changed(), round=2**53), "from-the-future"),
+    "a vector more": (packed(changed(extra=torch.zeros(1))), "unknown-vector"),
+    "a vector less": (packed({"A:q": torch.zeros(2, 5)}), "bad-body"),
+    "another shape": (packed(changed(**{"B:v": torch.zeros(3, 1)})), "bad-body"),
+    "a larger rank": (packed(changed(**{"A:q": torch.zeros(3, 5)})), "bad-body"),
+    "rank 0": (packed(changed(**{"A:q": torch.zeros(0, 5)})), "bad-body"),
+    "another dtype": (packed(changed(**{"B:v": torch.zeros(3, 2, dtype=torch.float64)})), "bad-body"),
+    "not a number": (packed(changed(**{"A:q": NAN})), "not-finite"),
+    "infinity": (packed(changed(**{"A:q": -NAN / 0})), "not-finite"),
+    "a body that is none": (damaged(b"\xff" * len(GOOD)), "bad-body"),
+    "half a body": (damaged(GOOD[: len(GOOD) // 2]), "bad-body"),
+    "no body": (damaged(b""), "bad-body"),
+    "a body beyond all bounds": (damaged(bytes(1 << 20)), "oversize"),
+    "another hash": (
+        (encode_header(msgspec.structs.replace(sealed(header(), GOOD), sha256="00" * 32)), GOOD),
+        "bad-body",
+    ),
+    "no header": ((b"\x93junk", GOOD), "bad-header"),
+    "a state that nobody asked for": (packed(changed(), kind="state"), "unexpected"),
+    "a kind that this run does not know": (packed(changed(), kind="push"), "unexpected"),
+    "a greeting with a body": (packed(changed(), kind="hello"), "oversize"),
+    "nonsense about the last exchanges": (packed(changed(), facts={"last": "x" * 100}), "bad-header"),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_poison_is_refused_by_name_and_the_others_go_on(what):
+    message, reason = POISON[what]
+    answers, (alice, bob), _ = attack(message)
+    assert answers == [reason]
+    assert set(alice.got) == {"bob"} and set(bob.got) == {"alice"} and set(alice.missing) == {"mallory"}
+    for name, value in vectors((OWN,)).items():
+        assert torch.equal(alice.got["bob"][name], value)
+
+
+def test_after_poison_the_same_member_can_still_send_a_good_message():
+    answers, (alice, _), _ = attack(POISON["not a number"][0], packed(changed()), packed(changed()))
+    assert answers == ["not-finite", "taken", "replay"]
+    assert set(alice.missing) == {"mallory"}  # it never took alice's own message, so the link does not count
+
+
+def test_another_config_is_refused_by_section():
+    facts = {"setting train": "other", "answer": 0}
+    answers, _, alice = attack((encode_header(sealed(header(kind="hello", facts=facts), b"")), b""), meeting=False)
+    assert answers == ["wrong-config"]
+    assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.notices)
+
+
+def test_a_smaller_rank_is_a_neighbours_own_affair():
+    small = replace(OWN, ranks=torch.tensor([1]))
+    answers, _, _ = attack(packed(vectors((small,))))
+    assert answers == ["taken"]
+
+
+def test_notices_are_bounded():
+    answers, _, alice = attack(*[POISON["another run"][0]] * 50, meeting=False)
+    assert set(answers) == {"wrong-run"} and len(alice.notices) <= alice.notices.maxlen
