@@ -39,7 +39,7 @@ def run(words, mishaps=(), listener=lambda peers: None):
 
 def overhead(tiny: bool) -> dict:
     """Interleaved: local training alone, then the same with gossip, and again."""
-    clients, rounds, repeats = (3, 3, 1) if tiny else (8, 30, 3)
+    clients, rounds, repeats = (3, 3, 1) if tiny else (8, 15, 3)
     words = [f"clients={clients}", f"train.rounds={rounds}", "train.local_steps=10", "train.batch=16", "adapter.rank=8"]
     seconds = defaultdict(list)
     for _ in range(repeats):
