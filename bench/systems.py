@@ -58,9 +58,12 @@ class Condition:
     """The clients whose accuracy is reported."""
 
 
+SECTIONS = ("train", "exchange", "adversary", "clock", "eval")
+
+
 def method(name: str, rate: float | None = None, **changes: Any) -> Tree:
     """A change to the base: the algorithm and, beside it, settings of other sections or of the algorithm itself."""
-    sections = {key: value for key, value in changes.items() if key in ("train", "exchange", "adversary", "clock", "eval")}
+    sections = {key: value for key, value in changes.items() if key in SECTIONS}
     own = {key: value for key, value in changes.items() if key not in sections}
     found = {"algorithm": {"name": name, **own}, **sections}
     if rate is not None:
@@ -328,7 +331,7 @@ def main() -> None:
     rates = {line.place: line.rate for line in found.lines} if condition.rates else {}
     rows = table(condition, finished(name, options.data, tree, rates))
     study = {"date": str(date.today()), "condition": condition.told, "facts": run_facts(load_grid_base(tree))}
-    study |= {"grid": told(tree, options.data), "rows": rows}
+    study |= {"grid": told(told(tree, options.data), Path.cwd()), "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{name}.json").write_text(json.dumps(study, indent=1) + "\n")
     insert(PAGE, f"system-{name}", render(condition, rows))
