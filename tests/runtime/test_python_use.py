@@ -7,6 +7,7 @@ import pytest
 from peerlora.config import load_config
 from peerlora.errors import RunError
 from peerlora.runs.events import Evaluated, RoundDone, RunFinished, RunStarted
+from peerlora.runs.report import write_report
 from peerlora.runtime.simulate import simulate
 
 
@@ -40,6 +41,13 @@ def test_a_result_holds_summary_metrics_adapters_and_folder(result, tmp_path):
     assert result.summary["accuracy"]["own_min"] == min(own) and result.summary["accuracy"]["own_max"] == max(own)
     sent = [row["value"] for row in rows if row["metric"] == "bytes_sent"]
     assert result.summary["bytes_sent"] == sum(sent) and {row["client"] for row in rows} == {None, 0, 1, 2, 3}
+
+
+def test_a_run_may_leave_its_report_for_later(result, tmp_path):
+    bare = simulate(load_config(result.run / "config.yaml"), tmp_path / "bare", report=False)
+    assert not (bare.run / "report.html").exists()
+    assert bare.adapters.flat.equal(result.adapters.flat)
+    assert "<svg" in write_report(bare.run).read_text()
 
 
 def test_the_report_is_one_file_that_opens_without_a_network(result):

@@ -69,7 +69,7 @@ def averaged_with_residual(received: Received) -> Combined:
     for layer in received.layers:
         left, right = residual(received.B(layer), received.A(layer), W)
         residuals[layer] = scaling * left, right
-        size2 += norms2(*residuals[layer]).clamp_min(0.0)
+        size2 += norms2(*residuals[layer])
     merged = received.own.merged.plus(residuals)
     return Combined(replace(received.average(), merged=merged), {"merged_residual": size2})
 

@@ -74,7 +74,7 @@ def corrected_average(received: Received, ridge: float, cosine: bool) -> Combine
         if cosine:
             dB = cosine_correction(B_mean, A_mean, *joined(B, A, W), ridge)
         factors[layer] = B_mean + dB, A_mean
-        left_over += norms2(torch.cat([lost[0], -dB], dim=2), torch.cat([lost[1], A_mean], dim=1)).clamp_min(0)
+        left_over += norms2(torch.cat([lost[0], -dB], dim=2), torch.cat([lost[1], A_mean], dim=1))
     return received.with_factors(factors, {"uncorrected": left_over})
 
 

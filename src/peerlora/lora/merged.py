@@ -200,4 +200,4 @@ def distances2(before: Update, after: Update) -> Float[Tensor, " client"]:
     if before.dense.shape[2] or after.dense.shape[2]:
         return (after.weight() - before.weight()).square().sum((1, 2))
     left, right = torch.cat([after.left, -before.left], 2), torch.cat([after.right, before.right], 1)
-    return norms2(left, right).clamp_min(0.0)
+    return norms2(left, right)

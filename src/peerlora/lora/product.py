@@ -19,18 +19,18 @@ _COLUMNS = 64  # of a product that is looked at in strips
 
 
 def sum_norm2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, ""]:
-    """``|| sum_i B_i A_i ||_F^2``, by Gram matrices of the ranks or, where those are larger, in strips of columns."""
+    """``|| sum_i B_i A_i ||_F^2``."""
     left = B.permute(1, 0, 2).reshape(B.shape[1], -1)  # [d_out, client*rank]
-    right = A.reshape(-1, A.shape[-1])  # [client*rank, d_in]
-    if left.shape[1] <= right.shape[1]:
-        return ((left.T @ left) * (right @ right.T)).sum().clamp_min(0.0)  # rounding can push a zero below zero
-    strips = right.split(_COLUMNS, dim=1)
-    return torch.stack([(left @ strip).square().sum() for strip in strips]).sum()
+    return norms2(left[None], A.reshape(1, -1, A.shape[-1]))[0]
 
 
-def norms2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, " client"]:
-    """``|| B_i A_i ||_F^2 = trace((B^T B)(A A^T))`` of every client."""
-    return ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
+def norms2(left: Float[Tensor, "each d_out wide"], right: Float[Tensor, "each wide d_in"]) -> Float[Tensor, " each"]:
+    """``|| L_i R_i ||_F^2 = trace((L^T L)(R R^T))`` of each; where these Gram matrices are larger than the product, in
+    strips of its columns."""
+    if left.shape[-1] <= right.shape[-1]:
+        return ((left.mT @ left) * (right @ right.mT)).sum((1, 2)).clamp_min(0.0)  # rounding can push a zero below zero
+    strips = right.split(_COLUMNS, dim=-1)
+    return torch.stack([(left @ strip).square().sum((1, 2)) for strip in strips]).sum(0)
 
 
 def deviation(x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:

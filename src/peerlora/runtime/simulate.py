@@ -73,18 +73,20 @@ def simulate(
     partitioner: Any = None,
     listener: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
+    report: bool = True,
 ) -> Result:
     """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
 
     ``listener`` gets every event; ``stop`` is asked after every round and, when true, a checkpoint is written and
-    Stopped raised.  Nothing is written before everything has been loaded and checked.
+    Stopped raised.  Without ``report`` no report.html is drawn at the end, which takes about a second;
+    ``runs.report.write_report`` does it later.  Nothing is written before everything has been loaded and checked.
     """
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
     federation = composed(config, materials, partitioner)
     with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
-        return Simulation(federation, store, listener, stop).run()
+        return Simulation(federation, store, listener, stop, report).run()
 
 
 def resume(
@@ -95,6 +97,7 @@ def resume(
     partitioner: Any = None,
     listener: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
+    report: bool = True,
 ) -> Result:
     """Take up a run where its last good checkpoint left it; the result is bit-identical to an undisturbed run.
 
@@ -103,7 +106,7 @@ def resume(
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
-        return Simulation(composed(config, materials, partitioner), store, listener, stop).run(resumed=True)
+        return Simulation(composed(config, materials, partitioner), store, listener, stop, report).run(resumed=True)
 
 
 def composed(
@@ -132,8 +135,10 @@ class Simulation:
         store: RunStore,
         listener: Callable[[Event], None] = lambda event: None,
         stop: Callable[[], bool] = lambda: False,
+        report: bool = True,
     ):
         self.federation, self.store, self.listener, self.stop = federation, store, listener, stop
+        self.report = report
         self.config, self.algorithm = federation.config, federation.algorithm
         self.learner, self.exchange = federation.learner, federation.exchange
         self.few_rows = evaluation_rows(federation)
@@ -304,14 +309,15 @@ class Simulation:
         )
 
     def _finish(self, state: Any) -> Result:
-        from peerlora.runs.report import write_report
-
         x = self.algorithm.model(state).to("cpu")
         self._evaluate(self.config.train.rounds, state, final=True)
         summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
         write_adapters(self.store.folder, x, self.federation, summary)
         self.store.finish(summary)
-        write_report(self.store.folder)
+        if self.report:
+            from peerlora.runs.report import write_report
+
+            write_report(self.store.folder)
         return Result(summary, x, self.store.folder)
 
     def _emit(self, event: Event) -> None:

@@ -46,7 +46,7 @@ async def say(header: bytes, body: memoryview, write: Callable[[bytes], Awaitabl
                 if answer.done():
                     break
                 await write(piece)
-        except (aio.AioRpcError, asyncio.InvalidStateError):
+        except (aio.AioRpcError, asyncio.InvalidStateError, PeerDown):
             pass  # the call is over; the answer, if there was one, says why
         data = await answer
     finally:
@@ -83,10 +83,25 @@ def reader(call: Any) -> Read:
     """``call.read``, with None where it has no more."""
 
     async def read() -> bytes | None:
-        piece = await call.read()
+        try:
+            piece = await call.read()
+        except aio.InternalError:  # an answering side's call that is over
+            return None
         return piece if isinstance(piece, bytes) else None
 
     return read
+
+
+def writer(context: Any) -> Callable[[bytes], Awaitable[None]]:
+    """``context.write`` of an answering side, with PeerDown where the call is over."""
+
+    async def write(data: bytes) -> None:
+        try:
+            await context.write(data)
+        except aio.InternalError:
+            raise PeerDown("the call broke off") from None
+
+    return write
 
 
 def refusal_bytes(refusal: Refused) -> bytes:

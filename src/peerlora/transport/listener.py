@@ -7,6 +7,7 @@ import hmac
 import os
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from time import monotonic
@@ -44,7 +45,7 @@ class AnsweredLink(Link):
         while way.over.done():
             way = await self.ways.get()
         try:
-            await way.during(frames.say(header, body, way.context.write, frames.reader(way.context)))
+            await way.during(frames.say(header, body, frames.writer(way.context), frames.reader(way.context)))
         finally:
             way.end("used")
 
@@ -143,15 +144,16 @@ class Listener:
 
     async def _send(self, requests: Any, context: Any) -> None:
         """A member's message.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
-        read = frames.reader(context)
-        try:
-            peer, link = self._in_session(context)
-            await link.during(frames.hear(self.ends, peer, context.write, read))
-        except PeerDown:
-            await context.write(frames.refusal_bytes(Refused("no-session", "it ended meanwhile")))
-        except Refused as refusal:
-            await context.write(frames.refusal_bytes(refusal))
-            await _within(self.timing.handshake, lambda: frames.throw_away(read))
+        read, write = frames.reader(context), frames.writer(context)
+        with suppress(PeerDown):  # nobody is left to be answered
+            try:
+                peer, link = self._in_session(context)
+                await link.during(frames.hear(self.ends, peer, write, read))
+            except PeerDown:
+                await write(frames.refusal_bytes(Refused("no-session", "it ended meanwhile")))
+            except Refused as refusal:
+                await write(frames.refusal_bytes(refusal))
+                await _within(self.timing.handshake, lambda: frames.throw_away(read))
 
     async def _take(self, requests: Any, context: Any) -> None:
         """A member's offer to take our next message for it."""
@@ -173,13 +175,17 @@ class Listener:
         try:
             peer, fingerprint = self._who(context)
             token = await self._greet(peer, fingerprint, context)
+        except PeerDown:
+            return  # it went away before our proof had reached it
         except Refused as refusal:
             await _abort(context, refusal)
             return
         link, why = AnsweredLink(token), "the connection broke"
         self.ends.opened(peer, link)
         try:
-            why = await live(self.ends, peer, link, self.timing, context.write, frames.reader(context))
+            why = await live(self.ends, peer, link, self.timing, frames.writer(context), frames.reader(context))
+        except PeerDown as down:
+            why = str(down)
         finally:
             self.ends.lost(peer, link, why)
         if why == REPLACED:
@@ -190,7 +196,7 @@ class Listener:
         nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
         refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
         if len(nonce) == NONCE:
-            await context.write(prove(me.key, nonce, token, me.site, peer, fingerprint))
+            await frames.writer(context)(prove(me.key, nonce, token, me.site, peer, fingerprint))
             if await _within(self.timing.handshake, frames.reader(context)):  # a heartbeat: the proof was accepted
                 return token
             refusal = Refused("wrong-proof", "it went away after our proof")

@@ -23,8 +23,8 @@ class Timing:
     """Heartbeats missed until an edge is SUSPECT."""
     down: int = 5
     """Heartbeats missed until it is DOWN."""
-    backoff: tuple[float, float] = (0.2, 1.0)
-    """The first and the longest wait before dialling again."""
+    backoff: tuple[float, float] = (0.2, 0.5)
+    """The first and the longest wait before dialling again: who comes back is heard within a second."""
     refused: float = 5.0
     """Wait before dialling again whoever refused us: only a new member list helps."""
     handshake: float = 5.0
