@@ -270,7 +270,7 @@ def table(condition: Condition, runs: dict[str, list[Run]]) -> list[Tree]:
     for system, own in runs.items():
         ends = [of(run.events, Evaluated)[-1] for run in own]
         row: Tree = {"system": system, "rate": own[0].rate, "seeds": len(own), "rounds": ends[0].round}
-        row |= {"bytes": float(np.mean([run.sent for run in own])), "seconds": float(ends[0].virtual_seconds)}
+        row |= {"sent": float(np.mean([run.sent for run in own])), "seconds": float(ends[0].virtual_seconds)}
         looks = {"end": ends, "rounds": [run.at_round(condition.rounds) for run in own]}
         looks["bytes"] = [_after_training(evaluated_within(run.events, sent=1.05 * least)) for run in own]
         if condition.seconds is not None:
@@ -307,7 +307,7 @@ def render(condition: Condition, rows: Sequence[Tree]) -> str:
     for row in rows:
         cells = [row["system"], f"{row['rate']:g}", str(row["rounds"])]
         cells += [f"{row['seconds']:.0f}"] if condition.seconds else []
-        cells.append(f"{row['bytes'] / 1e6:.2f}")
+        cells.append(f"{row['sent'] / 1e6:.2f}")
         lines.append(cells + [_told(row[look]) for look in looks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

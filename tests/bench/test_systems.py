@@ -1,6 +1,7 @@
 """The conditions of the systems study: what they compose to, and what their tables are taken from."""
 
 import importlib
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def evaluated(round, own, seconds):
 
 
 def round_done(t, sent):
-    known = dict.fromkeys(RoundDone.__annotations__, 0.0)
+    known = dict.fromkeys((field.name for field in fields(RoundDone)), 0.0)
     return RoundDone(**known | {"round": t, "bytes_sent": sent, "edges": [], "missed": {}, "absent": []})
 
 
