@@ -275,7 +275,7 @@ def table(condition: Condition, runs: dict[str, list[Run]]) -> list[Tree]:
         looks["bytes"] = [_after_training(evaluated_within(run.events, sent=1.05 * least)) for run in own]
         if condition.seconds is not None:
             looks["time"] = [_after_training(evaluated_within(run.events, seconds=condition.seconds)) for run in own]
-        rows.append(row | {name: summed_up(found, judged) for name, found in looks.items()})
+        rows.append(row | {"at": {name: summed_up(found, judged) for name, found in looks.items()}})
     return rows
 
 
@@ -308,7 +308,7 @@ def render(condition: Condition, rows: Sequence[Tree]) -> str:
         cells = [row["system"], f"{row['rate']:g}", str(row["rounds"])]
         cells += [f"{row['seconds']:.0f}"] if condition.seconds else []
         cells.append(f"{row['sent'] / 1e6:.2f}")
-        lines.append(cells + [_told(row[look]) for look in looks])
+        lines.append(cells + [_told(row["at"][look]) for look in looks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
