@@ -85,8 +85,11 @@ class Post:
         return pushed
 
     def deliver(self, number: int) -> None:
-        """A message arrives; where only the newest counts, an older one of the same sender gives way to it."""
-        receiver, message = self.on_the_way.pop(number)
+        """A message that is on the way arrives."""
+        self.arrive(*self.on_the_way.pop(number))
+
+    def arrive(self, receiver: int, message: Message) -> None:
+        """A message is there; where only the newest counts, an older one of the same sender gives way to it."""
         self.used.add((min(receiver, message.sender), max(receiver, message.sender)))
         late = message.version < self.known[receiver, message.sender]
         self.known[receiver, message.sender] = max(message.version, self.known[receiver, message.sender])
@@ -103,6 +106,15 @@ class Post:
         self.waiting[client] = []
         self.staleness += [each.staleness for each in found]
         return sorted(found, key=lambda each: each.sender)
+
+    def began_again(self, client: int, other: int) -> None:
+        """The other went back to an earlier version of itself, so what the client knew of is no longer the newest."""
+        self.known[client, other] = 0
+
+    def measures(self) -> dict[str, float]:
+        """Mean and largest staleness of what was polled since ``begin_round``; nothing where nothing was."""
+        told = self.staleness
+        return {"staleness": float(np.mean(told)), "staleness_max": float(max(told))} if told else {}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and as facts that JSON knows."""
