@@ -17,8 +17,8 @@ from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.runtime.agreement import settings
 from peerlora.runtime.peer import site_of
-from peerlora.runtime.peer_run import expected_of
 from peerlora.runtime.simulate import composed
+from peerlora.runtime.site import expected_of
 from peerlora.transport.base import PeerId, TransportError
 from peerlora.transport.grpc import GrpcTransport
 from peerlora.transport.members import check_address
