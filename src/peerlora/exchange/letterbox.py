@@ -19,7 +19,7 @@ from peerlora.exchange.rendezvous import Rendezvous, Step
 from peerlora.exchange.wire import Header
 from peerlora.transport.base import PeerId, Refused
 
-MOST = 64
+MOST = 8
 """Letters of one neighbour that may wait, where not only the newest counts."""
 _LOOK = 0.05  # seconds between two looks whether there is room for one more
 _OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop

@@ -1,4 +1,4 @@
-"""The post of a simulation: who has sent what to whom, what has arrived, and who knows which version of whom."""
+"""The post of clients without common rounds: what is sent, what has arrived, and who knows which version of whom."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pushed:
 
 
 class Post:
-    """Mailboxes of all clients on one fixed graph.
+    """Mailboxes of all clients on one fixed graph; a real peer has a post of which it uses its own part alone.
 
     Staleness needs counters only, no common clock.  A client's version is the number of jobs it has done.  With its
     message about a job, client j tells i the newest version of i that it knew when that job began; i subtracts this
@@ -145,7 +145,7 @@ class Post:
 
 
 class Box:
-    """One client's mailbox in a simulation."""
+    """One client's mailbox."""
 
     def __init__(self, post: Post, client: int):
         self._post, self.client = post, client
