@@ -195,6 +195,7 @@ def test_a_list_with_more_clients_than_the_config_is_refused(runs):
     "words",
     [
         ["algorithm.name=ad-psgd", "clock.speed=0.5"],
+        ["algorithm.name=ad-psgd", "train.label_prior=pooled"],
         ["algorithm.name=salf"],
         ["algorithm.name=flood"],
         ["algorithm.name=choco"],

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
+from peerlora.config import RunConfig
+from peerlora.errors import CompositionError
 from peerlora.exchange.letterbox import MOST, Letterbox, Mail, NoMeetings
 from peerlora.exchange.letters import Form, Letter
 from peerlora.exchange.loop import LoopThread
@@ -27,6 +29,15 @@ from peerlora.runtime.site import Site, SiteRun, expected_of
 from peerlora.transport.base import PeerId, Transport
 
 _BACK = 5.0  # seconds that a peer which comes back gives its neighbours to answer its greeting
+
+
+def check_apart(config: RunConfig) -> None:
+    """Refuse what peers without common rounds cannot do; raises CompositionError."""
+    if config.train.label_prior == "pooled":
+        raise CompositionError(
+            "train.label_prior=pooled sums label counts in rounds that real peers have in common, and "
+            f"{config.algorithm.name} has none; use train.label_prior=uniform, or a method with rounds: dec-lora"
+        )
 
 
 class PeerApart(SiteRun):

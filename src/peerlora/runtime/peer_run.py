@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peerlora.algorithms import build_algorithm
+from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
@@ -25,7 +25,7 @@ from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.agreement import settings
 from peerlora.runtime.compose import Federation, Materials, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
-from peerlora.runtime.peer_apart import PeerApart
+from peerlora.runtime.peer_apart import PeerApart, check_apart
 from peerlora.runtime.rounds import Passed
 from peerlora.runtime.simulate import Result, composed
 from peerlora.runtime.site import Site, SiteRun, expected_of, now
@@ -81,6 +81,8 @@ def check_site(config: RunConfig, site: Site) -> None:
     name = config.algorithm.name
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
+    if is_asynchronous(REGISTRY[ALIASES.get(name, name)]):
+        check_apart(config)
     reason = getattr(build_algorithm(name, config.algorithm.parameters), "simulated_only", None)
     if reason:
         raise CompositionError(f"{name} cannot run between real peers like this: {reason}")

@@ -33,9 +33,9 @@ class Site:
     """The run's id."""
 
     def neighbours(self, topology: Topology) -> dict[int, PeerId]:
-        """Those on the list that this client may meet in some round."""
-        anybody = range(topology.clients)
-        linked = anybody if topology.graph is None else topology.graph[self.client].nonzero()[0].tolist()
+        """Those on the list that this client may meet in some round, whichever way their link goes."""
+        anybody, graph = range(topology.clients), topology.graph
+        linked = anybody if graph is None else (graph | graph.T)[self.client].nonzero()[0].tolist()
         return {j: self.names[j] for j in linked if j != self.client and j in self.names}
 
 
