@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 
 import pytest
+import torch
 from in_memory import names, network, one_at_a_time, together, without_reports
 
 from peerlora.algorithms import REGISTRY
@@ -19,7 +20,7 @@ from peerlora.runs.store import read_events
 from peerlora.runs.table import of
 from peerlora.runtime.apart import Apart
 from peerlora.runtime.peer_run import train_peer
-from peerlora.runtime.simulate import simulate
+from peerlora.runtime.simulate import Stopped, simulate
 from peerlora.runtime.site import Site
 from peerlora.train.learner import Learner
 
@@ -199,3 +200,22 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
         assert reasons <= {"late", "down"}, "once the script is over, some are done before others"
     simulated = of(read_events(whole.run), RoundDone)
     assert max(done.bytes_per_edge for done in told) == max(done.bytes_per_edge for done in simulated)
+
+
+@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, method):
+    words = [*WORDS, "train.rounds=4", "peer.join=0.2"]
+    chosen = config("bert", *words, f"algorithm.name={method}", *(["algorithm.density=1"] if method == "aedfl" else []))
+    stopping = iter([False, True])
+    with without_reports(), network(4) as (net, thread):
+        whole = simulate(config("bert", *words, "algorithm.name=local"), tmp_path / "whole")
+
+        def run(folder, **options):
+            return train_peer(chosen, Site(1, names(4), "run"), net.transport("site-1"), thread, folder, **options)
+
+        undisturbed = run(tmp_path / "undisturbed")
+        with pytest.raises(Stopped):
+            run(tmp_path / "stopped", stop=lambda: next(stopping))
+        resumed = run(tmp_path / "stopped", resume=True)
+    assert (undisturbed.adapters.flat - whole.adapters.flat[1:2]).abs().max() < 1e-10
+    assert torch.equal(resumed.adapters.flat, undisturbed.adapters.flat)
