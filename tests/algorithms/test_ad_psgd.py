@@ -161,3 +161,10 @@ def test_partners_are_the_passive_neighbours_of_an_active_client(config):
 def test_bad_settings_are_refused(parameters, told):
     with pytest.raises(ConfigError, match=told):
         build_algorithm("ad-psgd", parameters)
+
+
+def test_questions_and_answers_are_what_is_taken():
+    x = adapters(1)
+    question, answer = AVERAGE.incoming(x, {}), AVERAGE.incoming(x, {"d": (3,)})
+    assert question == AVERAGE.message(x) and list(answer) == ["d"] and answer["d"] == question["x"]
+    assert AVERAGE.incoming(x, {"d": (3,), "x": (3,)}) == question

@@ -236,3 +236,25 @@ REFUSED = [
 def test_bad_settings_are_refused(parameters, told):
     with pytest.raises(ConfigError, match=told):
         build_algorithm("aedfl", parameters)
+
+
+# --- what comes from elsewhere
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=8, max_size=8))
+def test_every_message_that_is_sent_has_the_form_that_is_taken(held):
+    algorithm, x = build_algorithm("aedfl", {}), adapters(1)
+    payload = packed(x, torch.tensor([held]), component_norms(x))
+    claimed = {name: tuple(leaf.shape) for name, leaf in payload.items()}
+    found = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in payload.items()}
+    assert algorithm.incoming(x, claimed) == found and algorithm.flaw(x, payload) is None
+    short = payload | {"values": payload["values"][1:]}
+    told = f"{len(payload['values']) - 1} values given, {len(payload['values'])} expected"
+    assert algorithm.flaw(x, short).startswith(told)
+
+
+def test_no_message_is_larger_than_the_one_that_holds_everything():
+    algorithm, x = build_algorithm("aedfl", {}), adapters(1)
+    assert algorithm.incoming(x, {}) == algorithm.message(x, 0)
+    assert algorithm.incoming(x, {"values": (10**9,)}) == algorithm.message(x, 0)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from peerlora.errors import ConfigError
-from peerlora.runs.events import CaughtUp, RoundDone
+from peerlora.runs.events import CaughtUp, NeighbourChanged, RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
 from peerlora.runtime.launch import free_ports, launch
@@ -131,3 +131,24 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
     after = [done for done in of(events, RoundDone) if done.round >= back.to]
     assert back.to > back.round and after[-1].round == 149
     assert sum(done.contacts == 2 for done in after) >= len(after) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
+    """Over gRPC: one is killed and comes back, one is stopped for a while, and nobody waits."""
+    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=120", "train.local_steps=30"]
+    words += [f"algorithm.name={method}", *(["algorithm.patience=1"] if method == "ad-psgd" else [])]
+    path = yaml_file(*words, "peer.join=60", "checkpoint.every=5", "eval.every=1000")
+    answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--kill", "2@2s:1s", "--stop", "1@3s:2s")
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    assert [peer["ended"] for peer in summary["peers"]] == ["finished"] * 3
+    assert [peer["rounds"] for peer in summary["peers"]] == [120] * 3 and summary["peers"][2]["starts"] == 2
+    for client in range(3):
+        told = of(read_events(tmp_path / "out" / f"peer-{client:02d}"), RoundDone)
+        assert [done.round for done in told] == list(range(120))
+        assert sum(done.bytes_sent for done in told) > 0 and any("staleness" in done.measures for done in told)
+        assert max(done.seconds_mix for done in told[:-1]) < 5
+    changes = of(read_events(tmp_path / "out" / "peer-00"), NeighbourChanged)
+    assert {"down", "up"} <= {change.kind for change in changes if change.client == 2}

@@ -75,6 +75,11 @@ def test_doctor_alone(cli, yaml_file, sites):
     assert re.search(r"PROBLEM a did not come", answer.out) and "->" in answer.out
 
 
+def test_doctor_says_when_there_are_no_common_rounds(cli, yaml_file, sites):
+    answer = cli("doctor", yaml_file(*WORDS, "algorithm.name=aedfl"), *options(sites, "b"), "--wait", "0.1")
+    assert re.search(r"ok +aedfl has no common rounds: every peer does 2 jobs at its own pace", answer.out)
+
+
 def test_doctor_at_the_side_that_dials(cli, yaml_file, sites):
     answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.5")
     assert answer.code == 1 and re.search(r"PROBLEM b cannot be reached at 127.0.0.1:\d+", answer.out)

@@ -11,7 +11,8 @@ from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.wire import Expected
 from peerlora.runtime import peer_run
-from peerlora.runtime.peer_run import Site, train_peer
+from peerlora.runtime.peer_run import train_peer
+from peerlora.runtime.site import Site
 from peerlora.transport.memory import MemoryNetwork
 from peerlora.transport.pulse import Timing
 

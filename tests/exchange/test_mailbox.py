@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerlora.exchange.base import Message
 from peerlora.exchange.mailbox import Post
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.topology.describe import parse_spec
@@ -147,3 +148,24 @@ def test_what_is_saved_goes_on():
         assert [(each.version, each.seen) for each in ours] == [(each.version, each.seen) for each in theirs]
     assert again.versions == made.versions and again.count == made.count
     assert np.array_equal(again.known, made.known) and np.array_equal(again.known_then, made.known_then)
+
+
+def test_who_went_back_to_an_earlier_version_is_heard_again():
+    made = post()
+    made.arrive(0, Message(1, say(1), version=9, seen=0))
+    made.poll(0)
+    made.arrive(0, Message(1, say(2), version=5, seen=0))
+    assert made.poll(0) == [], "older than what is known"
+    made.began_again(0, 1)
+    made.arrive(0, Message(1, say(3), version=6, seen=0))
+    assert heard(made.poll(0)) == [(1, 3)] and made.known[0, 1] == 6
+
+
+def test_measures_are_of_what_was_polled():
+    made = post()
+    assert made.measures() == {}
+    made.versions[0] = 5
+    for sender, seen in ((1, 4), (3, 1)):
+        made.arrive(0, Message(sender, say(1), version=1, seen=seen))
+    made.poll(0)
+    assert made.measures() == {"staleness": 1.5, "staleness_max": 3.0}

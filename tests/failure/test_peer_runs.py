@@ -11,8 +11,9 @@ from peerlora.errors import CompositionError, RunError
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of, summarise
-from peerlora.runtime.peer_run import Site, check_site, train_peer
+from peerlora.runtime.peer_run import check_site, train_peer
 from peerlora.runtime.simulate import Stopped
+from peerlora.runtime.site import Site
 
 QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
 
@@ -193,7 +194,8 @@ def test_a_list_with_more_clients_than_the_config_is_refused(runs):
 @pytest.mark.parametrize(
     "words",
     [
-        ["algorithm.name=ad-psgd"],
+        ["algorithm.name=ad-psgd", "clock.speed=0.5"],
+        ["algorithm.name=ad-psgd", "train.label_prior=pooled"],
         ["algorithm.name=salf"],
         ["algorithm.name=flood"],
         ["algorithm.name=choco"],

@@ -16,6 +16,7 @@ from peerlora.lora.adapters import Adapters
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox
+    from peerlora.exchange.messages import Shapes
     from peerlora.exchange.schema import Schema
     from peerlora.topology.graphs import Adjacency
 
@@ -62,6 +63,11 @@ class ADPSGD(Asynchronous):
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A question; an answer has the same size."""
         return {"x": ((x.spec.shared.stop,), x.flat.dtype)}
+
+    def incoming(self, x: Adapters, claimed: Shapes) -> Schema:
+        """A question, or an answer."""
+        question = self.message(x)
+        return {"d": question["x"]} if set(claimed) == {"d"} else question
 
     def start(self, x: Adapters, peers: Exchange) -> Pairing:
         """Everybody knows its role from the graph alone."""

@@ -15,6 +15,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox, Message, Vectors
+    from peerlora.exchange.messages import Shapes
     from peerlora.exchange.schema import Schema
 
 
@@ -90,9 +91,17 @@ class AEDFL(Asynchronous):
         """
         held = torch.zeros(1, _components(x.spec), dtype=torch.bool)
         held[:, : self.kept(t, x.spec)] = True
-        count = int(coordinates(x.spec, held)[0, x.spec.shared].sum())
-        shapes = {"values": ((count,), x.flat.dtype), "held": ((held.shape[1],), torch.bool)}
-        return shapes | {"scores": ((held.shape[1],), x.flat.dtype)}
+        return _vectors(x, _values(x.spec, held))
+
+    def incoming(self, x: Adapters, claimed: Shapes) -> Schema:
+        """As many values as are claimed: how many it must be follows from what the sender holds."""
+        most, shape = x.spec.shared.stop, claimed.get("values", ())
+        return _vectors(x, min(shape[0], most) if len(shape) == 1 else most)
+
+    def flaw(self, x: Adapters, payload: Vectors) -> str | None:
+        """A value for every coordinate that the sender holds."""
+        given, expected = len(payload["values"]), _values(x.spec, payload["held"][None])
+        return None if given == expected else f"{given} values given, {expected} expected for what is held"
 
     def start(self, x: Adapters, peers: Exchange) -> Sparse:
         """Everything is held."""
@@ -141,6 +150,17 @@ class AEDFL(Asynchronous):
 
 def _components(spec: AdapterSpec) -> int:
     return len(spec.layers) * spec.rank
+
+
+def _values(spec: AdapterSpec, held: Bool[Tensor, "1 component"]) -> int:
+    """How many a client sends that holds these components."""
+    return int(coordinates(spec, held)[0, spec.shared].sum())
+
+
+def _vectors(x: Adapters, values: int) -> Schema:
+    components = _components(x.spec)
+    named = {"values": ((values,), x.flat.dtype), "held": ((components,), torch.bool)}
+    return named | {"scores": ((components,), x.flat.dtype)}
 
 
 def component_norms(x: Adapters) -> Float[Tensor, "client component"]:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool
     from torch import Tensor
 
-    from peerlora.exchange.base import Mailbox
+    from peerlora.exchange.base import Mailbox, Vectors
+    from peerlora.lora.adapters import Adapters
 
 
 class Asynchronous:
@@ -43,6 +44,10 @@ class Asynchronous:
 
     def coordinates(self, state: object) -> Bool[Tensor, "client parameter"] | None:
         """All of them."""
+        return None
+
+    def flaw(self, x: Adapters, payload: Vectors) -> str | None:
+        """Names, shapes and dtypes say it all."""
         return None
 
     def on_message(self, state, mail: Mailbox):

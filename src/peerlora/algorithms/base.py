@@ -12,7 +12,8 @@ from torch import Tensor
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
-    from peerlora.exchange.base import Exchange, Mailbox
+    from peerlora.exchange.base import Exchange, Mailbox, Vectors
+    from peerlora.exchange.messages import Shapes
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
@@ -77,6 +78,14 @@ class AsynchronousAlgorithm(Protocol[State]):
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """The named vectors of one message after ``t`` jobs."""
+        ...
+
+    def incoming(self, x: Adapters, claimed: Shapes) -> Schema:
+        """What a message must hold that claims these shapes, as far as they are possible; the largest for no claim."""
+        ...
+
+    def flaw(self, x: Adapters, payload: Vectors) -> str | None:
+        """What makes a message of that form useless all the same; None for a good one."""
         ...
 
     def start(self, x: Adapters, peers: Exchange) -> State:

@@ -1,4 +1,4 @@
-"""The post of a simulation: who has sent what to whom, what has arrived, and who knows which version of whom."""
+"""The post of clients without common rounds: what is sent, what has arrived, and who knows which version of whom."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pushed:
 
 
 class Post:
-    """Mailboxes of all clients on one fixed graph.
+    """Mailboxes of all clients on one fixed graph; a real peer has a post of which it uses its own part alone.
 
     Staleness needs counters only, no common clock.  A client's version is the number of jobs it has done.  With its
     message about a job, client j tells i the newest version of i that it knew when that job began; i subtracts this
@@ -85,8 +85,11 @@ class Post:
         return pushed
 
     def deliver(self, number: int) -> None:
-        """A message arrives; where only the newest counts, an older one of the same sender gives way to it."""
-        receiver, message = self.on_the_way.pop(number)
+        """A message that is on the way arrives."""
+        self.arrive(*self.on_the_way.pop(number))
+
+    def arrive(self, receiver: int, message: Message) -> None:
+        """A message is there; where only the newest counts, an older one of the same sender gives way to it."""
         self.used.add((min(receiver, message.sender), max(receiver, message.sender)))
         late = message.version < self.known[receiver, message.sender]
         self.known[receiver, message.sender] = max(message.version, self.known[receiver, message.sender])
@@ -103,6 +106,15 @@ class Post:
         self.waiting[client] = []
         self.staleness += [each.staleness for each in found]
         return sorted(found, key=lambda each: each.sender)
+
+    def began_again(self, client: int, other: int) -> None:
+        """The other went back to an earlier version of itself, so what the client knew of is no longer the newest."""
+        self.known[client, other] = 0
+
+    def measures(self) -> dict[str, float]:
+        """Mean and largest staleness of what was polled since ``begin_round``; nothing where nothing was."""
+        told = self.staleness
+        return {"staleness": float(np.mean(told)), "staleness_max": float(max(told))} if told else {}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and as facts that JSON knows."""
@@ -133,7 +145,7 @@ class Post:
 
 
 class Box:
-    """One client's mailbox in a simulation."""
+    """One client's mailbox."""
 
     def __init__(self, post: Post, client: int):
         self._post, self.client = post, client

@@ -165,6 +165,8 @@ def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Sche
     for name, vector in vectors.items():
         if not _finite(vector):
             raise Refused("not-finite", name)
+        if vector.dtype == torch.bool and vector.numel() and vector.view(torch.uint8).max() > 1:
+            raise Refused("bad-body", f"{name} has truth values other than 0 and 1")  # they would count as they please
     return vectors
 
 

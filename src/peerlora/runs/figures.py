@@ -86,7 +86,8 @@ def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], S
             axes.set_yscale("log")
         else:
             axes.set_yticks([])
-            axes.text(0.5, 0.5, "all values are zero", transform=axes.transAxes, ha="center", color=INK)
+            word = "all values are zero" if zeros else "not known"
+            axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color=INK)
     legend = [Key(label, colour, "thick") for label, colour in zip(values, _colours(len(values)), strict=True)]
     note = "Zeros are not drawn: a log scale has no place for them." if zeros else ""
     return Picture(title, out.getvalue(), legend, note)

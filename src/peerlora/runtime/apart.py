@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
@@ -176,18 +176,13 @@ class Apart:
         free = self.algorithm.coordinates(state)
         for blocks, places in by_block.items():
             self.learner.begin(t, jobs, places)
-            rule = None if free is None else Masked(free)
-            trained = self.learner.fit(self.start, blocks, rule)
-            flat = trained.flat if free is None else torch.where(free, trained.flat, self.start.flat)
-            self.result.flat[places] = flat[places]
+            self.result.flat[places] = local_steps(self.learner, self.start, blocks, free).flat[places]
             self.losses[places] = self.learner.losses[places].to(self.losses)
         self.outstanding.clear()
         self.seconds_train += time.perf_counter() - began
 
     def _passed(self, spent: float) -> Passed:
         losses = [[loss for who, loss in self.ended if who == client] for client in range(self.clients)]
-        told = self.post.staleness
-        measures = {"staleness": float(np.mean(told)), "staleness_max": float(max(told))} if told else {}
         return Passed(
             losses=[sum(own) / len(own) if own else float("nan") for own in losses],
             sent=None,
@@ -197,5 +192,13 @@ class Apart:
             bytes_sent=self.sent_bytes,
             seconds_train=self.seconds_train,
             seconds_mix=spent - self.seconds_train,
-            measures=measures,
+            measures=self.post.measures(),
         )
+
+
+def local_steps(
+    learner: Learner, start: Adapters, blocks: str, free: Bool[Tensor, "client parameter"] | None
+) -> Adapters:
+    """A job: K local steps from ``start`` on these blocks, of which only what is ``free`` changes; None: everything."""
+    trained = learner.fit(start, blocks, None if free is None else Masked(free))
+    return trained if free is None else replace(trained, flat=torch.where(free, trained.flat, start.flat))

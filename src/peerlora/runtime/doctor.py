@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.exchange.contact import Greeted, Neighbourhood
@@ -17,8 +18,8 @@ from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.runtime.agreement import settings
 from peerlora.runtime.peer import site_of
-from peerlora.runtime.peer_run import expected_of
 from peerlora.runtime.simulate import composed
+from peerlora.runtime.site import expected_of
 from peerlora.transport.base import PeerId, TransportError
 from peerlora.transport.grpc import GrpcTransport
 from peerlora.transport.members import check_address
@@ -74,6 +75,9 @@ def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0
     expected = expected_of(federation, site)
     rows = len(federation.train_data)
     yield Finding("good", f"config, model ({expected.base[:12]}) and {rows} rows can be used")
+    if is_asynchronous(federation.algorithm):
+        jobs = f"every peer does {config.train.rounds} jobs at its own pace and waits for nobody"
+        yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
     with LoopThread() as thread:
         transport = GrpcTransport(who, roster)

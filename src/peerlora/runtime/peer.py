@@ -11,8 +11,9 @@ from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.wire import message_facts
 from peerlora.runs.events import Event
-from peerlora.runtime.peer_run import Site, check_site, train_peer
+from peerlora.runtime.peer_run import check_site, train_peer
 from peerlora.runtime.simulate import Result
+from peerlora.runtime.site import Site
 from peerlora.topology.schedule import build_topology
 from peerlora.transport.audit import Audit
 from peerlora.transport.follow import follow

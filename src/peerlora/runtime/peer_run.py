@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
-from peerlora.errors import CompositionError, RunError
-from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
+from peerlora.errors import CompositionError
+from peerlora.exchange.contact import Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.robust import Robust
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
-from peerlora.exchange.wire import Expected, claimed, largest_body, read_body
-from peerlora.lora.adapters import Adapters
+from peerlora.exchange.wire import claimed, largest_body, read_body
 from peerlora.lora.diagnostics import neighbourhood
-from peerlora.runs.events import CaughtUp, Event, Joined, NeighbourChanged, RunStarted, Warned
+from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
-from peerlora.runtime.agreement import base_digest, settings, spec_digest
+from peerlora.runtime.agreement import settings
 from peerlora.runtime.compose import Federation, Materials, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
+from peerlora.runtime.peer_apart import PeerApart, check_apart
 from peerlora.runtime.rounds import Passed
-from peerlora.runtime.simulate import Result, Simulation, composed
-from peerlora.topology.schedule import Topology, build_topology
+from peerlora.runtime.simulate import Result, composed
+from peerlora.runtime.site import Site, SiteRun, expected_of, now
+from peerlora.topology.schedule import build_topology
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
 _LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
-
-
-@dataclass(frozen=True)
-class Site:
-    """Who takes part, seen from one site."""
-
-    client: int
-    names: Mapping[int, PeerId]
-    """Client number -> site, of everybody on the list, this one too."""
-    run: str
-    """The run's id."""
-
-    def neighbours(self, topology: Topology) -> dict[int, PeerId]:
-        """Those on the list that this client may meet in some round."""
-        anybody = range(topology.clients)
-        linked = anybody if topology.graph is None else topology.graph[self.client].nonzero()[0].tolist()
-        return {j: self.names[j] for j in linked if j != self.client and j in self.names}
 
 
 def train_peer(
@@ -77,15 +60,20 @@ def train_peer(
             check_same(stored, config, store, None)
             config = config.model_copy(update={"threads": stored.threads})
             federation = composed(config, materials, None, [site.client])
-            with PeerRun(federation, site, transport, thread, store, listener, stop) as run:
+            with running(federation, site, transport, thread, store, listener, stop) as run:
                 return run.run(resumed=True)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
     federation = composed(config, materials, None, [site.client])
     with RunStore.create(folder, config.to_yaml(), run_facts(config, held=[site.client])) as store:
-        with PeerRun(federation, site, transport, thread, store, listener, stop) as run:
+        with running(federation, site, transport, thread, store, listener, stop) as run:
             return run.run()
+
+
+def running(federation: Federation, *rest: Any) -> SiteRun:
+    """The run of a peer, of a method with common rounds or without."""
+    return (PeerApart if is_asynchronous(federation.algorithm) else PeerRun)(federation, *rest)
 
 
 def check_site(config: RunConfig, site: Site) -> None:
@@ -94,10 +82,7 @@ def check_site(config: RunConfig, site: Site) -> None:
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
     if is_asynchronous(REGISTRY[ALIASES.get(name, name)]):
-        raise CompositionError(
-            f"{name} runs in simulations only: its clients have no common rounds, and real peers exchange by rounds; "
-            "use a method with rounds, such as dec-lora"
-        )
+        check_apart(config)
     reason = getattr(build_algorithm(name, config.algorithm.parameters), "simulated_only", None)
     if reason:
         raise CompositionError(f"{name} cannot run between real peers like this: {reason}")
@@ -123,8 +108,8 @@ def check_site(config: RunConfig, site: Site) -> None:
         )
 
 
-class PeerRun(Simulation):
-    """One client in its folder, its neighbours somewhere else; a context manager that closes the transport."""
+class PeerRun(SiteRun):
+    """One client that trains and exchanges in the rounds that all have in common."""
 
     def __init__(
         self,
@@ -136,55 +121,27 @@ class PeerRun(Simulation):
         listener: Callable[[Event], None] = lambda event: None,
         stop: Callable[[], bool] = lambda: False,
     ):
-        self.site, self.thread = site, thread
-        self.neighbours = site.neighbours(federation.topology)
-        self.numbers = {peer: client for client, peer in self.neighbours.items()}
         self.sends = _everything_sent(federation)
-        self.rendezvous = Rendezvous(
+        rendezvous = Rendezvous(
             transport, expected_of(federation, site), federation.config.peer.deadline, largest_body(self.sends)
         )
-        exchange = NeighbourExchange(federation.topology, site.client, self.neighbours, self.rendezvous, thread)
+        exchange = NeighbourExchange(
+            federation.topology, site.client, site.neighbours(federation.topology), rendezvous, thread
+        )
         robust = federation.config.exchange.robust
         peers = Robust(exchange, robust, federation.start, federation.config.train.rounds) if robust else exchange
-        super().__init__(replace(federation, exchange=peers), store, listener, stop)
+        super().__init__(replace(federation, exchange=peers), site, rendezvous, thread, store, listener, stop)
         self.met = exchange
         self.hood = Neighbourhood(
-            self.rendezvous, list(self.numbers), settings(self.config), snapshot=lambda: self._snapshot
+            rendezvous, list(self.numbers), settings(self.config), snapshot=lambda: self._snapshot
         )
         self._snapshot: Snapshot | None = None
-
-    def __enter__(self) -> PeerRun:
-        self.thread.call(self.hood.start())
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.thread.call(self.hood.close())
 
     # --- the places where a peer differs from a simulation
 
     def _open(self, done: int, state: Any) -> None:
-        """Greet the neighbours; begin with those who are there."""
         self._show(done, state)
-        self.thread.ask(self.rendezvous.enter, done, True)
-        greeted = self.thread.call(self.hood.greet(self.config.peer.join))
-        self._tell()
-        self._check(greeted)
-        self._emit(Joined(_now(), done, sorted(self.numbers[peer] for peer in greeted.reached)))
-
-    def _check(self, greeted: Greeted) -> None:
-        away = sorted(set(self.numbers) - greeted.reached - set(greeted.refused))
-        if greeted.refused and not greeted.reached:
-            told = "; ".join(f"{peer}: {reason}" for peer, reason in sorted(greeted.refused.items()))
-            raise RunError(
-                f"no neighbour of {self.site.names[self.site.client]} goes along ({told}); see peerlora doctor"
-            )
-        for peer, reason in sorted(greeted.refused.items()):
-            self._emit(Warned(f"{peer} does not go along ({reason}); its link is not used"))
-        if away:
-            self._emit(Warned(f"not there after {self.config.peer.join:g} s: {', '.join(away)}; beginning without"))
-        unlisted = sorted(set(range(self.config.clients)) - set(self.site.names))
-        if unlisted:
-            self._emit(Warned(f"not on the member list: clients {unlisted}; their links are not used"))
+        super()._open(done, state)
 
     def _ready(self, t: int, state: Any) -> tuple[int, Any]:
         """The next round; for a peer that fell behind, the one in which its neighbours are."""
@@ -201,7 +158,7 @@ class PeerRun(Simulation):
             pulled = self._pulled(peer, state)
         if pulled is not None:
             to, state = min(max(to, pulled[0]), rounds), pulled[1]
-        self._emit(CaughtUp(_now(), t, to, self.numbers[peer], pulled is not None))
+        self._emit(CaughtUp(now(), t, to, self.numbers[peer], pulled is not None))
         self._save(to, state)
         self._show(to, state)
         return to, state
@@ -235,16 +192,6 @@ class PeerRun(Simulation):
         (me,) = self.met.clients
         return [edge for edge in passed.edges if me in edge]
 
-    def _scored(self, x: Adapters) -> tuple[Adapters, ...]:
-        return (x,)
-
-    def _started(self) -> RunStarted:
-        names = {str(client): peer for client, peer in sorted(self.site.names.items())}
-        return replace(super()._started(), held=[self.site.client], names=names)
-
-    def _again(self) -> str:
-        return f"the same command with --out {self.store.folder} --resume"
-
     def _finish(self, state: Any) -> Result:
         """The end, while neighbours may still ask."""
         rounds = self.config.train.rounds
@@ -253,25 +200,11 @@ class PeerRun(Simulation):
         self._tell()
         return super()._finish(state)
 
-    # --- what neighbours may see, and what is told of them
-
     def _show(self, done: int, state: Any) -> None:
         """Keep the state for neighbours that ask for it; no tensor of a state is ever changed in place."""
         self._snapshot = Snapshot(done, leaves(state))
         self.rendezvous.largest = max(largest_body(self.sends), largest_state(state) if self.sends else 0)
         self._done = done
-
-    def _tell(self) -> None:
-        """Write down what happened to neighbours."""
-        notices = self.rendezvous.notices
-        while notices:
-            at, kind, peer, detail = notices.popleft()
-            self._emit(NeighbourChanged(at, self._done, self.numbers[peer], kind, detail))
-
-
-def expected_of(federation: Federation, site: Site) -> Expected:
-    """What every message of the run must agree with."""
-    return Expected(site.run, base_digest(federation.model.base), spec_digest(federation.start.spec))
 
 
 def _everything_sent(federation: Federation) -> Schema:
@@ -280,7 +213,3 @@ def _everything_sent(federation: Federation) -> Schema:
     algorithm, x = federation.algorithm, federation.start
     whole = replace(x, ranks=x.ranks * 0 + x.spec.rank)
     return {name: what for t in rounds for name, what in algorithm.message(whole, t).items()}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -144,7 +144,7 @@ class Simulation:
         self.few_rows = evaluation_rows(federation)
         self.moment = np.zeros((self.config.clients, self.config.clients))
         self.honest = [row for row, i in enumerate(self.exchange.clients) if i not in federation.attackers]
-        self.rounds = rounds_of(federation)
+        self.rounds = self._rounds()
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
@@ -171,6 +171,10 @@ class Simulation:
             if stopping:
                 raise Stopped(f"stopped after {done} of {rounds} rounds; go on with: {self._again()}")
         return self._finish(state)
+
+    def _rounds(self) -> Rounds:
+        """How the clients come from one round to the next."""
+        return rounds_of(self.federation)
 
     def _open(self, done: int, state: Any) -> None:
         """Before the first round of this process."""
