@@ -47,6 +47,8 @@ bench-gpu: install
 
 bench-real: install
 	$(BIN)/python bench/peers_real.py $(ARGS)
+	$(BIN)/python bench/performance_page.py
 
 bench-transport: install
 	$(BIN)/python bench/transport.py $(ARGS)
+	$(BIN)/python bench/performance_page.py

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from real_peers_page import real_peers
+
 Cells = Iterable[Sequence[str]]
 MISSING = "Not measured on this machine: run `make {}`."
 HEAD = """# Performance
@@ -35,6 +37,7 @@ def page(results: Path) -> str:
         "## Start-up\n\n" + startup(parts.get("startup")),
         "## Many clients\n\n" + many(memory.get("rows")),
         "## Other frameworks\n\n" + frameworks(peers),
+        "## Real peers\n\n" + real_peers(*(_read(results / f"{name}.json") for name in ("transport", "peers_real"))),
         "## On a GPU\n\n" + on_gpu(gpu),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

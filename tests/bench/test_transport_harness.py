@@ -25,3 +25,20 @@ def test_a_small_run_gives_every_figure(harness):
 def test_the_ring(harness):
     assert [harness.neighbours(number, 4) for number in range(4)] == [[1, 3], [0, 2], [1, 3], [0, 2]]
     assert harness.neighbours(0, 2) == [1]
+
+
+def test_the_page_tells_every_figure_with_its_aim(harness):
+    from real_peers_page import real_peers
+
+    rows = [{"mb": size, "tcp": 1000.0, "grpc": 500.0, "ratio": 0.5} for size in (4.0, 32.0)]
+    known = {"noticed": 0.04, "receives_after_start": 1.2}
+    transport = {"command": "x", "peers": 8, "throughput": rows, "ratio": {"4": 0.5, "32": 0.5}, "kills_median": known}
+    transport["kills"] = {"receives_after_start": [1.1, 1.3]}
+    endurance = {"tiny": False, "rounds": 1000, "clients": 3, "window": 100}
+    endurance["peers"] = [{"ratio": 1.02}, {"ratio": 1.06}]
+    text = real_peers(transport, {"endurance": endurance, "kills": {"tiny": True}})
+    assert "4 MB, 8 processes, 2 neighbours each: 0.50" in text and "aim 0.45, reached" in text
+    assert "aim 0.9, not reached" in text and "aim 0.2, reached" in text and "aim 1, not reached" in text
+    assert "at most 1.060 times" in text and "aim 1.05, not reached" in text
+    assert "kills was not measured" in text and "overhead was not measured" in text
+    assert "make bench-transport" in real_peers({}, {})
