@@ -146,6 +146,27 @@ def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, wor
         assert len(later_on[-1].edges) == 2
 
 
+def test_a_peer_returns_to_a_graph_whose_links_go_one_way(runs):
+    words = ["algorithm.name=push-diging", "train.optimizer=sgd", "topology.kind=directed-ring"]
+    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *words)
+    others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
+    first, _ = later(lambda: made.run(2))
+    made.until(2, 3)
+    made.dead[2].set()
+    first.join()
+    made.until(0, made.rounds[2] + 5)
+    made.slow |= {0: 1.0, 1: 1.0, 2: 0.0}  # so that they are not done while the process starts
+    back = later(lambda: (made.until(2, made.rounds[0]), made.slow.update({0: 0.0, 1: 0.0})))
+    made.rounds[2] = 0
+    again = made.run(2, resume=True)
+    for thread, _ in [back, *others]:
+        thread.join()
+    assert made.events(2, CaughtUp)[0].pulled and again.adapters.flat.isfinite().all()
+    for client, links in ((0, [[0, 1], [2, 0]]), (1, [[0, 1], [1, 2]]), (2, [[1, 2], [2, 0]])):
+        assert sorted(made.events(client, RoundDone)[-1].edges) == links
+    assert any("2" in done.missed for done in made.events(0, RoundDone))
+
+
 POOLED = ["train.label_prior=pooled", "partition.kind=dirichlet"]
 
 
@@ -168,7 +189,8 @@ def test_a_restarted_peer_knows_the_label_counts_or_asks_for_them(runs, remember
     first.join()
     file = made.folder / "peer-2" / "label_counts.json"
     counts = file.read_text()
-    assert sum(json.loads(counts)["total"]) == 60
+    held = made.events(0, RunStarted)[0].partition["counts"]
+    assert json.loads(counts)["total"] == [sum(column) for column in zip(*held, strict=True)]
     if not remembers:
         file.unlink()
     made.slow |= {0: 0.5, 1: 0.5, 2: 0.0}  # so that they are not done while the process starts

@@ -75,4 +75,4 @@ def replica_schema(scalars: int, dtype: torch.dtype) -> Schema:
 
 def fingerprint(replica: Float[Tensor, "1 scalar"]) -> str:
     """A hash of the bits: SHA-256, hexadecimal."""
-    return hashlib.sha256(replica.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(replica.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()

@@ -53,7 +53,8 @@ class NeighbourExchange(Uncoded):
         start: Adapters | None = None,
         positive: Collection[str] = (),
     ):
-        self.topology, self.clients, self.names = topology, [client], names
+        self.topology, self.names = topology, names
+        self.clients: Sequence[int] = [client]
         self.rendezvous, self.thread = rendezvous, thread
         self.copies = None if start is None else Copies(start.flat[:1])
         self.positive, self.one_way = tuple(positive), not topology.properties.symmetric

@@ -110,8 +110,8 @@ def check_site(config: RunConfig, site: Site) -> None:
         )
     if config.train.label_prior == "pooled" and len(site.names) < config.clients:
         raise CompositionError(
-            f"train.label_prior=pooled sums label counts over all of clients={config.clients} before round 0, the "
-            f"member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 to "
+            f"with train.label_prior=pooled real peers sum label counts over all of clients={config.clients} before "
+            f"round 0, and the member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 to "
             f"{len(site.names) - 1}, or use train.label_prior=uniform"
         )
     _check_links(config)
