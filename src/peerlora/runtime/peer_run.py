@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
+from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, RunError
@@ -30,11 +30,12 @@ from peerlora.runtime import counts
 from peerlora.runtime.agreement import base_digest, settings, spec_digest
 from peerlora.runtime.compose import Federation, Materials, opening_state, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
+from peerlora.runtime.links import check_links
 from peerlora.runtime.messages import exchanged_blocks, largest_message
 from peerlora.runtime.rounds import Passed
 from peerlora.runtime.simulate import Result, Simulation, composed
 from peerlora.runtime.wrappers import wrap
-from peerlora.topology.schedule import Topology, build_topology
+from peerlora.topology.schedule import Topology
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
@@ -111,31 +112,14 @@ def check_site(config: RunConfig, site: Site) -> None:
     if config.train.label_prior == "pooled" and len(site.names) < config.clients:
         raise CompositionError(
             f"with train.label_prior=pooled real peers sum label counts over all of clients={config.clients} before "
-            f"round 0, and the member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 to "
-            f"{len(site.names) - 1}, or use train.label_prior=uniform"
+            f"round 0, and the member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 "
+            f"to {len(site.names) - 1}, or use train.label_prior=uniform"
         )
-    _check_links(config)
+    check_links(config)
     if max(site.names) >= config.clients:
         raise CompositionError(
             f"the member list has client {max(site.names)} ({site.names[max(site.names)]}), clients={config.clients} "
             f"allows 0 to {config.clients - 1}; set clients={max(site.names) + 1} at all sites"
-        )
-
-
-def _check_links(config: RunConfig) -> None:
-    """Refuse mixing matrices that real peers, each of which knows its own links alone, cannot have."""
-    name, topology = config.algorithm.name, build_topology(config.topology, config.clients, config.seed)
-    if not topology.properties.neighbours_only:
-        raise CompositionError(
-            f"topology.weights={config.topology.weights} reaches beyond a round's neighbours, and real peers hear from "
-            "these alone; use topology.weights=metropolis"
-        )
-    needs = build_algorithm(name, config.algorithm.parameters).requires
-    if not topology.properties.symmetric and (needs.symmetric or needs.row_stochastic):
-        raise CompositionError(
-            f"topology={config.topology.kind} with {config.topology.weights} weights is not symmetric, and links of "
-            f"real peers fail: the sender keeps what it could not hand on, so rows lose their sum, which {name} needs; "
-            "use algorithm.name=sgp or push-diging, or an undirected graph with topology.weights=metropolis"
         )
 
 
