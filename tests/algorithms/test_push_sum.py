@@ -14,6 +14,7 @@ from peerlora.algorithms.push_sum import SGP
 from peerlora.errors import CompositionError
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.runtime.compose import compose
+from peerlora.tree import tree_map
 
 CHORD = {"kind": "directed-ring", "chords": [[0, 3]]}
 RANDOM = {"kind": "random-out", "degree": 2}
@@ -152,3 +153,17 @@ def test_what_needs_double_sums_is_refused_on_one_way_links_and_told_of_push_sum
 
 def test_settings():
     assert SGP().active(7) == "AB" and [SGP(interval=1).active(t) for t in range(3)] == ["B", "A", "B"]
+
+
+@pytest.mark.parametrize("method", ["sgp", "push-diging"])
+def test_who_takes_over_a_neighbours_model_keeps_its_own_mass(method):
+    b, a = seeded(4)
+    x = adapters(4, head=1, private=True)
+    learner = curvatures(a, started(b, head=1).flat)
+    algorithm, states = run(method, {}, learner, exchange({"kind": "directed-ring", "chords": [[0, 2]]}, 4), x, 5)
+    own, other = (tree_map(lambda _, leaf, i=i: leaf[[i]], states[-1]) for i in (1, 2))
+    found = algorithm.rejoined(own, other)
+    shared = x.spec.shared
+    assert torch.allclose(found.z.flat[:, shared], other.z.flat[:, shared]) and torch.equal(found.w, own.w)
+    if method == "push-diging":
+        assert torch.equal(found.y, own.y) and torch.equal(found.g, own.g)

@@ -33,8 +33,8 @@ def network(clients, timing=QUICK):
 
 
 @contextmanager
-def exchanges(topology, deadline=20.0, largest=1 << 20):
-    """One NeighbourExchange per client, all greeted."""
+def exchanges(topology, deadline=20.0, largest=1 << 20, start=None):
+    """One NeighbourExchange per client, all greeted; ``start``: everybody's common start."""
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
         made, hoods = [], []
@@ -44,7 +44,7 @@ def exchanges(topology, deadline=20.0, largest=1 << 20):
                 Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"})
             )
             thread.call(hoods[-1].start())
-            made.append(NeighbourExchange(topology, client, sites, rendezvous, thread))
+            made.append(NeighbourExchange(topology, client, sites, rendezvous, thread, start))
         greeted = together([lambda hood=hood: thread.call(hood.greet(10)) for hood in hoods])
         assert all(len(each.reached) == topology.clients - 1 for each in greeted)
         yield made

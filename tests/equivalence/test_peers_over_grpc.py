@@ -13,10 +13,18 @@ from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 CLIENTS = 3
+OTHER = {
+    "compressed": [*words("adf-lora"), "exchange.codec=top-k"],
+    "one-way": ["algorithm.name=sgp", *words("local")[1:], "topology.kind=random-out", "topology.degree=1"],
+    "pooled": [*words("dec-lora"), "partition.kind=dirichlet", "train.label_prior=pooled"],
+}
+"""Runs that are no method alone: name -> settings."""
 
 
 def compare(config, folder, methods):
-    configs = {method: config("bert", *words(method), f"clients={CLIENTS}") for method in methods}
+    """``methods``: names of them, or of what is in OTHER."""
+    settings = {method: OTHER.get(method) or words(method) for method in methods}
+    configs = {method: config("bert", *chosen, f"clients={CLIENTS}") for method, chosen in settings.items()}
     with Processes(configs, folder) as processes:
         for client in range(CLIENTS):
             processes.start(client)
@@ -36,8 +44,8 @@ def compare(config, folder, methods):
                 assert (run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors").is_file()
 
 
-def test_three_methods_give_what_the_simulation_gives(config, tmp_path):
-    compare(config, tmp_path, ["local", "dec-lora", "adf-lora"])
+def test_three_methods_and_what_changes_messages_give_what_the_simulation_gives(config, tmp_path):
+    compare(config, tmp_path, ["local", "dec-lora", "adf-lora", *OTHER])
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """Exact sums over the network by gossip."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_memory import exchanges, together
 
 from peerlora.config import load_config
-from peerlora.errors import CompositionError, DataError
+from peerlora.errors import CompositionError, DataError, RunError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.topology.schedule import build_topology
@@ -72,3 +76,91 @@ def test_a_network_that_never_agrees_is_refused():
         gossip_rounds(parts)
     with pytest.raises(CompositionError, match="more than 20000 rounds"):
         gossip_rounds(topology("ring", 400))
+
+
+class Interrupted(StackedExchange):
+    """Client 0 is away in some rounds."""
+
+    def __init__(self, topology, away):
+        self.away = away
+        super().__init__(replace(topology, interrupted=True), range(topology.clients))
+
+    def begin(self, t, absent=()):
+        super().begin(t, [0] if t in self.away else [])
+
+
+@pytest.mark.parametrize("kind", ["ring", "complete"])
+def test_a_sum_without_somebody_is_known_to_be_none(kind):
+    peers = Interrupted(topology(kind, 6), range(-1000, 0))
+    own = torch.arange(12).view(6, 2).double()
+    with pytest.raises(RunError, match="links failed while it was gossiped.*label_prior=uniform"):
+        network_sum(own, peers, peers.topology)
+
+
+def test_links_that_fail_early_or_late_only_slow_it_down():
+    plain = topology("ring", 6)
+    rounds = gossip_rounds(plain)
+    own = torch.arange(12).view(6, 2).double()
+    for away in (range(-rounds, 5 - rounds), range(-3, 0), [-rounds // 2]):
+        peers = Interrupted(plain, away)
+        found = network_sum(own, peers, plain)
+        assert torch.equal(found, own.sum(0).expand(6, 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 0.9))
+def test_a_sum_is_right_or_refused_whatever_fails(seed, share):
+    plain = topology("random", 5, seed, p=0.6)
+    draw = np.random.default_rng(seed)
+    own = torch.from_numpy(draw.integers(0, 10**4, (5, 3))).double()
+    away = [t for t in range(-gossip_rounds(plain), 0) if draw.random() < share]
+    peers = Interrupted(plain, away)
+    try:
+        found = network_sum(own, peers, plain)
+    except RunError:
+        return
+    assert torch.equal(found, own.sum(0).expand(5, 3))
+
+
+# --- between peers
+
+
+def between_peers(own, before, deadline=1.0):
+    """What each peer of a ring of four comes to, once ``before(network)`` has made something go wrong."""
+    plain = topology("ring", 4)
+
+    def one(peer, row):
+        try:
+            return network_sum(row[None], peer, plain)
+        except RunError as error:
+            return error
+
+    with exchanges(plain, deadline) as peers:
+        for peer in peers:
+            peer.begin(-gossip_rounds(plain))  # as a run does: what comes before its round waits
+        before(peers[0].rendezvous.transport.network)
+        calls = [partial(one, peer, row) for peer, row in zip(peers, own, strict=True)]
+        return together(calls), [peer.bytes_sent for peer in peers]
+
+
+OWN = torch.arange(12).view(4, 3).double()
+
+
+def test_peers_sum_as_the_simulation_does():
+    stacked = StackedExchange(topology("ring", 4), range(4))
+    expected = network_sum(OWN, stacked, stacked.topology)
+    found, sent = between_peers(OWN, lambda network: None)
+    assert torch.equal(torch.cat(found), expected) and sum(sent) == stacked.bytes_sent
+
+
+def test_a_lost_message_costs_nothing_of_the_sum():
+    found, _ = between_peers(OWN, lambda network: network.lose("site-0", "site-1"))
+    assert torch.equal(torch.cat(found), OWN.sum(0).expand(4, 3))
+
+
+def test_who_is_cut_off_is_missing_in_nobodys_sum():
+    def cut(network):
+        network.split(["site-2"])
+
+    found, _ = between_peers(OWN, cut)
+    assert all(isinstance(each, RunError) for each in found)

@@ -92,7 +92,7 @@ def tree(**changes):
         {"version": 2},
         {"version": "1"},
         {"kind": "run"},
-        {"round": -1},
+        {"round": -20_001},
         {"round": 1.0},
         {"round": 2**60},
         {"step": None},

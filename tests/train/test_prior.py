@@ -226,3 +226,10 @@ def test_a_disconnected_network_is_refused_before_anything_is_loaded(config):
     words = ("topology.kind=edges", "topology.edges=[[0, 1], [2, 3]]", "topology.allow_disconnected=true")
     with pytest.raises(CompositionError, match="no client hears of all"):
         compose(config("bert", *words, "train.label_prior=pooled"))
+
+
+def test_a_site_with_rows_of_its_own_has_its_own_counts(config):
+    words = ("partition.kind=own", "task.labels=[class0, class1, class2]", "train.label_prior=uniform")
+    federation = compose(config("bert", *words), clients=[2])
+    (rule,) = federation.learner.loss_rules
+    assert rule.counts.tolist() == federation.partition.counts.tolist() == [[18, 18, 18]]

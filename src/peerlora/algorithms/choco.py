@@ -56,7 +56,6 @@ class Choco(Stateful):
     """Step towards the neighbours; null: 1 for identity and cast, 0.1 for random-k, 0.3 for the rest."""
     requires: ClassVar = REQUIRES
     topology_reason: ClassVar = REASON
-    simulated_only: ClassVar = "real peers send plain vectors, not what a codec makes of them"
     mixes: ClassVar = "A and B, compressed"
     source: ClassVar = "CHOCO-SGD, arXiv 1902.00340"
 

@@ -74,6 +74,7 @@ class FLood(Stateful):
     mixing: Literal["metropolis", "push-sum", "renormalised"] = "metropolis"
     mixes: ClassVar = "A and B, weighted by the clients' confidence"
     source: ClassVar = "FLood, arXiv 2602.01039"
+    positive: ClassVar = ("c",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,13 +103,6 @@ class FLood(Stateful):
                 f"flood: algorithm.score={self.score} needs class logits, task.kind={kind} has none; use score=nll"
             )
 
-    @property
-    def simulated_only(self) -> str | None:
-        """Why real peers cannot do it, or None."""
-        if self.beta and self.mixing == "metropolis":
-            return "its weights follow from what a message brings; use algorithm.mixing=push-sum, or beta=0"
-        return None
-
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, and one number."""
         if not self.beta:
@@ -135,6 +129,10 @@ class FLood(Stateful):
         if self.mixing == "push-sum":
             return replace(push_masses(state, trained, c, peers), scores=kept)
         return Watched(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, state.c, kept)
+
+    def rejoined(self, own: Watched, taken: Watched) -> Watched:
+        """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""
+        return replace(own, x=taken.x)
 
     def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client place"]:
         """E of every client's own rows."""

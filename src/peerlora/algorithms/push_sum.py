@@ -62,6 +62,7 @@ class SGP(Scheduled):
     mixes: ClassVar = "A and B as shares, and their mass"
     source: ClassVar = "SGP, arXiv 1811.10792"
     topology_reason: ClassVar = "senders must hand on all they have"
+    positive: ClassVar = ("w",)
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """u, and one number."""
@@ -80,6 +81,13 @@ class SGP(Scheduled):
     def model(self, state: Mass) -> Adapters:
         """The ratio."""
         return state.z
+
+    def rejoined(self, own: Mass, taken: Mass) -> Mass:
+        """A real peer that fell behind takes over a neighbour's model, and keeps its mass: the sum of w stays N."""
+        z, shared = taken.z, own.u.spec.shared
+        flat = z.flat.clone()
+        flat[:, shared] *= own.w[:, None].to(flat)
+        return replace(own, u=replace(z, flat=flat))
 
 
 @dataclass(frozen=True)

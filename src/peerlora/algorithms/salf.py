@@ -11,8 +11,9 @@ from torch import Tensor
 
 from peerlora.algorithms.gossip import Scheduled
 from peerlora.errors import ConfigError
-from peerlora.lora.adapters import Adapters, cut
-from peerlora.lora.depth import by_column, depth_of, layer_numbers, reached_layers
+from peerlora.lora.adapters import Adapters
+from peerlora.lora.depth import by_column, depth_of, reached_layers
+from peerlora.lora.partly import REACHED, PartlySent
 from peerlora.topology.properties import Properties
 from peerlora.train.reach import Reach
 
@@ -85,19 +86,12 @@ class SALF(Scheduled):
         """Why there has to be a virtual clock, or None."""
         return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None
 
-    @property
-    def simulated_only(self) -> str | None:
-        """Why real peers cannot do it, or None."""
-        if self.send == "reached":
-            return "its messages differ in what they hold from round to round; use algorithm.send=all"
-        return None
-
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, of which a client may send less, and which layers it sends."""
         if self.send == "all":
             return x.message()
         own = {f"layers.{name}": what for name, what in x.message().items()}
-        return own | {"reached": ((depth_of(x.spec),), x.flat.dtype)}
+        return own | {REACHED: ((depth_of(x.spec),), x.flat.dtype)}
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
@@ -144,36 +138,13 @@ class SALF(Scheduled):
         return torch.ones_like(l)
 
 
-@dataclass(frozen=True)
-class PartlySent(Adapters):
-    """Adapters of which each client sends some layers only; the others hold zeros."""
-
-    sent: Bool[Tensor, "client layer"] | None = None
-
-    @classmethod
-    def of(cls, x: Adapters, sent: Bool[Tensor, "client layer"]) -> PartlySent:
-        """The layers that are sent."""
-        flat = torch.where(by_column(x.spec, sent.to(x.flat.device)), x.flat, 0.0)
-        return cls(x.spec, flat, x.ranks, x.merged, sent)
-
-    def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What one client sends."""
-        assert self.sent is not None
-        reached, rank = self.sent[client], int(self.ranks[client])
-        return {
-            f"{slot.block}:{slot.name}": (cut(slot, rank), self.flat.dtype)
-            for slot, number in zip(self.spec.slots, layer_numbers(self.spec), strict=True)
-            if slot.start < self.spec.shared.stop and reached[number - 1]
-        }
-
-
 def _gathered(
     x: Adapters, reached: Bool[Tensor, "client layer"], peers: Exchange
 ) -> tuple[Float[Tensor, "client parameter"], Float[Tensor, "client parameter"]]:
     """``sum_j w_ij m_jl x_j,l`` and ``sum_j w_ij m_jl``, by column."""
-    message: Any = {"layers": PartlySent.of(x, reached), "reached": reached.to(x.flat)}
+    message: Any = {"layers": PartlySent.of(x, reached), REACHED: reached.to(x.flat)}
     found = peers.mix(message)
-    return found["layers"].flat, by_column(x.spec, found["reached"])
+    return found["layers"].flat, by_column(x.spec, found[REACHED])
 
 
 def mix_reached(x: Adapters, reached: Bool[Tensor, "client layer"], peers: Exchange) -> Adapters:

@@ -149,7 +149,7 @@ class Adversarial(Wrapped):
         """Combines what is sent."""
         return self._own_goes_on(x, self.peers.combine(self._sent(x), rule, merged))
 
-    def mix_encoded(self, x: Adapters, message: Any, decode: Any) -> Tensor:
+    def mix_encoded(self, x: Adapters, sent: Any) -> Tensor:
         """Refused: the message is already made."""
         raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Rule
+from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph, Topology
@@ -43,13 +44,8 @@ class Exchange(Protocol):
         """
         ...
 
-    def mix_encoded(
-        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
-    ) -> Tensor:
-        """``sum_j W_ij decode(message_j)``: the message [client, ...] is what crosses, and counts, in place of ``x``.
-
-        ``decode`` takes the messages of any clients of this round to rows, which need not look like ``x``.
-        """
+    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+        """``sum_j W_ij xhat_j`` of the replicas after this exchange: their differences cross, and count, for ``x``."""
         ...
 
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:

@@ -46,9 +46,24 @@ class Codec(Protocol):
         """What receivers make of it."""
         ...
 
+    def fault(self, message: Message, sizes: Sizes) -> str | None:
+        """Why ``encode`` never makes this message, whose names, shapes and dtypes are right; None for a good one.
+
+        A receiver asks before it decodes what it does not trust.
+        """
+        ...
+
+
+class Faultless:
+    """A codec for which every finite value is a good one."""
+
+    def fault(self, message: Message, sizes: Sizes) -> str | None:
+        """Nothing can be wrong."""
+        return None
+
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Faultless):
     """Everything, as it is."""
 
     def encode(self, x: Flat, sizes: Sizes, draws: Draws) -> Message:
@@ -61,7 +76,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Faultless):
     """Everything, in half precision."""
 
     dtype: torch.dtype
@@ -100,9 +115,19 @@ class TopK:
         places = message["place"].long() + offset.to(message["place"].device)
         return scattered(message["value"], places, sum(sizes))
 
+    def fault(self, message: Message, sizes: Sizes) -> str | None:
+        """A place outside of its tensor, or one that is there twice."""
+        counts = [kept(size, self.share) for size in sizes]
+        for place, size in zip(message["place"].long().split(counts, dim=1), sizes, strict=True):
+            if ((place < 0) | (place >= size)).any():
+                return f"a place outside of a tensor of {size} scalars"
+            if (place.sort(dim=1).values.diff(dim=1) == 0).any():
+                return "a place that is there twice"
+        return None
+
 
 @dataclass(frozen=True)
-class RandomK:
+class RandomK(Faultless):
     """Entries of every tensor that all clients of a round draw alike: nobody sends their places.
 
     Not scaled up by size / k: error feedback needs a contraction, not a mean without bias.
@@ -142,6 +167,12 @@ class Sign:
         scale = repeated(message["scale"], sizes)
         return scale * (2 * unpacked(message["bits"], 1, sum(sizes)).to(scale) - 1)
 
+    def fault(self, message: Message, sizes: Sizes) -> str | None:
+        """A negative size, or bits behind the last."""
+        if (message["scale"] < 0).any():
+            return "a negative scale"
+        return "bits behind the last entry" if left_over(message["bits"], 1, sum(sizes)) else None
+
 
 @dataclass(frozen=True)
 class QSGD:
@@ -171,6 +202,14 @@ class QSGD:
         tau = torch.tensor([1 + min(d / self.levels**2, sqrt(d) / self.levels) for d in sizes]).to(message["norm"])
         step = repeated(message["norm"] / (self.levels * tau), sizes)
         return step * (unpacked(message["bits"], self.bits, sum(sizes)).to(step) - self.levels)
+
+    def fault(self, message: Message, sizes: Sizes) -> str | None:
+        """A negative norm, a level that is none, or bits behind the last."""
+        if (message["norm"] < 0).any():
+            return "a negative norm"
+        if (unpacked(message["bits"], self.bits, sum(sizes)) > 2 * self.levels).any():
+            return f"a level above {self.levels}"
+        return "bits behind the last entry" if left_over(message["bits"], self.bits, sum(sizes)) else None
 
 
 def build_codec(config: CodecConfig, like: torch.dtype) -> Codec:
@@ -214,3 +253,9 @@ def unpacked(data: UInt8[Tensor, "client byte"], bits: int, size: int) -> UInt8[
     flags = (data[..., None] >> torch.arange(8, device=data.device, dtype=torch.uint8) & 1).flatten(1)
     flags = flags[:, : size * bits].unflatten(1, (size, bits))
     return (flags << torch.arange(bits, device=data.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def left_over(data: UInt8[Tensor, "client byte"], bits: int, size: int) -> bool:
+    """Whether any bit is set behind the ``size`` numbers that ``packed`` was given."""
+    used = size * bits % 8
+    return bool(used and (data[:, -1] >> used).any())

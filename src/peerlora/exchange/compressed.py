@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peerlora.errors import CompositionError
 from peerlora.exchange.codec import Codec, Draws, Sizes
+from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.wrapped import Wrapped, only_adapters
 from peerlora.lora.adapters import Adapters, AdapterSpec
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Replicas:
     """What everybody knows of the clients held here, and what these know of their neighbours.
 
-    ``s`` is all of the neighbours that is needed as long as W stays the same.
+    ``s`` is all of the neighbours that is needed as long as W stays the same.  Between real peers it does not, since
+    links fail: there the exchange has a copy of every neighbour's replica, and ``s`` follows from these.
     """
 
     xhat: Float[Tensor, "client parameter"]
@@ -54,12 +56,18 @@ def compressed_gossip(
     shared, columns = x.spec.shared, whole.places(x.spec)
     sizes, draws = tensor_sizes(x.spec), _draws(peers)
     value, xhat, s = x.flat[:, shared], known.xhat[:, columns], known.s[:, columns]
-    message = codec.encode(value - xhat, sizes, draws)
-    xhat = xhat + codec.decode(message, sizes, draws)
-    s = s + peers.mix_encoded(x, message, lambda message: codec.decode(message, sizes, draws))
+    sent = Difference(
+        codec.encode(value - xhat, sizes, draws),
+        xhat,
+        s,
+        columns,
+        decode=lambda message: codec.decode(message, sizes, draws),
+        fault=lambda message: codec.fault(message, sizes),
+    )
+    s = peers.mix_encoded(x, sent)
     flat = x.flat.clone()
-    flat[:, shared] = value + gamma * (s - xhat)
-    return replace(x, flat=flat), Replicas(_with(known.xhat, columns, xhat), _with(known.s, columns, s))
+    flat[:, shared] = value + gamma * (s - sent.after)
+    return replace(x, flat=flat), Replicas(_with(known.xhat, columns, sent.after), _with(known.s, columns, s))
 
 
 def compressed_message(vectors: Schema, codec: Codec) -> Schema:

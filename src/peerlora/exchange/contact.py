@@ -16,7 +16,7 @@ from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused
 
 _KNOCK = 0.5  # seconds between two signs of life to a neighbour that is not waited for
 _RETRY = 0.2  # seconds between two greetings to a neighbour that is not there yet
-_USUAL = ("late", "replay", "from-the-future")  # refusals that are part of agreeing on who met
+_USUAL = ("late", "replay", "from-the-future", "no-replica")  # refusals that are part of an exchange
 _SETTING = "setting "  # before the name of a section whose hash a greeting carries
 
 

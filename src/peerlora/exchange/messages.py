@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged, Update
+from peerlora.lora.partly import PartlySent
+from peerlora.lora.partly import fault as contradiction
 from peerlora.tree import tree_map
 
 Payload = tuple[Any, ...]
@@ -38,18 +39,31 @@ def vectors(payload: Payload, row: int = 0) -> dict[str, Tensor]:
     return found
 
 
+def name_of(payload: Payload, tensor: Tensor) -> str:
+    """The name under which one tensor of a payload crosses."""
+    return next(name for name, leaf in _leaves(payload) if leaf is tensor)
+
+
+def fault(payload: Payload, sent: Mapping[str, Tensor]) -> str | None:
+    """Why a neighbour's vectors, each as it was ``expected``, contradict each other; None where they don't."""
+    partly = [(name, leaf) for name, leaf in _leaves(payload) if isinstance(leaf, PartlySent)]
+    return next((found for name, leaf in partly if (found := contradiction(leaf, name, sent))), None)
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def expected(payload: Payload, claimed: Shapes) -> Schema:
     """What a neighbour may send where this client sends ``payload``: the same names, at the neighbour's own rank.
 
-    Its rank, and the columns of its merged parts, are taken from the shapes it ``claimed`` as far as they are possible.
+    Its rank, the columns of its merged parts, and where clients send some layers only, which ones it sends, are taken
+    from the shapes it ``claimed`` as far as they are possible.
     """
     found: Schema = {}
     for name, leaf in _leaves(payload):
         if isinstance(leaf, Adapters):
-            shapes = leaf.spec.row_shapes(min(max(1, _rank(name, leaf, claimed)), leaf.spec.rank))
+            rank = min(max(1, _rank(name, leaf, claimed)), leaf.spec.rank)
+            shapes = leaf.possible(rank, {given.removeprefix(name) for given in claimed if given.startswith(name)})
             found.update({name + part: (shape, leaf.flat.dtype) for part, shape in shapes.items()})
         elif isinstance(leaf, Merged):
             for layer, own in leaf.layers.items():
@@ -135,9 +149,9 @@ def _size(sent: Shapes, name: str, axis: int, other: int) -> int:
 def _adapters(name: str, leaf: Adapters, messages: Sequence[dict[str, Tensor]]) -> Adapters:
     shapes = [{key: tuple(value.shape) for key, value in sent.items()} for sent in messages]
     ranks = torch.tensor([_rank(name, leaf, shape) for shape in shapes])
-    whole = replace(leaf, flat=leaf.flat[:1].repeat(len(messages), 1), ranks=ranks, merged=None)
-    for part in leaf.message():
-        _fill(_padded(whole)[part], [sent[name + part] for sent in messages])
+    whole = Adapters(leaf.spec, leaf.flat[:1].repeat(len(messages), 1), ranks)
+    for part in leaf.spec.row_shapes(leaf.spec.rank):
+        _fill(_padded(whole)[part], [sent.get(name + part) for sent in messages])
     return whole
 
 
@@ -151,8 +165,10 @@ def _merged(name: str, leaf: Merged, messages: Sequence[dict[str, Tensor]]) -> M
     return Merged(layers)
 
 
-def _fill(padded: Tensor, sent: Sequence[Tensor]) -> None:
-    """In place: every client's vector in the corner of its row, zero around it."""
+def _fill(padded: Tensor, sent: Sequence[Tensor | None]) -> None:
+    """In place: every client's vector in the corner of its row, zero around it and where it sent none."""
     padded.zero_()
     for row, value in zip(padded, sent, strict=True):
+        if value is None:
+            continue
         row[_corner(tuple(value.shape))] = value.to(row.device)

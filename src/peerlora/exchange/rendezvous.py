@@ -1,6 +1,7 @@
 """Who meets whom in an exchange between real peers.  Lives on one event loop; knows messages, not what they are for.
 
-An edge counts in an exchange for the end that got the other's message and whose own message the other acknowledged.
+An edge counts in an exchange for the end that got the other's message and whose own message the other acknowledged;
+where links go one way, it counts for the sender by the acknowledgement, for the receiver by the message.
 A message is acknowledged only while it would still be used: one that comes early waits, with the sender's call open,
 until its exchange begins here; one that comes after the exchange was closed is refused as ``late``.  So both ends
 agree, except where the very last acknowledgement is lost.  Then one end used an edge that the other did not: every
@@ -14,20 +15,20 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
 
+from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
 from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
 from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
 
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
 _REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
 _TOLD = 8  # of them that every message tells
-_LAST = re.compile(r"\d{1,12}\.\d{1,6}[+-]( \d{1,12}\.\d{1,6}[+-]){0,15}")
-_ONE = re.compile(r"(\d+)\.(\d+)([+-])")
+_LAST = re.compile(r"-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15}")
+_ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
@@ -53,35 +54,6 @@ class Notice(NamedTuple):
     detail: str
 
 
-class Outcome(NamedTuple):
-    """What came of one exchange."""
-
-    got: dict[PeerId, Any]
-    """What was made of the messages of those whose edge counts."""
-    missing: dict[PeerId, str]
-    """The other neighbours, and why."""
-
-
-Check = Callable[[Header, bytearray], Any]
-"""Turns a message's body into what is used of it; raises Refused.  It may run in another thread."""
-
-
-@dataclass
-class _Meeting:
-    """One exchange that is going on."""
-
-    neighbours: Collection[PeerId]
-    check: Check
-    got: dict[PeerId, Any] = field(default_factory=dict)
-    acknowledged: set[PeerId] = field(default_factory=set)
-    failed: dict[PeerId, str] = field(default_factory=dict)
-    behind: set[PeerId] = field(default_factory=set)
-    """Those who were not yet so far when they last answered."""
-
-    def counts(self, peer: PeerId) -> bool:
-        return peer in self.got and peer in self.acknowledged
-
-
 class Rendezvous:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
@@ -104,7 +76,9 @@ class Rendezvous:
         """Edges so far that one end used and the other did not."""
         self.notices: deque[Notice] = deque(maxlen=_NOTICES)
         self._born = Step(0)
-        self._open: _Meeting | None = None
+        self._open: Meeting | None = None
+        self._seen: dict[PeerId, Step] = {}
+        """The exchange that each neighbour was in, or before, then."""
         self._past: dict[PeerId, dict[Step, bool]] = {}
         self._claims: dict[PeerId, dict[Step, bool]] = {}
         self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_NOTICES)
@@ -136,7 +110,9 @@ class Rendezvous:
         except Refused as refusal:
             self.service.disagrees(peer, refusal)
             raise
-        self.heard[peer] = found.round
+        self.heard[peer], self._seen[peer] = found.round, Step(found.round, found.step)
+        if self._open is not None and self._open.one_way:
+            self._tell()
         self._compare(peer, found)
         self.back(peer)
         return found
@@ -152,7 +128,7 @@ class Rendezvous:
     async def _take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         step = Step(header.round, header.step)
         meeting = await self._until(peer, step)
-        if peer not in meeting.neighbours:
+        if peer not in meeting.senders:
             raise Refused("not-a-neighbour", f"in round {step.round}")
         if len(body) >= _OFF_LOOP:
             made = await asyncio.to_thread(meeting.check, header, body)
@@ -164,7 +140,7 @@ class Rendezvous:
         meeting.got[peer] = made
         self._tell()
 
-    async def _until(self, peer: PeerId, step: Step) -> _Meeting:
+    async def _until(self, peer: PeerId, step: Step) -> Meeting:
         """The meeting of ``step``, once it has begun; the transport lets one message per peer wait."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.deadline):
@@ -195,17 +171,32 @@ class Rendezvous:
             self._born = self.at
         self._tell()
 
-    async def meet(self, neighbours: Collection[PeerId], body: bytes, check: Check) -> Outcome:
-        """Send to all neighbours and take their messages, until all have answered or the deadline has come."""
-        step, meeting = self.at, _Meeting(neighbours, check)
+    async def meet(
+        self,
+        neighbours: Collection[PeerId],
+        letter: Letter | bytes,
+        check: Check,
+        senders: Collection[PeerId] | None = None,
+    ) -> Outcome:
+        """Send to all neighbours and take their messages, until all have answered or the deadline has come.
+
+        With ``senders`` links go one way: their messages are taken, the own one goes to ``neighbours``.
+        """
+        letter = letter if isinstance(letter, Letter) else Letter(letter)
+        one_way, senders = senders is not None, neighbours if senders is None else senders
+        step, meeting = self.at, Meeting(neighbours, senders, check, one_way)
+        if one_way:  # what is cut short when nobody waits for its answer may arrive all the same, and count there alone
+            meeting.failed |= {peer: "absent" for peer in neighbours if peer in self.absent}
         self._open = meeting
         self._tell()
-        seal = sealed(self.header("mix"), body)
-        calls = [asyncio.create_task(self._send(meeting, peer, seal, body)) for peer in neighbours]
+        header = msgspec.structs.replace(self.header("mix", **letter.facts), codec=letter.codec)
+        seal = sealed(header, letter.body)
+        receivers = [peer for peer in neighbours if peer not in meeting.failed]
+        calls = [asyncio.create_task(self._send(meeting, peer, seal, letter)) for peer in receivers]
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.deadline):
-                    while not all(self._settled(meeting, peer) for peer in neighbours):
+                    while not all(self._settled(meeting, peer, step) for peer in meeting.peers):
                         await self._changed.wait()
             return self._close(step, meeting)
         finally:
@@ -218,11 +209,16 @@ class Rendezvous:
                 if isinstance(end, Exception):
                     raise end
 
-    def _settled(self, meeting: _Meeting, peer: PeerId) -> bool:
-        return meeting.counts(peer) or peer in meeting.failed or peer in self.absent
+    def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
+        return peer in self.absent or meeting.settled(peer, self._passed(meeting, peer, step))
 
-    async def _send(self, meeting: _Meeting, peer: PeerId, seal: Header, body: bytes) -> None:
-        header = encode_header(msgspec.structs.replace(seal, facts=self.last(peer)))
+    def _passed(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
+        """Whether a peer that sends one way is known to have closed this exchange."""
+        return meeting.one_way and self._seen.get(peer, step) > step
+
+    async def _send(self, meeting: Meeting, peer: PeerId, seal: Header, letter: Letter) -> None:
+        body, facts = letter.body, {**seal.facts, **self.last(peer)}
+        header = encode_header(msgspec.structs.replace(seal, facts=facts))
         down, pause = 0, _AGAIN
         while True:  # until the deadline, which ends this call
             try:
@@ -233,6 +229,11 @@ class Rendezvous:
                     meeting.behind.add(peer)
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, _SLOWEST)
+                    continue
+                if refusal.reason == "no-replica" and letter.whole and peer not in meeting.whole:
+                    seal, body = await asyncio.to_thread(_whole, seal, letter.whole)
+                    header = encode_header(msgspec.structs.replace(seal, facts=self.last(peer)))
+                    meeting.whole[peer] = len(body)
                     continue
                 if refusal.reason == "replay":  # an earlier attempt got through
                     meeting.acknowledged.add(peer)
@@ -249,25 +250,23 @@ class Rendezvous:
             break
         self._tell()
 
-    def _close(self, step: Step, meeting: _Meeting) -> Outcome:
+    def _close(self, step: Step, meeting: Meeting) -> Outcome:
         """Decide which edges count, and remember it."""
-        got, missing = {}, {}
-        for peer in meeting.neighbours:
-            if meeting.counts(peer):
-                got[peer] = meeting.got[peer]
-            else:
-                quiet = "no acknowledgement" if peer in meeting.got else "no message"
-                quiet = "behind" if peer in meeting.behind else quiet
-                missing[peer] = meeting.failed.get(peer, "absent" if peer in self.absent else quiet)
+        missing = {}
+        for peer in meeting.peers:
+            counts = meeting.counts(peer)
+            if not counts:
+                missing[peer] = meeting.reason(peer, peer in self.absent, self._passed(meeting, peer, step))
                 if peer not in meeting.got and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
             past = self._past.setdefault(peer, {})
-            past[step] = peer in got
+            past[step] = counts
             if len(past) > _REMEMBERED:
                 del past[min(past)]
             self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
-        self.together = bool(got) if meeting.neighbours else self.together
-        return Outcome(got, missing)
+        got, taken = meeting.used()
+        self.together = bool(got or taken) if meeting.peers else self.together
+        return Outcome(got, taken, missing, meeting.whole)
 
     # --- both
 
@@ -327,6 +326,12 @@ class Rendezvous:
         """Wake everybody who waits for something to change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _whole(seal: Header, make: Callable[[], bytes]) -> tuple[Header, bytes]:
+    """The header and body that take the place of a difference."""
+    body = make()
+    return sealed(msgspec.structs.replace(seal, codec="identity", facts={}), body), body
 
 
 class Service:

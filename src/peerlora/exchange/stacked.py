@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.messages import message
+from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.uncoded import Uncoded
 from peerlora.lora.adapters import Adapters
@@ -68,14 +69,12 @@ class StackedExchange(Uncoded):
         everybody = self._gathered(c).double().cpu().numpy()
         self.graph = replace(self.graph, W=metropolis_target(self.graph.adjacency, everybody))
 
-    def mix_encoded(
-        self, x: Adapters, message: dict[str, Tensor], decode: Callable[[dict[str, Tensor]], Tensor]
-    ) -> Tensor:
-        """``sum_j W_ij decode(message_j)``, where ``message`` is sent for ``x``."""
+    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+        """``s + sum_j W_ij q_j``: as long as W stays the same, that is the sum over the replicas."""
         began = time.perf_counter()
-        self._count(message)
+        self._count(sent.message)
         self.mixed = x
-        mixed = self._rows(decode(message))
+        mixed = sent.s + self._rows(sent.decode(sent.message))
         self.seconds += time.perf_counter() - began
         return mixed
 

@@ -34,9 +34,11 @@ Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
 Word = Annotated[str, Meta(min_length=1, max_length=128)]
 Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*$")]
 Whole = Annotated[int, Meta(ge=0, le=2**53)]
+Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
 Fact = int | Annotated[str, Meta(max_length=1024)]
 NAMES = {dtype: name for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16))}
-NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}
+NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 _SLACK = 64  # bytes per vector by which another version of safetensors may pad its own header
 
 
@@ -49,7 +51,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kind: Kind
     """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside the order of
     rounds; ``hello`` and ``bye`` at the ends of a contact."""
-    round: Whole = 0
+    round: Round = 0
+    """Below 0 in what clients agree on before the first round."""
     step: Whole = 0
     """Which exchange within the round, from 0."""
     sender: Word
@@ -58,7 +61,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Hash of the base model."""
     spec: Hash = ""
     """Hash of the adapter's spec."""
-    codec: Literal["identity"] = "identity"
+    codec: Literal["identity", "difference"] = "identity"
+    """``difference``: not values, but what a codec made of a difference; ``facts`` name the replica it builds on."""
     length: Whole = 0
     """Bytes of body; set by ``pack``."""
     sha256: Hash = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -178,6 +178,10 @@ class Adapters:
         """What one client sends when it mixes these: name -> (shape at its real rank, dtype)."""
         shapes = self.spec.row_shapes(int(self.ranks[client]))
         return {name: (shape, self.flat.dtype) for name, shape in shapes.items()}
+
+    def possible(self, rank: int, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what another client of this rank may send, whose message has these names."""
+        return self.spec.row_shapes(rank)
 
     def rows(self, clients: slice | Sequence[int]) -> Adapters:
         """Some of the clients held here."""

@@ -4,6 +4,7 @@
     events.jsonl              one event a line, append only        lock          held while a process runs here
     checkpoints/round-000010.safetensors, round-000010.json        the newest two
     metrics.parquet, summary.json                                  written at the end
+    label_counts.json         of a peer: what the network holds, where it was summed before round 0
 
 A checkpoint counts when its ``.json`` is there, which is written last.  That file holds the checksum of the tensors
 and the length of the event log just after ``CheckpointSaved``: a resumed run cuts the log back to this length, so it
@@ -157,6 +158,14 @@ class RunStore:
         self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
         _write_atomically(self.folder / "summary.json", _pretty(summary))
+
+    def write(self, name: str, tree: Mapping[str, Any]) -> None:
+        """Write a JSON file of its own into the folder, in one step; it stays when the run is taken up again."""
+        _write_atomically(self.folder / name, _pretty(tree))
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """What `write` wrote; None where there is nothing.  Raises RunError where the file is damaged."""
+        return _read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def close(self) -> None:
         """Release the folder; closing twice is fine."""

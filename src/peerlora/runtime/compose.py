@@ -196,7 +196,7 @@ def compose(
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
     if config.train.label_prior != "none":
-        learner.loss_rules += (LabelPrior(divided.counts[here], config.train.label_prior),)
+        learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
         algorithm=algorithm,
@@ -217,11 +217,14 @@ def compose(
     )
 
 
-def opening_state(federation: Federation) -> Any:
-    """The method's state before round 0, once clients know what their losses need to know of each other."""
+def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """The method's state before round 0, once clients know what their losses need to know of each other.
+
+    ``sum_of`` adds up a [client, ...] tensor over the network; by default by gossip over the federation's exchange.
+    """
     for rule in federation.learner.loss_rules:
         if isinstance(rule, LabelPrior):
-            rule.agree(lambda own: network_sum(own, innermost(federation.exchange), federation.topology))
+            rule.agree(sum_of or (lambda own: network_sum(own, innermost(federation.exchange), federation.topology)))
     return federation.algorithm.start(federation.start, federation.exchange)
 
 

@@ -7,29 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm
+from torch import Tensor
+
+from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
-from peerlora.errors import CompositionError
+from peerlora.errors import CompositionError, RunError
 from peerlora.exchange.contact import Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
-from peerlora.exchange.robust import Robust
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
-from peerlora.exchange.wire import claimed, largest_body, read_body
+from peerlora.exchange.sums import gossip_rounds
+from peerlora.exchange.wire import claimed, read_body
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
+from peerlora.runtime import counts
 from peerlora.runtime.agreement import settings
-from peerlora.runtime.compose import Federation, Materials, resolve_threads
+from peerlora.runtime.compose import Federation, Materials, opening_state, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
+from peerlora.runtime.links import check_links
+from peerlora.runtime.messages import exchanged_blocks, largest_message
 from peerlora.runtime.peer_apart import PeerApart, check_apart
 from peerlora.runtime.rounds import Passed
 from peerlora.runtime.simulate import Result, composed
 from peerlora.runtime.site import Site, SiteRun, expected_of, now
-from peerlora.topology.schedule import build_topology
+from peerlora.runtime.wrappers import wrap
 from peerlora.transport.base import PeerId, Refused, Transport
 from peerlora.tree import leaves
 
@@ -83,24 +88,18 @@ def check_site(config: RunConfig, site: Site) -> None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
     if is_asynchronous(REGISTRY[ALIASES.get(name, name)]):
         check_apart(config)
-    reason = getattr(build_algorithm(name, config.algorithm.parameters), "simulated_only", None)
-    if reason:
-        raise CompositionError(f"{name} cannot run between real peers like this: {reason}")
-    if config.exchange.codec or config.adversary:
+    if config.adversary:
         raise CompositionError(
-            "exchange.codec and adversary run in simulations only: real peers send plain vectors, and nobody knows all "
-            "models; drop them (exchange.robust works between real peers)"
+            "adversary is a simulation of attackers, who know all models, and real peers do not simulate; drop it "
+            "(exchange.robust works between real peers)"
         )
-    if config.train.label_prior == "pooled":
+    if config.train.label_prior == "pooled" and len(site.names) < config.clients:
         raise CompositionError(
-            "train.label_prior=pooled sums label counts over the network before round 0, which real peers do not do; "
-            "use train.label_prior=uniform"
+            f"with train.label_prior=pooled real peers sum label counts over all of clients={config.clients} before "
+            f"round 0, and the member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 "
+            f"to {len(site.names) - 1}, or use train.label_prior=uniform"
         )
-    if not build_topology(config.topology, config.clients, config.seed).properties.symmetric:
-        raise CompositionError(
-            f"topology={config.topology.kind} with {config.topology.weights} weights is not symmetric, and real peers "
-            "agree on every link at both ends; use an undirected graph with topology.weights=metropolis"
-        )
+    check_links(config)
     if max(site.names) >= config.clients:
         raise CompositionError(
             f"the member list has client {max(site.names)} ({site.names[max(site.names)]}), clients={config.clients} "
@@ -122,22 +121,57 @@ class PeerRun(SiteRun):
         stop: Callable[[], bool] = lambda: False,
     ):
         self.sends = _everything_sent(federation)
-        rendezvous = Rendezvous(
-            transport, expected_of(federation, site), federation.config.peer.deadline, largest_body(self.sends)
-        )
+        self.largest = largest_message(federation, self.sends)
+        rendezvous = Rendezvous(transport, expected_of(federation, site), federation.config.peer.deadline, self.largest)
         exchange = NeighbourExchange(
-            federation.topology, site.client, site.neighbours(federation.topology), rendezvous, thread
+            federation.topology,
+            site.client,
+            site.neighbours(federation.topology),
+            rendezvous,
+            thread,
+            federation.start,
+            getattr(federation.algorithm, "positive", ()),
         )
-        robust = federation.config.exchange.robust
-        peers = Robust(exchange, robust, federation.start, federation.config.train.rounds) if robust else exchange
+        peers = wrap(federation.config, exchange, federation.start, federation.attackers)
         super().__init__(replace(federation, exchange=peers), site, rendezvous, thread, store, listener, stop)
         self.met = exchange
         self.hood = Neighbourhood(
             rendezvous, list(self.numbers), settings(self.config), snapshot=lambda: self._snapshot
         )
         self._snapshot: Snapshot | None = None
+        self._counts: Tensor | None = None
+        """[1, label] rows of the whole network, where the loss needs to know them."""
+
+    def __enter__(self) -> PeerRun:
+        if self.config.train.label_prior == "pooled" and counts.kept(self.store) is None:
+            self.rendezvous.enter(-gossip_rounds(self.met.topology), True)  # what neighbours hear from the first on
+        super().__enter__()
+        return self
 
     # --- the places where a peer differs from a simulation
+
+    def _opening(self) -> Any:
+        """The state before round 0; label counts are summed over the network, once in the life of a run folder."""
+        return opening_state(self.federation, self._counted)
+
+    def _counted(self, own: Tensor) -> Tensor:
+        self._counts = counts.kept(self.store)
+        if self._counts is None:
+            ahead = counts.meet_everybody(self.hood, self.thread, self.config.peer.join)
+            if ahead:  # the gossip is over, and they know its end
+                self._counts = counts.check_told(self._told_counts(ahead[0], own), own, ahead[0])
+            else:
+                self._counts = counts.gossiped(own, self.met, self.thread, self.config.peer.join)
+            counts.keep(self.store, self._counts)
+        return self._counts
+
+    def _told_counts(self, peer: PeerId, own: Tensor) -> Tensor:
+        state = self.algorithm.start(self.federation.start, self.exchange)
+        self._counts = own  # so that the state is expected to come with counts
+        found = self._asked(peer, state)
+        if found is None:
+            raise RunError(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
+        return found[1][counts.COUNTS]
 
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
@@ -165,18 +199,33 @@ class PeerRun(SiteRun):
 
     def _pulled(self, peer: PeerId, state: Any) -> tuple[int, Any] | None:
         """(finished rounds, state) of a neighbour, checked; None where none came that could be used."""
-        self.hood.largest_state = largest_state(state)
+        found = self._asked(peer, state)
+        if found is None:
+            return None
+        finished, vectors = found
+        taken = taken_over(state, vectors, exchanged_blocks(self.sends, self.federation.start.spec))
+        if taken is None:
+            return None
+        rejoined = getattr(self.algorithm, "rejoined", lambda own, taken: taken)
+        return finished, rejoined(state, taken)
+
+    def _asked(self, peer: PeerId, state: Any) -> tuple[int, dict[str, Tensor]] | None:
+        """(finished rounds, vectors) of a neighbour that looks like ``state``."""
+        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
+        self.hood.largest_state = self._state_bytes(state)
         came = self.thread.call(self.hood.pull(peer, self.config.peer.deadline))
         finished = came.header.facts.get("finished") if came else None
         if came is None or not isinstance(finished, int):
             return None
         try:
-            vectors = read_body(came.header, came.body, state_schema(state, claimed(came.body)))
+            return finished, read_body(came.header, came.body, state_schema(state, claimed(came.body)) | extra)
         except Refused as refusal:
             self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
-        taken = taken_over(state, vectors, {name.partition(":")[0] for name in self.sends})
-        return None if taken is None else (finished, taken)
+
+    def _state_bytes(self, state: Any) -> int:
+        """The most bytes that a neighbour's state may have."""
+        return largest_state(state) + (0 if self._counts is None else largest_state(self._counts))
 
     def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
         """What the neighbourhood knows: how far apart those were who met."""
@@ -202,8 +251,9 @@ class PeerRun(SiteRun):
 
     def _show(self, done: int, state: Any) -> None:
         """Keep the state for neighbours that ask for it; no tensor of a state is ever changed in place."""
-        self._snapshot = Snapshot(done, leaves(state))
-        self.rendezvous.largest = max(largest_body(self.sends), largest_state(state) if self.sends else 0)
+        known = {} if self._counts is None else {counts.COUNTS: self._counts}
+        self._snapshot = Snapshot(done, leaves(state) | known)
+        self.rendezvous.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
         self._done = done
 
 

@@ -148,7 +148,7 @@ class Simulation:
 
     def run(self, resumed: bool = False) -> Result:
         """All rounds that are left, the final evaluation, and everything that is written at the end."""
-        state = opening_state(self.federation)
+        state = self._opening()
         first, state = self._take_up(state) if resumed else (0, state)
         if first == 0:
             self._emit(self._started())
@@ -175,6 +175,10 @@ class Simulation:
     def _rounds(self) -> Rounds:
         """How the clients come from one round to the next."""
         return rounds_of(self.federation)
+
+    def _opening(self) -> Any:
+        """The state before round 0."""
+        return opening_state(self.federation)
 
     def _open(self, done: int, state: Any) -> None:
         """Before the first round of this process."""

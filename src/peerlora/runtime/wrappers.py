@@ -11,14 +11,14 @@ from peerlora.config import RunConfig
 from peerlora.data.sources import Dataset
 from peerlora.errors import CompositionError
 from peerlora.exchange.adversary import Adversarial, flipped_labels
+from peerlora.exchange.base import Counted
 from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed import Compressed
 from peerlora.exchange.robust import Robust
-from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 
 
-def wrap(config: RunConfig, plain: StackedExchange, start: Adapters, attacking: tuple[int, ...]) -> Any:
+def wrap(config: RunConfig, plain: Counted, start: Adapters, attacking: tuple[int, ...]) -> Any:
     """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it.
 
     Raises CompositionError for attackers that would have to know clients of other processes.

@@ -37,6 +37,7 @@ REASONS = {
     "oversize": "more bytes announced or sent than this message may have",
     "bad-header": "the header cannot be read, or has unknown fields or impossible values",
     "bad-body": "the body is damaged, or its names, shapes or dtypes are not those expected",
+    "no-replica": "the difference builds on a replica that the receiver does not have; all of it is sent instead",
     "unknown-vector": "the body holds a vector that the method's message does not name",
     "not-finite": "the body holds NaN or infinite values",
     "bad-frame": "the pieces of a message break the transport's rules, or some are missing",
