@@ -121,6 +121,25 @@ def test_a_lost_acknowledgement_leaves_no_copy_behind():
         found.check_copies()
 
 
+@pytest.mark.parametrize("kind", ["top-k", "random-k"])
+def test_whatever_messages_are_lost_the_mean_stays_and_those_who_met_know_each_other(kind):
+    mean = adapters().flat.mean(0)
+    with exchanges(RING, deadline=0.5, start=start()) as peers:
+        found, lost = Gossip(peers, kind), 0
+        for one in range(4):
+            for other in range(4):
+                found.network.loss(f"site-{one}", f"site-{other}", 0.1)
+        for _ in range(15):
+            missed, _ = found.round()
+            lost += sum(map(len, missed))
+            assert torch.allclose(found.mean(), mean, rtol=0, atol=1e-12)
+            for i, exchange in enumerate(peers):
+                assert all((i in missed[j]) == (j in missed[i]) for j in RING.at(0).neighbours(i))
+                for j in set(RING.at(0).neighbours(i)) - set(missed[i]):
+                    assert torch.equal(exchange.copies.of(f"site-{j}"), found.peers[j].known.xhat), (i, j)
+        assert 0 < lost < 15 * 8
+
+
 def test_a_peer_that_starts_again_gets_whole_replicas_and_sends_its_own():
     with exchanges(RING, start=start()) as peers:
         found = Gossip(peers, "top-k")

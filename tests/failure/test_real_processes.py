@@ -83,6 +83,20 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 
 
 @pytest.mark.slow
+def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
+    found = processes("train.rounds=60", "train.local_steps=40", "exchange.codec=top-k")
+    until(found, 2, 4)
+    found.running[2].kill()
+    found.running[2].join()
+    until(found, 0, len(rounds(found, 0)) + 4)
+    found.start(2)
+    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    told = [[each.measures.get("whole_replicas", 0) for each in rounds(found, client)] for client in range(3)]
+    assert all(sum(each) >= 1 for each in told) and sum(told[2]) >= 2
+    assert not any(sum(each[-10:]) for each in told) and rounds(found, 2)[-1].contacts == 2
+
+
+@pytest.mark.slow
 def test_everybody_is_killed_and_goes_on(processes):
     found = processes("train.rounds=40", "train.local_steps=20")
     until(found, 0, 7)
