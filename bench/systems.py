@@ -265,14 +265,15 @@ def finished(name: str, data: Path, tree: Tree, rates: dict[str, float]) -> dict
 def table(condition: Condition, runs: dict[str, list[Run]]) -> list[Tree]:
     """One row per system: mean client and worst client at the end, and at equal rounds, bytes and virtual time."""
     judged = list(condition.judged)
-    least = min(run.sent for own in runs.values() for run in own if run.sent)
+    least = [min(run.sent for run in same if run.sent) for same in zip(*runs.values(), strict=True)]  # by seed
     rows = []
     for system, own in runs.items():
         ends = [of(run.events, Evaluated)[-1] for run in own]
         row: Tree = {"system": system, "rate": own[0].rate, "seeds": len(own), "rounds": ends[0].round}
         row |= {"sent": float(np.mean([run.sent for run in own])), "seconds": float(ends[0].virtual_seconds)}
         looks = {"end": ends, "rounds": [run.at_round(condition.rounds) for run in own]}
-        looks["bytes"] = [_after_training(evaluated_within(run.events, sent=1.05 * least)) for run in own]
+        bought = [evaluated_within(run.events, sent=1.05 * most) for run, most in zip(own, least, strict=True)]
+        looks["bytes"] = [_after_training(look) for look in bought]
         if condition.seconds is not None:
             looks["time"] = [_after_training(evaluated_within(run.events, seconds=condition.seconds)) for run in own]
         rows.append(row | {"at": {name: summed_up(found, judged) for name, found in looks.items()}})
