@@ -31,55 +31,54 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: TokenPacking, heads: int) -> Tensor:
         every = len(q) == len(k)  # rows of one token only are the same either way
         scale = (q.shape[1] // heads) ** -0.5
-        outs, saved = [], []
+        out = torch.empty_like(q)
+        saved = []
         for group in packing.groups:
             own = group.slots if every else group.rows[:, None]
             Q, K, V = _heads(q, own, heads), _heads(k, group.slots, heads), _heads(v, group.slots, heads)
+            bias = packing.scores_bias(group, q.dtype)
             scores = torch.bmm(Q, K.mT).mul_(scale)
-            by_row, bias = (len(own), heads, *scores.shape[1:]), group.bias(q.dtype)
             if bias is not None:
-                scores.view(by_row).add_(bias[:, None])
+                scores.view(len(own), heads, *scores.shape[1:]).add_(bias[:, None])
             P = torch.softmax(scores, -1)
-            if every and group.ended is not None:  # what an ended query finds counts for nothing, here and in backward
-                P.view(by_row).masked_fill_(group.ended[:, None].mT, 0)
-            outs.append(torch.bmm(P, V))
+            _scatter(out, own, group.ended if every else None, torch.bmm(P, V), heads)
             saved += [Q, K, V, P]
         ctx.save_for_backward(*saved)
-        ctx.packing, ctx.heads, ctx.scale, ctx.every = packing, heads, scale, every
-        return _packed(outs, packing.back if every else packing.back_first, heads)
+        ctx.packing, ctx.heads, ctx.scale, ctx.every, ctx.shapes = packing, heads, scale, every, (q.shape, k.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (g,), packing, saved = gradients, ctx.packing, ctx.saved_tensors
-        dqs, dks, dvs = [], [], []
-        for number, group in enumerate(packing.groups):
+        g = gradients[0]
+        dq, (dk, dv) = g.new_empty(ctx.shapes[0]), (g.new_empty(ctx.shapes[1]) for _ in range(2))
+        saved = ctx.saved_tensors
+        for number, group in enumerate(ctx.packing.groups):
             Q, K, V, P = saved[4 * number : 4 * number + 4]
-            G = _heads(g, group.slots if ctx.every else group.rows[:, None], ctx.heads)
+            own, ended = (group.slots, group.ended) if ctx.every else (group.rows[:, None], None)
+            G = _heads(g, own, ctx.heads, ended)
             dP = torch.bmm(G, V.mT)
             dS = torch._softmax_backward_data(dP, P, -1, dP.dtype).mul_(ctx.scale)
-            dqs.append(torch.bmm(dS, K))
-            dks.append(torch.bmm(dS.mT, Q))
-            dvs.append(torch.bmm(P.mT, G))
-        dq = _packed(dqs, packing.back if ctx.every else packing.back_first, ctx.heads)
-        return dq, _packed(dks, packing.back, ctx.heads), _packed(dvs, packing.back, ctx.heads), None, None
+            _scatter(dq, own, ended, torch.bmm(dS, K), ctx.heads)
+            _scatter(dk, group.slots, group.ended, torch.bmm(dS.mT, Q), ctx.heads)
+            _scatter(dv, group.slots, group.ended, torch.bmm(P.mT, G), ctx.heads)
+        return dq, dk, dv, None, None
 
 
-def _heads(x: Tensor, slots: Tensor, heads: int) -> Float[Tensor, "matrix token part"]:
-    """Packed tokens as one small matrix per row and head; where a row has ended, its first token again."""
+def _heads(x: Tensor, slots: Tensor, heads: int, ended: Tensor | None = None) -> Float[Tensor, "matrix token part"]:
+    """Packed tokens as one small matrix per row and head; zeros where a row has ended, if asked for."""
+    picked = x.index_select(0, slots.flatten())
+    if ended is not None:
+        picked.masked_fill_(ended.reshape(-1, 1), 0)  # else a gradient would reach padding
     rows, tokens = slots.shape
-    picked = x.index_select(0, slots.flatten()).view(rows, tokens, heads, -1)
-    return picked.transpose(1, 2).reshape(rows * heads, tokens, -1)
+    return picked.view(rows, tokens, heads, -1).transpose(1, 2).reshape(rows * heads, tokens, -1)
 
 
-def _packed(groups: list[Tensor], back: Tensor, heads: int) -> Float[Tensor, "place width"]:
-    """The way back: ``groups`` [matrix, token, part], laid end to end as [token, width], and of these the real ones."""
-    width = heads * groups[0].shape[-1]
-    laid, start = groups[0].new_empty(sum(part.numel() for part in groups) // width, width), 0
-    for part in groups:
-        matrices, tokens, _ = part.shape
-        end = start + matrices // heads * tokens
-        laid[start:end].view(-1, tokens, heads, part.shape[-1]).copy_(
-            part.view(-1, heads, tokens, part.shape[-1]).transpose(1, 2)
-        )
-        start = end
-    return laid.index_select(0, back)
+def _scatter(out: Tensor, slots: Tensor, ended: Tensor | None, parts: Tensor, heads: int) -> None:
+    """The way back: write each real token's numbers to its packed place."""
+    rows, tokens = slots.shape
+    flat = parts.view(rows, heads, tokens, -1).transpose(1, 2).reshape(rows * tokens, -1)
+    places = slots.flatten()
+    if ended is not None:
+        real = (~ended).flatten().nonzero()[:, 0]
+        flat, places = flat.index_select(0, real), places.index_select(0, real)
+    out.index_copy_(0, places, flat)

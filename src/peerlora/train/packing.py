@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,17 +64,6 @@ class Group:
     """The packed place of each token; where a row has ended, that of its first one."""
     ended: Bool[Tensor, "row 1 token"] | None
     """True where a row has ended; None where no row has."""
-    biases: dict[torch.dtype, Float[Tensor, "row 1 token"]] = field(default_factory=dict, repr=False, compare=False)
-    """Known ones: every layer asks again."""
-
-    def bias(self, dtype: torch.dtype) -> Float[Tensor, "row 1 token"] | None:
-        """What is added to attention scores so that ended tokens get no weight."""
-        if self.ended is None:
-            return None
-        if dtype not in self.biases:
-            lowest = torch.finfo(dtype).min
-            self.biases[dtype] = torch.zeros(self.ended.shape, dtype=dtype).masked_fill_(self.ended, lowest)
-        return self.biases[dtype]
 
 
 @dataclass(frozen=True)
@@ -89,10 +78,6 @@ class TokenPacking:
     first: Int[Tensor, " row"]
     """The packed place of each row's first token."""
     groups: list[Group]
-    back: Int[Tensor, " place"]
-    """Where each token lies when the groups' rectangles lie end to end."""
-    back_first: Int[Tensor, " row"]
-    """Where each row lies when the groups' rows do."""
 
     @staticmethod
     def of(mask: Int[Tensor, "row token"], clients: int) -> TokenPacking:
@@ -103,9 +88,13 @@ class TokenPacking:
         first = ends - lengths
         tokens = Places.of(mask.flatten().nonzero()[:, 0], lengths.view(clients, -1).sum(1))
         pooled = Places.of(torch.arange(rows) * width, torch.full((clients,), rows // clients))
-        groups = _groups(lengths, first)
-        back_first = torch.cat([group.rows for group in groups]).argsort()
-        return TokenPacking((rows, width), tokens, pooled, first, groups, _back(groups, int(lengths.sum())), back_first)
+        return TokenPacking((rows, width), tokens, pooled, first, _groups(lengths, first))
+
+    def scores_bias(self, group: Group, dtype: torch.dtype) -> Float[Tensor, "row 1 token"] | None:
+        """What is added to attention scores so that ended tokens get no weight."""
+        if group.ended is None:
+            return None
+        return torch.zeros(group.ended.shape, dtype=dtype).masked_fill_(group.ended, torch.finfo(dtype).min)
 
 
 def _groups(lengths: Int[Tensor, " row"], first: Int[Tensor, " row"]) -> list[Group]:
@@ -117,15 +106,4 @@ def _groups(lengths: Int[Tensor, " row"], first: Int[Tensor, " row"]) -> list[Gr
         ended = places >= lengths[rows][:, None]
         slots = first[rows][:, None] + places.expand_as(ended).masked_fill(ended, 0)
         found.append(Group(rows, slots, ended[:, None] if bool(ended.any()) else None))
-    return found
-
-
-def _back(groups: list[Group], tokens: int) -> Int[Tensor, " place"]:
-    """``TokenPacking.back``: every token is in one rectangle, at one place."""
-    found, start = torch.empty(tokens, dtype=torch.int64), 0
-    for group in groups:
-        laid = torch.arange(start, start + group.slots.numel()).view_as(group.slots)
-        real = slice(None) if group.ended is None else ~group.ended[:, 0]
-        found[group.slots[real]] = laid[real]
-        start += group.slots.numel()
     return found
