@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 from processes import Processes
@@ -10,6 +11,9 @@ from processes import Processes
 from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
+from peerlora.transport.authority import list_signer
+from peerlora.transport.identity import load_identity
+from peerlora.transport.members import load_members, remove_member, sign_list, write_list
 
 WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=3"]
 WORDS += ["peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
@@ -110,3 +114,23 @@ def test_everybody_is_killed_and_goes_on(processes):
         events = read_events(found.run("run", client))
         assert len(of(events, Resumed)) == 1
         assert of(events, RoundDone)[-1].round == 39 and of(events, RoundDone)[-1].contacts == 2
+
+
+@pytest.mark.slow
+def test_a_removed_member_is_left_out_by_peers_that_run(processes):
+    """Everybody's list is replaced while they train; nobody is restarted."""
+    found = processes("train.rounds=5000", "train.local_steps=20")
+    until(found, 0, 3)
+    place = found.folder / "identities"
+    listed = load_members(place / "members.json", load_identity(place / "site-0").signers)
+    shorter = remove_member(listed, "site-2")
+    write_list(place / "members.json", sign_list(shorter, list_signer(place / "authority"), timedelta(days=30)))
+    limit = time.monotonic() + 60
+    while not all("down" in told(found, client, 2) for client in (0, 1)):
+        assert time.monotonic() < limit, "the shorter list was not taken up"
+        time.sleep(0.2)
+    for client in (0, 1):
+        until(found, client, len(rounds(found, client)) + 5)
+        last = rounds(found, client)[-1]
+        assert "2" in last.missed and [edge for edge in last.edges if 2 in edge] == []
+        assert last.contacts == 1  # the two that stay
