@@ -62,9 +62,9 @@ def _overhead(found: dict[str, Any]) -> str:
 def _endurance(found: dict[str, Any]) -> str:
     worst = max(peer["ratio"] for peer in found["peers"])
     return (
-        f"- {found['rounds']} rounds of a small adapter, {found['clients']} processes: the peak memory of the last "
-        f"{found['window']} rounds is at most {worst:.3f} times that of the first {found['window']}; aim {MEMORY:g}, "
-        f"{_verdict(worst <= MEMORY)}."
+        f"- {found['rounds']} rounds of a small adapter, {found['clients']} processes: the peak memory of "
+        f"{found['window']} rounds near the end is at most {worst:.3f} times that of the first {found['window']}; "
+        f"aim {MEMORY:g}, {_verdict(worst <= MEMORY)}."
     )
 
 
