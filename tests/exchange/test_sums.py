@@ -153,10 +153,9 @@ def test_peers_sum_as_the_simulation_does():
     assert torch.equal(torch.cat(found), expected) and sum(sent) == stacked.bytes_sent
 
 
-def test_a_lost_message_never_gives_a_wrong_sum():
-    """Whoever waits for it holds up its other neighbour, whose deadline ends at about the same moment."""
+def test_a_lost_message_costs_nothing_of_the_sum():
     found, _ = between_peers(OWN, lambda network: network.lose("site-0", "site-1"))
-    assert all(isinstance(each, RunError) or torch.equal(each[0], OWN.sum(0)) for each in found)
+    assert torch.equal(torch.cat(found), OWN.sum(0).expand(4, 3))
 
 
 def test_who_is_cut_off_is_missing_in_nobodys_sum():

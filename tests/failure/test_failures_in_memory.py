@@ -205,6 +205,23 @@ def test_a_lost_last_acknowledgement_is_found_at_the_next_contact():
     assert alone(found, 0, 1, 2)
 
 
+@pytest.mark.parametrize("which", ["message", "ack"])
+def test_a_lost_message_costs_its_own_edge_and_no_other(which):
+    """Those who wait for its two ends in later exchanges have begun to wait as early: they must not lose patience."""
+
+    async def script(found):
+        await asyncio.sleep(2.5)
+        found.network.lose(site(0), site(1), what=which)
+
+    found = run(Federation(RING, clients=6), script)
+    if which == "message":
+        found.check()
+    missed = {(client, j) for (_, client), missing in found.missed.items() for j in missing}
+    assert missed <= {(0, 1), (1, 0)} and (0, 1) in missed
+    assert len({t for (t, _), missing in found.missed.items() if missing}) == 1
+    assert max(found.took.values()) <= DEADLINE
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_under_random_loss_every_one_sided_edge_is_told(seed):
     """Messages and acknowledgements vanish with probability 0.15; W is doubly stochastic but for what is told."""

@@ -52,14 +52,19 @@ def told(processes, client, about):
     return [change.kind for change in changes if change.client == about]
 
 
+def kill_and_restart(processes, client):
+    """A client dies and comes back four rounds later; then all come to the end."""
+    until(processes, client, 4)
+    processes.running[client].kill()
+    processes.running[client].join()
+    until(processes, 0, len(rounds(processes, 0)) + 4)
+    processes.start(client)
+    assert processes.wait() == {0: 0, 1: 0, 2: 0}
+
+
 def test_a_killed_process_is_missed_and_takes_part_again(processes):
     found = processes("train.rounds=60", "train.local_steps=40")
-    until(found, 2, 4)
-    found.running[2].kill()
-    found.running[2].join()
-    until(found, 0, len(rounds(found, 0)) + 4)
-    found.start(2)
-    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    kill_and_restart(found, 2)
     for client in (0, 1):
         done = rounds(found, client)
         assert [each.round for each in done] == list(range(60))
@@ -88,13 +93,8 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 
 @pytest.mark.slow
 def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
-    found = processes("train.rounds=60", "train.local_steps=40", "exchange.codec=top-k")
-    until(found, 2, 4)
-    found.running[2].kill()
-    found.running[2].join()
-    until(found, 0, len(rounds(found, 0)) + 4)
-    found.start(2)
-    assert found.wait() == {0: 0, 1: 0, 2: 0}
+    found = processes("train.rounds=120", "train.local_steps=40", "exchange.codec=top-k")
+    kill_and_restart(found, 2)
     told = [[each.measures.get("whole_replicas", 0) for each in rounds(found, client)] for client in range(3)]
     assert all(sum(each) >= 1 for each in told) and sum(told[2]) >= 2
     assert not any(sum(each[-10:]) for each in told) and rounds(found, 2)[-1].contacts == 2

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peerlora.exchange.contact import Neighbourhood
 from peerlora.exchange.letters import Form, Letter, Numbering, Stamp
+from peerlora.exchange.loop import aside
 from peerlora.exchange.mailbox import Box, Post
 from peerlora.exchange.outbox import Outbox
 from peerlora.exchange.rendezvous import Rendezvous, Step
@@ -22,7 +23,6 @@ from peerlora.transport.base import PeerId, Refused
 MOST = 8
 """Letters of one neighbour that may wait, where not only the newest counts."""
 _LOOK = 0.05  # seconds between two looks whether there is room for one more
-_OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop
 _LINGER = 5.0  # seconds that letters get when a run ends early
 
 
@@ -172,10 +172,7 @@ class Letterbox(Neighbourhood):
             return
         self._check(peer, header)
         await self._room(peer)
-        if len(body) >= _OFF_LOOP:
-            await asyncio.to_thread(self.mail.take, peer, header, body)
-        else:
-            self.mail.take(peer, header, body)
+        await aside(len(body), self.mail.take, peer, header, body)
 
     def _check(self, peer: PeerId, header: Header) -> None:
         if peer in self._others:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
+_OFF_LOOP = 1 << 18  # bytes from which looking at a message would hold up all others
 
 
 class LoopThread:
@@ -51,3 +52,8 @@ async def _end_all() -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def aside(size: int, work: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What ``work`` returns on a message of ``size`` bytes; for a large one it leaves the event loop to others."""
+    return await asyncio.to_thread(work, *arguments) if size >= _OFF_LOOP else work(*arguments)

@@ -67,6 +67,10 @@ class Meeting:
         """Whether the edge counts, each way that it goes."""
         return self.heard(peer) and (peer in self.acknowledged or peer not in self.receivers)
 
+    def half(self, peer: PeerId) -> bool:
+        """Whether one of the two messages of an edge came across and the other did not."""
+        return not self.one_way and (peer in self.got) != (peer in self.acknowledged)
+
     def settled(self, peer: PeerId, passed: bool) -> bool:
         """Whether nothing is to be waited for; where both ways count together, one failure settles both.
 

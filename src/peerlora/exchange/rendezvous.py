@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from peerlora.exchange.loop import aside
 from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
 from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
 from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
@@ -30,9 +31,9 @@ _TOLD = 8  # of them that every message tells
 _LAST = re.compile(r"-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15}")
 _ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
+_LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
-_OFF_LOOP = 1 << 18  # bytes of body from which checking leaves the event loop
 _NOTICES = 10_000  # that nobody fetched; the oldest go first
 
 
@@ -130,10 +131,7 @@ class Rendezvous:
         meeting = await self._until(peer, step)
         if peer not in meeting.senders:
             raise Refused("not-a-neighbour", f"in round {step.round}")
-        if len(body) >= _OFF_LOOP:
-            made = await asyncio.to_thread(meeting.check, header, body)
-        else:
-            made = meeting.check(header, body)
+        made = await aside(len(body), meeting.check, header, body)
         self._timely(peer, step)
         if peer in meeting.got:
             raise Refused("replay", f"round {step.round}, exchange {step.number}")
@@ -194,10 +192,7 @@ class Rendezvous:
         receivers = [peer for peer in neighbours if peer not in meeting.failed]
         calls = [asyncio.create_task(self._send(meeting, peer, seal, letter)) for peer in receivers]
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.deadline):
-                    while not all(self._settled(meeting, peer, step) for peer in meeting.peers):
-                        await self._changed.wait()
+            await self._wait(meeting, step)
             return self._close(step, meeting)
         finally:
             self._open, self.at = None, Step(step.round, step.number + 1)
@@ -208,6 +203,22 @@ class Rendezvous:
             for end in ends:
                 if isinstance(end, Exception):
                     raise end
+
+    async def _wait(self, meeting: Meeting, step: Step) -> None:
+        """Until all edges are settled or the deadline has come.
+
+        An edge of which half came, a message or an acknowledgement, is given up some time before: the neighbour is in
+        this exchange, so the rest is lost.  Those who wait for us in their next exchange began to wait when we did, and
+        would lose patience at the same moment, and those who wait for them.
+        """
+        given_up: set[PeerId] = set()
+        for share in (_LOST, 1 - _LOST):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(share * self.deadline):
+                    while not all(peer in given_up or self._settled(meeting, peer, step) for peer in meeting.peers):
+                        await self._changed.wait()
+                    return
+            given_up = {peer for peer in meeting.peers if meeting.half(peer)}
 
     def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
         return peer in self.absent or meeting.settled(peer, self._passed(meeting, peer, step))
