@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from rounds import DEADLINE, Federation, run, site
 
+from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.wire import Expected, encode_header
 from peerlora.sections import CompleteGraph, PathGraph, RandomGraph, RingGraph
+from peerlora.transport.clock import virtual_run
+from peerlora.transport.memory import MemoryNetwork, MemoryTransport
 
 RING, COMPLETE = RingGraph(kind="ring"), CompleteGraph(kind="complete")
 PATH, RANDOM = PathGraph(kind="path"), RandomGraph(kind="random", p=0.6)
@@ -220,6 +224,43 @@ def test_a_lost_message_costs_its_own_edge_and_no_other(which):
     assert missed <= {(0, 1), (1, 0)} and (0, 1) in missed
     assert len({t for (t, _), missing in found.missed.items() if missing}) == 1
     assert max(found.took.values()) <= DEADLINE
+
+
+class SlowToAnswer(MemoryTransport):
+    """A transport on which every message is acknowledged after some seconds."""
+
+    seconds = 0.0
+
+    async def send(self, to, header, body, *, deadline):
+        await asyncio.sleep(self.seconds)
+
+
+@pytest.mark.parametrize(("message", "acknowledged", "counts", "took"), [
+    (0.0, 0.79, True, 0.79),
+    (0.0, 0.85, False, 0.8),  # half of it was there all the time: the other half is lost
+    (0.79, 0.85, True, 0.85),  # half of it has only just come: the neighbour was late
+    (0.79, 0.95, False, 0.89),
+    (0.95, 0.99, True, 0.99),
+    (0.95, 1.05, False, 1.0),
+])  # fmt: skip
+def test_an_edge_is_given_up_when_half_of_it_has_been_there_for_some_time(message, acknowledged, counts, took):
+    """All in shares of the deadline."""
+
+    async def main():
+        network = MemoryNetwork([site(0), site(1)])
+        transports = [SlowToAnswer(network, each) for each in sorted(network.sites)]
+        transports[0].seconds = acknowledged * DEADLINE
+        own, other = (Rendezvous(each, Expected("run", "ba5e", "5bec"), DEADLINE, 99) for each in transports)
+        header, clock = encode_header(other.header("mix")), asyncio.get_running_loop().time
+        began = clock()
+        meeting = asyncio.create_task(own.meet([site(1)], b"", lambda header, body: "theirs"))
+        await asyncio.sleep(message * DEADLINE)
+        await own.deliver(site(1), header, bytearray())
+        outcome = await meeting
+        assert outcome.got == ({site(1): "theirs"} if counts else {})
+        assert clock() - began == pytest.approx(took * DEADLINE)
+
+    virtual_run(main())
 
 
 @pytest.mark.parametrize("seed", range(6))

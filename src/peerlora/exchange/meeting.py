@@ -71,6 +71,10 @@ class Meeting:
         """Whether one of the two messages of an edge came across and the other did not."""
         return not self.one_way and (peer in self.got) != (peer in self.acknowledged)
 
+    def quiet(self, peer: PeerId) -> bool:
+        """Whether neither a message nor, where links go both ways, an acknowledgement came."""
+        return peer not in self.got and (self.one_way or peer not in self.acknowledged)
+
     def settled(self, peer: PeerId, passed: bool) -> bool:
         """Whether nothing is to be waited for; where both ways count together, one failure settles both.
 

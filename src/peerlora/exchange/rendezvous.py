@@ -31,7 +31,8 @@ _TOLD = 8  # of them that every message tells
 _LAST = re.compile(r"-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15}")
 _ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
-_LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up
+_LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up,
+_SURE = 0.1  # and how much of the deadline the other half must have been there: the two don't come at one moment
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
 _NOTICES = 10_000  # that nobody fetched; the oldest go first
@@ -211,14 +212,21 @@ class Rendezvous:
         this exchange, so the rest is lost.  Those who wait for us in their next exchange began to wait when we did, and
         would lose patience at the same moment, and those who wait for them.
         """
-        given_up: set[PeerId] = set()
-        for share in (_LOST, 1 - _LOST):
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        end = begun + self.deadline
+        until: dict[PeerId, float] = {}
+        while True:
+            now = clock()
+            for peer in meeting.peers:
+                if meeting.half(peer) and peer not in until:
+                    until[peer] = min(end, max(begun + _LOST * self.deadline, now + _SURE * self.deadline))
+            waits = [until.get(peer, end) for peer in meeting.peers if not self._settled(meeting, peer, step)]
+            if max(waits, default=now) <= now:
+                return
             with suppress(TimeoutError):
-                async with asyncio.timeout(share * self.deadline):
-                    while not all(peer in given_up or self._settled(meeting, peer, step) for peer in meeting.peers):
-                        await self._changed.wait()
-                    return
-            given_up = {peer for peer in meeting.peers if meeting.half(peer)}
+                async with asyncio.timeout_at(max(waits)):
+                    await self._changed.wait()
 
     def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
         return peer in self.absent or meeting.settled(peer, self._passed(meeting, peer, step))
@@ -268,7 +276,7 @@ class Rendezvous:
             counts = meeting.counts(peer)
             if not counts:
                 missing[peer] = meeting.reason(peer, peer in self.absent, self._passed(meeting, peer, step))
-                if peer not in meeting.got and missing[peer] in ("no acknowledgement", "no message", "down"):
+                if meeting.quiet(peer) and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
             past = self._past.setdefault(peer, {})
             past[step] = counts
