@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
 
 _EDGES_TOLD = 5000  # a round with more links tells only their number
+_COMPILED = "64"  # products that oneDNN keeps compiled, by shape; its 1,024 grow for a thousand rounds of ragged rows
 
 
 class Stopped(PeerloraError):
@@ -114,6 +116,7 @@ def composed(
 ) -> Federation:
     """The parts of a run, on the threads that it asks for."""
     torch.set_num_threads(resolve_threads(config.threads))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED)
     return compose(config, materials=materials, partitioner=partitioner, clients=clients)
 
 
