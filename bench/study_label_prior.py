@@ -55,7 +55,7 @@ def sst2(shares: list[list[float]], counts: list[int], p: float = 0.1) -> dict:
 def agnews(concentration: float) -> dict:
     return {
         "place": "extra/ag_news",
-        "data": {"text": ["text"]},
+        "data": {"text": ["text"], "max_length": 32},  # the headline and the first sentence
         "labels": ["world", "sports", "business", "technology"],
         "partition": {"kind": "dirichlet", "concentration": concentration},
         "p": 0.1,
