@@ -15,6 +15,9 @@ from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.depth import by_column, depth_of, layer_numbers, reached_layers
+from peerlora.runs.events import RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
 from peerlora.train.reach import Reach
@@ -242,6 +245,17 @@ def test_a_run_on_the_clock_waits_no_longer_than_the_deadline(config, tmp_path):
     start = compose(config("bert", *CLOCK, *LATE)).start
     assert torch.equal(result.adapters.flat[3], start.flat[3]), "the slowest never gets through a forward pass"
     assert not torch.equal(result.adapters.flat[2], start.flat[2])
+
+
+@pytest.mark.parametrize(("speed", "send", "layers"), [(2.0, "reached", 3), (0.7, "reached", 1), (0.7, "all", 3)])
+def test_the_upload_takes_what_is_sent(config, tmp_path, speed, send, layers):
+    """All have one speed and two links, so a round lasts the deadline, if they need it, and one client's upload."""
+    words = [*LATE, f"algorithm.send={send}", "clock.step=2.0", f"clock.speed={speed}", "clock.bandwidth=1000"]
+    found = simulate(config("bert", *words, "train.rounds=1", "topology=ring"), tmp_path / "run")
+    (done,) = of(read_events(found.run), RoundDone)
+    assert done.virtual_seconds == pytest.approx(min(4.0, 2 * 2.0 / speed) + done.bytes_sent / 4 / 1000, abs=1e-6)
+    sent = 4 * 2 * encoded_bytes(found.adapters.message())
+    assert done.bytes_sent < 0.6 * sent if layers == 1 else done.bytes_sent >= sent
 
 
 def test_enough_time_is_the_host_algorithm(config):

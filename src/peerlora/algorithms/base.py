@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.topology.properties import Properties
@@ -131,6 +131,18 @@ class Preparable(Protocol):
 
         Only what every client can work out alone may be used: they must all come to the same method.
         """
+        ...
+
+
+@runtime_checkable
+class Hurried(Protocol):
+    """A method that may give clients a time for a round's local steps, on the virtual clock; null: no end."""
+
+    deadline: float | None
+    """Seconds."""
+
+    def message_in_time(self, x: Adapters, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
+        """The named vectors that one client sends whose local steps take so long; ``x`` has its row only."""
         ...
 
 

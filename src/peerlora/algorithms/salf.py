@@ -88,10 +88,7 @@ class SALF(Scheduled):
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, of which a client may send less, and which layers it sends."""
-        if self.send == "all":
-            return x.message()
-        own = {f"layers.{name}": what for name, what in x.message().items()}
-        return own | {REACHED: ((depth_of(x.spec),), x.flat.dtype)}
+        return x.message() if self.send == "all" else _message(x)
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
@@ -124,7 +121,23 @@ class SALF(Scheduled):
         if self.deadline is None:
             return None
         assert learner.step_seconds is not None, "a deadline needs a clock"
-        of_step = self.deadline / learner.settings.local_steps / learner.step_seconds
+        return self._in_time(self.deadline, layers, learner.step_seconds, learner.settings.local_steps)
+
+    def message_in_time(self, x: Adapters, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
+        """What one client sends whose local steps take so long on the virtual clock; ``x`` has its row only.
+
+        Where depths are drawn, that of the round in which it takes part is not known when its job begins: all layers.
+        """
+        if self.deadline is None or self.send == "all":
+            return self.message(x)
+        layers = depth_of(x.spec)
+        reached = reached_layers(self._in_time(self.deadline, layers, step_seconds, steps), layers)
+        return _message(PartlySent.of(x, reached))
+
+    def _in_time(
+        self, deadline: float, layers: int, step_seconds: Float[Tensor, " client"], steps: int
+    ) -> Int[Tensor, " client"]:
+        of_step = deadline / steps / step_seconds
         share = (of_step.nan_to_num(0.0) - self.forward) / (1 - self.forward)  # NaN: absent
         return (share * layers + 1e-9).floor().clamp(0, layers).long()
 
@@ -136,6 +149,12 @@ class SALF(Scheduled):
         if self.depth == "poisson":
             return torch.special.gammainc(l, torch.full_like(l, self.rate))
         return torch.ones_like(l)
+
+
+def _message(x: Adapters) -> Schema:
+    """The vectors of ``_gathered``, of the layers that ``x`` sends."""
+    own = {f"layers.{name}": what for name, what in x.message().items()}
+    return own | {REACHED: ((depth_of(x.spec),), x.flat.dtype)}
 
 
 def _gathered(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.base import Algorithm, Hurried
 from peerlora.exchange.base import Counted
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -144,12 +144,19 @@ class Together:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        limit = getattr(self.algorithm, "deadline", None)
+        hurried = self.algorithm if isinstance(self.algorithm, Hurried) else None
+        limit = hurried.deadline if hurried else None
         for i in [i for i in idle if i not in away]:
             self.step_seconds[i] = seconds(clock.compute(i, 1, self.now))
             whole = clock.compute(i, steps, self.now)
             computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
-            message = self.exchange.on_the_wire(self.algorithm.message(x.rows([i]), t))
+            own = x.rows([i])
+            vectors = (
+                hurried.message_in_time(own, self.step_seconds[[i]], steps)
+                if hurried
+                else self.algorithm.message(own, t)
+            )
+            message = self.exchange.on_the_wire(vectors)
             links = int(degrees[i]) if message else 0
             count = links * encoded_bytes(message)
             self.ready[i] = computed + clock.upload(i, count, computed) + (clock.delay if links else 0)
