@@ -33,6 +33,8 @@ LORA_METHODS = (
     "local", "dec-lora", "adf-lora", "tad-lora", "rolora", "ffa-lora", "fedit", "fedsa-lora", "decaf", "flexlora",
     "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "flora", "fedex-lora", "fedhl",
 )  # fmt: skip
+ALONE = "alone, prior-adjusted"
+"""What gossip is to be judged by; it is the same on every graph."""
 FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
 TASKS = {
     "SST-2": ("sst2", ["sentence"], ["negative", "positive"], BINARY, 64),
@@ -84,12 +86,21 @@ def methods(data: Path, rounds: int) -> Tree:
     }
 
 
-def elsewhere(methods: Sequence[str], graphs: Sequence[Any]) -> Callable[[Path, int], Tree]:
-    """SST-2 on other graphs, with the rates that ``methods`` found."""
+def alone(rate: float | None = None) -> Tree:
+    """Nobody exchanges anything, and the loss takes the client's own label shares into account."""
+    train = {"label_prior": "uniform"} | ({} if rate is None else {"lr": rate})
+    return {"algorithm": {"name": "local"}, "train": train}
+
+
+def elsewhere(methods: Sequence[str], graphs: Sequence[Any], judge: bool = True) -> Callable[[Path, int], Tree]:
+    """SST-2 on other graphs, with the rates that ``methods`` found; with ``judge`` also clients alone."""
 
     def grid(data: Path, rounds: int) -> Tree:
         rates = {row["labels"]["method"]: row["rate"] for row in read("methods")["rows"]}
         axis = {name: {"algorithm": {"name": name}, "train": {"lr": rates[name]}} for name in methods}
+        if judge:  # its rate was searched on the same shards
+            found = {row["system"]: row["rate"] for row in read("label-skew")["rows"]}
+            axis |= {ALONE: alone(found[ALONE])}
         return {
             "base": base(rounds) | task("SST-2", data),
             "axes": {"method": axis, "topology": list(graphs)},
@@ -105,12 +116,13 @@ def pairs(name: str) -> Callable[[Path, int], Tree]:
 
     def grid(data: Path, rounds: int) -> Tree:
         graphs = [{"kind": "random", "p": p} for p in (0.1, 0.02)]
+        axis = {name: {"algorithm": {"name": name}} for name in FACTOR_METHODS} | {ALONE: alone()}
         return {
             "base": base(rounds) | task(name, data),
-            "axes": {"method": list(FACTOR_METHODS), "topology": graphs},
+            "axes": {"method": axis, "topology": graphs},
             "seeds": SEEDS,
             "baseline": {"method": "dec-lora"},
-            "search": search(name),
+            "search": search(name) | {"each": ["algorithm.name", "train.label_prior"]},
         }
 
     return grid
@@ -131,7 +143,7 @@ def dtype(data: Path, rounds: int) -> Tree:
 
 STUDIES: dict[str, Callable[[Path, int], Tree]] = {
     "methods": methods,
-    "ring": elsewhere(LORA_METHODS, ["ring"]),
+    "ring": elsewhere(LORA_METHODS, ["ring"], judge=False),
     "sparsity": elsewhere(FACTOR_METHODS, [{"kind": "random", "p": p} for p in (0.5, 0.02)]),
     "qnli": pairs("QNLI"),
     "mnli": pairs("MNLI"),

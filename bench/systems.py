@@ -29,14 +29,13 @@ from peerlora.runs.store import read_events
 from peerlora.runs.table import evaluated_within, of
 from peerlora.runtime.cells import load_grid, plan
 from peerlora.runtime.folder import run_facts
-from studies import PAGE, PLACE, RESULTS, SEEDS, base, load_grid_base, read, run, task, told
+from studies import ALONE, PAGE, PLACE, RESULTS, SEEDS, base, load_grid_base, read, run, task, told
 
 Tree = dict[str, Any]
 ROUNDS = 24
 STEPS = 5
 SLOW = 10.0
 STRANGERS = [8, 9]
-ALONE = "alone, prior-adjusted"
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ def stragglers(rates: dict[str, float]) -> Tree:
     dec, adf = rates["dec-lora"], rates["adf-lora"]
     on_time = {"deadline": 6.0}
     return {
-        ALONE: method("local", rates[ALONE], train=PRIOR, eval={"every": 6}),
+        # Who is alone waits for nobody: as with a deadline, the fast go on.
+        ALONE: method("local", rates[ALONE], clock=on_time, train=PRIOR | {"rounds": 50}, eval={"every": 24}),
         "dec-lora, waits": method("dec-lora", dec, eval={"every": 6}),
         "adf-lora, waits": method("adf-lora", adf, eval={"every": 6}),
         "dec-lora, deadline 6 s": method("dec-lora", dec, clock=on_time, train={"rounds": 50}, eval={"every": 24}),
