@@ -31,6 +31,14 @@ def test_a_round_takes_as_long_as_its_slowest_client():
     assert alone.virtual_seconds == 5.0, "who sends nothing waits for no link"
 
 
+@pytest.mark.parametrize("method", ["dfedavg", "fedprox", "dfedadmm", "k-gt", "dfedsam", "dfedadmm-sam", "fedspeed"])
+def test_a_step_with_two_gradients_takes_twice_as_long(method):
+    counted = Quadratic(targets(4), steps=5)
+    runner, _, _ = run(build_algorithm(method, {}), counted, 1, step=0.1)
+    twice = method in ("dfedsam", "dfedadmm-sam", "fedspeed")
+    assert runner.virtual_seconds == pytest.approx(1.0 if twice else 0.5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"speed": [1, 0.5, 0.1, 2], "delay": 1.0}, {"speed": 0.1, "deadline": 1e6}])
 @pytest.mark.parametrize("method", ["dec-lora", "adf-lora", "rolora", "decaf"])
 def test_a_clock_that_waits_for_all_changes_no_bit(config, tmp_path, settings, method):

@@ -73,6 +73,7 @@ class DFedSAM(DFedAvg):
     rho: float = 0.05
     """Length of the ascent step."""
     source: ClassVar = "DFedSAM, arXiv 2302.04083"
+    gradients: ClassVar = 2
 
     def __post_init__(self):
         super().__post_init__()

@@ -86,6 +86,7 @@ class DFedADMMSAM(DFedADMM):
     rho: float = 0.1
     """Length of the ascent step."""
     source: ClassVar = "DFedADMM-SAM, arXiv 2308.08290"
+    gradients: ClassVar = 2
 
     def __post_init__(self):
         super().__post_init__()

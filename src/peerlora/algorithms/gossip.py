@@ -26,6 +26,8 @@ class FactorGossip:
     mixes: ClassVar = "A and B"
     operator: ClassVar[Operator] = "product-sum"
     unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
+    gradients: ClassVar = 1
+    """Of a minibatch, in one local step: what a step costs on the virtual clock."""
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head."""

@@ -144,11 +144,12 @@ class Together:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
+        gradients = getattr(self.algorithm, "gradients", 1)
         hurried = self.algorithm if isinstance(self.algorithm, Hurried) else None
         limit = hurried.deadline if hurried else None
         for i in [i for i in idle if i not in away]:
-            self.step_seconds[i] = seconds(clock.compute(i, 1, self.now))
-            whole = clock.compute(i, steps, self.now)
+            self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
+            whole = clock.compute(i, gradients * steps, self.now)
             computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
             own = x.rows([i])
             vectors = (
