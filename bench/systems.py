@@ -14,8 +14,9 @@ with the prior-adjusted loss among its rows.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from markers import insert
+from peerlora.algorithms import REGISTRY
+from peerlora.config import RunConfig
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import evaluated_within, of
@@ -35,6 +38,8 @@ Tree = dict[str, Any]
 ROUNDS = 24
 STEPS = 5
 SLOW = 10.0
+UPLINK = 1e6
+"""Bytes a virtual second of every client, where a condition has no clock; a gradient of a minibatch then takes 1 s."""
 STRANGERS = [8, 9]
 
 
@@ -51,7 +56,7 @@ class Condition:
     rounds: int = ROUNDS
     """At which rounds are compared."""
     seconds: float | None = None
-    """Virtual, at which time is compared."""
+    """Virtual, at which time is compared; null: what the table's first dec-lora takes."""
     settings: Tree = field(default_factory=dict)
     judged: Sequence[int] = range(10)
     """The clients whose accuracy is reported."""
@@ -242,6 +247,11 @@ class Run:
     events: list[Event]
 
     @property
+    def end(self) -> Evaluated:
+        """The last evaluation."""
+        return of(self.events, Evaluated)[-1]
+
+    @property
     def sent(self) -> float:
         """Bytes."""
         return float(sum(done.bytes_sent for done in of(self.events, RoundDone)))
@@ -258,24 +268,41 @@ def finished(name: str, data: Path, tree: Tree, rates: dict[str, float]) -> dict
     for cell in plan(load_grid(tree), rates).cells:
         folder = PLACE / name / cell.folder
         if (folder / "summary.json").is_file():
-            found.setdefault(cell.labels["system"], []).append(Run(cell.config.train.lr, read_events(folder)))
+            events = timed(read_events(folder), cell.config)
+            found.setdefault(cell.labels["system"], []).append(Run(cell.config.train.lr, events))
     return found
+
+
+def timed(events: Sequence[Event], config: RunConfig) -> list[Event]:
+    """The events of a run, with the virtual seconds that a clock of equal clients would have counted.
+
+    A clock that waits for all changes no bit of a run, so it need not have been there.  A client's upload is the mean
+    over clients.
+    """
+    if config.clock is not None:
+        return list(events)
+    step = config.train.local_steps * getattr(REGISTRY[config.algorithm.name], "gradients", 1)
+    taken = [step + done.bytes_sent / config.clients / UPLINK for done in of(events, RoundDone)]
+    now = [0.0, *accumulate(taken)]
+    return [replace(each, virtual_seconds=now[each.round]) if isinstance(each, Evaluated) else each for each in events]
 
 
 def table(condition: Condition, runs: dict[str, list[Run]]) -> list[Tree]:
     """One row per system: mean client and worst client at the end, and at equal rounds, bytes and virtual time."""
     judged = list(condition.judged)
     least = [min(run.sent for run in same if run.sent) for same in zip(*runs.values(), strict=True)]  # by seed
+    plain = next((own for system, own in runs.items() if system.startswith("dec-lora")), next(iter(runs.values())))
     rows = []
     for system, own in runs.items():
-        ends = [of(run.events, Evaluated)[-1] for run in own]
+        ends = [run.end for run in own]
         row: Tree = {"system": system, "rate": own[0].rate, "seeds": len(own), "rounds": ends[0].round}
         row |= {"sent": float(np.mean([run.sent for run in own])), "seconds": float(ends[0].virtual_seconds)}
         looks = {"end": ends, "rounds": [run.at_round(condition.rounds) for run in own]}
         bought = [evaluated_within(run.events, sent=1.05 * most) for run, most in zip(own, least, strict=True)]
         looks["bytes"] = [_after_training(look) for look in bought]
-        if condition.seconds is not None:
-            looks["time"] = [_after_training(evaluated_within(run.events, seconds=condition.seconds)) for run in own]
+        limits = [condition.seconds or 1.05 * run.end.virtual_seconds for run in plain]
+        in_time = [evaluated_within(run.events, seconds=limit) for run, limit in zip(own, limits, strict=True)]
+        looks["time"] = [_after_training(look) for look in in_time]
         rows.append(row | {"at": {name: summed_up(found, judged) for name, found in looks.items()}})
     return rows
 
@@ -295,20 +322,19 @@ def summed_up(scores: Sequence[Evaluated | None], judged: Sequence[int]) -> Tree
 
 def render(condition: Condition, rows: Sequence[Tree]) -> str:
     """For docs/results.md."""
-    looks = ["end", "rounds", "bytes", *(["time"] if condition.seconds is not None else [])]
+    looks = ["end", "rounds", "bytes", "time"]
     titles = {
         "end": "mean (worst) client at its end",
         "rounds": f"at {condition.rounds} rounds",
         "bytes": "at the fewest bytes",
-        "time": f"at {condition.seconds or 0:g} virtual s",
+        "time": f"at {condition.seconds:g} virtual s" if condition.seconds else "at dec-lora's virtual time",
     }
-    head = ["system", "rate", "rounds", *(["virtual s"] if condition.seconds else []), "sent, MB"]
+    head = ["system", "rate", "rounds", "virtual s", "sent, MB"]
     lines = [head + [titles[look] for look in looks]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         cells = [row["system"], f"{row['rate']:g}", str(row["rounds"])]
-        cells += [f"{row['seconds']:.0f}"] if condition.seconds else []
-        cells.append(f"{row['sent'] / 1e6:.2f}")
+        cells += [f"{row['seconds']:.0f}", f"{row['sent'] / 1e6:.2f}"]
         lines.append(cells + [_told(row["at"][look]) for look in looks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -96,3 +96,12 @@ def test_rows_are_taken_at_equal_cost(systems):
 def test_the_base_of_a_condition_is_a_config(systems, data):
     for name in systems.CONDITIONS:
         assert load_config(systems.grid(name, data, Rates())["base"]).clients == 10
+
+
+def test_a_condition_without_a_clock_counts_gradients_and_bytes(systems):
+    words = ["clients=10", "train.local_steps=5", "algorithm.name=fedspeed", "topology=ring"]
+    run = [evaluated(0, [0.5], float("nan")), round_done(0, 2e7), round_done(1, 0), evaluated(2, [0.6], float("nan"))]
+    looks = [each.virtual_seconds for each in systems.timed(run, load_config(None, words)) if hasattr(each, "own")]
+    assert looks == [0.0, 2 * 5 * 2 + 2e7 / 10 / systems.UPLINK]
+    clock = load_config(None, [*words, "clock.step=1.0"])
+    assert systems.timed(run, clock) == run
