@@ -567,7 +567,7 @@ def test_the_room_for_merges_is_what_they_take():
             assert columns == bound, case
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fedhl"])
 def test_a_quantised_base_is_refused(name):
     base, topology = torch.nn.Linear(2, 2), exchange(RING).topology
     base.config = SimpleNamespace(quantization_config={"bits": 4})
@@ -576,6 +576,12 @@ def test_a_quantised_base_is_refused(name):
     base.config, base.weight = None, torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(CompositionError, match="weights in torch.uint8"):
         check_merges(name, build_algorithm(name, {}), topology, 3, start(), base)
+
+
+def test_who_merges_nothing_into_it_takes_a_quantised_base():
+    base = torch.nn.Linear(2, 2)
+    base.config = SimpleNamespace(quantization_config={"bits": 4})
+    check_merges("fedhl", build_algorithm("fedhl", {}), exchange(RING).topology, 3, start(), base)
 
 
 @pytest.mark.parametrize(("name", "settings"), [("flora", {}), ("rac-lora", {"settle": 2})])

@@ -43,6 +43,7 @@ class FedExLoRA(FactorGossip):
     mixes: ClassVar = "A and B; the residual of the products goes into the base"
     operator: ClassVar[Operator] = "sum-product"
     source: ClassVar = "FedEx-LoRA, arXiv 2410.09432"
+    into_base: ClassVar = True
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FedExLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""

@@ -42,6 +42,7 @@ class FLoRA(FactorGossip):
     mixes: ClassVar = "A and B, as products, into the base"
     operator: ClassVar[Operator] = "sum-product"
     source: ClassVar = "FLoRA, arXiv 2409.05976"
+    into_base: ClassVar = True
     unequal_ranks: ClassVar = None
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FLoRA, tuple[str, ...]]:

@@ -1,9 +1,9 @@
-"""What a method that merges into the base asks of a run: room for every client's merges, and a base that takes them."""
+"""What a method that keeps sums of products asks of a run: room for them, and a base that takes what is merged."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from peerlora.errors import CompositionError
 
@@ -21,6 +21,9 @@ _COPIES = 3  # the sum, the longer one that replaces it, and what a checkpoint w
 class Merging(Protocol):
     """A method whose clients keep sums of low-rank products."""
 
+    into_base: ClassVar[bool]
+    """Whether they are merged into the base, or only remembered beside the adapters."""
+
     def merged_columns(self, rank: int, senders: int, rounds: int) -> int:
         """Columns that a client's sum has at the end of the run; ``senders``: most that ever reach it, itself too."""
         ...
@@ -34,7 +37,7 @@ def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, round
     if not isinstance(algorithm, Merging):
         return
     quantised = _quantised(base)
-    if quantised:
+    if algorithm.into_base and quantised:
         raise CompositionError(
             f"{name} merges into the base, and {quantised}; merging needs weights of full precision: load the base "
             "unquantised, or use algorithm.name=dec-lora"

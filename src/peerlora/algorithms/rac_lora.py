@@ -69,6 +69,7 @@ class RACLoRA(FactorGossip):
     mixes: ClassVar = "the factor that trains"
     operator: ClassVar[Operator] = "both"
     source: ClassVar = "RAC-LoRA, arXiv 2410.08305"
+    into_base: ClassVar = True
 
     def __post_init__(self):
         if self.chain < 1 or (self.settle is not None and self.settle < 0):
