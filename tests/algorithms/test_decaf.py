@@ -1,4 +1,4 @@
-"""What DeCAF and FlexLoRA promise: exact up to the tail, blind to the gauge, and no dead directions."""
+"""What DeCAF and FlexLoRA promise: exact up to the tail, and no dead directions."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -59,20 +59,6 @@ def test_with_rank_enough_it_is_exact_gossip_of_products(graph):
         assert torch.allclose(found[layer], torch.einsum("ij,jdk->idk", W, P), rtol=0, atol=1e-12)
         assert torch.allclose(found[layer].mean(0), P.mean(0), rtol=0, atol=1e-12)  # W is doubly stochastic
     assert peers.measured["truncation_tail"].abs().max() < 1e-24
-
-
-@pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
-def test_no_client_s_gauge_is_seen(graph):
-    x = trained()
-    turned = replace(x, flat=x.flat.clone())
-    for layer in x.A:
-        R = torch.eye(4) + 0.3 * torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        turned.B[layer].copy_(x.B[layer] @ R)
-        turned.A[layer].copy_(torch.linalg.solve(R, x.A[layer]))
-    peers = exchange(graph)
-    one, other = (peers.combine(values, product_consensus) for values in (x, turned))
-    reached = peers.graph.degrees > 0
-    assert torch.allclose(one.flat[reached], other.flat[reached], rtol=0, atol=1e-9)
 
 
 def test_alone_the_product_stays():

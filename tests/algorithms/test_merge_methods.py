@@ -207,31 +207,6 @@ def test_the_exchange_is_exact_gossip_of_products(name, graph):
             assert torch.allclose(models(after)[n].mean(0), whole.mean(0), rtol=0, atol=1e-12)
 
 
-def turned(x):
-    """The same products from other factors, for each client its own gauge."""
-    y = replace(x, flat=x.flat.clone())
-    for layer in x.A:
-        R = torch.eye(4) + 0.3 * torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        y.B[layer].copy_(x.B[layer] @ R)
-        y.A[layer].copy_(torch.linalg.solve(R, x.A[layer]))
-    return y
-
-
-@pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
-@pytest.mark.parametrize("name", ["flora", "fedex-lora", "fedhl"])
-def test_no_client_s_gauge_is_seen(name, graph):
-    found = []
-    for gauge in (lambda x: x, turned):
-        learner, peers, algorithm = Drift(range(4)), exchange(graph), build_algorithm(name, {})
-        peers.begin(1)
-        learner.begin(1)
-        both = SimpleNamespace(fit=lambda x, train, gauge=gauge, learner=learner: gauge(learner.fit(x, train)))
-        state = algorithm.round(1, algorithm.start(start(), peers), both, peers)
-        found.append((models(algorithm.model(state)), parts(state)[1] if name == "fedhl" else {}))
-    for one, other in zip(*found, strict=True):
-        assert all(torch.allclose(W, other[n], rtol=0, atol=1e-9) for n, W in one.items())
-
-
 # --- RAC-LoRA
 
 
