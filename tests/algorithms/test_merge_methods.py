@@ -166,17 +166,6 @@ def test_one_block_is_ffa_lora_with_the_block_s_factor(graph):
     assert_same(rac, ffa, 1e-13)
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
-@pytest.mark.parametrize("name", METHODS)
-def test_clients_that_do_the_same_stay_the_same(name, graph):
-    algorithm = build_algorithm(name, {"chain": 1} if name == "rac-lora" else {})
-    learner = SimpleNamespace(begin=lambda t: None, fit=lambda x, train: Drift([0] * 4).fit(x, train))
-    for state in run(algorithm, start(), exchange(graph), learner=learner):
-        x, dense = parts(state)
-        for W in [*models(x).values(), *dense.values()]:
-            assert (W - W[:1]).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_the_complete_graph_leaves_no_disagreement(name):
     settings = {"chain": 1, "settle": 0} if name == "rac-lora" else {}
