@@ -166,17 +166,6 @@ def test_one_block_is_ffa_lora_with_the_block_s_factor(graph):
     assert_same(rac, ffa, 1e-13)
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
-@pytest.mark.parametrize("name", METHODS)
-def test_clients_that_do_the_same_stay_the_same(name, graph):
-    algorithm = build_algorithm(name, {"chain": 1} if name == "rac-lora" else {})
-    learner = SimpleNamespace(begin=lambda t: None, fit=lambda x, train: Drift([0] * 4).fit(x, train))
-    for state in run(algorithm, start(), exchange(graph), learner=learner):
-        x, dense = parts(state)
-        for W in [*models(x).values(), *dense.values()]:
-            assert (W - W[:1]).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_the_complete_graph_leaves_no_disagreement(name):
     settings = {"chain": 1, "settle": 0} if name == "rac-lora" else {}
@@ -205,31 +194,6 @@ def test_the_exchange_is_exact_gossip_of_products(name, graph):
             expected = whole - own + torch.einsum("ij,jok->iok", W, own)
             assert torch.allclose(models(after)[n], expected, rtol=0, atol=1e-12)
             assert torch.allclose(models(after)[n].mean(0), whole.mean(0), rtol=0, atol=1e-12)
-
-
-def turned(x):
-    """The same products from other factors, for each client its own gauge."""
-    y = replace(x, flat=x.flat.clone())
-    for layer in x.A:
-        R = torch.eye(4) + 0.3 * torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        y.B[layer].copy_(x.B[layer] @ R)
-        y.A[layer].copy_(torch.linalg.solve(R, x.A[layer]))
-    return y
-
-
-@pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
-@pytest.mark.parametrize("name", ["flora", "fedex-lora", "fedhl"])
-def test_no_client_s_gauge_is_seen(name, graph):
-    found = []
-    for gauge in (lambda x: x, turned):
-        learner, peers, algorithm = Drift(range(4)), exchange(graph), build_algorithm(name, {})
-        peers.begin(1)
-        learner.begin(1)
-        both = SimpleNamespace(fit=lambda x, train, gauge=gauge, learner=learner: gauge(learner.fit(x, train)))
-        state = algorithm.round(1, algorithm.start(start(), peers), both, peers)
-        found.append((models(algorithm.model(state)), parts(state)[1] if name == "fedhl" else {}))
-    for one, other in zip(*found, strict=True):
-        assert all(torch.allclose(W, other[n], rtol=0, atol=1e-9) for n, W in one.items())
 
 
 # --- RAC-LoRA

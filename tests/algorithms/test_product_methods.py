@@ -155,19 +155,6 @@ def test_without_links_and_with_one_client_it_is_training_alone(name):
         assert all(torch.equal(ours.flat, theirs.flat) for ours, theirs in zip(found, local, strict=True))
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.kind)
-@pytest.mark.parametrize("name", METHODS)
-def test_clients_that_do_the_same_stay_the_same(name, graph):
-    class Together(plain.Drift):
-        def __init__(self):
-            super().__init__([0, 0, 0, 0])
-
-    for state in run(build_algorithm(name, {}), start(), exchange(graph), learner=Together()):
-        one = {layer: state.B[layer][0] @ state.A[layer][0] for layer in state.A}
-        for layer, product in one.items():
-            assert (state.B[layer] @ state.A[layer] - product).abs().max() < 1e-9
-
-
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fedrot-lora"])
 def test_the_complete_graph_leaves_no_disagreement(name):
     for state in run(build_algorithm(name, {}), start(), exchange(GRAPHS[2])):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.diagnostics import agreement, local_cross_term
 from peerlora.lora.product import (
@@ -18,6 +19,8 @@ from peerlora.lora.product import (
     product_consensus,
     sum_norm2,
 )
+from peerlora.sections import EdgesGraph, RandomGraph
+from peerlora.topology.schedule import build_topology
 
 LOCAL = settings(max_examples=60, deadline=None)
 
@@ -78,12 +81,48 @@ def test_identity_1_the_cross_term_is_what_averaging_factors_loses(case):
 
 @LOCAL
 @given(factors(), st.integers(0, 1000))
+def test_identity_1_in_pairs(case, seed):
+    """``1/2 sum_ij p_i p_j (B_i - B_j)(A_i - A_j)`` is the cross-term, of equal weights and of any."""
+    B, A = case
+    for p in (torch.full((len(B),), 1 / len(B), dtype=torch.float64), weights_of(len(B), seed)):
+        pairs = (B[:, None] - B) @ (A[:, None] - A)
+        lost2 = (torch.einsum("i,j,ijde->de", p, p, pairs) / 2).square().sum()
+        assert close(local_cross_term2(B, A, p), lost2, B.square().sum() * A.square().sum())
+        if p[0] == 1 / len(B):
+            assert close(cross_term2(B, A), lost2, B.square().sum() * A.square().sum())
+
+
+@LOCAL
+@given(factors(), st.integers(0, 1000))
 def test_identity_2_the_local_cross_term_is_what_one_mixing_loses(case, seed):
     B, A = case
     w = weights_of(len(B), seed)[:, None, None]
     lost = (w * (B @ A)).sum(0) - (w * B).sum(0) @ (w * A).sum(0)
     found = local_cross_term2(B, A, w.flatten())
     assert close(found, lost.square().sum(), B.square().sum() * A.square().sum())
+
+
+@LOCAL
+@given(factors(), st.floats(0.1, 1), st.integers(0, 1000))
+def test_identity_4_mixing_keeps_the_mean_factors_and_moves_the_mean_product(case, p, seed):
+    """By minus the mean over the receivers of identity 2."""
+    (B, A), topology = case, build_topology(RandomGraph(kind="random", p=p), len(case[0]), seed)
+    peers, W = StackedExchange(topology, range(len(B))), torch.from_numpy(topology.at(0).W)
+    B_new, A_new = peers.mix({"B": B, "A": A}).values()
+    scale = (B.square().sum() * A.square().sum()).sqrt()
+    assert close(B_new.mean(0), B.mean(0), B.abs().max()) and close(A_new.mean(0), A.mean(0), A.abs().max())
+    lost = torch.einsum("ij,ijdr,ijre->ide", W, B - B_new[:, None], A - A_new[:, None])
+    assert close((B_new @ A_new).mean(0), (B @ A).mean(0) - lost.mean(0), scale)
+    for own, w in zip(lost, W, strict=True):
+        assert close(local_cross_term2(B, A, w), own.square().sum(), scale**2)
+
+
+def test_identity_4_by_hand():
+    # B = 1, 3 and A = 2, 6 become 2, 2 and 4, 4 on one link: the mean product goes from (2 + 18) / 2 to 8.
+    B, A = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in ([1, 3], [2, 6]))
+    topology = build_topology(EdgesGraph(kind="edges", edges=[(0, 1)]), 2, 0)
+    B, A = StackedExchange(topology, range(2)).mix({"B": B, "A": A}).values()
+    assert B.flatten().tolist() == [2, 2] and A.flatten().tolist() == [4, 4] and float((B @ A).mean()) == 8
 
 
 @LOCAL
