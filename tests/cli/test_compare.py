@@ -149,17 +149,6 @@ def test_the_full_presets_are_the_papers_protocol(tmp_path):
     assert len(TASKS["MNLI"][3]["shares"][0]) == 3
 
 
-def test_every_published_number_has_its_place_in_the_full_preset():
-    from peerlora.runs.published import PAPERS
-
-    for name, paper in PAPERS.items():
-        known = places(load_grid(preset(name, "full")))
-        for number in paper.numbers:
-            for task in number.tasks:
-                wanted = number.labels | {"dataset": task}
-                assert any(wanted.items() <= place.labels.items() for place in known), wanted
-
-
 def test_another_kind_drops_the_settings_of_the_old_one():
     base = {"topology": {"kind": "random", "p": 0.3, "weights": "laplacian"}}
     grid = load_grid({"base": base, "axes": {"topology": ["ring", {"p": 0.5}]}})
