@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from peerlora.algorithms import REGISTRY
 from peerlora.config import load_config
 from peerlora.runs.compare import Outcome, bootstrap, compare, estimate, measures, paired
 from peerlora.runs.compare_figures import comparison_figures
@@ -17,9 +18,9 @@ from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
-def events(*own, higher=True, sent=100):
+def events(*own, higher=True, sent=100, method="m"):
     """A run of one round per evaluation behind the first; ``own``: per evaluation, the clients' metric."""
-    start = RunStarted("", "m", 2, len(own) - 1, "accuracy", higher, 0, 1, {}, {}, {"kind": "ring"}, 5, [])
+    start = RunStarted("", method, 2, len(own) - 1, "accuracy", higher, 0, 1, {}, {}, {"kind": "ring"}, 5, [])
     rounds = [RoundDone(t, [1.0, 1.0], 0, 0, 0.5, 0.25, 0, 0.5, [], 1, 50, sent, 1, 1, 0) for t in range(len(own) - 1)]
     scores = [
         Evaluated(t, 10, list(values), 0.75, [1.0, 1.0], 1.0, 2.0, t == len(own) - 1) for t, values in enumerate(own)
@@ -203,3 +204,23 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles(timed) == ["accuracy of the mean client by virtual seconds, graph ring"]
     assert titles([outcome("a", 0, 0.5, 0.9)]) == []
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
+
+
+def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp_path):
+    """Methods whose operator is sum-product, but for those that merge; and the one that turns factors."""
+    kept = {"flora", "fedex-lora"}
+    expected = {name for name, kind in REGISTRY.items() if kind.operator == "sum-product"} - kept | {"fedrot-lora"}
+    assert {"decaf", "flexlora", "fedhl"} < expected and kept < set(REGISTRY)
+    told = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
+    write_results(tmp_path, told, [], {"method": "dec-lora"}, "", {}, None)
+    lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    noted = {(line["method"], line["measure"]) for line in lines if "coordinates" in line["note"]}
+    assert noted == {(name, "averaged model") for name in expected}
+    for row in (tmp_path / "table.md").read_text().splitlines():
+        if row.startswith("| ") and not row.startswith(("| method", "| ---")):
+            assert row.count("0.750 †") == (row.split(" | ")[0][2:] in expected), row
+    assert (tmp_path / "table.md").read_text().count("† The mean of factors") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("0.750 †") == len(expected) and page.count("[no interval] †") == len(expected)
+    write_results(tmp_path, told[:1], [], {}, "", {}, None)
+    assert "†" not in (tmp_path / "table.md").read_text() + (tmp_path / "report.html").read_text()

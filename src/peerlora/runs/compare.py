@@ -79,6 +79,13 @@ class Line:
     """Empty for the baseline itself, and where none was chosen."""
     diverged: int
     """Seeds without a result."""
+    method: str = ""
+    """The method's own name; empty before the first run has begun."""
+
+    @property
+    def gauges_differ(self) -> bool:
+        """Whether the averaged model is a mean of factors that lie in different coordinates."""
+        return gauges_differ(self.method)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,19 @@ class Comparison:
                 for line in self.lines
             ],
         }
+
+
+def gauges_differ(method: str) -> bool:
+    """Whether a method leaves the factors of its clients in coordinates (gauges) of their own.
+
+    Those do that factor an average of products anew, and fedrot-lora, which turns factors towards each receiver.  flora
+    and fedex-lora average products as well, but merge them: their factors keep the common coordinates, and the mean of
+    what is merged is exact.
+    """
+    from peerlora.algorithms import REGISTRY
+
+    operator = getattr(REGISTRY.get(method), "operator", None)
+    return (operator == "sum-product" and method not in ("flora", "fedex-lora")) or method == "fedrot-lora"
 
 
 def measures(events: Sequence[Event]) -> dict[str, float]:
@@ -190,7 +210,9 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples:
             if (apart := paired(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
         }
         diverged = sum(each.diverged is not None for each in outcomes if each.place == place)
-        lines.append(Line(place, told.labels, told.rate, estimates, differences, diverged))
+        starts = [started(each.events) for each in outcomes if each.place == place]
+        method = next((start.method for start in starts if start is not None), "")
+        lines.append(Line(place, told.labels, told.rate, estimates, differences, diverged, method))
     return lines
 
 

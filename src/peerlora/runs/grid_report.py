@@ -10,7 +10,7 @@ from pathlib import Path
 from peerlora.config import RunConfig
 from peerlora.runs.compare import Comparison, Estimate, Line, Outcome, estimate, measures
 from peerlora.runs.compare_figures import comparison_figures
-from peerlora.runs.compare_files import cells, head, notes
+from peerlora.runs.compare_files import cells, difference, head, marked, notes
 from peerlora.runs.papers import Number, Paper
 from peerlora.runs.published import apart, dataset, fits, ours, papers_for
 from peerlora.runs.report import number, picture_html, table_html, write_page
@@ -56,9 +56,7 @@ def _differences(result: Comparison) -> str:
 
 
 def _apart(line: Line, name: str) -> str:
-    from peerlora.runs.compare_files import difference
-
-    return difference(line.differences.get(name))
+    return difference(line.differences.get(name)) + marked(line, name)
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:
