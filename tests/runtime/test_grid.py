@@ -1,5 +1,6 @@
 """Grids on tiny models: what is checked, what is searched, what is kept, and what a kill costs."""
 
+import csv
 import json
 import multiprocessing
 import shutil
@@ -181,6 +182,10 @@ def test_the_rate_that_was_found_is_used_wherever_the_settings_agree(tree, tmp_p
     reached = {rate: summaries[f"random__lr-{rate:g}__seed-7"]["accuracy"]["own_mean"] for rate in (0.001, 0.05)}
     best = max((0.001, 0.05), key=lambda rate: reached[rate])
     assert [line.rate for line in result.lines] == [best, best]
+    assert [line.rate_from for line in result.lines] == ["", "random"]
+    for name in ("table.md", "report.html"):
+        assert (tmp_path / name).read_text().count(f"{best:g} (of random)") == 1
+    assert [row["rate of"] for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())][-1] == "random"
     assert set(pq.read_table(tmp_path / "results.parquet")["purpose"].to_pylist()) == {"search", "report"}
 
 

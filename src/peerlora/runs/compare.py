@@ -47,6 +47,8 @@ class Outcome:
     """Why there is no result."""
     p: float | None = None
     """Of a random topology: the probability that two clients meet."""
+    searched_on: Mapping[str, str] | None = None
+    """The labels of the place that the rate was searched on; None where none was."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Line:
     """Seeds without a result."""
     method: str = ""
     """The method's own name; empty before the first run has begun."""
+    searched_on: Mapping[str, str] | None = None
+    """The labels of the place that the rate was searched on; None where none was."""
+
+    @property
+    def rate_from(self) -> str:
+        """The labels in which the place that the rate was searched on differs; empty where it is this one."""
+        other = self.searched_on or {}
+        return ", ".join(label for axis, label in other.items() if label != self.labels[axis])
 
     @property
     def gauges_differ(self) -> bool:
@@ -111,6 +121,7 @@ class Comparison:
                 {
                     "labels": dict(line.labels),
                     "rate": line.rate,
+                    "rate_from": line.rate_from,
                     "diverged": line.diverged,
                     "estimates": {name: vars(each) for name, each in line.estimates.items()},
                     "differences": {name: vars(each) for name, each in line.differences.items()},
@@ -212,7 +223,8 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples:
         diverged = sum(each.diverged is not None for each in outcomes if each.place == place)
         starts = [started(each.events) for each in outcomes if each.place == place]
         method = next((start.method for start in starts if start is not None), "")
-        lines.append(Line(place, told.labels, told.rate, estimates, differences, diverged, method))
+        shown = Line(place, told.labels, told.rate, estimates, differences, diverged, method, told.searched_on)
+        lines.append(shown)
     return lines
 
 

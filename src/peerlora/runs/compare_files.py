@@ -80,8 +80,8 @@ def csv_text(result: Comparison) -> str:
     axes = list(result.lines[0].labels) if result.lines else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged", "note"]
-    writer.writerow([*axes, *head])
+    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
+    writer.writerow([*axes, *head, "rate of", "note"])
     for line in result.lines:
         for name in MEASURES:
             known, apart = line.estimates.get(name), line.differences.get(name)
@@ -89,7 +89,7 @@ def csv_text(result: Comparison) -> str:
             numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
             cells = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
             note = MARKED if marked(line, name) else ""
-            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged, note])
+            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged, line.rate_from, note])
     return out.getvalue()
 
 
@@ -109,7 +109,8 @@ def cells(result: Comparison, line: Line) -> list[str]:
         known.insert(1, "baseline" if base else difference(line.differences.get("mean client")))
     seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
     told = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
-    return [*line.labels.values(), f"{line.rate:g}", told, *known]
+    rate = f"{line.rate:g}" + (f" (of {line.rate_from})" if line.rate_from else "")
+    return [*line.labels.values(), rate, told, *known]
 
 
 def marked(line: Line, name: str) -> str:
@@ -154,6 +155,8 @@ def notes(result: Comparison, searched: bool) -> list[str]:
         )
     if searched:
         told.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
+    if any(line.rate_from for line in result.lines):
+        told.append("A rate 'of' another setting was searched there: both agree on what search.each of the grid names.")
     return told
 
 

@@ -20,7 +20,7 @@ from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Event
 from peerlora.runs.store import read_events, require_free
 from peerlora.runs.table import evaluations, started
-from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan
+from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan, searched_on
 from peerlora.runtime.compose import Bases, Materials, compose, load_materials, resolve_threads
 from peerlora.runtime.simulate import Stopped, resume, simulate
 
@@ -293,9 +293,10 @@ def _best(place: str, scores: dict[float, list[float]]) -> float:
 
 
 def _results(grid: GridConfig, folder: Path, searched: Sequence[Cell], cells: Sequence[Cell]) -> Comparison:
+    on = searched_on(grid)
     return write_results(
         folder,
-        [_outcome(cell, folder) for cell in cells],
+        [replace(_outcome(cell, folder), searched_on=on.get(cell.place)) for cell in cells],
         [_outcome(cell, folder) for cell in searched],
         grid.baseline,
         grid.to_yaml(),
