@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from peerlora.runtime.cells import load_grid, places, plan, search_plan
+from peerlora.runtime.cells import load_grid, places, plan, search_plan, searched_on
 from peerlora.runtime.presets import PRESETS, TASKS, preset
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
@@ -145,19 +145,11 @@ def test_the_full_presets_are_the_papers_protocol(tmp_path):
         assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.head) == (8, 16, 0.1, "frozen")
         assert cell.config.topology.model_dump()["p"] == 0.1 and cell.config.clients == 10
     assert {cell.config.algorithm.parameters.get("interval") for cell in plan(adf).cells} == {None, 1, 5, 10, 20}
-    assert len(search_plan(adf).cells) == 4 * 4 * 4  # methods, tasks, rates
+    assert len(search_plan(adf).cells) == (3 + 4) * 4 * 4  # methods and intervals, tasks, rates
+    assert len(search_plan(tad).cells) == 4 * 4 * 5  # methods, tasks, rates; on the first graph
+    assert all(labels["method"] in place for place, labels in searched_on(adf).items())
+    assert {labels["topology"] for labels in searched_on(tad).values()} == {"random p=0.5"}
     assert len(TASKS["MNLI"][3]["shares"][0]) == 3
-
-
-def test_every_published_number_has_its_place_in_the_full_preset():
-    from peerlora.runs.published import PAPERS
-
-    for name, paper in PAPERS.items():
-        known = places(load_grid(preset(name, "full")))
-        for number in paper.numbers:
-            for task in number.tasks:
-                wanted = number.labels | {"dataset": task}
-                assert any(wanted.items() <= place.labels.items() for place in known), wanted
 
 
 def test_another_kind_drops_the_settings_of_the_old_one():

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from peerlora.algorithms import REGISTRY
 from peerlora.config import load_config
 from peerlora.runs.compare import Outcome, bootstrap, compare, estimate, measures, paired
 from peerlora.runs.compare_figures import comparison_figures
@@ -17,9 +18,9 @@ from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
-def events(*own, higher=True, sent=100):
+def events(*own, higher=True, sent=100, method="m"):
     """A run of one round per evaluation behind the first; ``own``: per evaluation, the clients' metric."""
-    start = RunStarted("", "m", 2, len(own) - 1, "accuracy", higher, 0, 1, {}, {}, {"kind": "ring"}, 5, [])
+    start = RunStarted("", method, 2, len(own) - 1, "accuracy", higher, 0, 1, {}, {}, {"kind": "ring"}, 5, [])
     rounds = [RoundDone(t, [1.0, 1.0], 0, 0, 0.5, 0.25, 0, 0.5, [], 1, 50, sent, 1, 1, 0) for t in range(len(own) - 1)]
     scores = [
         Evaluated(t, 10, list(values), 0.75, [1.0, 1.0], 1.0, 2.0, t == len(own) - 1) for t, values in enumerate(own)
@@ -166,34 +167,13 @@ def test_the_report_is_one_file_with_everything(written):
     page = (written[0] / "report.html").read_text()
     assert "<script" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<i>" not in page and "a|&lt;i&gt;" in page
-    for part in ("Search of the learning rate", "Runs that diverged", "loss of client 0", "second hand", "base: {}"):
+    for part in ("Search of the learning rate", "Runs that diverged", "loss of client 0", "Second hand", "base: {}"):
         assert part in page
     published = page[page.index("Beside the published numbers") :]
-    for part in ("0.8505", "ADF-LoRA T=5: mean over SST-2, QNLI, QQP, MNLI", "not run", "RoBERTa-large", "150 rounds"):
+    for part in ("0.8505", "ADF-LoRA T=5: mean over SST-2, QNLI, QQP, MNLI", "not run", "roberta-large", "150 rounds"):
         assert part in published
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and page.count("<figure") == 4
-
-
-def test_tasks_are_averaged_only_where_all_are_there(tmp_path):
-    def one(task, value):
-        labels = {"method": "LoRA", "dataset": task}
-        return Outcome(task, labels, 0, 0.01, task, events((0.5, 0.5), (value, value)))
-
-    tasks = {"SST-2": 0.5, "QNLI": 0.25, "QQP": 0.75, "MNLI": 1.0}
-    configs = {
-        task: load_config({"data": {"train": f"hub:nyu-mll/glue/{task.replace('-', '').lower()}:train"}})
-        for task in tasks
-    }
-    for count, expected in (
-        (4, ["0.6250", "1.0000"]),
-        (3, ["0.5000 (SST-2 only); 0.2500 (QNLI only); 0.7500 (QQP only)", "not run"]),
-    ):
-        told = [one(task, value) for task, value in list(tasks.items())[:count]]
-        write_results(tmp_path, told, [], {}, "", configs, "adf-lora")
-        page = (tmp_path / "report.html").read_text()
-        ours = re.findall(r"<tr><th scope=\"row\">LoRA: .*?</td><td class=number>(.*?)</td></tr>", page)
-        assert ours == expected  # the mean over four tasks, and MNLI alone
 
 
 def test_a_grid_without_a_finished_cell_can_be_written(tmp_path):
@@ -224,3 +204,23 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles(timed) == ["accuracy of the mean client by virtual seconds, graph ring"]
     assert titles([outcome("a", 0, 0.5, 0.9)]) == []
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
+
+
+def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp_path):
+    """Methods whose operator is sum-product, but for those that merge; and the one that turns factors."""
+    kept = {"flora", "fedex-lora"}
+    expected = {name for name, kind in REGISTRY.items() if kind.operator == "sum-product"} - kept | {"fedrot-lora"}
+    assert {"decaf", "flexlora", "fedhl"} < expected and kept < set(REGISTRY)
+    told = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
+    write_results(tmp_path, told, [], {"method": "dec-lora"}, "", {}, None)
+    lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    noted = {(line["method"], line["measure"]) for line in lines if "coordinates" in line["note"]}
+    assert noted == {(name, "averaged model") for name in expected}
+    for row in (tmp_path / "table.md").read_text().splitlines():
+        if row.startswith("| ") and not row.startswith(("| method", "| ---")):
+            assert row.count("0.750 †") == (row.split(" | ")[0][2:] in expected), row
+    assert (tmp_path / "table.md").read_text().count("† The mean of factors") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("0.750 †") == len(expected) and page.count("[no interval] †") == len(expected)
+    write_results(tmp_path, told[:1], [], {}, "", {}, None)
+    assert "†" not in (tmp_path / "table.md").read_text() + (tmp_path / "report.html").read_text()

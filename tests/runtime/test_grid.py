@@ -1,7 +1,9 @@
 """Grids on tiny models: what is checked, what is searched, what is kept, and what a kill costs."""
 
+import csv
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -9,14 +11,17 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import peerlora.runtime.compose as compose_module
 from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError
 from peerlora.runs.compare import Outcome
 from peerlora.runs.events import Evaluated, RunStarted
 from peerlora.runtime.cells import load_grid, places, plan, search_plan
 from peerlora.runtime.compose import Bases, compose, load_materials
 from peerlora.runtime.folder import export_from_run
-from peerlora.runtime.grid import Hooks, best_rates, resume_grid, start_grid
+from peerlora.runtime.grid import Hooks, Shared, best_rates, resume_grid, start_grid
 from peerlora.runtime.simulate import Stopped, simulate
 
 METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
@@ -177,6 +182,10 @@ def test_the_rate_that_was_found_is_used_wherever_the_settings_agree(tree, tmp_p
     reached = {rate: summaries[f"random__lr-{rate:g}__seed-7"]["accuracy"]["own_mean"] for rate in (0.001, 0.05)}
     best = max((0.001, 0.05), key=lambda rate: reached[rate])
     assert [line.rate for line in result.lines] == [best, best]
+    assert [line.rate_from for line in result.lines] == ["", "random"]
+    for name in ("table.md", "report.html"):
+        assert (tmp_path / name).read_text().count(f"{best:g} (of random)") == 1
+    assert [row["rate of"] for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())][-1] == "random"
     assert set(pq.read_table(tmp_path / "results.parquet")["purpose"].to_pylist()) == {"search", "report"}
 
 
@@ -227,6 +236,59 @@ def test_killed_and_resumed(whole, tree, tmp_path):
     again = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/summary.json")}
     assert len(again) == 4 and finished.items() <= again.items()
     assert numbers(out) == numbers(whole.folder)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The seeds that a base model was loaded for."""
+    found = []
+    load = compose_module.load_base
+    monkeypatch.setattr(compose_module, "load_base", lambda *arguments: found.append(arguments[3]) or load(*arguments))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])  # heads of one module and of two
+@pytest.mark.parametrize("words", [["adapter.head=frozen"], ["train.dtype=bf16"], ["train.fast=false"]])
+def test_a_base_is_loaded_once_and_its_head_drawn_for_every_seed(kind, words, config, loads):
+    shared = Shared()
+    first = config(kind, *words)
+    materials = shared.materials(first)
+    for seed in (0, 1, 2, 0):
+        again = config(kind, *words, f"seed={seed}")
+        here = {
+            name: value.clone() for name, value in compose(again, materials=materials).model.base.state_dict().items()
+        }
+        assert len(loads) == 1
+        alone = compose(again, materials=replace(materials, bases=None)).model.base.state_dict()
+        assert here.keys() == alone.keys() and all(torch.equal(here[name], alone[name]) for name in alone), seed
+        loads.pop()
+
+
+def test_a_base_whose_weights_lack_more_than_the_head_is_loaded_for_every_seed(config, models, tmp_path, loads):
+    folder = shutil.copytree(models("bert"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "pooler" not in name}, folder / "model.safetensors")
+    cells = [config("bert", f"model.source={folder}", f"seed={seed}") for seed in (0, 1)]
+    shared = Shared()
+    bases = [compose(cell, materials=shared.materials(cell)).model.detach().state_dict() for cell in cells]
+    assert loads == [0, 1]
+    assert not torch.equal(bases[0]["bert.pooler.dense.weight"], bases[1]["bert.pooler.dense.weight"])
+
+
+def test_a_head_that_is_not_what_its_seed_draws_is_loaded_anew(config, loads):
+    shared = Shared()
+    first = config("bert")
+    compose(first, materials=shared.materials(first)).model.detach().classifier.weight.data.add_(1)
+    other = config("bert", "seed=1")
+    compose(other, materials=shared.materials(other))
+    assert loads == [0, 1]
+
+
+def test_a_whole_grid_loads_its_base_once(tree, tmp_path, whole, loads):
+    """Check, search and cells of all seeds; with the result of the grid above."""
+    start_grid(load_grid(tree()), tmp_path, QUIET)
+    assert loads == [0]
+    assert numbers(tmp_path) == numbers(whole.folder)
 
 
 def test_one_base_serves_cells_one_after_another_to_the_bit(config, tmp_path):

@@ -47,6 +47,8 @@ class Outcome:
     """Why there is no result."""
     p: float | None = None
     """Of a random topology: the probability that two clients meet."""
+    searched_on: Mapping[str, str] | None = None
+    """The labels of the place that the rate was searched on; None where none was."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ class Line:
     """Empty for the baseline itself, and where none was chosen."""
     diverged: int
     """Seeds without a result."""
+    method: str = ""
+    """The method's own name; empty before the first run has begun."""
+    searched_on: Mapping[str, str] | None = None
+    """The labels of the place that the rate was searched on; None where none was."""
+
+    @property
+    def rate_from(self) -> str:
+        """The labels in which the place that the rate was searched on differs; empty where it is this one."""
+        other = self.searched_on or {}
+        return ", ".join(label for axis, label in other.items() if label != self.labels[axis])
+
+    @property
+    def gauges_differ(self) -> bool:
+        """Whether the averaged model is a mean of factors that lie in different coordinates."""
+        return gauges_differ(self.method)
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class Comparison:
                 {
                     "labels": dict(line.labels),
                     "rate": line.rate,
+                    "rate_from": line.rate_from,
                     "diverged": line.diverged,
                     "estimates": {name: vars(each) for name, each in line.estimates.items()},
                     "differences": {name: vars(each) for name, each in line.differences.items()},
@@ -111,6 +129,19 @@ class Comparison:
                 for line in self.lines
             ],
         }
+
+
+def gauges_differ(method: str) -> bool:
+    """Whether a method leaves the factors of its clients in coordinates (gauges) of their own.
+
+    Those do that factor an average of products anew, and fedrot-lora, which turns factors towards each receiver.  flora
+    and fedex-lora average products as well, but merge them: their factors keep the common coordinates, and the mean of
+    what is merged is exact.
+    """
+    from peerlora.algorithms import REGISTRY
+
+    operator = getattr(REGISTRY.get(method), "operator", None)
+    return (operator == "sum-product" and method not in ("flora", "fedex-lora")) or method == "fedrot-lora"
 
 
 def measures(events: Sequence[Event]) -> dict[str, float]:
@@ -190,7 +221,10 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples:
             if (apart := paired(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
         }
         diverged = sum(each.diverged is not None for each in outcomes if each.place == place)
-        lines.append(Line(place, told.labels, told.rate, estimates, differences, diverged))
+        starts = [started(each.events) for each in outcomes if each.place == place]
+        method = next((start.method for start in starts if start is not None), "")
+        shown = Line(place, told.labels, told.rate, estimates, differences, diverged, method, told.searched_on)
+        lines.append(shown)
     return lines
 
 

@@ -23,6 +23,11 @@ from peerlora.runs.compare import (
 from peerlora.runs.report import number, size
 from peerlora.runs.table import started
 
+MARK = " †"
+MARKED = (
+    "† The mean of factors that lie in different coordinates, since the method averages products or turns factors: it "
+    "says little about the method."
+)
 SHOWN = ("mean client", "worst client", "averaged model", "best round", "consensus of B·A", "bytes sent")
 
 
@@ -76,14 +81,15 @@ def csv_text(result: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
-    writer.writerow([*axes, *head])
+    writer.writerow([*axes, *head, "rate of", "note"])
     for line in result.lines:
         for name in MEASURES:
             known, apart = line.estimates.get(name), line.differences.get(name)
             low, high = (apart and apart.interval) or (None, None)
             numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
             cells = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
-            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged])
+            note = MARKED if marked(line, name) else ""
+            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged, line.rate_from, note])
     return out.getvalue()
 
 
@@ -97,13 +103,20 @@ def head(result: Comparison) -> list[str]:
 
 def cells(result: Comparison, line: Line) -> list[str]:
     """One line of the table for people."""
-    known = [_spread(name, line.estimates.get(name)) for name in SHOWN]
+    known = [_spread(name, line.estimates.get(name)) + marked(line, name) for name in SHOWN]
     if result.baseline:
         base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
         known.insert(1, "baseline" if base else difference(line.differences.get("mean client")))
     seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
     told = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
-    return [*line.labels.values(), f"{line.rate:g}", told, *known]
+    rate = f"{line.rate:g}" + (f" (of {line.rate_from})" if line.rate_from else "")
+    return [*line.labels.values(), rate, told, *known]
+
+
+def marked(line: Line, name: str) -> str:
+    """The sign behind a measure that says little about this line's method, else nothing."""
+    known = name == "averaged model" and name in line.estimates
+    return MARK if known and line.gauges_differ else ""
 
 
 def _spread(name: str, known: Estimate | None) -> str:
@@ -133,6 +146,8 @@ def notes(result: Comparison, searched: bool) -> list[str]:
         "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows; the best round "
         "is the best mean client of any evaluation, chosen on the rows it is reported on, so it flatters."
     ]
+    if any(marked(line, name) for line in result.lines for name in SHOWN):
+        told.append(MARKED)
     if result.baseline:
         told.append(
             f"Differences are paired by seed. In brackets: 95 % percentile bootstrap interval over seeds, "
@@ -140,6 +155,8 @@ def notes(result: Comparison, searched: bool) -> list[str]:
         )
     if searched:
         told.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
+    if any(line.rate_from for line in result.lines):
+        told.append("A rate 'of' another setting was searched there: both agree on what search.each of the grid names.")
     return told
 
 

@@ -8,10 +8,11 @@ from html import escape
 from pathlib import Path
 
 from peerlora.config import RunConfig
-from peerlora.runs.compare import Comparison, Line, Outcome, estimate, measures
+from peerlora.runs.compare import Comparison, Estimate, Line, Outcome, estimate, measures
 from peerlora.runs.compare_figures import comparison_figures
-from peerlora.runs.compare_files import cells, head, notes
-from peerlora.runs.published import PAPERS, Number, Paper, dataset, ours
+from peerlora.runs.compare_files import cells, difference, head, marked, notes
+from peerlora.runs.papers import Number, Paper
+from peerlora.runs.published import apart, dataset, fits, ours, papers_for
 from peerlora.runs.report import number, picture_html, table_html, write_page
 
 
@@ -32,8 +33,8 @@ def write_grid_report(
         body.append(table_html([cells(result, line) for line in result.lines], head(result)))
     body += [f'<p class="note">{escape(note)}</p>' for note in notes(result, bool(searched))]
     body += [_differences(result), _diverged([*outcomes, *searched])]
-    if published is not None and configs:
-        body.append(_published(result, PAPERS[published], configs, sorted({each.rate for each in searched}), seeds))
+    rates = sorted({each.rate for each in searched})
+    body += [_published(result, paper, configs, rates, seeds) for paper in papers_for(configs.values(), published)]
     axis = next(iter(result.baseline), None)
     body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
     body += [_searched(searched), _grid(grid)]
@@ -55,9 +56,7 @@ def _differences(result: Comparison) -> str:
 
 
 def _apart(line: Line, name: str) -> str:
-    from peerlora.runs.compare_files import difference
-
-    return difference(line.differences.get(name))
+    return difference(line.differences.get(name)) + marked(line, name)
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:
@@ -69,37 +68,64 @@ def _published(
     result: Comparison, paper: Paper, configs: Mapping[str, RunConfig], rates: list[float], seeds: list[int]
 ) -> str:
     """Theirs and ours side by side, and under them, in the same table, every aspect of the protocols that differs."""
-    each = [ours(config, rates, seeds) for config in configs.values()]
-    here = {aspect: "; ".join(dict.fromkeys(one[aspect] for one in each)) for aspect in each[0]}
-    rows = [
-        [_numbers_name(found), f"{found.value:.4f}", _our_number(result, configs, found)] for found in paper.numbers
+    fitting = [config for config in configs.values() if any(fits(each, config) for each in paper.numbers)]
+    here = [ours(config, rates, seeds, paper.measure) for config in fitting or configs.values()]
+    rows: list[Sequence[str]] = [
+        [_numbers_name(found), f"{found.value:.4f}", _our_number(result, configs, found, paper.measure)]
+        for found in paper.numbers
     ]
-    rows.append(["How they were found, where the two differ:", "", ""])
-    rows += [[aspect, theirs, here[aspect]] for aspect, theirs in paper.protocol.items() if theirs != here[aspect]]
+    rows.append(["How they were found, where the two differ or theirs was not found:", "", ""])
     told = (
-        "Published numbers are second hand, read in others' notes on the paper. With the differences that the table "
-        "lists, a number beside another says nothing about who is right; compare the order of the methods, if anything."
+        f"{paper.trust} With the differences that the table lists, a number beside another says nothing about who is "
+        "right; compare the order of the methods, if anything."
     )
     top = f"<h2>Beside the published numbers: {escape(paper.name)}</h2>"
-    return top + table_html(rows, ["", "published", "ours"]) + f'<p class="note">{escape(told)}</p>'
+    head = ["", "published", f"ours: {result.metric or 'metric'} of the {paper.measure}"]
+    return top + table_html([*rows, *apart(paper, here)], head) + f'<p class="note">{escape(told)}</p>'
 
 
 def _numbers_name(published: Number) -> str:
     over = f"mean over {', '.join(published.tasks)}" if len(published.tasks) > 1 else "".join(published.tasks)
-    return f"{', '.join(published.labels.values())}: {over}"
+    return f"{published.label}: {published.over or over}"
 
 
-def _our_number(result: Comparison, configs: Mapping[str, RunConfig], published: Number) -> str:
-    """Our mean client in the same place: over the same tasks where we have them all, else each task that we have."""
-    lines = [line for line in result.lines if published.labels.items() <= line.labels.items()]
-    found = {dataset(configs[line.place]): line.estimates.get("mean client") for line in lines}
-    known = {task: each for task, each in found.items() if each is not None}
-    if set(published.tasks) <= known.keys():
+def _our_number(result: Comparison, configs: Mapping[str, RunConfig], published: Number, measure: str) -> str:
+    """Our measure of the same method: over the same tasks where we have them all, else of each task that we have.
+
+    Where a grid has several settings of it, such as two graphs, each with its labels.
+    """
+    if not published.methods:
+        return "–"
+    lines = [line for line in result.lines if measure in line.estimates and fits(published, configs[line.place])]
+    axes = [axis for axis in (lines[0].labels if lines else ()) if len({line.labels[axis] for line in lines}) > 1]
+    axes = [axis for axis in axes if not _by_task(axis, lines, configs)]
+    found: dict[tuple[str, ...], dict[str, Estimate]] = {}
+    for line in lines:
+        setting = tuple(line.labels[axis] for axis in axes)
+        found.setdefault(setting, {})[dataset(configs[line.place])] = line.estimates[measure]
+    named = {setting: _over_tasks(published, known) for setting, known in found.items()}
+    if len(named) == 1:
+        return next(iter(named.values()))
+    return "; ".join(f"{', '.join(setting)}: {text}" for setting, text in named.items()) or "not run"
+
+
+def _by_task(axis: str, lines: Sequence[Line], configs: Mapping[str, RunConfig]) -> bool:
+    """Whether an axis says which task a run is of."""
+    tasks: dict[str, set[str]] = {}
+    for line in lines:
+        tasks.setdefault(line.labels[axis], set()).add(dataset(configs[line.place]))
+    return (
+        len(tasks) > 1
+        and len(tasks) == len(set.union(*tasks.values()))
+        and all(len(each) == 1 for each in tasks.values())
+    )
+
+
+def _over_tasks(published: Number, known: Mapping[str, Estimate]) -> str:
+    if set(published.tasks) <= known.keys() and not (published.over and len(published.tasks) > 1):
         return f"{sum(known[task].mean for task in published.tasks) / len(published.tasks):.4f}"
-    if len(published.tasks) == 1:
-        return "not run"
     spread = {task: f" ± {each.deviation:.4f}" if each.deviation is not None else "" for task, each in known.items()}
-    return "; ".join(f"{each.mean:.4f}{spread[task]} ({task} only)" for task, each in known.items()) or "not run"
+    return "; ".join(f"{each.mean:.4f}{spread[task]} ({task} only)" for task, each in known.items())
 
 
 def _searched(searched: Sequence[Outcome]) -> str:

@@ -302,9 +302,7 @@ def plan(grid: GridConfig, rates: Mapping[str, float] | None = None) -> Plan:
 def search_plan(grid: GridConfig) -> Plan:
     """The cells in which learning rates are searched: per group and rate, on rows set aside from the training rows."""
     found, same = Plan(), {}
-    first: dict[tuple[str, ...], Place] = {}
-    for place, group in groups(grid) if grid.search.rates else ():
-        first.setdefault(group, place)
+    first = _searched_places(grid)
     for place, folder in zip(first.values(), _folders([place.name for place in first.values()]), strict=True):
         if load_config(place.tree).data.eval is None:
             reason = "search.rates needs rows of its own, but data.eval is null, so the reported rows are training rows"
@@ -315,6 +313,20 @@ def search_plan(grid: GridConfig) -> Plan:
             change = {"seed": seed, "train": {"lr": rate}, "data": aside}
             _add(found, place, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", same)
     return found
+
+
+def searched_on(grid: GridConfig) -> dict[str, dict[str, str]]:
+    """Place -> the labels of the place that its learning rate is searched on; empty where none is searched."""
+    first = _searched_places(grid)
+    return {place.name: first[group].labels for place, group in groups(grid)} if first else {}
+
+
+def _searched_places(grid: GridConfig) -> dict[tuple[str, ...], Place]:
+    """The first place of every group of places that share a learning rate."""
+    first: dict[tuple[str, ...], Place] = {}
+    for place, group in groups(grid) if grid.search.rates else ():
+        first.setdefault(group, place)
+    return first
 
 
 def groups(grid: GridConfig) -> Iterator[tuple[Place, tuple[str, ...]]]:

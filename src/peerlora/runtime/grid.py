@@ -20,7 +20,7 @@ from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Event
 from peerlora.runs.store import read_events, require_free
 from peerlora.runs.table import evaluations, started
-from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan
+from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan, searched_on
 from peerlora.runtime.compose import Bases, Materials, compose, load_materials, resolve_threads
 from peerlora.runtime.simulate import Stopped, resume, simulate
 
@@ -63,13 +63,14 @@ def start_grid(grid: GridConfig, out: Path | str | None, hooks: Hooks) -> Compar
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
         grid = grid.model_copy(update={"base": {**grid.base, "threads": resolve_threads(None)}})
-    check_grid(grid)
+    shared = Shared()
+    check_grid(grid, shared)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "grid.yaml", grid.to_yaml())
     except OSError as error:
         raise RunError(f"output folder {folder} cannot be written ({error.strerror}); choose another --out") from None
-    return _run(grid, folder, hooks)
+    return _run(grid, folder, hooks, shared)
 
 
 def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], hooks: Hooks) -> Comparison:
@@ -90,14 +91,13 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
             f"{folder} was started with another grid ({'; '.join(changed)}); "
             "resume with the same grid, or start a new one with another --out"
         )
-    return _run(stored, folder, hooks)
+    return _run(stored, folder, hooks, Shared())
 
 
-def check_grid(grid: GridConfig) -> None:
+def check_grid(grid: GridConfig, shared: Shared) -> None:
     """Compose every cell once.  Raises CompositionError with all that cannot be and why."""
     found, searched = plan(grid), search_plan(grid)
     refused = [*found.refused, *searched.refused]
-    shared = Shared()
     for cell in in_order([*searched.cells, *found.cells]):
         try:
             compose(cell.config, materials=shared.materials(cell.config))
@@ -156,10 +156,9 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     ]
 
 
-def _run(grid: GridConfig, folder: Path, hooks: Hooks) -> Comparison:
+def _run(grid: GridConfig, folder: Path, hooks: Hooks, shared: Shared) -> Comparison:
     searched, planned = search_plan(grid).cells, plan(grid).cells
     progress = _Progress(hooks, folder, [*searched, *planned])
-    shared = Shared()
     for cell in in_order(searched):
         progress.finish(cell, shared)
     rates = best_rates(grid, [_outcome(cell, folder) for cell in searched])
@@ -294,9 +293,10 @@ def _best(place: str, scores: dict[float, list[float]]) -> float:
 
 
 def _results(grid: GridConfig, folder: Path, searched: Sequence[Cell], cells: Sequence[Cell]) -> Comparison:
+    on = searched_on(grid)
     return write_results(
         folder,
-        [_outcome(cell, folder) for cell in cells],
+        [replace(_outcome(cell, folder), searched_on=on.get(cell.place)) for cell in cells],
         [_outcome(cell, folder) for cell in searched],
         grid.baseline,
         grid.to_yaml(),
