@@ -150,7 +150,7 @@ def _print(result: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from peerlora.runs.compare_files import cells, head
+    from peerlora.runs.compare_files import MARKED, cells, head
 
     table = Table(title=f"{result.metric}, {len(result.lines)} settings", title_justify="left")
     for word in head(result):
@@ -159,4 +159,6 @@ def _print(result: Comparison) -> None:
         table.add_row(*map(Text, cells(result, line)))  # as text: brackets would be read as markup
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
     console.print(table)
+    if any(line.gauges_differ for line in result.lines):
+        console.print(MARKED, highlight=False, markup=False)
     console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
