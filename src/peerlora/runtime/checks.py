@@ -8,7 +8,7 @@ from typing import Any
 
 from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import Algorithm
-from peerlora.algorithms.composition import check_wrappers
+from peerlora.algorithms.composition import check_wrappers, training_limits
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.sums import gossip_rounds
@@ -71,7 +71,7 @@ def _cure(missing: Sequence[str], topology: Topology) -> str:
 
 def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
     """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
-    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
+    one_step, only, preferred = training_limits(algorithm)
     if one_step and train.local_steps != 1:
         raise CompositionError(
             f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
