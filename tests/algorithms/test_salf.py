@@ -70,6 +70,24 @@ def test_the_servers_rule_is_unbiased_where_others_are_not(q, released, plain):
     assert plain is None or alone == pytest.approx(plain, abs=1e-3)
 
 
+@pytest.mark.parametrize("q", [0.9, 2 / 3, 1 / 3, 0.1])
+def test_the_variance_of_the_servers_rule_grows_with_the_chance_that_nobody_reaches_a_layer(q):
+    """Over all 16 outcomes: ``move^2 ((1 + p) / (1 - p) - 1) / 2`` where all moved alike, else the paper's bound."""
+    peers, before, p = exchange("complete", 4), adapters(4), (1 - q) ** 4
+    for moves in ([1.0, 1.0, 1.0, 1.0], [0.9, -0.4, 0.5, -0.188]):
+        values = torch.tensor(moves, dtype=torch.float64)
+        second = 0.0
+        for reached in product((False, True), repeat=4):
+            mask = torch.tensor(reached)[:, None]
+            kept = replace(before, flat=torch.where(mask, values[:, None], 0.0).expand(4, 2).clone())
+            found = neighbourhood_mean(before, kept, mask, torch.tensor([q], dtype=torch.float64), peers).flat[0, 0]
+            second += float(np.prod([q if own else 1 - q for own in reached])) * float(found) ** 2
+        variance = second - float(values.mean()) ** 2  # the rule is unbiased
+        if len(set(moves)) == 1:
+            assert variance == pytest.approx(((1 + p) / (1 - p) - 1) / 2, rel=1e-9)
+        assert variance <= 4 * 4 / 3 * float(values.abs().max()) ** 2 * (1 + p) / (1 - p)
+
+
 def test_inverse_chances_make_the_expected_update_the_full_one(config):
     federation = compose(config("bert", *SGD, "algorithm.name=salf", "algorithm.stragglers=1.0"))
     x = federation.start
