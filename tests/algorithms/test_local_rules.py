@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quadratics import Quadratics, adapters, coupled, curvatures, end, exchange, run
 
 from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.k_gt import KGT
 from peerlora.errors import ConfigError
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -125,7 +126,7 @@ def test_a_tracker_that_is_fed_zeros_for_the_factor_that_rests_ends_elsewhere(he
     """``y = W y + g - g_last, u = W (u - lr y)`` with B and A in turn, on coupled blocks."""
     learner, x = coupled(5, 3), adapters(5, 1, 1, head=1)
     W = torch.from_numpy(exchange("ring", 5).graph.W)
-    method = build_algorithm("k-gt", {"interval": 1})  # for its schedule alone
+    method = KGT(interval=1)  # for its schedule alone
     u, y, last = (torch.zeros_like(x.flat) for _ in range(3))
     for t in range(4000):
         trains = method.changing(t, x)
