@@ -1,15 +1,21 @@
 """Codecs, robust rules and attackers around methods: what they are, and what is refused."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from quadratics import adapters, curvatures, exchange
+from quadratics import run as quadratic_run
 
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.composition import ATTACKED, PLAIN, REFUSED, refusal
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed import Compressed
+from peerlora.exchange.settings import CODEC
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
@@ -33,11 +39,51 @@ def words(method):
     return [f"algorithm.name={method}", "adapter.head=mixed"]
 
 
-def test_every_method_is_in_the_table():
-    assert not set(PLAIN) & set(REFUSED)
-    assert {*PLAIN, *REFUSED} <= set(REGISTRY) and set(REGISTRY) >= ATTACKED
+@pytest.mark.parametrize(("wrapper", "goes"), [("codec", PLAIN), ("robust", PLAIN), ("attack", ATTACKED)])
+def test_every_method_goes_with_a_wrapper_or_has_a_reason_why_not(wrapper, goes):
+    assert not set(goes) & set(REFUSED[wrapper])
+    assert {*goes, *REFUSED[wrapper]} == set(REGISTRY)
     for name in REGISTRY:
-        assert (refusal(name) is None) == (name in PLAIN)
+        assert (refusal(name, wrapper) is None) == (name in goes)
+
+
+def test_a_method_that_the_table_lacks_is_refused_all_but_flipped_labels():
+    wrappers = ("codec", "robust", "attack", "label-flip")
+    told = [refusal("new", wrapper) for wrapper in wrappers]
+    assert told == ["its exchange is more than one mixing of adapters a round"] * 3 + [None]
+    assert [name for name in REGISTRY if refusal(name, "label-flip")] == ["flood"]
+
+
+def test_each_wrapper_has_its_own_reason():
+    for name in ("k-gt", "d2", "sgp", "choco", "flood", "consensus-admm"):
+        assert refusal(name, "codec") != refusal(name, "robust"), name
+    assert "sum to zero" in str(refusal("k-gt", "robust")) and "sum to zero" not in str(refusal("k-gt", "codec"))
+
+
+def test_compressed_gossip_keeps_corrections_summing_to_zero_but_has_no_replicas_of_them():
+    """Why k-gt refuses a codec: not for its sums, which CHOCO keeps whatever Q is."""
+    x, peers = adapters(6, 4, 4), exchange("ring", 6)
+    z = replace(x, flat=torch.randn(6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    settings = CODEC.validate_python({"kind": "top-k", "share": 0.3})
+    compressed = Compressed(peers, build_codec(settings, torch.float64), settings.step, x)
+    mixed = compressed.mix(z)
+    assert (mixed.flat - z.flat).abs().max() > 0.1 and (mixed.flat - z.flat).sum(0).abs().max() < 1e-14
+    with pytest.raises(CompositionError, match="works on adapters alone"):
+        compressed.mix({"x": x, "z": z.flat})
+
+
+@pytest.mark.parametrize(("method", "grows"), [("d2", True), ("dsgd", False)])
+def test_what_d2_adds_up_can_grow_without_bound_under_a_codec(method, grows):
+    """Why d2 refuses one: with the identity it is exact, with signs and the same rate it runs away."""
+    draw, x = np.random.default_rng(0), adapters(8, 8, 8)
+    learner, found = curvatures(draw.uniform(0.5, 2, 8), 3 * draw.normal(size=(8, 16))), {}
+    for kind in ("identity", "sign"):
+        settings = CODEC.validate_python({"kind": kind})
+        peers = Compressed(exchange("ring", 8), build_codec(settings, torch.float64), settings.step, x)
+        algorithm, states = quadratic_run(method, {}, learner, peers, x, 400)
+        found[kind] = float((algorithm.model(states[-1]).flat - learner.solution).abs().max())
+    assert found["identity"] < (1e-3 if method == "d2" else 5)
+    assert (found["sign"] > 1e3) == grows and (grows or found["sign"] < 5)
 
 
 @pytest.mark.parametrize("method", ["dec-lora", "adf-lora", "rolora", "fedsa-lora", "dfedadmm"])
@@ -74,8 +120,14 @@ def test_a_median_keeps_an_attacker_off_where_the_mean_does_not(config):
 REFUSALS = [
     (["exchange.codec=sign", "exchange.robust=median"], "exclude each other"),
     (["algorithm.name=k-gt", "exchange.robust=median"], "corrections sum to zero.*use one of dec-lora"),
-    (["algorithm.name=d2", "train.local_steps=1", "exchange.codec=sign"], "undoes what the last mixing did"),
-    (["algorithm.name=choco", "exchange.robust=median"], "a codec of its own"),
+    (
+        ["algorithm.name=k-gt", "exchange.codec=sign"],
+        "x and z cross together.*one set of adapters.*use one of",
+    ),
+    (["algorithm.name=d2", "train.local_steps=1", "exchange.codec=sign"], "can make that grow without bound"),
+    (["algorithm.name=d2", "train.local_steps=1", "exchange.robust=median"], "undoes what the last mixing did"),
+    (["algorithm.name=choco", "exchange.codec=sign"], "a codec of its own"),
+    (["algorithm.name=choco", "exchange.robust=median"], "averages of their neighbours only"),
     (["algorithm.name=sgp", "exchange.codec=sign"], "mass has to arrive"),
     (["algorithm.name=decaf", "exchange.robust=krum"], "a rule of its own"),
     (["algorithm.name=local", "exchange.codec=sign"], "it exchanges nothing"),
@@ -89,8 +141,14 @@ REFUSALS = [
     (["exchange.robust={kind: trimmed-mean, drop: 2}"], "needs 4 neighbours, client 0 has 2 on this ring.*complete"),
     (["exchange.robust={kind: krum, drop: 1}"], "needs 3 neighbours, client 0 has 2"),
     (["algorithm.name=flood", "adversary.attack=label-flip"], "a client says itself how much it counts"),
-    (["algorithm.name=choco", "adversary.attack=ipm"], "mixes none as they are.*label-flip"),
-    (["algorithm.name=local", "adversary.attack=ipm"], "mixes none as they are"),
+    (["algorithm.name=choco", "adversary.attack=ipm"], "compressed differences.*label-flip"),
+    (["algorithm.name=local", "adversary.attack=ipm"], "it exchanges nothing"),
+    (["algorithm.name=sgp", "adversary.attack=ipm"], "shares of a sum.*leave their mass alone"),
+    (
+        ["algorithm.name=consensus-admm", "adversary.attack=gaussian"],
+        "how far they are.*attack=label-flip, or dec",
+    ),
+    (["algorithm.name=flora", "adversary.attack=gaussian"], "merge its own lie for good"),
     (["algorithm.name=ad-psgd", "exchange.codec=sign"], "no common rounds"),
 ]
 
@@ -99,6 +157,14 @@ REFUSALS = [
 def test_combinations_that_cannot_work_are_refused_with_reason_and_alternative(config, more, told):
     with pytest.raises(CompositionError, match=told):
         compose(config("bert", "algorithm.name=dec-lora", *more))
+
+
+@pytest.mark.parametrize("method", [name for name in ATTACKED if name not in PLAIN])
+def test_an_attacker_hands_on_its_lie_and_goes_on_from_the_truth(config, method):
+    base = [*words(method), "train.local_steps=1", "train.optimizer=sgd", "topology.kind=complete"]
+    plain, attacked = (run(compose(config("bert", *base, *more)), 1)[-1].flat for more in ([], ATTACK))
+    assert float((attacked[[0, 1, 3]] - plain[[0, 1, 3]]).norm(dim=1).min()) > 10
+    assert float((attacked[2] - plain[2]).norm()) < 3  # decaf and flexlora: other factors, of nearly the same product
 
 
 def test_label_flips_need_classes_and_attacks_all_clients(config):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quadratics import exchange
+from quadratics import adapters, coupled, exchange
+from quadratics import run as quadratic_run
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.flood import FLood, Watched, aimed, push_masses
@@ -25,6 +26,7 @@ def double(*numbers):
 
 
 C = double(0.5, 2.0, 1.0, 4.0, 0.1, 1.5)
+CHORD = {"kind": "directed-ring", "chords": [[0, 3]]}
 
 
 def weighted_mean(x, c):
@@ -48,6 +50,31 @@ def test_the_exact_mixings_end_at_the_confidence_weighted_mean(graph, how):
     x = values(6)
     found = repeated(x, C, exchange(graph, 6), how).x
     assert float((found.flat - weighted_mean(x, C)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("graph", [CHORD, {"kind": "random-out", "degree": 2}, CHORD | {"drop_links": 0.3}])
+def test_masses_end_at_the_weighted_mean_on_links_that_go_one_way_too(graph):
+    x = values(6)
+    assert float((repeated(x, C, exchange(graph, 6), "push-sum", 400).x.flat - weighted_mean(x, C)).abs().max()) < 1e-9
+
+
+def test_with_equal_confidence_masses_are_those_of_sgp():
+    x, learner, ones = adapters(6, head=2), coupled(6, local_steps=2, lr=0.05), torch.ones_like(C)
+    _, states = quadratic_run("sgp", {}, learner, exchange(CHORD, 6), x, 8)
+    ours, peers = Watched(x, ones, ones, ones[:, None][:, :0]), exchange(CHORD, 6)
+    for t, theirs in enumerate(states):
+        peers.begin(t)
+        ours = push_masses(ours, learner.fit(ours.x, "AB"), ones, peers)
+        assert float((ours.x.flat - theirs.z.flat).abs().max()) < 1e-12 and torch.allclose(ours.w, theirs.w)
+
+
+def test_a_lazy_topology_has_lazy_weights_for_a_target():
+    x, plain, lazy = values(6), exchange("star", 6), exchange({"kind": "star", "lazy": True}, 6)
+    for peers in (plain, lazy):
+        peers.aim_at(C)
+    half = (torch.eye(6).double() + torch.from_numpy(plain.graph.W)) / 2
+    assert torch.allclose(torch.from_numpy(lazy.graph.W), half) and torch.allclose(C @ half, C)
+    assert float((repeated(x, C, lazy, "metropolis", 2000).x.flat - weighted_mean(x, C)).abs().max()) < 1e-9
 
 
 def test_renormalised_rows_end_elsewhere():
@@ -208,6 +235,17 @@ def test_another_base_is_refused_and_bias_is_told(config):
     assert compose(config("bert", *words, "algorithm.mixing=push-sum")).notes == ()
     (note,) = compose(config("bert", *words, "algorithm.mixing=renormalised")).notes
     assert "biased" in note
+
+
+def test_one_way_links_take_masses_and_nothing_else(config):
+    graph = ("topology.kind=directed-ring", "topology.chords=[[0, 2]]", "algorithm.name=flood")
+    federation, x = run(config("bert", *SKEWED, *graph, "algorithm.mixing=push-sum"))
+    assert bool(x.flat.isfinite().all()) and not federation.topology.properties.row_stochastic
+    for words in (["mixing=metropolis"], ["mixing=renormalised"], ["mixing=push-sum", "beta=0.0"]):
+        with pytest.raises(CompositionError, match=r"row stochastic.*push-sum alone, with beta above 0"):
+            compose(config("bert", *graph, *(f"algorithm.{word}" for word in words)))
+    with pytest.raises(CompositionError, match=r"is column stochastic; .*; use topology.weights=push-sum$"):
+        compose(config("bert", *graph, "algorithm.mixing=push-sum", "topology.weights=row-average"))
 
 
 @pytest.mark.parametrize(

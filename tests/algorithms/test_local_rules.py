@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quadratics import Quadratics, adapters, coupled, curvatures, end, exchange, run
 
 from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.k_gt import KGT
 from peerlora.errors import ConfigError
 from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -90,6 +91,75 @@ def test_bias_and_disagreement_on_equal_and_unequal_curvatures(method, own, trai
         found += errors(learner, end(method, own, learner, exchange(topology, 6), adapters(6)))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours < 1e-11 if theirs == 0 else ours == pytest.approx(theirs, rel=0.05)
+
+
+# --- what we do not have, written out: why the methods are as they are
+
+
+def combine_then_adapt(learner, W, lr=0.1, rounds=2000):
+    """``x+ = W x - lr g(x)``: the form of DSGD that takes its gradient before mixing."""
+    u = torch.zeros_like(learner.r)
+    for _ in range(rounds):
+        u = W @ u - lr * (torch.einsum("cij,cj->ci", learner.H, u) - learner.r)
+    return u
+
+
+@pytest.mark.parametrize(("b", "expected"), [([1, 0, -1, 0], 0.1304348), ([1, -1, 1, -1], 0.0697674)])
+def test_combine_then_adapt_ends_farther_apart_on_a_ring_of_four(b, expected):
+    W, b = torch.from_numpy(exchange(RING4, 4).graph.W), np.array(b, float)
+    u = combine_then_adapt(curvatures(np.ones(4), b), W)[:, 0].numpy()
+    assert u == pytest.approx(expected * b, abs=5e-8)
+    eigenvalue = 1 / 3 if b[1] == 0 else -1 / 3
+    assert expected == pytest.approx(0.1 / (1 - eigenvalue + 0.1), abs=5e-8)
+
+
+def test_combine_then_adapt_has_less_bias_and_more_disagreement_than_dsgd():
+    (b, a), W = drawn(), torch.from_numpy(exchange("ring", 6).graph.W)
+    found = [errors(curvatures(c, b), combine_then_adapt(curvatures(c, b), W)) for c in (np.ones(6), a)]
+    (mean1, apart1), (mean2, apart2) = found
+    assert mean1 < 1e-11 and apart1 == pytest.approx(3.3e-1, rel=0.05)
+    assert (mean2, apart2) == pytest.approx((5.0e-3, 5.2e-1), rel=0.05)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_tracker_that_is_fed_zeros_for_the_factor_that_rests_ends_elsewhere(held):
+    """``y = W y + g - g_last, u = W (u - lr y)`` with B and A in turn, on coupled blocks."""
+    learner, x = coupled(5, 3), adapters(5, 1, 1, head=1)
+    W = torch.from_numpy(exchange("ring", 5).graph.W)
+    method = KGT(interval=1)  # for its schedule alone
+    u, y, last = (torch.zeros_like(x.flat) for _ in range(3))
+    for t in range(4000):
+        trains = method.changing(t, x)
+        g = torch.einsum("cij,cj->ci", learner.H, u) - learner.r
+        now = torch.where(trains, g, last if held else torch.zeros_like(g))
+        y, last = W @ y + now - last, now
+        u = W @ (u - 0.05 * y * trains)
+    error = float((u - learner.solution).abs().max())
+    assert error < 1e-10 if held else error > 0.01
+
+
+def test_the_z_correction_would_move_the_factor_that_rests_if_it_were_not_masked():
+    learner, peers, alone = coupled(5, 3, local_steps=5, lr=0.05), exchange("ring", 5), exchange(ALONE, 5)
+    x = noisy(adapters(5, 1, 1, head=1))
+    method, states = run("dfedadmm", PENALTY | {"interval": 3}, learner, peers, x, 5)
+    resting = x.spec.columns("B")  # in rounds 3 to 5
+    before, after = states[-1], method.round(5, states[-1], learner, alone)
+    wrong = before.x.flat - after.dual / 10  # of a block that rests: x_K - lambda g^, x_K where it was
+    assert torch.equal(after.x.flat[:, resting], before.x.flat[:, resting])
+    assert float((wrong - before.x.flat)[:, resting].abs().max()) > 0.05
+
+
+@pytest.mark.parametrize(("smallest", "grows"), [(-0.33, False), (-0.34, True)])
+def test_without_the_half_d2_needs_eigenvalues_above_minus_a_third(smallest, grows):
+    """``x+ = W (2x - x_last - lr (g - g_last))`` for two clients, whose W has the eigenvalues 1 and ``smallest``."""
+    plain = np.array([[1 + smallest, 1 - smallest], [1 - smallest, 1 + smallest]]) / 2
+    b, lr = np.array([1.0, -0.5]), 0.01
+    for W, runs_away in ((plain, grows), ((np.eye(2) + plain) / 2, False)):  # ours is the second
+        last, x = np.zeros(2), W @ (lr * b)
+        for _ in range(4000):
+            last, x = x, W @ (2 * x - last - lr * (x - last))
+        assert (np.abs(x).max() > 1e6) == runs_away
+        assert runs_away or x == pytest.approx([0.25, 0.25], abs=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "lr"), [(1, 0.1), (5, 0.1), (20, 0.03)])

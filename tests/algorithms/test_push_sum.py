@@ -148,7 +148,28 @@ def test_what_needs_double_sums_is_refused_on_one_way_links_and_told_of_push_sum
     assert "row stochastic" in told and "algorithm.name=sgp or push-diging" in told
     told = refusal(config, "algorithm.name=sgp", "topology.kind=directed-ring", "topology.weights=row-average",
                    "topology.chords=[[0, 2]]")  # fmt: skip
-    assert "column stochastic" in told and "hand on all they have" in told and "topology.weights=push-sum" in told
+    assert "column stochastic" in told and "hand on all they have" in told
+    assert told.endswith("; use topology.weights=push-sum")
+
+
+CHORDS = ("topology.kind=directed-ring", "topology.chords=[[0, 2]]")
+UNDIRECTED = ", or an undirected graph, such as topology=ring"
+CURES = [
+    (["fedspeed", *CHORDS], "algorithm.name=sgp or push-diging" + UNDIRECTED),
+    (
+        ["fedprox", *CHORDS, "topology.weights=row-average"],
+        "topology.weights=push-sum with algorithm.name=sgp or push-diging" + UNDIRECTED,
+    ),
+    (["salf", *CHORDS], "an undirected graph, such as topology=ring"),
+    (["d2", "topology.kind=random", "topology.p=0.5"], "a fixed graph without drop-outs, such as topology=ring"),
+    (["dec-lora", "topology.kind=star", "topology.weights=push-sum"], "topology.weights=metropolis"),
+]
+
+
+@pytest.mark.parametrize(("words", "cure"), CURES)
+def test_a_refusal_names_what_is_missing_and_nothing_that_is_there(config, words, cure):
+    told = refusal(config, f"algorithm.name={words[0]}", *words[1:])
+    assert told.rpartition("; use ")[2] == cure
 
 
 def test_settings():

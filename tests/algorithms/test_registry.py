@@ -70,12 +70,16 @@ def test_the_description_says_what_a_table_needs():
         "operator": "none",
         "requires": "",
         "unequal_ranks": True,
-        "wrappers": False,
+        "not_with": {
+            "exchange.codec": "it exchanges nothing",
+            "exchange.robust": "it exchanges nothing",
+            "adversary": "all but label-flip: it exchanges nothing",
+        },
         "asynchronous": False,
         "settings": {},
         "train": {},
     }
-    assert not described["dec-lora"]["unequal_ranks"]
+    assert not described["dec-lora"]["unequal_ranks"] and not described["dec-lora"]["not_with"]
     assert [name for name, facts in described.items() if facts["asynchronous"]] == ["aedfl", "ad-psgd"]
     assert all(text["source"] and text["trains"] for text in described.values())
 
@@ -176,6 +180,31 @@ def test_weights_that_are_only_row_stochastic_are_refused(method):
     topology.__dict__["properties"] = replace(topology.properties, column_stochastic=False)
     with pytest.raises(CompositionError, match=f"{method} needs a topology whose mixing matrix is column stochastic"):
         check_composition(chosen, build_algorithm(method, {}), topology)
+
+
+SETTINGS = {
+    "exchange.codec": "exchange.codec=sign",
+    "exchange.robust": "exchange.robust=median",
+    "adversary": "adversary.attack=ipm",
+    "train.local_steps > 1": "train.local_steps=3",
+    "train.optimizer=adamw": "train.optimizer=adamw",
+}
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_what_the_description_says_does_not_go_is_what_a_run_refuses_or_warns_of(method):
+    told = describe_algorithms()[method]["not_with"]
+    graph = ["topology=directed-ring"] if method in ("sgp", "push-diging") else ["topology=complete"]
+    for what, word in SETTINGS.items():
+        reason = told.get(what, "").removeprefix("all but label-flip: ")
+        try:
+            warnings = composition(f"algorithm.name={method}", *graph, word)
+        except CompositionError as error:
+            assert reason and reason in str(error), (what, error)
+        else:
+            assert bool(warnings) == reason.startswith("only warned of: "), (what, warnings)
+            assert all(reason.removeprefix("only warned of: ") in warning for warning in warnings)
+            assert warnings or not reason, what
 
 
 def test_with_factors_in_turn_a_run_that_never_switches_is_warned_about():

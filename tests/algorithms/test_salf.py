@@ -70,6 +70,24 @@ def test_the_servers_rule_is_unbiased_where_others_are_not(q, released, plain):
     assert plain is None or alone == pytest.approx(plain, abs=1e-3)
 
 
+@pytest.mark.parametrize("q", [0.9, 2 / 3, 1 / 3, 0.1])
+def test_the_variance_of_the_servers_rule_grows_with_the_chance_that_nobody_reaches_a_layer(q):
+    """Over all 16 outcomes: ``move^2 ((1 + p) / (1 - p) - 1) / 2`` where all moved alike, else the paper's bound."""
+    peers, before, p = exchange("complete", 4), adapters(4), (1 - q) ** 4
+    for moves in ([1.0, 1.0, 1.0, 1.0], [0.9, -0.4, 0.5, -0.188]):
+        values = torch.tensor(moves, dtype=torch.float64)
+        second = 0.0
+        for reached in product((False, True), repeat=4):
+            mask = torch.tensor(reached)[:, None]
+            kept = replace(before, flat=torch.where(mask, values[:, None], 0.0).expand(4, 2).clone())
+            found = neighbourhood_mean(before, kept, mask, torch.tensor([q], dtype=torch.float64), peers).flat[0, 0]
+            second += float(np.prod([q if own else 1 - q for own in reached])) * float(found) ** 2
+        variance = second - float(values.mean()) ** 2  # the rule is unbiased
+        if len(set(moves)) == 1:
+            assert variance == pytest.approx(((1 + p) / (1 - p) - 1) / 2, rel=1e-9)
+        assert variance <= 4 * 4 / 3 * float(values.abs().max()) ** 2 * (1 + p) / (1 - p)
+
+
 def test_inverse_chances_make_the_expected_update_the_full_one(config):
     federation = compose(config("bert", *SGD, "algorithm.name=salf", "algorithm.stragglers=1.0"))
     x = federation.start
@@ -185,10 +203,52 @@ def test_without_an_end_it_is_the_host_algorithm_to_the_bit(config, interval, wo
 @pytest.mark.parametrize("interval", ["null", "2"])
 def test_rounds_run_and_the_lowest_layers_move_least_often(config, correction, interval):
     words = [f"algorithm.correction={correction}", f"algorithm.interval={interval}", "algorithm.stragglers=1.0"]
-    federation, x = rounds(config("bert", "algorithm.name=salf", *words), 4)
-    full = rounds(config("bert", "algorithm.name=dec-lora"), 4)[0].exchange.bytes_sent
+    federation = compose(config("bert", "algorithm.name=salf", *words))
+    fit, moved, depths = federation.learner.fit, [], []
+
+    def noting(x, train, reach):
+        trained = fit(x, train, reach=reach)
+        moved.append(layers_moved(x, trained))
+        depths.append(reach.depth)
+        return trained
+
+    federation.learner.fit = noting
+    x = replace(federation.start, flat=federation.start.flat + 0.1)  # where B is zero, A has no gradient
+    for t in range(4):
+        federation.learner.begin(t)
+        federation.exchange.begin(t)
+        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+    assert torch.equal(torch.cat(moved), reached_layers(torch.cat(depths), 3)), "what was reached moved, and no more"
+    often = torch.cat(moved).sum(0).tolist()
+    assert 16 == often[0] > often[1] > often[2] > 0
+    full = rounds(config("bert", "algorithm.name=dec-lora"), 1)[0].exchange.bytes_sent
     assert bool(x.flat.isfinite().all()) and 0 < federation.exchange.bytes_sent < full
-    assert float((x.flat - federation.start.flat).abs().max()) > 1e-3
+
+
+def layers_moved(before, after):
+    """[client, layer]: whether anything of a layer is not what it was."""
+    numbers = torch.zeros(before.spec.parameters, dtype=torch.int64)
+    for slot, number in zip(before.spec.slots, layer_numbers(before.spec), strict=True):
+        numbers[slot.start : slot.stop] = number
+    changed = before.flat != after.flat
+    return torch.stack([changed[:, numbers == l].any(1) for l in range(1, depth_of(before.spec) + 1)], 1)  # noqa: E741
+
+
+@pytest.mark.parametrize("send", ["reached", "all"])
+def test_with_the_last_step_alone_cut_the_steps_before_it_are_kept_at_home(config, send):
+    words = ("algorithm.name=salf", "algorithm.steps=last", "algorithm.stragglers=1.0", "algorithm.correction=none")
+    federation = compose(config("bert", *words, f"algorithm.send={send}", "train.local_steps=3"))
+    x = replace(federation.start, flat=federation.start.flat + 0.1)
+    depth = federation.algorithm.depths(3, federation.learner, federation.exchange)
+    assert int(depth.min()) < 3, "somebody does not reach everything"
+    federation.learner.begin(0)
+    y = federation.algorithm.round(0, x, federation.learner, federation.exchange)
+    assert bool(layers_moved(x, y).all()), "full steps have moved every layer of everybody"
+    plain = compose(config("bert", "algorithm.name=dec-lora", "train.local_steps=2"))
+    before_last = plain.learner.fit(x, "AB").flat
+    below = ~by_column(x.spec, reached_layers(depth, 3))
+    home = torch.isclose(y.flat, before_last, rtol=0, atol=1e-12)
+    assert bool(home[below].all()) == (send == "reached")
 
 
 def test_sending_everything_mixes_what_was_not_reached_too(config):
@@ -288,6 +348,7 @@ def test_a_one_way_graph_is_refused(config):
         ({"depth": "deadline", "deadline": -1.0}, "seconds above 0"),
         ({"depth": "deadline", "deadline": 1.0, "steps": "last"}, "steps=every"),
         ({"correction": "neighbourhood", "send": "all"}, "send=reached"),
+        ({"correction": "neighbourhood", "steps": "last"}, "throw away the steps before the last; use steps=every"),
         ({"depth": "normal"}, "one of uniform, poisson, deadline"),
         ({"interval": 0}, "at least 1 round"),
     ],

@@ -115,7 +115,13 @@ def test_methods(cli):
     for facts in told.values():
         assert {"source", "trains", "mixes", "requires", "settings"} <= set(facts)
     assert told["adf-lora"]["settings"] == {"interval": 5} and "2511.18291" in told["adf-lora"]["source"]
-    assert all(name in cli("methods").out for name in REGISTRY)
+    printed = cli("methods").out
+    assert all(name in printed for name in REGISTRY)
+    assert set(told["d2"]["not_with"]) == {
+        "exchange.codec", "exchange.robust", "train.local_steps > 1", "train.optimizer=adamw"
+    }  # fmt: skip
+    assert "only warned of" in told["d2"]["not_with"]["train.optimizer=adamw"]
+    assert "not together" in printed and "train.local_steps > 1" in printed
 
 
 def test_topology(cli):

@@ -110,6 +110,7 @@ def test_label_counts_are_summed_over_the_network(config, tmp_path, words):
         ["algorithm.name=flood", "algorithm.mixing=push-sum"],
         ["algorithm.name=flood", "algorithm.mixing=renormalised", "adapter.head=private"],
         ["algorithm.name=flood", "algorithm.beta=1.0", "topology.kind=star", "topology.drop_links=0.2"],
+        ["algorithm.name=flood", "topology.lazy=true"],
         ["algorithm.name=choco", "algorithm.codec=qsgd", "train.lr=0.05", ROUNDED],
         ["algorithm.name=dec-lora", "exchange.codec=cast", "adapter.head=private", "train.lr=0.05", ROUNDED],
         ["algorithm.name=dec-lora", "exchange.codec=random-k", "topology.kind=complete", "train.lr=0.05"],
@@ -128,6 +129,8 @@ ONE_WAY = [
     ["algorithm.name=sgp", "topology.kind=star", "topology.weights=push-sum", "algorithm.interval=1"],
     ["algorithm.name=push-diging", "topology.kind=random-out", "topology.degree=2", "train.lr=0.7"],
     ["algorithm.name=push-diging", "topology.kind=directed-exponential", "topology.drop_links=0.3", "train.lr=0.7"],
+    ["algorithm.name=flood", "algorithm.mixing=push-sum", "topology.kind=directed-ring", "topology.chords=[[0, 2]]"],
+    ["algorithm.name=sgp", "topology.kind=directed-ring", "topology.chords=[[0, 2]]", "train.label_prior=pooled"],
     ["algorithm.name=local", "topology.kind=directed-ring"],
 ]
 

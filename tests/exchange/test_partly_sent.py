@@ -64,7 +64,7 @@ def test_layers_that_some_send_are_mixed_as_in_the_simulation(graph, private):
         assert torch.allclose(part[REACHED][0], whole[REACHED][i], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.kind)
+@pytest.mark.parametrize("graph", [*GRAPHS, GRAPHS[1].model_copy(update={"lazy": True})], ids=lambda graph: graph.kind)
 def test_weights_for_a_target_follow_from_the_messages(graph):
     x, c = adapters(), torch.tensor([0.5, 2.0, 1.0, 30.0]).double()
 

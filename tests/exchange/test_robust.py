@@ -244,6 +244,16 @@ def test_attackers_go_on_from_the_plain_average_of_the_truth():
         assert torch.allclose(mixed.flat[[0, 3]], exchange(topology).mix(x).flat[[0, 3]])
 
 
+@pytest.mark.parametrize("topology", ["ring", "complete"])
+def test_they_do_so_where_a_method_mixes_more_than_adapters(topology):
+    x, z = drawn(6), torch.arange(12.0, dtype=torch.float64).view(6, 2)
+    told = attacked(x, "gaussian", topology=topology, scale=50.0).mix({"x": x, "z": z})
+    true = exchange(topology).mix({"x": x, "z": z})
+    assert torch.equal(told["z"], true["z"])
+    assert torch.allclose(told["x"].flat[[0, 3]], true["x"].flat[[0, 3]])
+    assert float((told["x"].flat - true["x"].flat)[[1, 2, 4, 5]].norm(dim=1).min()) > 1
+
+
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("attack", ["sign-flip", "gaussian", "ipm"])
 def test_robust_rules_keep_honest_clients_near_their_mean_where_averaging_does_not(kind, attack):

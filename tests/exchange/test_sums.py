@@ -12,8 +12,9 @@ from in_memory import exchanges, together
 
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, DataError, RunError
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.sums import gossip_rounds, network_sum
+from peerlora.exchange.sums import gossip_rounds, network_sum, sum_schema
 from peerlora.topology.schedule import build_topology
 
 
@@ -52,6 +53,59 @@ def test_gossip_on_drawn_graphs(clients, seed, data):
     own = torch.tensor(counts)[:, None].double()
     peers = StackedExchange(topology("random", clients, seed, p=0.4), range(clients))
     assert torch.equal(network_sum(own, peers, peers.topology), own.sum(0).expand(clients, 1))
+
+
+ONE_WAY = {
+    "chord": ("directed-ring", {"chords": [[0, 3], [2, 7]]}),
+    "drawn": ("random-out", {"degree": 2}),
+    "failing": ("directed-ring", {"drop_links": 0.3}),
+    "uneven": ("star", {"weights": "push-sum"}),
+}
+
+
+@pytest.mark.parametrize("graph", ONE_WAY)
+def test_where_only_columns_sum_to_one_a_mass_goes_along(graph):
+    kind, more = ONE_WAY[graph]
+    own = torch.from_numpy(np.random.default_rng(3).integers(0, 70_000, (9, 4))).double()
+    peers = exchange(kind, 9, **more)
+    rounds = gossip_rounds(peers.topology)
+    assert torch.equal(network_sum(own, peers, peers.topology), own.sum(0).expand(9, 4))
+    assert peers.bytes_per_edge == encoded_bytes(sum_schema(4, peers.topology))
+    plain = exchange(kind, 9, **more)  # without its mass: the same sums of N numbers are far off
+    x = torch.cat([own, torch.ones(9, 1).double()], dim=1)
+    for t in range(-rounds, 0):
+        plain.begin(t)
+        x = plain.mix({"sum": x})["sum"]
+    assert float((9 * x[:, :4] - own.sum(0)).abs().max()) > 1000 < float(own.sum(0).min())
+
+
+def test_a_round_less_would_not_be_enough_on_a_ring_with_a_chord():
+    graph = topology("directed-ring", 5, chords=[[0, 3]])
+    product = np.eye(5)
+    for _ in range(gossip_rounds(graph) - 1):
+        product = product @ graph.at(0).W
+    share = product / product.sum(axis=1, keepdims=True)
+    assert 5 * 2**31 * np.abs(share - 1 / 5).max() >= 1 / 20
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(3, 8), st.integers(0, 20), st.data())
+def test_push_sum_on_drawn_graphs(clients, seed, data):
+    counts = data.draw(st.lists(st.integers(0, 10**9 // 8), min_size=clients, max_size=clients))
+    own = torch.tensor(counts)[:, None].double()
+    peers = StackedExchange(topology("random-out", clients, seed, degree=1, drop_links=0.2), range(clients))
+    assert torch.equal(network_sum(own, peers, peers.topology), own.sum(0).expand(clients, 1))
+
+
+def test_rows_that_sum_to_one_alone_keep_no_sum():
+    with pytest.raises(CompositionError, match="the columns of its mixing matrix don't sum to 1"):
+        gossip_rounds(topology("directed-ring", 5, chords=[[0, 2]], weights="row-average"))
+
+
+def test_who_hears_of_nobody_on_one_way_links_is_refused():
+    graph = topology("edges", 3, edges=[[0, 1], [1, 2]], directed=True, allow_disconnected=True)
+    with pytest.raises(CompositionError, match="disconnected"):
+        gossip_rounds(graph)
 
 
 def test_one_client_needs_nobody():
@@ -125,9 +179,9 @@ def test_a_sum_is_right_or_refused_whatever_fails(seed, share):
 # --- between peers
 
 
-def between_peers(own, before, deadline=1.0):
-    """What each peer of a ring of four comes to, once ``before(network)`` has made something go wrong."""
-    plain = topology("ring", 4)
+def between_peers(own, before, deadline=1.0, graph=("ring", {})):
+    """What each of four peers comes to, once ``before(network)`` has made something go wrong."""
+    plain = topology(graph[0], 4, **graph[1])
 
     def one(peer, row):
         try:
@@ -146,16 +200,18 @@ def between_peers(own, before, deadline=1.0):
 OWN = torch.arange(12).view(4, 3).double()
 
 
-def test_peers_sum_as_the_simulation_does():
-    stacked = StackedExchange(topology("ring", 4), range(4))
+@pytest.mark.parametrize("graph", [("ring", {}), ("directed-ring", {"chords": [[0, 2]]})], ids=["both ways", "one way"])
+def test_peers_sum_as_the_simulation_does(graph):
+    stacked = StackedExchange(topology(graph[0], 4, **graph[1]), range(4))
     expected = network_sum(OWN, stacked, stacked.topology)
-    found, sent = between_peers(OWN, lambda network: None)
+    found, sent = between_peers(OWN, lambda network: None, graph=graph)
     assert torch.equal(torch.cat(found), expected) and sum(sent) == stacked.bytes_sent
 
 
 def test_a_lost_message_costs_nothing_of_the_sum():
-    found, _ = between_peers(OWN, lambda network: network.lose("site-0", "site-1"))
-    assert torch.equal(torch.cat(found), OWN.sum(0).expand(4, 3))
+    for graph in (("ring", {}), ("directed-ring", {"chords": [[0, 2]]})):
+        found, _ = between_peers(OWN, lambda network: network.lose("site-0", "site-1"), graph=graph)
+        assert torch.equal(torch.cat(found), OWN.sum(0).expand(4, 3))
 
 
 def test_who_is_cut_off_is_missing_in_nobodys_sum():

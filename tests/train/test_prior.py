@@ -9,8 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peerlora.algorithms import REGISTRY
 from peerlora.data.batches import Batch
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.runs.events import RoundDone
+from peerlora.runs.store import read_events
+from peerlora.runs.table import of
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
 from peerlora.train import prior
@@ -156,18 +160,53 @@ def test_it_works_under_every_kind_of_method_on_both_forwards(config, method, ta
         assert float((x - found[()]).abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("method", REGISTRY)
+def test_it_works_under_every_method(config, tmp_path, method):
+    """All start at the same function, so the loss of the first step is everybody's: the adjusted one."""
+    words = [*SKEWED, f"algorithm.name={method}", "train.local_steps=1", "train.rounds=1"]
+    words += ["topology=complete"] if method == "d2" else []
+    words += ["algorithm.alpha=0.0"] if method == "flood" else []  # its emphasis would change the loss too
+    found = {}
+    for target in ("none", "uniform"):
+        result = simulate(config("bert", *words, f"train.label_prior={target}"), tmp_path / target)
+        (done,) = of(read_events(result.run), RoundDone)
+        found[target] = result.adapters.flat, done.loss
+    expected = first_losses(compose(config("bert", *SKEWED, "train.label_prior=uniform")))
+    assert found["uniform"][1] == pytest.approx(expected, rel=1e-9)
+    assert found["none"][1] != pytest.approx(expected, rel=1e-3)
+    moved = (found["uniform"][0] - found["none"][0]).abs().amax(1)
+    assert bool(found["uniform"][0].isfinite().all()) and float(moved.min()) > 1e-7, "who trained, trained otherwise"
+
+
+def first_losses(federation):
+    """Of every client's first batch at the start, on logits that are shifted by hand."""
+    found = []
+    for i, counts in enumerate(federation.partition.counts):
+        (rows,) = federation.learner.shards.rows(i, 0, 1)
+        shift = torch.from_numpy(np.log((counts + 1) / (counts.sum() + 3) * 3))
+        federation.model.bind_adapters(federation.start.rows([i]))
+        batch = prior_batch(federation, rows)
+        found.append(float(torch.nn.functional.cross_entropy(federation.model(batch.inputs) + shift, batch.labels)))
+    return found
+
+
+@pytest.mark.parametrize("method", ["sgp", "push-diging"])
+def test_pooled_counts_are_summed_over_links_that_go_one_way(config, method):
+    words = [*SKEWED, f"algorithm.name={method}", "topology.kind=directed-ring", "topology.chords=[[0, 2]]"]
+    federation, _ = run(config("bert", *words, "train.label_prior=pooled"), 1)
+    (rule,) = federation.learner.loss_rules
+    pooled = torch.from_numpy(federation.partition.counts.sum(0)).double().expand(4, -1)
+    expected = LabelPrior(federation.partition.counts, "pooled")
+    expected.agree(lambda own: pooled)
+    logits, batch = torch.zeros(4, 3, dtype=torch.float64), toy_batch([(0, 0, 1)])
+    assert torch.equal(rule(logits, batch, slice(0, 4))[0], expected(logits, batch, slice(0, 4))[0])
+
+
 def test_the_loss_of_a_step_is_cross_entropy_on_shifted_logits(config):
     federation = compose(config("bert", *SKEWED, "train.label_prior=uniform", "train.local_steps=1"))
-    learner, x = federation.learner, federation.start
-    learner.fit(x, "B")
-    for i in range(4):
-        (rows,) = learner.shards.rows(i, 0, 1)
-        counts = federation.partition.counts[i]
-        shift = torch.from_numpy(np.log((counts + 1) / (counts.sum() + 3) * 3))
-        federation.model.bind_adapters(x.rows([i]))
-        batch = prior_batch(federation, rows)
-        loss = torch.nn.functional.cross_entropy(federation.model(batch.inputs) + shift, batch.labels)
-        assert float(learner.losses[i]) == pytest.approx(float(loss), rel=1e-10)
+    learner = federation.learner
+    learner.fit(federation.start, "B")
+    assert learner.losses.tolist() == pytest.approx(first_losses(federation), rel=1e-10)
 
 
 def prior_batch(federation, rows):

@@ -10,7 +10,7 @@ from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm, is_asynchronous
 from peerlora.algorithms.choco import Choco
-from peerlora.algorithms.composition import refusal
+from peerlora.algorithms.composition import not_with
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -123,7 +123,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
     own defaults of ``train``.
 
     ``asynchronous``: its clients keep no common step.
-    ``wrappers``: whether ``exchange.codec`` and ``exchange.robust`` go with it.
+    ``not_with``: by what a config may ask for, why it does not go with it.
     """
     described = {}
     for name, kind in REGISTRY.items():
@@ -136,7 +136,7 @@ def describe_algorithms() -> dict[str, dict[str, Any]]:
             "operator": kind.operator,
             "requires": ", ".join(needs),
             "unequal_ranks": kind.unequal_ranks is None,
-            "wrappers": refusal(name) is None,
+            "not_with": not_with(name, kind),
             "asynchronous": is_asynchronous(kind),
             "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
             "train": TRAIN_DEFAULTS.get(name, {}),

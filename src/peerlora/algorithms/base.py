@@ -146,6 +146,11 @@ class Hurried(Protocol):
         ...
 
 
+def requirement(algorithm: Algorithm[Any]) -> Properties:
+    """What the topology must have: ``requires``, or the less that a method with these settings can do with."""
+    return getattr(algorithm, "eased", None) or algorithm.requires
+
+
 def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
     """The method that runs, with its notes; most methods are ready as they are."""
     return algorithm.prepared(topology, rounds) if isinstance(algorithm, Preparable) else (algorithm, ())

@@ -12,6 +12,7 @@ from torch import Tensor
 from peerlora.algorithms.gossip import Stateful
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.lora.adapters import Adapters
+from peerlora.topology.properties import Properties
 from peerlora.train.scoring import emphasis, measure
 
 if TYPE_CHECKING:
@@ -43,9 +44,10 @@ class FLood(Stateful):
     rows:    ``v = 1 + alpha sigmoid((r - q) / tau)``, over the batch's mean of v; K local steps on the weighted loss
     clients: ``c_i = exp(-beta mean_i(E) / tau_c)``, E under the model after them, as target weights of the mixing
 
-    ``metropolis``: Metropolis-Hastings weights for c; ``push-sum``: u = w x and w are mixed, with c as masses.  Both
-    aim at ``sum_i c_i x_i / sum_i c_i``, the objective ``sum_i c_i f_i``.  ``renormalised``: rows ``w_ij c_j`` over
-    their sum, a one-round trust whose limit is *another* mean (biased).  c is what a client says of itself.
+    ``metropolis``: Metropolis-Hastings weights for c, lazy where the topology is; ``push-sum``: u = w x and w are
+    mixed, with c as masses; columns of W that sum to 1 are enough, so links may go one way.  Both aim at
+    ``sum_i c_i x_i / sum_i c_i``, the objective ``sum_i c_i f_i``.  ``renormalised``: rows ``w_ij c_j`` over their sum,
+    a one-round trust whose limit is *another* mean (biased).  c is what a client says of itself.
 
     Source: FLood, arXiv 2602.01039: inspired by the abstract (pseudo-OOD rows weigh more in the loss, clients are
     weighted by OOD confidence); score, weights and thresholds were not found and are ours.
@@ -74,6 +76,7 @@ class FLood(Stateful):
     mixing: Literal["metropolis", "push-sum", "renormalised"] = "metropolis"
     mixes: ClassVar = "A and B, weighted by the clients' confidence"
     source: ClassVar = "FLood, arXiv 2602.01039"
+    topology_reason: ClassVar = "of its mixings push-sum alone, with beta above 0, can do with one-way links"
     positive: ClassVar = ("c",)
 
     def __post_init__(self):
@@ -85,6 +88,11 @@ class FLood(Stateful):
             )
         if not 0 <= self.beta <= 1 or self.every < 1:
             raise ConfigError(f"algorithm.beta={self.beta:g}, every={self.every} given; expected 0 to 1 and at least 1")
+
+    @property
+    def eased(self) -> Properties | None:
+        """Masses have to be handed on whole, and no more; without confidence x itself is averaged."""
+        return Properties(column_stochastic=True) if self.beta and self.mixing == "push-sum" else None
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FLood, tuple[str, ...]]:
         """As it is, unless its weights have another base than the topology's."""

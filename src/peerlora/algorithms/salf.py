@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 class SALF(Scheduled):
     """Layer l = 1 is the head, l = 2, 3, ... the transformer blocks' A and B from the last one down.  With depth d_i:
 
-    local:  ``x_i,l <- x_i,l + min(1/q_l, cap) (local update)`` where l <= d_i, else ``x_i,l`` stays, to the bit;
+    local:  ``x_i,l <- x_i,l + min(1/q_l, cap) (local update)`` where l <= d_i, else ``x_i,l`` stays;
     mixing: ``x_i,l <- x_i,l + sum_j w_ij m_il m_jl (x_j,l - x_i,l)`` with ``m_il = [l <= d_i]``.
+
+    With ``steps: every`` a layer below d_i is where the round began, to the bit.  With ``steps: last`` the update of
+    the first line is that of a round's last local step alone: those before it have moved every layer, also those below
+    d_i, which are then not mixed but stay at home until a round reaches them.
 
     q_l = P(d >= l) makes the expected update that of a full pass, and the mask on both ends of a link keeps the W of
     each layer doubly stochastic.  ``correction: neighbourhood`` takes SALF's server rule over the closed neighbourhood:
@@ -59,7 +63,7 @@ class SALF(Scheduled):
     cap: float = 10.0
     """Largest 1/q."""
     send: Literal["reached", "all"] = "reached"
-    """Whether layers that were not reached are sent too: their values are those of the round's start."""
+    """Whether layers that were not reached are sent too: with ``steps: every`` they are as the round began."""
     requires: ClassVar = Properties(symmetric=True, row_stochastic=True, column_stochastic=True)
     topology_reason: ClassVar = "a mask on both ends of a link keeps the sums of a symmetric W only"
     trains: ClassVar = "A and B of the layers that backward reaches; with `interval` in turn"
@@ -80,6 +84,11 @@ class SALF(Scheduled):
             )
         if self.correction == "neighbourhood" and self.send == "all":
             raise ConfigError("algorithm.correction=neighbourhood takes only what was reached; use send=reached")
+        if self.correction == "neighbourhood" and self.steps == "last":
+            raise ConfigError(
+                "algorithm.correction=neighbourhood starts again from the round's start where a layer was not reached, "
+                "which would throw away the steps before the last; use steps=every, or correction=ipw"
+            )
 
     @property
     def needs_clock(self) -> str | None:

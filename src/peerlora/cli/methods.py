@@ -1,5 +1,7 @@
 """``peerlora methods``."""
 
+from typing import Any
+
 from peerlora.cli.words import AsJson, print_json
 
 
@@ -7,8 +9,8 @@ def command(json: AsJson = False) -> None:
     """List every algorithm: its paper, what it trains and mixes, what it requires of the topology.
 
     The operator says what an exchange averages: factors (product-sum), products (sum-product), both at once because a
-    factor is common to all, or nothing.  The last but one column says whether exchange.codec and exchange.robust go
-    with a method; where they don't, a run that asks for them is refused with the reason.
+    factor is common to all, or nothing.  A second table says what does not go with which methods, and why: a run that
+    asks for it is refused, or warned where that is said.
     """
     from peerlora.algorithms import describe_algorithms
 
@@ -19,7 +21,7 @@ def command(json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    head = ("paper", "trains", "mixes", "operator", "requires of the topology", "codec, robust", "settings")
+    head = ("paper", "trains", "mixes", "operator", "requires of the topology", "settings")
     table = Table(title="methods")
     table.add_column("name, other names", no_wrap=True)
     for word in head:
@@ -35,7 +37,19 @@ def command(json: AsJson = False) -> None:
             facts["mixes"],
             facts["operator"],
             (facts["requires"] or "-") + ("; no common rounds" if facts["asynchronous"] else ""),
-            "yes" if facts["wrappers"] else "no",
             settings or "-",
         )
-    Console().print(table)
+    refused = Table("setting", "methods", "because", title="not together", show_lines=True)
+    for (what, reason), names in _alike(described).items():
+        refused.add_row(what, ", ".join(names), reason)
+    Console().print(table, refused)
+
+
+def _alike(described: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """The methods that do not go with a thing for one reason, things in the order of the first method that has them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, facts in described.items():
+        for pair in facts["not_with"].items():
+            found.setdefault(pair, []).append(name)
+    things = list(dict.fromkeys(what for what, _ in found))
+    return dict(sorted(found.items(), key=lambda item: things.index(item[0][0])))

@@ -132,7 +132,7 @@ def flipped_labels(labels: np.ndarray, rows: np.ndarray, classes: int) -> np.nda
 class Adversarial(Wrapped):
     """An Exchange in which some clients send what an attack makes of everybody's models.
 
-    An attacker itself goes on from the plain average of the true models around it.
+    An attacker itself goes on from the plain average of the true models around it, whatever it has sent.
     """
 
     def __init__(self, peers: Any, config: AdversaryConfig, who: Sequence[int], start: Adapters, seed: int):
@@ -142,8 +142,19 @@ class Adversarial(Wrapped):
 
     def mix(self, x: Any) -> Any:
         """Mixes what is sent: adapters are attacked, anything else is true."""
-        sent = tree_map(lambda _, leaf: self._sent(leaf) if isinstance(leaf, Adapters) else leaf, x, leaf=_LEAVES)
-        return self._own_goes_on(x, self.peers.mix(sent))
+        true: dict[str, Adapters] = {}
+
+        def attacked(name: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Adapters):
+                return leaf
+            true[name] = leaf
+            return self._sent(leaf)
+
+        def own_goes_on(name: str, leaf: Any) -> Any:
+            return self._own_goes_on(true[name], leaf) if name in true else leaf
+
+        mixed = self.peers.mix(tree_map(attacked, x, leaf=_LEAVES))
+        return tree_map(own_goes_on, mixed, leaf=_LEAVES)
 
     def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
         """Combines what is sent."""
@@ -167,9 +178,7 @@ class Adversarial(Wrapped):
         flat[self.who, shared] = self.attack(scene)
         return replace(x, flat=flat)
 
-    def _own_goes_on(self, x: Any, mixed: Any) -> Any:
-        if not isinstance(x, Adapters):
-            return mixed
+    def _own_goes_on(self, x: Adapters, mixed: Adapters) -> Adapters:
         flat, shared = mixed.flat.clone(), x.spec.shared
         W = torch.from_numpy(self.peers.graph.W[self.who]).to(x.flat)
         flat[self.who, shared] = W @ x.flat[:, shared]

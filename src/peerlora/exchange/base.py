@@ -40,6 +40,7 @@ class Exchange(Protocol):
     def aim_at(self, c: Float[Tensor, " client"]) -> None:
         """Mix by Metropolis-Hastings weights for this target in this round: ``sum_i c_i x_i / sum_i c_i`` is kept.
 
+        Lazy ones, (I + W)/2, where the topology is lazy.
         Each end of a link needs the other's c and degree: mix c together with what is sent, so that it travels along.
         """
         ...

@@ -25,7 +25,7 @@ from peerlora.exchange.uncoded import Uncoded
 from peerlora.exchange.wire import Header, claimed, encode_body, read_body
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph, Topology
-from peerlora.topology.weights import Matrix, metropolis_target, remove_links
+from peerlora.topology.weights import Matrix, remove_links
 from peerlora.transport.base import PeerId, Refused
 from peerlora.tree import tree_map
 
@@ -177,7 +177,7 @@ class NeighbourExchange(Uncoded):
         for client, value in told.items():
             c[client] = float(value)
         self._target = None
-        return metropolis_target(planned.adjacency, c)
+        return self.topology.aimed(planned.adjacency, c)
 
 
 def _check(payload: Payload, header: Header, body: bytearray, positive: Collection[str] = ()) -> dict[str, Tensor]:

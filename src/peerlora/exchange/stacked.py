@@ -20,7 +20,6 @@ from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.uncoded import Uncoded
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import Topology
-from peerlora.topology.weights import metropolis_target
 from peerlora.tree import tree_map
 
 Payload = TypeVar("Payload")
@@ -67,7 +66,7 @@ class StackedExchange(Uncoded):
     def aim_at(self, c: Float[Tensor, " client"]) -> None:
         """Put Metropolis-Hastings weights for the target c in the place of this round's W."""
         everybody = self._gathered(c).double().cpu().numpy()
-        self.graph = replace(self.graph, W=metropolis_target(self.graph.adjacency, everybody))
+        self.graph = replace(self.graph, W=self.topology.aimed(self.graph.adjacency, everybody))
 
     def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
         """``s + sum_j W_ij q_j``: as long as W stays the same, that is the sum over the replicas."""

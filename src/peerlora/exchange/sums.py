@@ -28,6 +28,8 @@ def network_sum(own: Float[Tensor, "client part"], peers: Exchange, topology: To
 
     They are gossiped in rounds -R to -1: W is doubly stochastic, so they approach their mean, and R is such that N
     times it rounds to the sum exactly.  What a neighbour sees are averages; in the first round the numbers themselves.
+    Where columns alone sum to 1, as with links that go one way, a mass of 1 goes along and the ratio to it approaches
+    the mean (push-sum).
 
     Links that fail meanwhile slow that down, or leave somebody out.  So marks travel along, numbers that everybody
     knows of everybody: how far their sum is from the known one tells how far that of the others may be.
@@ -35,9 +37,12 @@ def network_sum(own: Float[Tensor, "client part"], peers: Exchange, topology: To
     """
     marks = known_marks(topology)
     x = torch.cat([own.double(), marks[list(peers.clients)].to(own.device)], dim=1)
+    weighed = not topology.properties.doubly_stochastic
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if weighed else x
     for t in range(-gossip_rounds(topology), 0):
         peers.begin(t)
         x = peers.mix({"sum": x})["sum"]
+    x = x[:, :-1] / x[:, -1:] if weighed else x
     found, sums = (topology.clients * x).split([own.shape[1], MARKS], dim=1)
     total = found.round()
     if float(total.sum(1).max()) > LARGEST:
@@ -61,22 +66,23 @@ def known_marks(topology: Topology) -> Float64[Tensor, "everybody mark"]:
     return torch.from_numpy(drawn).double()
 
 
-def sum_schema(parts: int) -> Schema:
+def sum_schema(parts: int, topology: Topology) -> Schema:
     """What one client sends in each round of ``network_sum``."""
-    return {"sum": ((parts + MARKS,), torch.float64)}
+    mass = 0 if topology.properties.doubly_stochastic else 1
+    return {"sum": ((parts + MARKS + mass,), torch.float64)}
 
 
 def gossip_rounds(topology: Topology) -> int:
     """R, from what every client can work out alone; CompositionError where gossip doesn't reach everybody.
 
-    The smallest with ``N max_ij |P_ij - 1/N| LARGEST < 1/20`` for the product P of the rounds' W; for a static W a
-    sufficient one, from ``|P - J| <= rho^R``.
+    The smallest with ``N max_ij |P_ij - 1/N| LARGEST < 1/20`` for the product P of the rounds' W, its rows divided by
+    their sums, which are the masses; for a static doubly stochastic W a sufficient one, from ``|P - J| <= rho^R``.
     """
     if topology.clients == 1:
         return 0
     _check_reach(topology)
     allowed = 0.05 / (topology.clients * LARGEST)
-    static = topology.properties.static
+    static = topology.properties.static and topology.properties.doubly_stochastic
     rounds = _static_rounds(topology.rho(), allowed) if static else _drawn_rounds(topology, allowed)
     if rounds > MOST_ROUNDS:
         raise _refused(f"gossip over this {topology.config.kind} graph takes more than {MOST_ROUNDS} rounds to agree")
@@ -93,14 +99,15 @@ def _drawn_rounds(topology: Topology, allowed: float) -> int:
     product = np.eye(topology.clients)
     for rounds in count(1):
         product = product @ topology.at(-rounds).W
-        if np.abs(product - 1 / topology.clients).max() < allowed or rounds > MOST_ROUNDS:
+        share = product if topology.properties.doubly_stochastic else product / product.sum(axis=1, keepdims=True)
+        if np.abs(share - 1 / topology.clients).max() < allowed or rounds > MOST_ROUNDS:
             return rounds
     raise AssertionError("count() has no end")
 
 
 def _check_reach(topology: Topology) -> None:
-    if not topology.properties.doubly_stochastic:
-        raise _refused("its mixing matrix is not doubly stochastic, so gossip doesn't sum")
+    if not topology.properties.column_stochastic:
+        raise _refused("the columns of its mixing matrix don't sum to 1, so gossip doesn't sum")
     if topology.graph is not None and not is_connected(topology.graph):
         raise _refused(f"the {topology.config.kind} graph is disconnected, so no client hears of all")
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from peerlora.algorithms import ALIASES, REGISTRY
-from peerlora.algorithms.base import Algorithm
-from peerlora.algorithms.composition import check_wrappers
+from peerlora.algorithms.base import Algorithm, requirement
+from peerlora.algorithms.composition import check_wrappers, training_limits
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.sums import gossip_rounds
 from peerlora.sections import TrainConfig
+from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 
 
@@ -22,11 +23,11 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     Raises CompositionError with the reason and an alternative.
     """
     name = config.algorithm.name
-    missing = algorithm.requires.missing(topology.properties)
-    if missing:
+    required = requirement(algorithm)
+    if missing := required.missing(topology.properties):
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
-            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(missing, topology)}"
+            f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(required, topology)}"
         )
     if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
         raise CompositionError(
@@ -61,17 +62,26 @@ def _reason(algorithm: Algorithm[Any]) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _cure(missing: Sequence[str], topology: Topology) -> str:
-    if {"static", "symmetric"} & set(missing):
-        return "a fixed graph without drop-outs, such as topology=ring, with topology.weights=metropolis"
-    if topology.directed:
-        return "topology.weights=push-sum with algorithm.name=sgp or push-diging, or an undirected graph"
-    return "topology.weights=metropolis"
+def _cure(required: Properties, topology: Topology) -> str:
+    """What to change of a topology that lacks something of what is required, and nothing that is as it should be."""
+    missing = required.missing(topology.properties)
+    if "static" in missing:
+        weights = "" if topology.config.weights == "metropolis" else ", with topology.weights=metropolis"
+        return f"a fixed graph without drop-outs, such as topology=ring{weights}"
+    if not topology.directed:
+        return "topology.weights=metropolis"
+    both_ways = "an undirected graph, such as topology=ring"
+    if "symmetric" in missing:
+        return both_ways
+    push_sum = "" if topology.properties.column_stochastic else "topology.weights=push-sum"
+    if not required.row_stochastic:
+        return push_sum
+    return f"{' with '.join(filter(None, [push_sum, 'algorithm.name=sgp or push-diging']))}, or {both_ways}"
 
 
 def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
     """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
-    one_step, only, preferred = (getattr(algorithm, key, None) for key in ("one_step", "sgd_only", "sgd_preferred"))
+    one_step, only, preferred = training_limits(algorithm)
     if one_step and train.local_steps != 1:
         raise CompositionError(
             f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.base import requirement
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
 from peerlora.topology.schedule import build_topology
@@ -16,7 +17,7 @@ def check_links(config: RunConfig) -> None:
             f"topology.weights={config.topology.weights} reaches beyond a round's neighbours, and real peers hear from "
             "these alone; use topology.weights=metropolis"
         )
-    needs = build_algorithm(name, config.algorithm.parameters).requires
+    needs = requirement(build_algorithm(name, config.algorithm.parameters))
     if not topology.properties.symmetric and (needs.symmetric or needs.row_stochastic):
         raise CompositionError(
             f"topology={config.topology.kind} with {config.topology.weights} weights is not symmetric, and links of "

@@ -19,7 +19,7 @@ def largest_message(federation: Federation, sends: Schema) -> int:
     if federation.config.exchange.codec or isinstance(federation.algorithm, Choco):
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference
     if federation.config.train.label_prior == "pooled":
-        found.append(sum_schema(federation.partition.counts.shape[1]))
+        found.append(sum_schema(federation.partition.counts.shape[1], federation.topology))
     return max(largest_body(each) for each in found)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from peerlora.randomness import derive, numpy_generator
 from peerlora.topology.graphs import (
@@ -26,6 +26,7 @@ from peerlora.topology.weights import (
     Matrix,
     lazy,
     long_run_rho,
+    metropolis_target,
     over_permutations,
     pairwise_weights,
     remove_links,
@@ -127,6 +128,10 @@ class Topology:
     def at(self, t: int, absent: Sequence[int] = ()) -> RoundGraph:
         """The graph and W of round ``t``, without the links of those who are ``absent``."""
         return self._static if self.period == 1 else self._round(self.seed, t, absent)
+
+    def aimed(self, adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> Matrix:
+        """Metropolis-Hastings weights for the target c on these links; lazy where the topology is."""
+        return self._lazy(metropolis_target(adjacency, c))
 
     def links(self, t: int) -> Adjacency:
         """The links that are up in round ``t``, without the cost of W where it follows from them."""
