@@ -9,7 +9,7 @@ def command(json: AsJson = False) -> None:
     """List every algorithm: its paper, what it trains and mixes, what it requires of the topology.
 
     The operator says what an exchange averages: factors (product-sum), products (sum-product), both at once because a
-    factor is common to all, or nothing.  A second table says what does not go with which methods, and why: a run that
+    factor is common to all, or nothing.  The last table says what does not go with which methods, and why: a run that
     asks for it is refused, or warned where that is said.
     """
     from peerlora.algorithms import describe_algorithms
@@ -21,28 +21,24 @@ def command(json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    head = ("paper", "trains", "mixes", "operator", "requires of the topology", "settings")
-    table = Table(title="methods")
-    table.add_column("name, other names", no_wrap=True)
-    for word in head:
-        table.add_column(word, overflow="fold")
+    console = Console()
+    methods, asks = (Table(title=title) for title in ("methods", "what they ask for, and their settings"))
+    for table in (methods, asks):
+        table.add_column("name, other names", no_wrap=True)
+    for table, words in ((methods, ("paper", "trains", "mixes", "operator")), (asks, ("topology", "settings"))):
+        for word in words:
+            table.add_column(word, overflow="fold")
     for name, facts in described.items():
         own = facts["settings"] | {f"train.{key}": value for key, value in facts["train"].items()}
         settings = ", ".join(f"{key}={value}" for key, value in own.items())
         names = "\n".join([name, *(f"= {alias}" for alias in facts["aliases"])])
-        table.add_row(
-            names,
-            facts["source"],
-            facts["trains"],
-            facts["mixes"],
-            facts["operator"],
-            (facts["requires"] or "-") + ("; no common rounds" if facts["asynchronous"] else ""),
-            settings or "-",
-        )
+        methods.add_row(names, facts["source"], facts["trains"], facts["mixes"], facts["operator"])
+        topology = facts["requires"].replace("row stochastic, column stochastic", "doubly stochastic") or "-"
+        asks.add_row(name, topology + ("; no common rounds" if facts["asynchronous"] else ""), settings or "-")
     refused = Table("setting", "methods", "because", title="not together", show_lines=True)
     for (what, reason), names in _alike(described).items():
         refused.add_row(what, ", ".join(names), reason)
-    Console().print(table, refused)
+    console.print(methods, asks, refused)
 
 
 def _alike(described: dict[str, dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
