@@ -23,6 +23,7 @@ REASONS = {
     "certificate-expired": "the certificate expired while the connection stood",
     "old-tls": "a TLS version before 1.3",
     "no-session": "a message outside the edge's session, or of one that another has replaced",
+    "too-many": "more calls at once than one member may have",
     "replaced": "another process of the same site has opened a newer session",
     "wrong-proof": "the side that was dialled does not hold the key that the member list names",
     "wrong-sender": "the message claims another name than the channel proved",

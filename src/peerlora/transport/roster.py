@@ -41,6 +41,10 @@ class Roster:
         """Go by a newer list from now on; raises IdentityError for an older one, or for one of another consortium."""
         self.members = self._taken(members, self.members)
 
+    def knows(self, fingerprint: str) -> bool:
+        """Whether this is a member's key."""
+        return fingerprint in self._sites
+
     def admit(self, fingerprint: str) -> PeerId:
         """The site whose key this is; raises Refused unless it may talk to this one now."""
         found = self._sites.get(fingerprint)
