@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -60,6 +61,9 @@ async def dial_for_ever(
             wait = timing.next_wait(None if stood else wait)
         except Refused as refusal:
             ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
+            wait = timing.refused
+        except Exception:  # a mistake of ours must not cost the edge for the rest of the run
+            logging.getLogger(__name__).exception("dialling %s failed here", peer)
             wait = timing.refused
         await asyncio.sleep(wait)
 
