@@ -1,6 +1,7 @@
 import hashlib
 import json
 import stat
+from typing import Any
 
 import pytest
 from rigs import GrpcRig
@@ -66,6 +67,11 @@ def test_a_log_goes_on_after_a_restart_and_names_cannot_forge_lines(tmp_path):
     assert [line["peer"] for line in lines(path)] == ["a", 'b\n{"event": "sent"}']
 
 
+def full(file, room) -> Any:
+    """``file``, after whose ``room`` bytes the disk is full."""
+    return Full(file, room)
+
+
 class Full:
     """A file of a disk that becomes full in the middle of a line, or at once."""
 
@@ -87,7 +93,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path, caplog, room):
     audit = Audit(path)
     audit.event("up", "a", "")
     for _ in range(3):
-        audit._file = Full(audit._file or open(path, "ab", buffering=0), room)
+        audit._file = full(audit._file or open(path, "ab", buffering=0), room)
         audit.message("sent", "a", b"header", 5)
     assert caplog.text.count("audit log") == 1 and caplog.text.count("WARNING") == 1
     audit.event("down", "a", "")

@@ -18,6 +18,7 @@ from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.runtime.agreement import settings
 from peerlora.runtime.peer import site_of
+from peerlora.runtime.peer_run import not_in_run
 from peerlora.runtime.simulate import composed
 from peerlora.runtime.site import expected_of
 from peerlora.transport.base import PeerId, TransportError
@@ -63,6 +64,8 @@ def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0
         yield Finding("problem", str(error))
         return
     yield Finding("good", f"{who.site} is client {site.client} of {len(site.names)} on list {roster.members.name!r}")
+    for warning in not_in_run(config, site):
+        yield Finding("advice", warning, "set clients in the next run's config")
     yield from _expiry("the certificate", who.expires, "send a new request: peerlora identity request")
     if roster.members.expires is not None:
         yield from _expiry("the member list", roster.members.expires, "ask the consortium for its next version")

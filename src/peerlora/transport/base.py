@@ -49,7 +49,9 @@ REASONS = {
 
 
 class TransportError(PeerloraError):
-    """A message did not get through."""
+    """A message did not get through, or the port cannot be had; this may pass."""
+
+    exit_code = 1
 
 
 class Refused(TransportError):
