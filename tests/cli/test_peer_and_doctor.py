@@ -87,6 +87,16 @@ def stopped_run(yaml_file, sites, out, *words):
     return path
 
 
+def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):
+    from peerlora.runtime.peer import site_of
+
+    throwaway(tmp_path / "sites", {site: "127.0.0.1:1" for site in "abc"}, "clinics")
+    for kind, met in (("path", ["b"]), ("ring", ["b", "c"])):
+        made = config("bert", "clients=3", f"topology={kind}")
+        _, roster, _ = site_of(made, tmp_path / "sites" / "a", tmp_path / "sites" / "members.json")
+        assert roster.others() == met
+
+
 def test_a_run_goes_on_after_a_site_was_added(cli, yaml_file, sites, tmp_path):
     path = stopped_run(yaml_file, sites, tmp_path / "run")
     changed(sites, lambda listed: add_member(listed, "c", "ab" * 32))

@@ -181,6 +181,20 @@ def test_the_roster_admits_whoever_is_on_the_list_now():
         roster.admit(key("c"))
 
 
+def test_a_roster_keeps_to_the_neighbours_of_a_run():
+    signed = sign_list(members("a", "b", "c"), KEY, MONTH, NOW)
+    roster = Roster("a", key("a"), signed.list, clock=lambda: NOW)
+    roster.keep_to(["b", "d"])  # d is not on the list yet
+    assert roster.others() == ["b"] and roster.admit(key("b")) == "b"
+    with pytest.raises(Refused, match="not-a-neighbour"):
+        roster.admit(key("c"))
+    roster.replace(sign_list(add_member(signed.list, "d", key("d")), KEY, MONTH, NOW).list)
+    assert roster.others() == ["b", "d"]
+    removed = add_member(remove_member(roster.members, "b"), "e", key("e"))
+    roster.replace(sign_list(removed, KEY, MONTH, NOW).list)
+    assert roster.others() == ["d"]
+
+
 def test_one_end_of_an_edge_dials():
     made = add_member(members("a", "b"), "z", key("z"))
     views = {site: Roster(site, key(site), made) for site in "abz"}

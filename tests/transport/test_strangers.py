@@ -390,6 +390,28 @@ def test_tls_before_1_3_is_refused(door, federation, tmp_path, version):
     door.run(scenario)
 
 
+def test_a_peer_dials_and_admits_its_neighbours_in_the_run_alone(federation):
+    async def scenario(rig):
+        make = rig.make
+
+        def kept(site):
+            transport = make(site)
+            rig.rosters[site].keep_to({"a": ["b"], "b": ["a", "c"], "c": ["a", "b"]}[site])
+            return transport
+
+        rig.make = kept
+        await rig.start("a", "b", "c")
+        await rig.until(lambda: rig.edge("a", "b") and rig.edge("c", "b"))
+        await rig.until(lambda: any("not-a-neighbour, there" in text for _, who, text in rig.told["c"] if who == "a"))
+        assert not rig.edge("a", "c")
+        with pytest.raises(Refused, match="not-a-neighbour"):
+            await rig.transports["a"].send("c", b"h", b"x", deadline=2)
+        rig.rosters["c"].keep_to(["b"])
+        assert rig.rosters["c"].others() == ["b"]
+
+    GrpcRig(federation).run(scenario)
+
+
 def test_a_port_that_is_taken_is_one_clear_message(door, tmp_path):
     from peerlora.transport.base import TransportError
 

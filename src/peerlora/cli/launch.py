@@ -44,7 +44,9 @@ def command(
     mishaps = [parse_mishap("kill", word, chosen.clients) for word in kill or ()]
     mishaps += [parse_mishap("stop", word, chosen.clients) for word in stop or ()]
     mishaps += [parse_mishap("cut", word, chosen.clients) for word in cut or ()]
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # a closed terminal is no news to the peers' own sessions
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
     with Watch() as watch, stop_on_interrupt(*signals) as stopping:
         from peerlora.runtime.launch import launch
 

@@ -205,9 +205,7 @@ class Launched:
             listener(self.peers)
             if stop():
                 raise RunError(f"stopped; every peer keeps its checkpoint in {self.folder}")
-            if not any(peer.alive and not peer.killed for peer in self.peers) and not any(
-                peer.state == "restarting" for peer in self.peers
-            ):
+            if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
                 return
             time.sleep(_LOOK)
 

@@ -78,6 +78,7 @@ def site_of(
             f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
             "such edge; change the topology, or have the edges added: peerlora members add --neighbour"
         )
+    roster.keep_to(linked.values())
     return who, roster, site
 
 

@@ -17,7 +17,7 @@ HEADER_BYTES = 64 * 1024
 
 REASONS = {
     "not-a-member": "the certificate's key is not on the current member list",
-    "not-a-neighbour": "the member list names the edges, and this is none of them",
+    "not-a-neighbour": "the member list names the edges, and this is none of them; or it is none of the run's graph",
     "list-expired": "the member list is out of date, so nobody is admitted by it",
     "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
     "certificate-expired": "the certificate expired while the connection stood",
