@@ -274,6 +274,51 @@ def test_nobody_is_admitted_by_a_list_that_expired(door, tmp_path):
     door.run(scenario)
 
 
+def test_the_session_with_a_dialled_site_ends_with_its_certificate(federation, tmp_path):
+    for name in ("key.pem", "site.json", "trust.pem"):
+        write_over(tmp_path / "b" / name, (federation / "b" / name).read_bytes(), 0o600)
+    public, begun = read_key(tmp_path / "b/key.pem").public_key(), datetime.now(UTC) - timedelta(days=1)
+    short = issue(federation / "authority", public, "b", timedelta(days=1, seconds=4), begun)
+    write_over(tmp_path / "b/certificate.pem", short)
+
+    async def scenario(rig):
+        rig.folder = tmp_path
+        await rig.start("b")
+        rig.folder = federation
+        await rig.start("a")
+        await rig.until(lambda: rig.edge("a", "b"))
+        await rig.transports["a"].send("b", b"h", b"x", deadline=2)
+        await rig.until(lambda: not rig.edge("a", "b"))
+        assert datetime.now(UTC) >= begun + timedelta(days=1, seconds=3)
+        assert any("its certificate expired on" in text for _, _, text in rig.told["a"])
+        await asyncio.sleep(0.5)
+        assert not rig.edge("a", "b")  # TLS does not take it any more
+        await rig.transports["b"].renew(rig.identity("b"))
+        await rig.until(lambda: rig.edge("a", "b"))
+
+    GrpcRig(federation).run(scenario)
+
+
+def test_a_session_never_opens_with_a_certificate_that_expired(federation):
+    async def scenario(rig):
+        rig.prepare()
+        await rig.start("b")
+        make = rig.make
+
+        def later(site):
+            transport = make(site)
+            rig.rosters[site].clock = lambda: datetime.now(UTC) + timedelta(days=31)
+            rig.rosters[site].members = msgspec.structs.replace(rig.members, expires=datetime.max.replace(tzinfo=UTC))
+            return transport
+
+        rig.make = later
+        await rig.start("a")
+        await rig.until(lambda: any("its certificate expired on" in text for _, _, text in rig.told["a"]))
+        assert not rig.edge("a", "b")
+
+    GrpcRig(federation).run(scenario)
+
+
 def test_only_the_list_expired(door, tmp_path):
     async def scenario(rig):
         await rig.open(tmp_path)

@@ -244,7 +244,7 @@ class Listener:
         nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
         refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
         if len(nonce) == NONCE:
-            await frames.writer(context)(prove(me.key, nonce, token, me.site, peer, fingerprint))
+            await frames.writer(context)(prove(me, nonce, token, peer, fingerprint))
             if await _within(self.timing.handshake, frames.reader(context)):  # a heartbeat: the proof was accepted
                 return token
             refusal = Refused("wrong-proof", "it went away after our proof")
