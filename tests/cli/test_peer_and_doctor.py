@@ -9,7 +9,7 @@ import pytest
 
 from peerlora.runtime.launch import free_ports
 from peerlora.transport.authority import list_signer, throwaway
-from peerlora.transport.members import add_member, read_list, remove_member, sign_list, write_list
+from peerlora.transport.members import add_member, read_list, remove_member, sign_list, unlink_members, write_list
 
 WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
 
@@ -168,6 +168,25 @@ def test_doctor_says_when_there_are_no_common_rounds(cli, yaml_file, sites):
 def test_doctor_at_the_side_that_dials(cli, yaml_file, sites):
     answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.5")
     assert answer.code == 1 and re.search(r"PROBLEM b cannot be reached at 127.0.0.1:\d+", answer.out)
+
+
+def test_doctor_opens_another_port_behind_a_forwarding(cli, yaml_file, sites):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        there = f"127.0.0.1:{taken.getsockname()[1]}"
+        answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.1", "--listen", there)
+    assert answer.code == 1 and f"cannot listen at {there}" in answer.out
+
+
+def test_a_link_that_the_list_lacks_is_told_with_the_command_that_adds_it(cli, yaml_file, sites):
+    changed(sites, lambda listed: unlink_members(listed, "a", "b"))
+    answer = cli("peer", yaml_file(*WORDS), *options(sites, "a"))
+    assert answer.code == 2 and "peerlora members link" in answer.err
+
+    from peerlora.config import load_config
+    from peerlora.runtime.peer import site_of
+
+    made = load_config(yaml_file(*WORDS))  # a run that has begun goes on without
+    assert site_of(made, sites / "a", sites / "members.json", sites)[1].others() == []
 
 
 def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):

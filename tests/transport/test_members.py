@@ -13,11 +13,13 @@ from peerlora.transport.members import (
     SignedList,
     add_member,
     check_address,
+    link_members,
     load_members,
     new_list,
     read_list,
     remove_member,
     sign_list,
+    unlink_members,
     verify_list,
     write_list,
 )
@@ -135,6 +137,23 @@ def test_neighbours_make_edges_and_a_removed_site_takes_its_own_along():
     assert made.edges == [("a", "d"), ("b", "d")]
     assert made.linked("d", "a") and made.linked("a", "d") and not made.linked("a", "b")
     assert remove_member(made, "a").edges == [("b", "d")]
+
+
+def test_edges_are_added_and_taken_off():
+    made = unlink_members(members("a", "b", "c"), "c", "a")
+    assert made.edges == [("a", "b"), ("b", "c")] and not made.linked("a", "c") and made.linked("b", "a")
+    again = link_members(made, "c", "a")
+    assert again.linked("a", "c") and again.edges == [("a", "b"), ("b", "c"), ("c", "a")]
+    assert not unlink_members(again, "a", "b").linked("b", "a")
+    for change, told in [
+        (lambda: link_members(members("a", "b"), "a", "b"), "everybody may"),
+        (lambda: link_members(again, "a", "c"), "has the edge a-c already"),
+        (lambda: unlink_members(made, "a", "c"), "has no edge a-c"),
+        (lambda: link_members(made, "a", "a"), "two sites"),
+        (lambda: unlink_members(made, "a", "bb"), "did you mean"),
+    ]:
+        with pytest.raises(IdentityError, match=told):
+            change()
 
 
 def test_impossible_lists_are_refused():

@@ -56,8 +56,13 @@ ADVICE = {
 }
 
 
-def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0) -> Iterator[Finding]:
-    """Everything that a run at this site needs, one finding at a time; neighbours get ``wait`` seconds to answer."""
+def examine(
+    config: RunConfig, identity: Path, members: Path, wait: float = 10.0, listen: str | None = None
+) -> Iterator[Finding]:
+    """Everything that a run at this site needs, one finding at a time; neighbours get ``wait`` seconds to answer.
+
+    ``listen``: as in `run_peer`.
+    """
     try:
         who, roster, site = site_of(config, identity, members)
     except PeerloraError as error:
@@ -83,7 +88,7 @@ def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0
         yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
     with LoopThread() as thread:
-        transport = GrpcTransport(who, roster)
+        transport = GrpcTransport(who, roster, listen=listen)
         rendezvous = Rendezvous(transport, expected, wait, 0)
         hood = Neighbourhood(rendezvous, list(neighbours.values()), settings(config))
         try:

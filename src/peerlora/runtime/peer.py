@@ -76,7 +76,7 @@ def site_of(
     if barred and begun is None:  # a run goes on without links that were taken off the list meanwhile
         raise CompositionError(
             f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
-            "such edge; change the topology, or have the edges added: peerlora members add --neighbour"
+            "such edge; change the topology, or have the edges added: peerlora members link"
         )
     roster.keep_to(linked.values())
     return who, roster, site
