@@ -278,7 +278,7 @@ def test_the_session_with_a_dialled_site_ends_with_its_certificate(federation, t
     for name in ("key.pem", "site.json", "trust.pem"):
         write_over(tmp_path / "b" / name, (federation / "b" / name).read_bytes(), 0o600)
     public, begun = read_key(tmp_path / "b/key.pem").public_key(), datetime.now(UTC) - timedelta(days=1)
-    short = issue(federation / "authority", public, "b", timedelta(days=1, seconds=4), begun)
+    short = issue(federation / "authority", public, "b", timedelta(days=1, seconds=6), begun)
     write_over(tmp_path / "b/certificate.pem", short)
 
     async def scenario(rig):
@@ -289,7 +289,7 @@ def test_the_session_with_a_dialled_site_ends_with_its_certificate(federation, t
         await rig.until(lambda: rig.edge("a", "b"))
         await rig.transports["a"].send("b", b"h", b"x", deadline=2)
         await rig.until(lambda: not rig.edge("a", "b"))
-        assert datetime.now(UTC) >= begun + timedelta(days=1, seconds=3)
+        assert datetime.now(UTC) >= begun + timedelta(days=1, seconds=5)
         assert any("its certificate expired on" in text for _, _, text in rig.told["a"])
         await asyncio.sleep(0.5)
         assert not rig.edge("a", "b")  # TLS does not take it any more

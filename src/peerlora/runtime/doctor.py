@@ -50,7 +50,7 @@ ADVICE = {
     "wrong-spec": "compare adapter.rank, adapter.targets, adapter.head and the model",
     "wrong-run": "compare peer.run and the name of the member list",
     "not-a-member": "the member list there is older or newer; give all sites the same list",
-    "not-a-neighbour": "the member list's edges leave this link out; have it added or change the topology",
+    "not-a-neighbour": "the member list there, or the topology of the config there, lacks this link; compare both",
     "list-expired": "ask for the member list's next version",
     "tls-failed": "a certificate is expired or of another consortium; see peerlora identity show at both sites",
 }
