@@ -1,12 +1,14 @@
 """Every error that peerlora raises on purpose.
 
-PeerloraError                 something the user can mend; the command line prints it and exits with code 2
+PeerloraError                 something the user can mend; the command line prints it and exits with code 2, or with 1
+                              where the same command may get further a little later
 ├── ConfigError               a setting is unknown, out of range or contradicts another
 ├── ModelError                a base model or PEFT adapter cannot be loaded, or has no matching layers
 ├── DataError                 a file, column or label is missing or unusable
 ├── TopologyError             a graph cannot be built, or would never let all clients agree
 ├── CompositionError          parts that are fine alone do not work together (method, topology, adapter)
-├── RunError                  a run folder is in use, belongs to another config, or is damaged
+├── RunError                  a run folder is in use, belongs to another config, or is damaged; NotNow: the others are
+│                             not ready for this run yet
 ├── DivergenceError           a loss stopped being finite
 ├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
 ├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (transport/base.py)
@@ -48,6 +50,12 @@ class CompositionError(PeerloraError):
 
 class RunError(PeerloraError):
     """Raised for run folders: in use, of another config, damaged."""
+
+
+class NotNow(RunError):
+    """Raised where only the other sites' progress stands in the way; trying again later helps."""
+
+    exit_code = 1
 
 
 class DivergenceError(PeerloraError):

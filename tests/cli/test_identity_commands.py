@@ -57,6 +57,17 @@ def test_a_site_is_removed_and_comes_back_with_its_number(consortium, cli):
     assert numbers == {"hospital-a": 0, "hospital-b": 1}
 
 
+def test_edges_are_edited(consortium, cli):
+    file = consortium / "members.json"
+    cut = cli("members", "unlink", file, *SITES, "--json")
+    assert json.loads(cut.out)["edges"] == []
+    assert "edges: none" in cli("members", "show", file).out
+    assert cli("members", "link", file, *SITES).code == 0
+    shown = cli("members", "show", file).out
+    assert "a draft" in shown and "edges: hospital-a-hospital-b" in shown
+    assert cli("members", "sign", file, "--authority", consortium / "authority").code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -89,6 +100,12 @@ def test_a_site_is_removed_and_comes_back_with_its_number(consortium, cli):
             ["members", "add", "members.json", "--site", "x", "--fingerprint", "ab" * 32, "--address", "x"],
             ["address 'x'", "host:port"],
         ),
+        (
+            ["members", "add", "members.json", "--site", "hospital-c", "--certificate", "hospital-a.pem"],
+            ["hospital-a.pem is for site hospital-a", "--site hospital-c"],
+        ),
+        (["members", "link", "members.json", "hospital-a", "hospital-b"], ["everybody may", "members unlink"]),
+        (["members", "unlink", "members.json", "hospital-a", "hospital-c"], ["'hospital-c'", "did you mean"]),
         (["members", "remove", "members.json", "--site", "hospital-c"], ["'hospital-c'", "did you mean"]),
         (["members", "sign", "members.json", "--authority", "hospital-a"], ["list-key.pem cannot be read"]),
         (["members", "verify", "members.json", "--trust", "hospital-a.pem"], ["no Ed25519 public key"]),

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import os
+import sys
+import time
 
 import pytest
 
-from peerlora.errors import ConfigError
-from peerlora.runs.events import CaughtUp, NeighbourChanged, RoundDone
+from peerlora.errors import ConfigError, RunError
+from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
-from peerlora.runtime.launch import free_ports, launch
+from peerlora.runtime.launch import Launched, free_ports, launch
 from peerlora.runtime.mishaps import Mishap, parse_mishap
 from peerlora.runtime.proxy import Relay
 
@@ -90,6 +93,76 @@ def test_one_peer_is_no_federation(config, tmp_path):
     with pytest.raises(ConfigError, match="at least 2 peers"):
         launch(config("bert", "clients=1", "topology=complete"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SCRIPT = """
+import pathlib, signal, sys, time
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: asked.append(number))
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder.mkdir()
+(folder / "events.jsonl").write_text(sys.argv[3])
+end = time.monotonic() + seconds
+while time.monotonic() < end and not asked:
+    time.sleep(0.01)
+time.sleep(0.3 if asked else 0)
+(folder / "signals").write_text(str(len(asked)))
+sys.exit(130 if asked else 0)
+"""
+
+
+def played(config, folder, seconds, *mishaps):
+    """A federation whose processes only say that they began, and end by themselves after their seconds."""
+    made = Launched(config("bert", f"clients={len(seconds)}", "topology=path"), folder, mishaps)
+    for peer, each in zip(made.peers, seconds, strict=True):
+        peer.command = [sys.executable, "-c", SCRIPT, str(peer.folder), str(each), joined()]
+    return made
+
+
+def joined():
+    return to_json(Joined("", 0, [])) + "\n"
+
+
+def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):
+    made = played(config, tmp_path / "out", [2, 600], Mishap("stop", 1, 0.2))
+    made.run(lambda peers: None, lambda: False)
+    began = time.monotonic()
+    made.end()
+    assert time.monotonic() - began < 10
+    assert [peer.state for peer in made.peers] == ["finished", "stopped"]
+    assert made.peers[1].killed and not any(peer.alive for peer in made.peers)
+
+
+def test_a_peer_that_is_stopped_for_a_while_goes_on(config, tmp_path):
+    made = played(config, tmp_path / "out", [1, 1.5], Mishap("stop", 1, 0.2, 1.0))
+    made.run(lambda peers: None, lambda: False)
+    made.end()
+    assert [peer.state for peer in made.peers] == ["finished", "finished"]
+
+
+def test_an_interrupt_reaches_every_peer_once(config, tmp_path):
+    made = played(config, tmp_path / "out", [600, 600])
+    with pytest.raises(RunError, match="checkpoint"):
+        made.run(lambda peers: None, lambda: all(peer.state == "running" for peer in made.peers))
+    groups = {os.getpgid(peer.process.pid) for peer in made.peers if peer.process is not None}
+    made.end()
+    assert len(groups | {os.getpgid(0)}) == 3  # a terminal's Ctrl-C is no signal to them
+    assert [(peer.folder / "signals").read_text() for peer in made.peers] == ["1", "1"]
+
+
+def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypatch):
+    made = played(config, tmp_path / "out", [600, 600])
+    with pytest.raises(RunError):
+        made.run(lambda peers: None, lambda: all(peer.state == "running" for peer in made.peers))
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peerlora.runtime.launch.time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.end()
+    assert not any(peer.alive for peer in made.peers)
 
 
 SETTINGS = ["train.dtype=fp32", "peer.deadline=20", "eval.rows=4", "threads=null"]

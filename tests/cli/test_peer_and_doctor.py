@@ -2,11 +2,14 @@
 
 import json
 import re
+import socket
+from datetime import timedelta
 
 import pytest
 
 from peerlora.runtime.launch import free_ports
-from peerlora.transport.authority import throwaway
+from peerlora.transport.authority import list_signer, throwaway
+from peerlora.transport.members import add_member, read_list, remove_member, sign_list, unlink_members, write_list
 
 WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
 
@@ -41,12 +44,94 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
     for words, told in [
         ((["--resume"]), "--resume given without --out"),
         ((["topology.weights=pairwise"]), "pairwise"),
-        ((["clients=1", "topology=complete"]), "set clients=2 at all sites"),
+        ((["clients=1", "topology=complete"]), "from the next run on, with clients=2 at all sites"),
     ]:
-        answer = cli("peer", path, *words, *options(sites, "a"))
+        answer = cli("peer", path, *words, *options(sites, "b"))
         assert answer.code == 2 and told in answer.err, answer.err
     answer = cli("peer", path, "--identity", tmp_path, "--members", sites / "members.json")
     assert answer.code == 2
+
+
+def changed(sites, change):
+    """Replace the member list by the next version, signed."""
+    listed = change(read_list(sites / "members.json").list)
+    write_list(sites / "members.json", sign_list(listed, list_signer(sites / "authority"), timedelta(days=30)))
+
+
+def test_a_finished_run_is_left_alone_and_ends_at_once(cli, yaml_file, sites, tmp_path, monkeypatch):
+    path, out = yaml_file(*WORDS), tmp_path / "run"
+    first = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
+    assert first.code == 0, first.err
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    (sites / "b/certificate.pem").unlink()  # nothing is loaded, nobody is greeted, no port is opened
+    again = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
+    assert again.code == 0 and again.out == first.out, again.err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+    from peerlora.config import load_config
+    from peerlora.runtime.peer import run_peer
+
+    result = run_peer(load_config(path), sites / "b", sites / "members.json", out, resume=True)
+    assert result.adapters.clients == 1 and result.metrics.num_rows
+
+
+def stopped_run(yaml_file, sites, out, *words):
+    """b's run after one of its rounds; its config's file."""
+    from peerlora.config import load_config
+    from peerlora.runtime.peer import run_peer
+    from peerlora.runtime.simulate import Stopped
+
+    path = yaml_file(*WORDS, *words)
+    with pytest.raises(Stopped):
+        run_peer(load_config(path), sites / "b", sites / "members.json", out, stop=lambda: True)
+    return path
+
+
+def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):
+    from peerlora.runtime.peer import site_of
+
+    throwaway(tmp_path / "sites", {site: "127.0.0.1:1" for site in "abc"}, "clinics")
+    for kind, met in (("path", ["b"]), ("ring", ["b", "c"])):
+        made = config("bert", "clients=3", f"topology={kind}")
+        _, roster, _ = site_of(made, tmp_path / "sites" / "a", tmp_path / "sites" / "members.json")
+        assert roster.others() == met
+
+
+def test_a_run_goes_on_after_a_site_was_added(cli, yaml_file, sites, tmp_path):
+    path = stopped_run(yaml_file, sites, tmp_path / "run")
+    changed(sites, lambda listed: add_member(listed, "c", "ab" * 32))
+    answer = cli("peer", path, *options(sites, "b"), "--out", tmp_path / "run", "--resume")
+    assert answer.code == 0 and "warning: not in this run of clients=2: c (client 2)" in answer.err, answer.err
+    examined = cli("doctor", path, *options(sites, "b"), "--wait", "0.1")
+    assert re.search(r"advice +not in this run of clients=2: c", examined.out)
+
+
+def test_a_pooled_run_goes_on_after_a_site_was_removed(cli, yaml_file, sites, tmp_path):
+    out = tmp_path / "run"
+    path = stopped_run(yaml_file, sites, out)
+    for file in (path, out / "config.yaml"):  # as if it had been pooled from the start
+        file.write_text(file.read_text().replace("label_prior: none", "label_prior: pooled"))
+    changed(sites, lambda listed: remove_member(listed, "a"))
+    refused = cli("peer", path, *options(sites, "b"), "--out", out, "--resume")
+    assert refused.code == 2 and "label_prior=pooled" in refused.err
+    (out / "label_counts.json").write_text('{"total": [20, 20, 20]}')
+    answer = cli("peer", path, *options(sites, "b"), "--out", out, "--resume")
+    assert answer.code == 0, answer.err
+
+
+def test_a_port_that_is_taken_may_pass(cli, yaml_file, sites, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listen = ["--listen", f"127.0.0.1:{port}"]
+        answer = cli("peer", yaml_file(*WORDS), *options(sites, "a"), "--out", tmp_path / "run", *listen)
+    assert answer.code == 1 and "cannot listen at" in answer.err
+
+
+def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, tmp_path):
+    path = yaml_file(*WORDS, "peer.run=old", "peer.join=60")
+    process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
+    answer = cli("peer", path, "peer.run=new", "peer.join=20", *options(sites, "b"), "--out", tmp_path / "new")
+    assert answer.code == 1 and "in another run" in answer.err and "wrong-run" in answer.err, answer.err
 
 
 def test_a_site_with_a_file_of_its_own(cli, yaml_file, sites, tmp_path, texts):
@@ -83,6 +168,25 @@ def test_doctor_says_when_there_are_no_common_rounds(cli, yaml_file, sites):
 def test_doctor_at_the_side_that_dials(cli, yaml_file, sites):
     answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.5")
     assert answer.code == 1 and re.search(r"PROBLEM b cannot be reached at 127.0.0.1:\d+", answer.out)
+
+
+def test_doctor_opens_another_port_behind_a_forwarding(cli, yaml_file, sites):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        there = f"127.0.0.1:{taken.getsockname()[1]}"
+        answer = cli("doctor", yaml_file(*WORDS), *options(sites, "a"), "--wait", "0.1", "--listen", there)
+    assert answer.code == 1 and f"cannot listen at {there}" in answer.out
+
+
+def test_a_link_that_the_list_lacks_is_told_with_the_command_that_adds_it(cli, yaml_file, sites):
+    changed(sites, lambda listed: unlink_members(listed, "a", "b"))
+    answer = cli("peer", yaml_file(*WORDS), *options(sites, "a"))
+    assert answer.code == 2 and "peerlora members link" in answer.err
+
+    from peerlora.config import load_config
+    from peerlora.runtime.peer import site_of
+
+    made = load_config(yaml_file(*WORDS))  # a run that has begun goes on without
+    assert site_of(made, sites / "a", sites / "members.json", sites)[1].others() == []
 
 
 def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):

@@ -263,10 +263,10 @@ def test_pairwise_weights_are_refused(runs):
         made.run(0)
 
 
-def test_a_list_with_more_clients_than_the_config_is_refused(runs):
+def test_a_site_that_the_run_does_not_count_is_refused(runs):
     made = runs()
     with pytest.raises(CompositionError, match="clients=4"):
-        train_peer(made.config, Site(0, names(4), "run"), made.net.transport("site-0"), made.thread)
+        train_peer(made.config, Site(3, names(4), "run"), made.net.transport("site-0"), made.thread)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 import hashlib
 import json
 import stat
+from typing import Any
 
+import pytest
 from rigs import GrpcRig
 
 from peerlora.exchange.wire import Header, message_facts, pack
 from peerlora.transport.audit import Audit
+from peerlora.transport.edge import Ends
+from peerlora.transport.pulse import Timing
 
 
 def lines(path):
@@ -61,6 +65,87 @@ def test_a_log_goes_on_after_a_restart_and_names_cannot_forge_lines(tmp_path):
         audit.message("sent", peer, b"header", 5)
         audit.close()
     assert [line["peer"] for line in lines(path)] == ["a", 'b\n{"event": "sent"}']
+
+
+def full(file, room) -> Any:
+    """``file``, after whose ``room`` bytes the disk is full."""
+    return Full(file, room)
+
+
+class Full:
+    """A file of a disk that becomes full in the middle of a line, or at once."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data[: self.room])
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_full_disk_costs_lines_and_nothing_else(tmp_path, caplog, room):
+    path = tmp_path / "audit.jsonl"
+    audit = Audit(path)
+    audit.event("up", "a", "")
+    for _ in range(3):
+        audit._file = full(audit._file or open(path, "ab", buffering=0), room)
+        audit.message("sent", "a", b"header", 5)
+    assert caplog.text.count("audit log") == 1 and caplog.text.count("WARNING") == 1
+    audit.event("down", "a", "")
+    audit.close()
+    audit.event("up", "late", "")
+    assert [line["event"] for line in lines(path)] == ["up", "down"]
+
+
+def test_a_log_that_cannot_be_rotated_or_opened_is_told_and_no_more(tmp_path, caplog, monkeypatch):
+    audit = Audit(tmp_path / "audit.jsonl", most=200)
+    with monkeypatch.context() as patch:
+        patch.setattr("peerlora.transport.audit.os.replace", lambda *paths: Full(None, 0).write(paths))
+        for number in range(10):
+            audit.event("up", f"peer-{number}", "")
+    assert caplog.text.count("WARNING") == 1
+    audit.event("up", "after", "")
+    assert lines(tmp_path / "audit.jsonl")[-1]["peer"] == "after"
+    audit.close()
+    (tmp_path / "file").touch()
+    Audit(tmp_path / "file" / "audit.jsonl").event("up", "a", "")  # its folder cannot be made
+    assert caplog.text.count("WARNING") == 2
+
+
+def test_messages_and_sessions_do_not_need_the_log(federation, tmp_path, caplog):
+    async def scenario(rig):
+        make = rig.make
+        rig.make = lambda site: make(site, audit=Audit(tmp_path / site, message_facts))
+        for site in "ab":
+            (tmp_path / site).mkdir()  # nothing can be written where a folder is
+        await rig.all_up("a", "b")
+        await rig.transports["a"].send("b", b"h", b"x", deadline=5)
+        assert len(rig.boxes["b"].got) == 1
+
+    GrpcRig(federation).run(scenario)
+    assert caplog.text.count("audit log") == 2
+
+
+def test_a_dialler_survives_whatever_fails_in_a_session(federation, monkeypatch, caplog):
+    async def scenario(rig):
+        opened, failures = Ends.opened, iter([True, False, False, False])
+
+        def open_later(ends, peer, link):
+            if ends.me == "a" and next(failures):
+                raise ZeroDivisionError("a mistake of ours")
+            opened(ends, peer, link)
+
+        monkeypatch.setattr(Ends, "opened", open_later)
+        rig.timing = Timing(beat=0.1, backoff=(0.05, 0.2), refused=0.2, handshake=1.0)
+        await rig.all_up("a", "b")
+        assert "dialling b failed here" in caplog.text and "a mistake of ours" in caplog.text
+
+    GrpcRig(federation).run(scenario)
 
 
 def test_without_a_file_nothing_is_written(tmp_path):

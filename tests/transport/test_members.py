@@ -13,11 +13,13 @@ from peerlora.transport.members import (
     SignedList,
     add_member,
     check_address,
+    link_members,
     load_members,
     new_list,
     read_list,
     remove_member,
     sign_list,
+    unlink_members,
     verify_list,
     write_list,
 )
@@ -137,6 +139,23 @@ def test_neighbours_make_edges_and_a_removed_site_takes_its_own_along():
     assert remove_member(made, "a").edges == [("b", "d")]
 
 
+def test_edges_are_added_and_taken_off():
+    made = unlink_members(members("a", "b", "c"), "c", "a")
+    assert made.edges == [("a", "b"), ("b", "c")] and not made.linked("a", "c") and made.linked("b", "a")
+    again = link_members(made, "c", "a")
+    assert again.linked("a", "c") and again.edges == [("a", "b"), ("b", "c"), ("c", "a")]
+    assert not unlink_members(again, "a", "b").linked("b", "a")
+    for change, told in [
+        (lambda: link_members(members("a", "b"), "a", "b"), "everybody may"),
+        (lambda: link_members(again, "a", "c"), "has the edge a-c already"),
+        (lambda: unlink_members(made, "a", "c"), "has no edge a-c"),
+        (lambda: link_members(made, "a", "a"), "two sites"),
+        (lambda: unlink_members(made, "a", "bb"), "did you mean"),
+    ]:
+        with pytest.raises(IdentityError, match=told):
+            change()
+
+
 def test_impossible_lists_are_refused():
     with pytest.raises(IdentityError, match="fingerprint .* occurs 2 times"):
         add_member(members("a"), "b", key("a"))
@@ -179,6 +198,20 @@ def test_the_roster_admits_whoever_is_on_the_list_now():
     clock.now = NOW + MONTH
     with pytest.raises(Refused, match="list-expired"):
         roster.admit(key("c"))
+
+
+def test_a_roster_keeps_to_the_neighbours_of_a_run():
+    signed = sign_list(members("a", "b", "c"), KEY, MONTH, NOW)
+    roster = Roster("a", key("a"), signed.list, clock=lambda: NOW)
+    roster.keep_to(["b", "d"])  # d is not on the list yet
+    assert roster.others() == ["b"] and roster.admit(key("b")) == "b"
+    with pytest.raises(Refused, match="not-a-neighbour"):
+        roster.admit(key("c"))
+    roster.replace(sign_list(add_member(signed.list, "d", key("d")), KEY, MONTH, NOW).list)
+    assert roster.others() == ["b", "d"]
+    removed = add_member(remove_member(roster.members, "b"), "e", key("e"))
+    roster.replace(sign_list(removed, KEY, MONTH, NOW).list)
+    assert roster.others() == ["d"]
 
 
 def test_one_end_of_an_edge_dials():

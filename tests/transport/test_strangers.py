@@ -5,6 +5,7 @@ import json
 import socket
 import ssl
 import struct
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -17,11 +18,14 @@ from peerlora.exchange.wire import Expected, Header, message_facts, pack, read_h
 from peerlora.transport.audit import Audit
 from peerlora.transport.authority import enrol, issue, new_authority
 from peerlora.transport.base import PeerDown, Refused
+from peerlora.transport.dialler import failure
 from peerlora.transport.files import write_over
-from peerlora.transport.frames import NONCE_KEY, SERVICE, read_refusal
+from peerlora.transport.frames import ACCEPTED, BEAT, NONCE_KEY, SERVICE, TOKEN_KEY, read_refusal
 from peerlora.transport.grpc import GrpcTransport
 from peerlora.transport.identity import host_name, load_identity, new_identity, read_key
+from peerlora.transport.listener import CALLS
 from peerlora.transport.members import add_member, remove_member
+from peerlora.transport.proof import TOKEN
 from peerlora.transport.pulse import Timing
 from peerlora.transport.roster import Roster
 
@@ -60,6 +64,9 @@ def door(federation):
     return Door(federation)
 
 
+CUT_OFF = "cut off"  # in the middle of writing: whether the reason still arrives is left to chance
+
+
 async def knock(door, key=None, certificate=None, roots=None, session=True):
     """What a's port says to a gRPC client with these credentials that opens a session (or sends 100 MB without one)."""
     roots = roots or door.identity("a").roots
@@ -77,7 +84,7 @@ async def knock(door, key=None, certificate=None, roots=None, session=True):
         try:
             answer = await answering
         except aio.AioRpcError as error:
-            return error.code().name
+            return error.code().name if session else getattr(failure(error), "reason", CUT_OFF)
         if session:
             return "answered"
         return read_refusal(answer).reason if isinstance(answer, bytes) else (await call.code()).name
@@ -120,13 +127,99 @@ def test_a_valid_certificate_that_is_not_on_the_list_is_refused_by_name(door, fe
     async def scenario(rig):
         await rig.open(tmp_path)
         answer = await knock(rig, stranger.key, stranger.certificate, session=session)
-        assert answer == ("PERMISSION_DENIED" if session else "not-a-member")
+        assert answer in (["PERMISSION_DENIED"] if session else ["not-a-member", CUT_OFF])
         assert rig.reasons() == [("unknown", "not-a-member", "here")] and rig.boxes["a"].asked == 0
         await rig.until(
             lambda: ("refused", f"unknown {stranger.fingerprint[:16]}") in [told[:2] for told in rig.told["a"]]
         )
 
     door.run(scenario)
+
+
+@asynccontextmanager
+async def channel_to_a(door, who):
+    """A connection of its own to a's port, by ``who``."""
+    credentials = grpc.ssl_channel_credentials(who.roots, who.key, who.certificate)
+    named = [("grpc.ssl_target_name_override", host_name("a")), ("grpc.use_local_subchannel_pool", 1)]
+    async with aio.secure_channel(f"127.0.0.1:{door.transports['a'].port}", credentials, options=named) as channel:
+        yield lambda name, *metadata: channel.stream_stream(f"/{SERVICE}/{name}")(metadata=metadata, timeout=20)
+
+
+async def ended(call):
+    """Why a call ended to which nothing was written."""
+    try:
+        answer = await call.read()
+    except aio.AioRpcError as error:
+        return getattr(failure(error), "reason", str(error))
+    return read_refusal(answer).reason
+
+
+async def proved(session):
+    """The token of a session that opens."""
+    answer = await session.read()
+    assert isinstance(answer, bytes)
+    return answer[:TOKEN]
+
+
+def test_refused_strangers_hold_no_room(federation, tmp_path):
+    """Whoever is not on the list and neither writes on nor hangs up is cut off at once, not after the handshake."""
+    new_identity(tmp_path / "d", "d")
+    enrol(federation / "authority", tmp_path / "d")
+    stranger = load_identity(tmp_path / "d")
+    patient = Door(federation)
+    patient.timing = Timing(beat=0.1, handshake=30)
+
+    async def scenario(rig):
+        await rig.open(tmp_path)
+        async with channel_to_a(rig, stranger) as call:
+            async with asyncio.timeout(5):
+                calls = [call(name) for name in ("Send", "Take", "Session")]
+                assert [await ended(each) for each in calls] == ["not-a-member"] * 3
+                assert [await each.code() for each in calls] == [grpc.StatusCode.PERMISSION_DENIED] * 3
+
+    patient.run(scenario)
+
+
+def test_one_member_has_its_share_of_calls_and_no_more(federation, tmp_path):
+    patient = Door(federation)
+    patient.timing = Timing(beat=0.1, handshake=30)
+
+    async def scenario(rig):
+        await rig.open(tmp_path)
+        listener = rig.transports["a"]._listener
+        async with channel_to_a(rig, rig.identity("b")) as one, channel_to_a(rig, rig.identity("b")) as other:
+            held = [call("Send") for call in (one, other) for _ in range(CALLS // 2)]
+            await rig.until(lambda: sum(listener._calls.values()) == CALLS)
+            assert await ended(one("Session", (NONCE_KEY, bytes(32)))) == "too-many"
+            assert ("unknown", "too-many", "here") in rig.reasons()
+            async with channel_to_a(rig, rig.identity("c")) as another:  # takes nothing of its share
+                assert await proved(another("Session", (NONCE_KEY, bytes(32))))
+            for call in held:
+                call.cancel()
+            await rig.until(lambda: not listener._calls)
+            assert await proved(one("Session", (NONCE_KEY, bytes(32))))
+
+    patient.run(scenario)
+
+
+def test_a_session_belongs_to_one_connection(federation, tmp_path):
+    patient = Door(federation)
+    patient.timing = Timing(beat=10)
+
+    async def scenario(rig):
+        await rig.open(tmp_path)
+        own = rig.identity("b")
+        async with channel_to_a(rig, own) as call, channel_to_a(rig, own) as elsewhere:
+            session = call("Session", (NONCE_KEY, bytes(32)))
+            token = await proved(session)
+            await session.write(BEAT)
+            await rig.until(lambda: rig.edge("a", "b"))
+            assert await ended(elsewhere("Send", (TOKEN_KEY, token))) == "no-session"
+            sending = call("Send", (TOKEN_KEY, token))
+            await sending.write(bytes(8) + b"header")
+            assert await sending.read() == ACCEPTED
+
+    patient.run(scenario)
 
 
 def test_a_stranger_with_a_list_of_its_own_learns_that_it_is_refused(door, federation, tmp_path):
@@ -156,9 +249,10 @@ def test_a_member_that_was_removed_is_refused_on_its_next_call(door, tmp_path):
         await rig.until(lambda: rig.edge("c", "a") and rig.edge("a", "c"))
         shorter = msgspec.structs.replace(remove_member(rig.members, "c"), version=2)
         rig.rosters["a"].replace(shorter)  # without closing its session: the next call must find out by itself
-        with pytest.raises(Refused, match="not-a-member"):
+        with pytest.raises((Refused, PeerDown)):  # cut off at once, whether it is still writing or not
             await rig.transports["c"].send("a", b"h", b"x", deadline=2)
         assert rig.boxes["a"].asked == 0 and ("unknown", "not-a-member", "here") in rig.reasons()
+        await rig.transports["a"].update(shorter)  # it dials again, and is told why not
         await rig.until(lambda: any("not-a-member, there" in text for _, _, text in rig.told["c"]))
 
     door.run(scenario)
@@ -178,6 +272,51 @@ def test_nobody_is_admitted_by_a_list_that_expired(door, tmp_path):
         assert rig.boxes["a"].asked == 0 and rig.boxes["c"].got == []
 
     door.run(scenario)
+
+
+def test_the_session_with_a_dialled_site_ends_with_its_certificate(federation, tmp_path):
+    for name in ("key.pem", "site.json", "trust.pem"):
+        write_over(tmp_path / "b" / name, (federation / "b" / name).read_bytes(), 0o600)
+    public, begun = read_key(tmp_path / "b/key.pem").public_key(), datetime.now(UTC) - timedelta(days=1)
+    short = issue(federation / "authority", public, "b", timedelta(days=1, seconds=6), begun)
+    write_over(tmp_path / "b/certificate.pem", short)
+
+    async def scenario(rig):
+        rig.folder = tmp_path
+        await rig.start("b")
+        rig.folder = federation
+        await rig.start("a")
+        await rig.until(lambda: rig.edge("a", "b"))
+        await rig.transports["a"].send("b", b"h", b"x", deadline=2)
+        await rig.until(lambda: not rig.edge("a", "b"))
+        assert datetime.now(UTC) >= begun + timedelta(days=1, seconds=5)
+        assert any("its certificate expired on" in text for _, _, text in rig.told["a"])
+        await asyncio.sleep(0.5)
+        assert not rig.edge("a", "b")  # TLS does not take it any more
+        await rig.transports["b"].renew(rig.identity("b"))
+        await rig.until(lambda: rig.edge("a", "b"))
+
+    GrpcRig(federation).run(scenario)
+
+
+def test_a_session_never_opens_with_a_certificate_that_expired(federation):
+    async def scenario(rig):
+        rig.prepare()
+        await rig.start("b")
+        make = rig.make
+
+        def later(site):
+            transport = make(site)
+            rig.rosters[site].clock = lambda: datetime.now(UTC) + timedelta(days=31)
+            rig.rosters[site].members = msgspec.structs.replace(rig.members, expires=datetime.max.replace(tzinfo=UTC))
+            return transport
+
+        rig.make = later
+        await rig.start("a")
+        await rig.until(lambda: any("its certificate expired on" in text for _, _, text in rig.told["a"]))
+        assert not rig.edge("a", "b")
+
+    GrpcRig(federation).run(scenario)
 
 
 def test_only_the_list_expired(door, tmp_path):
@@ -294,6 +433,28 @@ def test_tls_before_1_3_is_refused(door, federation, tmp_path, version):
         await calling
 
     door.run(scenario)
+
+
+def test_a_peer_dials_and_admits_its_neighbours_in_the_run_alone(federation):
+    async def scenario(rig):
+        make = rig.make
+
+        def kept(site):
+            transport = make(site)
+            rig.rosters[site].keep_to({"a": ["b"], "b": ["a", "c"], "c": ["a", "b"]}[site])
+            return transport
+
+        rig.make = kept
+        await rig.start("a", "b", "c")
+        await rig.until(lambda: rig.edge("a", "b") and rig.edge("c", "b"))
+        await rig.until(lambda: any("not-a-neighbour, there" in text for _, who, text in rig.told["c"] if who == "a"))
+        assert not rig.edge("a", "c")
+        with pytest.raises(Refused, match="not-a-neighbour"):
+            await rig.transports["a"].send("c", b"h", b"x", deadline=2)
+        rig.rosters["c"].keep_to(["b"])
+        assert rig.rosters["c"].others() == ["b"]
+
+    GrpcRig(federation).run(scenario)
 
 
 def test_a_port_that_is_taken_is_one_clear_message(door, tmp_path):

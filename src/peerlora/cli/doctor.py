@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.peer import Identity, Members
+from peerlora.cli.peer import Identity, Listen, Members
 
 
 def command(
@@ -13,6 +13,7 @@ def command(
     members: Members,
     words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
     wait: Annotated[float, typer.Option("--wait", help="seconds that neighbours have to answer")] = 10.0,
+    listen: Listen = None,
 ) -> None:
     """Say what would go wrong at this site before it does; exit code 1 if anything would."""
     from rich.console import Console
@@ -21,7 +22,7 @@ def command(
     from peerlora.runtime.doctor import examine
 
     console, bad = Console(width=None if Console().is_terminal else 200), False
-    for finding in examine(load_config(config, words or []), identity, members, wait):
+    for finding in examine(load_config(config, words or []), identity, members, wait, listen):
         bad = bad or finding.level == "problem"
         mark = {"good": "ok     ", "advice": "advice ", "problem": "PROBLEM"}[finding.level]
         do = f"\n        -> {finding.do}" if finding.do else ""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Kill = Annotated[
     list[str] | None, typer.Option("--kill", help="3@5s: SIGKILL peer 3, 5 s after round 0 began; 3@5s:2s: restart it")
 ]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="2@4s:3s: SIGSTOP peer 2 for 3 s")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="2@4s:3s: SIGSTOP peer 2 for 3 s; 2@4s: for good")]
 Cut = Annotated[
     list[str] | None, typer.Option("--cut", help="1-2@4s:3s: cut the link for 3 s; 1>2@4s: one direction, for good")
 ]
@@ -44,7 +44,10 @@ def command(
     mishaps = [parse_mishap("kill", word, chosen.clients) for word in kill or ()]
     mishaps += [parse_mishap("stop", word, chosen.clients) for word in stop or ()]
     mishaps += [parse_mishap("cut", word, chosen.clients) for word in cut or ()]
-    with Watch() as watch, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stopping:
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
+    with Watch() as watch, stop_on_interrupt(*signals) as stopping:
         from peerlora.runtime.launch import launch
 
         summary = launch(chosen, out, mishaps, listener=watch, stop=stopping)

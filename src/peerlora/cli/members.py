@@ -10,11 +10,15 @@ from peerlora.cli.words import AsJson, print_json
 from peerlora.packages import need_extra
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from peerlora.transport.members import MemberList
 
 app = typer.Typer(help="The signed list of who takes part.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="the member list")]
 Site = Annotated[str, typer.Option("--site", help="the site's name")]
+One = Annotated[str, typer.Argument(metavar="SITE", help="a site on the list")]
+Other = Annotated[str, typer.Argument(metavar="SITE", help="another one")]
 
 
 @app.callback()
@@ -51,28 +55,53 @@ def add(
     json: AsJson = False,
 ) -> None:
     """Add a site; the list must be signed again afterwards."""
-    from peerlora.errors import ConfigError
+    from peerlora.errors import ConfigError, IdentityError
     from peerlora.transport.files import read_public
-    from peerlora.transport.identity import certificate_fingerprint
-    from peerlora.transport.members import SignedList, add_member, read_list, write_list
+    from peerlora.transport.identity import certificate_fingerprint, certificate_site
+    from peerlora.transport.members import add_member
 
     if (certificate is None) == (fingerprint is None):
         raise ConfigError("members add needs exactly one of --certificate FILE and --fingerprint HEX")
     if certificate is not None:
-        fingerprint = certificate_fingerprint(read_public(certificate, "a certificate", most=100_000))
-    grown = add_member(read_list(file).list, site, fingerprint or "", address, tuple(neighbour or ()))
-    write_list(file, SignedList(grown))
-    _told(grown, file, json)
+        pem = read_public(certificate, "a certificate", most=100_000)
+        if (named := certificate_site(pem)) != site:
+            raise IdentityError(f"{certificate} is for site {named}, --site {site} given; use the right certificate")
+        fingerprint = certificate_fingerprint(pem)
+    key = fingerprint or ""
+    _edit(file, lambda members: add_member(members, site, key, address, tuple(neighbour or ())), json)
 
 
 @app.command()
 def remove(file: File, site: Site, json: AsJson = False) -> None:
     """Remove a site; the list must be signed again and handed out afterwards."""
-    from peerlora.transport.members import SignedList, read_list, remove_member, write_list
+    from peerlora.transport.members import remove_member
 
-    shrunk = remove_member(read_list(file).list, site)
-    write_list(file, SignedList(shrunk))
-    _told(shrunk, file, json)
+    _edit(file, lambda members: remove_member(members, site), json)
+
+
+@app.command()
+def link(file: File, one: One, other: Other, json: AsJson = False) -> None:
+    """Let two sites of a list with named edges talk; the list must be signed again afterwards."""
+    from peerlora.transport.members import link_members
+
+    _edit(file, lambda members: link_members(members, one, other), json)
+
+
+@app.command()
+def unlink(file: File, one: One, other: Other, json: AsJson = False) -> None:
+    """Take the edge between two sites off the list; the list must be signed again afterwards."""
+    from peerlora.transport.members import unlink_members
+
+    _edit(file, lambda members: unlink_members(members, one, other), json)
+
+
+def _edit(file: Path, change: "Callable[[MemberList], MemberList]", json: bool) -> None:
+    """Write the changed list as a draft."""
+    from peerlora.transport.members import SignedList, read_list, write_list
+
+    changed = change(read_list(file).list)
+    write_list(file, SignedList(changed))
+    _told(changed, file, json)
 
 
 @app.command()
@@ -119,6 +148,8 @@ def show(file: File, json: AsJson = False) -> None:
         print("signed; not checked here" if signed.signature else "a draft: not signed")
         for member in signed.list.members:
             print(f"{member.client:4}  {member.site:24} {member.address or 'dials only':32} {member.fingerprint}")
+        if signed.list.edges is not None:
+            print("edges: " + (", ".join(f"{one}-{other}" for one, other in signed.list.edges) or "none"))
     _told(signed.list, file, json)
 
 

@@ -18,6 +18,7 @@ from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.runtime.agreement import settings
 from peerlora.runtime.peer import site_of
+from peerlora.runtime.peer_run import not_in_run
 from peerlora.runtime.simulate import composed
 from peerlora.runtime.site import expected_of
 from peerlora.transport.base import PeerId, TransportError
@@ -49,20 +50,27 @@ ADVICE = {
     "wrong-spec": "compare adapter.rank, adapter.targets, adapter.head and the model",
     "wrong-run": "compare peer.run and the name of the member list",
     "not-a-member": "the member list there is older or newer; give all sites the same list",
-    "not-a-neighbour": "the member list's edges leave this link out; have it added or change the topology",
+    "not-a-neighbour": "the member list there, or the topology of the config there, lacks this link; compare both",
     "list-expired": "ask for the member list's next version",
     "tls-failed": "a certificate is expired or of another consortium; see peerlora identity show at both sites",
 }
 
 
-def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0) -> Iterator[Finding]:
-    """Everything that a run at this site needs, one finding at a time; neighbours get ``wait`` seconds to answer."""
+def examine(
+    config: RunConfig, identity: Path, members: Path, wait: float = 10.0, listen: str | None = None
+) -> Iterator[Finding]:
+    """Everything that a run at this site needs, one finding at a time; neighbours get ``wait`` seconds to answer.
+
+    ``listen``: as in `run_peer`.
+    """
     try:
         who, roster, site = site_of(config, identity, members)
     except PeerloraError as error:
         yield Finding("problem", str(error))
         return
     yield Finding("good", f"{who.site} is client {site.client} of {len(site.names)} on list {roster.members.name!r}")
+    for warning in not_in_run(config, site):
+        yield Finding("advice", warning, "set clients in the next run's config")
     yield from _expiry("the certificate", who.expires, "send a new request: peerlora identity request")
     if roster.members.expires is not None:
         yield from _expiry("the member list", roster.members.expires, "ask the consortium for its next version")
@@ -80,7 +88,7 @@ def examine(config: RunConfig, identity: Path, members: Path, wait: float = 10.0
         yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
     with LoopThread() as thread:
-        transport = GrpcTransport(who, roster)
+        transport = GrpcTransport(who, roster, listen=listen)
         rendezvous = Rendezvous(transport, expected, wait, 0)
         hood = Neighbourhood(rendezvous, list(neighbours.values()), settings(config))
         try:

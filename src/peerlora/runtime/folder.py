@@ -92,6 +92,13 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
         _export(place / "average", x.mean(), 0, federation, summary | {"client": "average of all"})
 
 
+def read_adapters(run: Path, federation: Federation) -> Adapters:
+    """What `write_adapters` wrote of all clients of ``federation``."""
+    start = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
+    with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
+        return rebuild(start, {f".{name}": file.get_tensor(name) for name in file.keys()})
+
+
 def _export(
     folder: Path, x: Adapters, client: int, federation: Federation, summary: dict[str, Any], rank: int | None = None
 ) -> Path:
@@ -127,9 +134,7 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
         shutil.copytree(written, to, dirs_exist_ok=True)
         return to
     federation = compose(config, clients=here)
-    start = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
-    with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
-        x = rebuild(start, {f".{name}": file.get_tensor(name) for name in file.keys()})
+    x = read_adapters(run, federation)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     row, number = (x.mean(), 0) if client is None else (x, list(federation.exchange.clients).index(client))
     named = summary | {"client": "average of all" if client is None else client}

@@ -43,7 +43,7 @@ class Peer:
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     killed: bool = False
-    """Whether it was killed on purpose and stays dead."""
+    """Whether it was killed or stopped on purpose, for good."""
     state: str = "starting"
     round: int = 0
     """Finished rounds."""
@@ -62,15 +62,26 @@ class Peer:
         return self.folder.with_suffix(".log")
 
     def start(self, environment: Mapping[str, str]) -> None:
-        """Start the process, again after a kill."""
+        """Start the process, again after a kill.
+
+        In a session of its own, so that a terminal's Ctrl-C reaches `launch` alone: a second signal would end a peer
+        without its checkpoint.
+        """
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         self.starts += 1
         self.state = "starting"
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there, stopped or not."""
+        return self.process is not None and self.process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process, if it is there."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.alive:
             self.process.send_signal(number)
 
     def events(self) -> list[Event]:
@@ -194,8 +205,7 @@ class Launched:
             listener(self.peers)
             if stop():
                 raise RunError(f"stopped; every peer keeps its checkpoint in {self.folder}")
-            running = [peer for peer in self.peers if peer.process is not None and peer.process.poll() is None]
-            if not running and not any(peer.state == "restarting" for peer in self.peers):
+            if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
                 return
             time.sleep(_LOOK)
 
@@ -223,11 +233,11 @@ class Launched:
         if mishap.kind == "cut":
             return lambda: self._cut(mishap, True), lambda: self._cut(mishap, False)
         if mishap.kind == "stop":
-            return lambda: self._stop(peer), lambda: self._go_on(peer)
+            return lambda: self._stop(peer, mishap.lasts is None), lambda: self._go_on(peer)
         return lambda: self._kill(peer, mishap.lasts is not None), lambda: self._restart(peer, environment)
 
     def _kill(self, peer: Peer, again: bool) -> None:
-        if peer.process is None or peer.process.poll() is not None:
+        if peer.process is None or not peer.alive:
             return  # it has ended by itself
         peer.signal(signal.SIGKILL)
         peer.process.wait()
@@ -237,13 +247,15 @@ class Launched:
         if peer.state == "restarting":
             peer.start(environment)
 
-    def _stop(self, peer: Peer) -> None:
-        peer.signal(signal.SIGSTOP)
-        peer.state = "stopped"
+    def _stop(self, peer: Peer, for_good: bool) -> None:
+        if peer.alive:
+            peer.signal(signal.SIGSTOP)
+            peer.killed, peer.state = peer.killed or for_good, "stopped"
 
     def _go_on(self, peer: Peer) -> None:
-        peer.signal(signal.SIGCONT)
-        peer.state = "running"
+        if peer.alive and not peer.killed:
+            peer.signal(signal.SIGCONT)
+            peer.state = "running"
 
     def _cut(self, mishap: Mishap, cut: bool) -> None:
         one, other = mishap.peer, mishap.other
@@ -256,21 +268,27 @@ class Launched:
                     self.thread.ask(relay.cut, forward, cut)
 
     def end(self) -> None:
-        """End what still runs: politely, then not."""
-        for peer in self.peers:
-            peer.signal(signal.SIGCONT)
-            peer.signal(signal.SIGTERM)
-        deadline = time.monotonic() + _PATIENCE
-        for peer in self.peers:
-            if peer.process is not None and peer.process.poll() is None:
-                try:
-                    peer.process.wait(max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
+        """End what still runs: politely, then not; at once where this is interrupted, too."""
+        try:
+            self._ask_to_end()
+        finally:
+            for peer in self.peers:
+                if peer.process is not None and peer.alive:
                     peer.process.kill()
                     peer.process.wait()
         for relay in self.relays.values():
             self.thread.call(relay.close())
         self.thread.close()
+
+    def _ask_to_end(self) -> None:
+        """Every peer gets one signal, and time for its round and checkpoint; not those that were stopped for good."""
+        asked = [peer for peer in self.peers if not peer.killed]
+        for peer in asked:
+            peer.signal(signal.SIGCONT)
+            peer.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _PATIENCE
+        while any(peer.alive for peer in asked) and time.monotonic() < deadline:
+            time.sleep(_LOOK)
 
     def summary(self) -> dict[str, Any]:
         """How it ended, in all and for every peer."""

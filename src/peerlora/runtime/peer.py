@@ -11,7 +11,7 @@ from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.wire import message_facts
 from peerlora.runs.events import Event
-from peerlora.runtime.peer_run import check_site, train_peer
+from peerlora.runtime.peer_run import check_site, counted, finished, train_peer
 from peerlora.runtime.simulate import Result
 from peerlora.runtime.site import Site
 from peerlora.topology.schedule import build_topology
@@ -43,8 +43,12 @@ def run_peer(
     """
     if resume and out is None:
         raise ConfigError("--resume given without --out; name the folder of the run to go on with")
-    who, roster, site = site_of(config, identity, members)
-    going_on = resume and _begun(Path(str(out)))
+    begun = Path(out) if resume and out is not None and _begun(Path(out)) else None
+    done = None if begun is None else finished(config, begun)
+    if done is not None:
+        return done  # whoever this site is by now, nothing is left that needs it
+    who, roster, site = site_of(config, identity, members, begun)
+    going_on = begun is not None
     audit = Audit(identity / "audit.jsonl", describe=message_facts)
     try:
         with LoopThread() as thread:
@@ -55,20 +59,26 @@ def run_peer(
         audit.close()
 
 
-def site_of(config: RunConfig, identity: Path, members: Path) -> tuple[Identity, Roster, Site]:
-    """Who this site is and who the others are; raises IdentityError or CompositionError."""
+def site_of(
+    config: RunConfig, identity: Path, members: Path, begun: Path | None = None
+) -> tuple[Identity, Roster, Site]:
+    """Who this site is and who the others are; ``begun``: the folder of a run that goes on.
+
+    Raises IdentityError or CompositionError.
+    """
     who = load_identity(identity)
     listed = load_members(members, who.signers)
     roster = Roster(who.site, who.fingerprint, listed, identity)
     site = site_on(config, listed, who.site)
-    check_site(config, site)
+    check_site(config, site, counted(begun))
     linked = site.neighbours(build_topology(config.topology, config.clients, config.seed))
     barred = sorted(set(linked.values()) - set(roster.others()))
-    if barred:
+    if barred and begun is None:  # a run goes on without links that were taken off the list meanwhile
         raise CompositionError(
             f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
-            "such edge; change the topology, or have the edges added: peerlora members add --neighbour"
+            "such edge; change the topology, or have the edges added: peerlora members link"
         )
+    roster.keep_to(linked.values())
     return who, roster, site
 
 

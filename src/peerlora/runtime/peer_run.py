@@ -13,7 +13,7 @@ from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, RunError
-from peerlora.exchange.contact import Neighbourhood, Snapshot
+from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
@@ -25,9 +25,9 @@ from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime import counts
-from peerlora.runtime.agreement import settings
+from peerlora.runtime.agreement import check_run, settings
 from peerlora.runtime.compose import Federation, Materials, opening_state, resolve_threads
-from peerlora.runtime.folder import check_same, default_folder, run_facts, stored_config
+from peerlora.runtime.folder import check_same, default_folder, read_adapters, run_facts, stored_config
 from peerlora.runtime.links import check_links
 from peerlora.runtime.messages import exchanged_blocks, largest_message
 from peerlora.runtime.peer_apart import PeerApart, check_apart
@@ -55,12 +55,19 @@ def train_peer(
 ) -> Result:
     """Train as one client of a federation, over a transport whose event loop is ``thread``.
 
-    With ``resume``, go on from the newest checkpoint in ``out``.  Raises RunError when every neighbour refuses.
+    With ``resume``, go on from the newest checkpoint in ``out``; a finished run is not touched.  Raises RunError when
+    every neighbour refuses.
     """
-    check_site(config, site)
+    begun = Path(out) if resume and out is not None else None
+    check_site(config, site, counted(begun))
+    for warning in not_in_run(config, site):
+        listener(Warned(warning))
     if resume:
-        assert out is not None, "a resumed run has a folder"
-        with RunStore.open(out) as store:
+        assert begun is not None, "a resumed run has a folder"
+        done = finished(config, begun, materials)
+        if done is not None:
+            return done
+        with RunStore.open(begun) as store:
             stored = stored_config(store)
             check_same(stored, config, store, None)
             config = config.model_copy(update={"threads": stored.threads})
@@ -76,13 +83,46 @@ def train_peer(
             return run.run()
 
 
+def finished(config: RunConfig, folder: Path, materials: Materials | None = None) -> Result | None:
+    """The result of a run that has reached its end; None where rounds are left.  Nothing in the folder changes.
+
+    Raises RunError where ``config`` is not the run's.
+    """
+    with RunStore.open(folder) as store:
+        stored = stored_config(store)
+        check_same(stored, config, store, None)
+        summary, held = store.read("summary.json"), store.facts.get("held")
+    if summary is None:
+        return None
+    if not (folder / "report.html").is_file():  # the end came between the two
+        from peerlora.runs.report import write_report
+
+        write_report(folder)
+    return Result(summary, folder, lambda: read_adapters(folder, composed(stored, materials, None, held)))
+
+
+def counted(begun: Path | None) -> bool:
+    """Whether the run in a folder has summed the network's label counts, which is done once."""
+    return begun is not None and (begun / counts.FILE).is_file()
+
+
 def running(federation: Federation, *rest: Any) -> SiteRun:
     """The run of a peer, of a method with common rounds or without."""
     return (PeerApart if is_asynchronous(federation.algorithm) else PeerRun)(federation, *rest)
 
 
-def check_site(config: RunConfig, site: Site) -> None:
-    """Refuse what real peers cannot do, before anything is loaded."""
+def not_in_run(config: RunConfig, site: Site) -> list[str]:
+    """A warning, where the list has sites beyond ``clients``: those that were added while the run goes on."""
+    beyond = [f"{name} (client {number})" for number, name in sorted(site.names.items()) if number >= config.clients]
+    told = f"not in this run of clients={config.clients}: {', '.join(beyond)}; the next run can take them in"
+    return [told] if beyond else []
+
+
+def check_site(config: RunConfig, site: Site, counted: bool = False) -> None:
+    """Refuse what real peers cannot do, before anything is loaded.
+
+    ``counted``: the label counts of the network are known, so that not all sites need to be there for them any more.
+    """
     name = config.algorithm.name
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
@@ -93,17 +133,19 @@ def check_site(config: RunConfig, site: Site) -> None:
             "adversary is a simulation of attackers, who know all models, and real peers do not simulate; drop it "
             "(exchange.robust works between real peers)"
         )
-    if config.train.label_prior == "pooled" and len(site.names) < config.clients:
+    listed = sum(number < config.clients for number in site.names)
+    if config.train.label_prior == "pooled" and listed < config.clients and not counted:
         raise CompositionError(
             f"with train.label_prior=pooled real peers sum label counts over all of clients={config.clients} before "
-            f"round 0, and the member list has {len(site.names)} of them; set clients={len(site.names)} with numbers 0 "
-            f"to {len(site.names) - 1}, or use train.label_prior=uniform"
+            f"round 0, and the member list has {listed} of them; set clients={listed} with numbers 0 to {listed - 1}, "
+            "or use train.label_prior=uniform"
         )
     check_links(config)
-    if max(site.names) >= config.clients:
+    if site.client >= config.clients:
         raise CompositionError(
-            f"the member list has client {max(site.names)} ({site.names[max(site.names)]}), clients={config.clients} "
-            f"allows 0 to {config.clients - 1}; set clients={max(site.names) + 1} at all sites"
+            f"{site.names[site.client]} is client {site.client} on the member list, clients={config.clients} allows 0 "
+            f"to {config.clients - 1}; a new site takes part from the next run on, with clients={max(site.names) + 1} "
+            "at all sites"
         )
 
 
@@ -176,6 +218,10 @@ class PeerRun(SiteRun):
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
         super()._open(done, state)
+
+    def _check(self, greeted: Greeted, seconds: float) -> None:
+        check_run(greeted)
+        super()._check(greeted, seconds)
 
     def _ready(self, t: int, state: Any) -> tuple[int, Any]:
         """The next round; for a peer that fell behind, the one in which its neighbours are."""

@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,15 @@ class Result:
 
     summary: dict[str, Any]
     """What ``peerlora train --json`` prints."""
-    adapters: Adapters
-    """Every client's own final adapter."""
     run: Path
     """The run folder, with events, metrics, report and a PEFT folder per client."""
+    load: Callable[[], Adapters] = field(repr=False)
+    """Gives ``adapters``."""
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """Every client's own final adapter."""
+        return self.load()
 
     @property
     def metrics(self):
@@ -329,7 +335,7 @@ class Simulation:
             from peerlora.runs.report import write_report
 
             write_report(self.store.folder)
-        return Result(summary, x, self.store.folder)
+        return Result(summary, self.store.folder, lambda: x)
 
     def _emit(self, event: Event) -> None:
         self.store.emit(event)

@@ -17,12 +17,13 @@ HEADER_BYTES = 64 * 1024
 
 REASONS = {
     "not-a-member": "the certificate's key is not on the current member list",
-    "not-a-neighbour": "the member list names the edges, and this is none of them",
+    "not-a-neighbour": "the member list names the edges, and this is none of them; or it is none of the run's graph",
     "list-expired": "the member list is out of date, so nobody is admitted by it",
     "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
     "certificate-expired": "the certificate expired while the connection stood",
     "old-tls": "a TLS version before 1.3",
     "no-session": "a message outside the edge's session, or of one that another has replaced",
+    "too-many": "more calls at once than one member may have",
     "replaced": "another process of the same site has opened a newer session",
     "wrong-proof": "the side that was dialled does not hold the key that the member list names",
     "wrong-sender": "the message claims another name than the channel proved",
@@ -48,7 +49,9 @@ REASONS = {
 
 
 class TransportError(PeerloraError):
-    """A message did not get through."""
+    """A message did not get through, or the port cannot be had; this may pass."""
+
+    exit_code = 1
 
 
 class Refused(TransportError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -61,6 +63,9 @@ async def dial_for_ever(
         except Refused as refusal:
             ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
             wait = timing.refused
+        except Exception:  # a mistake of ours must not cost the edge for the rest of the run
+            logging.getLogger(__name__).exception("dialling %s failed here", peer)
+            wait = timing.refused
         await asyncio.sleep(wait)
 
 
@@ -78,13 +83,18 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
             answer = await frames.reader(call)()
             if answer is None:
                 raise await _reason(call)
-            token = check_proof(answer, nonce, peer, member.fingerprint, identity.site, identity.fingerprint)
+            token, expires = check_proof(answer, nonce, peer, member.fingerprint, identity.site, identity.fingerprint)
+            seconds = (expires - roster.clock()).total_seconds()
+            if seconds <= 0:
+                raise PeerDown(_expired(expires))
             link = DialledLink(channel, token)
         ends.opened(peer, link)
+        end = asyncio.get_running_loop().call_later(seconds, link.end, _expired(expires))
         taking = asyncio.ensure_future(_take_all(ends, peer, link))
         try:
             why = await live(ends, peer, link, timing, call.write, frames.reader(call))
         finally:
+            end.cancel()
             await give_up(taking)
         ends.lost(peer, link, why)
     except PeerDown as down:
@@ -104,6 +114,10 @@ async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: Pee
         call.cancel()
         await channel.close()
     return link is not None
+
+
+def _expired(end: datetime) -> str:
+    return f"its certificate expired on {end:%Y-%m-%d %H:%M} UTC"
 
 
 async def _reason(call: Any) -> Refused | PeerDown:

@@ -4,43 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from peerlora.errors import IdentityError
 from peerlora.transport.grpc import GrpcTransport
 from peerlora.transport.identity import load_identity
 from peerlora.transport.members import load_members
+
+Stamps = dict[Path, tuple[int, int]]
+
+
+class Followed:
+    """Files that are taken up together when one of them is replaced."""
+
+    def __init__(self, files: list[Path], take_up: Callable[[], Awaitable[None]]):
+        self.files, self.take_up = files, take_up
+        self._seen: Stamps | None = None
+        self._told = ""
+
+    async def look(self) -> None:
+        """Take up what is new, and try again at the next look where that failed; each failure is told once."""
+        now = _stamps(self.files)
+        if now == self._seen:
+            return
+        try:
+            await self.take_up()
+        except Exception as error:  # whatever it is: the look after it must come
+            told = str(error) or repr(error)
+            if told != self._told:
+                logging.getLogger(__name__).warning("not taken up: %s", told)
+            self._told = told
+        else:
+            self._seen, self._told = now, ""
 
 
 async def follow(transport: GrpcTransport, folder: Path, members: Path, every: float = 10.0) -> None:
     """Look at the identity's ``folder`` and at the list ``members`` every so many seconds; runs until cancelled.
 
-    What cannot be used (half copied, expired, not signed, older) changes nothing and is logged once.
+    What cannot be used (half copied, expired, not signed, older) changes nothing; it is told once, as a warning, and
+    tried again at every look.  The list does not wait for the certificate: a removal must hold whatever else is wrong.
     """
-    files = [folder / "certificate.pem", folder / "trust.pem", members]
-    seen = _stamps(files)
+
+    async def certificate() -> None:
+        identity, own = load_identity(folder), transport.identity
+        if (identity.certificate, identity.roots, identity.signers) != (own.certificate, own.roots, own.signers):
+            await transport.renew(identity)
+
+    async def listed() -> None:
+        found = load_members(members, transport.identity.signers)
+        if found != transport.roster.members:
+            await transport.update(found)
+
+    own = Followed([folder / "certificate.pem", folder / "trust.pem"], certificate)
+    others = Followed([members], listed)
     while True:
         await asyncio.sleep(every)
-        now = _stamps(files)
-        if now == seen:
-            continue
-        seen = now
-        try:
-            await _take_up(transport, folder, members)
-        except IdentityError as error:
-            logging.getLogger(__name__).warning("not taken up: %s", error)
+        await own.look()
+        await others.look()
 
 
-async def _take_up(transport: GrpcTransport, folder: Path, members: Path) -> None:
-    identity = load_identity(folder)
-    listed = load_members(members, identity.signers)
-    if (identity.certificate, identity.roots) != (transport.identity.certificate, transport.identity.roots):
-        await transport.renew(identity)
-    if listed != transport.roster.members:
-        await transport.update(listed)
-
-
-def _stamps(files: list[Path]) -> dict[Path, tuple[int, int]]:
+def _stamps(files: list[Path]) -> Stamps:
     """What changes when a file is replaced."""
     found = {}
     for path in files:

@@ -15,7 +15,7 @@ from peerlora.transport.pulse import Timing, give_up
 
 SERVICE = "peerlora.Peer"
 SEND, TAKE, SESSION = "Send", "Take", "Session"
-NONCE_KEY, TOKEN_KEY, ANSWER_KEY = "nonce1-bin", "session-bin", "refusal-bin"
+NONCE_KEY, TOKEN_KEY, ANSWER_KEY = "nonce2-bin", "session-bin", "refusal-bin"
 """Metadata: the dialler's nonce (with the version of these frames), the session's token, why a call was refused."""
 BEAT = b"."
 ACCEPTED = b""

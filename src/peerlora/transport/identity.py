@@ -75,6 +75,11 @@ def certificate_fingerprint(pem: bytes) -> str:
     return fingerprint_of(p256(read_certificates(pem, "a certificate")[0].public_key(), "the certificate"))
 
 
+def certificate_site(pem: bytes) -> str:
+    """The site that the first certificate in ``pem`` names; raises IdentityError."""
+    return site_of(read_certificates(pem, "a certificate")[0].extensions, "the certificate")
+
+
 def p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
     """The key, if it is a public P-256 key; raises IdentityError."""
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 from grpc import aio
@@ -29,14 +29,16 @@ from peerlora.transport.roster import Roster
 Got = TypeVar("Got")
 STRANGER = "unknown"
 """What events and the audit log call somebody who has no name here."""
+CALLS = 8
+"""Calls that one key may have open at once; an honest dialler has three, and some that it just gave up."""
 
 
 class AnsweredLink(Link):
     """A session seen from the side that was dialled: it sends over calls that the dialler keeps open for it."""
 
-    def __init__(self, token: bytes):
+    def __init__(self, token: bytes, connection: str):
         super().__init__()
-        self.token = token
+        self.token, self.connection = token, connection
         self.ways: asyncio.Queue[_Way] = asyncio.Queue()
 
     async def push(self, header: bytes, body: memoryview) -> None:
@@ -58,6 +60,18 @@ class _Way(Session):
         self.context, self.over = context, self.ended
 
 
+class Caller(NamedTuple):
+    """Whose certificate a call came with."""
+
+    fingerprint: str
+    expires: datetime
+
+    @property
+    def name(self) -> str:
+        """What it is called where it has no name."""
+        return f"{STRANGER} {self.fingerprint[:16]}"
+
+
 class Listener:
     """The port."""
 
@@ -69,11 +83,12 @@ class Listener:
         self._configuration = _configuration(self._shown)
         self._strangers = Handshakes(timing.handshake)
         self._tasks: list[asyncio.Task] = []
+        self._calls: Counter[str] = Counter()
 
     async def start(self, address: str) -> None:
         """Open the port; raises TransportError where it cannot be had."""
         server = aio.server(
-            options=frames.options(self.timing), maximum_concurrent_rpcs=8 * len(self.roster.members.members) + 32
+            options=frames.options(self.timing), maximum_concurrent_rpcs=CALLS * len(self.roster.members.members) + 32
         )
         handlers = {
             frames.SEND: grpc.stream_stream_rpc_method_handler(self._send),
@@ -112,42 +127,69 @@ class Listener:
             for _ in range(self._strangers.failed()):
                 self.ends.refused(STRANGER, Refused("tls-failed"), "here")
 
-    def _who(self, context: Any) -> tuple[PeerId, str]:
-        """The member that calls, and its key's fingerprint; raises Refused, told here."""
-        self._strangers.passed(context.peer())
-        shown: dict[str, list[bytes]] = context.auth_context()
-        name = STRANGER
-        try:
-            if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
-                raise Refused("old-tls", b"".join(shown.get("ssl_tls_version", [])).decode(errors="replace"))
-            fingerprint, expires = _certificate(shown["x509_pem_cert"][0])
-            name = f"{STRANGER} {fingerprint[:16]}"
-            if self.roster.clock() > expires:  # a connection may outlive it
-                raise Refused("certificate-expired", f"on {expires:%Y-%m-%d}")
-            return self.roster.admit(fingerprint), fingerprint
-        except (KeyError, IndexError, IdentityError):
-            refusal = Refused("tls-failed", "no readable P-256 certificate")
-        except Refused as refused:
-            refusal = refused
-        self.ends.refused(name, refusal, "here")
-        raise refusal
+    @contextmanager
+    def _calling(self, context: Any) -> Iterator[Caller]:
+        """Whose call this is, while it lasts; raises Refused, told here, for everybody whose key is not on the list.
 
-    def _in_session(self, context: Any) -> tuple[PeerId, AnsweredLink]:
+        Who is refused here is to be cut off at once: all calls together are limited, and none of that room must go to
+        strangers, or more than its share to one member.
+        """
+        self._strangers.passed(context.peer())
+        try:
+            caller = _caller(context.auth_context())
+        except Refused as refusal:
+            raise self._refused(STRANGER, refusal) from None
+        key = caller.fingerprint
+        if not self.roster.knows(key):
+            raise self._refused(caller.name, Refused("not-a-member", f"key {key[:16]}"))
+        if self._calls[key] >= CALLS:
+            raise self._refused(caller.name, Refused("too-many", f"{CALLS} calls are open"))
+        self._calls[key] += 1
+        try:
+            yield caller
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
+
+    def _refused(self, name: str, refusal: Refused) -> Refused:
+        self.ends.refused(name, refusal, "here")
+        return refusal
+
+    def _admitted(self, caller: Caller) -> PeerId:
+        """The member that calls; raises Refused, told here, unless it may talk to this site now."""
+        try:
+            if self.roster.clock() > caller.expires:  # a connection may outlive it
+                raise Refused("certificate-expired", f"on {caller.expires:%Y-%m-%d}")
+            return self.roster.admit(caller.fingerprint)
+        except Refused as refusal:
+            raise self._refused(caller.name, refusal) from None
+
+    def _in_session(self, caller: Caller, context: Any) -> tuple[PeerId, AnsweredLink]:
         """The caller and the session that its call belongs to; raises Refused, told here."""
-        peer, _ = self._who(context)
+        peer = self._admitted(caller)
         link, token = self.ends.edge(peer).link, _metadata(context, frames.TOKEN_KEY)
-        if isinstance(link, AnsweredLink) and link.open and hmac.compare_digest(link.token, token):
-            return peer, link
+        if isinstance(link, AnsweredLink) and link.open and link.connection == context.peer():
+            if hmac.compare_digest(link.token, token):
+                return peer, link
         refusal = Refused("no-session")  # not told as an event: it happens to honest peers whenever a session ends
         self.ends.audit.refused(peer, refusal.reason, "", "here")
         raise refusal
 
     async def _send(self, requests: Any, context: Any) -> None:
-        """A member's message.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
+        """A member's message."""
+        try:
+            with self._calling(context) as caller:
+                await self._receive(caller, context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+
+    async def _receive(self, caller: Caller, context: Any) -> None:
+        """Take a message in.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
         read, write = frames.reader(context), frames.writer(context)
         with suppress(PeerDown):  # nobody is left to be answered
             try:
-                peer, link = self._in_session(context)
+                peer, link = self._in_session(caller, context)
                 await link.during(frames.hear(self.ends, peer, write, read))
             except PeerDown:
                 await write(frames.refusal_bytes(Refused("no-session", "it ended meanwhile")))
@@ -158,10 +200,12 @@ class Listener:
     async def _take(self, requests: Any, context: Any) -> None:
         """A member's offer to take our next message for it."""
         try:
-            _, link = self._in_session(context)
+            with self._calling(context) as caller:
+                await self._wait_to_send(self._in_session(caller, context)[1], context)
         except Refused as refusal:
             await _abort(context, refusal)
-            return
+
+    async def _wait_to_send(self, link: AnsweredLink, context: Any) -> None:
         way = _Way(context)
         try:
             if link.ways.qsize() < 4:
@@ -173,14 +217,18 @@ class Listener:
     async def _session(self, requests: Any, context: Any) -> None:
         """A member's session; lives as long as this call."""
         try:
-            peer, fingerprint = self._who(context)
+            with self._calling(context) as caller:
+                await self._live(self._admitted(caller), caller.fingerprint, context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+
+    async def _live(self, peer: PeerId, fingerprint: str, context: Any) -> None:
+        """A session from its opening to its end; raises Refused where it is refused, or replaced by another."""
+        try:
             token = await self._greet(peer, fingerprint, context)
         except PeerDown:
             return  # it went away before our proof had reached it
-        except Refused as refusal:
-            await _abort(context, refusal)
-            return
-        link, why = AnsweredLink(token), "the connection broke"
+        link, why = AnsweredLink(token, context.peer()), "the connection broke"
         self.ends.opened(peer, link)
         try:
             why = await live(self.ends, peer, link, self.timing, frames.writer(context), frames.reader(context))
@@ -189,14 +237,14 @@ class Listener:
         finally:
             self.ends.lost(peer, link, why)
         if why == REPLACED:
-            await _abort(context, Refused("replaced"))
+            raise Refused("replaced")
 
     async def _greet(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
         """Prove who we are; the token of the new session.  Raises Refused, told here."""
         nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
         refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
         if len(nonce) == NONCE:
-            await frames.writer(context)(prove(me.key, nonce, token, me.site, peer, fingerprint))
+            await frames.writer(context)(prove(me, nonce, token, peer, fingerprint))
             if await _within(self.timing.handshake, frames.reader(context)):  # a heartbeat: the proof was accepted
                 return token
             refusal = Refused("wrong-proof", "it went away after our proof")
@@ -223,10 +271,19 @@ async def _abort(context: Any, refusal: Refused) -> None:
     await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal)[:300], answer)
 
 
+def _caller(shown: dict[str, list[bytes]]) -> Caller:
+    """What TLS knows of a caller; raises Refused."""
+    if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
+        raise Refused("old-tls", b"".join(shown.get("ssl_tls_version", [])).decode(errors="replace"))
+    try:
+        return _certificate(shown["x509_pem_cert"][0])
+    except (KeyError, IndexError, IdentityError):
+        raise Refused("tls-failed", "no readable P-256 certificate") from None
+
+
 @lru_cache(maxsize=1024)
-def _certificate(pem: bytes) -> tuple[str, datetime]:
-    """The key's fingerprint, and when the certificate expires."""
-    return certificate_fingerprint(pem), read_certificates(pem, "a certificate")[0].not_valid_after_utc
+def _certificate(pem: bytes) -> Caller:
+    return Caller(certificate_fingerprint(pem), read_certificates(pem, "a certificate")[0].not_valid_after_utc)
 
 
 def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:

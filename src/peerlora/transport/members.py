@@ -8,6 +8,7 @@ again, as the next version.  A site keeps its client number for ever: in all ver
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 from collections import Counter
@@ -117,6 +118,35 @@ def remove_member(members: MemberList, site: str) -> MemberList:
     edges = None if members.edges is None else [edge for edge in members.edges if site not in edge]
     kept = [member for member in members.members if member.site != site]
     return msgspec.structs.replace(members, members=kept, former=members.former | {site: gone.client}, edges=edges)
+
+
+def link_members(members: MemberList, one: str, other: str) -> MemberList:
+    """The list with an edge more; raises IdentityError where the two may talk already."""
+    _known(members, one, other)
+    if members.edges is None:
+        raise IdentityError(
+            f"{one} and {other} may talk already: member list {members.name!r} names no edges, so everybody may; "
+            "take edges off with `members unlink`"
+        )
+    if members.linked(one, other):
+        raise IdentityError(f"member list {members.name!r} has the edge {one}-{other} already")
+    return _checked(msgspec.structs.replace(members, edges=[*members.edges, (one, other)]))
+
+
+def unlink_members(members: MemberList, one: str, other: str) -> MemberList:
+    """The list with an edge less; where it named none, with all edges but this one.  Raises IdentityError."""
+    _known(members, one, other)
+    sites = [member.site for member in members.members]
+    edges = list(itertools.combinations(sites, 2)) if members.edges is None else members.edges
+    kept = [edge for edge in edges if set(edge) != {one, other}]
+    if len(kept) == len(edges):
+        raise IdentityError(f"member list {members.name!r} has no edge {one}-{other}")
+    return _checked(msgspec.structs.replace(members, edges=kept))
+
+
+def _known(members: MemberList, one: str, other: str) -> None:
+    if members.member(one) == members.member(other):
+        raise IdentityError(f"{one} given twice; an edge joins two sites")
 
 
 def check_address(address: str) -> tuple[str, int]:

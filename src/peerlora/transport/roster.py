@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,11 +35,20 @@ class Roster:
         clock: Callable[[], datetime] = utc_now,
     ):
         self.me, self.fingerprint, self.folder, self.clock = me, fingerprint, folder, clock
+        self._only: frozenset[PeerId] | None = None
         self.members = self._taken(members, None)
+
+    def keep_to(self, sites: Iterable[PeerId]) -> None:
+        """Of all who may talk to this site by the list, dial and admit these alone: its neighbours in a run."""
+        self._only = frozenset(sites)
 
     def replace(self, members: MemberList) -> None:
         """Go by a newer list from now on; raises IdentityError for an older one, or for one of another consortium."""
         self.members = self._taken(members, self.members)
+
+    def knows(self, fingerprint: str) -> bool:
+        """Whether this is a member's key."""
+        return fingerprint in self._sites
 
     def admit(self, fingerprint: str) -> PeerId:
         """The site whose key this is; raises Refused unless it may talk to this one now."""
@@ -55,12 +64,15 @@ class Roster:
             raise Refused("list-expired", f"version {self.members.version}")
         if site not in self._names:
             raise Refused("not-a-member", site)
-        if not self.members.linked(self.me, site):
+        if not self._linked(site):
             raise Refused("not-a-neighbour", site)
 
     def others(self) -> list[PeerId]:
-        """Every member that may talk to this one."""
-        return [member.site for member in self.members.members if self.members.linked(self.me, member.site)]
+        """Every member that may talk to this one; those that it is kept to, if it is."""
+        return [member.site for member in self.members.members if self._linked(member.site)]
+
+    def _linked(self, site: PeerId) -> bool:
+        return self.members.linked(self.me, site) and (self._only is None or site in self._only)
 
     def dials(self, site: PeerId) -> bool:
         """Whether this end of an edge is the one that dials: where both can be dialled, the one named first."""
