@@ -251,6 +251,7 @@ def test_an_edge_is_given_up_when_half_of_it_has_been_there_for_some_time(messag
         transports = [SlowToAnswer(network, each) for each in sorted(network.sites)]
         transports[0].seconds = acknowledged * DEADLINE
         own, other = (Rendezvous(each, Expected("run", "ba5e", "5bec"), DEADLINE, 99) for each in transports)
+        own.neighbours = frozenset([site(1)])
         header, clock = encode_header(other.header("mix")), asyncio.get_running_loop().time
         began = clock()
         meeting = asyncio.create_task(own.meet([site(1)], b"", lambda header, body: "theirs"))

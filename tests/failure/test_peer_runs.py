@@ -1,20 +1,25 @@
 """Whole runs, in memory and in real time: a peer that dies, returns, or falls behind, and everybody at once."""
 
+import asyncio
 import json
 import threading
 import time
+from contextlib import suppress
 
+import msgspec
 import pytest
 import torch
 from in_memory import names, network, one_at_a_time, together, without_reports
 
 from peerlora.errors import CompositionError, RunError
+from peerlora.exchange.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of, summarise
 from peerlora.runtime.peer_run import check_site, train_peer
 from peerlora.runtime.simulate import Stopped
 from peerlora.runtime.site import Site
+from peerlora.transport.base import DeadlineMissed, PeerDown, Refused
 
 QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
 
@@ -212,6 +217,48 @@ def test_without_anybody_a_peer_trains_alone_and_says_so(runs):
     assert [done.missed for done in made.events(1, RoundDone)] == [{"0": "down", "2": "down"}] * 2 or all(
         set(done.missed) == {"0", "2"} for done in made.events(1, RoundDone)
     )
+
+
+class Collector:
+    """A receiver that keeps the headers that it refuses."""
+
+    def __init__(self):
+        self.headers = []
+
+    def admit(self, peer, header):
+        self.headers.append(read_header(header))
+        raise Refused("unexpected")
+
+
+def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
+    """Any site of a list without edges can greet any other; here one greets the site across the ring."""
+    ends, told, greeted = threading.Event(), Collector(), []
+
+    async def greet(mallory):
+        await mallory.start(told)
+        while not ends.is_set():
+            await asyncio.sleep(0.02)
+            for header in told.headers[:1]:
+                own = {"kind": "hello", "sender": "site-2", "round": 2, "facts": {"last": "0.0+"}}
+                own = encode_header(msgspec.structs.replace(header, **own))
+                with suppress(PeerDown, DeadlineMissed):
+                    try:
+                        await mallory.send("site-0", own, b"", deadline=1)
+                    except Refused as refusal:
+                        greeted.append(refusal.reason)
+
+    with one_at_a_time(), without_reports(), network(4) as (net, thread):
+        settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=20", *QUICK]
+        made = Runs(config("bert", *settings), tmp_path, net, thread)
+        beside, _ = later(lambda: thread.call(greet(net.transport("site-2"))))
+        try:
+            results = together([lambda client=client: made.run(client) for client in (0, 1, 3)])
+        finally:
+            ends.set()
+            beside.join()
+    assert [result.summary["rounds"] for result in results] == [4, 4, 4]
+    assert set(greeted) == {"not-a-neighbour"}
+    assert {event.client for event in made.events(0, NeighbourChanged)} <= {1, 3}
 
 
 def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs):

@@ -32,23 +32,28 @@ def changed(**tensors):
     return {**{name: value.clone() for name, value in vectors((OWN,)).items()}, **tensors}
 
 
-def attack(*messages, meeting=True, service=True):
-    """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange."""
+def attack(*messages, meeting=True, linked=True):
+    """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange.
+
+    Unless ``linked``, the member is on the list but no neighbour in the run's graph.
+    """
 
     async def main():
         network = MemoryNetwork(["alice", "bob", "mallory"])
         transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
         peers = {name: Rendezvous(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports}
         for name in ("alice", "bob"):
-            others = [other for other in transports if other != name]
+            others = [other for other in transports if other != name and (linked or other != "mallory")]
             await Neighbourhood(peers[name], others, {"train": "same"}).start()
             peers[name].enter(3)
+        peers["mallory"].neighbours = frozenset(["alice", "bob"])
         peers["mallory"].enter(2)  # so that what is sent to it waits, and is waited for
         await transports["mallory"].start(peers["mallory"])
         await asyncio.sleep(5)
         body = encode_body(vectors((OWN,)))
         check = partial(_check, (OWN,))
-        calls = [asyncio.create_task(peers[name].meet([other, "mallory"], body, check))
+        also = ["mallory"] if linked else []
+        calls = [asyncio.create_task(peers[name].meet([other, *also], body, check))
                  for name, other in (("alice", "bob"), ("bob", "alice"))] if meeting else []  # fmt: skip
         await asyncio.sleep(0)
         answers = []
@@ -135,6 +140,18 @@ def test_a_smaller_rank_is_a_neighbours_own_affair():
     small = replace(OWN, ranks=torch.tensor([1]))
     answers, _, _ = attack(packed(vectors((small,))))
     assert answers == ["taken"]
+
+
+HALF_USED = packed({}, kind="hello", round=9, facts={"last": "0.0+ 1.0+", "answer": 1})
+
+
+@pytest.mark.parametrize("message", [packed(changed()), HALF_USED, packed({}, kind="ask"), (b"junk", b"")])
+def test_a_member_that_is_no_neighbour_leaves_no_trace(message):
+    """The list names no edges, so the transport lets it through; the run's graph has no link with it."""
+    answers, (_, bob), alice = attack(message, message, linked=False)
+    assert answers == ["not-a-neighbour"] * 2 and set(bob.got) == {"alice"}
+    assert "mallory" not in alice.heard and not alice.half_used
+    assert all(notice.peer == "bob" for notice in alice.notices)
 
 
 def test_notices_are_bounded():

@@ -69,7 +69,7 @@ class Neighbourhood(Service):
         self.skew: dict[PeerId, float] = {}
         """Seconds that a neighbour's clock was ahead of this one when it greeted, less the way."""
         self._background: set[asyncio.Task[None]] = set()
-        rendezvous.service = self
+        rendezvous.service, rendezvous.neighbours = self, frozenset(peers)
 
     async def start(self) -> None:
         """Open the transport and watch the neighbours."""
@@ -139,8 +139,6 @@ class Neighbourhood(Service):
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A greeting, a question for the state, or the answer to one."""
-        if peer not in self._answered:
-            raise Refused("not-a-neighbour")
         if header.kind == "hello":
             self._compare(header)
             self._refused.pop(peer, None)

@@ -60,12 +60,14 @@ class Rendezvous:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
     ``deadline``: seconds that an exchange waits for neighbours.  ``largest``: bytes of body that a ``mix`` may have.
-    ``service``: takes every kind of message but ``mix``.
+    ``service``: takes every kind of message but ``mix``; it also says who the neighbours are.
     """
 
     def __init__(self, transport: Transport, expected: Expected, deadline: float, largest: int):
         self.transport, self.expected, self.deadline, self.largest = transport, expected, deadline, largest
         self.service: Service = Service()
+        self.neighbours: frozenset[PeerId] = frozenset()
+        """Whom this peer may meet in some round; of anybody else nothing is taken, and nothing remembered."""
         self.at = Step(0)
         """The exchange that is going on, or comes next."""
         self.heard: dict[PeerId, int] = {}
@@ -106,6 +108,8 @@ class Rendezvous:
             await self.service.take(peer, found, body)
 
     def _read(self, peer: PeerId, header: bytes) -> Header:
+        if peer not in self.neighbours:  # a member list without edges lets everybody on it through to here
+            raise Refused("not-a-neighbour", "this run links the two in no round")
         found = read_header(header)
         try:
             self.expected.check(found, peer)
