@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 import time
-from contextlib import suppress
 
 import msgspec
 import pytest
@@ -219,46 +218,76 @@ def test_without_anybody_a_peer_trains_alone_and_says_so(runs):
     )
 
 
-class Collector:
-    """A receiver that keeps the headers that it refuses."""
+class Mallory:
+    """A site that trains nothing: it answers greetings with the first that it got, changed, again and again."""
 
-    def __init__(self):
-        self.headers = []
+    def __init__(self, transport, to, changes):
+        self.transport, self.to, self.changes = transport, to, changes
+        self.headers, self.answers, self.ends = [], [], threading.Event()
 
     def admit(self, peer, header):
         self.headers.append(read_header(header))
-        raise Refused("unexpected")
+        return 1 << 20
+
+    async def deliver(self, peer, header, body):
+        if read_header(header).kind != "hello":
+            raise Refused("unexpected")
+
+    async def run(self):
+        await self.transport.start(self)
+        while not self.ends.is_set():
+            await asyncio.sleep(0.02)
+            greetings = [header for header in self.headers if header.kind == "hello"]
+            for peer in self.to if greetings else ():
+                facts = greetings[0].facts | self.changes.get("facts", {})
+                own = self.changes | {"sender": self.transport.me, "facts": facts}
+                own = encode_header(msgspec.structs.replace(greetings[0], **own))
+                try:
+                    await self.transport.send(peer, own, b"", deadline=1)
+                    self.answers.append("taken")
+                except Refused as refusal:
+                    self.answers.append(refusal.reason)
+                except (PeerDown, DeadlineMissed):
+                    pass
+
+
+def disturbed(made, clients, to, **changes):
+    """The results of some clients of a run in which site-2 is Mallory, and Mallory."""
+    mallory = Mallory(made.net.transport("site-2"), to, changes)
+    beside, _ = later(lambda: made.thread.call(mallory.run()))
+    try:
+        return together([lambda client=client: made.run(client) for client in clients]), mallory
+    finally:
+        mallory.ends.set()
+        beside.join()
 
 
 def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
     """Any site of a list without edges can greet any other; here one greets the site across the ring."""
-    ends, told, greeted = threading.Event(), Collector(), []
-
-    async def greet(mallory):
-        await mallory.start(told)
-        while not ends.is_set():
-            await asyncio.sleep(0.02)
-            for header in told.headers[:1]:
-                own = {"kind": "hello", "sender": "site-2", "round": 2, "facts": {"last": "0.0+"}}
-                own = encode_header(msgspec.structs.replace(header, **own))
-                with suppress(PeerDown, DeadlineMissed):
-                    try:
-                        await mallory.send("site-0", own, b"", deadline=1)
-                    except Refused as refusal:
-                        greeted.append(refusal.reason)
-
     with one_at_a_time(), without_reports(), network(4) as (net, thread):
         settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=20", *QUICK]
         made = Runs(config("bert", *settings), tmp_path, net, thread)
-        beside, _ = later(lambda: thread.call(greet(net.transport("site-2"))))
-        try:
-            results = together([lambda client=client: made.run(client) for client in (0, 1, 3)])
-        finally:
-            ends.set()
-            beside.join()
+        results, mallory = disturbed(made, (0, 1, 3), ["site-0"], round=2, facts={"last": "0.0+"})
     assert [result.summary["rounds"] for result in results] == [4, 4, 4]
-    assert set(greeted) == {"not-a-neighbour"}
+    assert set(mallory.answers) == {"not-a-neighbour"}
     assert {event.client for event in made.events(0, NeighbourChanged)} <= {1, 3}
+
+
+@pytest.mark.parametrize("round", [4, 2**53])
+def test_a_neighbour_that_claims_a_later_round_takes_nobody_along(runs, round):
+    made = runs("train.rounds=4", "peer.pull=2")
+    _, mallory = disturbed(made, (0, 1), ["site-0", "site-1"], round=round)
+    assert set(mallory.answers) == {"taken" if round == 4 else "from-the-future"}
+    for client in (0, 1):
+        assert [done.round for done in made.events(client, RoundDone)] == list(range(4))
+        assert not made.events(client, CaughtUp)
+
+
+def test_one_neighbour_alone_is_followed_but_a_run_that_has_just_begun_asks_for_no_state(runs):
+    made = runs("train.rounds=4", "topology=path", "peer.pull=2", "peer.join=1")
+    _, mallory = disturbed(made, (1,), ["site-1"], round=3)
+    assert [(caught.to, caught.pulled) for caught in made.events(1, CaughtUp)] == [(3, False)]
+    assert "ask" not in {header.kind for header in mallory.headers}
 
 
 def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs):

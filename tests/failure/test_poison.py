@@ -42,6 +42,7 @@ def attack(*messages, meeting=True, linked=True):
         network = MemoryNetwork(["alice", "bob", "mallory"])
         transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
         peers = {name: Rendezvous(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports}
+        peers["alice"].rounds = 12
         for name in ("alice", "bob"):
             others = [other for other in transports if other != name and (linked or other != "mallory")]
             await Neighbourhood(peers[name], others, {"train": "same"}).start()
@@ -152,6 +153,51 @@ def test_a_member_that_is_no_neighbour_leaves_no_trace(message):
     assert answers == ["not-a-neighbour"] * 2 and set(bob.got) == {"alice"}
     assert "mallory" not in alice.heard and not alice.half_used
     assert all(notice.peer == "bob" for notice in alice.notices)
+
+
+FUTURE = {"facts": {"answer": 0, "setting train": "same"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (packed({}, kind="hello", round=13, **FUTURE), "from-the-future"),
+        (packed({}, kind="hello", round=2**53, **FUTURE), "from-the-future"),
+        (packed(changed(), round=13), "from-the-future"),
+        (packed({}, kind="hello", round=9), "wrong-config"),
+        (packed({}, kind="bye", round=9), "unexpected"),
+        (packed({}, kind="hello", round=9, facts={"last": "?"}), "bad-header"),
+        (damaged(bytes(1 << 20)), "oversize"),
+    ],
+)
+def test_what_is_refused_leaves_no_trace(message, reason):
+    answers, _, alice = attack(message, meeting=False)
+    assert answers == [reason] and "mallory" not in alice.heard
+    assert alice.called(0) is None or alice.called(0)[1] != "mallory"
+
+
+def test_a_round_that_the_run_has_is_heard_of():
+    answers, _, alice = attack(packed({}, kind="hello", round=12, **FUTURE), meeting=False)
+    assert answers == ["taken"] and alice.heard["mallory"] == 12
+
+
+@pytest.mark.parametrize(
+    ("rounds", "to"),
+    [
+        ([40, 0, 0], None),
+        ([40, 0], None),
+        ([40], 40),  # of one neighbour alone there is no other word
+        ([5, 6], 6),
+        ([5, 6, 40], 6),
+        ([0, 6, 40], 6),
+        ([5, 6, 7, 40, 40], 7),
+    ],
+)
+def test_one_neighbour_of_several_that_claims_a_later_round_takes_nobody_along(rounds, to):
+    fresh = Rendezvous(MemoryNetwork([]).transport("me"), EXPECTED, 1.0, 0)
+    fresh.heard = {f"peer-{place}": round for place, round in enumerate(rounds)}
+    called = fresh.called(0)
+    assert (called and called[0]) == to
 
 
 def test_notices_are_bounded():

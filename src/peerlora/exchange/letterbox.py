@@ -16,7 +16,7 @@ from peerlora.exchange.letters import Form, Letter, Numbering, Stamp
 from peerlora.exchange.loop import aside
 from peerlora.exchange.mailbox import Box, Post
 from peerlora.exchange.outbox import Outbox
-from peerlora.exchange.rendezvous import Rendezvous, Step
+from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.wire import Header
 from peerlora.transport.base import PeerId, Refused
 
@@ -119,8 +119,11 @@ class Mail:
 class NoMeetings(Rendezvous):
     """The receiver of a peer that never meets anybody in a round: it takes greetings and letters."""
 
-    def _timely(self, peer: PeerId, step: Step) -> None:
-        raise Refused("unexpected", "the method of this run has no common rounds")
+    def _read(self, peer: PeerId, header: bytes) -> Header:
+        found = super()._read(peer, header)
+        if found.kind == "mix":
+            raise Refused("unexpected", "the method of this run has no common rounds")
+        return found
 
 
 class Letterbox(Neighbourhood):

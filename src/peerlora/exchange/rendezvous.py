@@ -25,10 +25,11 @@ from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
 from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
 from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
 
+_ANY_ROUND = 2**53  # what a header's numbers may be
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
 _REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
 _TOLD = 8  # of them that every message tells
-_LAST = re.compile(r"-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15}")
+_LAST = re.compile(r"(-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15})?")
 _ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up,
@@ -60,11 +61,15 @@ class Rendezvous:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
     ``deadline``: seconds that an exchange waits for neighbours.  ``largest``: bytes of body that a ``mix`` may have.
-    ``service``: takes every kind of message but ``mix``; it also says who the neighbours are.
+    ``rounds``: of the run; no message may be of a later one.  ``service``: takes every kind of message but ``mix``; it
+    also says who the neighbours are.
     """
 
-    def __init__(self, transport: Transport, expected: Expected, deadline: float, largest: int):
+    def __init__(
+        self, transport: Transport, expected: Expected, deadline: float, largest: int, rounds: int = _ANY_ROUND
+    ):
         self.transport, self.expected, self.deadline, self.largest = transport, expected, deadline, largest
+        self.rounds = rounds
         self.service: Service = Service()
         self.neighbours: frozenset[PeerId] = frozenset()
         """Whom this peer may meet in some round; of anybody else nothing is taken, and nothing remembered."""
@@ -76,6 +81,9 @@ class Rendezvous:
         """Not waited for: they are down, or missed a deadline and were not heard of since."""
         self.together = False
         """Whether any edge counted in the latest exchange."""
+        self.apart = False
+        """Whether the others may have gone on without this peer: it was started again, or was cut off from all of them,
+        and no edge has counted since."""
         self.half_used = 0
         """Edges so far that one end used and the other did not."""
         self.notices: deque[Notice] = deque(maxlen=_NOTICES)
@@ -93,10 +101,11 @@ class Rendezvous:
     def admit(self, peer: PeerId, header: bytes) -> int:
         """The bytes of body that a message may have; raises Refused for one that could not be used."""
         found = self._read(peer, header)
-        if found.kind == "mix":
-            self._timely(peer, Step(found.round, found.step))
         most = self.largest if found.kind == "mix" else self.service.largest(peer, found)
         read_header(header, most)
+        if found.kind == "mix":
+            self._note(peer, found)  # before it may prove late or early: so who is behind learns where the others are
+            self._timely(peer, Step(found.round, found.step))
         return most
 
     async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
@@ -106,8 +115,10 @@ class Rendezvous:
             await self._take(peer, found, body)
         else:
             await self.service.take(peer, found, body)
+            self._note(peer, found)
 
     def _read(self, peer: PeerId, header: bytes) -> Header:
+        """The header of a message that could be a neighbour's; nothing of it is remembered yet.  Raises Refused."""
         if peer not in self.neighbours:  # a member list without edges lets everybody on it through to here
             raise Refused("not-a-neighbour", "this run links the two in no round")
         found = read_header(header)
@@ -116,12 +127,22 @@ class Rendezvous:
         except Refused as refusal:
             self.service.disagrees(peer, refusal)
             raise
+        if found.round > self.rounds:
+            raise Refused("from-the-future", f"round {found.round} given, the run has {self.rounds}")
+        if not _LAST.fullmatch(_last_told(found)):
+            raise Refused("bad-header", "last")
+        return found
+
+    def _note(self, peer: PeerId, found: Header) -> None:
+        """Remember what a message says of its sender.
+
+        Only of one that is taken, or that would have been at another time: whatever else is refused leaves no trace.
+        """
         self.heard[peer], self._seen[peer] = found.round, Step(found.round, found.step)
         if self._open is not None and self._open.one_way:
             self._tell()
         self._compare(peer, found)
         self.back(peer)
-        return found
 
     def _timely(self, peer: PeerId, step: Step) -> None:
         """Raise Refused for a message whose time is over or far away."""
@@ -156,16 +177,17 @@ class Rendezvous:
     # --- what the exchange calls
 
     def called(self, round: int) -> tuple[int, PeerId] | None:
-        """The furthest neighbour and its round, where a client that would begin ``round`` should leave rounds out.
+        """The neighbour to follow and its round, where a client that would begin ``round`` should leave rounds out.
 
-        Who exchanged with somebody last time follows only where most neighbours are ahead: a neighbour that was cut off
-        has nobody to wait for and runs ahead alone, and then it is the one to wait.
+        That is where most neighbours are ahead: one that was cut off has nobody to wait for and runs ahead alone, and
+        then it is the one to wait.  Where more than two are there, the middle one of those ahead is followed: what a
+        single one says of itself, true or not, moves nobody who has others to hear.
         """
         present = {peer: there for peer, there in self.heard.items() if peer not in self.absent}
-        ahead = [(there, peer) for peer, there in present.items() if there >= round + _BEHIND]
-        if not ahead or (self.together and 2 * len(ahead) <= len(present)):
+        ahead = sorted((there, peer) for peer, there in present.items() if there >= round + _BEHIND)
+        if 2 * len(ahead) <= len(present):
             return None
-        return max(ahead)
+        return ahead[(len(ahead) - 1) // 2] if len(present) > 2 else ahead[-1]
 
     def enter(self, round: int, first: bool = False) -> None:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
@@ -288,7 +310,9 @@ class Rendezvous:
                 del past[min(past)]
             self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
         got, taken = meeting.used()
-        self.together = bool(got or taken) if meeting.peers else self.together
+        if meeting.peers:
+            self.together = bool(got or taken)
+            self.apart = not self.together
         return Outcome(got, taken, missing, meeting.whole)
 
     # --- both
@@ -307,6 +331,8 @@ class Rendezvous:
     def leave(self, peer: PeerId) -> None:
         """Don't wait for a neighbour until it is heard of again."""
         self.absent.add(peer)
+        if self.together and self.neighbours <= self.absent:  # as after a time in which this process stood still
+            self.apart = True
         self._tell()
 
     def back(self, peer: PeerId) -> None:
@@ -321,11 +347,8 @@ class Rendezvous:
 
     def _compare(self, peer: PeerId, header: Header) -> None:
         """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
-        told = str(header.facts.get("last", ""))
-        if told and not _LAST.fullmatch(told):
-            raise Refused("bad-header", "last")
         claims = self._claims.setdefault(peer, {})
-        for round, number, sign in _ONE.findall(told):
+        for round, number, sign in _ONE.findall(_last_told(header)):
             claims[Step(int(round), int(number))] = sign == "+"
         for step in sorted(claims)[:-_REMEMBERED]:
             del claims[step]
@@ -349,6 +372,10 @@ class Rendezvous:
         """Wake everybody who waits for something to change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _last_told(header: Header) -> str:
+    return str(header.facts.get("last", ""))
 
 
 def _whole(seal: Header, make: Callable[[], bytes]) -> tuple[Header, bytes]:

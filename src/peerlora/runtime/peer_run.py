@@ -122,7 +122,10 @@ class PeerRun(SiteRun):
     ):
         self.sends = _everything_sent(federation)
         self.largest = largest_message(federation, self.sends)
-        rendezvous = Rendezvous(transport, expected_of(federation, site), federation.config.peer.deadline, self.largest)
+        config = federation.config
+        rendezvous = Rendezvous(
+            transport, expected_of(federation, site), config.peer.deadline, self.largest, config.train.rounds
+        )
         exchange = NeighbourExchange(
             federation.topology,
             site.client,
@@ -132,7 +135,7 @@ class PeerRun(SiteRun):
             federation.start,
             getattr(federation.algorithm, "positive", ()),
         )
-        peers = wrap(federation.config, exchange, federation.start, federation.attackers)
+        peers = wrap(config, exchange, federation.start, federation.attackers)
         super().__init__(replace(federation, exchange=peers), site, rendezvous, thread, store, listener, stop)
         self.met = exchange
         self.hood = Neighbourhood(
@@ -171,7 +174,11 @@ class PeerRun(SiteRun):
         found = self._asked(peer, state)
         if found is None:
             raise RunError(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
-        return found[1][counts.COUNTS]
+        return found[counts.COUNTS]
+
+    def _take_up(self, state: Any) -> tuple[int, Any]:
+        self.rendezvous.apart = True  # the others have gone on meanwhile
+        return super()._take_up(state)
 
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
@@ -185,40 +192,43 @@ class PeerRun(SiteRun):
         return (t, state) if called is None else self._catch_up(t, state, *called)
 
     def _catch_up(self, t: int, state: Any, round: int, peer: PeerId) -> tuple[int, Any]:
-        """Leave out rounds; after many of them, with the state of the neighbour that is furthest."""
-        rounds = self.config.train.rounds
-        to, pulled = min(round, rounds - 1), None
-        if round - t >= self.config.peer.pull:
+        """Leave out rounds; who was away for many of them goes on with the state of the neighbour that it follows.
+
+        How far is what the neighbours' messages say, not what comes with the state.
+        """
+        last, pulled = self.config.train.rounds - 1, None
+        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.rendezvous.apart):
             pulled = self._pulled(peer, state)
         if pulled is not None:
-            to, state = min(max(to, pulled[0]), rounds), pulled[1]
+            round, state = max(round, (self.thread.ask(self.rendezvous.called, t) or (t, peer))[0]), pulled
+        to = (
+            round if pulled is not None else min(round, last)
+        )  # without a state of the end, the end is still to be done
         self._emit(CaughtUp(now(), t, to, self.numbers[peer], pulled is not None))
         self._save(to, state)
         self._show(to, state)
         return to, state
 
-    def _pulled(self, peer: PeerId, state: Any) -> tuple[int, Any] | None:
-        """(finished rounds, state) of a neighbour, checked; None where none came that could be used."""
-        found = self._asked(peer, state)
-        if found is None:
+    def _pulled(self, peer: PeerId, state: Any) -> Any | None:
+        """The state of a neighbour, checked; None where none came that could be used."""
+        vectors = self._asked(peer, state)
+        if vectors is None:
             return None
-        finished, vectors = found
         taken = taken_over(state, vectors, exchanged_blocks(self.sends, self.federation.start.spec))
         if taken is None:
             return None
         rejoined = getattr(self.algorithm, "rejoined", lambda own, taken: taken)
-        return finished, rejoined(state, taken)
+        return rejoined(state, taken)
 
-    def _asked(self, peer: PeerId, state: Any) -> tuple[int, dict[str, Tensor]] | None:
-        """(finished rounds, vectors) of a neighbour that looks like ``state``."""
+    def _asked(self, peer: PeerId, state: Any) -> dict[str, Tensor] | None:
+        """The vectors of a neighbour's state that looks like ``state``."""
         extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
         self.hood.largest_state = self._state_bytes(state)
         came = self.thread.call(self.hood.pull(peer, self.config.peer.deadline))
-        finished = came.header.facts.get("finished") if came else None
-        if came is None or not isinstance(finished, int):
+        if came is None:
             return None
         try:
-            return finished, read_body(came.header, came.body, state_schema(state, claimed(came.body)) | extra)
+            return read_body(came.header, came.body, state_schema(state, claimed(came.body)) | extra)
         except Refused as refusal:
             self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
