@@ -137,6 +137,50 @@ def test_another_config_is_refused_by_section():
     assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.notices)
 
 
+def hello(setting, answer=0):
+    return packed({}, kind="hello", facts={"setting train": setting, "answer": answer})
+
+
+def test_from_who_has_other_settings_no_message_is_taken_until_a_greeting_agrees():
+    answers, (alice, bob), seen = attack(hello("other"), packed(changed()), hello("same"), packed(changed()))
+    assert answers == ["wrong-config", "wrong-config", "taken", "late"]  # nobody waited for it in this exchange
+    assert set(alice.got) == {"bob"} and set(bob.got) == {"alice"} and not seen.disagreeing
+
+
+@pytest.mark.parametrize("greeting", ["there", "here"])
+def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
+    """Of three sites one has other settings, which either side may say first; the two others do not wait for it."""
+
+    async def main():
+        network = MemoryNetwork(["alice", "bob", "carol"])
+        hoods = {}
+        for name, setting in (("alice", "same"), ("bob", "same"), ("carol", "other")):
+            rendezvous = Rendezvous(network.transport(name), EXPECTED, 10.0, 1 << 12)
+            others = [other for other in ("alice", "bob", "carol") if other != name]
+            hoods[name] = Neighbourhood(rendezvous, others, {"train": setting})
+            await hoods[name].start()
+        await asyncio.sleep(5)
+        if greeting == "there":
+            await hoods["carol"].greet(5.0)
+        else:
+            await asyncio.gather(*(hoods[name].greet(5.0) for name in ("alice", "bob")))
+        began = asyncio.get_running_loop().time()
+        outcomes = await asyncio.gather(
+            *(
+                hood.rendezvous.meet(hood.peers, GOOD, partial(_check, (OWN,)))
+                for name, hood in hoods.items()
+                if name != "carol"
+            )
+        )
+        took = asyncio.get_running_loop().time() - began
+        await network.close()
+        return outcomes, took
+
+    outcomes, took = virtual_run(main())
+    assert [outcome.missing for outcome in outcomes] == [{"carol": "wrong-config"}] * 2
+    assert [set(outcome.got) for outcome in outcomes] == [{"bob"}, {"alice"}] and took < 1
+
+
 def test_a_smaller_rank_is_a_neighbours_own_affair():
     small = replace(OWN, ranks=torch.tensor([1]))
     answers, _, _ = attack(packed(vectors((small,))))

@@ -99,7 +99,7 @@ class Neighbourhood(Service):
                             greeted.reached.add(peer)
                             return
                         except Refused as refusal:
-                            self._refused[peer] = str(refusal)
+                            self.disagrees(peer, refusal)
                         except (PeerDown, DeadlineMissed):
                             pass
                         if peer in self._refused and "wrong-run" not in self._refused[peer]:  # it may end that one soon
@@ -134,14 +134,17 @@ class Neighbourhood(Service):
         raise Refused("unexpected", header.kind)
 
     def disagrees(self, peer: PeerId, refusal: Refused) -> None:
-        """Remember it, whichever side said so first."""
+        """Remember it, whichever side said so first; with one that has other settings nothing is exchanged."""
         self._refused[peer] = str(refusal)
+        if refusal.reason == "wrong-config":
+            self.rendezvous.disagreeing[peer] = refusal.detail
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A greeting, a question for the state, or the answer to one."""
         if header.kind == "hello":
             self._compare(header)
             self._refused.pop(peer, None)
+            self.rendezvous.disagreeing.pop(peer, None)
             clock = header.facts.get("clock")
             if isinstance(clock, int):
                 self.skew[peer] = clock / 1000 - time.time()
@@ -205,7 +208,11 @@ class Neighbourhood(Service):
                 self._task("greet", peer, self._greet_again)
 
     async def _greet_again(self, peer: PeerId) -> None:
-        await self._hello(peer, False, self.rendezvous.deadline)
+        try:
+            await self._hello(peer, False, self.rendezvous.deadline)
+        except Refused as refusal:
+            self.disagrees(peer, refusal)
+            raise
         self.rendezvous.back(peer)
 
     def _task(self, kind: str, peer: PeerId, send: Callable[[PeerId], Awaitable[None]]) -> None:

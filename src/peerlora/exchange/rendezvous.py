@@ -79,6 +79,8 @@ class Rendezvous:
         """The round that each neighbour was in when it last said something."""
         self.absent: set[PeerId] = set()
         """Not waited for: they are down, or missed a deadline and were not heard of since."""
+        self.disagreeing: dict[PeerId, str] = {}
+        """Who has other settings, and which: until a greeting agrees, no message of theirs is taken and none sent."""
         self.together = False
         """Whether any edge counted in the latest exchange."""
         self.apart = False
@@ -129,6 +131,8 @@ class Rendezvous:
             raise
         if found.round > self.rounds:
             raise Refused("from-the-future", f"round {found.round} given, the run has {self.rounds}")
+        if found.kind != "hello" and peer in self.disagreeing:
+            raise Refused("wrong-config", self.disagreeing[peer])
         if not _LAST.fullmatch(_last_told(found)):
             raise Refused("bad-header", "last")
         return found
@@ -183,7 +187,8 @@ class Rendezvous:
         then it is the one to wait.  Where more than two are there, the middle one of those ahead is followed: what a
         single one says of itself, true or not, moves nobody who has others to hear.
         """
-        present = {peer: there for peer, there in self.heard.items() if peer not in self.absent}
+        away = self.absent | self.disagreeing.keys()
+        present = {peer: there for peer, there in self.heard.items() if peer not in away}
         ahead = sorted((there, peer) for peer, there in present.items() if there >= round + _BEHIND)
         if 2 * len(ahead) <= len(present):
             return None
@@ -212,6 +217,7 @@ class Rendezvous:
         step, meeting = self.at, Meeting(neighbours, senders, check, one_way)
         if one_way:  # what is cut short when nobody waits for its answer may arrive all the same, and count there alone
             meeting.failed |= {peer: "absent" for peer in neighbours if peer in self.absent}
+        meeting.failed |= {peer: "wrong-config" for peer in meeting.peers if peer in self.disagreeing}
         self._open = meeting
         self._tell()
         header = msgspec.structs.replace(self.header("mix", **letter.facts), codec=letter.codec)
@@ -255,7 +261,9 @@ class Rendezvous:
                     await self._changed.wait()
 
     def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
-        return peer in self.absent or meeting.settled(peer, self._passed(meeting, peer, step))
+        return (
+            peer in self.absent or peer in self.disagreeing or meeting.settled(peer, self._passed(meeting, peer, step))
+        )
 
     def _passed(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
         """Whether a peer that sends one way is known to have closed this exchange."""
