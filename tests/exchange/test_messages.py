@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from peerlora.exchange.messages import everybody, expected, message, named, vectors
+from peerlora.exchange.messages import everybody, expected, message, named, vectors, widest
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
@@ -75,6 +75,12 @@ def test_a_neighbour_may_have_another_rank_within_bounds():
     assert expected(own, {"A:q": (0, 5)})["A:q"][0] == (1, 5)
     assert expected(own, {})["A:q"][0] == (3, 5)
     assert expected((x.rows([0]), x.ranks[:1]), {})[""] == ((), torch.int64)
+
+
+@pytest.mark.parametrize("payload", [(merged(adapters()), torch.randn(3, 4)), (adapters(),)])
+def test_the_widest_message_is_that_of_the_largest_rank(payload):
+    assert widest(payload) == message(payload, 0)
+    assert widest(tuple(x[1:2] if isinstance(x, torch.Tensor) else x.rows([1]) for x in payload)) == widest(payload)
 
 
 def test_named_leaves_have_the_paths_of_a_tree():

@@ -20,7 +20,7 @@ from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
 from peerlora.exchange.sums import gossip_rounds
-from peerlora.exchange.wire import claimed, read_body
+from peerlora.exchange.wire import read_claimed
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
@@ -228,7 +228,8 @@ class PeerRun(SiteRun):
         if came is None:
             return None
         try:
-            return read_body(came.header, came.body, state_schema(state, claimed(came.body)) | extra)
+            own = state_schema(state, {}) | extra
+            return read_claimed(came.header, came.body, own, lambda claimed: state_schema(state, claimed) | extra)
         except Refused as refusal:
             self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
