@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from peerlora.exchange.contact import Neighbourhood
+from peerlora.exchange.meeting import Meeting
 from peerlora.exchange.messages import vectors
 from peerlora.exchange.neighbours import _check
-from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.notices import Notices
+from peerlora.exchange.rendezvous import Rendezvous, Step
 from peerlora.exchange.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.transport.base import Refused
+from peerlora.transport.base import REASONS, Refused
 from peerlora.transport.clock import virtual_run
 from peerlora.transport.memory import MemoryNetwork
 
@@ -244,6 +246,68 @@ def test_one_neighbour_of_several_that_claims_a_later_round_takes_nobody_along(r
     assert (called and called[0]) == to
 
 
-def test_notices_are_bounded():
-    answers, _, alice = attack(*[POISON["another run"][0]] * 50, meeting=False)
-    assert set(answers) == {"wrong-run"} and len(alice.notices) <= alice.notices.maxlen
+def test_equal_refusals_are_told_once_in_a_round_and_counted():
+    messages = [POISON["another run"][0]] * 50 + [POISON["no header"][0]] * 3
+    answers, _, alice = attack(*messages, meeting=False)
+    assert answers == ["wrong-run"] * 50 + ["bad-header"] * 3
+    told = [notice.detail for notice in alice.notices if ", here" in notice.detail]
+    assert [detail.partition(",")[0] for detail in told] == ["wrong-run", "bad-header"]
+    alice.enter(4)
+    assert [notice.detail for notice in alice.notices if ", here: " in notice.detail][2:] == [
+        "wrong-run, here: 49 more in round 3",
+        "bad-header, here: 2 more in round 3",
+    ]
+    alice.enter(5)
+    assert not any("more in round 4" in notice.detail for notice in alice.notices)
+
+
+def test_what_one_neighbour_causes_in_a_round_is_bounded():
+    notices = Notices()
+    for number in range(10_000):
+        notices.add("up" if number % 2 else "down", "mallory", "")
+    for reason in REASONS:
+        notices.add("refused", "mallory", f"{reason}, here")
+    notices.add("down", "bob", "")
+    assert len(notices.waiting) == 17 and notices.waiting[-1].peer == "bob"
+    notices.next_round(7)
+    assert [(notice.kind, notice.detail) for notice in list(notices.waiting)[17:]] == [
+        ("down", "4992 more in round 7"),
+        ("up", "4992 more in round 7"),
+        ("refused", f"{len(REASONS)} more in round 7"),
+    ]
+
+
+def test_invented_exchanges_are_no_half_used_edges():
+    """Alice was in one exchange with mallory: of that one alone there can be two opinions."""
+    invented = [" ".join(f"{round}.{number}+" for number in range(16)) for round in range(3)]
+    claims = [packed({}, kind="hello", facts=FUTURE["facts"] | {"last": last}) for last in invented]
+
+    async def main():
+        network = MemoryNetwork(["alice", "mallory"])
+        alice, mallory = (Rendezvous(network.transport(name), EXPECTED, 1.0, 99) for name in ("alice", "mallory"))
+        await Neighbourhood(alice, ["mallory"], {"train": "same"}).start()
+        await mallory.transport.start(mallory)
+        await asyncio.sleep(5)
+        await alice.meet(["mallory"], b"", lambda header, body: body)  # round 0, and mallory refuses
+        alice.enter(3)
+        for head, _ in claims * 3:
+            await mallory.transport.send("alice", head, b"", deadline=5.0)
+        await network.close()
+        return alice
+
+    alice = virtual_run(main())
+    assert alice.half_used == 1
+    assert [notice.detail for notice in alice.notices if notice.kind == "half-used"] == ["round 0: used there only"]
+
+
+@pytest.mark.parametrize("met", [False, True])
+def test_a_process_that_goes_on_hears_of_what_it_died_in_but_of_no_more_than_a_message_tells(met):
+    alice = Rendezvous(MemoryNetwork([]).transport("alice"), EXPECTED, 1.0, 0)
+    alice.enter(8, first=True)  # its checkpoint
+    alice.enter(12)
+    if met:
+        alice._close(Step(12), Meeting(["mallory"], ["mallory"], lambda header, body: body, False))
+        alice.enter(20)
+    for last in ("7.0+ 8.0+ 9.0- 10.0+", " ".join(f"11.{number}+" for number in range(16)), "15.0+ 15.1+"):
+        alice._note("mallory", header(kind="hello", facts={"last": last}))
+    assert alice.half_used == 8

@@ -192,9 +192,11 @@ class Neighbourhood(Service):
         told: dict[PeerId, str] = {}
         async for event in self.rendezvous.transport.events():
             if event.peer in self._answered:
-                if not event.detail.startswith(_USUAL) and told.get(event.peer) != event.kind:
+                refused = event.kind == "refused"
+                if not (event.detail.startswith(_USUAL) if refused else told.get(event.peer) == event.kind):
                     self.rendezvous.notice(event.kind, event.peer, event.detail)
-                    told[event.peer] = event.kind if event.kind != "refused" else ""
+                if not refused:
+                    told[event.peer] = event.kind
                 if event.kind in ("suspect", "down"):
                     self.rendezvous.leave(event.peer)
                 elif event.kind == "up":

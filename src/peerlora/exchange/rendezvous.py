@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
 
 from peerlora.exchange.loop import aside
 from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
+from peerlora.exchange.notices import Notice, Notices
 from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
 from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
 
 _ANY_ROUND = 2**53  # what a header's numbers may be
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
 _REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
+_KNOWN = 10_000  # half-used edges that are not told twice
 _TOLD = 8  # of them that every message tells
 _LAST = re.compile(r"(-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15})?")
 _ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
@@ -36,7 +37,6 @@ _LOST = 0.8  # of the deadline, after which what is still missing of an edge who
 _SURE = 0.1  # and how much of the deadline the other half must have been there: the two don't come at one moment
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
-_NOTICES = 10_000  # that nobody fetched; the oldest go first
 
 
 class Step(NamedTuple):
@@ -44,17 +44,6 @@ class Step(NamedTuple):
 
     round: int
     number: int = 0
-
-
-class Notice(NamedTuple):
-    """Something that the user should hear about a neighbour."""
-
-    time: str
-    """ISO 8601, UTC."""
-    kind: str
-    """up, suspect, down, refused, half-used"""
-    peer: PeerId
-    detail: str
 
 
 class Rendezvous:
@@ -88,14 +77,18 @@ class Rendezvous:
         and no edge has counted since."""
         self.half_used = 0
         """Edges so far that one end used and the other did not."""
-        self.notices: deque[Notice] = deque(maxlen=_NOTICES)
+        self._notices = Notices()
         self._born = Step(0)
+        self._first: dict[PeerId, Step] = {}
+        """The first exchange of this process that each neighbour was to be in."""
+        self._earlier: Counter[PeerId] = Counter()
+        """Edges of each neighbour that it used with an earlier process, which died before it did."""
         self._open: Meeting | None = None
         self._seen: dict[PeerId, Step] = {}
         """The exchange that each neighbour was in, or before, then."""
         self._past: dict[PeerId, dict[Step, bool]] = {}
         self._claims: dict[PeerId, dict[Step, bool]] = {}
-        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_NOTICES)
+        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_KNOWN)
         self._changed = asyncio.Event()
 
     # --- what the transport calls
@@ -196,6 +189,8 @@ class Rendezvous:
 
     def enter(self, round: int, first: bool = False) -> None:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
+        if round != self.at.round:
+            self._notices.next_round(self.at.round)
         self.at = Step(round)
         if first:
             self._born = self.at
@@ -312,6 +307,7 @@ class Rendezvous:
                 missing[peer] = meeting.reason(peer, peer in self.absent, self._passed(meeting, peer, step))
                 if meeting.quiet(peer) and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
+            self._first.setdefault(peer, step)
             past = self._past.setdefault(peer, {})
             past[step] = counts
             if len(past) > _REMEMBERED:
@@ -350,8 +346,13 @@ class Rendezvous:
             self._tell()
 
     def notice(self, kind: str, peer: PeerId, detail: str = "") -> None:
-        """Note something for the user."""
-        self.notices.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
+        """Note something for the user; see Notices for what is only counted."""
+        self._notices.add(kind, peer, detail)
+
+    @property
+    def notices(self) -> deque[Notice]:
+        """What waits to be told; whoever tells it takes it out."""
+        return self._notices.waiting
 
     def _compare(self, peer: PeerId, header: Header) -> None:
         """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
@@ -364,17 +365,29 @@ class Rendezvous:
 
     def _reconcile(self, peer: PeerId) -> None:
         """Tell where a neighbour's word on an exchange is not what was done here."""
-        past, claims = self._past.setdefault(peer, {}), self._claims.get(peer, {})
+        past, claims = self._past.get(peer, {}), self._claims.get(peer, {})
         for step, used in list(claims.items()):
-            # Where this process knows nothing of an exchange that it should have been in, it died before it used it.
-            own = past.get(step, False if self._born <= step < self.at else None)
-            if own is None or (own != used and (peer, step) in self._told):
+            own = past.get(step)
+            if own is None and step >= self.at:
+                continue  # it is still to come here
+            if own is not None and own != used and (peer, step) in self._told:
                 continue
             del claims[step]
-            if own != used:
+            if own is None and self._died_in(peer, step):
+                own, self._earlier[peer] = False, self._earlier[peer] + used
+            if own is not None and own != used:
                 self._told.append((peer, step))
                 self.half_used += 1
                 self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
+
+    def _died_in(self, peer: PeerId, step: Step) -> bool:
+        """Whether an earlier process may have been in an exchange of which this one knows nothing.
+
+        It then died before it used it.  A neighbour tells of so many, and of none after this process was in one: all
+        else that it says of exchanges that are not known here is invented.
+        """
+        begun = self._first.get(peer, self.at)
+        return self._born <= step < begun and self._earlier[peer] < _TOLD and (peer, step) not in self._told
 
     def _tell(self) -> None:
         """Wake everybody who waits for something to change."""
