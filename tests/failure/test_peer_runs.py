@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 from in_memory import names, network, one_at_a_time, together, without_reports
+from safetensors.torch import load
 
 from peerlora.errors import CompositionError, RunError
 from peerlora.exchange.wire import encode_header, read_header
@@ -223,14 +224,16 @@ class Mallory:
 
     def __init__(self, transport, to, changes):
         self.transport, self.to, self.changes = transport, to, changes
-        self.headers, self.answers, self.ends = [], [], threading.Event()
+        self.headers, self.answers, self.states, self.ends = [], [], [], threading.Event()
 
     def admit(self, peer, header):
         self.headers.append(read_header(header))
         return 1 << 20
 
     async def deliver(self, peer, header, body):
-        if read_header(header).kind != "hello":
+        if read_header(header).kind == "state":
+            self.states.append(load(bytes(body)))
+        elif read_header(header).kind != "hello":
             raise Refused("unexpected")
 
     async def run(self):
@@ -288,6 +291,21 @@ def test_one_neighbour_alone_is_followed_but_a_run_that_has_just_begun_asks_for_
     _, mallory = disturbed(made, (1,), ["site-1"], round=3)
     assert [(caught.to, caught.pulled) for caught in made.events(1, CaughtUp)] == [(3, False)]
     assert "ask" not in {header.kind for header in mallory.headers}
+
+
+def test_a_neighbour_that_asks_gets_no_factor_and_no_head_that_the_method_keeps(runs):
+    made = runs("train.rounds=3", "algorithm.name=fedsa-lora", "adapter.head=private", "peer.join=1")
+    (result,), mallory = disturbed(made, (0,), ["site-0"], kind="ask")
+    spec, flat = result.adapters.spec, mallory.states[-1][".flat"]
+    for block in ("A", "B", "head"):
+        assert result.adapters.flat[:, spec.columns(block)].any()
+        assert bool(flat[:, spec.columns(block)].any()) == (block == "A")
+
+
+def test_of_a_method_that_sends_nothing_a_neighbour_gets_no_state(runs):
+    made = runs("train.rounds=3", "algorithm.name=local", "peer.join=1")
+    _, mallory = disturbed(made, (0,), ["site-0"], kind="ask")
+    assert "taken" in mallory.answers and not mallory.states
 
 
 def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs):

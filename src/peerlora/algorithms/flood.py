@@ -75,6 +75,7 @@ class FLood(Stateful):
     mixes: ClassVar = "A and B, weighted by the clients' confidence"
     source: ClassVar = "FLood, arXiv 2602.01039"
     positive: ClassVar = ("c",)
+    at_home: ClassVar = ("scores",)  # of the own rows one by one; w and c go out with messages
 
     def __post_init__(self):
         super().__post_init__()

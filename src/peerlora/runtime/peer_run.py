@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, RunError
 from peerlora.exchange.contact import Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
+from peerlora.exchange.messages import Shapes
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.schema import Schema
-from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
+from peerlora.exchange.snapshot import largest_state, state_schema, taken_over, told
 from peerlora.exchange.sums import gossip_rounds
 from peerlora.exchange.wire import read_claimed
 from peerlora.lora.diagnostics import neighbourhood
@@ -36,7 +38,6 @@ from peerlora.runtime.simulate import Result, composed
 from peerlora.runtime.site import Site, SiteRun, expected_of, now
 from peerlora.runtime.wrappers import wrap
 from peerlora.transport.base import PeerId, Refused, Transport
-from peerlora.tree import leaves
 
 _LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
 
@@ -121,6 +122,8 @@ class PeerRun(SiteRun):
         stop: Callable[[], bool] = lambda: False,
     ):
         self.sends = _everything_sent(federation)
+        self.blocks = exchanged_blocks(self.sends, federation.start.spec)
+        self.at_home = getattr(federation.algorithm, "at_home", ())
         self.largest = largest_message(federation, self.sends)
         config = federation.config
         rendezvous = Rendezvous(
@@ -214,7 +217,7 @@ class PeerRun(SiteRun):
         vectors = self._asked(peer, state)
         if vectors is None:
             return None
-        taken = taken_over(state, vectors, exchanged_blocks(self.sends, self.federation.start.spec))
+        taken = taken_over(state, vectors, self.blocks, self.at_home)
         if taken is None:
             return None
         rejoined = getattr(self.algorithm, "rejoined", lambda own, taken: taken)
@@ -222,17 +225,20 @@ class PeerRun(SiteRun):
 
     def _asked(self, peer: PeerId, state: Any) -> dict[str, Tensor] | None:
         """The vectors of a neighbour's state that looks like ``state``."""
-        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
         self.hood.largest_state = self._state_bytes(state)
         came = self.thread.call(self.hood.pull(peer, self.config.peer.deadline))
         if came is None:
             return None
         try:
-            own = state_schema(state, {}) | extra
-            return read_claimed(came.header, came.body, own, lambda claimed: state_schema(state, claimed) | extra)
+            return read_claimed(came.header, came.body, self._state(state, {}), partial(self._state, state))
         except Refused as refusal:
             self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
+
+    def _state(self, state: Any, claimed: Shapes) -> Schema:
+        """What a neighbour's answer must hold; where the method sends nothing, label counts at most."""
+        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
+        return (state_schema(state, claimed, self.at_home) if self.sends else {}) | extra
 
     def _state_bytes(self, state: Any) -> int:
         """The most bytes that a neighbour's state may have."""
@@ -261,9 +267,10 @@ class PeerRun(SiteRun):
         return super()._finish(state)
 
     def _show(self, done: int, state: Any) -> None:
-        """Keep the state for neighbours that ask for it; no tensor of a state is ever changed in place."""
+        """Keep what neighbours may have of the state, for when they ask; no tensor of it is ever changed in place."""
         known = {} if self._counts is None else {counts.COUNTS: self._counts}
-        self._snapshot = Snapshot(done, leaves(state) | known)
+        found = (told(state, self.blocks, self.at_home) if self.sends else {}) | known
+        self._snapshot = Snapshot(done, found) if found else None
         self.rendezvous.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
         self._done = done
 
