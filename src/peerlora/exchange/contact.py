@@ -213,7 +213,8 @@ class Neighbourhood(Service):
         try:
             await self._hello(peer, False, self.rendezvous.deadline)
         except Refused as refusal:
-            self.disagrees(peer, refusal)
+            if refusal.reason == "wrong-config":
+                self.disagrees(peer, refusal)
             raise
         self.rendezvous.back(peer)
 
