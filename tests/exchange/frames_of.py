@@ -76,7 +76,7 @@ class Site:
         own = self.rendezvous
         own.at = Step(ABOUT.round, ABOUT.step)
         self.meeting = own._open = Meeting(["a"], ["a"], self._check, False)
-        for memory in (own.heard, own._seen, own._claims, own.notices, self.ends._events):
+        for memory in (own.heard, own._seen, own._edges._claims, own.notices, self.ends._events):
             memory.clear()
 
     async def take(self, pieces):

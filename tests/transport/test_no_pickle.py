@@ -24,9 +24,10 @@ CALLS = {
     "torch.package",
 }
 BARE = {"eval", "exec", "compile", "__import__"}
-HANDLE = "contact copies letterbox letters mailbox meeting messages neighbours notices outbox rendezvous snapshot wire"
+HANDLE = ["contact", "copies", "edges", "letterbox", "letters", "mailbox", "meeting", "messages", "neighbours"]
+HANDLE += ["notices", "outbox", "rendezvous", "snapshot", "wire"]
 RUN = ["peer", "peer_run", "peer_apart", "site", "counts"]
-ROOTS = [*(f"peerlora.exchange.{name}" for name in HANDLE.split()), *(f"peerlora.runtime.{name}" for name in RUN)]
+ROOTS = [*(f"peerlora.exchange.{name}" for name in HANDLE), *(f"peerlora.runtime.{name}" for name in RUN)]
 """Every module that sees a header or a body; all of ``transport`` comes on top."""
 
 

@@ -11,14 +11,14 @@ message says what became of the last exchange on its edge, and the end that know
 from __future__ import annotations
 
 import asyncio
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
+from peerlora.exchange.edges import LAST, Edges, Step
 from peerlora.exchange.loop import aside
 from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
 from peerlora.exchange.notices import Notice, Notices
@@ -27,23 +27,11 @@ from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, T
 
 _ANY_ROUND = 2**53  # what a header's numbers may be
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
-_REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
-_KNOWN = 10_000  # half-used edges that are not told twice
-_TOLD = 8  # of them that every message tells
-_LAST = re.compile(r"(-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15})?")
-_ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up,
 _SURE = 0.1  # and how much of the deadline the other half must have been there: the two don't come at one moment
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
-
-
-class Step(NamedTuple):
-    """One exchange: the round, and which one within it."""
-
-    round: int
-    number: int = 0
 
 
 class Rendezvous:
@@ -75,20 +63,11 @@ class Rendezvous:
         self.apart = False
         """Whether the others may have gone on without this peer: it was started again, or was cut off from all of them,
         and no edge has counted since."""
-        self.half_used = 0
-        """Edges so far that one end used and the other did not."""
         self._notices = Notices()
-        self._born = Step(0)
-        self._first: dict[PeerId, Step] = {}
-        """The first exchange of this process that each neighbour was to be in."""
-        self._earlier: Counter[PeerId] = Counter()
-        """Edges of each neighbour that it used with an earlier process, which died before it did."""
+        self._edges = Edges(self._told_otherwise)
         self._open: Meeting | None = None
         self._seen: dict[PeerId, Step] = {}
         """The exchange that each neighbour was in, or before, then."""
-        self._past: dict[PeerId, dict[Step, bool]] = {}
-        self._claims: dict[PeerId, dict[Step, bool]] = {}
-        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_KNOWN)
         self._changed = asyncio.Event()
 
     # --- what the transport calls
@@ -126,7 +105,7 @@ class Rendezvous:
             raise Refused("from-the-future", f"round {found.round} given, the run has {self.rounds}")
         if found.kind != "hello" and peer in self.disagreeing:
             raise Refused("wrong-config", self.disagreeing[peer])
-        if not _LAST.fullmatch(_last_told(found)):
+        if not LAST.fullmatch(_last_told(found)):
             raise Refused("bad-header", "last")
         return found
 
@@ -138,13 +117,13 @@ class Rendezvous:
         self.heard[peer], self._seen[peer] = found.round, Step(found.round, found.step)
         if self._open is not None and self._open.one_way:
             self._tell()
-        self._compare(peer, found)
+        self._edges.claimed(peer, _last_told(found), self.at)
         self.back(peer)
 
     def _timely(self, peer: PeerId, step: Step) -> None:
         """Raise Refused for a message whose time is over or far away."""
         if step < self.at:
-            taken = self._past.get(peer, {}).get(step, False)
+            taken = self._edges.used(peer, step)
             raise Refused("replay" if taken else "late", f"round {step.round} given, now in round {self.at.round}")
         if step.round > self.at.round + _AHEAD:
             raise Refused("from-the-future", f"round {step.round} given, now in round {self.at.round}")
@@ -193,7 +172,7 @@ class Rendezvous:
             self._notices.next_round(self.at.round)
         self.at = Step(round)
         if first:
-            self._born = self.at
+            self._edges.born = self.at
         self._tell()
 
     async def meet(
@@ -307,12 +286,7 @@ class Rendezvous:
                 missing[peer] = meeting.reason(peer, peer in self.absent, self._passed(meeting, peer, step))
                 if meeting.quiet(peer) and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
-            self._first.setdefault(peer, step)
-            past = self._past.setdefault(peer, {})
-            past[step] = counts
-            if len(past) > _REMEMBERED:
-                del past[min(past)]
-            self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
+            self._edges.close(peer, step, counts, self.at)
         got, taken = meeting.used()
         if meeting.peers:
             self.together = bool(got or taken)
@@ -328,9 +302,8 @@ class Rendezvous:
 
     def last(self, peer: PeerId) -> dict[str, int | str]:
         """What became of the last exchanges with a neighbour, for a header."""
-        past = sorted(self._past.get(peer, {}).items())[-_TOLD:]
-        told = (f"{step.round}.{step.number}{'+' if used else '-'}" for step, used in past)
-        return {"last": " ".join(told)} if past else {}
+        told = self._edges.told(peer)
+        return {"last": told} if told else {}
 
     def leave(self, peer: PeerId) -> None:
         """Don't wait for a neighbour until it is heard of again."""
@@ -349,45 +322,18 @@ class Rendezvous:
         """Note something for the user; see Notices for what is only counted."""
         self._notices.add(kind, peer, detail)
 
+    def _told_otherwise(self, peer: PeerId, step: Step, used: bool) -> None:
+        self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
+
+    @property
+    def half_used(self) -> int:
+        """Edges so far that one end used and the other did not."""
+        return self._edges.half_used
+
     @property
     def notices(self) -> deque[Notice]:
         """What waits to be told; whoever tells it takes it out."""
         return self._notices.waiting
-
-    def _compare(self, peer: PeerId, header: Header) -> None:
-        """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
-        claims = self._claims.setdefault(peer, {})
-        for round, number, sign in _ONE.findall(_last_told(header)):
-            claims[Step(int(round), int(number))] = sign == "+"
-        for step in sorted(claims)[:-_REMEMBERED]:
-            del claims[step]
-        self._reconcile(peer)
-
-    def _reconcile(self, peer: PeerId) -> None:
-        """Tell where a neighbour's word on an exchange is not what was done here."""
-        past, claims = self._past.get(peer, {}), self._claims.get(peer, {})
-        for step, used in list(claims.items()):
-            own = past.get(step)
-            if own is None and step >= self.at:
-                continue  # it is still to come here
-            if own is not None and own != used and (peer, step) in self._told:
-                continue
-            del claims[step]
-            if own is None and self._died_in(peer, step):
-                own, self._earlier[peer] = False, self._earlier[peer] + used
-            if own is not None and own != used:
-                self._told.append((peer, step))
-                self.half_used += 1
-                self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
-
-    def _died_in(self, peer: PeerId, step: Step) -> bool:
-        """Whether an earlier process may have been in an exchange of which this one knows nothing.
-
-        It then died before it used it.  A neighbour tells of so many, and of none after this process was in one: all
-        else that it says of exchanges that are not known here is invented.
-        """
-        begun = self._first.get(peer, self.at)
-        return self._born <= step < begun and self._earlier[peer] < _TOLD and (peer, step) not in self._told
 
     def _tell(self) -> None:
         """Wake everybody who waits for something to change."""

@@ -199,14 +199,14 @@ class PeerRun(SiteRun):
 
         How far is what the neighbours' messages say, not what comes with the state.
         """
-        last, pulled = self.config.train.rounds - 1, None
+        pulled = None
         if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.rendezvous.apart):
             pulled = self._pulled(peer, state)
-        if pulled is not None:
-            round, state = max(round, (self.thread.ask(self.rendezvous.called, t) or (t, peer))[0]), pulled
-        to = (
-            round if pulled is not None else min(round, last)
-        )  # without a state of the end, the end is still to be done
+        if pulled is None:  # without a state of the end, the end is still to be done
+            to = min(round, self.config.train.rounds - 1)
+        else:  # which took its time
+            again = self.thread.ask(self.rendezvous.called, t)
+            to, state = max(round, again[0]) if again else round, pulled
         self._emit(CaughtUp(now(), t, to, self.numbers[peer], pulled is not None))
         self._save(to, state)
         self._show(to, state)
