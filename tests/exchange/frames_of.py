@@ -1,14 +1,19 @@
-"""One message, and a receiver's whole path from its pieces to its vectors."""
+"""One message, and the whole way that it takes in a run's receiver, from its pieces to its vectors."""
 
 import hashlib
 
 import msgspec
 import torch
 
-from peerlora.exchange.wire import Expected, Header, largest_body, pack, read_body, read_header
+from peerlora.exchange.contact import Neighbourhood
+from peerlora.exchange.meeting import Meeting
+from peerlora.exchange.rendezvous import Rendezvous, Step
+from peerlora.exchange.wire import Expected, Header, largest_body, pack, read_body
 from peerlora.transport.base import Refused
-from peerlora.transport.edge import _assemble
+from peerlora.transport.clock import virtual_run
+from peerlora.transport.edge import Ends
 from peerlora.transport.frames import opening
+from peerlora.transport.memory import MemoryNetwork
 
 SCHEMA = {
     "q.A": ((3, 8), torch.float32),
@@ -45,27 +50,56 @@ def in_pieces(header, body):
     return [first, *(body[start : start + PIECE] for start in range(0, len(body), PIECE))]
 
 
+class Anybody:
+    """A guard that lets everybody talk."""
+
+    def check(self, site):
+        pass
+
+
+class Site:
+    """A receiver as a run has it, which waits for ABOUT: the end of an edge, and behind it a rendezvous."""
+
+    def __init__(self):
+        self.ends = Ends("b", Anybody())
+        transport = MemoryNetwork(["a", "b"]).transport("b")
+        self.rendezvous = Rendezvous(transport, EXPECTED, 1.0, largest_body(SCHEMA), ABOUT.round + 1)
+        Neighbourhood(self.rendezvous, ["a"], {})
+        self.ends.receiver = self.rendezvous
+
+    def _check(self, header, body):
+        if header.codec != "identity":
+            raise Refused("bad-header", "codec")
+        return read_body(header, body, SCHEMA)
+
+    def _begin(self):
+        own = self.rendezvous
+        own.at = Step(ABOUT.round, ABOUT.step)
+        self.meeting = own._open = Meeting(["a"], ["a"], self._check, False)
+        for memory in (own.heard, own._seen, own._edges._claims, own.notices, self.ends._events):
+            memory.clear()
+
+    async def take(self, pieces):
+        """The vectors of a message, or Refused; what is refused leaves no trace but the round that its sender says."""
+        self._begin()
+        try:
+            return await self._take(pieces)
+        except Refused:
+            assert not self.meeting.got and not self.rendezvous.half_used and not self.rendezvous.disagreeing
+            assert max(self.rendezvous.heard.values(), default=0) <= self.rendezvous.rounds
+            raise
+
+    async def _take(self, pieces):
+        left = iter(pieces)
+        length, header = opening(next(left, None))
+
+        async def read():
+            return next(left, None)
+
+        await self.ends.take("a", header, length, read)
+        return self.meeting.got["a"]
+
+
 def take(pieces):
-    """The vectors of a message, or Refused: every check of a receiver that waits for ABOUT."""
-    left = iter(pieces)
-    length, data = opening(next(left, None))
-    header = read_header(data, largest_body(SCHEMA))
-    EXPECTED.check(header, "a")
-    if (header.kind, header.round, header.step, header.facts) != ("mix", 3, 1, {}):
-        raise Refused("unexpected")
-    if length > header.length:
-        raise Refused("oversize")
-
-    async def read():
-        return next(left, None)
-
-    return read_body(header, at_once(_assemble(length, read)), SCHEMA)
-
-
-def at_once(coroutine):
-    """The result of a coroutine that never waits."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("it waited")
+    """The same for one message alone."""
+    return virtual_run(Site().take(pieces))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from peerlora.exchange.messages import everybody, expected, message, named, vectors
+from peerlora.exchange.messages import everybody, expected, message, named, vectors, widest
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
+from peerlora.exchange.snapshot import largest_state, state_schema, taken_over, told
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
 from peerlora.tree import leaves
 
@@ -77,6 +77,12 @@ def test_a_neighbour_may_have_another_rank_within_bounds():
     assert expected((x.rows([0]), x.ranks[:1]), {})[""] == ((), torch.int64)
 
 
+@pytest.mark.parametrize("payload", [(merged(adapters()), torch.randn(3, 4)), (adapters(),)])
+def test_the_widest_message_is_that_of_the_largest_rank(payload):
+    assert widest(payload) == message(payload, 0)
+    assert widest(tuple(x[1:2] if isinstance(x, torch.Tensor) else x.rows([1]) for x in payload)) == widest(payload)
+
+
 def test_named_leaves_have_the_paths_of_a_tree():
     x = adapters()
     assert set(named(({"a": x, "b": (x.flat, 1)},))) == {".a", ".b.0"}
@@ -93,6 +99,29 @@ def test_a_state_is_taken_over_but_for_what_the_method_never_exchanges():
     state, sent = {"x": own, "mass": torch.ones(1)}, leaves({"x": other, "mass": torch.zeros(1)})
     whole = taken_over(state, sent, {"A", "B", "head"})
     assert torch.equal(whole["x"].flat, other.flat) and whole["mass"] == 0
+
+
+@pytest.mark.parametrize(
+    ("blocks", "private"), [({"A"}, False), ({"A", "B", "head"}, True), ({"A", "B", "head"}, False)]
+)
+def test_what_the_method_never_exchanges_is_not_in_what_a_neighbour_may_have(blocks, private):
+    x = adapters((3,), replace(SPEC, private_head=private))
+    state = {"x": x, "dual": x.flat + 1, "scores": torch.ones(1, 7), "mass": torch.ones(1)}
+    found = told(state, blocks, ("scores",))
+    assert {name: (tuple(v.shape), v.dtype) for name, v in found.items()} == state_schema(state, {}, ("scores",))
+    home = [name for name in ("A", "B", "head") if name not in blocks or (private and name == "head")]
+    for name, own in ((".x.flat", x.flat), (".dual", x.flat + 1)):
+        for block in ("A", "B", "head"):
+            columns = x.spec.columns(block)
+            assert torch.equal(found[name][:, columns], own[:, columns] * (block not in home))
+    assert set(found) == {".x.flat", ".x.ranks", ".dual", ".mass"}
+    own = {"x": replace(x, flat=x.flat * 2), "dual": x.flat * 3, "scores": torch.zeros(1, 5), "mass": torch.zeros(1)}
+    taken = taken_over(own, found, blocks, ("scores",))
+    assert torch.equal(taken["scores"], own["scores"]) and taken["mass"] == 1
+    for block in ("A", "B", "head"):
+        columns, source = x.spec.columns(block), own if block in home else state
+        assert torch.equal(taken["dual"][:, columns], source["dual"][:, columns])
+        assert torch.equal(taken["x"].flat[:, columns], source["x"].flat[:, columns])
 
 
 def test_a_private_head_and_another_rank_stay_at_home():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import tracemalloc
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load, save
 
-from peerlora.exchange.wire import Header, largest_body, message_facts, pack, read_body, read_header
+from peerlora.exchange.wire import Header, largest_body, message_facts, pack, read_body, read_claimed, read_header
 from peerlora.transport.base import HEADER_BYTES, REASONS, Refused
 
 
@@ -280,3 +281,45 @@ def test_every_reason_is_documented_and_no_other_can_be_given():
     with pytest.raises(AssertionError):
         Refused("because")
     assert all(word == word.lower() and meaning for word, meaning in REASONS.items())
+
+
+# --- bodies whose shapes are their sender's choice
+
+
+def claims(body, **changes):
+    """What ``schema`` was asked, and the refusal that came of it."""
+    asked = []
+
+    def schema(shapes):
+        asked.append(shapes)
+        return SCHEMA
+
+    try:
+        read_claimed(read_header(sealed(body, **changes)), body, SCHEMA, schema)
+    except Refused as refusal:
+        return asked, refusal.reason
+    return asked, "taken"
+
+
+def test_shapes_are_claimed_by_a_header_of_json():
+    _, body = message()
+    shapes = {name: shape for name, (shape, _) in SCHEMA.items()}
+    assert claims(body) == ([shapes], "taken")
+
+
+def test_nothing_in_a_body_is_looked_at_before_its_hash():
+    _, body = message()
+    assert claims(body, sha256="00" * 32) == ([], "bad-body")
+    assert claims(body, length=len(body) + 1) == ([], "bad-body")
+
+
+def test_a_long_list_of_vectors_is_not_decoded():
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    head = json.dumps({f"vector-{number}": entry for number in range(50_000)}).encode()
+    body = struct.pack("<Q", len(head) + -len(head) % 8) + head + b" " * (-len(head) % 8)
+    tracemalloc.start()
+    try:
+        assert claims(body) == ([{}], "oversize")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()

@@ -42,12 +42,13 @@ class Federation:
     async def peer(self, client, t):
         others = [site(j) for j in range(self.clients) if j != client]
         rendezvous = Rendezvous(
-            self.network.transport(site(client)), Expected("run", "ba5e", "5bec"), self.deadline, 1 << 12
+            self.network.transport(site(client)), Expected("run", "ba5e", "5bec"), self.deadline, 1 << 12, self.rounds
         )
         self.rendezvous[client] = rendezvous
         hood = Neighbourhood(rendezvous, others, {})
         await hood.start()
         rendezvous.enter(t, first=True)
+        rendezvous.apart = t > 0  # it goes on from a checkpoint
         self.reached[client] = (await hood.greet(5.0)).reached
         loop = asyncio.get_running_loop()
         try:

@@ -125,6 +125,26 @@ def test_a_peer_that_ran_ahead_alone_waits_and_takes_nobody_with_it():
     assert found.used[found.rounds - 1, 2] == {1, 3}
 
 
+def test_who_was_cut_off_or_stood_still_knows_that_the_others_may_have_gone_on():
+    seen = {}
+
+    async def script(found):
+        await asyncio.sleep(8.5)
+        seen["before"] = {client: found.rendezvous[client].apart for client in range(4)}
+        found.network.hang(site(2))
+        await asyncio.sleep(20)
+        found.network.wake(site(2))
+        await asyncio.sleep(1.5)
+        seen["woken"] = {client: found.rendezvous[client].apart for client in range(4)}
+
+    found = Federation(RING, rounds=40)
+    found.seconds[2] = 1.5
+    run(found, script).check()
+    assert not any(seen["before"].values())
+    assert seen["woken"] == {0: False, 1: False, 2: True, 3: False}
+    assert not any(each.apart for each in found.rendezvous.values()) and {1, 3} <= found.used[39, 2]
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_a_cut_link_carries_nothing_and_comes_back(both):
     async def script(found):
@@ -251,6 +271,7 @@ def test_an_edge_is_given_up_when_half_of_it_has_been_there_for_some_time(messag
         transports = [SlowToAnswer(network, each) for each in sorted(network.sites)]
         transports[0].seconds = acknowledged * DEADLINE
         own, other = (Rendezvous(each, Expected("run", "ba5e", "5bec"), DEADLINE, 99) for each in transports)
+        own.neighbours = frozenset([site(1)])
         header, clock = encode_header(other.header("mix")), asyncio.get_running_loop().time
         began = clock()
         meeting = asyncio.create_task(own.meet([site(1)], b"", lambda header, body: "theirs"))

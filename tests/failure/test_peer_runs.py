@@ -1,20 +1,25 @@
 """Whole runs, in memory and in real time: a peer that dies, returns, or falls behind, and everybody at once."""
 
+import asyncio
 import json
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
 from in_memory import names, network, one_at_a_time, together, without_reports
+from safetensors.torch import load
 
 from peerlora.errors import CompositionError, RunError
+from peerlora.exchange.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of, summarise
 from peerlora.runtime.peer_run import check_site, train_peer
 from peerlora.runtime.simulate import Stopped
 from peerlora.runtime.site import Site
+from peerlora.transport.base import DeadlineMissed, PeerDown, Refused
 
 QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
 
@@ -212,6 +217,95 @@ def test_without_anybody_a_peer_trains_alone_and_says_so(runs):
     assert [done.missed for done in made.events(1, RoundDone)] == [{"0": "down", "2": "down"}] * 2 or all(
         set(done.missed) == {"0", "2"} for done in made.events(1, RoundDone)
     )
+
+
+class Mallory:
+    """A site that trains nothing: it answers greetings with the first that it got, changed, again and again."""
+
+    def __init__(self, transport, to, changes):
+        self.transport, self.to, self.changes = transport, to, changes
+        self.headers, self.answers, self.states, self.ends = [], [], [], threading.Event()
+
+    def admit(self, peer, header):
+        self.headers.append(read_header(header))
+        return 1 << 20
+
+    async def deliver(self, peer, header, body):
+        if read_header(header).kind == "state":
+            self.states.append(load(bytes(body)))
+        elif read_header(header).kind != "hello":
+            raise Refused("unexpected")
+
+    async def run(self):
+        await self.transport.start(self)
+        while not self.ends.is_set():
+            await asyncio.sleep(0.02)
+            greetings = [header for header in self.headers if header.kind == "hello"]
+            for peer in self.to if greetings else ():
+                facts = greetings[0].facts | self.changes.get("facts", {})
+                own = self.changes | {"sender": self.transport.me, "facts": facts}
+                own = encode_header(msgspec.structs.replace(greetings[0], **own))
+                try:
+                    await self.transport.send(peer, own, b"", deadline=1)
+                    self.answers.append("taken")
+                except Refused as refusal:
+                    self.answers.append(refusal.reason)
+                except (PeerDown, DeadlineMissed):
+                    pass
+
+
+def disturbed(made, clients, to, **changes):
+    """The results of some clients of a run in which site-2 is Mallory, and Mallory."""
+    mallory = Mallory(made.net.transport("site-2"), to, changes)
+    beside, _ = later(lambda: made.thread.call(mallory.run()))
+    try:
+        return together([lambda client=client: made.run(client) for client in clients]), mallory
+    finally:
+        mallory.ends.set()
+        beside.join()
+
+
+def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
+    """Any site of a list without edges can greet any other; here one greets the site across the ring."""
+    with one_at_a_time(), without_reports(), network(4) as (net, thread):
+        settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=20", *QUICK]
+        made = Runs(config("bert", *settings), tmp_path, net, thread)
+        results, mallory = disturbed(made, (0, 1, 3), ["site-0"], round=2, facts={"last": "0.0+"})
+    assert [result.summary["rounds"] for result in results] == [4, 4, 4]
+    assert set(mallory.answers) == {"not-a-neighbour"}
+    assert {event.client for event in made.events(0, NeighbourChanged)} <= {1, 3}
+
+
+@pytest.mark.parametrize("round", [4, 2**53])
+def test_a_neighbour_that_claims_a_later_round_takes_nobody_along(runs, round):
+    made = runs("train.rounds=4", "peer.pull=2")
+    _, mallory = disturbed(made, (0, 1), ["site-0", "site-1"], round=round)
+    assert set(mallory.answers) == {"taken" if round == 4 else "from-the-future"}
+    for client in (0, 1):
+        assert [done.round for done in made.events(client, RoundDone)] == list(range(4))
+        assert not made.events(client, CaughtUp)
+
+
+def test_one_neighbour_alone_is_followed_but_a_run_that_has_just_begun_asks_for_no_state(runs):
+    made = runs("train.rounds=4", "topology=path", "peer.pull=2", "peer.join=1")
+    _, mallory = disturbed(made, (1,), ["site-1"], round=3)
+    assert [(caught.to, caught.pulled) for caught in made.events(1, CaughtUp)] == [(3, False)]
+    assert "ask" not in {header.kind for header in mallory.headers}
+
+
+def test_a_neighbour_that_asks_gets_no_factor_and_no_head_that_the_method_keeps(runs):
+    made = runs("train.rounds=3", "algorithm.name=fedsa-lora", "adapter.head=private", "peer.join=1")
+    (result,), mallory = disturbed(made, (0,), ["site-0"], kind="ask")
+    spec, flat = result.adapters.spec, mallory.states[-1][".flat"]
+    for block in ("A", "B", "head"):
+        assert result.adapters.flat[:, spec.columns(block)].any()
+        assert bool(flat[:, spec.columns(block)].any()) == (block == "A")
+
+
+def test_of_a_method_that_sends_nothing_a_neighbour_gets_no_state(runs):
+    made = runs("train.rounds=3", "algorithm.name=local", "peer.join=1")
+    _, mallory = disturbed(made, (0,), ["site-0"], kind="ask")
+    assert "taken" in mallory.answers and not mallory.states
 
 
 def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs):

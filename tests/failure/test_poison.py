@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from peerlora.exchange.contact import Neighbourhood
+from peerlora.exchange.meeting import Meeting
 from peerlora.exchange.messages import vectors
 from peerlora.exchange.neighbours import _check
-from peerlora.exchange.rendezvous import Rendezvous
+from peerlora.exchange.notices import Notices
+from peerlora.exchange.rendezvous import Rendezvous, Step
 from peerlora.exchange.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.transport.base import Refused
+from peerlora.transport.base import REASONS, Refused
 from peerlora.transport.clock import virtual_run
 from peerlora.transport.memory import MemoryNetwork
 
@@ -32,23 +34,29 @@ def changed(**tensors):
     return {**{name: value.clone() for name, value in vectors((OWN,)).items()}, **tensors}
 
 
-def attack(*messages, meeting=True, service=True):
-    """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange."""
+def attack(*messages, meeting=True, linked=True):
+    """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange.
+
+    Unless ``linked``, the member is on the list but no neighbour in the run's graph.
+    """
 
     async def main():
         network = MemoryNetwork(["alice", "bob", "mallory"])
         transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
         peers = {name: Rendezvous(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports}
+        peers["alice"].rounds = 12
         for name in ("alice", "bob"):
-            others = [other for other in transports if other != name]
+            others = [other for other in transports if other != name and (linked or other != "mallory")]
             await Neighbourhood(peers[name], others, {"train": "same"}).start()
             peers[name].enter(3)
+        peers["mallory"].neighbours = frozenset(["alice", "bob"])
         peers["mallory"].enter(2)  # so that what is sent to it waits, and is waited for
         await transports["mallory"].start(peers["mallory"])
         await asyncio.sleep(5)
         body = encode_body(vectors((OWN,)))
         check = partial(_check, (OWN,))
-        calls = [asyncio.create_task(peers[name].meet([other, "mallory"], body, check))
+        also = ["mallory"] if linked else []
+        calls = [asyncio.create_task(peers[name].meet([other, *also], body, check))
                  for name, other in (("alice", "bob"), ("bob", "alice"))] if meeting else []  # fmt: skip
         await asyncio.sleep(0)
         answers = []
@@ -131,12 +139,175 @@ def test_another_config_is_refused_by_section():
     assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.notices)
 
 
+def hello(setting, answer=0):
+    return packed({}, kind="hello", facts={"setting train": setting, "answer": answer})
+
+
+def test_from_who_has_other_settings_no_message_is_taken_until_a_greeting_agrees():
+    answers, (alice, bob), seen = attack(hello("other"), packed(changed()), hello("same"), packed(changed()))
+    assert answers == ["wrong-config", "wrong-config", "taken", "late"]  # nobody waited for it in this exchange
+    assert set(alice.got) == {"bob"} and set(bob.got) == {"alice"} and not seen.disagreeing
+
+
+@pytest.mark.parametrize("greeting", ["there", "here"])
+def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
+    """Of three sites one has other settings, which either side may say first; the two others do not wait for it."""
+
+    async def main():
+        network = MemoryNetwork(["alice", "bob", "carol"])
+        hoods = {}
+        for name, setting in (("alice", "same"), ("bob", "same"), ("carol", "other")):
+            rendezvous = Rendezvous(network.transport(name), EXPECTED, 10.0, 1 << 12)
+            others = [other for other in ("alice", "bob", "carol") if other != name]
+            hoods[name] = Neighbourhood(rendezvous, others, {"train": setting})
+            await hoods[name].start()
+        await asyncio.sleep(5)
+        if greeting == "there":
+            await hoods["carol"].greet(5.0)
+        else:
+            await asyncio.gather(*(hoods[name].greet(5.0) for name in ("alice", "bob")))
+        began = asyncio.get_running_loop().time()
+        outcomes = await asyncio.gather(
+            *(
+                hood.rendezvous.meet(hood.peers, GOOD, partial(_check, (OWN,)))
+                for name, hood in hoods.items()
+                if name != "carol"
+            )
+        )
+        took = asyncio.get_running_loop().time() - began
+        await network.close()
+        return outcomes, took
+
+    outcomes, took = virtual_run(main())
+    assert [outcome.missing for outcome in outcomes] == [{"carol": "wrong-config"}] * 2
+    assert [set(outcome.got) for outcome in outcomes] == [{"bob"}, {"alice"}] and took < 1
+
+
 def test_a_smaller_rank_is_a_neighbours_own_affair():
     small = replace(OWN, ranks=torch.tensor([1]))
     answers, _, _ = attack(packed(vectors((small,))))
     assert answers == ["taken"]
 
 
-def test_notices_are_bounded():
-    answers, _, alice = attack(*[POISON["another run"][0]] * 50, meeting=False)
-    assert set(answers) == {"wrong-run"} and len(alice.notices) <= alice.notices.maxlen
+HALF_USED = packed({}, kind="hello", round=9, facts={"last": "0.0+ 1.0+", "answer": 1})
+
+
+@pytest.mark.parametrize("message", [packed(changed()), HALF_USED, packed({}, kind="ask"), (b"junk", b"")])
+def test_a_member_that_is_no_neighbour_leaves_no_trace(message):
+    """The list names no edges, so the transport lets it through; the run's graph has no link with it."""
+    answers, (_, bob), alice = attack(message, message, linked=False)
+    assert answers == ["not-a-neighbour"] * 2 and set(bob.got) == {"alice"}
+    assert "mallory" not in alice.heard and not alice.half_used
+    assert all(notice.peer == "bob" for notice in alice.notices)
+
+
+FUTURE = {"facts": {"answer": 0, "setting train": "same"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (packed({}, kind="hello", round=13, **FUTURE), "from-the-future"),
+        (packed({}, kind="hello", round=2**53, **FUTURE), "from-the-future"),
+        (packed(changed(), round=13), "from-the-future"),
+        (packed({}, kind="hello", round=9), "wrong-config"),
+        (packed({}, kind="bye", round=9), "unexpected"),
+        (packed({}, kind="hello", round=9, facts={"last": "?"}), "bad-header"),
+        (damaged(bytes(1 << 20)), "oversize"),
+    ],
+)
+def test_what_is_refused_leaves_no_trace(message, reason):
+    answers, _, alice = attack(message, meeting=False)
+    assert answers == [reason] and "mallory" not in alice.heard
+    assert alice.called(0) is None or alice.called(0)[1] != "mallory"
+
+
+def test_a_round_that_the_run_has_is_heard_of():
+    answers, _, alice = attack(packed({}, kind="hello", round=12, **FUTURE), meeting=False)
+    assert answers == ["taken"] and alice.heard["mallory"] == 12
+
+
+@pytest.mark.parametrize(
+    ("rounds", "to"),
+    [
+        ([40, 0, 0], None),
+        ([40, 0], None),
+        ([40], 40),  # of one neighbour alone there is no other word
+        ([5, 6], 6),
+        ([5, 6, 40], 6),
+        ([0, 6, 40], 6),
+        ([5, 6, 7, 40, 40], 7),
+    ],
+)
+def test_one_neighbour_of_several_that_claims_a_later_round_takes_nobody_along(rounds, to):
+    fresh = Rendezvous(MemoryNetwork([]).transport("me"), EXPECTED, 1.0, 0)
+    fresh.heard = {f"peer-{place}": round for place, round in enumerate(rounds)}
+    called = fresh.called(0)
+    assert (called and called[0]) == to
+
+
+def test_equal_refusals_are_told_once_in_a_round_and_counted():
+    messages = [POISON["another run"][0]] * 50 + [POISON["no header"][0]] * 3
+    answers, _, alice = attack(*messages, meeting=False)
+    assert answers == ["wrong-run"] * 50 + ["bad-header"] * 3
+    told = [notice.detail for notice in alice.notices if ", here" in notice.detail]
+    assert [detail.partition(",")[0] for detail in told] == ["wrong-run", "bad-header"]
+    alice.enter(4)
+    assert [notice.detail for notice in alice.notices if ", here: " in notice.detail][2:] == [
+        "wrong-run, here: 49 more in round 3",
+        "bad-header, here: 2 more in round 3",
+    ]
+    alice.enter(5)
+    assert not any("more in round 4" in notice.detail for notice in alice.notices)
+
+
+def test_what_one_neighbour_causes_in_a_round_is_bounded():
+    notices = Notices()
+    for number in range(10_000):
+        notices.add("up" if number % 2 else "down", "mallory", "")
+    for reason in REASONS:
+        notices.add("refused", "mallory", f"{reason}, here")
+    notices.add("down", "bob", "")
+    assert len(notices.waiting) == 17 and notices.waiting[-1].peer == "bob"
+    notices.next_round(7)
+    assert [(notice.kind, notice.detail) for notice in list(notices.waiting)[17:]] == [
+        ("down", "4992 more in round 7"),
+        ("up", "4992 more in round 7"),
+        ("refused", f"{len(REASONS)} more in round 7"),
+    ]
+
+
+def test_invented_exchanges_are_no_half_used_edges():
+    """Alice was in one exchange with mallory: of that one alone there can be two opinions."""
+    invented = [" ".join(f"{round}.{number}+" for number in range(16)) for round in range(3)]
+    claims = [packed({}, kind="hello", facts=FUTURE["facts"] | {"last": last}) for last in invented]
+
+    async def main():
+        network = MemoryNetwork(["alice", "mallory"])
+        alice, mallory = (Rendezvous(network.transport(name), EXPECTED, 1.0, 99) for name in ("alice", "mallory"))
+        await Neighbourhood(alice, ["mallory"], {"train": "same"}).start()
+        await mallory.transport.start(mallory)
+        await asyncio.sleep(5)
+        await alice.meet(["mallory"], b"", lambda header, body: body)  # round 0, and mallory refuses
+        alice.enter(3)
+        for head, _ in claims * 3:
+            await mallory.transport.send("alice", head, b"", deadline=5.0)
+        await network.close()
+        return alice
+
+    alice = virtual_run(main())
+    assert alice.half_used == 1
+    assert [notice.detail for notice in alice.notices if notice.kind == "half-used"] == ["round 0: used there only"]
+
+
+@pytest.mark.parametrize("met", [False, True])
+def test_a_process_that_goes_on_hears_of_what_it_died_in_but_of_no_more_than_a_message_tells(met):
+    alice = Rendezvous(MemoryNetwork([]).transport("alice"), EXPECTED, 1.0, 0)
+    alice.enter(8, first=True)  # its checkpoint
+    alice.enter(12)
+    if met:
+        alice._close(Step(12), Meeting(["mallory"], ["mallory"], lambda header, body: body, False))
+        alice.enter(20)
+    for last in ("7.0+ 8.0+ 9.0- 10.0+", " ".join(f"11.{number}+" for number in range(16)), "15.0+ 15.1+"):
+        alice._note("mallory", header(kind="hello", facts={"last": last}))
+    assert alice.half_used == 8

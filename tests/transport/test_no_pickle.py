@@ -24,7 +24,11 @@ CALLS = {
     "torch.package",
 }
 BARE = {"eval", "exec", "compile", "__import__"}
-ROOTS = ["peerlora.exchange.wire", "peerlora.exchange.neighbours"]
+HANDLE = ["contact", "copies", "edges", "letterbox", "letters", "mailbox", "meeting", "messages", "neighbours"]
+HANDLE += ["notices", "outbox", "rendezvous", "snapshot", "wire"]
+RUN = ["peer", "peer_run", "peer_apart", "site", "counts"]
+ROOTS = [*(f"peerlora.exchange.{name}" for name in HANDLE), *(f"peerlora.runtime.{name}" for name in RUN)]
+"""Every module that sees a header or a body; all of ``transport`` comes on top."""
 
 
 def file_of(module):

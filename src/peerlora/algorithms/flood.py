@@ -78,6 +78,7 @@ class FLood(Stateful):
     source: ClassVar = "FLood, arXiv 2602.01039"
     topology_reason: ClassVar = "of its mixings push-sum alone, with beta above 0, can do with one-way links"
     positive: ClassVar = ("c",)
+    at_home: ClassVar = ("scores",)  # of the own rows one by one; w and c go out with messages
 
     def __post_init__(self):
         super().__post_init__()

@@ -105,6 +105,7 @@ class PushDIGing(SGP):
 
     mixes: ClassVar = "A and B as shares, their mass, and the tracked gradient"
     source: ClassVar = "Push-DIGing, arXiv 1607.03218"
+    at_home: ClassVar = ("g",)
     sgd_preferred: ClassVar = "it is exact for SGD only"
 
     def message(self, x: Adapters, t: int = 0) -> Schema:

@@ -69,7 +69,7 @@ class Neighbourhood(Service):
         self.skew: dict[PeerId, float] = {}
         """Seconds that a neighbour's clock was ahead of this one when it greeted, less the way."""
         self._background: set[asyncio.Task[None]] = set()
-        rendezvous.service = self
+        rendezvous.service, rendezvous.neighbours = self, frozenset(peers)
 
     async def start(self) -> None:
         """Open the transport and watch the neighbours."""
@@ -99,7 +99,7 @@ class Neighbourhood(Service):
                             greeted.reached.add(peer)
                             return
                         except Refused as refusal:
-                            self._refused[peer] = str(refusal)
+                            self.disagrees(peer, refusal)
                         except (PeerDown, DeadlineMissed):
                             pass
                         if peer in self._refused and "wrong-run" not in self._refused[peer]:  # it may end that one soon
@@ -134,16 +134,17 @@ class Neighbourhood(Service):
         raise Refused("unexpected", header.kind)
 
     def disagrees(self, peer: PeerId, refusal: Refused) -> None:
-        """Remember it, whichever side said so first."""
+        """Remember it, whichever side said so first; with one that has other settings nothing is exchanged."""
         self._refused[peer] = str(refusal)
+        if refusal.reason == "wrong-config":
+            self.rendezvous.disagreeing[peer] = refusal.detail
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A greeting, a question for the state, or the answer to one."""
-        if peer not in self._answered:
-            raise Refused("not-a-neighbour")
         if header.kind == "hello":
             self._compare(header)
             self._refused.pop(peer, None)
+            self.rendezvous.disagreeing.pop(peer, None)
             clock = header.facts.get("clock")
             if isinstance(clock, int):
                 self.skew[peer] = clock / 1000 - time.time()
@@ -191,9 +192,11 @@ class Neighbourhood(Service):
         told: dict[PeerId, str] = {}
         async for event in self.rendezvous.transport.events():
             if event.peer in self._answered:
-                if not event.detail.startswith(_USUAL) and told.get(event.peer) != event.kind:
+                refused = event.kind == "refused"
+                if not (event.detail.startswith(_USUAL) if refused else told.get(event.peer) == event.kind):
                     self.rendezvous.notice(event.kind, event.peer, event.detail)
-                    told[event.peer] = event.kind if event.kind != "refused" else ""
+                if not refused:
+                    told[event.peer] = event.kind
                 if event.kind in ("suspect", "down"):
                     self.rendezvous.leave(event.peer)
                 elif event.kind == "up":
@@ -207,7 +210,12 @@ class Neighbourhood(Service):
                 self._task("greet", peer, self._greet_again)
 
     async def _greet_again(self, peer: PeerId) -> None:
-        await self._hello(peer, False, self.rendezvous.deadline)
+        try:
+            await self._hello(peer, False, self.rendezvous.deadline)
+        except Refused as refusal:
+            if refusal.reason == "wrong-config":
+                self.disagrees(peer, refusal)
+            raise
         self.rendezvous.back(peer)
 
     def _task(self, kind: str, peer: PeerId, send: Callable[[PeerId], Awaitable[None]]) -> None:

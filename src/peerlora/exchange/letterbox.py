@@ -16,7 +16,7 @@ from peerlora.exchange.letters import Form, Letter, Numbering, Stamp
 from peerlora.exchange.loop import aside
 from peerlora.exchange.mailbox import Box, Post
 from peerlora.exchange.outbox import Outbox
-from peerlora.exchange.rendezvous import Rendezvous, Step
+from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.wire import Header
 from peerlora.transport.base import PeerId, Refused
 
@@ -119,8 +119,11 @@ class Mail:
 class NoMeetings(Rendezvous):
     """The receiver of a peer that never meets anybody in a round: it takes greetings and letters."""
 
-    def _timely(self, peer: PeerId, step: Step) -> None:
-        raise Refused("unexpected", "the method of this run has no common rounds")
+    def _read(self, peer: PeerId, header: bytes) -> Header:
+        found = super()._read(peer, header)
+        if found.kind == "mix":
+            raise Refused("unexpected", "the method of this run has no common rounds")
+        return found
 
 
 class Letterbox(Neighbourhood):
@@ -137,8 +140,6 @@ class Letterbox(Neighbourhood):
         super().__init__(rendezvous, peers, settings)
         self.mail, self.outbox = mail, outbox
         self._opened = asyncio.Event()
-        self._others: dict[PeerId, str] = {}
-        """Who greeted with other settings, and which."""
 
     def open(self) -> None:
         """Take letters from now on; those that came before wait with their sender's call open."""
@@ -154,30 +155,17 @@ class Letterbox(Neighbourhood):
         """A letter may have what the method's messages have."""
         if header.kind != "push":
             return super().largest(peer, header)
-        self._check(peer, header)
+        self.mail.check(peer, header)
         return self.mail.form.largest
-
-    def disagrees(self, peer: PeerId, refusal: Refused) -> None:
-        """Remember it; from who has other settings no letter is taken."""
-        super().disagrees(peer, refusal)
-        if refusal.reason == "wrong-config":
-            self._others[peer] = refusal.detail
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A letter, or what every neighbourhood takes."""
         if header.kind != "push":
             await super().take(peer, header, body)
-            if header.kind == "hello":
-                self._others.pop(peer, None)
             return
-        self._check(peer, header)
+        self.mail.check(peer, header)
         await self._room(peer)
         await aside(len(body), self.mail.take, peer, header, body)
-
-    def _check(self, peer: PeerId, header: Header) -> None:
-        if peer in self._others:
-            raise Refused("wrong-config", self._others[peer])
-        self.mail.check(peer, header)
 
     async def _room(self, peer: PeerId) -> None:
         """Wait, and with it the sender's call, until letters are taken and there is room for one more."""

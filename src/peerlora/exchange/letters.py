@@ -21,11 +21,10 @@ from peerlora.exchange.schema import Schema
 from peerlora.exchange.wire import (
     Expected,
     Header,
-    claimed,
     encode_body,
     encode_header,
     largest_body,
-    read_body,
+    read_claimed,
     sealed,
 )
 from peerlora.transport.base import PeerId, Refused
@@ -94,7 +93,7 @@ class Form:
 
     def read(self, client: int, header: Header, body: bytearray) -> Message:
         """The message of the client that sent this; raises Refused."""
-        payload = read_body(header, body, self.incoming(claimed(body)))
+        payload = read_claimed(header, body, self.incoming({}), self.incoming)
         flaw = self.flaw(payload)
         if flaw:
             raise Refused("bad-body", flaw)

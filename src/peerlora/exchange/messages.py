@@ -75,6 +75,13 @@ def expected(payload: Payload, claimed: Shapes) -> Schema:
     return found
 
 
+def widest(payload: Payload) -> Schema:
+    """``expected`` of a neighbour that sends every vector that it could, at the largest rank."""
+    whole = [(name, leaf.spec) for name, leaf in _leaves(payload) if isinstance(leaf, Adapters)]
+    claims = {name + part: shape for name, spec in whole for part, shape in spec.row_shapes(spec.rank).items()}
+    return expected(payload, claims)
+
+
 def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payload:
     """The payloads of those whose messages these are, in this order on the leading axis, padded as ``payload`` is.
 

@@ -17,12 +17,12 @@ from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.copies import Copies, letter_of
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.meeting import Check, Letter
-from peerlora.exchange.messages import Payload, everybody, expected, fault, name_of, named, vectors
+from peerlora.exchange.messages import Payload, everybody, expected, fault, name_of, named, vectors, widest
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.stacked import operator
 from peerlora.exchange.uncoded import Uncoded
-from peerlora.exchange.wire import Header, claimed, encode_body, read_body
+from peerlora.exchange.wire import Header, encode_body, read_claimed
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import Matrix, remove_links
@@ -184,7 +184,7 @@ def _check(payload: Payload, header: Header, body: bytearray, positive: Collecti
     """A neighbour's vectors, which have the names, shapes and dtypes that this client's own exchange asks for."""
     if header.codec != "identity":
         raise Refused("bad-header", f"codec {header.codec} where values are exchanged as they are")
-    found = read_body(header, body, expected(payload, claimed(body)))
+    found = read_claimed(header, body, widest(payload), partial(expected, payload))
     if reason := fault(payload, found):
         raise Refused("bad-body", reason)
     for name in positive:

@@ -11,79 +11,63 @@ message says what became of the last exchange on its edge, and the end that know
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
+from peerlora.exchange.edges import LAST, Edges, Step
 from peerlora.exchange.loop import aside
 from peerlora.exchange.meeting import Check, Letter, Meeting, Outcome
+from peerlora.exchange.notices import Notice, Notices
 from peerlora.exchange.wire import Expected, Header, encode_header, read_header, sealed
 from peerlora.transport.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
 
+_ANY_ROUND = 2**53  # what a header's numbers may be
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
-_REMEMBERED = 16  # exchanges of an edge whose outcome is remembered
-_TOLD = 8  # of them that every message tells
-_LAST = re.compile(r"-?\d{1,12}\.\d{1,6}[+-]( -?\d{1,12}\.\d{1,6}[+-]){0,15}")
-_ONE = re.compile(r"(-?\d+)\.(\d+)([+-])")
 _BEHIND = 2  # rounds behind from which a peer leaves rounds out; one round behind, it is waited for
 _LOST = 0.8  # of the deadline, after which what is still missing of an edge whose other half came is given up,
 _SURE = 0.1  # and how much of the deadline the other half must have been there: the two don't come at one moment
 _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once more
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
-_NOTICES = 10_000  # that nobody fetched; the oldest go first
-
-
-class Step(NamedTuple):
-    """One exchange: the round, and which one within it."""
-
-    round: int
-    number: int = 0
-
-
-class Notice(NamedTuple):
-    """Something that the user should hear about a neighbour."""
-
-    time: str
-    """ISO 8601, UTC."""
-    kind: str
-    """up, suspect, down, refused, half-used"""
-    peer: PeerId
-    detail: str
 
 
 class Rendezvous:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
     ``deadline``: seconds that an exchange waits for neighbours.  ``largest``: bytes of body that a ``mix`` may have.
-    ``service``: takes every kind of message but ``mix``.
+    ``rounds``: of the run; no message may be of a later one.  ``service``: takes every kind of message but ``mix``; it
+    also says who the neighbours are.
     """
 
-    def __init__(self, transport: Transport, expected: Expected, deadline: float, largest: int):
+    def __init__(
+        self, transport: Transport, expected: Expected, deadline: float, largest: int, rounds: int = _ANY_ROUND
+    ):
         self.transport, self.expected, self.deadline, self.largest = transport, expected, deadline, largest
+        self.rounds = rounds
         self.service: Service = Service()
+        self.neighbours: frozenset[PeerId] = frozenset()
+        """Whom this peer may meet in some round; of anybody else nothing is taken, and nothing remembered."""
         self.at = Step(0)
         """The exchange that is going on, or comes next."""
         self.heard: dict[PeerId, int] = {}
         """The round that each neighbour was in when it last said something."""
         self.absent: set[PeerId] = set()
         """Not waited for: they are down, or missed a deadline and were not heard of since."""
+        self.disagreeing: dict[PeerId, str] = {}
+        """Who has other settings, and which: until a greeting agrees, no message of theirs is taken and none sent."""
         self.together = False
         """Whether any edge counted in the latest exchange."""
-        self.half_used = 0
-        """Edges so far that one end used and the other did not."""
-        self.notices: deque[Notice] = deque(maxlen=_NOTICES)
-        self._born = Step(0)
+        self.apart = False
+        """Whether the others may have gone on without this peer: it was started again, or was cut off from all of them,
+        and no edge has counted since."""
+        self._notices = Notices()
+        self._edges = Edges(self._told_otherwise)
         self._open: Meeting | None = None
         self._seen: dict[PeerId, Step] = {}
         """The exchange that each neighbour was in, or before, then."""
-        self._past: dict[PeerId, dict[Step, bool]] = {}
-        self._claims: dict[PeerId, dict[Step, bool]] = {}
-        self._told: deque[tuple[PeerId, Step]] = deque(maxlen=_NOTICES)
         self._changed = asyncio.Event()
 
     # --- what the transport calls
@@ -91,10 +75,11 @@ class Rendezvous:
     def admit(self, peer: PeerId, header: bytes) -> int:
         """The bytes of body that a message may have; raises Refused for one that could not be used."""
         found = self._read(peer, header)
-        if found.kind == "mix":
-            self._timely(peer, Step(found.round, found.step))
         most = self.largest if found.kind == "mix" else self.service.largest(peer, found)
         read_header(header, most)
+        if found.kind == "mix":
+            self._note(peer, found)  # before it may prove late or early: so who is behind learns where the others are
+            self._timely(peer, Step(found.round, found.step))
         return most
 
     async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
@@ -104,25 +89,41 @@ class Rendezvous:
             await self._take(peer, found, body)
         else:
             await self.service.take(peer, found, body)
+            self._note(peer, found)
 
     def _read(self, peer: PeerId, header: bytes) -> Header:
+        """The header of a message that could be a neighbour's; nothing of it is remembered yet.  Raises Refused."""
+        if peer not in self.neighbours:  # a member list without edges lets everybody on it through to here
+            raise Refused("not-a-neighbour", "this run links the two in no round")
         found = read_header(header)
         try:
             self.expected.check(found, peer)
         except Refused as refusal:
             self.service.disagrees(peer, refusal)
             raise
+        if found.round > self.rounds:
+            raise Refused("from-the-future", f"round {found.round} given, the run has {self.rounds}")
+        if found.kind != "hello" and peer in self.disagreeing:
+            raise Refused("wrong-config", self.disagreeing[peer])
+        if not LAST.fullmatch(_last_told(found)):
+            raise Refused("bad-header", "last")
+        return found
+
+    def _note(self, peer: PeerId, found: Header) -> None:
+        """Remember what a message says of its sender.
+
+        Only of one that is taken, or that would have been at another time: whatever else is refused leaves no trace.
+        """
         self.heard[peer], self._seen[peer] = found.round, Step(found.round, found.step)
         if self._open is not None and self._open.one_way:
             self._tell()
-        self._compare(peer, found)
+        self._edges.claimed(peer, _last_told(found), self.at)
         self.back(peer)
-        return found
 
     def _timely(self, peer: PeerId, step: Step) -> None:
         """Raise Refused for a message whose time is over or far away."""
         if step < self.at:
-            taken = self._past.get(peer, {}).get(step, False)
+            taken = self._edges.used(peer, step)
             raise Refused("replay" if taken else "late", f"round {step.round} given, now in round {self.at.round}")
         if step.round > self.at.round + _AHEAD:
             raise Refused("from-the-future", f"round {step.round} given, now in round {self.at.round}")
@@ -152,22 +153,26 @@ class Rendezvous:
     # --- what the exchange calls
 
     def called(self, round: int) -> tuple[int, PeerId] | None:
-        """The furthest neighbour and its round, where a client that would begin ``round`` should leave rounds out.
+        """The neighbour to follow and its round, where a client that would begin ``round`` should leave rounds out.
 
-        Who exchanged with somebody last time follows only where most neighbours are ahead: a neighbour that was cut off
-        has nobody to wait for and runs ahead alone, and then it is the one to wait.
+        That is where most neighbours are ahead: one that was cut off has nobody to wait for and runs ahead alone, and
+        then it is the one to wait.  Where more than two are there, the middle one of those ahead is followed: what a
+        single one says of itself, true or not, moves nobody who has others to hear.
         """
-        present = {peer: there for peer, there in self.heard.items() if peer not in self.absent}
-        ahead = [(there, peer) for peer, there in present.items() if there >= round + _BEHIND]
-        if not ahead or (self.together and 2 * len(ahead) <= len(present)):
+        away = self.absent | self.disagreeing.keys()
+        present = {peer: there for peer, there in self.heard.items() if peer not in away}
+        ahead = sorted((there, peer) for peer, there in present.items() if there >= round + _BEHIND)
+        if 2 * len(ahead) <= len(present):
             return None
-        return max(ahead)
+        return ahead[(len(ahead) - 1) // 2] if len(present) > 2 else ahead[-1]
 
     def enter(self, round: int, first: bool = False) -> None:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
+        if round != self.at.round:
+            self._notices.next_round(self.at.round)
         self.at = Step(round)
         if first:
-            self._born = self.at
+            self._edges.born = self.at
         self._tell()
 
     async def meet(
@@ -186,6 +191,7 @@ class Rendezvous:
         step, meeting = self.at, Meeting(neighbours, senders, check, one_way)
         if one_way:  # what is cut short when nobody waits for its answer may arrive all the same, and count there alone
             meeting.failed |= {peer: "absent" for peer in neighbours if peer in self.absent}
+        meeting.failed |= {peer: "wrong-config" for peer in meeting.peers if peer in self.disagreeing}
         self._open = meeting
         self._tell()
         header = msgspec.structs.replace(self.header("mix", **letter.facts), codec=letter.codec)
@@ -229,7 +235,9 @@ class Rendezvous:
                     await self._changed.wait()
 
     def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
-        return peer in self.absent or meeting.settled(peer, self._passed(meeting, peer, step))
+        return (
+            peer in self.absent or peer in self.disagreeing or meeting.settled(peer, self._passed(meeting, peer, step))
+        )
 
     def _passed(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
         """Whether a peer that sends one way is known to have closed this exchange."""
@@ -278,13 +286,11 @@ class Rendezvous:
                 missing[peer] = meeting.reason(peer, peer in self.absent, self._passed(meeting, peer, step))
                 if meeting.quiet(peer) and missing[peer] in ("no acknowledgement", "no message", "down"):
                     self.absent.add(peer)
-            past = self._past.setdefault(peer, {})
-            past[step] = counts
-            if len(past) > _REMEMBERED:
-                del past[min(past)]
-            self._reconcile(peer)  # the neighbour may have closed it, and said so, earlier
+            self._edges.close(peer, step, counts, self.at)
         got, taken = meeting.used()
-        self.together = bool(got or taken) if meeting.peers else self.together
+        if meeting.peers:
+            self.together = bool(got or taken)
+            self.apart = not self.together
         return Outcome(got, taken, missing, meeting.whole)
 
     # --- both
@@ -296,13 +302,14 @@ class Rendezvous:
 
     def last(self, peer: PeerId) -> dict[str, int | str]:
         """What became of the last exchanges with a neighbour, for a header."""
-        past = sorted(self._past.get(peer, {}).items())[-_TOLD:]
-        told = (f"{step.round}.{step.number}{'+' if used else '-'}" for step, used in past)
-        return {"last": " ".join(told)} if past else {}
+        told = self._edges.told(peer)
+        return {"last": told} if told else {}
 
     def leave(self, peer: PeerId) -> None:
         """Don't wait for a neighbour until it is heard of again."""
         self.absent.add(peer)
+        if self.together and self.neighbours <= self.absent:  # as after a time in which this process stood still
+            self.apart = True
         self._tell()
 
     def back(self, peer: PeerId) -> None:
@@ -312,39 +319,30 @@ class Rendezvous:
             self._tell()
 
     def notice(self, kind: str, peer: PeerId, detail: str = "") -> None:
-        """Note something for the user."""
-        self.notices.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
+        """Note something for the user; see Notices for what is only counted."""
+        self._notices.add(kind, peer, detail)
 
-    def _compare(self, peer: PeerId, header: Header) -> None:
-        """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too."""
-        told = str(header.facts.get("last", ""))
-        if told and not _LAST.fullmatch(told):
-            raise Refused("bad-header", "last")
-        claims = self._claims.setdefault(peer, {})
-        for round, number, sign in _ONE.findall(told):
-            claims[Step(int(round), int(number))] = sign == "+"
-        for step in sorted(claims)[:-_REMEMBERED]:
-            del claims[step]
-        self._reconcile(peer)
+    def _told_otherwise(self, peer: PeerId, step: Step, used: bool) -> None:
+        self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
 
-    def _reconcile(self, peer: PeerId) -> None:
-        """Tell where a neighbour's word on an exchange is not what was done here."""
-        past, claims = self._past.setdefault(peer, {}), self._claims.get(peer, {})
-        for step, used in list(claims.items()):
-            # Where this process knows nothing of an exchange that it should have been in, it died before it used it.
-            own = past.get(step, False if self._born <= step < self.at else None)
-            if own is None or (own != used and (peer, step) in self._told):
-                continue
-            del claims[step]
-            if own != used:
-                self._told.append((peer, step))
-                self.half_used += 1
-                self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
+    @property
+    def half_used(self) -> int:
+        """Edges so far that one end used and the other did not."""
+        return self._edges.half_used
+
+    @property
+    def notices(self) -> deque[Notice]:
+        """What waits to be told; whoever tells it takes it out."""
+        return self._notices.waiting
 
     def _tell(self) -> None:
         """Wake everybody who waits for something to change."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _last_told(header: Header) -> str:
+    return str(header.facts.get("last", ""))
 
 
 def _whole(seal: Header, make: Callable[[], bytes]) -> tuple[Header, bytes]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -26,8 +26,8 @@ from torch import Tensor
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.transport.base import HEADER_BYTES, PeerId, Refused
 
-__all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encoded_bytes", "largest_body"]
-__all__ += ["claimed", "encode_body", "encode_header", "message_facts", "pack", "read_body", "read_header", "sealed"]
+__all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header", "encoded_bytes"]
+__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "sealed"]
 
 VERSION = 1
 Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
@@ -35,6 +35,7 @@ Word = Annotated[str, Meta(min_length=1, max_length=128)]
 Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*$")]
 Whole = Annotated[int, Meta(ge=0, le=2**53)]
 Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
+Shapes = Mapping[str, tuple[int, ...]]
 Fact = int | Annotated[str, Meta(max_length=1024)]
 NAMES = {dtype: name for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16))}
 NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}
@@ -157,10 +158,36 @@ def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Sche
     view = memoryview(body).cast("B")
     if len(view) > largest_body(schema):
         raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(schema)}")
+    _complete(header, view)
+    return _vectors(view, schema)
+
+
+def read_claimed(
+    header: Header, body: bytes | bytearray | memoryview, widest: Schema, schema: Callable[[Shapes], Schema]
+) -> dict[str, Tensor]:
+    """The same where what is expected depends on the shapes that the body claims for its vectors.
+
+    ``widest``: the longest list of vectors that it could have.  ``schema``: from the shapes claimed to what it must
+    hold.
+    """
+    view = memoryview(body).cast("B")
+    _complete(header, view)
+    expected = schema(_claimed(view, widest))
+    if len(view) > largest_body(expected):
+        raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(expected)}")
+    return _vectors(view, expected)
+
+
+def _complete(header: Header, view: memoryview) -> None:
+    """Raise Refused unless the bytes are those that the header announced; before anything in them is looked at."""
     if len(view) != header.length:
         raise Refused("bad-body", f"{len(view)} bytes came, {header.length} were announced")
     if not hmac.compare_digest(hashlib.sha256(view).hexdigest(), header.sha256):
         raise Refused("bad-body", "its SHA-256 is not the announced one")
+
+
+def _vectors(view: memoryview, schema: Schema) -> dict[str, Tensor]:
+    """The vectors of a body whose bytes are complete."""
     if not schema:
         return {}
     start, entries = _entries(view, schema)
@@ -174,15 +201,23 @@ def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Sche
     return vectors
 
 
-def claimed(body: bytes | bytearray | memoryview) -> dict[str, tuple[int, ...]]:
+def _claimed(view: memoryview, widest: Schema) -> Shapes:
     """The shapes that a body claims for its vectors, unchecked: what its schema may depend on, never what is used."""
-    view = memoryview(body).cast("B")
-    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else 0
     try:
-        entries = msgspec.json.decode(view[8 : 8 + min(size, len(view))], type=dict[str, _Entry])
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        size = _header_size(view, widest)
+        entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
+    except (Refused, msgspec.MsgspecError, ValueError, RecursionError):
         return {}
     return {name: tuple(entry.shape) for name, entry in entries.items()}
+
+
+def _header_size(view: memoryview, schema: Schema) -> int:
+    """The length of the JSON that opens a body; raises Refused beyond what vectors of a schema need."""
+    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
+    most = largest_body(schema) - sum(_bytes(*wanted) for wanted in schema.values())
+    if not 0 <= size <= min(len(view), most) - 8 or size % 8:
+        raise Refused("bad-body", "the length of the safetensors header is impossible")
+    return size
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -198,10 +233,7 @@ def _entries(view: memoryview, schema: Schema) -> tuple[int, dict[str, _Entry]]:
 
     The file's own library never sees a received byte, so two readers cannot disagree about it.
     """
-    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
-    data = sum(_bytes(*wanted) for wanted in schema.values())
-    if not 0 <= size <= min(len(view), largest_body(schema) - data) - 8 or size % 8:
-        raise Refused("bad-body", "the length of the safetensors header is impossible")
+    size, data = _header_size(view, schema), sum(_bytes(*wanted) for wanted in schema.values())
     try:
         entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

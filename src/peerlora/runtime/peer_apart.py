@@ -72,7 +72,7 @@ class PeerApart(SiteRun):
         self.method = algorithm
         self.failed: dict[PeerId, str] = {}
         """Neighbours that a letter did not reach in the latest round, and why."""
-        rendezvous = NoMeetings(transport, expected, seconds, 0)
+        rendezvous = NoMeetings(transport, expected, seconds, 0, config.train.rounds)
         super().__init__(replace(federation, clock=None), site, rendezvous, thread, store, listener, stop)
         self.hood = Letterbox(rendezvous, list(self.numbers), settings(config), self.mail, self.outbox)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, RunError
 from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
+from peerlora.exchange.messages import Shapes
 from peerlora.exchange.neighbours import NeighbourExchange
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.schema import Schema
-from peerlora.exchange.snapshot import largest_state, state_schema, taken_over
+from peerlora.exchange.snapshot import largest_state, state_schema, taken_over, told
 from peerlora.exchange.sums import gossip_rounds
-from peerlora.exchange.wire import claimed, read_body
+from peerlora.exchange.wire import read_claimed
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
@@ -36,7 +38,6 @@ from peerlora.runtime.simulate import Result, composed
 from peerlora.runtime.site import Site, SiteRun, expected_of, now
 from peerlora.runtime.wrappers import wrap
 from peerlora.transport.base import PeerId, Refused, Transport
-from peerlora.tree import leaves
 
 _LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
 
@@ -163,8 +164,13 @@ class PeerRun(SiteRun):
         stop: Callable[[], bool] = lambda: False,
     ):
         self.sends = _everything_sent(federation)
+        self.blocks = exchanged_blocks(self.sends, federation.start.spec)
+        self.at_home = getattr(federation.algorithm, "at_home", ())
         self.largest = largest_message(federation, self.sends)
-        rendezvous = Rendezvous(transport, expected_of(federation, site), federation.config.peer.deadline, self.largest)
+        config = federation.config
+        rendezvous = Rendezvous(
+            transport, expected_of(federation, site), config.peer.deadline, self.largest, config.train.rounds
+        )
         exchange = NeighbourExchange(
             federation.topology,
             site.client,
@@ -174,7 +180,7 @@ class PeerRun(SiteRun):
             federation.start,
             getattr(federation.algorithm, "positive", ()),
         )
-        peers = wrap(federation.config, exchange, federation.start, federation.attackers)
+        peers = wrap(config, exchange, federation.start, federation.attackers)
         super().__init__(replace(federation, exchange=peers), site, rendezvous, thread, store, listener, stop)
         self.met = exchange
         self.hood = Neighbourhood(
@@ -213,7 +219,11 @@ class PeerRun(SiteRun):
         found = self._asked(peer, state)
         if found is None:
             raise RunError(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
-        return found[1][counts.COUNTS]
+        return found[counts.COUNTS]
+
+    def _take_up(self, state: Any) -> tuple[int, Any]:
+        self.rendezvous.apart = True  # the others have gone on meanwhile
+        return super()._take_up(state)
 
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
@@ -231,43 +241,50 @@ class PeerRun(SiteRun):
         return (t, state) if called is None else self._catch_up(t, state, *called)
 
     def _catch_up(self, t: int, state: Any, round: int, peer: PeerId) -> tuple[int, Any]:
-        """Leave out rounds; after many of them, with the state of the neighbour that is furthest."""
-        rounds = self.config.train.rounds
-        to, pulled = min(round, rounds - 1), None
-        if round - t >= self.config.peer.pull:
+        """Leave out rounds; who was away for many of them goes on with the state of the neighbour that it follows.
+
+        How far is what the neighbours' messages say, not what comes with the state.
+        """
+        pulled = None
+        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.rendezvous.apart):
             pulled = self._pulled(peer, state)
-        if pulled is not None:
-            to, state = min(max(to, pulled[0]), rounds), pulled[1]
+        if pulled is None:  # without a state of the end, the end is still to be done
+            to = min(round, self.config.train.rounds - 1)
+        else:  # which took its time
+            again = self.thread.ask(self.rendezvous.called, t)
+            to, state = max(round, again[0]) if again else round, pulled
         self._emit(CaughtUp(now(), t, to, self.numbers[peer], pulled is not None))
         self._save(to, state)
         self._show(to, state)
         return to, state
 
-    def _pulled(self, peer: PeerId, state: Any) -> tuple[int, Any] | None:
-        """(finished rounds, state) of a neighbour, checked; None where none came that could be used."""
-        found = self._asked(peer, state)
-        if found is None:
+    def _pulled(self, peer: PeerId, state: Any) -> Any | None:
+        """The state of a neighbour, checked; None where none came that could be used."""
+        vectors = self._asked(peer, state)
+        if vectors is None:
             return None
-        finished, vectors = found
-        taken = taken_over(state, vectors, exchanged_blocks(self.sends, self.federation.start.spec))
+        taken = taken_over(state, vectors, self.blocks, self.at_home)
         if taken is None:
             return None
         rejoined = getattr(self.algorithm, "rejoined", lambda own, taken: taken)
-        return finished, rejoined(state, taken)
+        return rejoined(state, taken)
 
-    def _asked(self, peer: PeerId, state: Any) -> tuple[int, dict[str, Tensor]] | None:
-        """(finished rounds, vectors) of a neighbour that looks like ``state``."""
-        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
+    def _asked(self, peer: PeerId, state: Any) -> dict[str, Tensor] | None:
+        """The vectors of a neighbour's state that looks like ``state``."""
         self.hood.largest_state = self._state_bytes(state)
         came = self.thread.call(self.hood.pull(peer, self.config.peer.deadline))
-        finished = came.header.facts.get("finished") if came else None
-        if came is None or not isinstance(finished, int):
+        if came is None:
             return None
         try:
-            return finished, read_body(came.header, came.body, state_schema(state, claimed(came.body)) | extra)
+            return read_claimed(came.header, came.body, self._state(state, {}), partial(self._state, state))
         except Refused as refusal:
             self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
+
+    def _state(self, state: Any, claimed: Shapes) -> Schema:
+        """What a neighbour's answer must hold; where the method sends nothing, label counts at most."""
+        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
+        return (state_schema(state, claimed, self.at_home) if self.sends else {}) | extra
 
     def _state_bytes(self, state: Any) -> int:
         """The most bytes that a neighbour's state may have."""
@@ -296,9 +313,10 @@ class PeerRun(SiteRun):
         return super()._finish(state)
 
     def _show(self, done: int, state: Any) -> None:
-        """Keep the state for neighbours that ask for it; no tensor of a state is ever changed in place."""
+        """Keep what neighbours may have of the state, for when they ask; no tensor of it is ever changed in place."""
         known = {} if self._counts is None else {counts.COUNTS: self._counts}
-        self._snapshot = Snapshot(done, leaves(state) | known)
+        found = (told(state, self.blocks, self.at_home) if self.sends else {}) | known
+        self._snapshot = Snapshot(done, found) if found else None
         self.rendezvous.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
         self._done = done
 
