@@ -30,6 +30,7 @@ def test_undisturbed_every_edge_is_used_and_the_mean_stays(graph):
         assert np.allclose(found.W(t), found.topology.at(t).W)
     assert np.mean(list(found.values.values())) == pytest.approx(1.5, abs=1e-12)
     assert all(len(reached) == 3 for reached in found.reached.values())
+    assert not any(each.apart for each in found.rendezvous.values())  # so nobody would take over a state
 
 
 def test_different_speeds_within_the_deadline_cost_nothing():

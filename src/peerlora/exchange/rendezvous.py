@@ -60,9 +60,9 @@ class Rendezvous:
         """Who has other settings, and which: until a greeting agrees, no message of theirs is taken and none sent."""
         self.together = False
         """Whether any edge counted in the latest exchange."""
-        self.apart = False
-        """Whether the others may have gone on without this peer: it was started again, or was cut off from all of them,
-        and no edge has counted since."""
+        self.apart = True
+        """Whether the others may have gone on without this peer: it has only just started, or was cut off from all of
+        them, and no edge has counted since."""
         self._notices = Notices()
         self._edges = Edges(self._told_otherwise)
         self._open: Meeting | None = None

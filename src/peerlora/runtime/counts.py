@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peerlora.errors import RunError
+from peerlora.errors import NotNow, RunError
 from peerlora.exchange.schema import Schema
 from peerlora.exchange.sums import network_sum
 
@@ -42,7 +42,7 @@ def keep(store: RunStore, total: Tensor) -> None:
 def meet_everybody(hood: Neighbourhood, thread: LoopThread, join: float) -> list[PeerId]:
     """Greet all neighbours before the gossip; those who have it behind them.
 
-    Raises RunError unless all are there: who is away would be missing in everybody's sum.
+    Raises NotNow unless all are there: who is away would be missing in everybody's sum.
     """
     greeted = thread.call(hood.greet(join))
     missing = [
@@ -51,7 +51,7 @@ def meet_everybody(hood: Neighbourhood, thread: LoopThread, join: float) -> list
         if peer not in greeted.reached
     ]
     if missing:
-        raise RunError(
+        raise NotNow(
             f"train.label_prior=pooled sums label counts over the network before round 0, and {', '.join(missing)} "
             "does not take part; start all sites within peer.join seconds of each other, or use label_prior=uniform"
         )

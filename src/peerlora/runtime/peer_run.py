@@ -13,7 +13,7 @@ from torch import Tensor
 from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
-from peerlora.errors import CompositionError, RunError
+from peerlora.errors import CompositionError, NotNow
 from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.messages import Shapes
@@ -218,12 +218,8 @@ class PeerRun(SiteRun):
         self._counts = own  # so that the state is expected to come with counts
         found = self._asked(peer, state)
         if found is None:
-            raise RunError(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
+            raise NotNow(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
         return found[counts.COUNTS]
-
-    def _take_up(self, state: Any) -> tuple[int, Any]:
-        self.rendezvous.apart = True  # the others have gone on meanwhile
-        return super()._take_up(state)
 
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
