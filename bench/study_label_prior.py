@@ -110,16 +110,20 @@ def cell_config(data: Path, name: str, method: str, prior: str, rate: float, see
 
 def conditions(only: str) -> Iterator[tuple[str, str, str]]:
     """Part, method and prior; the long parts last.  Without gossip p makes no difference, and nothing can be pooled."""
-    over_p = [f"sst2 p={p:g}" for p in GOSSIP]
     for name in PARTS:
         if only not in name:
             continue
-        for method in LONG.get(name, METHODS):
-            if (method == "adf-lora" and name not in over_p) or (method == "local" and name in over_p[:1] + over_p[2:]):
-                continue
+        for method in LONG.get(name) or usual(name):
             yield from ((name, method, prior) for prior in ("none", "uniform"))
             if method != "local" and name in UNEVEN:
                 yield name, method, "pooled"
+
+
+def usual(name: str) -> list[str]:
+    """The methods of a part: adf-lora only over p, clients alone at one p only."""
+    over_p = [f"sst2 p={p:g}" for p in GOSSIP]
+    left_out = {"adf-lora"} if name not in over_p else set() if name == SEARCHED["sst2"] else {"local"}
+    return [method for method in METHODS if method not in left_out]
 
 
 def run_cell(config: RunConfig) -> dict:
