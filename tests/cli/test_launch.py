@@ -207,6 +207,25 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cli, yaml_file, tmp_path):
+    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=100", "train.local_steps=30"]
+    path = yaml_file(*words, "algorithm.name=dec-lora", "peer.deadline=2", "peer.join=60", "eval.every=1000")
+    answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--cut", "0>1@1s:5s")
+    assert answer.code == 0, answer.err
+    events = [read_events(tmp_path / "out" / f"peer-{client:02d}") for client in range(3)]
+    done = [of(own, RoundDone) for own in events]
+    missed = {(i, each.round, int(j)) for i, own in enumerate(done) for each in own for j in each.missed}
+    here, there = ({t for i, t, j in missed if (i, j) == link} for link in ((0, 1), (1, 0)))
+    changes = [change for own in events[:2] for change in of(own, NeighbourChanged) if change.kind == "half-used"]
+    told = {int(change.detail.split()[1].strip(":")) for change in changes}
+    assert (
+        here & there and here ^ there <= told
+    )  # W stays doubly stochastic, but where an answer was cut off and it is told
+    assert not any(2 in (i, j) for i, _, j in missed)
+    assert all(own[-1].round == 99 and own[-1].contacts == 2 for own in done)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
 def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
     """Over gRPC: one is killed and comes back, one is stopped for a while, and nobody waits."""
