@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from rounds import DEADLINE, Federation, run, site
 
+from peerlora.exchange.contact import Neighbourhood
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.wire import Expected, encode_header
 from peerlora.sections import CompleteGraph, PathGraph, RandomGraph, RingGraph
@@ -245,6 +246,29 @@ def test_a_lost_message_costs_its_own_edge_and_no_other(which):
     assert missed <= {(0, 1), (1, 0)} and (0, 1) in missed
     assert len({t for (t, _), missing in found.missed.items() if missing}) == 1
     assert max(found.took.values()) <= DEADLINE
+
+
+def test_who_has_greeted_and_is_gone_again_is_not_waited_for():
+    """A run that sends nothing may be over before a neighbour, whose transport is there already, begins its own."""
+
+    async def main():
+        network = MemoryNetwork([site(0), site(1)])
+        hoods = []
+        for client in (0, 1):
+            expected = Expected("run", "ba5e", "5bec")
+            rendezvous = Rendezvous(network.transport(site(client)), expected, DEADLINE, 99, 8)
+            hoods.append(Neighbourhood(rendezvous, [site(1 - client)], {}))
+            await hoods[client].start()
+        quick, slow = hoods
+        assert (await quick.greet(100)).reached == {site(1)}
+        await quick.close()
+        began = asyncio.get_running_loop().time()
+        assert (await slow.greet(100)).reached == {site(0)}
+        assert asyncio.get_running_loop().time() - began < 1
+        assert slow.rendezvous.absent == {site(0)}  # so no exchange waits for it either
+        await slow.close()
+
+    virtual_run(main())
 
 
 class SlowToAnswer(MemoryTransport):

@@ -21,14 +21,6 @@ _SETTING = "setting "  # before the name of a section whose hash a greeting carr
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A client's state after so many finished rounds."""
-
-    round: int
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
 class Pulled:
     """A neighbour's state as it came, still unchecked."""
 
@@ -57,7 +49,7 @@ class Neighbourhood(Service):
         rendezvous: Rendezvous,
         peers: Collection[PeerId],
         settings: Mapping[str, str],
-        snapshot: Callable[[], Snapshot | None] = lambda: None,
+        snapshot: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
         largest_state: int = 0,
     ):
         self.rendezvous, self.peers, self.settings = rendezvous, tuple(peers), settings
@@ -86,7 +78,10 @@ class Neighbourhood(Service):
         await self.rendezvous.transport.close()
 
     async def greet(self, seconds: float) -> Greeted:
-        """Greet all neighbours, until each has greeted back or refused, or the time is over."""
+        """Greet all neighbours, until each has greeted back or refused, or the time is over.
+
+        Who has greeted and is gone again is not waited for: a run may be over before a slower neighbour has begun it.
+        """
         greeted = Greeted()
 
         async def one(peer: PeerId) -> None:
@@ -101,7 +96,9 @@ class Neighbourhood(Service):
                         except Refused as refusal:
                             self.disagrees(peer, refusal)
                         except (PeerDown, DeadlineMissed):
-                            pass
+                            if self._answered[peer].is_set():
+                                greeted.reached.add(peer)
+                                return
                         if peer in self._refused and "wrong-run" not in self._refused[peer]:  # it may end that one soon
                             return
                         await asyncio.sleep(_RETRY)
@@ -178,8 +175,8 @@ class Neighbourhood(Service):
     async def _state(self, peer: PeerId) -> None:
         snapshot = self.snapshot()
         if snapshot is not None:
-            body = await asyncio.to_thread(encode_body, snapshot.tensors)
-            await self._send("state", peer, body, self.rendezvous.deadline, finished=snapshot.round)
+            body = await asyncio.to_thread(encode_body, snapshot)
+            await self._send("state", peer, body, self.rendezvous.deadline)
 
     async def _send(self, kind: str, peer: PeerId, body: bytes, deadline: float, **facts: int | str) -> None:
         header = sealed(self.rendezvous.header(kind, **facts, **self.rendezvous.last(peer)), body)

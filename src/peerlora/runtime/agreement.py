@@ -6,28 +6,17 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from peerlora.config import RunConfig
-from peerlora.errors import NotNow
 from peerlora.lora.adapters import AdapterSpec
-
-if TYPE_CHECKING:
-    from peerlora.exchange.contact import Greeted
 
 _SITE = ("model", "device", "threads", "eval", "checkpoint")  # sections that are a site's own business
 _SITE_TRAIN = ("fast", "block")
 _SITE_PEER = ("join",)
-
-
-def check_run(greeted: Greeted) -> None:
-    """Raise NotNow where neighbours answer and all of them are in another run, which they may leave soon."""
-    if greeted.refused and not greeted.reached and all("wrong-run" in why for why in greeted.refused.values()):
-        told = "; ".join(f"{peer}: {why}" for peer, why in sorted(greeted.refused.items()))
-        raise NotNow(f"no neighbour goes along yet, they are in another run ({told}); try later, or compare peer.run")
 
 
 def settings(config: RunConfig) -> dict[str, str]:

@@ -12,7 +12,6 @@ import numpy as np
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
-from peerlora.exchange.contact import Greeted
 from peerlora.exchange.letterbox import MOST, Letterbox, Mail, NoMeetings
 from peerlora.exchange.letters import Form, Letter
 from peerlora.exchange.loop import LoopThread
@@ -21,7 +20,7 @@ from peerlora.exchange.outbox import Outbox, Sent
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import Event
 from peerlora.runs.store import RunStore
-from peerlora.runtime.agreement import check_run, settings
+from peerlora.runtime.agreement import settings
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.own_pace import OwnPace
 from peerlora.runtime.rounds import Passed, Rounds
@@ -92,10 +91,6 @@ class PeerApart(SiteRun):
     def _open(self, done: int, state: Any) -> None:
         self.thread.ask(self.hood.open)
         super()._open(done, state)
-
-    def _check(self, greeted: Greeted, seconds: float) -> None:
-        check_run(greeted)
-        super()._check(greeted, seconds)
 
     def _patience(self, done: int) -> float:
         """The others have long begun when a peer comes back, and those that are not there may never be."""

@@ -14,7 +14,7 @@ from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError, NotNow
-from peerlora.exchange.contact import Greeted, Neighbourhood, Snapshot
+from peerlora.exchange.contact import Neighbourhood
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.messages import Shapes
 from peerlora.exchange.neighbours import NeighbourExchange
@@ -27,7 +27,7 @@ from peerlora.lora.diagnostics import neighbourhood
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime import counts
-from peerlora.runtime.agreement import check_run, settings
+from peerlora.runtime.agreement import settings
 from peerlora.runtime.compose import Federation, Materials, opening_state, resolve_threads
 from peerlora.runtime.folder import check_same, default_folder, read_adapters, run_facts, stored_config
 from peerlora.runtime.links import check_links
@@ -186,7 +186,7 @@ class PeerRun(SiteRun):
         self.hood = Neighbourhood(
             rendezvous, list(self.numbers), settings(self.config), snapshot=lambda: self._snapshot
         )
-        self._snapshot: Snapshot | None = None
+        self._snapshot: dict[str, Tensor] | None = None
         self._counts: Tensor | None = None
         """[1, label] rows of the whole network, where the loss needs to know them."""
 
@@ -224,10 +224,6 @@ class PeerRun(SiteRun):
     def _open(self, done: int, state: Any) -> None:
         self._show(done, state)
         super()._open(done, state)
-
-    def _check(self, greeted: Greeted, seconds: float) -> None:
-        check_run(greeted)
-        super()._check(greeted, seconds)
 
     def _ready(self, t: int, state: Any) -> tuple[int, Any]:
         """The next round; for a peer that fell behind, the one in which its neighbours are."""
@@ -312,7 +308,7 @@ class PeerRun(SiteRun):
         """Keep what neighbours may have of the state, for when they ask; no tensor of it is ever changed in place."""
         known = {} if self._counts is None else {counts.COUNTS: self._counts}
         found = (told(state, self.blocks, self.at_home) if self.sends else {}) | known
-        self._snapshot = Snapshot(done, found) if found else None
+        self._snapshot = found or None
         self.rendezvous.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
         self._done = done
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from peerlora.errors import RunError
+from peerlora.errors import NotNow, RunError
 from peerlora.exchange.contact import Greeted, Neighbourhood
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.rendezvous import Rendezvous
@@ -90,6 +90,8 @@ class SiteRun(Simulation):
         away = sorted(set(self.numbers) - greeted.reached - set(greeted.refused))
         if greeted.refused and not greeted.reached:
             told = "; ".join(f"{peer}: {reason}" for peer, reason in sorted(greeted.refused.items()))
+            if all("wrong-run" in reason for reason in greeted.refused.values()):
+                raise NotNow(f"all neighbours are in another run ({told}); try later, or compare peer.run")
             raise RunError(
                 f"no neighbour of {self.site.names[self.site.client]} goes along ({told}); see peerlora doctor"
             )
