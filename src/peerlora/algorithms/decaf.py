@@ -36,6 +36,7 @@ class DeCAF(FactorGossip):
     mixes: ClassVar = "A and B, as products"
     operator: ClassVar[Operator] = "sum-product"
     source: ClassVar = "DeCAF, arXiv 2505.21382"
+    own_gauge: ClassVar = True
     unequal_ranks: ClassVar = None
     fresh_optimizer: ClassVar = "the factors are factored anew after every exchange"
 

@@ -64,6 +64,7 @@ class FedHL(FactorGossip):
     mixes: ClassVar = "the references, and what training added, as products"
     operator: ClassVar[Operator] = "sum-product"
     source: ClassVar = "FedHL, arXiv 2505.18494"
+    own_gauge: ClassVar = True
     into_base: ClassVar = False
     unequal_ranks: ClassVar = None
 

@@ -43,6 +43,7 @@ class FedRotLoRA(FactorGossip):
     mixes: ClassVar = "A and B, turned towards the receiver"
     operator: ClassVar[Operator] = "product-sum"
     source: ClassVar = "FedRot-LoRA, arXiv 2602.23638"
+    own_gauge: ClassVar = True
     unequal_ranks: ClassVar = "a rotation needs factors of one common shape"
     fresh_optimizer: ClassVar = "the factors are turned in every exchange"
 

@@ -26,6 +26,9 @@ class FactorGossip:
     mixes: ClassVar = "A and B"
     operator: ClassVar[Operator] = "product-sum"
     unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
+    own_gauge: ClassVar = False
+    """Whether it leaves clients' factors in coordinates (gauges) of their own, so that their mean says little: where it
+    factors averaged products anew, or turns factors towards each receiver."""
     gradients: ClassVar = 1
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
 

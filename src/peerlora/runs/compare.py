@@ -95,7 +95,9 @@ class Line:
     @property
     def gauges_differ(self) -> bool:
         """Whether the averaged model is a mean of factors that lie in different coordinates."""
-        return gauges_differ(self.method)
+        from peerlora.algorithms import REGISTRY
+
+        return getattr(REGISTRY.get(self.method), "own_gauge", False)
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,6 @@ class Comparison:
                 for line in self.lines
             ],
         }
-
-
-def gauges_differ(method: str) -> bool:
-    """Whether a method leaves the factors of its clients in coordinates (gauges) of their own.
-
-    Those do that factor an average of products anew, and fedrot-lora, which turns factors towards each receiver.  flora
-    and fedex-lora average products as well, but merge them: their factors keep the common coordinates, and the mean of
-    what is merged is exact.
-    """
-    from peerlora.algorithms import REGISTRY
-
-    operator = getattr(REGISTRY.get(method), "operator", None)
-    return (operator == "sum-product" and method not in ("flora", "fedex-lora")) or method == "fedrot-lora"
 
 
 def measures(events: Sequence[Event]) -> dict[str, float]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
@@ -27,10 +26,11 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.sums import gossip_rounds, network_sum
 from peerlora.exchange.wrapped import innermost
 from peerlora.lora.adapters import Adapters, initial_adapters
-from peerlora.lora.attach import StackedModel, Targets, find_targets
+from peerlora.lora.attach import StackedModel, find_targets
 from peerlora.lora.peft_io import ExportContext, read_adapter
-from peerlora.models import PEFT_TASKS, Base, load_base, load_tokenizer
-from peerlora.randomness import derive, numpy_generator, torch_generator
+from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
+from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.runtime.bases import Bases, PreparedBase
 from peerlora.runtime.checks import check_composition, check_memory, check_own
 from peerlora.runtime.clock import Clock
 from peerlora.runtime.wrappers import attack_notes, learned_from, wrap
@@ -66,77 +66,6 @@ class Federation:
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
     clock: Clock | None = None
-
-
-@dataclass(frozen=True)
-class PreparedBase:
-    """A base model with its frozen weights made fast, before adapters are attached."""
-
-    base: Base
-    targets: Targets
-    paths: Paths
-
-
-class Bases:
-    """Keeps the base model of the latest run for the next one that needs the same, with a head of the next one's seed.
-
-    Only for runs that follow each other: with the next one, the adapters of the one before are taken off its model.
-    """
-
-    def __init__(self):
-        self._key: Any = None
-        self._seed = 0
-        self._kept: PreparedBase | None = None
-        self._user: StackedModel | None = None
-
-    def get(self, key: Any, seed: int, load: Callable[[], PreparedBase]) -> PreparedBase:
-        """The base model of ``key``, bit by bit as ``load`` gives it for ``seed``; ``key`` is without the seed."""
-        if self._user is not None:
-            self._user.detach()
-        kept = self._kept if self._user is not None and key == self._key else None  # no user: attaching failed half way
-        if kept is None or (seed != self._seed and not redraw(kept, self._seed, seed)):
-            self._kept = kept = None  # the old one goes before the new one comes
-            self._kept, self._key = load(), key
-        self._user, self._seed = None, seed
-        assert self._kept is not None
-        return self._kept
-
-    def used_by(self, model: StackedModel) -> None:
-        """Remember what is attached to it now."""
-        self._user = model
-
-
-def redraw(prepared: PreparedBase, drawn: int, seed: int) -> bool:
-    """Draw what came without weights anew, in place, as loading draws it; ``drawn``: the seed it was drawn from.
-
-    Whether that was possible.  Only heads are as they were loaded, the rest has been made fast; and the library has no
-    promise on the order of its draws, so those of ``drawn`` are repeated first: they must give what is there.
-    """
-    model, heads = prepared.base.model, prepared.targets.heads
-    names = [name for name, _ in model.named_modules() if name in prepared.base.initialised]
-    if not all(name in heads or name.startswith(tuple(f"{head}." for head in heads)) for name in names):
-        return False
-    there = {name: model.get_submodule(name) for name in names}
-    if not all(_equal(module, there[name]) for name, module in _drawn(model, there, drawn).items()):
-        return False
-    for name, module in _drawn(model, there, seed).items():
-        there[name].load_state_dict(module.state_dict())
-    return True
-
-
-def _drawn(model: Any, modules: dict[str, nn.Module], seed: int) -> dict[str, nn.Module]:
-    """Copies of modules with weights as they are drawn where a base lacks them."""
-    copies = {name: deepcopy(module).to("cpu") for name, module in modules.items()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(derive(seed, "head"))
-        for module in copies.values():
-            model._init_weights(module)
-    return copies
-
-
-def _equal(module: nn.Module, other: nn.Module) -> bool:
-    theirs = other.state_dict()
-    return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Event
 from peerlora.runs.store import read_events, require_free
 from peerlora.runs.table import evaluations, started
+from peerlora.runtime.bases import Bases
 from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan, searched_on
-from peerlora.runtime.compose import Bases, Materials, compose, load_materials, resolve_threads
+from peerlora.runtime.compose import Materials, compose, load_materials, resolve_threads
 from peerlora.runtime.simulate import Stopped, resume, simulate
 
 
