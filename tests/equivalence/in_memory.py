@@ -33,8 +33,8 @@ def network(clients, timing=QUICK):
 
 
 @contextmanager
-def exchanges(topology, deadline=20.0, largest=1 << 20, start=None):
-    """One NeighbourExchange per client, all greeted; ``start``: everybody's common start."""
+def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
+    """One NeighbourExchange per client, all greeted; ``start``: everybody's common start, ``first``: the first round."""
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
         made, hoods = [], []
@@ -43,6 +43,7 @@ def exchanges(topology, deadline=20.0, largest=1 << 20, start=None):
             hoods.append(
                 Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"})
             )
+            thread.ask(rendezvous.enter, first, True)  # as a run does: greetings say in which round a peer is
             thread.call(hoods[-1].start())
             made.append(NeighbourExchange(topology, client, sites, rendezvous, thread, start))
         greeted = together([lambda hood=hood: thread.call(hood.greet(10)) for hood in hoods])

@@ -189,9 +189,7 @@ def between_peers(own, before, deadline=1.0, graph=("ring", {})):
         except RunError as error:
             return error
 
-    with exchanges(plain, deadline) as peers:
-        for peer in peers:
-            peer.begin(-gossip_rounds(plain))  # as a run does: what comes before its round waits
+    with exchanges(plain, deadline, first=-gossip_rounds(plain)) as peers:
         before(peers[0].rendezvous.transport.network)
         calls = [partial(one, peer, row) for peer, row in zip(peers, own, strict=True)]
         return together(calls), [peer.bytes_sent for peer in peers]
