@@ -34,7 +34,7 @@ def network(clients, timing=QUICK):
 
 @contextmanager
 def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
-    """One NeighbourExchange per client, all greeted; ``start``: everybody's common start, ``first``: the first round."""
+    """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round."""
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
         made, hoods = [], []
