@@ -10,4 +10,6 @@ def insert(path: Path, name: str, text: str) -> None:
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{path} has no lines {start} and {end}; add them where the results belong")
-    path.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+    whole = path.with_name(f".{path.name}.new")  # a write that is cut off must not empty the page
+    whole.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+    whole.replace(path)

@@ -12,6 +12,7 @@ from torch import Tensor
 from peerlora.algorithms.apart import Asynchronous
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters, AdapterSpec
+from peerlora.lora.components import component_norms, components, coordinates, largest
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox, Message, Vectors
@@ -89,7 +90,7 @@ class AEDFL(Asynchronous):
 
         Where layers differ in width the number of values depends on which are held; this is that of the first ones.
         """
-        held = torch.zeros(1, _components(x.spec), dtype=torch.bool)
+        held = torch.zeros(1, components(x.spec), dtype=torch.bool)
         held[:, : self.kept(t, x.spec)] = True
         return _vectors(x, _values(x.spec, held))
 
@@ -105,7 +106,7 @@ class AEDFL(Asynchronous):
 
     def start(self, x: Adapters, peers: Exchange) -> Sparse:
         """Everything is held."""
-        held = torch.ones(x.clients, _components(x.spec), dtype=torch.bool, device=x.flat.device)
+        held = torch.ones(x.clients, components(x.spec), dtype=torch.bool, device=x.flat.device)
         return Sparse(x, held, torch.zeros_like(held, dtype=x.flat.dtype))
 
     def coordinates(self, state: Sparse) -> Bool[Tensor, "client parameter"] | None:
@@ -141,15 +142,11 @@ class AEDFL(Asynchronous):
     def kept(self, job: int, spec: AdapterSpec) -> int:
         """How many components a client holds after so many jobs, at least one."""
         share = self.density if job >= self.ramp else 1 - (1 - self.density) * job / self.ramp
-        return max(1, round(share * _components(spec)))
+        return max(1, round(share * components(spec)))
 
     def model(self, state: Sparse) -> Adapters:
         """The adapters, with every component."""
         return state.x
-
-
-def _components(spec: AdapterSpec) -> int:
-    return len(spec.layers) * spec.rank
 
 
 def _values(spec: AdapterSpec, held: Bool[Tensor, "1 component"]) -> int:
@@ -158,33 +155,9 @@ def _values(spec: AdapterSpec, held: Bool[Tensor, "1 component"]) -> int:
 
 
 def _vectors(x: Adapters, values: int) -> Schema:
-    components = _components(x.spec)
-    named = {"values": ((values,), x.flat.dtype), "held": ((components,), torch.bool)}
-    return named | {"scores": ((components,), x.flat.dtype)}
-
-
-def component_norms(x: Adapters) -> Float[Tensor, "client component"]:
-    """``|b_k| |a_k|``: the norm of each rank-one part, whichever factor carries its size."""
-    return torch.cat([x.B[layer].norm(dim=1) * A.norm(dim=2) for layer, A in x.A.items()], dim=1)
-
-
-def largest(scores: Float[Tensor, "client component"], count: int) -> Bool[Tensor, "client component"]:
-    """The ``count`` components of each client with the largest scores; of equal ones the first."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], True)
-
-
-def coordinates(spec: AdapterSpec, held: Bool[Tensor, "client component"]) -> Bool[Tensor, "client parameter"]:
-    """Which coordinates belong to held components; those of the head all do."""
-    by_layer = dict(zip([layer.name for layer in spec.layers], held.split(spec.rank, dim=1), strict=True))
-    parts = []
-    for slot in spec.slots:
-        if slot.block == "head":
-            parts.append(torch.ones(len(held), slot.stop - slot.start, dtype=torch.bool, device=held.device))
-        else:
-            own = by_layer[slot.name][:, :, None] if slot.block == "A" else by_layer[slot.name][:, None, :]
-            parts.append(own.expand(-1, *slot.shape).flatten(1))
-    return torch.cat(parts, dim=1)
+    count = components(x.spec)
+    named = {"values": ((values,), x.flat.dtype), "held": ((count,), torch.bool)}
+    return named | {"scores": ((count,), x.flat.dtype)}
 
 
 def packed(x: Adapters, held: Bool[Tensor, "client component"], scores: Float[Tensor, "client component"]) -> Vectors:

@@ -174,18 +174,10 @@ def push_masses(state: Watched, trained: Adapters, c: Float[Tensor, " client"], 
     x = state.x.flat
     u = scaled(state.x, state.w).flat + scaled(replace(trained, flat=trained.flat - x), now).flat
     u = u + scaled(state.x, change).flat
-    sent = replace(trained, flat=_only_shared(trained, u))
-    mixed = peers.mix({"x": sent, "c": mass})
+    mixed = peers.mix({"x": trained.sharing(u[:, trained.spec.shared]), "c": mass})
     return Watched(scaled(mixed["x"], 1 / mixed["c"]), mixed["c"], now, state.scores)
 
 
 def scaled(x: Adapters, by: Float[Tensor, " client"]) -> Adapters:
     """Every client's exchanged columns times a number of its own."""
-    return replace(x, flat=_only_shared(x, x.flat * by[:, None].to(x.flat)))
-
-
-def _only_shared(x: Adapters, flat: Float[Tensor, "client parameter"]) -> Float[Tensor, "client parameter"]:
-    """``flat`` in the columns that are exchanged, ``x`` in the others."""
-    result = x.flat.clone()
-    result[:, x.spec.shared] = flat[:, x.spec.shared]
-    return result
+    return x.sharing(x.flat[:, x.spec.shared] * by[:, None].to(x.flat))

@@ -31,9 +31,7 @@ class Mass:
     @property
     def z(self) -> Adapters:
         """``u / w``; a private head is never mixed, so it has no mass."""
-        flat, shared = self.u.flat.clone(), self.u.spec.shared
-        flat[:, shared] /= self.w[:, None].to(flat)
-        return replace(self.u, flat=flat)
+        return self.u.sharing(self.u.flat[:, self.u.spec.shared] / self.w[:, None].to(self.u.flat))
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,8 @@ class SGP(Scheduled):
 
     def rejoined(self, own: Mass, taken: Mass) -> Mass:
         """A real peer that fell behind takes over a neighbour's model, and keeps its mass: the sum of w stays N."""
-        z, shared = taken.z, own.u.spec.shared
-        flat = z.flat.clone()
-        flat[:, shared] *= own.w[:, None].to(flat)
-        return replace(own, u=replace(z, flat=flat))
+        z = taken.z
+        return replace(own, u=z.sharing(z.flat[:, z.spec.shared] * own.w[:, None].to(z.flat)))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -179,7 +179,8 @@ def mix_reached(x: Adapters, reached: Bool[Tensor, "client layer"], peers: Excha
     """``x_i,l + sum_j w_ij m_il m_jl (x_j,l - x_i,l)``; a private head stays."""
     total, weight = _gathered(x, reached, peers)
     keep = by_column(x.spec, reached.to(x.flat.device))
-    return _shared(x, torch.where(keep, x.flat + (total - weight * x.flat), x.flat))
+    flat = torch.where(keep, x.flat + (total - weight * x.flat), x.flat)
+    return x.sharing(flat[:, x.spec.shared])
 
 
 def neighbourhood_mean(
@@ -195,12 +196,5 @@ def neighbourhood_mean(
     p = by_column(after.spec, ((1 - q) ** (1 + degrees[:, None])).to(after.flat))
     some = weight > 0
     mean = total / torch.where(some, weight, 1.0)
-    result = torch.where(some, (mean - p * before.flat) / torch.where(some, 1 - p, 1.0), before.flat)
-    return _shared(after, result)
-
-
-def _shared(x: Adapters, flat: Float[Tensor, "client parameter"]) -> Adapters:
-    """``x`` with these values in the columns that are exchanged."""
-    result = x.flat.clone()
-    result[:, x.spec.shared] = flat[:, x.spec.shared]
-    return replace(x, flat=result)
+    flat = torch.where(some, (mean - p * before.flat) / torch.where(some, 1 - p, 1.0), before.flat)
+    return after.sharing(flat[:, after.spec.shared])

@@ -133,10 +133,8 @@ class NeighbourExchange(Uncoded):
             rows = others.reshape(len(others), -1)
             return (operator(W, rows) @ rows).view_as(x)
         self.mixed, self.met = x, others
-        flat = x.flat.clone()
         rows = others.flat[:, x.spec.shared]
-        flat[:, x.spec.shared] = operator(W, rows) @ rows
-        return replace(x, flat=flat)
+        return x.sharing(operator(W, rows) @ rows)
 
     def _meet(self, payload: Payload) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
         """The payloads of all whose edge counts, and the own row of W for them."""

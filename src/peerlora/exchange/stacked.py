@@ -95,9 +95,7 @@ class StackedExchange(Uncoded):
         if isinstance(x, Tensor):
             return self._rows(x)
         self.mixed = x
-        flat = x.flat.clone()
-        flat[:, x.spec.shared] = self._rows(x.flat[:, x.spec.shared])
-        return replace(x, flat=flat)
+        return x.sharing(self._rows(x.flat[:, x.spec.shared]))
 
     def _rows(self, x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
         everybody = self.gather(x.reshape(len(x), -1))

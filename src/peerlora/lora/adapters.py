@@ -174,6 +174,10 @@ class Adapters:
             flat[:, self.spec.columns(block)] = part.flat[:, part.spec.columns(block)]
         return replace(self, flat=flat)
 
+    def sharing(self, rows: Float[Tensor, "client shared"]) -> Adapters:
+        """These values in the columns that are exchanged; a private head stays."""
+        return replace(self, flat=torch.cat([rows, self.flat[:, self.spec.shared.stop :]], dim=1))
+
     def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What one client sends when it mixes these: name -> (shape at its real rank, dtype)."""
         shapes = self.spec.row_shapes(int(self.ranks[client]))
