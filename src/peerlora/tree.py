@@ -29,15 +29,15 @@ def tree_map(
     return tree
 
 
-def leaves(tree: Any) -> dict[str, Tensor]:
-    """All tensors of a tree by path."""
-    found: dict[str, Tensor] = {}
+def leaves(tree: Any, leaf: type | tuple[type, ...] = Tensor) -> dict[str, Any]:
+    """All tensors of a tree by path, or all leaves of these types."""
+    found: dict[str, Any] = {}
 
-    def note(name: str, leaf: Tensor) -> Tensor:
-        found[name] = leaf
-        return leaf
+    def note(name: str, value: Any) -> Any:
+        found[name] = value
+        return value
 
-    tree_map(note, tree)
+    tree_map(note, tree, leaf=leaf)
     return found
 
 

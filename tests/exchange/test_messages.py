@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from peerlora.exchange.messages import everybody, expected, message, named, vectors, widest
+from peerlora.exchange.messages import LEAVES, everybody, expected, message, vectors, widest
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.snapshot import largest_state, state_schema, taken_over, told
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
@@ -85,7 +85,7 @@ def test_the_widest_message_is_that_of_the_largest_rank(payload):
 
 def test_named_leaves_have_the_paths_of_a_tree():
     x = adapters()
-    assert set(named(({"a": x, "b": (x.flat, 1)},))) == {".a", ".b.0"}
+    assert set(leaves({"a": x, "b": (x.flat, 1)}, LEAVES)) == {".a", ".b.0"}
 
 
 # --- states

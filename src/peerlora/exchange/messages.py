@@ -13,7 +13,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged, Update
 from peerlora.lora.partly import PartlySent
 from peerlora.lora.partly import fault as contradiction
-from peerlora.tree import tree_map
+from peerlora.tree import leaves, tree_map
 
 Payload = tuple[Any, ...]
 """The trees that cross together in one exchange."""
@@ -99,22 +99,9 @@ def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payloa
     return tuple(tree_map(filled, x, leaf=LEAVES) for x in payload)
 
 
-def named(payload: Payload, kinds: tuple[type, ...] = LEAVES) -> dict[str, Any]:
-    """The leaves of these kinds, by the paths at which ``tree_map`` finds them."""
-    found: dict[str, Any] = {}
-
-    def note(name: str, leaf: Any) -> Any:
-        found[name] = leaf
-        return leaf
-
-    for x in payload:
-        tree_map(note, x, leaf=kinds)
-    return found
-
-
 def _leaves(payload: Payload) -> list[tuple[str, Leaf]]:
     """All leaves in order, also where two trees of a payload have one at the same path."""
-    return [(_prefix(path, leaf), leaf) for x in payload for path, leaf in named((x,)).items()]
+    return [(_prefix(path, leaf), leaf) for x in payload for path, leaf in leaves(x, LEAVES).items()]
 
 
 def _prefix(path: str, leaf: Leaf) -> str:

@@ -17,7 +17,7 @@ from peerlora.exchange.combine import Rule, apply_rule
 from peerlora.exchange.copies import Copies, letter_of
 from peerlora.exchange.loop import LoopThread
 from peerlora.exchange.meeting import Check, Letter
-from peerlora.exchange.messages import Payload, everybody, expected, fault, name_of, named, vectors, widest
+from peerlora.exchange.messages import Payload, everybody, expected, fault, name_of, vectors, widest
 from peerlora.exchange.rendezvous import Rendezvous
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.stacked import operator
@@ -27,7 +27,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import Matrix, remove_links
 from peerlora.transport.base import PeerId, Refused
-from peerlora.tree import tree_map
+from peerlora.tree import leaves, tree_map
 
 Tree = TypeVar("Tree")
 
@@ -94,7 +94,7 @@ class NeighbourExchange(Uncoded):
         """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``."""
         began = time.perf_counter()
         (met,), W = self._meet((x,))
-        others = named((met,), (Adapters, Tensor))
+        others = leaves(met, (Adapters, Tensor))
         mixed = tree_map(lambda name, leaf: self._leaf(leaf, others[name], W), x, leaf=(Adapters, Tensor))
         self.seconds += time.perf_counter() - began
         return mixed

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.exchange.messages import Shapes, named
+from peerlora.exchange.messages import Shapes
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Update
@@ -35,7 +35,7 @@ def told(state: Any, blocks: Collection[str], at_home: Collection[str] = ()) -> 
 def state_schema(state: Any, claimed: Shapes, at_home: Collection[str] = ()) -> Schema:
     """What a neighbour's state must look like: as the own one, but for how much it has merged."""
     found: Schema = {}
-    for name, leaf in named((state,), (Update, Tensor)).items():
+    for name, leaf in leaves(state, (Update, Tensor)).items():
         if _stays(name, at_home):
             continue
         if isinstance(leaf, Tensor):
@@ -52,7 +52,7 @@ def state_schema(state: Any, claimed: Shapes, at_home: Collection[str] = ()) -> 
 def largest_state(state: Any) -> int:
     """The most bytes that a neighbour's state may have."""
     total = 0
-    for leaf in named((state,), (Update, Tensor)).values():
+    for leaf in leaves(state, (Update, Tensor)).values():
         if isinstance(leaf, Tensor):
             total += leaf.numel() * leaf.element_size() + _PER_VECTOR
         else:
@@ -71,8 +71,8 @@ def taken_over(
     """
     kept = {name: leaf for name, leaf in leaves(own).items() if _stays(name, at_home)}
     given, private = rebuild(own, vectors | kept), _private(own, blocks)
-    theirs = named((given,), (Adapters,))
-    if any(not torch.equal(x.ranks, theirs[name].ranks) for name, x in named((own,), (Adapters,)).items()):
+    theirs = leaves(given, (Adapters,))
+    if any(not torch.equal(x.ranks, theirs[name].ranks) for name, x in leaves(own, (Adapters,)).items()):
         return None
     before = leaves(own)
 
@@ -86,7 +86,7 @@ def taken_over(
 
 def _private(state: Any, blocks: Collection[str]) -> Bool[Tensor, " parameter"]:
     """Which columns of a state's adapters are never exchanged."""
-    spec = next(iter(named((state,), (Adapters,)).values())).spec
+    spec = next(iter(leaves(state, (Adapters,)).values())).spec
     found = torch.zeros(spec.parameters, dtype=torch.bool)
     for block in spec.blocks:
         found[spec.columns(block)] = block not in blocks or (block == "head" and spec.private_head)
