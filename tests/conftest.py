@@ -121,3 +121,9 @@ def config(models, texts, cache):
         return load_config(tree, words)
 
     return build
+
+
+@pytest.fixture
+def no_reports(monkeypatch):
+    """Runs draw no figures, which would take longer than a tiny run."""
+    monkeypatch.setattr("peerlora.runs.report.write_report", lambda *args, **kwargs: None)

@@ -14,6 +14,8 @@ from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import Stopped, resume, simulate
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 
 def values(clients, private=False):
     spec = AdapterSpec((LayerSpec("h.0.q", 2, 3),), 1, 1.0, (("head.weight", (2,)),), private)

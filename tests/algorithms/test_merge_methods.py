@@ -35,6 +35,8 @@ from peerlora.runtime.simulate import resume, simulate
 from peerlora.sections import RingGraph, StarGraph
 from peerlora.topology.schedule import build_topology
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 CASES = {
     "rac-lora": ({"chain": 2, "settle": 1}, lambda *run: plain.rac(*run, 2, 1, "right")),
     "rac-lora left": ({"chain": 1, "settle": 0, "side": "left"}, lambda *run: plain.rac(*run, 1, 0, "left")),

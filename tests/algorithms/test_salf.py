@@ -22,6 +22,8 @@ from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
 from peerlora.train.reach import Reach
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 SGD = ("train.optimizer=sgd", "train.lr=0.1", "train.local_steps=1")
 
 

@@ -72,14 +72,9 @@ def one_at_a_time():
         yield
 
 
-def without_reports():
-    """Drawing figures takes longer than a tiny run."""
-    return patch("peerlora.runs.report.write_report")
-
-
 def federation(config, folder, **options):
-    """The results of one peer per client of a config, each in its own folder."""
-    with one_at_a_time(), without_reports(), network(config.clients) as (net, thread):
+    """The results of one peer per client of a config, each in its own folder; best with the fixture `no_reports`."""
+    with one_at_a_time(), network(config.clients) as (net, thread):
 
         def run(client):
             site = Site(client, names(config.clients), "run")

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from in_memory import names, network, one_at_a_time, together, without_reports
+from in_memory import names, network, one_at_a_time, together
 
 from peerlora.algorithms import REGISTRY
 from peerlora.exchange.wire import read_header
@@ -23,6 +23,8 @@ from peerlora.runtime.peer_run import train_peer
 from peerlora.runtime.simulate import Stopped, simulate
 from peerlora.runtime.site import Site
 from peerlora.train.learner import Learner
+
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 PATIENCE = 60
 WORDS = ["eval.every=100", "eval.rows=4", "train.local_steps=2", "adapter.dropout=0.1"]
@@ -154,7 +156,7 @@ class Conductor:
 
 def peers(config, folder, script, conductor):
     """The peers' results, once they have played the script and done the rest of their jobs in any order."""
-    with one_at_a_time(), without_reports(), network(config.clients) as (net, thread):
+    with one_at_a_time(), network(config.clients) as (net, thread):
         sites = names(config.clients)
         transports = [Held(net.transport(site)) for site in sites.values()]
 
@@ -179,8 +181,7 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
     words = [f"algorithm.name={method}", *WORDS, *extra]
     with monkeypatch.context() as patch:
         script, expected = written_down(patch), Calls(patch, REGISTRY[method]).made
-        with without_reports():
-            whole = simulate(config("bert", *words, *CLOCK), tmp_path / "whole")
+        whole = simulate(config("bert", *words, *CLOCK), tmp_path / "whole")
     assert any(what == "arrived" for what, *_ in script)
     with monkeypatch.context() as patch:
         found, conductor = Calls(patch, REGISTRY[method]).made, Conductor(patch, 4)
@@ -207,7 +208,7 @@ def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, m
     words = [*WORDS, "train.rounds=4", "peer.join=0.2"]
     chosen = config("bert", *words, f"algorithm.name={method}", *(["algorithm.density=1"] if method == "aedfl" else []))
     stopping = iter([False, True])
-    with without_reports(), network(4) as (net, thread):
+    with network(4) as (net, thread):
         whole = simulate(config("bert", *words, "algorithm.name=local"), tmp_path / "whole")
 
         def run(folder, **options):

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from in_memory import federation, without_reports
+from in_memory import federation
 
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
@@ -17,6 +17,8 @@ from peerlora.runs.events import RoundDone, RunStarted
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
+
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
 SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
@@ -34,8 +36,7 @@ def words(method):
 
 
 def simulated(config, folder):
-    with without_reports():
-        return simulate(config, folder / "whole")
+    return simulate(config, folder / "whole")
 
 
 def products(x, row):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from in_memory import without_reports
 from processes import Processes
 from safetensors.torch import load_file
 from test_peers_in_memory import METHODS, TOLERANCE, words
@@ -11,6 +10,8 @@ from peerlora.runs.events import RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
+
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 CLIENTS = 3
 OTHER = {
@@ -29,9 +30,8 @@ def compare(config, folder, methods):
         for client in range(CLIENTS):
             processes.start(client)
         whole = {}
-        with without_reports():
-            for method, chosen in configs.items():
-                whole[method] = simulate(chosen, folder / "whole" / method).adapters
+        for method, chosen in configs.items():
+            whole[method] = simulate(chosen, folder / "whole" / method).adapters
         assert processes.wait() == dict.fromkeys(range(CLIENTS), 0)
         for method in methods:
             for client in range(CLIENTS):

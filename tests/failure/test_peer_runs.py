@@ -8,7 +8,7 @@ import time
 import msgspec
 import pytest
 import torch
-from in_memory import names, network, one_at_a_time, together, without_reports
+from in_memory import names, network, one_at_a_time, together
 from safetensors.torch import load
 
 from peerlora.errors import CompositionError, RunError
@@ -20,6 +20,8 @@ from peerlora.runtime.peer_run import check_site, train_peer
 from peerlora.runtime.simulate import Stopped
 from peerlora.runtime.site import Site
 from peerlora.transport.base import DeadlineMissed, PeerDown, Refused
+
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 QUICK = ["train.dtype=fp32", "algorithm.name=dec-lora", "train.local_steps=1", "eval.every=100", "eval.rows=4"]
 
@@ -71,7 +73,7 @@ class Runs:
 
 @pytest.fixture
 def runs(config, tmp_path):
-    with one_at_a_time(), without_reports(), network(3) as (net, thread):
+    with one_at_a_time(), network(3) as (net, thread):
 
         def build(*words):
             settings = ["clients=3", "peer.deadline=5", "peer.join=20", *QUICK, *words]
@@ -267,7 +269,7 @@ def disturbed(made, clients, to, **changes):
 
 def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
     """Any site of a list without edges can greet any other; here one greets the site across the ring."""
-    with one_at_a_time(), without_reports(), network(4) as (net, thread):
+    with one_at_a_time(), network(4) as (net, thread):
         settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=20", *QUICK]
         made = Runs(config("bert", *settings), tmp_path, net, thread)
         results, mallory = disturbed(made, (0, 1, 3), ["site-0"], round=2, facts={"last": "0.0+"})

@@ -4,13 +4,15 @@ import time
 
 import pytest
 import torch
-from in_memory import network, one_at_a_time, together, without_reports
+from in_memory import network, one_at_a_time, together
 from test_peer_runs import Runs, later
 
 from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.runs.events import Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runtime.simulate import Stopped
 from peerlora.train.learner import Learner
+
+pytestmark = pytest.mark.usefixtures("no_reports")
 
 QUICK = ["clients=3", "train.dtype=fp32", "train.local_steps=1", "eval.every=100", "eval.rows=4", "peer.join=20"]
 METHODS = ["aedfl", "ad-psgd"]
@@ -19,7 +21,7 @@ PAIRS = {"aedfl": [(0, 1), (0, 2), (1, 2)], "ad-psgd": [(0, 1), (0, 2)]}  # on t
 
 @pytest.fixture
 def runs(config, tmp_path):
-    with one_at_a_time(), without_reports(), network(3) as (net, thread):
+    with one_at_a_time(), network(3) as (net, thread):
 
         def build(method, *words):
             own = ["algorithm.patience=1"] if method == "ad-psgd" else []

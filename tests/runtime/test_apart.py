@@ -23,6 +23,8 @@ from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.tree import leaves
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 DENSE = {"sigma": 0.0, "density": 1.0}
 UNEVEN = {"speed": [1.0, 0.7, 0.31, 0.1], "delay": 0.4, "bandwidth": [500.0, 900.0, 10_000.0, 200.0]}
 

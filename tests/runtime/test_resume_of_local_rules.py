@@ -7,6 +7,8 @@ from peerlora.runs.table import started
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import Stopped, resume, simulate
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 METHODS = {
     "fedspeed": ["algorithm.interval=1"],
     "k-gt": ["topology.kind=random", "topology.p=0.5"],

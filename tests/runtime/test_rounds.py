@@ -18,6 +18,8 @@ from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.topology.weights import remove_links
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 DEC = build_algorithm("dec-lora", {})
 
 

@@ -22,6 +22,8 @@ from peerlora.train.encoder import PackedEncoder
 from peerlora.train.prior import LabelPrior, offsets
 from peerlora.train.tasks import TASKS
 
+pytestmark = pytest.mark.usefixtures("no_reports")
+
 SKEWED = (
     "partition.kind=shares",
     "partition.shares=[[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.4, 0.2, 0.4]]",
