@@ -270,7 +270,7 @@ def disturbed(made, clients, to, **changes):
 def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
     """Any site of a list without edges can greet any other; here one greets the site across the ring."""
     with one_at_a_time(), network(4) as (net, thread):
-        settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=20", *QUICK]
+        settings = ["clients=4", "topology=ring", "train.rounds=4", "peer.deadline=5", "peer.join=4", *QUICK]
         made = Runs(config("bert", *settings), tmp_path, net, thread)
         results, mallory = disturbed(made, (0, 1, 3), ["site-0"], round=2, facts={"last": "0.0+"})
     assert [result.summary["rounds"] for result in results] == [4, 4, 4]
@@ -280,7 +280,7 @@ def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
 
 @pytest.mark.parametrize("round", [4, 2**53])
 def test_a_neighbour_that_claims_a_later_round_takes_nobody_along(runs, round):
-    made = runs("train.rounds=4", "peer.pull=2")
+    made = runs("train.rounds=4", "peer.pull=2", "peer.join=4")
     _, mallory = disturbed(made, (0, 1), ["site-0", "site-1"], round=round)
     assert set(mallory.answers) == {"taken" if round == 4 else "from-the-future"}
     for client in (0, 1):

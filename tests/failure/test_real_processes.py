@@ -63,11 +63,11 @@ def kill_and_restart(processes, client):
 
 
 def test_a_killed_process_is_missed_and_takes_part_again(processes):
-    found = processes("train.rounds=60", "train.local_steps=40")
+    found = processes("train.rounds=40", "train.local_steps=40")
     kill_and_restart(found, 2)
     for client in (0, 1):
         done = rounds(found, client)
-        assert [each.round for each in done] == list(range(60))
+        assert [each.round for each in done] == list(range(40))
         assert any("2" in each.missed for each in done)
         assert "down" in told(found, client, 2) and told(found, client, 2)[-1:] != ["suspect"]
     events = read_events(found.run("run", 2))
