@@ -12,7 +12,8 @@ PeerloraError                 something the user can mend; the command line prin
 ├── DivergenceError           a loss stopped being finite
 ├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
 ├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (transport/base.py)
-└── ExtraMissing              an optional part of peerlora is not installed
+├── ExtraMissing              an optional part of peerlora is not installed
+└── Stopped                   not an error: a run was asked to stop and saved a checkpoint; exit code 130
 
 A message says what was given, what was expected, and what to do:
 ``ring of 2 clients has a double edge; use at least 3 clients or topology.kind=complete``
@@ -68,6 +69,12 @@ class IdentityError(PeerloraError):
 
 class ExtraMissing(PeerloraError):
     """Raised when a command needs an optional part of peerlora that is not installed."""
+
+
+class Stopped(PeerloraError):
+    """Raised when a run was asked to stop; it saved a checkpoint first."""
+
+    exit_code = 130
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

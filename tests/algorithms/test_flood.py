@@ -9,10 +9,10 @@ from quadratics import run as quadratic_run
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.flood import FLood, Watched, aimed, push_masses
-from peerlora.errors import CompositionError, ConfigError
+from peerlora.errors import CompositionError, ConfigError, Stopped
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.runtime.compose import compose, opening_state
-from peerlora.runtime.simulate import Stopped, resume, simulate
+from peerlora.runtime.simulate import resume, simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

@@ -155,7 +155,8 @@ def test_show_finished(cli, yaml_file, tmp_path):
 
 
 def test_show_unfinished_names_the_command_that_goes_on(cli, config, tmp_path):
-    from peerlora.runtime.simulate import Stopped, simulate
+    from peerlora.errors import Stopped
+    from peerlora.runtime.simulate import simulate
 
     run = tmp_path / "run"
     with pytest.raises(Stopped):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from peerlora.errors import ConfigError, RunError
+from peerlora.errors import ConfigError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
@@ -143,7 +143,7 @@ def test_a_peer_that_is_stopped_for_a_while_goes_on(config, tmp_path):
 
 def test_an_interrupt_reaches_every_peer_once(config, tmp_path):
     made = played(config, tmp_path / "out", [600, 600])
-    with pytest.raises(RunError, match="checkpoint"):
+    with pytest.raises(Stopped, match="checkpoint"):
         made.run(lambda peers: None, lambda: all(peer.state == "running" for peer in made.peers))
     groups = {os.getpgid(peer.process.pid) for peer in made.peers if peer.process is not None}
     made.end()
@@ -153,7 +153,7 @@ def test_an_interrupt_reaches_every_peer_once(config, tmp_path):
 
 def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypatch):
     made = played(config, tmp_path / "out", [600, 600])
-    with pytest.raises(RunError):
+    with pytest.raises(Stopped):
         made.run(lambda peers: None, lambda: all(peer.state == "running" for peer in made.peers))
 
     def interrupted(seconds):

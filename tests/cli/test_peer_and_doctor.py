@@ -78,8 +78,8 @@ def test_a_finished_run_is_left_alone_and_ends_at_once(cli, yaml_file, sites, tm
 def stopped_run(yaml_file, sites, out, *words):
     """b's run after one of its rounds; its config's file."""
     from peerlora.config import load_config
+    from peerlora.errors import Stopped
     from peerlora.runtime.peer import run_peer
-    from peerlora.runtime.simulate import Stopped
 
     path = yaml_file(*WORDS, *words)
     with pytest.raises(Stopped):
@@ -99,6 +99,11 @@ def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):
 
 def test_a_run_goes_on_after_a_site_was_added(cli, yaml_file, sites, tmp_path):
     path = stopped_run(yaml_file, sites, tmp_path / "run")
+    for told in (
+        cli("show", tmp_path / "run").out,
+        cli("export", tmp_path / "run", "--client", "1", "--to", tmp_path / "to").err,
+    ):
+        assert f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {tmp_path / 'run'} --resume" in told
     changed(sites, lambda listed: add_member(listed, "c", "ab" * 32))
     answer = cli("peer", path, *options(sites, "b"), "--out", tmp_path / "run", "--resume")
     assert answer.code == 0 and "warning: not in this run of clients=2: c (client 2)" in answer.err, answer.err

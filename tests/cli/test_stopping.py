@@ -6,10 +6,11 @@ import time
 
 import pytest
 
+from peerlora.errors import Stopped
 from peerlora.runs.events import RoundDone
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runs.table import of
-from peerlora.runtime.simulate import Stopped, simulate
+from peerlora.runtime.simulate import simulate
 
 
 def adapters(run):

@@ -14,13 +14,14 @@ import torch
 from in_memory import names, network, one_at_a_time, together
 
 from peerlora.algorithms import REGISTRY
+from peerlora.errors import Stopped
 from peerlora.exchange.wire import read_header
 from peerlora.runs.events import RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of
 from peerlora.runtime.apart import Apart
 from peerlora.runtime.peer_run import train_peer
-from peerlora.runtime.simulate import Stopped, simulate
+from peerlora.runtime.simulate import simulate
 from peerlora.runtime.site import Site
 from peerlora.train.learner import Learner
 

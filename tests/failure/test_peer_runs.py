@@ -11,13 +11,12 @@ import torch
 from in_memory import names, network, one_at_a_time, together
 from safetensors.torch import load
 
-from peerlora.errors import CompositionError, RunError
+from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.exchange.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runs.table import of, summarise
 from peerlora.runtime.peer_run import check_site, train_peer
-from peerlora.runtime.simulate import Stopped
 from peerlora.runtime.site import Site
 from peerlora.transport.base import DeadlineMissed, PeerDown, Refused
 

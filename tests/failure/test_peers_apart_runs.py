@@ -8,8 +8,8 @@ from in_memory import network, one_at_a_time, together
 from test_peer_runs import Runs, later
 
 from peerlora.algorithms.ad_psgd import ADPSGD
+from peerlora.errors import Stopped
 from peerlora.runs.events import Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
-from peerlora.runtime.simulate import Stopped
 from peerlora.train.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("no_reports")

@@ -11,14 +11,14 @@ from toys import Quadratic, adapters, rounds_for, run, targets
 
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
-from peerlora.errors import CompositionError, RunError
+from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.table import of
 from peerlora.runtime.apart import Apart
 from peerlora.runtime.compose import compose
-from peerlora.runtime.simulate import Stopped, resume, simulate
+from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.tree import leaves

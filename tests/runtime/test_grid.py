@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peerlora.runtime.compose as compose_module
-from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError
+from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
 from peerlora.runs.compare import Outcome
 from peerlora.runs.events import Evaluated, RunStarted
 from peerlora.runtime.bases import Bases
@@ -23,7 +23,7 @@ from peerlora.runtime.cells import load_grid, places, plan, search_plan
 from peerlora.runtime.compose import compose, load_materials
 from peerlora.runtime.folder import export_from_run
 from peerlora.runtime.grid import Hooks, Shared, best_rates, resume_grid, start_grid
-from peerlora.runtime.simulate import Stopped, simulate
+from peerlora.runtime.simulate import simulate
 
 METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from peerlora.errors import Stopped
 from peerlora.runs.store import read_events
 from peerlora.runs.table import started
 from peerlora.runtime.compose import compose
-from peerlora.runtime.simulate import Stopped, resume, simulate
+from peerlora.runtime.simulate import resume, simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

@@ -247,7 +247,8 @@ def test_gossip_of_counts_is_paid_in_the_first_round_and_told(config, tmp_path):
 
 
 def test_a_resumed_run_sums_again_and_counts_once(config, tmp_path):
-    from peerlora.runtime.simulate import Stopped, resume
+    from peerlora.errors import Stopped
+    from peerlora.runtime.simulate import resume
 
     asked = config("bert", *SKEWED, "train.label_prior=pooled")
     whole = simulate(asked, tmp_path / "whole")

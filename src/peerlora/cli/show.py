@@ -39,7 +39,7 @@ def _describe(run: Path) -> dict[str, Any]:
     """The summary of a run, what is left to do, and the files it holds."""
     from peerlora.config import load_config
     from peerlora.runs.events import RunStarted
-    from peerlora.runs.store import read_events
+    from peerlora.runs.store import going_on, read_events
     from peerlora.runs.table import of, summarise
 
     events = read_events(run)
@@ -51,7 +51,7 @@ def _describe(run: Path) -> dict[str, Any]:
         "finished": finished,
         "paths": started.paths if started else {},
         "rounds_planned": load_config(run / "config.yaml").train.rounds,
-        "resume": None if finished else f"peerlora train --resume {run}",
+        "resume": None if finished else going_on(run),
         "files": [name for name in FILES if (run / name).exists()],
     }
 

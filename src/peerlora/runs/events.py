@@ -180,7 +180,7 @@ class CaughtUp:
     to: int
     """Finished rounds from here on."""
     client: int
-    """The neighbour that was furthest."""
+    """The neighbour that was followed."""
     pulled: bool
     """Whether its state was taken over."""
 

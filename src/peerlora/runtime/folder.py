@@ -21,7 +21,7 @@ from peerlora.config import RunConfig, load_config
 from peerlora.errors import RunError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.peft_io import export_adapter
-from peerlora.runs.store import RunStore
+from peerlora.runs.store import RunStore, going_on, held
 from peerlora.runtime.compose import Federation, compose
 from peerlora.tree import leaves, rebuild
 
@@ -116,7 +116,7 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
     if not (run / "summary.json").is_file():
-        raise RunError(f"{run} is not finished; finish it first: peerlora train --resume {run}")
+        raise RunError(f"{run} is not finished; finish it first: {going_on(run)}")
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise RunError(f"--to {to} is in use; choose a folder that is new or empty")
     config = load_config(run / "config.yaml")
@@ -126,7 +126,7 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
         raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
     if rank is not None and rank < 1:
         raise RunError(f"--rank {rank} given; expected at least 1")
-    here = json.loads((run / "run.json").read_text(encoding="utf-8")).get("held")
+    here = held(run)
     if here is not None and client not in here:
         raise RunError(f"{run} is the run of a peer and has client {here[0]} only; give --client {here[0]}")
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerlora.config import RunConfig
-from peerlora.errors import CompositionError, ConfigError, DivergenceError, PeerloraError, RunError
+from peerlora.errors import CompositionError, ConfigError, DivergenceError, PeerloraError, RunError, Stopped
 from peerlora.runs.compare import Comparison, Outcome
 from peerlora.runs.compare_files import write_results
 from peerlora.runs.events import Event
@@ -23,7 +23,7 @@ from peerlora.runs.table import evaluations, started
 from peerlora.runtime.bases import Bases
 from peerlora.runtime.cells import Cell, GridConfig, differences, groups, load_grid, plan, search_plan, searched_on
 from peerlora.runtime.compose import Materials, compose, load_materials, resolve_threads
-from peerlora.runtime.simulate import Stopped, resume, simulate
+from peerlora.runtime.simulate import resume, simulate
 
 
 @dataclass(frozen=True)

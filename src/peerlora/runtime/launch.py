@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config import RunConfig
-from peerlora.errors import ConfigError, RunError
+from peerlora.errors import ConfigError, Stopped
 from peerlora.exchange.loop import LoopThread
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
 from peerlora.runs.store import require_free
@@ -204,7 +204,7 @@ class Launched:
                 due.pop(0)[1]()
             listener(self.peers)
             if stop():
-                raise RunError(f"stopped; every peer keeps its checkpoint in {self.folder}")
+                raise Stopped(f"stopped; every peer keeps its checkpoint in {self.folder}")
             if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
                 return
             time.sleep(_LOOK)

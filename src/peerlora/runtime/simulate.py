@@ -18,12 +18,12 @@ from torch import Tensor
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config import RunConfig
-from peerlora.errors import PeerloraError
+from peerlora.errors import Stopped
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
-from peerlora.runs.store import RunStore, read_events, require_free
+from peerlora.runs.store import RunStore, going_on, read_events, require_free
 from peerlora.runs.table import summarise
 from peerlora.runtime.apart import Apart
 from peerlora.runtime.compose import Federation, Materials, compose, evaluation_rows, opening_state, resolve_threads
@@ -41,12 +41,6 @@ from peerlora.tree import leaves, rebuild
 
 _EDGES_TOLD = 5000  # a round with more links tells only their number
 _COMPILED = "64"  # products that oneDNN keeps compiled, by shape; its 1,024 grow for a thousand rounds of ragged rows
-
-
-class Stopped(PeerloraError):
-    """Raised when a run was asked to stop; it saved a checkpoint first."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ class Simulation:
 
     def _again(self) -> str:
         """How to take the run up again."""
-        return f"peerlora train --resume {self.store.folder}"
+        return going_on(self.store.folder)
 
     def _round(self, t: int, state: Any) -> Any:
         state, passed = self.rounds.advance(t, state)

@@ -71,7 +71,7 @@ COMMENTS = {
     "clients": "participants; each trains on its own rows only",
     "topology.kind": "random (a new graph every round), ring, torus, path, star, complete, exponential, ...",
     "topology.p": "probability that two clients meet in a round",
-    "topology.weights": "how neighbours are averaged: metropolis, laplacian, uniform, pairwise or push-sum",
+    "topology.weights": "how to average: metropolis, laplacian, uniform, pairwise, push-sum or row-average",
     "topology.lazy": "true: mix with (I + W) / 2",
     "topology.drop_links": "probability per round that a link is down",
     "topology.drop_clients": "probability per round that a client takes no part in the exchange",
