@@ -95,11 +95,11 @@ def test_balance_by_hand():
 
 def test_balance_grows_stricter_and_measures_from_the_start():
     start = rows([5.0] * 3)
-    x = replace(start, flat=start.flat + torch.tensor([[1.0], [1.25], [1.0]]))
+    x = replace(start, flat=start.flat + torch.tensor([[1.0], [2.5], [1.0]]))
     peers = robust(x, "balance", start=start, rounds=4)
-    assert not torch.equal(peers.mix(x).flat, x.flat)  # .25 apart, and .3 of an update of 1 allowed
+    assert not torch.equal(peers.mix(x).flat, x.flat)  # 1.5 apart, and twice an update of 1 allowed
     peers.begin(3)
-    assert torch.equal(peers.mix(x).flat[0], x.flat[0])  # .3 exp(-3/4) = .14
+    assert torch.equal(peers.mix(x).flat[0], x.flat[0])  # 2 exp(-3/4) = .94
 
 
 def test_krum_takes_one_of_the_crowd_and_rfa_hardly_moves_for_the_outlier():

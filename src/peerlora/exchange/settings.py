@@ -100,7 +100,8 @@ class Balance(Section):
     """BALANCE: only those count who are near, measured by the own update since the start; ever nearer."""
 
     kind: Literal["balance"]
-    gamma: Annotated[float, Field(gt=0)] = 0.3
+    gamma: Annotated[float, Field(gt=0)] = 2.0
+    """Allowed distance at the start over the norm of the own update; 2: that of an opposite update of equal length."""
     kappa: Annotated[float, Field(ge=0)] = 1.0
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the own model."""
