@@ -122,6 +122,7 @@ def pairs(name: str, axis: Tree, chances: Sequence[float]) -> Callable[[Path, in
         common = base(rounds) | task(name, data)
         common["data"] |= {"eval_per_class": round(500 / len(common["task"]["labels"]))}
         common["topology"] = {"kind": "random", "p": chances[0]}
+        common["eval"]["every"] = rounds
         return {
             "base": common,
             "axes": {"method": axis, "topology": [{"kind": "random", "p": p} for p in chances]},
