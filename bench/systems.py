@@ -171,9 +171,9 @@ def strangers(rates: dict[str, float]) -> Tree:
         ALONE: method("local", rates[ALONE], train=PRIOR),
         "dec-lora": method("dec-lora", dec),
         "adf-lora": method("adf-lora", adf),
-        "flood": method("flood", dec),
-        "flood, rows only": method("flood", dec, beta=0.0),
-        "flood, clients only, beta = 1": method("flood", dec, alpha=0.0, beta=1.0),
+        "flood": method("flood", dec, every=6),
+        "flood, rows only": method("flood", dec, every=6, beta=0.0),
+        "flood, clients only, beta = 1": method("flood", dec, every=6, alpha=0.0, beta=1.0),
     }
 
 

@@ -201,9 +201,13 @@ def test_the_fast_forward_scores_alike(config):
     assert float((fast.flat - plain.flat).abs().max()) < 1e-9
 
 
-def test_scoring_every_few_rounds_scores_less_often(config):
-    asked = config("bert", *SKEWED, "algorithm.name=flood", "algorithm.every=2", "algorithm.beta=0.0")
-    federation = compose(asked)
+@pytest.mark.parametrize(
+    ("words", "scorings"),
+    [(["beta=0.0"], 3), (["alpha=0.0"], 3), ([], 6), (["mixing=push-sum"], 6), (["mixing=renormalised"], 6)],
+)
+def test_scoring_every_few_rounds_scores_less_often(config, words, scorings):
+    chosen = [f"algorithm.{word}" for word in ("name=flood", "every=2", *words)]
+    federation = compose(config("bert", *SKEWED, *chosen))
     score, calls = federation.learner.score, []
     federation.learner.score = lambda *words: calls.append(1) or score(*words)
     state = opening_state(federation)
@@ -211,7 +215,8 @@ def test_scoring_every_few_rounds_scores_less_often(config):
         federation.learner.begin(t)
         federation.exchange.begin(t)
         state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
-    assert len(calls) == 3 and state.scores.shape[0] == 4
+    assert len(calls) == scorings and state.scores.shape[0] == 4
+    assert bool((state.c != 1).all()) == ("beta=0.0" not in words), "the confidence of the last scoring is kept"
 
 
 @pytest.mark.parametrize("words", [[], ["algorithm.every=3", "algorithm.mixing=push-sum"]])

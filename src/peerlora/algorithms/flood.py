@@ -32,7 +32,7 @@ class Watched:
     w: Float[Tensor, " client"]
     """Mass of x (push-sum); sums to the sum of c."""
     c: Float[Tensor, " client"]
-    """The confidence that w stands for (push-sum)."""
+    """The own confidence of the last scoring; push-sum: as far as w stands for it."""
     scores: Float[Tensor, "client place"]
     """Of the own rows, where they are used for several rounds."""
 
@@ -68,7 +68,7 @@ class FLood(Stateful):
     temperature: float = 1.0
     """T of the energy."""
     every: int = 1
-    """Rounds that a scoring of the shard serves."""
+    """Rounds that a scoring of the shard serves, for rows and for confidence; who comes later counts as 1 until one."""
     beta: float = 0.5
     """0: all clients count alike; 1: by their whole confidence."""
     tau_c: float = 1.0
@@ -134,10 +134,12 @@ class FLood(Stateful):
         kept = scores if self.every > 1 else state.scores
         if not self.beta:
             return Watched(peers.mix(trained), state.w, state.c, kept)
-        c = self.confidence(self.scores(trained, learner)).to(state.c)
+        c = state.c
+        if t % self.every == 0:
+            c = self.confidence(self.scores(trained, learner)).to(state.c)
         if self.mixing == "push-sum":
             return replace(push_masses(state, trained, c, peers), scores=kept)
-        return Watched(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, state.c, kept)
+        return Watched(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)
 
     def rejoined(self, own: Watched, taken: Watched) -> Watched:
         """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""
