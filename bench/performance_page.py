@@ -16,7 +16,8 @@ MISSING = "Not measured on this machine: run `make {}`."
 HEAD = """# Performance
 
 Written by `bench/performance_page.py` from the files in `bench/results`; nothing here is typed by hand.  Repeat it
-with `make bench`, `bench-peers`, `bench-transport`, `bench-real` and `bench-gpu` on an otherwise idle machine: every figure belongs to the machine it was measured on.
+with `make bench`, `bench-peers`, `bench-transport`, `bench-real` and `bench-gpu` on an otherwise idle machine: every
+figure belongs to the machine it was measured on.
 
 The reference is the usual way of training many adapters in one program: one PEFT model; for every client its adapter
 is loaded, a fresh AdamW takes the local steps, the adapter is read back; then the dictionaries are averaged with the

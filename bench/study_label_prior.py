@@ -17,7 +17,7 @@ rows in the network's own proportions, and the expected calibration error.
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -176,13 +176,15 @@ def run_study(data: Path, path: Path, rounds: int, workers: int, only: str) -> N
 
 
 def render(path: Path) -> str:
-    """One table per part: mean over seeds and (standard deviation)."""
+    """One table per part that has two seeds or more: mean over its finished seeds and (standard deviation)."""
     study = json.loads(path.read_text())
     cells, lines = study["cells"], []
     for name in PARTS:
-        rows = [row for row in conditions("") if row[0] == name and key("final", *row, SEEDS[-1]) in cells]
-        if rows:
-            lines += [f"**{name}**", "", *TABLE, *(table_row(cells, *row) for row in rows), ""]
+        rows = [row for row in conditions("") if row[0] == name]
+        seeds = [seed for seed in SEEDS if all(key("final", *row, seed) in cells for row in rows)]
+        if len(seeds) > 1:
+            told = f"**{name}**" + ("" if len(seeds) == len(SEEDS) else f" (so far of {len(seeds)} seeds)")
+            lines += [told, "", *TABLE, *(table_row(cells, *row, seeds=seeds) for row in rows), ""]
     facts, train = study["facts"], study["config"]["train"]
     lines.append(
         f"Budget: {train['rounds']} rounds x {train['local_steps']} steps x {train['batch']} rows x 10 clients; seeds "
@@ -197,8 +199,8 @@ TABLE = (
 )
 
 
-def table_row(cells: dict, name: str, method: str, prior: str) -> str:
-    runs = [cells[key("final", name, method, prior, seed)] for seed in SEEDS]
+def table_row(cells: dict, name: str, method: str, prior: str, seeds: Sequence[int]) -> str:
+    runs = [cells[key("final", name, method, prior, seed)] for seed in seeds]
     found = [spread([run["accuracy"][what] for run in runs]) for what in ("own_mean", "own_min", "averaged")]
     found += [spread([float(np.mean(run[what])) for run in runs]) for what in ("shifted", "calibration_error")]
     return f"| {method} | {prior} | {best_rate(cells, name, method, prior):g} | {' | '.join(found)} |"
