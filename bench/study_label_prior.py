@@ -175,7 +175,7 @@ def run_study(data: Path, path: Path, rounds: int, workers: int, only: str) -> N
     run_cells(cells, path, final, workers, run_cell)
 
 
-def render(path: Path) -> str:
+def render(path: Path, rounds: int) -> str:
     """One table per part that has two seeds or more: mean over its finished seeds and (standard deviation)."""
     study = json.loads(path.read_text())
     cells, lines = study["cells"], []
@@ -185,10 +185,10 @@ def render(path: Path) -> str:
         if len(seeds) > 1:
             told = f"**{name}**" + ("" if len(seeds) == len(SEEDS) else f" (so far of {len(seeds)} seeds)")
             lines += [told, "", *TABLE, *(table_row(cells, *row, seeds=seeds) for row in rows), ""]
-    facts, train = study["facts"], study["config"]["train"]
+    train, torch = study["config"]["train"], study["facts"]["versions"]["torch"]
     lines.append(
-        f"Budget: {train['rounds']} rounds x {train['local_steps']} steps x {train['batch']} rows x 10 clients; seeds "
-        f"{SEEDS}; rates searched: {RATES}; torch {facts['versions']['torch']}, {date.today()}."
+        f"Budget: {rounds} rounds ({rounds * 5 // 2} where the name says 24,000 rows) x {train['local_steps']} steps x "
+        f"{train['batch']} rows x 10 clients; seeds {SEEDS}; rates searched: {RATES}; torch {torch}, {date.today()}."
     )
     return "\n".join(lines) + "\n"
 
@@ -215,5 +215,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="parts whose name holds this")
     options = parser.parse_args()
     run_study(options.data, options.out, options.rounds, options.workers, options.only)
-    insert(Path("docs/results.md"), "label-prior", render(options.out))
-    print(render(options.out))
+    text = render(options.out, options.rounds)
+    insert(Path("docs/results.md"), "label-prior", text)
+    print(text)

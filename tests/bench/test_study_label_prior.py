@@ -74,7 +74,7 @@ def test_a_tiny_study_end_to_end(study, data, models, cache, tmp_path, monkeypat
     accuracy = np.array(cell["recalls"]) @ (labels / labels.sum())
     assert accuracy.mean() == pytest.approx(cell["accuracy"]["own_mean"])
     assert cell["pooled"][0] > 1.5 * cell["pooled"][1]
-    table = study.render(out)
+    table = study.render(out, 2)
     assert table.count("| dec-lora |") == 3 and "**sst2 shifted**" in table
 
 
