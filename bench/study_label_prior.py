@@ -104,8 +104,13 @@ def cell_config(data: Path, name: str, method: str, prior: str, rate: float, see
         "threads": 1,
     }
     if name in LONG:
-        tree["train"]["rounds"] = rounds * 5 // 2
+        tree["train"]["rounds"] = longer(rounds)
     return load_config(tree, [METHODS[method]])
+
+
+def longer(rounds: int) -> int:
+    """The rounds of the parts in ``LONG``."""
+    return rounds * 5 // 2
 
 
 def conditions(only: str) -> Iterator[tuple[str, str, str]]:
@@ -187,7 +192,7 @@ def render(path: Path, rounds: int) -> str:
             lines += [told, "", *TABLE, *(table_row(cells, *row, seeds=seeds) for row in rows), ""]
     train, torch = study["config"]["train"], study["facts"]["versions"]["torch"]
     lines.append(
-        f"Budget: {rounds} rounds ({rounds * 5 // 2} where the name says 24,000 rows) x {train['local_steps']} steps x "
+        f"Budget: {rounds} rounds ({longer(rounds)} where the name says 24,000 rows) x {train['local_steps']} steps x "
         f"{train['batch']} rows x 10 clients; seeds {SEEDS}; rates searched: {RATES}; torch {torch}, {date.today()}."
     )
     return "\n".join(lines) + "\n"

@@ -32,10 +32,9 @@ from peerlora.runs.store import read_events
 from peerlora.runs.table import evaluated_within, of
 from peerlora.runtime.cells import load_grid, plan
 from peerlora.runtime.folder import run_facts
-from studies import ALONE, PAGE, PLACE, RESULTS, SEEDS, base, load_grid_base, read, run, task, told
+from studies import ALONE, PAGE, PLACE, RESULTS, ROUNDS, SEEDS, base, load_grid_base, read, run, task, told
 
 Tree = dict[str, Any]
-ROUNDS = 24
 STEPS = 5
 SLOW = 10.0
 UPLINK = 1e6

@@ -125,18 +125,16 @@ class FLood(Stateful):
 
     def round(self, t: int, state: Watched, learner: Learner, peers: Exchange) -> Watched:
         """One round."""
-        scores, weights = state.scores, None
+        scores, weights, due = state.scores, None, t % self.every == 0
         if self.alpha:
-            if t % self.every == 0 or not scores.shape[1]:
+            if due or not scores.shape[1]:
                 scores = self.scores(state.x, learner)
             weights = emphasis(scores, self.alpha, self.q, self.tau, self.hard)
         trained = learner.fit(state.x, self.active(t), emphasis=weights)
         kept = scores if self.every > 1 else state.scores
         if not self.beta:
             return Watched(peers.mix(trained), state.w, state.c, kept)
-        c = state.c
-        if t % self.every == 0:
-            c = self.confidence(self.scores(trained, learner)).to(state.c)
+        c = self.confidence(self.scores(trained, learner)).to(state.c) if due else state.c
         if self.mixing == "push-sum":
             return replace(push_masses(state, trained, c, peers), scores=kept)
         return Watched(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)

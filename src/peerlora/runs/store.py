@@ -298,14 +298,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is not valid JSON; the run folder is damaged, start again with another --out") from None
 
 
-def held(run: Path) -> list[int] | None:
+def clients_of(run: Path) -> list[int] | None:
     """The clients that a run is of; None: all."""
-    return json.loads((run / "run.json").read_text(encoding="utf-8")).get("held")
+    return _read_json(run / "run.json").get("held")
 
 
 def going_on(run: Path) -> str:
     """The command that takes an unfinished run up again."""
-    if held(run) is None:
+    if clients_of(run) is None:
         return f"peerlora train --resume {run}"
     return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {run} --resume"
 

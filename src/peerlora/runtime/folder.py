@@ -21,7 +21,7 @@ from peerlora.config import RunConfig, load_config
 from peerlora.errors import RunError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.peft_io import export_adapter
-from peerlora.runs.store import RunStore, going_on, held
+from peerlora.runs.store import RunStore, clients_of, going_on
 from peerlora.runtime.compose import Federation, compose
 from peerlora.tree import leaves, rebuild
 
@@ -126,7 +126,7 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
         raise RunError(f"{run} has clients of different ranks, whose factors have no average; give --client")
     if rank is not None and rank < 1:
         raise RunError(f"--rank {rank} given; expected at least 1")
-    here = held(run)
+    here = clients_of(run)
     if here is not None and client not in here:
         raise RunError(f"{run} is the run of a peer and has client {here[0]} only; give --client {here[0]}")
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
