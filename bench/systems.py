@@ -183,7 +183,7 @@ CONDITIONS = {
     ),
     "label-skew-sgd": Condition(
         "the same shards and graph, SGD in place of AdamW", {"kind": "random", "p": 0.1}, label_skew_sgd,
-        rates=(0.1, 0.5),
+        rates=(2.0, 8.0),
     ),
     "stragglers": Condition(
         "five of ten clients are ten times as slow; a ring", "ring", stragglers, seconds=300.0,
