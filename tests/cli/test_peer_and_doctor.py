@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from datetime import timedelta
 
 import pytest
@@ -135,7 +136,11 @@ def test_a_port_that_is_taken_may_pass(cli, yaml_file, sites, tmp_path):
 def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS, "peer.run=old", "peer.join=60")
     process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
-    answer = cli("peer", path, "peer.run=new", "peer.join=20", *options(sites, "b"), "--out", tmp_path / "new")
+    limit = time.monotonic() + 120
+    while not (tmp_path / "old" / "run.json").exists():
+        assert time.monotonic() < limit, "a did not start"
+        time.sleep(0.05)
+    answer = cli("peer", path, "peer.run=new", "peer.join=5", *options(sites, "b"), "--out", tmp_path / "new")
     assert answer.code == 1 and "in another run" in answer.err and "wrong-run" in answer.err, answer.err
 
 

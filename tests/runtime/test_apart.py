@@ -179,7 +179,7 @@ def test_ad_psgd_of_uneven_speeds_comes_to_the_minimum_weighted_by_speed():
 def test_aedfl_of_uneven_speeds_agrees_on_a_point_between_the_minima():
     """Not on a known mean: rows of its weights sum to one, columns don't."""
     b, algorithm = targets(4), build_algorithm("aedfl", {"density": 1.0})
-    _, states, _ = run(algorithm, Quadratic(b, rate=0.01), 800, "complete", speed=SPEEDS.tolist(), delay=0.5)
+    _, states, _ = run(algorithm, Quadratic(b, rate=0.02), 400, "complete", speed=SPEEDS.tolist(), delay=0.5)
     x = model(algorithm, states[-1])
     assert (x - x.mean(0)).square().sum() < 0.01 * (b - b.mean(0)).square().sum()
     assert ((x >= b.min(0).values) & (x <= b.max(0).values)).all()
