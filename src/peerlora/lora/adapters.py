@@ -68,7 +68,7 @@ class AdapterSpec:
                 start = slots[-1].stop
         return tuple(slots)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Scalars per client, padding included."""
         return self.slots[-1].stop if self.slots else 0
@@ -82,7 +82,7 @@ class AdapterSpec:
         """The blocks that change when the factors in ``train`` are trained: a head always does."""
         return tuple(name for name in self.blocks if name in train or name == "head")
 
-    @property
+    @cached_property
     def shared(self) -> slice:
         """The columns that are exchanged: everything but a private head."""
         holds_private = self.private_head and self.columns("head").stop
