@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Scheduled
+from peerlora.algorithms.depths import DepthGossip
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.depth import by_column, depth_of, reached_layers
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SALF(Scheduled):
+class SALF(DepthGossip):
     """Layer l = 1 is the head, l = 2, 3, ... the transformer blocks' A and B from the last one down.  With depth d_i:
 
     local:  ``x_i,l <- x_i,l + min(1/q_l, cap) (local update)`` where l <= d_i, else ``x_i,l`` stays;
@@ -46,17 +46,6 @@ class SALF(Scheduled):
     deadline.  What a deadline lets no client reach cannot be corrected.
     """
 
-    depth: Literal["uniform", "poisson", "deadline"] = "uniform"
-    """uniform: stragglers reach 1 to L layers, all equally likely; poisson: a Poisson number of layers; deadline: what
-    ``deadline`` and the client's speed on the virtual clock allow."""
-    stragglers: float = 0.9
-    """Chance that a client is a straggler in a round (uniform); the others reach everything."""
-    rate: float = 4.0
-    """Mean number of layers (poisson)."""
-    deadline: float | None = None
-    """Virtual seconds for the local steps of a round (deadline); null: no end."""
-    forward: float = 0.5
-    """Share of a step's time that its forward pass takes (deadline); the layers share the rest equally."""
     steps: Literal["every", "last"] = "every"
     """Which local steps of a round are cut short: all, each in the same layer, or the last one only."""
     correction: Literal["ipw", "neighbourhood", "none"] = "ipw"
@@ -72,16 +61,10 @@ class SALF(Scheduled):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (0 <= self.stragglers <= 1 and 0 < self.forward < 1 and self.rate > 0 and self.cap >= 1):
-            raise ConfigError(
-                f"algorithm.stragglers={self.stragglers:g}, forward={self.forward:g}, rate={self.rate:g}, "
-                f"cap={self.cap:g} given; expected 0 to 1, between 0 and 1, above 0, at least 1"
-            )
-        if self.deadline is not None and (self.depth != "deadline" or self.deadline <= 0 or self.steps == "last"):
-            raise ConfigError(
-                f"algorithm.deadline={self.deadline:g}: expected seconds above 0 together with depth=deadline and "
-                f"steps=every (depth={self.depth}, steps={self.steps} given)"
-            )
+        if self.cap < 1:
+            raise ConfigError(f"algorithm.cap={self.cap:g} given; expected at least 1")
+        if self.deadline is not None and self.steps == "last":
+            raise ConfigError("algorithm.deadline cuts every local step short, steps=last given; use steps=every")
         if self.correction == "neighbourhood" and self.send == "all":
             raise ConfigError("algorithm.correction=neighbourhood takes only what was reached; use send=reached")
         if self.correction == "neighbourhood" and self.steps == "last":
@@ -89,11 +72,6 @@ class SALF(Scheduled):
                 "algorithm.correction=neighbourhood starts again from the round's start where a layer was not reached, "
                 "which would throw away the steps before the last; use steps=every, or correction=ipw"
             )
-
-    @property
-    def needs_clock(self) -> str | None:
-        """Why there has to be a virtual clock, or None."""
-        return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head, of which a client may send less, and which layers it sends."""
@@ -116,22 +94,6 @@ class SALF(Scheduled):
             return neighbourhood_mean(x, trained, reached, q, peers)
         return mix_reached(trained, reached, peers)
 
-    def depths(self, layers: int, learner: Learner, peers: Exchange) -> Int[Tensor, " client"] | None:
-        """Layers that each client reaches in this round; None where all reach everything by the settings."""
-        clients, draw = torch.as_tensor(peers.clients), peers.shared_random("depth")
-        everybody = len(peers.graph.W)
-        if self.depth == "uniform":
-            cut_short = torch.rand(everybody, generator=draw) < self.stragglers
-            depth = torch.where(cut_short, torch.randint(1, layers + 1, (everybody,), generator=draw), layers)
-            return depth[clients] if self.stragglers else None
-        if self.depth == "poisson":
-            drawn = torch.poisson(torch.full((everybody,), self.rate), generator=draw)
-            return drawn.clamp_max(layers).long()[clients]
-        if self.deadline is None:
-            return None
-        assert learner.step_seconds is not None, "a deadline needs a clock"
-        return self._in_time(self.deadline, layers, learner.step_seconds, learner.settings.local_steps)
-
     def message_in_time(self, x: Adapters, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
         """What one client sends whose local steps take so long on the virtual clock; ``x`` has its row only.
 
@@ -140,24 +102,8 @@ class SALF(Scheduled):
         if self.deadline is None or self.send == "all":
             return self.message(x)
         layers = depth_of(x.spec)
-        reached = reached_layers(self._in_time(self.deadline, layers, step_seconds, steps), layers)
+        reached = reached_layers(self.in_time(self.deadline, layers, step_seconds, steps), layers)
         return _message(PartlySent.of(x, reached))
-
-    def _in_time(
-        self, deadline: float, layers: int, step_seconds: Float[Tensor, " client"], steps: int
-    ) -> Int[Tensor, " client"]:
-        of_step = deadline / steps / step_seconds
-        share = (of_step.nan_to_num(0.0) - self.forward) / (1 - self.forward)  # NaN: absent
-        return (share * layers + 1e-9).floor().clamp(0, layers).long()
-
-    def chances(self, layers: int) -> Float[Tensor, " layer"]:
-        """q_l, the chance that a client reaches layer l; 1 for every layer that a deadline lets it reach."""
-        l = torch.arange(1, layers + 1, dtype=torch.float64)  # noqa: E741 (the paper's letter)
-        if self.depth == "uniform":
-            return 1 - self.stragglers * (l - 1) / layers
-        if self.depth == "poisson":
-            return torch.special.gammainc(l, torch.full_like(l, self.rate))
-        return torch.ones_like(l)
 
 
 def _message(x: Adapters) -> Schema:
