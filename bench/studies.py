@@ -116,19 +116,20 @@ def elsewhere(methods: Sequence[str], graphs: Sequence[Any], judge: bool = True)
 
 
 def pairs(name: str, axis: Tree, chances: Sequence[float]) -> Callable[[Path, int], Tree]:
-    """A task of text pairs; 500 rows (501 of three labels) are evaluated, the same every time."""
+    """A task of text pairs, every loss prior-adjusted; 500 rows (501 of three labels) are evaluated, the same ones."""
 
     def grid(data: Path, rounds: int) -> Tree:
         common = base(rounds) | task(name, data)
         common["data"] |= {"eval_per_class": round(500 / len(common["task"]["labels"]))}
         common["topology"] = {"kind": "random", "p": chances[0]}
         common["eval"]["every"] = rounds
+        common["train"]["label_prior"] = "uniform"
         return {
             "base": common,
             "axes": {"method": axis, "topology": [{"kind": "random", "p": p} for p in chances]},
             "seeds": SEEDS,
             "baseline": {"method": next(iter(axis))},
-            "search": search(name) | {"rates": PAIR_RATES, "each": ["algorithm.name", "train.label_prior"]},
+            "search": search(name) | {"rates": PAIR_RATES},
         }
 
     return grid
