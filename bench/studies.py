@@ -31,7 +31,7 @@ PLACE, RESULTS, PAGE = Path(".bench/studies"), Path("bench/results"), Path("docs
 SEEDS = [0, 1, 2]
 RATES = [2e-3, 5e-3]
 ROUNDS, PAIR_ROUNDS = 24, 40
-"""In 24 rounds QNLI stays at chance even on a complete graph; at 1e-2 it does so in 40."""
+"""On text pairs more: QNLI does not leave chance before round 30 (docs/log.md)."""
 LORA_METHODS = (
     "local", "dec-lora", "adf-lora", "tad-lora", "rolora", "ffa-lora", "fedit", "fedsa-lora", "decaf", "flexlora",
     "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "flora", "fedex-lora", "fedhl",

@@ -95,7 +95,7 @@ def label_skew(_rates: dict[str, float]) -> Tree:
 
 
 def label_skew_sgd(_rates: dict[str, float]) -> Tree:
-    """All but one row with the adjusted loss: without it SGD does not leave chance in this many steps."""
+    """All but one row with the adjusted loss, which takes SGD further in so few steps."""
     plain = {"optimizer": "sgd"}
     sgd = plain | PRIOR
     return {

@@ -140,7 +140,7 @@ def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, t
     while not (tmp_path / "old" / "run.json").exists():
         assert time.monotonic() < limit, "a did not start"
         time.sleep(0.05)
-    answer = cli("peer", path, "peer.run=new", "peer.join=5", *options(sites, "b"), "--out", tmp_path / "new")
+    answer = cli("peer", path, "peer.run=new", "peer.join=10", *options(sites, "b"), "--out", tmp_path / "new")
     assert answer.code == 1 and "in another run" in answer.err and "wrong-run" in answer.err, answer.err
 
 
