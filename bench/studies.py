@@ -4,9 +4,9 @@
 
 FOLDER holds sst2/train.parquet, sst2/validation.parquet and so on.  A study's runs lie below .bench/studies; it can be
 stopped and gone on with.  At its end the table goes to bench/results and between the study's markers of
-docs/results.md.  Learning rates are searched per method and task, at p = 0.1, on training rows set aside; ``ring`` and
-``sparsity`` take the rates that ``methods`` found.  Clients alone are the same on every graph, so where a study has
-several graphs and searches, they are a study of their own: ``qnli-alone``, ``mnli-alone``.
+docs/results.md.  Learning rates are searched per method and task, at p = 0.1, on training rows set aside; ``ring``,
+``sparsity`` and ``drift`` take the rates that ``methods`` found.  Clients alone are the same on every graph, so where a
+study has several graphs and searches, they are a study of their own: ``qnli-alone``, ``mnli-alone``.
 """
 
 import argparse
@@ -42,6 +42,7 @@ FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
 TASKS = {
     "SST-2": ("sst2", ["sentence"], ["negative", "positive"], BINARY, 64),
     "QNLI": ("qnli", ["question", "sentence"], ["entailment", "not_entailment"], BINARY, 64),
+    "QQP": ("qqp", ["question1", "question2"], ["not_duplicate", "duplicate"], BINARY, 64),
     "MNLI": ("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], THREE, 64),
 }
 """Task -> (folder, columns of text, labels by id, partition, most tokens of a row)."""
@@ -73,8 +74,8 @@ def base(rounds: int) -> Tree:
 
 
 def search(rows_of: str) -> Tree:
-    """500 rows of every task are set aside, whatever its size."""
-    shares = {"SST-2": 500 / 67349, "QNLI": 0.05, "MNLI": 0.05}
+    """Some 500 rows of every task are set aside, whatever its size."""
+    shares = {"SST-2": 500 / 67349, "QNLI": 0.05, "QQP": 0.05, "MNLI": 0.05}
     return {"rates": RATES, "seeds": [0], "holdout": shares[rows_of]}
 
 
@@ -112,6 +113,19 @@ def elsewhere(methods: Sequence[str], graphs: Sequence[Any], judge: bool = True)
         }
 
     return grid
+
+
+def drift(data: Path, rounds: int) -> Tree:
+    """Methods that merge into the base, on a ring whose weights have no negative eigenvalue.
+
+    What is merged is never mixed again, and differences grow along negative eigenvalues (docs/methods.md).  dec-lora
+    shows what else these weights change.
+    """
+    ring = elsewhere(("dec-lora", "flora", "fedex-lora", "rac-lora"), [{"kind": "ring", "weights": "laplacian"}], False)
+    tree = ring(data, rounds)
+    found = tree["axes"]["method"]["rac-lora"]
+    tree["axes"]["method"]["rac-lora, mix_merged"] = found | {"algorithm": {"name": "rac-lora", "mix_merged": True}}
+    return tree
 
 
 def pairs(name: str, axis: Tree, chances: Sequence[float]) -> Callable[[Path, int], Tree]:
@@ -153,11 +167,13 @@ PAIRS: dict[str, Callable[[Path, int], Tree]] = {
     "qnli-alone": pairs("QNLI", {ALONE: alone()}, (0.1,)),
     "mnli": pairs("MNLI", GOSSIPED, (0.1, 0.02)),
     "mnli-alone": pairs("MNLI", {ALONE: alone()}, (0.1,)),
+    "qqp": pairs("QQP", GOSSIPED | {ALONE: alone()}, (0.1,)),
 }
 STUDIES: dict[str, Callable[[Path, int], Tree]] = {
     "methods": methods,
     "ring": elsewhere(LORA_METHODS, ["ring"], judge=False),
     "sparsity": elsewhere(FACTOR_METHODS, [{"kind": "random", "p": p} for p in (0.5, 0.02)]),
+    "drift": drift,
     "dtype": dtype,
     **PAIRS,
 }
