@@ -24,7 +24,7 @@ from peerlora.runs.compare import Comparison
 from peerlora.runtime.cells import load_grid
 from peerlora.runtime.folder import run_facts
 from peerlora.runtime.grid import Hooks, resume_grid, start_grid
-from peerlora.runtime.presets import BINARY, THREE
+from peerlora.runtime.presets import TASKS
 
 Tree = dict[str, Any]
 PLACE, RESULTS, PAGE = Path(".bench/studies"), Path("bench/results"), Path("docs/results.md")
@@ -39,23 +39,16 @@ LORA_METHODS = (
 ALONE = "alone, prior-adjusted"
 """What gossip is to be judged by; it is the same on every graph."""
 FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
-TASKS = {
-    "SST-2": ("sst2", ["sentence"], ["negative", "positive"], BINARY, 64),
-    "QNLI": ("qnli", ["question", "sentence"], ["entailment", "not_entailment"], BINARY, 64),
-    "QQP": ("qqp", ["question1", "question2"], ["not_duplicate", "duplicate"], BINARY, 64),
-    "MNLI": ("mnli", ["premise", "hypothesis"], ["entailment", "neutral", "contradiction"], THREE, 64),
-}
-"""Task -> (folder, columns of text, labels by id, partition, most tokens of a row)."""
 
 
 def task(name: str, data: Path) -> Tree:
-    folder, text, labels, partition, longest = TASKS[name]
+    folder, text, labels, partition = TASKS[name]
     rows = {
         "train": f"parquet:{data / folder / 'train.parquet'}",
         "eval": f"parquet:{data / folder / 'validation.parquet'}",
         "text": text,
         "label": "label",
-        "max_length": longest,
+        "max_length": 64,
     }
     return {"data": rows, "task": {"labels": labels}, "partition": partition}
 

@@ -11,7 +11,7 @@ from plain_products import Drift
 from test_product_methods import GRAPHS, UNEQUAL, exchange, run, start
 
 from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.decaf import product_consensus
+from peerlora.algorithms.decaf import averaged_products
 from peerlora.lora.adapters import mask_ranks
 from peerlora.runtime.compose import compose
 
@@ -39,7 +39,7 @@ def low_rank(rank):
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4), UNEQUAL])
 def test_what_is_lost_is_the_tail_and_nothing_else(graph, ranks):
     x, peers = trained(ranks), exchange(graph)
-    found, W = updates(peers.combine(x, product_consensus)), torch.from_numpy(peers.graph.W)
+    found, W = updates(peers.combine(x, averaged_products)), torch.from_numpy(peers.graph.W)
     lost = torch.zeros(4, dtype=torch.float64)
     for layer, P in updates(x).items():
         wanted = torch.einsum("ij,jdk->idk", W, P)
@@ -54,7 +54,7 @@ def test_what_is_lost_is_the_tail_and_nothing_else(graph, ranks):
 @pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
 def test_with_rank_enough_it_is_exact_gossip_of_products(graph):
     x, peers = low_rank(1), exchange(graph)  # four products of rank 1 have sums of rank 4 at most
-    found, W = updates(peers.combine(x, product_consensus)), torch.from_numpy(peers.graph.W)
+    found, W = updates(peers.combine(x, averaged_products)), torch.from_numpy(peers.graph.W)
     for layer, P in updates(x).items():
         assert torch.allclose(found[layer], torch.einsum("ij,jdk->idk", W, P), rtol=0, atol=1e-12)
         assert torch.allclose(found[layer].mean(0), P.mean(0), rtol=0, atol=1e-12)  # W is doubly stochastic
@@ -63,7 +63,7 @@ def test_with_rank_enough_it_is_exact_gossip_of_products(graph):
 
 def test_alone_the_product_stays():
     x = trained()
-    found = exchange(GRAPHS[2], 4).combine(replace(x, flat=x.flat[:1].repeat(4, 1)), product_consensus)
+    found = exchange(GRAPHS[2], 4).combine(replace(x, flat=x.flat[:1].repeat(4, 1)), averaged_products)
     for layer, P in updates(x).items():
         assert torch.allclose(updates(found)[layer], P[:1].expand(4, -1, -1), rtol=0, atol=1e-12)
 
@@ -73,7 +73,7 @@ def test_by_hand_ranks_one_and_two_count_with_their_scaling():
     x = start((1, 2, 3, 4))
     x = replace(x, flat=torch.zeros_like(x.flat))
     x.B["q"][0, 0, 0], x.A["q"][0, 0, 0], x.B["q"][1, 0, 0], x.A["q"][1, 0, 0] = 1, 2, 2, 4
-    found = exchange(GRAPHS[2]).combine(x, product_consensus)
+    found = exchange(GRAPHS[2]).combine(x, averaged_products)
     for i, s in enumerate([6, 3, 2, 1.5]):
         assert float(updates(found)["q"][i, 0, 0]) == pytest.approx((12 + 24) / 4)
         assert float(found.B["q"][i, 0, 0]) == pytest.approx((9 / s) ** 0.5) == float(found.A["q"][i, 0, 0])
@@ -97,7 +97,7 @@ def test_the_cycle_is_the_paper_s_whatever_it_starts_with():
     x = start()
     for t in range(4):
         peers.begin(max(0, t - 1))  # the graph that we use at the end of round t - 1
-        x = peers.combine(x, product_consensus)
+        x = peers.combine(x, averaged_products)
         if t < 3:
             learner.begin(t)
             x = learner.fit(x, "AB")
@@ -110,7 +110,7 @@ def test_directions_that_the_average_lacks_can_still_train(kept):
     for layer in x.A:  # the same product everywhere: the average has its rank
         x.A[layer].copy_(x.A[layer][:1].expand_as(x.A[layer]).clone())
         x.B[layer].copy_(x.B[layer][:1].expand_as(x.B[layer]).clone())
-    found = peers.combine(x, product_consensus)
+    found = peers.combine(x, averaged_products)
     for layer, A in found.A.items():
         assert not found.B[layer][:, :, kept:].any() and torch.equal(A[:, kept:], x.A[layer][:, kept:])
         B, A, wanted = found.B[layer][0].requires_grad_(), A[0], torch.ones(found.B[layer].shape[1], A.shape[-1])
@@ -120,12 +120,12 @@ def test_directions_that_the_average_lacks_can_still_train(kept):
 
 def test_unequal_ranks_keep_their_padding():
     x = trained(UNEQUAL)
-    found = exchange(GRAPHS[0]).combine(x, product_consensus)
+    found = exchange(GRAPHS[0]).combine(x, averaged_products)
     assert torch.equal(found.flat, mask_ranks(found).flat) and torch.equal(found.ranks, x.ranks)
 
 
 def test_receivers_with_the_same_neighbourhood_get_the_same_factors():
-    found = exchange(GRAPHS[2]).combine(trained(), product_consensus)
+    found = exchange(GRAPHS[2]).combine(trained(), averaged_products)
     assert torch.equal(found.flat, found.flat[:1].expand(4, -1))
 
 

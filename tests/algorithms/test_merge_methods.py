@@ -16,9 +16,9 @@ from test_product_methods import GRAPHS, NOBODY, SPEC, UNEQUAL, Meeting, assert_
 
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import prepare
-from peerlora.algorithms.decaf import product_consensus
+from peerlora.algorithms.decaf import averaged_products
 from peerlora.algorithms.fedhl import Referenced, capped, corrected_reference, scores
-from peerlora.algorithms.merging import Merging, check_merges
+from peerlora.algorithms.merging import Merging, check_merges, room
 from peerlora.config import load_config
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
@@ -335,7 +335,7 @@ def test_what_nobody_changed_stays_although_ranks_truncate_it(ranks):
         state = algorithm.round(t, state, idle, peers)
         for n, W in parts(state)[1].items():
             assert torch.allclose(W, dense[n], rtol=0, atol=1e-11)
-    flexlora = peers.combine(state.adapters, product_consensus)
+    flexlora = peers.combine(state.adapters, averaged_products)
     assert max((models(flexlora)[n] - dense[n]).abs().max() for n in dense) > 0.1, "FlexLoRA loses the tail"
 
 
@@ -482,7 +482,7 @@ def test_a_round_leaves_the_state_it_got_alone_and_keeps_its_dtype(name):
 REFUSED = [
     ("rac-lora", {"chain": 0}, "algorithm.chain=0, algorithm.settle=None given; expected at least 1 and 0"),
     ("rac-lora", {"settle": -1}, "algorithm.settle=-1"),
-    ("rac-lora", {"settle": 1.5}, "algorithm.settle: 1.5 given"),
+    ("rac-lora", {"settle": 1.5}, "algorithm.settle: 1.5 given; expected a whole number or null$"),
     ("rac-lora", {"side": "both"}, "algorithm.side: 'both' given; expected one of right, left"),
     ("fedhl", {"cap": 0.5}, "algorithm.cap=0.5, algorithm.growth=4 given; expected at least 1"),
     ("fedhl", {"growth": 0}, "algorithm.growth=0"),
@@ -507,6 +507,13 @@ def test_unequal_ranks_and_contacts_in_sequence_are_refused_where_they_cannot_wo
         compose(config("bert", f"algorithm.name={name}", "topology.weights=pairwise"))
 
 
+@pytest.mark.parametrize("name", ["decaf", "flexlora", "hetlora", "fedrot-lora", "fedhl", "flora"])
+@pytest.mark.parametrize("kept", ["keep", "phase"])
+def test_moments_of_factors_in_other_coordinates_are_not_kept(config, name, kept):
+    with pytest.raises(CompositionError, match=f"{name} cannot keep the optimiser's memory.*optimizer_state={kept}"):
+        compose(config("bert", f"algorithm.name={name}", f"train.optimizer_state={kept}"))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_merges_that_do_not_fit_are_refused_with_the_numbers(name, monkeypatch):
     algorithm, topology, base = build_algorithm(name, {}), exchange(RING).topology, torch.nn.Linear(2, 2)
@@ -520,6 +527,12 @@ def test_merges_that_do_not_fit_are_refused_with_the_numbers(name, monkeypatch):
     ):
         check_merges(name, algorithm, topology, 100, start(), base)
     check_merges("dec-lora", build_algorithm("dec-lora", {}), topology, 100, start(), base)
+
+
+def test_on_a_gpu_its_free_memory_counts(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (7, 80))
+    assert room(torch.device("cuda:0")) == (7, "and the GPU has free")
+    assert room(torch.device("cpu"))[0] > 10**8
 
 
 def test_the_room_for_merges_is_what_they_take():

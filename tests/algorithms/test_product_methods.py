@@ -214,8 +214,8 @@ def test_a_round_leaves_the_state_it_got_alone_and_keeps_its_dtype(name):
 REFUSED = [
     ("fedrot-lora", {"strength": 1.5}, "algorithm.strength: 1.5 given; expected a number from 0 to 1"),
     ("fedrot-lora", {"strength": -0.1}, "from 0 to 1"),
-    ("fedrot-lora", {"strength": float("nan")}, "algorithm.strength: nan given; expected a float such as 0.5"),
-    ("fedrot-lora", {"strength": True}, "algorithm.strength: True given; expected a float such as 0.5"),
+    ("fedrot-lora", {"strength": float("nan")}, "algorithm.strength: nan given; expected a number, such as 0.5"),
+    ("fedrot-lora", {"strength": True}, "algorithm.strength: True given; expected a number, such as 0.5"),
     ("fedrot-lora", {"strength": "0.5"}, "algorithm.strength: '0.5' given"),
     ("fedrot-lora", {"strength": None}, "algorithm.strength: None given"),
     ("fedrot-lora", {"first": "C"}, "algorithm.first: 'C' given; expected one of A, B"),
@@ -226,7 +226,7 @@ REFUSED = [
     ("hetlora", {"gamma": 1.01}, "at most 1"),
     ("hetlora", {"penalty": -1e-4}, "algorithm.penalty=-0.0001"),
     ("hetlora", {"smallest": 0}, "algorithm.smallest=0"),
-    ("hetlora", {"smallest": 1.0}, "algorithm.smallest: 1.0 given; expected a int such as 1"),
+    ("hetlora", {"smallest": 1.0}, "algorithm.smallest: 1.0 given; expected a whole number, such as 1"),
     ("decaf", {"rank": 3}, "unknown key 'algorithm.rank'; decaf has no settings"),
 ]
 

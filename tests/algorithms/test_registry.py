@@ -29,7 +29,7 @@ REFUSED = [
     ("xyz", {}, r"algorithm.name 'xyz' is unknown; expected one of"),
     ("adf-lora", {"intervall": 3}, r"'algorithm.intervall' \(did you mean 'interval'\?\); adf-lora takes interval"),
     ("dec-lora", {"interval": 3}, "unknown key 'algorithm.interval'; dec-lora has no settings"),
-    ("adf-lora", {"interval": "3"}, "algorithm.interval: '3' given; expected a int such as 5"),
+    ("adf-lora", {"interval": "3"}, "algorithm.interval: '3' given; expected a whole number, such as 5"),
     ("adf-lora", {"interval": 2.0}, r"algorithm.interval: 2\.0 given"),
     ("adf-lora", {"interval": True}, "algorithm.interval: True given"),
     ("adf-lora", {"interval": None}, "algorithm.interval: None given"),

@@ -56,6 +56,15 @@ def test_clients_differ_and_the_average_is_their_mean(cli, run, tmp_path):
     assert not torch.equal(clients[0][factor], clients[1][factor])
 
 
+def test_ranks_that_were_cut_have_no_average(cli, yaml_file, tmp_path):
+    run = tmp_path / "cut"
+    words = ["algorithm.name=hetlora", "algorithm.gamma=0.5", "algorithm.penalty=0.1"]
+    assert cli("train", yaml_file(), *words, "--out", run).code == 0
+    answer = cli("export", run, "--average", "--to", tmp_path / "to")
+    assert answer.code == 2 and "different ranks" in answer.err and "--client" in answer.err
+    assert not (tmp_path / "to").exists()
+
+
 @pytest.mark.parametrize("client", ["4", "-1"])
 def test_unknown_client(client, cli, run, tmp_path):
     answer = cli("export", run, "--client", client, "--to", tmp_path / "to")

@@ -10,11 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.lora.diagnostics import agreement, local_cross_term
+from peerlora.lora.diagnostics import _lost2_alone, agreement, local_cross_term
 from peerlora.lora.product import (
     cross_term2,
     deviation,
-    local_cross_term2,
     norms2,
     product_consensus,
     sum_norm2,
@@ -38,6 +37,11 @@ def factors(draw):
 
 def weights_of(clients, seed):
     return torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(clients)))
+
+
+def local_cross_term2(B, A, weights):
+    """What one receiver loses in one mixing, squared; ``weights`` is its row of W."""
+    return _lost2_alone(B, A, weights[None])[0]
 
 
 def close(found, expected, scale):

@@ -206,6 +206,29 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
 
 
+def by_p(cells, axis):
+    """Title -> legend, of the figures of accuracy by p; ``cells``: (labels, p)."""
+    told = [replace(outcome("a", seed, 0.5, 0.9), labels=labels, p=p) for labels, p in cells for seed in (0, 1)]
+    pictures = [picture for picture in comparison_figures(told, axis) if " by p" in picture.title]
+    return {picture.title: [key.label for key in picture.legend] for picture in pictures}
+
+
+def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_each_label():
+    cells = [
+        ({"method": method, "graph": graph, "task": task}, p)
+        for method in ("a", "b")
+        for graph, p in (("p=0.1", 0.1), ("p=0.5", 0.5), ("ring", None))
+        for task in ("one", "other")
+    ]
+    name = "accuracy of the mean client by p, last evaluation"
+    assert by_p(cells, "method") == {f"{name}, task one": ["a", "b"], f"{name}, task other": ["a", "b"]}
+    whole = {name: ["a, one", "a, other", "b, one", "b, other"]}
+    assert by_p(cells, None) == by_p(cells, "graph") == whole
+    assert by_p([cell for cell in cells if cell[0]["graph"] != "p=0.5"], "method") == {}
+    tied = [({"method": "a", "graph": "sparse"}, 0.1), ({"method": "b", "graph": "dense"}, 0.5)]
+    assert by_p(tied, None) == {}  # no line has two values: p and the method go together
+
+
 def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp_path):
     """Methods whose operator is sum-product, but for those that merge; and the one that turns factors."""
     kept = {"flora", "fedex-lora"}

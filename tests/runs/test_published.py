@@ -68,7 +68,8 @@ def test_what_differs_is_listed_with_both_sides():
         aspect: (theirs, here) for aspect, theirs, here in apart(PAPERS["fedrot-lora"], [ours(config, [], [0], "")])
     }
     assert listed["topology"] == ("complete (a server)", "ring") and listed["weights"] == ("by rows", "metropolis")
-    assert listed["partition"] == ("dirichlet, concentration 0.5", "dirichlet, concentration 0.1")
+    theirs = "; ".join(f"dirichlet, concentration {alpha}" for alpha in (0.5, 1.0, 100.0))
+    assert listed["partition"] == (theirs, "dirichlet, concentration 0.1")
     assert listed["seeds"] == ("not found", "1") and listed["rank"] == ("4", "8")
     server = ours(glue("SST-2", "fedit", topology={"kind": "complete"}), [], [0], "")
     assert "topology" not in {aspect for aspect, _, _ in apart(PAPERS["fedrot-lora"], [server])}
@@ -132,6 +133,51 @@ def test_no_published_numbers_for_other_tasks_or_methods():
     assert papers_for([load_config({})], None) == []
     assert papers_for([glue("SST-2", "local")], None) == []
     assert papers_for([glue("WNLI", "dec-lora")], None) == []
+
+
+def besides(method, **changes):
+    listed = {aspect: (theirs, here) for aspect, theirs, here in apart(PAPERS["adf-lora"], [own(method, **changes)])}
+    return listed.get("besides", ("nothing", "nothing"))
+
+
+def own(method, **changes):
+    return ours(glue("SST-2", method, **changes), [], [0], "mean client")
+
+
+def test_what_no_paper_tells_of_is_listed():
+    assert besides("dec-lora") == besides("adf-lora", algorithm={"name": "adf-lora", "interval": 1})
+    assert besides("dec-lora") == ("nothing", "nothing")
+    changes = {
+        "train": {"label_prior": "uniform", "clip": 1, "batches": "by-length"},
+        "exchange": {"codec": "sign", "robust": {"kind": "trimmed-mean", "drop": 2}},
+        "adversary": {"attack": "ipm"},
+        "clock": {},
+    }
+    told = "loss adjusted for the label prior (uniform); gradients clipped at 1; batches by-length; compressed: sign; "
+    told += "in place of the average: trimmed-mean, drop 2; attackers: ipm; a virtual clock"
+    assert besides("dec-lora", **changes) == ("nothing", told)
+    turned = besides("fedrot-lora", algorithm={"name": "fedrot-lora", "strength": 1.0})
+    assert turned[1] == "fedrot-lora strength 1.0"
+    assert besides("rac-lora")[1] == "rounds without training, as many as the graph asks for"
+    settled = besides("rac-lora", algorithm={"name": "rac-lora", "settle": 2})
+    assert settled[1] == "rac-lora settle 2; rounds without training, 2 a block"
+
+
+def test_the_optimiser_starts_afresh_by_phase_only_where_factors_switch():
+    kept = {"train": {"optimizer_state": "phase"}}
+    assert {
+        name: own(name, **kept)["optimiser's memory"] for name in ("dec-lora", "ffa-lora", "rac-lora", "fedspeed")
+    } == (dict.fromkeys(("dec-lora", "ffa-lora", "rac-lora", "fedspeed"), "kept"))
+    for name in ("adf-lora", "tad-lora", "rolora"):
+        assert own(name, **kept)["optimiser's memory"] == "afresh every phase"
+    assert own("dec-lora")["optimiser's memory"] == "afresh every round"
+
+
+def test_rolora_switches_every_round_in_papers():
+    numbers = [number for paper in PAPERS.values() for number in paper.numbers if number.methods == ("rolora",)]
+    assert numbers and all(number.settings["algorithm.interval"] == 1 for number in numbers)
+    config = glue("SST-2", "rolora", algorithm={"name": "rolora", "interval": 5})
+    assert not any(fits(number, config) for number in numbers)
 
 
 def test_settings_that_a_number_asks_for_may_be_defaults():

@@ -102,10 +102,18 @@ def build_algorithm(name: str, parameters: dict[str, Any]) -> Algorithm[Any]:
 def _setting(key: str, value: Any, hint: Any, default: Any) -> Any:
     """One setting's value as its annotation asks; a whole number serves as a float."""
     if not _fits(value, hint):
-        choice = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else None
-        wanted = choice or f"a {getattr(hint, '__name__', hint)} such as {default!r}"
-        raise ConfigError(f"algorithm.{key}: {value!r} given; expected {wanted}")
+        example = f", such as {default}" if type(default) in (int, float) else ""
+        raise ConfigError(f"algorithm.{key}: {value!r} given; expected {_in_words(hint)}{example}")
     return float(value) if type(value) is int and float in (hint, *get_args(hint)) else value
+
+
+def _in_words(hint: Any) -> str:
+    """What an annotation asks for, as people and YAML say it."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}[hint]
 
 
 def _fits(value: Any, hint: Any) -> bool:

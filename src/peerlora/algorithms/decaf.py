@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.exchange.combine import Combined, Received
-from peerlora.lora.product import decompose, joined
+from peerlora.lora.product import Decomposition, decompose, joined
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -42,20 +43,26 @@ class DeCAF(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.combine(learner.fit(x, train="AB"), product_consensus)
+        return peers.combine(learner.fit(x, train="AB"), averaged_products)
 
 
-def product_consensus(received: Received) -> Combined:
+def averaged_products(received: Received) -> Combined:
     """The weighted average of the products, truncated to each receiver's own rank."""
-    own, rank = received.own, received.own.spec.rank
+    own = received.own
     ranks = own.ranks.to(own.flat.device)
-    shrink = own.scaling.double().rsqrt()[:, None, None]  # s B A is the product; the factors share 1/s evenly
     factors, tail = {}, torch.zeros(own.clients, dtype=torch.float64, device=own.flat.device)
     for layer in received.layers:
         found = decompose(*joined(received.B(layer), received.A(layer), received.weights * received.scaling))
-        B, A = found.factors(rank)
-        alive = torch.arange(rank, device=ranks.device) < torch.minimum(found.rank, ranks)[:, None]
-        new_A = torch.where(alive[:, :, None], A * shrink, own.A[layer].double())
-        factors[layer] = torch.where(alive[:, None, :], B * shrink, 0.0), new_A
+        factors[layer] = cut_to_rank(found, own, layer)
         tail += found.tail(ranks)
     return received.with_factors(factors, {"truncation_tail": tail})
+
+
+def cut_to_rank(found: Decomposition, own: Adapters, layer: str) -> tuple[Tensor, Tensor]:
+    """(B, A) of each client's rank, balanced, without its scaling; directions that are missing keep A and get B = 0."""
+    rank, ranks = own.spec.rank, own.ranks.to(own.flat.device)
+    B, A = found.factors(rank)
+    alive = torch.arange(rank, device=ranks.device) < torch.minimum(found.rank, ranks)[:, None]
+    shrink = own.scaling.double().rsqrt()[:, None, None]  # s B A is the product; the factors share 1/s evenly
+    new_A = torch.where(alive[:, :, None], A * shrink, own.A[layer].double())
+    return torch.where(alive[:, None, :], B * shrink, 0.0), new_A

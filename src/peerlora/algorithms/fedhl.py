@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.algorithms.base import Operator
+from peerlora.algorithms.decaf import cut_to_rank
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
@@ -56,7 +57,7 @@ class FedHL(FactorGossip):
     weighting: Literal["squared", "plain", "equal"] = "squared"
     """1 / (e^2 + 1e-6), 1 / (e + 1e-6), or none."""
     cap: float = 2.0
-    """No weight exceeds this times the neighbour's entry of W."""
+    """No weight exceeds this times the neighbour's entry of W; equal weights never do."""
     growth: int = 4
     """The rank of the references, as a multiple of the largest adapter's."""
     requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
@@ -67,6 +68,7 @@ class FedHL(FactorGossip):
     own_gauge: ClassVar = True
     into_base: ClassVar = False
     unequal_ranks: ClassVar = None
+    fresh_optimizer: ClassVar = "the factors are cut anew from the reference after every exchange"
 
     def __post_init__(self):
         if self.cap < 1 or self.growth < 1:
@@ -133,16 +135,6 @@ def corrected_reference(received: Received, weighting: str, cap: float) -> Combi
         measures["reference_tail"] += found.tail(torch.full_like(ranks, width))
     combined = received.with_factors(factors, measures)
     return replace(combined, adapters=replace(combined.adapters, merged=Merged(updates)))
-
-
-def cut_to_rank(found: Decomposition, own: Adapters, layer: str) -> tuple[Tensor, Tensor]:
-    """(B, A) of each client's rank, without its scaling; directions that are missing keep A and get B = 0."""
-    rank, ranks = own.spec.rank, own.ranks.to(own.flat.device)
-    B, A = found.factors(rank)
-    alive = torch.arange(rank, device=ranks.device) < torch.minimum(found.rank, ranks)[:, None]
-    shrink = own.scaling.double().rsqrt()[:, None, None]
-    new_A = torch.where(alive[:, :, None], A * shrink, own.A[layer].double())
-    return torch.where(alive[:, None, :], B * shrink, 0.0), new_A
 
 
 def truncation_errors(

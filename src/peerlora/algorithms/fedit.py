@@ -28,7 +28,7 @@ class FedIT(DecLoRA):
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FedIT, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""
-        if topology.properties.static and topology.rho() == 0:
+        if topology.averages_all:
             return self, ()
         return self, (
             f"fedit averages over everybody only with topology=complete; on {topology.config.kind} it is its "

@@ -30,14 +30,15 @@ class FedRotLoRA(FactorGossip):
     Source: "FedRot-LoRA", arXiv 2602.23638 and the authors' code (alignment, alternation, the soft rotation with its
     determinant fix, no rotation in round 0: as in the code).
     Differs (ours): the paper's reference is the server's last average; here each receiver is the reference for its
-    neighbours, so no server is needed, but the mean of the raw factors is no longer kept.  The determinant is fixed
-    at full strength too (the paper asks for rotations, the code's hard path does not check).
+    neighbours, so no server is needed, but the mean of the raw factors is no longer kept.  Neighbours are weighed by
+    W, where the code's server weighs clients by their rows.  The determinant is fixed at full strength too (the paper
+    asks for rotations, the code's hard path does not check).
     """
 
     strength: float = 0.5
     """Lambda: 0 averages the factors as they are, 1 turns them all the way."""
     first: Literal["A", "B"] = "A"
-    """The factor that is aligned in odd rounds."""
+    """The factor that is aligned in odd rounds, the other one in even ones; of no effect with strength 0."""
     requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
     trains: ClassVar = "A and B"
     mixes: ClassVar = "A and B, turned towards the receiver"

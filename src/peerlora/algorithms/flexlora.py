@@ -26,7 +26,7 @@ class FlexLoRA(DeCAF):
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FlexLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""
-        if topology.properties.static and topology.rho() < 1e-12:
+        if topology.averages_all:
             return self, ()
         return self, (
             f"flexlora averages over everybody only with topology=complete; on {topology.config.kind} it is its "

@@ -44,6 +44,7 @@ class FLoRA(FactorGossip):
     source: ClassVar = "FLoRA, arXiv 2409.05976"
     into_base: ClassVar = True
     unequal_ranks: ClassVar = None
+    fresh_optimizer: ClassVar = "A is drawn anew after every exchange"
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""
@@ -78,7 +79,7 @@ def stacked_merge(received: Received, fresh: Adapters) -> Combined:
 
 def drift_notes(name: str, topology: Topology, risk: str = "") -> tuple[str, ...]:
     """What is to be said of a method that merges what it receives, where not everybody meets everybody."""
-    if topology.properties.static and topology.rho() < 1e-12:
+    if topology.averages_all:
         return ()
     return (
         f"{name} merges what a client receives, and merged parts are never mixed again: on "

@@ -38,8 +38,9 @@ class LoRAFAIR(FactorGossip):
     describe the paper; its code was not read).  There the penalty is ||dB||; the square, and the cosine of the matrices
     written as one vector each, are a re-implementation's (another takes column by column).
     Differs (ours): the closed form, and its lambda, which is on another scale than the cosine's; the server is replaced
-    by each receiver with its row of W (the server's case is the complete graph); the descent halves a step that would
-    not lower the objective, because the gradient of a cosine grows without bound as B gets small, as at the start.
+    by each receiver with its row of W (the server's case is the complete graph), in which neighbours weigh the same,
+    however many rows they have; the descent takes a quarter of a step that would not lower the objective and doubles
+    one that does, because the gradient of a cosine grows without bound as B gets small, as at the start.
     """
 
     ridge: float = 0.01

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import torch
+
 from peerlora.errors import CompositionError
 
 if TYPE_CHECKING:
@@ -45,14 +47,21 @@ def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, round
     senders = topology.clients if topology.graph is None else int(topology.graph.sum(axis=1).max()) + 1
     columns = algorithm.merged_columns(x.spec.rank, senders, rounds)
     needed = _COPIES * x.clients * _scalars(x, columns) * x.flat.element_size()
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there, of_what = room(x.flat.device)
     if needed > there:
         raise CompositionError(
             f"{name} would hold up to {columns} merged columns in each of {len(x.spec.layers)} layers for each of "
-            f"{x.clients} clients: {needed / 1e9:.3g} GB with the copies that a merge and a checkpoint make, this "
-            f"machine has {there / 1e9:.3g} GB; use fewer clients, adapter.targets with fewer layers, or "
+            f"{x.clients} clients: {needed / 1e9:.3g} GB with the copies that a merge and a checkpoint make, "
+            f"{of_what} {there / 1e9:.3g} GB; use fewer clients, adapter.targets with fewer layers, or "
             "algorithm.name=dec-lora"
         )
+
+
+def room(device: torch.device) -> tuple[int, str]:
+    """Bytes that adapters on this device can have at most, and how to say so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "and the GPU has free"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "and this machine has"
 
 
 def _scalars(x: Adapters, columns: int) -> int:

@@ -43,11 +43,11 @@ class RACLoRA(FactorGossip):
     where one frozen factor reaches those of its own rank only (FFA-LoRA).  With common A the mixing averages products.
 
     What is merged never meets again, so a disagreement that is merged stays for good: that is what ``settle`` is for.
-    By default the topology chooses it, such that a tenth of the disagreement norm is left, and such that a block mixes
-    an even number of times after its last step: along an eigenvector of W with a negative eigenvalue an odd power has
-    the wrong sign, and clients would run away from each other.  With other data on every client each still drifts
-    towards its own optimum, slowly.  ``mix_merged`` avoids all that: frozen factors are common, so the merged ones can
-    be mixed too, for messages that grow with the chain.
+    By default the topology chooses it, such that a tenth of the disagreement norm is left, or twice ``chain`` mixings
+    are made if that is less, and such that a block mixes an even number of times after its last step: along an
+    eigenvector of W with a negative eigenvalue an odd power has the wrong sign, and clients would run away from each
+    other.  With other data on every client each still drifts towards its own optimum, slowly.  ``mix_merged`` avoids
+    all that: frozen factors are common, so the merged ones can be mixed too, for messages that grow with the chain.
 
     Source: "RAC-LoRA", arXiv 2410.08305, as others describe it: random frozen factor, chain of merges; Fed-RAC-LoRA
     (shared frozen factor, server averages the other, merges) is this method on the complete graph with settle=0.

@@ -176,7 +176,10 @@ def _lost2(
     kept: tuple[str, ...],
     receivers: Int[Tensor, " receiver"],
 ) -> Float[Tensor, " receiver"]:
-    """``|| sum_j w_ij B_j A_j - P_i Q_i ||^2`` of every receiver, P and Q being its factors after the exchange."""
+    """``|| sum_j w_ij B_j A_j - P_i Q_i ||^2`` of every receiver, P and Q being its factors after the exchange.
+
+    Identity 2, where both are averages: ``sum_j w_j B_j A_j - B+ A+ = sum_j w_j (B_j - B+)(A_j - A+)``.
+    """
     left, right = _kept_part(B, A, W, kept, receivers)
     rows, place = different
     alone = rows if not kept else W

@@ -46,18 +46,6 @@ def cross_term2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client 
     return sum_norm2(deviation(B) / len(B), deviation(A))
 
 
-def local_cross_term2(
-    B: Float[Tensor, "sender d_out rank"], A: Float[Tensor, "sender rank d_in"], weights: Float[Tensor, " sender"]
-) -> Float[Tensor, ""]:
-    """What one receiver loses in one mixing, squared; ``weights`` is its row of W without the zeros.
-
-    Identity 2: ``sum_j w_j B_j A_j - B+ A+ = sum_j w_j (B_j - B+)(A_j - A+)``.
-    """
-    w = weights[:, None, None]
-    b, a = B - (w * B).sum(0), A - (w * A).sum(0)
-    return sum_norm2(w * b, a)
-
-
 def product_consensus(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, ""]:
     """``(1/n) sum_i || B_i A_i - mean_j B_j A_j ||_F^2``.
 

@@ -27,8 +27,9 @@ MEASURES = (
     "seconds",
     "virtual seconds",
 )
-"""What a run is summed up in.  All are of the last evaluation, but for ``best round``: the highest mean client of any
-evaluation, picked on the very rows it is reported on, so it flatters."""
+"""What a run is summed up in.  Scores are of the last evaluation, but for ``best round``: the highest mean client of
+any evaluation, picked on the very rows it is reported on, so it flatters.  Bytes and seconds are of the whole run,
+consensus and cross-term of its last round."""
 
 
 @dataclass(frozen=True)

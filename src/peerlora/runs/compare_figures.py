@@ -36,7 +36,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
     by_p = _by_p(f"{metric} of the mean client by p, last evaluation", told, axis)
-    return [picture for picture in [*([by_p] if by_p else []), *pictures] if picture]
+    return [picture for picture in [*by_p, *pictures] if picture]
 
 
 def _panels(outcomes: Sequence[Outcome], axis: str | None) -> dict[str, dict[str, list[Outcome]]]:
@@ -101,16 +101,39 @@ def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: 
     return figures.log_figure(name, title, curves)
 
 
-def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> Picture | None:
-    """Needs two random graphs at least that differ in p."""
-    lines: dict[str, dict[float, list[float]]] = {}
+def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
+    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values."""
+    of_p = _axis_of_p(outcomes)
+    lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for each in outcomes:
         reached = measures(each.events).get("mean client")
-        if each.p is not None and reached is not None:
-            lines.setdefault(each.labels[axis] if axis else "mean client", {}).setdefault(each.p, []).append(reached)
-    if len({p for line in lines.values() for p in line}) < 2:
-        return None
-    with figures._drawing("by-p", title) as (figure, out):
+        if each.p is None or reached is None:
+            continue
+        rest = ", ".join(f"{name} {own}" for name, own in each.labels.items() if name not in {of_p, *lines_of})
+        line = ", ".join(own for name, own in each.labels.items() if name in lines_of) or "mean client"
+        panels.setdefault(rest, {}).setdefault(line, {}).setdefault(each.p, []).append(reached)
+    return [
+        _p_figure(f"by-p{number}", f"{title}{f', {rest}' if rest else ''}", lines)
+        for number, (rest, lines) in enumerate(panels.items())
+        if any(len(line) > 1 for line in lines.values())
+    ]
+
+
+def _axis_of_p(outcomes: Sequence[Outcome]) -> str | None:
+    """The axis that decides p: all of one label have the same, and labels differ in it.  Of several, the last."""
+    found = None
+    for axis in outcomes[0].labels:
+        of_label: dict[str, set[float | None]] = {}
+        for each in outcomes:
+            of_label.setdefault(each.labels[axis], set()).add(each.p)
+        if all(len(some) == 1 for some in of_label.values()) and len(set.union(*of_label.values()) - {None}) > 1:
+            found = axis
+    return found
+
+
+def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Picture:
+    with figures._drawing(name, title) as (figure, out):
         axes = figures._axes(figure, xlabel="p: the probability that two clients meet in a round (log scale)")
         for line, colour in zip(lines.values(), figures._colours(len(lines)), strict=True):
             x = sorted(line)
@@ -121,7 +144,7 @@ def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> Picture 
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xticks(sorted({p for line in lines.values() for p in line}), minor=False)
         axes.minorticks_off()
-    note = "A bar reaches from the lowest to the highest run."
+    note = "A bar reaches from the lowest to the highest seed."
     return Picture(title, out.getvalue(), _legend(lines), note)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measur
         "partition": _partition(config.partition.model_dump(mode="json")),
         "budget": f"{train.rounds} rounds x {train.local_steps} steps x {train.batch} rows",
         "optimiser": f"{train.optimizer}, weight decay {train.weight_decay:g}",
-        "optimiser's memory": "kept" if train.optimizer_state == "keep" else f"afresh every {train.optimizer_state}",
+        "optimiser's memory": _memory(config),
         "schedule of the rate": "constant",
         "precision": train.dtype,
         "topology": SERVER if server else _words(graph),
@@ -78,13 +78,49 @@ def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measur
         "seeds": str(len(seeds)),
         "evaluation": OWN_MODELS if measure == "mean client" else "the averaged model",
         "round reported": "the last",
+        "besides": "; ".join(_besides(config)) or "nothing",
     }
+
+
+def _memory(config: RunConfig) -> str:
+    """When it starts afresh; a method that always trains the same factors has one phase."""
+    from peerlora.algorithms import TADLoRA, build_algorithm
+
+    state, algorithm = config.train.optimizer_state, build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    switches = bool(getattr(algorithm, "interval", isinstance(algorithm, TADLoRA)))
+    return "kept" if state == "keep" or (state == "phase" and not switches) else f"afresh every {state}"
+
+
+def _besides(config: RunConfig) -> Iterator[str]:
+    """What no notes on a paper tell of.  The interval is left out: the numbers themselves are told apart by it."""
+    from peerlora.algorithms import build_algorithm
+
+    train, exchange, method = config.train, config.exchange, config.algorithm.parameters
+    if train.label_prior != "none":
+        yield f"loss adjusted for the label prior ({train.label_prior})"
+    if train.clip is not None:
+        yield f"gradients clipped at {train.clip:g}"
+    if train.batches != "shuffled":
+        yield f"batches {train.batches}"
+    if method.keys() - {"interval"}:
+        yield ", ".join(f"{config.algorithm.name} {key} {value}" for key, value in method.items() if key != "interval")
+    settle = getattr(build_algorithm(config.algorithm.name, method), "settle", 0)
+    if settle != 0:
+        yield f"rounds without training, {'as many as the graph asks for' if settle is None else f'{settle} a block'}"
+    if exchange.codec:
+        yield f"compressed: {_words(exchange.codec.model_dump(mode='json', exclude_none=True))}"
+    if exchange.robust:
+        yield f"in place of the average: {_words(exchange.robust.model_dump(mode='json', exclude_none=True))}"
+    if config.adversary:
+        yield f"attackers: {config.adversary.attack}"
+    if config.clock:
+        yield "a virtual clock"
 
 
 def apart(paper: Paper, here: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
     """(aspect, theirs, ours) where a run of ours has what the paper has not; last, what was not found there."""
     found, unknown = [], []
-    for aspect, theirs in paper.protocol.items():
+    for aspect, theirs in {**paper.protocol, "besides": ("nothing",)}.items():
         values = dict.fromkeys(each[aspect] for each in here)
         if not theirs:
             unknown.append((aspect, "not found", "; ".join(values)))

@@ -135,6 +135,8 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
         return to
     federation = compose(config, clients=here)
     x = read_adapters(run, federation)
+    if client is None and not x.equal_ranks:  # hetlora cuts them while it runs
+        raise RunError(f"{run} ended with clients of different ranks, whose factors have no average; give --client")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     row, number = (x.mean(), 0) if client is None else (x, list(federation.exchange.clients).index(client))
     named = summary | {"client": "average of all" if client is None else client}

@@ -255,7 +255,7 @@ def _outcome(cell: Cell, folder: Path) -> Outcome:
         folder=cell.folder,
         events=read_events(place) if _finished(place) and not told.is_file() else [],
         diverged=json.loads(told.read_text(encoding="utf-8"))["reason"] if told.is_file() else None,
-        p=getattr(cell.config.topology, "p", None),
+        p=cell.config.topology.p if cell.config.topology.kind == "random" else None,
     )
 
 

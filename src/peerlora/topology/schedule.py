@@ -171,6 +171,11 @@ class Topology:
         # imposing that removes the upward bias that the largest eigenvalue of a noisy matrix has.
         return rho(over_permutations(moment) if self.config.kind == "random" else moment)
 
+    @property
+    def averages_all(self) -> bool:
+        """Whether every round gives everybody the average of all, as a server would."""
+        return self.properties.static and self.rho() < 1e-12
+
     def left_after_period(self) -> float | None:
         """``|| W_period ... W_1 - J ||_2``: what one period leaves of the disagreement; None without a period."""
         if self.period is None or not self.properties.doubly_stochastic:
