@@ -18,7 +18,7 @@ from peerlora.sections import RandomGraph
 from peerlora.topology.schedule import build_topology
 
 CLIENTS, SETTLED = 10, 60
-ROUNDS = {0.5: 660, 0.1: 660, 0.02: 3000}  # the rarer the contacts, the longer a disagreement lives
+ROUNDS = {0.5: 660, 0.1: 660, 0.02: 2000}  # the rarer the contacts, the longer a disagreement lives
 SPEC = AdapterSpec((LayerSpec("q", 16, 16),), rank=4, alpha=4.0)
 
 
