@@ -27,6 +27,11 @@ def topology(p):
 
 
 @cache
+def rho(p):
+    return topology(p).rho()
+
+
+@cache
 def drawn(p):
     """The mixing matrices and the steps of all rounds."""
     graph, draw = topology(p), torch.Generator().manual_seed(0)
@@ -64,14 +69,14 @@ def gossip(W):
 @pytest.mark.parametrize("p", ROUNDS)
 def test_both_trained_settle_where_a_round_adds_what_mixing_takes(p):
     """``D <- rho^2 (D + d)``, d of a step of all 64 entries, less that of the mean of the clients."""
-    kept, step = topology(p).rho() ** 2, 64 * (1 - 1 / CLIENTS)
+    kept, step = rho(p) ** 2, 64 * (1 - 1 / CLIENTS)
     assert disagreement(p, "dec-lora") == pytest.approx(step * kept / (1 - kept), rel=0.1)
 
 
 def expected(p, interval):
     """The same with phases and both factors mixed: in a phase the active factor's D goes up to D_end, and the frozen
     one's, which ended the last phase there, down; as shares of what it is with both trained."""
-    kept = topology(p).rho() ** (2 * np.arange(1, interval + 1))
+    kept = rho(p) ** (2 * np.arange(1, interval + 1))
     end = 1 / (1 + kept[-1])
     frozen = kept * end
     active = 1 - kept + kept * frozen[-1]

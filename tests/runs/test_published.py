@@ -158,18 +158,24 @@ def test_what_no_paper_tells_of_is_listed():
     assert besides("dec-lora", **changes) == ("nothing", told)
     turned = besides("fedrot-lora", algorithm={"name": "fedrot-lora", "strength": 1.0})
     assert turned[1] == "fedrot-lora strength 1.0"
-    assert besides("rac-lora")[1] == "rounds without training, as many as the graph asks for"
-    settled = besides("rac-lora", algorithm={"name": "rac-lora", "settle": 2})
-    assert settled[1] == "rac-lora settle 2; rounds without training, 2 a block"
+    assert besides("rac-lora")[1] == "rounds without training"
+    for settings, told in (
+        ({"settle": 2}, "rac-lora settle 2; rounds without training"),
+        ({"settle": 0}, "rac-lora settle 0"),
+        ({"mix_merged": True}, "rac-lora mix_merged True"),
+        ({"mix_merged": True, "settle": 1}, "rac-lora mix_merged True, settle 1; rounds without training"),
+    ):
+        assert besides("rac-lora", algorithm={"name": "rac-lora", **settings})[1] == told
 
 
 def test_the_optimiser_starts_afresh_by_phase_only_where_factors_switch():
     kept = {"train": {"optimizer_state": "phase"}}
-    assert {
-        name: own(name, **kept)["optimiser's memory"] for name in ("dec-lora", "ffa-lora", "rac-lora", "fedspeed")
-    } == (dict.fromkeys(("dec-lora", "ffa-lora", "rac-lora", "fedspeed"), "kept"))
+    for name in ("dec-lora", "ffa-lora", "rac-lora", "fedspeed"):
+        assert own(name, **kept)["optimiser's memory"] == "kept"
     for name in ("adf-lora", "tad-lora", "rolora"):
         assert own(name, **kept)["optimiser's memory"] == "afresh every phase"
+    in_turn = {"algorithm": {"name": "dfedavg", "interval": 2}}
+    assert own("dfedavg", **kept, **in_turn)["optimiser's memory"] == "afresh every phase"
     assert own("dec-lora")["optimiser's memory"] == "afresh every round"
 
 

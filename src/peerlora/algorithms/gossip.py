@@ -32,6 +32,11 @@ class FactorGossip:
     gradients: ClassVar = 1
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
 
+    @property
+    def alternates(self) -> bool:
+        """Whether A and B train in turn."""
+        return False
+
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head."""
         return x.message()
@@ -60,6 +65,11 @@ class Scheduled(FactorGossip):
     def __post_init__(self):
         if self.interval is not None and self.interval < 1:
             raise ConfigError(f"algorithm.interval: {self.interval} given; expected at least 1 round")
+
+    @property
+    def alternates(self) -> bool:
+        """With an interval."""
+        return self.interval is not None
 
     def active(self, t: int) -> str:
         """The factors that train in round ``t``."""

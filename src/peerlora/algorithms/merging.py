@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 from peerlora.errors import CompositionError
+from peerlora.machine import main_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +61,7 @@ def room(device: torch.device) -> tuple[int, str]:
     """Bytes that adapters on this device can have at most, and how to say so."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], "and the GPU has free"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "and this machine has"
+    return main_memory(), "and this machine has"
 
 
 def _scalars(x: Adapters, columns: int) -> int:

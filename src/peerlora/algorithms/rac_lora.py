@@ -83,6 +83,11 @@ class RACLoRA(FactorGossip):
         return "B" if self.side == "right" else "A"
 
     @property
+    def settles(self) -> bool:
+        """Whether blocks have rounds without training; on some graphs the topology asks for none."""
+        return self.settle > 0 if self.settle is not None else not self.mix_merged
+
+    @property
     def period(self) -> int:
         """Rounds of a block."""
         return self.chain + (self.settle or 0)

@@ -40,6 +40,11 @@ class TADLoRA(FactorGossip):
         if not 0 < self.c < math.inf:
             raise ConfigError(f"algorithm.c: {self.c} given; expected a finite number above 0")
 
+    @property
+    def alternates(self) -> bool:
+        """Whatever the interval will be."""
+        return True
+
     def prepared(self, topology: Topology, rounds: int) -> tuple[ADFLoRA, tuple[str, ...]]:
         """ADF-LoRA with the chosen interval, and why this one."""
         draws = _draws(topology)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peerlora.config import RunConfig
 from peerlora.runs.papers import GLUE, OWN_MODELS, PAPERS, SERVER, Number, Paper
+
+if TYPE_CHECKING:
+    from peerlora.algorithms.base import Algorithm
 
 _TASK = {task: re.compile(rf"(?<![a-z]){task.lower().replace('-', '[-_]?')}(?![a-z])") for task in GLUE}
 
@@ -84,17 +87,13 @@ def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measur
 
 def _memory(config: RunConfig) -> str:
     """When it starts afresh; a method that always trains the same factors has one phase."""
-    from peerlora.algorithms import TADLoRA, build_algorithm
-
-    state, algorithm = config.train.optimizer_state, build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    switches = bool(getattr(algorithm, "interval", isinstance(algorithm, TADLoRA)))
-    return "kept" if state == "keep" or (state == "phase" and not switches) else f"afresh every {state}"
+    state = config.train.optimizer_state
+    one_phase = state == "phase" and not getattr(_method(config), "alternates", False)
+    return "kept" if state == "keep" or one_phase else f"afresh every {state}"
 
 
 def _besides(config: RunConfig) -> Iterator[str]:
     """What no notes on a paper tell of.  The interval is left out: the numbers themselves are told apart by it."""
-    from peerlora.algorithms import build_algorithm
-
     train, exchange, method = config.train, config.exchange, config.algorithm.parameters
     if train.label_prior != "none":
         yield f"loss adjusted for the label prior ({train.label_prior})"
@@ -103,10 +102,10 @@ def _besides(config: RunConfig) -> Iterator[str]:
     if train.batches != "shuffled":
         yield f"batches {train.batches}"
     if method.keys() - {"interval"}:
-        yield ", ".join(f"{config.algorithm.name} {key} {value}" for key, value in method.items() if key != "interval")
-    settle = getattr(build_algorithm(config.algorithm.name, method), "settle", 0)
-    if settle != 0:
-        yield f"rounds without training, {'as many as the graph asks for' if settle is None else f'{settle} a block'}"
+        own = ", ".join(f"{key} {value}" for key, value in method.items() if key != "interval")
+        yield f"{config.algorithm.name} {own}"
+    if getattr(_method(config), "settles", False):
+        yield "rounds without training"
     if exchange.codec:
         yield f"compressed: {_words(exchange.codec.model_dump(mode='json', exclude_none=True))}"
     if exchange.robust:
@@ -115,6 +114,12 @@ def _besides(config: RunConfig) -> Iterator[str]:
         yield f"attackers: {config.adversary.attack}"
     if config.clock:
         yield "a virtual clock"
+
+
+def _method(config: RunConfig) -> Algorithm[Any]:
+    from peerlora.algorithms import build_algorithm
+
+    return build_algorithm(config.algorithm.name, config.algorithm.parameters)
 
 
 def apart(paper: Paper, here: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from peerlora.algorithms.composition import check_wrappers, training_limits
 from peerlora.config import RunConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.sums import gossip_rounds
+from peerlora.machine import main_memory
 from peerlora.sections import TrainConfig
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
@@ -100,7 +100,7 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
 def check_memory(clients: int) -> None:
     """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
     needed = 4 * 8 * clients**2
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = main_memory()
     if needed > there:
         raise CompositionError(
             f"clients={clients} needs {needed / 1e9:.0f} GB for mixing matrices, this machine has "

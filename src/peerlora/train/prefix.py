@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from peerlora.data.batches import Origin, collate
 from peerlora.data.sources import Dataset
+from peerlora.machine import main_memory
 
 _SHARE = 4  # of the machine's memory: a quarter, for one data set
 
@@ -29,7 +29,7 @@ class PrefixCache:
 
     def holds(self, data: Dataset) -> bool:
         """Whether these rows' hidden states may be kept: they take at most a quarter of the machine's memory."""
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = main_memory()
         return len(data.ids) * self.bytes_per_token <= there // _SHARE
 
     def __call__(self, origin: Origin) -> Float[Tensor, "token width"]:
