@@ -20,6 +20,7 @@ from typing import Any
 
 from markers import insert
 from peerlora.algorithms import REGISTRY
+from peerlora.config import load_config
 from peerlora.runs.compare import Comparison
 from peerlora.runtime.cells import load_grid
 from peerlora.runtime.folder import run_facts
@@ -210,17 +211,11 @@ def main() -> None:
     tree = STUDIES[options.study](options.data, rounds)
     result = run(options.study, tree)
     found = result.as_json()
-    facts = run_facts(load_grid_base(tree))
+    facts = run_facts(load_config(tree["base"]))
     study = {"date": str(date.today()), "facts": facts, "grid": told(tree, options.data), "rows": found["rows"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{options.study}.json").write_text(json.dumps(study, indent=1) + "\n")
     insert(PAGE, f"study-{options.study}", (result.folder / "table.md").read_text(encoding="utf-8"))
-
-
-def load_grid_base(tree: Tree):
-    from peerlora.config import load_config
-
-    return load_config(tree["base"])
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ import pyarrow.parquet as pq
 
 from markers import insert
 from peerlora.algorithms import REGISTRY
-from peerlora.config import RunConfig
+from peerlora.config import RunConfig, load_config
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.store import read_events
 from peerlora.runs.table import evaluated_within, of
 from peerlora.runtime.cells import load_grid, plan
 from peerlora.runtime.folder import run_facts
-from studies import ALONE, PAGE, PLACE, RESULTS, ROUNDS, SEEDS, base, load_grid_base, read, run, task, told
+from studies import ALONE, PAGE, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
 
 Tree = dict[str, Any]
 STEPS = 5
@@ -359,7 +359,7 @@ def main() -> None:
     found = run(name, tree)
     rates = {line.place: line.rate for line in found.lines} if condition.rates else {}
     rows = table(condition, finished(name, options.data, tree, rates))
-    study = {"date": str(date.today()), "condition": condition.told, "facts": run_facts(load_grid_base(tree))}
+    study = {"date": str(date.today()), "condition": condition.told, "facts": run_facts(load_config(tree["base"]))}
     study |= {"grid": told(told(tree, options.data), Path.cwd()), "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{name}.json").write_text(json.dumps(study, indent=1) + "\n")

@@ -8,7 +8,6 @@ named under "unavailable" and the others go on.  The repeats are interleaved, an
 
 import argparse
 import json
-import os
 import platform
 import re
 import shlex
@@ -22,6 +21,8 @@ from typing import Any
 from cells import CORES, RUNNERS, Cell, environment, without_places
 from environments import HERE, PLACE, Unavailable, make_place, python_of, versions
 from work import JOBS
+
+from peerlora.machine import main_memory
 
 
 def main() -> None:
@@ -92,11 +93,10 @@ def set_up(names: Sequence[str], limit: float) -> tuple[dict[str, Path], list[di
 
 def machine() -> dict[str, Any]:
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": models[0] if models else platform.machine(),
         "cores": CORES,
-        "memory_bytes": memory,
+        "memory_bytes": main_memory(),
         "system": f"{platform.system()} {platform.release()}",
     }
 

@@ -72,9 +72,10 @@ def corrected_average(received: Received, ridge: float, cosine: bool) -> Combine
         B_mean, A_mean = ((W[..., None, None] * factor).sum(1) for factor in (B, A))
         # Identity 2: the covariance of the factors is D - Bbar Abar, without the difference of two large products.
         lost = joined(B - B_mean[:, None], A - A_mean[:, None], W)
-        dB = ridge_correction(*lost, A_mean, ridge)
         if cosine:
             dB = cosine_correction(B_mean, A_mean, *joined(B, A, W), ridge)
+        else:
+            dB = ridge_correction(*lost, A_mean, ridge)
         factors[layer] = B_mean + dB, A_mean
         left_over += norms2(torch.cat([lost[0], -dB], dim=2), torch.cat([lost[1], A_mean], dim=1))
     return received.with_factors(factors, {"uncorrected": left_over})
