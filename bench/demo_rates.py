@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from peerlora import simulate
-from peerlora.runtime.demo import ROWS, demo_config, row_config
+from peerlora.experiments.demo import ROWS, demo_config, row_config
 
 RATES = (2e-3, 5e-3)
 

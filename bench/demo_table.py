@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markers import insert
 from peerlora import compose, load_config
-from peerlora.runtime.demo import ROWS, Row, averaged_once, findings
+from peerlora.experiments.demo import ROWS, Row, averaged_once, findings
 
 
 def read_rows(folder: Path) -> list[Row]:

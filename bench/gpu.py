@@ -26,11 +26,11 @@ import torch
 
 import speed
 from naive import NaiveLoop
-from peerlora.config import load_config
-from peerlora.data.sources import Dataset
+from peerlora.config.loading import load_config
+from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters
+from peerlora.runs.resume import run_facts
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.folder import run_facts
 from speed import Shape, Stacked
 
 RESULTS = Path("bench/results/gpu.json")

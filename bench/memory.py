@@ -31,7 +31,7 @@ WORDS = [
 
 def one(clients: int) -> dict:
     from peerlora import load_config, read_events, simulate
-    from peerlora.runs.table import summarise
+    from peerlora.runs.metrics import summarise
 
     with tempfile.TemporaryDirectory() as folder:
         result = simulate(load_config(None, [*WORDS, f"clients={clients}"]), Path(folder) / "run")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from peerlora.data.sources import Dataset
+from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters, Slot
-from peerlora.models import load_base
+from peerlora.lora.base_models import load_base
 from peerlora.runtime.compose import Federation
 
 State = dict[str, Tensor]  # what PEFT calls an adapter's state dict

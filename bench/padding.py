@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.data.batches import Shards
 from peerlora.data.partition import partition
-from peerlora.runtime.compose import load_materials
+from peerlora.runtime.resources import load_materials
 
 STEPS, ROUNDS = 10, 20
 

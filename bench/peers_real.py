@@ -16,12 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
-from peerlora.runtime.launch import launch
-from peerlora.runtime.mishaps import Mishap
+from peerlora.runtime.launch.faults import Mishap
+from peerlora.runtime.launch.processes import launch
 
 SMALL_DATA = ["data.max_length=32", "data.train_per_class=60", "data.eval_per_class=20", "eval.every=100000"]
 FEW_EVALUATED = ["eval.rows=32", "checkpoint.every=20"]

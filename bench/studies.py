@@ -20,12 +20,12 @@ from typing import Any
 
 from markers import insert
 from peerlora.algorithms import REGISTRY
-from peerlora.config import load_config
-from peerlora.runs.compare import Comparison
-from peerlora.runtime.cells import load_grid
-from peerlora.runtime.folder import run_facts
-from peerlora.runtime.grid import Hooks, resume_grid, start_grid
-from peerlora.runtime.presets import TASKS
+from peerlora.config.loading import load_config
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.presets import TASKS
+from peerlora.experiments.runner import Hooks, resume_grid, start_grid
+from peerlora.experiments.statistics import Comparison
+from peerlora.runs.resume import run_facts
 
 Tree = dict[str, Any]
 PLACE, RESULTS, PAGE = Path(".bench/studies"), Path("bench/results"), Path("docs/results.md")

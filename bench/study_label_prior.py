@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from calibration import calibration_error, recalls
 from markers import insert
-from peerlora.config import RunConfig, load_config
+from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
+from peerlora.runs.resume import run_facts
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import compose
-from peerlora.runtime.folder import run_facts
-from peerlora.runtime.simulate import Simulation
-from peerlora.train.calibration import calibration_error, recalls
+from peerlora.runtime.trainer import Simulation
 from study_sst2 import run_cells, spread
 
 METHODS = {

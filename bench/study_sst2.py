@@ -18,9 +18,9 @@ from datetime import date
 from pathlib import Path
 
 from markers import insert
-from peerlora.config import load_config
-from peerlora.runtime.demo import pooled
-from peerlora.runtime.folder import run_facts
+from peerlora.config.loading import load_config
+from peerlora.experiments.demo import pooled
+from peerlora.runs.resume import run_facts
 from peerlora.runtime.simulate import simulate
 
 METHODS = {

@@ -26,12 +26,13 @@ import pyarrow.parquet as pq
 
 from markers import insert
 from peerlora.algorithms import REGISTRY
-from peerlora.config import RunConfig, load_config
+from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
+from peerlora.experiments.grid import load_grid, plan
 from peerlora.runs.events import Evaluated, Event, RoundDone
+from peerlora.runs.metrics import evaluated_within, of
+from peerlora.runs.resume import run_facts
 from peerlora.runs.store import read_events
-from peerlora.runs.table import evaluated_within, of
-from peerlora.runtime.cells import load_grid, plan
-from peerlora.runtime.folder import run_facts
 from studies import ALONE, PAGE, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
 
 Tree = dict[str, Any]

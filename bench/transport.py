@@ -77,7 +77,7 @@ class Process:
 
 def federation(folder: Path, peers: int) -> None:
     """Identities, list and ports of a ring."""
-    from peerlora.transport.authority import throwaway
+    from peerlora.network.identity.authority import throwaway
 
     ports = free_ports(peers)
     edges = sorted({(min(i, j), max(i, j)) for i in range(peers) for j in neighbours(i, peers)})

@@ -95,10 +95,10 @@ class Grpc:
     """Our transport."""
 
     def __init__(self, folder: Path, number: int, size: int):
-        from peerlora.transport.grpc import GrpcTransport
-        from peerlora.transport.identity import load_identity
-        from peerlora.transport.members import load_members
-        from peerlora.transport.roster import Roster
+        from peerlora.network.identity.identity import load_identity
+        from peerlora.network.identity.members import load_members
+        from peerlora.network.identity.roster import Roster
+        from peerlora.network.transport.grpc import GrpcTransport
 
         identity = load_identity(folder / site(number))
         members = load_members(folder / "members.json", identity.signers)
@@ -163,7 +163,7 @@ async def rounds(way: Tcp | Grpc, number: int, peers: int, size: int, count: int
 
 async def talk(way: Grpc, number: int, peers: int, size: int) -> None:
     """Send to both neighbours without pause, whatever happens to them, until the parent has heard enough."""
-    from peerlora.transport.base import TransportError
+    from peerlora.network.base import TransportError
 
     async def forever(other: int) -> None:
         body = os.urandom(size)

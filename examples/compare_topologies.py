@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from peerlora import build_topology, load_config, simulate
-from peerlora.runtime.compose import load_materials
+from peerlora.runtime.resources import load_materials
 
 TOPOLOGIES = {
     "ring": {"kind": "ring"},

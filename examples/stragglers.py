@@ -12,9 +12,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from peerlora import load_config, read_events, simulate
+from peerlora.runs.metrics import evaluated_within
 from peerlora.runs.report import curves_of
-from peerlora.runs.table import evaluated_within
-from peerlora.runtime.compose import load_materials
+from peerlora.runtime.resources import load_materials
 
 CLIENTS, SLOW = 8, 10
 WAYS = {  # rounds in the time of one that waits for all: everybody's, and as many jobs as there are clients

@@ -103,7 +103,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def config(models, texts, cache):
     """Build a config of 4 clients on a tiny model; dotted overrides as on the command line."""
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
 
     def build(kind="bert", *words):
         tree = {

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from peerlora import RunConfig, load_config, read_events
+from peerlora.config.sections import PartitionConfig, Section, TopologyConfig
+from peerlora.experiments.grid import load_grid
 from peerlora.runs.events import RoundDone
-from peerlora.runtime.cells import load_grid
-from peerlora.sections import PartitionConfig, Section, TopologyConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

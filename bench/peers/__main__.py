@@ -22,7 +22,7 @@ from cells import CORES, RUNNERS, Cell, environment, without_places
 from environments import HERE, PLACE, Unavailable, make_place, python_of, versions
 from work import JOBS
 
-from peerlora.machine import main_memory
+from peerlora.environment import main_memory
 
 
 def main() -> None:

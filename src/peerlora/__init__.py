@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peerlora.algorithms import REGISTRY as REGISTRY
     from peerlora.algorithms import describe_algorithms as describe_algorithms
-    from peerlora.config import RunConfig as RunConfig
-    from peerlora.config import load_config as load_config
-    from peerlora.config import schema as schema
+    from peerlora.config.loading import load_config as load_config
+    from peerlora.config.loading import schema as schema
+    from peerlora.config.run import RunConfig as RunConfig
     from peerlora.errors import CompositionError as CompositionError
     from peerlora.errors import ConfigError as ConfigError
     from peerlora.errors import DataError as DataError
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from peerlora.runs.store import read_events as read_events
     from peerlora.runtime.compose import Federation as Federation
     from peerlora.runtime.compose import compose as compose
-    from peerlora.runtime.folder import export_from_run as export_from_run
-    from peerlora.runtime.simulate import Result as Result
+    from peerlora.runtime.export import export_from_run as export_from_run
     from peerlora.runtime.simulate import resume as resume
     from peerlora.runtime.simulate import simulate as simulate
+    from peerlora.runtime.trainer import Result as Result
     from peerlora.topology.schedule import Topology as Topology
     from peerlora.topology.schedule import build_topology as build_topology
 
 _HOMES = {
     "REGISTRY": "algorithms",
     "describe_algorithms": "algorithms",
-    "RunConfig": "config",
-    "load_config": "config",
-    "schema": "config",
+    "RunConfig": "config.run",
+    "load_config": "config.loading",
+    "schema": "config.loading",
     "CompositionError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -54,8 +54,8 @@ _HOMES = {
     "read_events": "runs.store",
     "Federation": "runtime.compose",
     "compose": "runtime.compose",
-    "export_from_run": "runtime.folder",
-    "Result": "runtime.simulate",
+    "export_from_run": "runtime.export",
+    "Result": "runtime.trainer",
     "resume": "runtime.simulate",
     "simulate": "runtime.simulate",
     "Topology": "topology.schedule",

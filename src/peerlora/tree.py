@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 Tree = TypeVar("Tree")
@@ -44,3 +45,34 @@ def leaves(tree: Any, leaf: type | tuple[type, ...] = Tensor) -> dict[str, Any]:
 def rebuild(like: Tree, tensors: dict[str, Tensor]) -> Tree:
     """A tree shaped like ``like`` with the tensors that ``leaves`` once took out of it, on the devices of ``like``."""
     return tree_map(lambda name, leaf: tensors[name].to(leaf.device), like)
+
+
+def held(before: Any, after: Any, clients: list[int]) -> Any:
+    """``after``, but with the rows of these clients as they were before."""
+    kept = leaves(before)
+
+    def put_back(name: str, leaf: Tensor) -> Tensor:
+        if leaf.shape != kept[name].shape:  # a leaf that has only now got its size
+            return leaf
+        leaf = leaf.clone()
+        leaf[clients] = kept[name][clients]
+        return leaf
+
+    return tree_map(put_back, after)
+
+
+def rows_of(state: Any, client: int) -> Any:
+    """One client's part of a state, as views."""
+    return tree_map(lambda _, leaf: leaf[client : client + 1], state)
+
+
+def put_row(state: Any, client: int, row: Any) -> None:
+    """Write one client's part back, in place."""
+    new = leaves(row)
+    for name, leaf in leaves(state).items():
+        leaf[client : client + 1] = new[name]
+
+
+def own_copy(state: Any) -> Any:
+    """A state that shares no memory with anything."""
+    return tree_map(lambda _, leaf: leaf.clone(memory_format=torch.contiguous_format), state)

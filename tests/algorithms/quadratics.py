@@ -8,12 +8,12 @@ import torch
 from pydantic import TypeAdapter
 
 from peerlora.algorithms import build_algorithm
+from peerlora.config.sections import TopologyConfig, TrainConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.sections import TopologyConfig, TrainConfig
 from peerlora.topology.schedule import build_topology
+from peerlora.train.local_rules import LocalStep
 from peerlora.train.optim import Moments, step
-from peerlora.train.rules import LocalStep
 from peerlora.tree import leaves, tree_map
 
 

@@ -8,8 +8,8 @@ from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.ad_psgd import Pairing, roles
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
+from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.runtime.compose import compose
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.graphs import components

@@ -10,10 +10,10 @@ from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.aedfl import Sparse, combined, packed
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.lora.components import component_norms, coordinates, largest
-from peerlora.runtime.apart import Apart
+from peerlora.lora.rank_components import component_norms, coordinates, largest
+from peerlora.network.protocol.wire import encoded_bytes
+from peerlora.runtime.asynchronous import Apart
 from peerlora.runtime.compose import compose
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology

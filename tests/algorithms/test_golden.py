@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.lora.diagnostics import agreement, local_cross_term
 from peerlora.randomness import numpy_generator
 from peerlora.runtime.compose import compose
-from peerlora.runtime.simulate import rounds_of
+from peerlora.runtime.trainer import rounds_of
 
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}

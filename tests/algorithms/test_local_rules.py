@@ -16,9 +16,9 @@ from quadratics import Quadratics, adapters, coupled, curvatures, end, exchange,
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.k_gt import KGT
 from peerlora.errors import ConfigError
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters
-from peerlora.train.rules import DualProx
+from peerlora.network.protocol.wire import encoded_bytes
+from peerlora.train.local_rules import DualProx
 
 RING4 = {"kind": "ring", "weights": "uniform"}  # every weight 1/3: eigenvalues 1, 1/3, 1/3, -1/3
 ALONE = {"kind": "edges", "edges": [], "allow_disconnected": True}

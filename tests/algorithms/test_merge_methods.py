@@ -19,7 +19,8 @@ from peerlora.algorithms.base import prepare
 from peerlora.algorithms.decaf import averaged_products
 from peerlora.algorithms.fedhl import Referenced, capped, corrected_reference, scores
 from peerlora.algorithms.merging import Merging, check_merges, room
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
+from peerlora.config.sections import RingGraph, StarGraph
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
@@ -27,12 +28,11 @@ from peerlora.lora.adapters import redrawn
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.merged import Merged
 from peerlora.runs.events import Evaluated, RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
 from peerlora.runtime.compose import compose
-from peerlora.runtime.folder import export_from_run
+from peerlora.runtime.export import export_from_run
 from peerlora.runtime.simulate import resume, simulate
-from peerlora.sections import RingGraph, StarGraph
 from peerlora.topology.schedule import build_topology
 
 pytestmark = pytest.mark.usefixtures("no_reports")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from peerlora.algorithms import REGISTRY, build_algorithm
+from peerlora.config.sections import CompleteGraph, EdgesGraph, RandomGraph, RingGraph, StarGraph
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import AdapterSpec, LayerSpec, initial_adapters
 from peerlora.randomness import torch_generator
 from peerlora.runtime.compose import compose
-from peerlora.sections import CompleteGraph, EdgesGraph, RandomGraph, RingGraph, StarGraph
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 9, 8), LayerSpec("v", 7, 10)), rank=4, alpha=6.0, head=(("out.weight", (3, 2)),))

@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
+from peerlora.config.sections import TRAIN_DEFAULTS
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.runtime.checks import check_composition
 from peerlora.runtime.compose import compose
-from peerlora.sections import TRAIN_DEFAULTS
 from peerlora.topology.schedule import build_topology
 
 

@@ -10,17 +10,17 @@ from quadratics import adapters, exchange
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.salf import SALF, mix_reached, neighbourhood_mean
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.wire import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.lora.depth import by_column, depth_of, layer_numbers, reached_layers
+from peerlora.lora.layer_order import by_column, depth_of, layer_numbers, reached_layers
+from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
-from peerlora.train.reach import Reach
+from peerlora.train.backward_depth import Reach
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

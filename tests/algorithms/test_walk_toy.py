@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from peerlora.algorithms import build_algorithm
+from peerlora.config.sections import RandomGraph
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.sections import RandomGraph
 from peerlora.topology.schedule import build_topology
 
 CLIENTS, SETTLED = 10, 60

@@ -185,7 +185,7 @@ def register():
 
 
 def main(places):
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
     from peerlora.runtime.simulate import simulate
 
     library = register()

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
+from peerlora.experiments.grid import load_grid, plan, search_plan
 from peerlora.runs.events import Evaluated, RoundDone
-from peerlora.runtime.cells import load_grid, plan, search_plan
 
 BENCH = Path(__file__).parents[2] / "bench"
 

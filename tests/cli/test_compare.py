@@ -7,8 +7,8 @@ import time
 import pytest
 import yaml
 
-from peerlora.runtime.cells import load_grid, places, plan, search_plan, searched_on
-from peerlora.runtime.presets import PRESETS, TASKS, preset
+from peerlora.experiments.grid import load_grid, places, plan, search_plan, searched_on
+from peerlora.experiments.presets import PRESETS, TASKS, preset
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
 

@@ -121,7 +121,7 @@ def test_mistakes_get_one_message_and_change_nothing(consortium, cli, monkeypatc
 
 
 def test_without_the_extra_one_message_says_how_to_get_it(cli, monkeypatch, tmp_path):
-    from peerlora import packages
+    from peerlora import environment as packages
 
     monkeypatch.setitem(packages.EXTRAS, "peer", ("grpc", "no_such_module"))
     for group in ("identity", "members"):

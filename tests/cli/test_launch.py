@@ -10,11 +10,11 @@ import pytest
 
 from peerlora.errors import ConfigError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
-from peerlora.runtime.launch import Launched, free_ports, launch
-from peerlora.runtime.mishaps import Mishap, parse_mishap
-from peerlora.runtime.proxy import Relay
+from peerlora.runtime.launch.faults import Mishap, parse_mishap
+from peerlora.runtime.launch.processes import Launched, free_ports, launch
+from peerlora.runtime.launch.tcp_relay import Relay
 
 GOOD = [
     ("kill", "3@5s", Mishap("kill", 3, 5.0)),
@@ -159,7 +159,7 @@ def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypat
     def interrupted(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peerlora.runtime.launch.time.sleep", interrupted)
+    monkeypatch.setattr("peerlora.runtime.launch.processes.time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made.end()
     assert not any(peer.alive for peer in made.peers)

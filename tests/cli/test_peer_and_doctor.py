@@ -8,9 +8,16 @@ from datetime import timedelta
 
 import pytest
 
-from peerlora.runtime.launch import free_ports
-from peerlora.transport.authority import list_signer, throwaway
-from peerlora.transport.members import add_member, read_list, remove_member, sign_list, unlink_members, write_list
+from peerlora.network.identity.authority import list_signer, throwaway
+from peerlora.network.identity.members import (
+    add_member,
+    read_list,
+    remove_member,
+    sign_list,
+    unlink_members,
+    write_list,
+)
+from peerlora.runtime.launch.processes import free_ports
 
 WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
 
@@ -69,8 +76,8 @@ def test_a_finished_run_is_left_alone_and_ends_at_once(cli, yaml_file, sites, tm
     assert again.code == 0 and again.out == first.out, again.err
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
-    from peerlora.config import load_config
-    from peerlora.runtime.peer import run_peer
+    from peerlora.config.loading import load_config
+    from peerlora.runtime.peer.run import run_peer
 
     result = run_peer(load_config(path), sites / "b", sites / "members.json", out, resume=True)
     assert result.adapters.clients == 1 and result.metrics.num_rows
@@ -78,9 +85,9 @@ def test_a_finished_run_is_left_alone_and_ends_at_once(cli, yaml_file, sites, tm
 
 def stopped_run(yaml_file, sites, out, *words):
     """b's run after one of its rounds; its config's file."""
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
     from peerlora.errors import Stopped
-    from peerlora.runtime.peer import run_peer
+    from peerlora.runtime.peer.run import run_peer
 
     path = yaml_file(*WORDS, *words)
     with pytest.raises(Stopped):
@@ -89,7 +96,7 @@ def stopped_run(yaml_file, sites, out, *words):
 
 
 def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):
-    from peerlora.runtime.peer import site_of
+    from peerlora.runtime.peer.run import site_of
 
     throwaway(tmp_path / "sites", {site: "127.0.0.1:1" for site in "abc"}, "clinics")
     for kind, met in (("path", ["b"]), ("ring", ["b", "c"])):
@@ -192,8 +199,8 @@ def test_a_link_that_the_list_lacks_is_told_with_the_command_that_adds_it(cli, y
     answer = cli("peer", yaml_file(*WORDS), *options(sites, "a"))
     assert answer.code == 2 and "peerlora members link" in answer.err
 
-    from peerlora.config import load_config
-    from peerlora.runtime.peer import site_of
+    from peerlora.config.loading import load_config
+    from peerlora.runtime.peer.run import site_of
 
     made = load_config(yaml_file(*WORDS))  # a run that has begun goes on without
     assert site_of(made, sites / "a", sites / "members.json", sites)[1].others() == []

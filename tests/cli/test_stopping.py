@@ -8,8 +8,8 @@ import pytest
 
 from peerlora.errors import Stopped
 from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import RunStore, read_events
-from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.data.batches import Shards, collate, in_order_of_length
-from peerlora.data.sources import Dataset
+from peerlora.data.dataset import Dataset
 
 PAD = 99
 

@@ -5,10 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerlora.config.sections import (
+    ColumnPartition,
+    DirichletPartition,
+    IidPartition,
+    QuantityPartition,
+    SharesPartition,
+)
+from peerlora.data.dataset import Dataset
 from peerlora.data.partition import _apportion, partition
-from peerlora.data.sources import Dataset
 from peerlora.errors import ConfigError, DataError
-from peerlora.sections import ColumnPartition, DirichletPartition, IidPartition, QuantityPartition, SharesPartition
 
 IID = IidPartition(kind="iid")
 

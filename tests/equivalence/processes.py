@@ -7,9 +7,9 @@ import ctypes
 import multiprocessing
 from pathlib import Path
 
-from peerlora.config import load_config
-from peerlora.runtime.launch import free_ports
-from peerlora.transport.authority import throwaway
+from peerlora.config.loading import load_config
+from peerlora.network.identity.authority import throwaway
+from peerlora.runtime.launch.processes import free_ports
 
 PRELOAD = ["peft", "transformers.models.bert.modeling_bert", "peerlora.runtime.simulate", "peerlora.runs.report"]
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -20,7 +20,7 @@ def take_part(configs, client, folder, namespace=None):
     """What one process does: its part in one run after another; a killed one goes on where it was."""
     if namespace is not None:
         enter(namespace)
-    from peerlora.runtime.peer import run_peer
+    from peerlora.runtime.peer.run import run_peer
 
     identities = Path(folder) / "identities"
     for name, yaml in configs.items():

@@ -14,8 +14,8 @@ from in_memory import federation
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.runs.events import RoundDone, RunStarted
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from test_peers_in_memory import METHODS, TOLERANCE, words
 
 from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
 from peerlora.runtime.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from plain import own_state, run_plain
 
-from peerlora.packages import package_model
+from peerlora.environment import package_model
 from peerlora.runtime.compose import compose
 
 ACTIVE = {"local": lambda t: "AB", "dec-lora": lambda t: "AB", "adf-lora": lambda t: "BA"[t % 2]}

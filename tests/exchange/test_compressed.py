@@ -6,14 +6,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from peerlora.config.exchange import CODEC
+from peerlora.config.sections import TopologyConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.codec import build_codec
-from peerlora.exchange.compressed import Compressed, compressed_message
+from peerlora.exchange.compressed_gossip import Compressed, compressed_message
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.exchange.settings import CODEC
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.sections import TopologyConfig
 from peerlora.topology.schedule import build_topology
 
 KINDS = ["identity", "cast", "top-k", "random-k", "sign", "qsgd"]
@@ -69,7 +69,7 @@ def test_top_k_gossip_agrees_where_naive_compressed_gossip_stalls():
     peers = compressed("top-k", zeros(x), share=0.2, gamma=0.3)
     assert apart(gossip(peers, x, 500)) < 1e-12
     naive, codec = x, peers.codec
-    from peerlora.exchange.compressed import _draws, tensor_sizes
+    from peerlora.exchange.compressed_gossip import _draws, tensor_sizes
 
     sizes = tensor_sizes(SPEC)
     for t in range(500):

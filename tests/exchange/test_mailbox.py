@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from peerlora.exchange.base import Message
 from peerlora.exchange.mailbox import Post
-from peerlora.exchange.wire import encoded_bytes
+from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from peerlora.config.exchange import AdversaryConfig, RobustConfig
+from peerlora.config.sections import TopologyConfig
 from peerlora.errors import CompositionError
-from peerlora.exchange.adversary import ATTACKS, Adversarial, Scene, attackers, flipped_labels
+from peerlora.exchange.attacks import ATTACKS, Adversarial, Scene, attackers, flipped_labels
 from peerlora.exchange.robust import Robust, balance, clipped_gossip, krum, median, rfa, trimmed_mean
-from peerlora.exchange.settings import AdversaryConfig, RobustConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.sections import TopologyConfig
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 2, 2),), 1, 1.0)  # four numbers

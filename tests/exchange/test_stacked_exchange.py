@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph
+from peerlora.exchange.plain import operator
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.exchange.stacked import StackedExchange, operator
+from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
-from peerlora.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))

@@ -5,14 +5,14 @@ import asyncio
 import numpy as np
 import torch
 
-from peerlora.exchange.contact import Neighbourhood
-from peerlora.exchange.neighbours import without
-from peerlora.exchange.rendezvous import Rendezvous
-from peerlora.exchange.wire import Expected, encode_body, read_body
+from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.neighbour_exchange import without
+from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.wire import Expected, encode_body, read_body
+from peerlora.network.transport.heartbeat import Timing
+from peerlora.network.transport.memory import MemoryNetwork
+from peerlora.network.transport.virtual_loop import virtual_run
 from peerlora.topology.schedule import build_topology
-from peerlora.transport.clock import virtual_run
-from peerlora.transport.memory import MemoryNetwork
-from peerlora.transport.pulse import Timing
 
 SCHEMA = {"x": ((), torch.float64)}
 DEADLINE = 10.0

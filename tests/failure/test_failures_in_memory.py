@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from rounds import DEADLINE, Federation, run, site
 
-from peerlora.exchange.contact import Neighbourhood
-from peerlora.exchange.rendezvous import Rendezvous
-from peerlora.exchange.wire import Expected, encode_header
-from peerlora.sections import CompleteGraph, PathGraph, RandomGraph, RingGraph
-from peerlora.transport.clock import virtual_run
-from peerlora.transport.memory import MemoryNetwork, MemoryTransport
+from peerlora.config.sections import CompleteGraph, PathGraph, RandomGraph, RingGraph
+from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.wire import Expected, encode_header
+from peerlora.network.transport.memory import MemoryNetwork, MemoryTransport
+from peerlora.network.transport.virtual_loop import virtual_run
 
 RING, COMPLETE = RingGraph(kind="ring"), CompleteGraph(kind="complete")
 PATH, RANDOM = PathGraph(kind="path"), RandomGraph(kind="random", p=0.6)

@@ -12,13 +12,14 @@ from in_memory import names, network, one_at_a_time, together
 from safetensors.torch import load
 
 from peerlora.errors import CompositionError, RunError, Stopped
-from peerlora.exchange.wire import encode_header, read_header
+from peerlora.network.base import DeadlineMissed, PeerDown, Refused
+from peerlora.network.protocol.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
+from peerlora.runs.metrics import of, summarise
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of, summarise
-from peerlora.runtime.peer_run import check_site, train_peer
-from peerlora.runtime.site import Site
-from peerlora.transport.base import DeadlineMissed, PeerDown, Refused
+from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.site import Site
+from peerlora.runtime.peer.synchronous import train_peer
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

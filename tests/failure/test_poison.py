@@ -8,17 +8,17 @@ import msgspec
 import pytest
 import torch
 
-from peerlora.exchange.contact import Neighbourhood
-from peerlora.exchange.meeting import Meeting
-from peerlora.exchange.messages import vectors
-from peerlora.exchange.neighbours import _check
-from peerlora.exchange.notices import Notices
-from peerlora.exchange.rendezvous import Rendezvous, Step
-from peerlora.exchange.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
+from peerlora.exchange.payload import vectors
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.transport.base import REASONS, Refused
-from peerlora.transport.clock import virtual_run
-from peerlora.transport.memory import MemoryNetwork
+from peerlora.network.base import REASONS, Refused
+from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.event_limiter import Notices
+from peerlora.network.protocol.neighbour_exchange import _check
+from peerlora.network.protocol.pending_exchange import Meeting
+from peerlora.network.protocol.round_protocol import Rendezvous, Step
+from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
+from peerlora.network.transport.memory import MemoryNetwork
+from peerlora.network.transport.virtual_loop import virtual_run
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))
 OWN = Adapters(SPEC, torch.randn(1, SPEC.parameters), torch.tensor([2]))

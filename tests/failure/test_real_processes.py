@@ -8,12 +8,12 @@ from datetime import timedelta
 import pytest
 from processes import Processes
 
+from peerlora.network.identity.authority import list_signer
+from peerlora.network.identity.identity import load_identity
+from peerlora.network.identity.members import load_members, remove_member, sign_list, write_list
 from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
-from peerlora.transport.authority import list_signer
-from peerlora.transport.identity import load_identity
-from peerlora.transport.members import load_members, remove_member, sign_list, write_list
 
 WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=3"]
 WORDS += ["peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]

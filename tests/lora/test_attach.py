@@ -5,8 +5,8 @@ from torch import nn
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import LayerSpec, initial_adapters
 from peerlora.lora.attach import StackedModel, find_targets
+from peerlora.lora.base_models import PEFT_TASKS, load_base
 from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear
-from peerlora.models import PEFT_TASKS, load_base
 from peerlora.runtime.compose import compose
 
 LABELS = ("a", "b", "c")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peerlora.errors import ModelError
-from peerlora.models import load_base, load_tokenizer
+from peerlora.lora.base_models import load_base, load_tokenizer
 
 LABELS = ("x", "y", "z")
 

@@ -18,7 +18,7 @@ from peerlora.lora.adapters import redrawn
 from peerlora.lora.merged import Merged, Update, consensus, distances2, whole
 from peerlora.lora.peft_io import export_adapter
 from peerlora.runtime.compose import compose
-from peerlora.runtime.folder import write_adapters
+from peerlora.runtime.export import write_adapters
 from peerlora.tree import leaves, rebuild
 
 SHAPES = {"q": (D_OUT, D_IN), "v": (7, 9)}

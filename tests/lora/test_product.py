@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peerlora.config.sections import EdgesGraph, RandomGraph
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.diagnostics import _lost2_alone, agreement, local_cross_term
@@ -18,7 +19,6 @@ from peerlora.lora.product import (
     product_consensus,
     sum_norm2,
 )
-from peerlora.sections import EdgesGraph, RandomGraph
 from peerlora.topology.schedule import build_topology
 
 LOCAL = settings(max_examples=60, deadline=None)

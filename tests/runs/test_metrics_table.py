@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 
-from peerlora.runs import table
+from peerlora.runs import metrics as table
 from peerlora.runs.events import RoundDone
 
 

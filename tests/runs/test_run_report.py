@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 import pytest
 
 from peerlora.errors import RunError
+from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import figures
-from peerlora.runs.compare_report import ComparisonRow, write_comparison
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
+from peerlora.runs.metrics import summarise
 from peerlora.runs.report import number, size, write_report
 from peerlora.runs.store import RunStore
-from peerlora.runs.table import summarise
 
 EMPTY = {"meta", "br", "link", "img", "input", "hr"}
 NASTY = "</style><script>alert('x')</script> & $x_1$ 利益"

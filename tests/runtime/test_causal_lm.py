@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.runtime.simulate import simulate
 
 WORDS = "the bank raised its rate again and the market fell while oil rose by two dollars a barrel".split()
@@ -16,7 +16,7 @@ WORDS = "the bank raised its rate again and the market fell while oil rose by tw
 def test_smollm2_learns_by_gossip_and_exports(cache, tmp_path):
     from peft import PeftModel
 
-    from peerlora.models import load_base, load_tokenizer
+    from peerlora.lora.base_models import load_base, load_tokenizer
 
     texts = tmp_path / "texts.csv"
     texts.write_text("text\n" + "\n".join(" ".join(WORDS[i % 5 :]) for i in range(24)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.runs.events import (
     CheckpointSaved,
     Evaluated,
@@ -23,8 +23,8 @@ from peerlora.runs.events import (
     Warned,
     to_json,
 )
+from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of
 from peerlora.runtime.simulate import resume, simulate
 
 ROUNDS, EVERY = 6, 2

@@ -4,8 +4,8 @@ import math
 
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of, started
 from peerlora.runs.store import read_events
-from peerlora.runs.table import of, started
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import simulate
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.errors import RunError
 from peerlora.runs.events import Evaluated, RoundDone, RunFinished, RunStarted
 from peerlora.runs.report import write_report

@@ -3,8 +3,8 @@
 import pytest
 
 from peerlora.errors import Stopped
+from peerlora.runs.metrics import started
 from peerlora.runs.store import read_events
-from peerlora.runs.table import started
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 

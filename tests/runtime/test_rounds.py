@@ -10,13 +10,13 @@ from peerlora.algorithms import build_algorithm
 from peerlora.errors import CompositionError, Stopped
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
-from peerlora.runs.table import evaluated_within, of
+from peerlora.runs.metrics import evaluated_within, of
 from peerlora.runtime.compose import compose
-from peerlora.runtime.rounds import held
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.topology.weights import remove_links
+from peerlora.tree import held
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

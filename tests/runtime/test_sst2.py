@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
 from peerlora.runtime.simulate import simulate
 
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "glue" / "sst2"

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import torch
 
+from peerlora.config.sections import ClockConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.runtime.apart import Apart
-from peerlora.runtime.clock import Clock
-from peerlora.runtime.rounds import Together
-from peerlora.sections import ClockConfig
+from peerlora.runtime.asynchronous import Apart
+from peerlora.runtime.synchronous import Together
+from peerlora.runtime.virtual_clock import Clock
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
-from peerlora.train.rules import LocalStep
+from peerlora.train.local_rules import LocalStep
 
 SPEC = AdapterSpec((LayerSpec("one", 3, 2), LayerSpec("two", 2, 2)), rank=2, alpha=2.0)
 

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from peerlora.config.sections import TopologyConfig
 from peerlora.errors import TopologyError
-from peerlora.sections import TopologyConfig
 from peerlora.topology.graphs import build_graph, components, edge_draw, is_connected
 
 ADAPTER = TypeAdapter(TopologyConfig)

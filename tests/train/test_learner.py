@@ -9,7 +9,7 @@ from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.compose import compose
 from peerlora.train import learner as learner_module
-from peerlora.train.rules import Masked
+from peerlora.train.local_rules import Masked
 
 CAUSAL = ("task.kind=causal-lm", "data.label=null")
 

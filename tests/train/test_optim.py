@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.sections import TrainConfig
+from peerlora.config.sections import TrainConfig
 from peerlora.train.optim import Moments, clip, step
 
 CLIENTS = 3

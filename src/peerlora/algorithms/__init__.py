@@ -10,7 +10,7 @@ from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm, is_asynchronous
 from peerlora.algorithms.choco import Choco
-from peerlora.algorithms.composition import not_with
+from peerlora.algorithms.compatibility import not_with
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -35,8 +35,8 @@ from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.salf import SALF
 from peerlora.algorithms.tad_lora import TADLoRA
+from peerlora.config.sections import TRAIN_DEFAULTS
 from peerlora.errors import ConfigError, nearest
-from peerlora.sections import TRAIN_DEFAULTS
 
 REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,

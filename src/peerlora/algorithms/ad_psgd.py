@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from peerlora.algorithms.apart import Asynchronous
+from peerlora.algorithms.asynchronous import Asynchronous
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox
-    from peerlora.exchange.messages import Shapes
+    from peerlora.exchange.payload import Shapes
     from peerlora.exchange.schema import Schema
     from peerlora.topology.graphs import Adjacency
 

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.apart import Asynchronous
+from peerlora.algorithms.asynchronous import Asynchronous
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters, AdapterSpec
-from peerlora.lora.components import component_norms, components, coordinates, largest
+from peerlora.lora.rank_components import component_norms, components, coordinates, largest
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox, Message, Vectors
-    from peerlora.exchange.messages import Shapes
+    from peerlora.exchange.payload import Shapes
     from peerlora.exchange.schema import Schema
 
 

@@ -13,7 +13,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox, Vectors
-    from peerlora.exchange.messages import Shapes
+    from peerlora.exchange.payload import Shapes
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology

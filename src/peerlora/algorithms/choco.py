@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ValidationError
 
 from peerlora.algorithms.gossip import Stateful
+from peerlora.config.exchange import CODEC
 from peerlora.errors import ConfigError
-from peerlora.exchange.compressed import Replicas, compressed_gossip, compressed_message
-from peerlora.exchange.settings import CODEC
+from peerlora.exchange.compressed_gossip import Replicas, compressed_gossip, compressed_message
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
 

@@ -14,7 +14,7 @@ from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
-from peerlora.train.rules import DualProx
+from peerlora.train.local_rules import DualProx
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.gossip import Scheduled
 from peerlora.errors import ConfigError
-from peerlora.train.rules import Ascent, DualProx, Rule
+from peerlora.train.local_rules import Ascent, DualProx, Rule
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

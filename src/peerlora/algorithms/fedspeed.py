@@ -13,7 +13,7 @@ from peerlora.algorithms.dfedavg import require_at_least_zero
 from peerlora.algorithms.gossip import Stateful
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
-from peerlora.train.rules import Ascent, DualProx, Oracle, plain
+from peerlora.train.local_rules import Ascent, DualProx, Oracle, plain
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

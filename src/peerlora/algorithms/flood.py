@@ -13,11 +13,11 @@ from peerlora.algorithms.gossip import Stateful
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
-from peerlora.train.scoring import emphasis, measure
+from peerlora.train.row_scores import emphasis, measure
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.exchange.wire import Schema
+    from peerlora.network.protocol.wire import Schema
     from peerlora.topology.schedule import Topology
     from peerlora.train.learner import Learner
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from peerlora.algorithms.gossip import Stateful
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
-from peerlora.train.rules import DualProx, Recorded
+from peerlora.train.local_rules import DualProx, Recorded
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

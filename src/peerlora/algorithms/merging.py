@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
-from peerlora.machine import main_memory
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from torch import Tensor
 from peerlora.algorithms.gossip import Scheduled
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
-from peerlora.train.rules import DualProx, Recorded
+from peerlora.train.local_rules import DualProx, Recorded
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.depths import DepthGossip
+from peerlora.algorithms.depth_schedule import DepthGossip
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.depth import by_column, depth_of, reached_layers
-from peerlora.lora.partly import REACHED, PartlySent
+from peerlora.lora.layer_order import by_column, depth_of, reached_layers
+from peerlora.lora.partial import REACHED, PartlySent
 from peerlora.topology.properties import Properties
-from peerlora.train.reach import Reach
+from peerlora.train.backward_depth import Reach
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange

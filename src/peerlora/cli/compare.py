@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-    from peerlora.runs.compare import Comparison
+    from peerlora.experiments.grid import GridConfig
+    from peerlora.experiments.runner import Standing
+    from peerlora.experiments.statistics import Comparison
     from peerlora.runs.events import Event
-    from peerlora.runtime.cells import GridConfig
-    from peerlora.runtime.grid import Standing
 
 
 def command(
@@ -52,7 +52,7 @@ def command(
     if resume is None and expected is None:
         raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
     with stop_on_interrupt() as stop:
-        from peerlora.runtime.grid import Hooks, resume_grid, start_grid
+        from peerlora.experiments.runner import Hooks, resume_grid, start_grid
 
         hooks = Hooks(GridProgress(), stop)
         if resume is not None:
@@ -74,8 +74,8 @@ def _expected(
 ) -> GridConfig | None:
     """The grid that the command line asks for; None where it names none."""
     from peerlora.errors import ConfigError
-    from peerlora.runtime.cells import load_grid
-    from peerlora.runtime.presets import preset as named
+    from peerlora.experiments.grid import load_grid
+    from peerlora.experiments.presets import preset as named
 
     if preset is not None and source is not None:
         raise ConfigError(f"{source} and --preset {preset} given; a comparison has one grid, drop one")
@@ -88,7 +88,7 @@ def _expected(
 
 
 def _changed(stored: GridConfig, words: Sequence[str]) -> GridConfig:
-    from peerlora.runtime.cells import load_grid
+    from peerlora.experiments.grid import load_grid
 
     return load_grid(stored.model_dump(mode="json"), words)
 
@@ -150,7 +150,7 @@ def _print(result: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from peerlora.runs.compare_files import MARKED, cells, head
+    from peerlora.experiments.tables import MARKED, cells, head
 
     table = Table(title=f"{result.metric}, {len(result.lines)} settings", title_justify="left")
     for word in head(result):

@@ -1,12 +1,12 @@
 """``peerlora demo``."""
 
-from peerlora.cli.words import AsJson, Out, Overrides, print_json
+from peerlora.cli.options import AsJson, Out, Overrides, print_json
 
 
 def command(words: Overrides = None, out: Out = None, json: AsJson = False) -> None:
     """Ten clients with skewed data fine-tune a small encoder: alone, by gossip, and with all data in one place."""
     from peerlora.cli.progress import Progress, print_demo, stop_on_interrupt
-    from peerlora.runtime.demo import demo_config, run_demo
+    from peerlora.experiments.demo import demo_config, run_demo
 
     config = demo_config(words or [])
     with stop_on_interrupt() as stop:

@@ -18,8 +18,8 @@ def command(
     """Say what would go wrong at this site before it does; exit code 1 if anything would."""
     from rich.console import Console
 
-    from peerlora.config import load_config
-    from peerlora.runtime.doctor import examine
+    from peerlora.config.loading import load_config
+    from peerlora.runtime.peer.preflight import examine
 
     console, bad = Console(width=None if Console().is_terminal else 200), False
     for finding in examine(load_config(config, words or []), identity, members, wait, listen):

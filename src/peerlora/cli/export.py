@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
+from peerlora.cli.options import AsJson, print_json
 
 
 def command(
@@ -21,7 +21,7 @@ def command(
 
     if (client is None) != average:
         raise ConfigError("export needs exactly one of --client I and --average")
-    from peerlora.runtime.folder import export_from_run
+    from peerlora.runtime.export import export_from_run
 
     export_from_run(run, to, client, rank)
     print_json({"run": str(run), "client": client, "to": str(to)}) if json else print(f"wrote {to}")

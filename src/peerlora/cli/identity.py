@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
-from peerlora.packages import need_extra
+from peerlora.cli.options import AsJson, print_json
+from peerlora.environment import need_extra
 
 app = typer.Typer(help="Keys and certificates of a site, and a small authority that signs them.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(help="the identity's folder")]
@@ -29,8 +29,8 @@ def new(
 ) -> None:
     """Make a site's key, which never leaves FOLDER; or the keys of a consortium's authority."""
     from peerlora.errors import ConfigError
-    from peerlora.transport.authority import new_authority
-    from peerlora.transport.identity import new_identity
+    from peerlora.network.identity.authority import new_authority
+    from peerlora.network.identity.identity import new_identity
 
     if site is not None and authority is None:
         fingerprint = new_identity(folder, site)
@@ -57,9 +57,9 @@ def request(
     json: AsJson = False,
 ) -> None:
     """Write a certificate request for the authority."""
-    from peerlora.transport.files import write_new
-    from peerlora.transport.identity import fingerprint_of, read_key, read_site
-    from peerlora.transport.identity import request as make
+    from peerlora.network.identity.identity import fingerprint_of, read_key, read_site
+    from peerlora.network.identity.identity import request as make
+    from peerlora.network.identity.key_files import write_new
 
     site, fingerprint = read_site(folder), fingerprint_of(read_key(folder / "key.pem").public_key())
     write_new(to, make(folder))
@@ -79,8 +79,8 @@ def sign(
     json: AsJson = False,
 ) -> None:
     """Sign a site's request, as the authority, after asking the site for its fingerprint."""
-    from peerlora.transport.authority import sign_request
-    from peerlora.transport.files import read_public, write_new
+    from peerlora.network.identity.authority import sign_request
+    from peerlora.network.identity.key_files import read_public, write_new
 
     pem = read_public(request, "a certificate request", most=100_000)
     site, fingerprint, certificate = sign_request(authority, pem, days)
@@ -97,7 +97,7 @@ def show(folder: Folder, json: AsJson = False) -> None:
     """Check an identity and say whose it is and how long it is valid."""
     from datetime import UTC, datetime
 
-    from peerlora.transport.identity import load_identity
+    from peerlora.network.identity.identity import load_identity
 
     identity = load_identity(folder)
     left = (identity.expires - datetime.now(UTC)).days

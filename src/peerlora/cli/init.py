@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
+from peerlora.cli.options import AsJson, print_json
 
 
 def command(
@@ -15,7 +15,7 @@ def command(
     json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented config for it."""
-    from peerlora.runtime.template import write_template
+    from peerlora.data.guess import write_template
 
     guess = write_template(train, to)
     if json:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peerlora.cli.words import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from peerlora.runtime.launch import Peer
+    from peerlora.runtime.launch.processes import Peer
 
 Kill = Annotated[
     list[str] | None, typer.Option("--kill", help="3@5s: SIGKILL peer 3, 5 s after round 0 began; 3@5s:2s: restart it")
@@ -37,8 +37,8 @@ def command(
     import signal
 
     from peerlora.cli.progress import stop_on_interrupt
-    from peerlora.config import load_config
-    from peerlora.runtime.mishaps import parse_mishap
+    from peerlora.config.loading import load_config
+    from peerlora.runtime.launch.faults import parse_mishap
 
     chosen = load_config(config, [*(words or []), *([f"clients={peers}"] if peers is not None else [])])
     mishaps = [parse_mishap("kill", word, chosen.clients) for word in kill or ()]
@@ -48,7 +48,7 @@ def command(
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
     with Watch() as watch, stop_on_interrupt(*signals) as stopping:
-        from peerlora.runtime.launch import launch
+        from peerlora.runtime.launch.processes import launch
 
         summary = launch(chosen, out, mishaps, listener=watch, stop=stopping)
     print_launch(summary)

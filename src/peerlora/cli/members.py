@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
-from peerlora.packages import need_extra
+from peerlora.cli.options import AsJson, print_json
+from peerlora.environment import need_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from peerlora.transport.members import MemberList
+    from peerlora.network.identity.members import MemberList
 
 app = typer.Typer(help="The signed list of who takes part.", no_args_is_help=True)
 File = Annotated[Path, typer.Argument(help="the member list")]
@@ -34,7 +34,7 @@ def new(
 ) -> None:
     """Start an empty list."""
     from peerlora.errors import IdentityError
-    from peerlora.transport.members import SignedList, new_list, write_list
+    from peerlora.network.identity.members import SignedList, new_list, write_list
 
     if file.exists():
         raise IdentityError(f"{file} exists already; change it with `members add` and `members remove`")
@@ -56,9 +56,9 @@ def add(
 ) -> None:
     """Add a site; the list must be signed again afterwards."""
     from peerlora.errors import ConfigError, IdentityError
-    from peerlora.transport.files import read_public
-    from peerlora.transport.identity import certificate_fingerprint, certificate_site
-    from peerlora.transport.members import add_member
+    from peerlora.network.identity.identity import certificate_fingerprint, certificate_site
+    from peerlora.network.identity.key_files import read_public
+    from peerlora.network.identity.members import add_member
 
     if (certificate is None) == (fingerprint is None):
         raise ConfigError("members add needs exactly one of --certificate FILE and --fingerprint HEX")
@@ -74,7 +74,7 @@ def add(
 @app.command()
 def remove(file: File, site: Site, json: AsJson = False) -> None:
     """Remove a site; the list must be signed again and handed out afterwards."""
-    from peerlora.transport.members import remove_member
+    from peerlora.network.identity.members import remove_member
 
     _edit(file, lambda members: remove_member(members, site), json)
 
@@ -82,7 +82,7 @@ def remove(file: File, site: Site, json: AsJson = False) -> None:
 @app.command()
 def link(file: File, one: One, other: Other, json: AsJson = False) -> None:
     """Let two sites of a list with named edges talk; the list must be signed again afterwards."""
-    from peerlora.transport.members import link_members
+    from peerlora.network.identity.members import link_members
 
     _edit(file, lambda members: link_members(members, one, other), json)
 
@@ -90,14 +90,14 @@ def link(file: File, one: One, other: Other, json: AsJson = False) -> None:
 @app.command()
 def unlink(file: File, one: One, other: Other, json: AsJson = False) -> None:
     """Take the edge between two sites off the list; the list must be signed again afterwards."""
-    from peerlora.transport.members import unlink_members
+    from peerlora.network.identity.members import unlink_members
 
     _edit(file, lambda members: unlink_members(members, one, other), json)
 
 
 def _edit(file: Path, change: "Callable[[MemberList], MemberList]", json: bool) -> None:
     """Write the changed list as a draft."""
-    from peerlora.transport.members import SignedList, read_list, write_list
+    from peerlora.network.identity.members import SignedList, read_list, write_list
 
     changed = change(read_list(file).list)
     write_list(file, SignedList(changed))
@@ -112,8 +112,8 @@ def sign(
     json: AsJson = False,
 ) -> None:
     """Sign the list as its next version."""
-    from peerlora.transport.authority import list_signer
-    from peerlora.transport.members import read_list, sign_list, write_list
+    from peerlora.network.identity.authority import list_signer
+    from peerlora.network.identity.members import read_list, sign_list, write_list
 
     signed = sign_list(read_list(file).list, list_signer(authority), timedelta(days=days))
     write_list(file, signed)
@@ -127,9 +127,9 @@ def verify(
     json: AsJson = False,
 ) -> None:
     """Check signature and validity; exit code 2 where they don't hold."""
-    from peerlora.transport.files import read_public
-    from peerlora.transport.identity import read_trust
-    from peerlora.transport.members import load_members
+    from peerlora.network.identity.identity import read_trust
+    from peerlora.network.identity.key_files import read_public
+    from peerlora.network.identity.members import load_members
 
     _, signers = read_trust(read_public(trust, "the consortium's trust.pem"), str(trust))
     members = load_members(file, signers)
@@ -141,7 +141,7 @@ def verify(
 @app.command()
 def show(file: File, json: AsJson = False) -> None:
     """Print the list, without checking its signature."""
-    from peerlora.transport.members import read_list
+    from peerlora.network.identity.members import read_list
 
     signed = read_list(file)
     if not json:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peerlora.cli.words import AsJson, print_json
+from peerlora.cli.options import AsJson, print_json
 
 
 def command(json: AsJson = False) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json
 
 Identity = Annotated[Path, typer.Option("--identity", help="folder with this site's key and certificate")]
 Members = Annotated[Path, typer.Option("--members", help="the consortium's signed member list")]
@@ -30,11 +30,11 @@ def command(
     import signal
 
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
 
     wanted = load_config(config, words or [])
     with Progress() as listener, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
-        from peerlora.runtime.peer import run_peer
+        from peerlora.runtime.peer.run import run_peer
 
         result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, listener=listener, stop=stop)
     print_summary([(result.summary["method"], result.summary)])

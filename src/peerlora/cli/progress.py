@@ -28,7 +28,7 @@ from peerlora.runs.events import (
 )
 
 if TYPE_CHECKING:
-    from peerlora.runtime.demo import DemoReport
+    from peerlora.experiments.demo import DemoReport
 
 
 @contextmanager

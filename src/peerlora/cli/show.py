@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
+from peerlora.cli.options import AsJson, print_json
 
 FILES = ("report.html", "metrics.parquet", "events.jsonl", "config.yaml", "summary.json", "adapters", "checkpoints")
 
@@ -37,10 +37,10 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _describe(run: Path) -> dict[str, Any]:
     """The summary of a run, what is left to do, and the files it holds."""
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
     from peerlora.runs.events import RunStarted
+    from peerlora.runs.metrics import of, summarise
     from peerlora.runs.store import going_on, read_events
-    from peerlora.runs.table import of, summarise
 
     events = read_events(run)
     summary = summarise(events)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, print_json
+from peerlora.cli.options import AsJson, print_json
 
 
 def command(

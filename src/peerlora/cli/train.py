@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.words import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json
 
 
 def command(
@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """Train a federation as a config says, or go on with one that was stopped."""
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
-    from peerlora.config import load_config
+    from peerlora.config.loading import load_config
     from peerlora.errors import ConfigError
 
     config, overrides = _split(words or [])

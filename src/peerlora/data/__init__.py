@@ -1,1 +1,1 @@
-"""Rows: read, tokenised, divided among clients, put into batches."""
+"""Rows, tokens, partitions and batches."""

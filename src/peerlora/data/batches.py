@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.data.sources import Dataset
+from peerlora.data.dataset import Dataset
 from peerlora.randomness import numpy_generator
 
 

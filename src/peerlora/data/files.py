@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from peerlora.environment import package_file
 from peerlora.errors import DataError, nearest
-from peerlora.packages import package_file
 
 _BLOCK = 1 << 26  # bytes; a record that is longer than a block cannot be read, and texts can be long
 

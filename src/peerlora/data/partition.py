@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peerlora.data.sources import Dataset
-from peerlora.errors import ConfigError, DataError, nearest
-from peerlora.randomness import numpy_generator
-from peerlora.sections import (
+from peerlora.config.sections import (
     ColumnPartition,
     DirichletPartition,
     IidPartition,
@@ -18,6 +15,9 @@ from peerlora.sections import (
     QuantityPartition,
     SharesPartition,
 )
+from peerlora.data.dataset import Dataset
+from peerlora.errors import ConfigError, DataError, nearest
+from peerlora.randomness import numpy_generator
 
 _TRIES = 10  # draws before rows are moved by hand to clients that got none
 _ROW = "peerlora_row"  # the column by which rows are told apart inside a flwr-datasets partitioner
@@ -44,7 +44,7 @@ class Partition:
 def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed: int) -> Partition:
     """Divide the training rows among ``clients``; pure in ``seed``.
 
-    ``config`` is one of the kinds in peerlora.config, or a fresh partitioner of ``flwr_datasets.partitioner``, which
+    ``config`` is one of ``PartitionConfig``, or a fresh partitioner of ``flwr_datasets.partitioner``, which
     sees the labels, the row numbers and ``train.columns``, and draws by its own seed.
     Raises DataError: fewer rows than clients, label skew without classes, shares or columns that do not fit the data,
     a partitioner for another number of clients. ConfigError: a list in ``config`` of the wrong length.

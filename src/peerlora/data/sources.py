@@ -1,61 +1,20 @@
 """From the config's data section to tokenised training and evaluation rows."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from peerlora.config import RunConfig
+from peerlora.config.run import RunConfig
+from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.labels import Classes, class_ids, collected_classes, declared_classes, numbers
 from peerlora.data.tokens import default_cache, tokenise
 from peerlora.errors import DataError, nearest
 from peerlora.randomness import numpy_generator
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Tokenised rows with their labels."""
-
-    ids: np.ndarray
-    """int32 [token], all rows' token ids one after another"""
-    starts: np.ndarray
-    """int64 [row + 1]; row i owns ids[starts[i]:starts[i + 1]]"""
-    types: np.ndarray | None
-    """uint8 [token], token types as the tokenizer gives them (they tell a pair's halves apart); None: it gives none"""
-    labels: np.ndarray
-    """int64 [row] class ids, or float32 [row] for regression, or int64 zeros for causal-lm"""
-    names: tuple[str, ...]
-    """Class names by id; () for regression and causal-lm"""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """[row] the column that ``partition: {kind: column}`` names, else empty"""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [row], tokens of each row."""
-        return np.diff(self.starts)
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> "Dataset":
-        """The rows with these numbers, in this order."""
-        rows = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[rows]
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        tokens = np.repeat(self.starts[rows] - starts[:-1], lengths) + np.arange(starts[-1])
-        return Dataset(
-            ids=self.ids[tokens],
-            starts=starts,
-            types=None if self.types is None else self.types[tokens],
-            labels=self.labels[rows],
-            names=self.names,
-            columns={name: values[rows] for name, values in self.columns.items()},
-        )
 
 
 @dataclass(frozen=True)

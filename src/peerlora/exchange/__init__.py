@@ -1,1 +1,1 @@
-"""How values cross from client to client."""
+"""The algebra of mixing: the contract of an exchange, combine rules, codecs and attacks."""

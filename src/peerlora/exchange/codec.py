@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from peerlora.exchange.settings import CodecConfig
+from peerlora.config.exchange import CodecConfig
 
 Flat = Float[Tensor, "client scalar"]
 Message = dict[str, Tensor]

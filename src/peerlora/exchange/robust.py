@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from peerlora.config.exchange import RobustConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.combine import Combined, Received, Rule
-from peerlora.exchange.settings import RobustConfig
-from peerlora.exchange.wrapped import Wrapped, only_adapters
+from peerlora.exchange.wrapper import Wrapped, only_adapters
 from peerlora.lora.adapters import Adapters
 
 Coefficients = Float[Tensor, "#receiver sender"]

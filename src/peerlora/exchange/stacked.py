@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import Rule, apply_rule
-from peerlora.exchange.messages import message
+from peerlora.exchange.payload import message
+from peerlora.exchange.plain import Uncoded, operator
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.exchange.uncoded import Uncoded
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import Topology
 from peerlora.tree import tree_map
 
 Payload = TypeVar("Payload")
-_MANY, _FEW = 256, 0.1  # clients, and share of W that is not zero, from which the sparse product is faster
 
 
 class StackedExchange(Uncoded):
@@ -112,16 +108,3 @@ class StackedExchange(Uncoded):
         sizes = [encoded_bytes(message(payload, row)) for row in range(len(self.clients))]
         self.bytes_per_edge += max(sizes)
         self.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))
-
-
-def operator(W: Float[np.ndarray, "receiver client"], like: Tensor) -> Tensor:
-    """W as a matrix to multiply with, for ``like``; sparse for many clients that have few neighbours each.
-
-    At 1,000 clients on a ring the sparse product takes a sixth of the dense one's time, at 300 half (docs/log.md).
-    """
-    dense = torch.from_numpy(W).to(like)
-    if W.shape[1] < _MANY or np.count_nonzero(W) > _FEW * W.size:
-        return dense
-    with warnings.catch_warnings():  # told once per process by torch, of a format whose product is all we use
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return dense.to_sparse_csr()

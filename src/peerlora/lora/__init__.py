@@ -1,1 +1,1 @@
-"""What an adapter is."""
+"""What an adapter and a base model are."""

@@ -1,1 +1,1 @@
-"""What a run leaves behind: events, checkpoints, tables, reports."""
+"""What one run leaves behind: its folder, events, metrics and report."""

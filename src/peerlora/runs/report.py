@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise
 from peerlora.runs.store import read_events
-from peerlora.runs.table import evaluations, link_uses, of, started, summarise
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Key, Picture
@@ -192,7 +192,7 @@ def _who(start: RunStarted) -> str:
 
 def _neighbours(events: Sequence[Event]) -> str:
     """A real peer's neighbours: how often it met them, why not, and what happened to them last."""
-    from peerlora.runs.neighbours import left_out, neighbours
+    from peerlora.runs.peer_summary import left_out, neighbours
 
     known, skipped = neighbours(events), left_out(events)
     rows = [

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peerlora.errors import RunError
+from peerlora.files import _settle, _write_atomically
 from peerlora.runs.events import CheckpointSaved, Event, RunFinished, from_json, plain, to_json
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class RunStore:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Emit ``RunFinished`` and write metrics.parquet and, as the very last thing, summary.json."""
-        from peerlora.runs.table import write_table
+        from peerlora.runs.metrics import write_table
 
         self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
@@ -308,16 +309,3 @@ def going_on(run: Path) -> str:
     if clients_of(run) is None:
         return f"peerlora train --resume {run}"
     return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {run} --resume"
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    _settle(temporary, path)
-
-
-def _settle(temporary: Path, path: Path) -> None:
-    """Put a finished temporary file in its place, so that after a kill ``path`` is whole or absent."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

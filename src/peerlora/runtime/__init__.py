@@ -1,1 +1,1 @@
-"""Where clients live: all in this process, so far."""
+"""How a config becomes a run: plan, load, assemble, and the loop over rounds."""

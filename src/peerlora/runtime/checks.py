@@ -7,12 +7,12 @@ from typing import Any
 
 from peerlora.algorithms import ALIASES, REGISTRY
 from peerlora.algorithms.base import Algorithm, requirement
-from peerlora.algorithms.composition import check_wrappers, training_limits
-from peerlora.config import RunConfig
+from peerlora.algorithms.compatibility import check_wrappers, training_limits
+from peerlora.config.run import RunConfig
+from peerlora.config.sections import TrainConfig
+from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
-from peerlora.exchange.sums import gossip_rounds
-from peerlora.machine import main_memory
-from peerlora.sections import TrainConfig
+from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 

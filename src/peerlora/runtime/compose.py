@@ -14,34 +14,30 @@ from torch import Tensor
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
-from peerlora.algorithms.merging import Merging, check_merges
-from peerlora.config import RunConfig
+from peerlora.algorithms.merging import check_merges
+from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
+from peerlora.data.dataset import Dataset
 from peerlora.data.partition import Partition, own_rows, partition
-from peerlora.data.sources import Dataset, load_datasets
-from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.adversary import attackers
+from peerlora.exchange.attacks import attackers
 from peerlora.exchange.base import Counted
+from peerlora.exchange.gossip_sum import gossip_rounds, network_sum
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.sums import gossip_rounds, network_sum
-from peerlora.exchange.wrapped import innermost
+from peerlora.exchange.wrapper import innermost
 from peerlora.lora.adapters import Adapters, initial_adapters
-from peerlora.lora.attach import StackedModel, find_targets
+from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext, read_adapter
-from peerlora.models import PEFT_TASKS, load_base, load_tokenizer
 from peerlora.randomness import numpy_generator, torch_generator
-from peerlora.runtime.bases import Bases, PreparedBase
 from peerlora.runtime.checks import check_composition, check_memory, check_own
-from peerlora.runtime.clock import Clock
-from peerlora.runtime.wrappers import attack_notes, learned_from, wrap
-from peerlora.sections import ClockConfig
+from peerlora.runtime.exchange_stack import attack_notes, learned_from, wrap
+from peerlora.runtime.plan import build_clock
+from peerlora.runtime.resources import DTYPES, Materials, _model, load_materials
+from peerlora.runtime.virtual_clock import Clock
 from peerlora.topology.schedule import Topology, build_topology
-from peerlora.train.fast import Paths, graph_size, prepare_base, use_encoder
+from peerlora.train.kernels.selection import Paths, graph_size
 from peerlora.train.learner import Learner
-from peerlora.train.prior import LabelPrior
+from peerlora.train.loss_rules import LabelPrior
 from peerlora.train.tasks import TASKS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
 
 
 @dataclass(frozen=True)
@@ -66,59 +62,6 @@ class Federation:
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
     clock: Clock | None = None
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What many runs can share: the tokenised data and, for runs one after another, the base model."""
-
-    train_data: Dataset
-    eval_data: Dataset
-    tokenizer: Any
-    bases: Bases | None = None
-    """None: every run loads its own."""
-
-
-def load_materials(config: RunConfig) -> Materials:
-    """Read and tokenise the data of a config."""
-    tokenizer = load_tokenizer(config.model.source)
-    return Materials(*load_datasets(config, tokenizer), tokenizer)
-
-
-def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
-    """The virtual clock of a run; an asynchronous method without one gets equal speeds.
-
-    Raises CompositionError for a clock that the method cannot keep.
-    """
-    name, settings = config.algorithm.name, config.clock
-    if not is_asynchronous(algorithm):
-        if settings and (settings.deadline or settings.away) and isinstance(algorithm, Merging):
-            raise CompositionError(
-                f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
-                "reach everybody; drop these settings, or use algorithm.name=dec-lora"
-            )
-        reason = getattr(algorithm, "needs_clock", None)
-        if reason and not settings:
-            raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
-        return Clock(settings, config.clients, config.seed) if settings else None
-    if settings and settings.deadline:
-        raise CompositionError(
-            f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
-            "clock.deadline, or use a synchronous method such as algorithm.name=dec-lora"
-        )
-    if settings and any(absence.unit == "rounds" for absence in settings.away):
-        raise CompositionError(
-            f"the clients of {name} have no rounds in common, and clock.away counts in rounds; use unit: seconds"
-        )
-    if config.train.optimizer_state == "phase":
-        raise CompositionError(
-            f"the clients of {name} switch factors at moments of their own, so the optimiser's memory has no common "
-            "phase (train.optimizer_state=phase); use train.optimizer_state=round or keep"
-        )
-    clock = Clock(settings or ClockConfig(), config.clients, config.seed)
-    if all(clock.back(client, 0) is None for client in range(config.clients)):
-        raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
-    return clock
 
 
 def compose(
@@ -202,61 +145,6 @@ def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
     )
 
 
-def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:
-    kind, source, tokenizer, names = (
-        config.task.kind,
-        config.model.source,
-        materials.tokenizer,
-        materials.train_data.names,
-    )
-    bases = materials.bases or Bases()
-    prepared = bases.get(
-        (
-            source,
-            kind,
-            names,
-            config.train.dtype,
-            config.train.fast,
-            config.device,
-            config.adapter.targets,
-        ),
-        config.seed,
-        lambda: _prepared(config, names, tokenizer.pad_token_id),
-    )
-    base, targets = prepared.base, prepared.targets
-    if base.longest is not None and config.data.max_length > base.longest:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
-        )
-    model = StackedModel(
-        base.model,
-        targets,
-        train_head=config.adapter.head != "frozen",
-        dropout=config.adapter.dropout,
-        base_dropout=config.model.dropout,
-    )
-    bases.used_by(model)
-    extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
-    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, names)
-    return model, export, prepared.paths | use_encoder(model, config.train.fast)
-
-
-def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:
-    kind, dtype = config.task.kind, DTYPES[config.train.dtype]
-    base = load_base(config.model.source, kind, names, config.seed, pad_token, dtype)
-    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
-    base.model.to(_device(config))
-    return PreparedBase(base, targets, prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast))
-
-
-def _device(config: RunConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda given, but this torch sees no NVIDIA GPU; use device=cpu, or install a CUDA build"
-        )
-    return torch.device(config.device)
-
-
 def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
     ranks = [config.ranks[i] for i in here]
     spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
@@ -282,3 +170,15 @@ def resolve_threads(threads: int | None) -> int:
     Not fewer when the machine is busy: the number decides the order of additions, and so the last bits of a result.
     """
     return threads or len(os.sched_getaffinity(0))
+
+
+_COMPILED = "64"  # products that oneDNN keeps compiled, by shape; its 1,024 grow for a thousand rounds of ragged rows
+
+
+def composed(
+    config: RunConfig, materials: Materials | None, partitioner: Any, clients: Sequence[int] | None = None
+) -> Federation:
+    """The parts of a run, on the threads that it asks for."""
+    torch.set_num_threads(resolve_threads(config.threads))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED)
+    return compose(config, materials=materials, partitioner=partitioner, clients=clients)

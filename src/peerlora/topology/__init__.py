@@ -1,1 +1,1 @@
-"""Who talks to whom in which round, and with which weights."""
+"""Who talks to whom in a round, and with which weight."""

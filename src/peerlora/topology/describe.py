@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from peerlora.config import load_config
+from peerlora.config.loading import load_config
+from peerlora.config.topology import TopologyConfig
 from peerlora.errors import ConfigError
 from peerlora.topology.graphs import Adjacency, components, is_connected
 from peerlora.topology.schedule import Topology
-from peerlora.topology.settings import TopologyConfig
 
 
 def parse_spec(words: str | Sequence[str]) -> TopologyConfig:

@@ -6,7 +6,7 @@ import numpy as np
 
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
-from peerlora.topology.planned import Plan
+from peerlora.topology.weight_sequence import Plan
 from peerlora.topology.weights import Matrix
 
 

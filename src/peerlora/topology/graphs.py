@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from peerlora.config.topology import DirectedGraph, Graph, TopologyConfig
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
-from peerlora.topology.settings import DirectedGraph, Graph, TopologyConfig
 
 Adjacency = Bool[np.ndarray, "client client"]
 

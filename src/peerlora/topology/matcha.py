@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from peerlora.randomness import numpy_generator
 from peerlora.topology.graphs import Adjacency
-from peerlora.topology.planned import Plan
+from peerlora.topology.weight_sequence import Plan
 from peerlora.topology.weights import Matrix
 
 Laplacians = Float[np.ndarray, "matching client client"]

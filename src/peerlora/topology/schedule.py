@@ -1,13 +1,17 @@
 """Which graph and which W a round has.  Pure in (seed, t), so every peer computes the same without asking."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from peerlora.config.topology import TopologyConfig
 from peerlora.randomness import derive, numpy_generator
+from peerlora.topology.equitopo import equidyn, equistatic
+from peerlora.topology.finite_time import base_graph, hypercube, one_peer
 from peerlora.topology.graphs import (
     GRAPHS,
     Adjacency,
@@ -18,10 +22,9 @@ from peerlora.topology.graphs import (
     out_draw,
     pair_draw,
 )
-from peerlora.topology.planned import Plan
-from peerlora.topology.plans import PLANS
+from peerlora.topology.matcha import matcha
 from peerlora.topology.properties import Properties
-from peerlora.topology.settings import TopologyConfig
+from peerlora.topology.weight_sequence import Plan
 from peerlora.topology.weights import (
     Matrix,
     lazy,
@@ -280,3 +283,15 @@ def _is_regular(adjacency: Adjacency) -> bool:
     """Whether all clients hear from and send to equally many."""
     degrees = np.concatenate([adjacency.sum(axis=0), adjacency.sum(axis=1)])
     return bool((degrees == degrees[0]).all())
+
+
+PLANS: dict[str, Callable[[Any, int, int], Plan]] = {
+    "one-peer": lambda config, clients, seed: one_peer(clients),
+    "hypercube": lambda config, clients, seed: hypercube(clients),
+    "base-k": lambda config, clients, seed: base_graph(clients, config.degree),
+    "d-equistatic": lambda config, clients, seed: equistatic(config.kind, clients, config.degree, seed),
+    "u-equistatic": lambda config, clients, seed: equistatic(config.kind, clients, config.degree, seed),
+    "od-equidyn": lambda config, clients, seed: equidyn(config.kind, clients, config.eta),
+    "ou-equidyn": lambda config, clients, seed: equidyn(config.kind, clients, config.eta),
+    "matcha": lambda config, clients, seed: matcha(build_graph(config.base, clients, seed), config.budget).plan,
+}

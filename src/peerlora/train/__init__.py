@@ -1,1 +1,1 @@
-"""How clients learn between exchanges."""
+"""What a client does alone: batches, loss, gradients and the optimiser."""

@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from peerlora.config.sections import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
-from peerlora.data.sources import Dataset
+from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Slot
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
-from peerlora.sections import TrainConfig
-from peerlora.train.blocks import PADDED_TOKENS, GraphSize
-from peerlora.train.loss_rules import LossRule
+from peerlora.train.backward_depth import Cut, Reach, cut, parts, whole
+from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
+from peerlora.train.local_rules import Gradients, LocalStep, Rows, Rule
+from peerlora.train.loss_rules import Emphasis, LossRule
 from peerlora.train.optim import Moments, step
-from peerlora.train.reach import Cut, Reach, cut, parts, whole
-from peerlora.train.rules import Gradients, LocalStep, Rows, Rule
-from peerlora.train.scoring import Emphasis, Measure, score_shards
+from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, Protocol
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.data.batches import Batch
-from peerlora.train.rules import Rows
+from peerlora.data.batches import Batch, Shards
+from peerlora.train.local_rules import Rows
 
 
 class LossRule(Protocol):
@@ -19,3 +25,63 @@ class LossRule(Protocol):
         ``clients``: which of the clients held here the rows belong to.
         """
         ...
+
+
+class Emphasis:
+    """A loss rule: rows count in proportion to ``values``, and those of a batch as much together as before."""
+
+    def __init__(self, values: Float[Tensor, "client place"], shards: Shards):
+        self.values, self.shards = values, shards
+
+    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
+        """The batch with other weights, which sum to 1 per client as they did."""
+        assert batch.origin is not None
+        places = list(range(len(self.shards.shards)))[clients] if isinstance(clients, slice) else clients
+        numbers = batch.origin.numbers.reshape(len(places), -1)
+        own = [np.searchsorted(self.shards.shards[i], row) for i, row in zip(places, numbers, strict=True)]
+        v = torch.stack([self.values[i, torch.from_numpy(row)] for i, row in zip(places, own, strict=True)])
+        weights = batch.weights * v.to(batch.weights)
+        return logits, replace(batch, weights=F.normalize(weights, p=1.0, dim=1))
+
+
+SMOOTHING = 1.0  # rows per class
+
+
+class LabelPrior:
+    """Adds ``log(own label share) - log(target share)`` to training logits.
+
+    The loss is then the one that clients would have if all held labels in the target's proportions: what a client
+    learns of its own proportions goes into the offsets instead of the model.
+
+    Source: Menon et al. 2021, arXiv 2007.07314 (logit adjustment); Ren et al. 2020, arXiv 2007.10740 (balanced
+    softmax); per client: FedLC, Zhang et al. 2022, arXiv 2209.00189.
+    Differs (ours): a target other than uniform; the smoothing in ``offsets``.
+    """
+
+    def __init__(self, counts: Int[np.ndarray, "client label"], target: Literal["uniform", "pooled"]):
+        self.counts = torch.from_numpy(counts).double()
+        self.target = target
+        self._offsets = offsets(self.counts, torch.ones_like(self.counts)) if target == "uniform" else None
+
+    def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
+        """Before round 0; ``sum_of`` adds up a [client, ...] tensor over the whole network."""
+        if self.target == "pooled":
+            self._offsets = offsets(self.counts, sum_of(self.counts))
+
+    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
+        """Each client's offsets on each of its rows."""
+        assert self._offsets is not None, "agree() comes first"
+        own = self._offsets[clients].to(logits)
+        return (logits.view(len(own), -1, own.shape[1]) + own[:, None]).view_as(logits), batch
+
+
+def offsets(own: Float[Tensor, "client label"], target: Float[Tensor, "client label"]) -> Float[Tensor, "client label"]:
+    """``log(own share) - log(target share)`` from counts of rows; zero where both have the same proportions.
+
+    Every client counts ``SMOOTHING`` more rows per class, dealt in the target's proportions, so that a class it lacks
+    gets a finite offset: about ``-log(rows / classes)``, with which the loss hardly pushes that class down.
+    """
+    extra = SMOOTHING * own.shape[1]
+    share = target / target.sum(1, keepdim=True)
+    ratio = torch.where(own > 0, own / share, 0.0)  # a class that nobody has is one more that this client lacks
+    return ((ratio + extra) / (own.sum(1, keepdim=True) + extra)).log()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.sections import TrainConfig
+from peerlora.config.sections import TrainConfig
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's own defaults
 

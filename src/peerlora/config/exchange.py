@@ -1,0 +1,150 @@
+"""The ``exchange`` section of a config: what is sent in place of full vectors, and how what arrives is combined."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter, field_validator
+
+from peerlora.config.base import Positive, Section
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class CodecBase(Section):
+    """What all codecs have in common."""
+
+    default_gamma: ClassVar[float] = 0.3
+    gamma: Share | None = None
+    """Step towards the neighbours; the coarser the codec, the smaller.  null: 1 for identity and cast, 0.1 for
+    random-k, 0.3 for the rest."""
+
+    @property
+    def step(self) -> float:
+        """gamma, or the codec's own."""
+        return self.default_gamma if self.gamma is None else self.gamma
+
+
+class IdentityCodec(CodecBase):
+    """Everything, as it is."""
+
+    default_gamma: ClassVar[float] = 1.0
+    kind: Literal["identity"]
+
+
+class CastCodec(CodecBase):
+    """Everything, in half precision."""
+
+    default_gamma: ClassVar[float] = 1.0
+    kind: Literal["cast"]
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+
+class TopKCodec(CodecBase):
+    """The largest entries of every tensor, with their places."""
+
+    kind: Literal["top-k"]
+    share: Share = 0.1
+    """Of the entries of each tensor."""
+
+
+class RandomKCodec(CodecBase):
+    """Random entries of every tensor, the same for all clients of a round, so that no places are sent."""
+
+    default_gamma: ClassVar[float] = 0.1
+    kind: Literal["random-k"]
+    share: Share = 0.1
+    """Of the entries of each tensor."""
+
+
+class SignCodec(CodecBase):
+    """One bit for each entry, and the mean size of each tensor's entries."""
+
+    kind: Literal["sign"]
+
+
+class QSGDCodec(CodecBase):
+    """Random rounding to ``levels`` steps up to each tensor's norm."""
+
+    kind: Literal["qsgd"]
+    levels: Annotated[int, Field(ge=1, le=127)] = 7
+
+
+CodecConfig = Annotated[
+    IdentityCodec | CastCodec | TopKCodec | RandomKCodec | SignCodec | QSGDCodec, Field(discriminator="kind")
+]
+CODEC = TypeAdapter(CodecConfig)
+
+
+class TrimmedMean(Section):
+    """In every coordinate the mean without the ``drop`` largest and smallest of what arrived and the own value."""
+
+    kind: Literal["trimmed-mean"]
+    drop: Positive = 1
+
+
+class Median(Section):
+    """In every coordinate the median of what arrived and the own value."""
+
+    kind: Literal["median"]
+
+
+class Clipped(Section):
+    """ClippedGossip: nobody can pull further than ``radius``."""
+
+    kind: Literal["clipped-gossip"]
+    radius: Annotated[float, Field(ge=0)] | None = None
+    """Largest distance that counts; null: that of the neighbour after the ``drop`` farthest."""
+    drop: Positive = 1
+
+
+class Balance(Section):
+    """BALANCE: only those count who are near, measured by the own update since the start; ever nearer."""
+
+    kind: Literal["balance"]
+    gamma: Annotated[float, Field(gt=0)] = 2.0
+    """Allowed distance at the start over the norm of the own update; 2: that of an opposite update of equal length."""
+    kappa: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the own model."""
+
+
+class GeometricMedian(Section):
+    """RFA: the point with the smallest sum of distances, by smoothed Weiszfeld steps."""
+
+    kind: Literal["rfa"]
+    steps: Positive = 8
+    smoothing: Annotated[float, Field(gt=0)] = 0.1
+
+
+class Krum(Section):
+    """The one model that is nearest to most others."""
+
+    kind: Literal["krum"]
+    drop: Positive = 1
+    """Attackers that may be among those who send to one client."""
+
+
+RobustConfig = Annotated[TrimmedMean | Median | Clipped | Balance | GeometricMedian | Krum, Field(discriminator="kind")]
+
+
+class ExchangeConfig(Section):
+    """How values cross; both null: every vector in full, averaged with W."""
+
+    codec: CodecConfig | None = None
+    """CHOCO's compressed gossip around the method."""
+    robust: RobustConfig | None = None
+    """A rule in place of the average, against clients that send anything."""
+
+    @field_validator("codec", "robust", mode="before")
+    @classmethod
+    def _word_is_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class AdversaryConfig(Section):
+    """Clients that attack.  Their results are left out of means, worst clients and the averaged model."""
+
+    clients: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Positive = 1
+    """Their numbers, or how many: then drawn by the seed."""
+    attack: Literal["sign-flip", "label-flip", "gaussian", "alie", "ipm", "dissensus"] = "sign-flip"
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Of the attack; null: 1 (sign-flip, gaussian, dissensus), 0.5 (ipm), or the quantile (alie)."""

@@ -1,0 +1,147 @@
+"""How a YAML file, a mapping or words of the command line become a checked config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from peerlora.config.exchange import CodecConfig, RobustConfig
+from peerlora.config.run import RunConfig
+from peerlora.config.sections import (
+    PartitionConfig,
+    TopologyConfig,
+)
+from peerlora.errors import ConfigError, nearest
+
+
+def load_config(source: Path | str | dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (or a mapping), apply dotted ``key=value`` words, check everything.
+
+    Raises ConfigError with what was given, what was expected and the nearest valid key.
+    """
+    tree = _read(source)
+    for word in overrides:
+        _override(tree, word)
+    return parse(RunConfig, tree)
+
+
+def parse(model: type[BaseModel], tree: dict[str, Any]) -> Any:
+    """Validate a mapping, turning pydantic's report into one ConfigError."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as report:
+        raise ConfigError("; ".join(_explain(model, error) for error in report.errors(include_url=False))) from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config, for editors."""
+    return RunConfig.model_json_schema()
+
+
+def _read(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, dict):
+        return _copy(source)
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist; `peerlora init --train FILE` writes one")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected keys such as model:, data:, train:")
+    return tree
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{word!r} is not an override; expected key=value, e.g. train.rounds=50")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{word!r}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    for name in parents:
+        below = tree.get(name)
+        if isinstance(below, str):  # `topology: ring` is short for `topology: {kind: ring}`
+            below = {"name" if name == "algorithm" else "kind": below}
+        tree[name] = below if isinstance(below, dict) else {}
+        tree = tree[name]
+    # Another kind has other settings: those of the old one must not linger.
+    if last in ("kind", "name") and tree.get(last) not in (None, value):
+        tree.clear()
+    tree[last] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    """One pydantic error as 'where: what was given; what was expected'."""
+    where = [str(part) for part in error["loc"]]
+    path = ".".join(part for part in where if not _is_tag(part))
+    given = error.get("input")
+    if error["type"] == "extra_forbidden":
+        known = _siblings(model, where)
+        return f"unknown key {path!r}{nearest(where[-1], known)}; expected one of {', '.join(known)}"
+    if error["type"] == "union_tag_invalid":
+        kind = error["ctx"]["tag"]
+        known = [word.strip(" '") for word in error["ctx"]["expected_tags"].split(",")]
+        return f"{path}.kind {kind!r} is unknown{nearest(kind, known)}; expected one of {', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation, a union or an optional one say, names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The models of a union that a ``kind`` tells apart, by kind."""
+    return {tag: model for model in kinds for tag in get_args(model.model_fields["kind"].annotation)}
+
+
+_UNIONS = (PartitionConfig, TopologyConfig, CodecConfig, RobustConfig)
+
+
+_TAGS = {tag for union in _UNIONS for tag in _by_tag(_models(union))}
+
+
+def _is_tag(part: str) -> bool:
+    """Pydantic puts a discriminated union's tag, and a plain union's type, into the location."""
+    return part in _TAGS or part.startswith(("list[", "constrained-")) or part in ("int", "str", "float")
+
+
+def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
+    """The keys that would have been valid where an unknown one was found."""
+    node: Any = model
+    for part in where[:-1]:
+        if isinstance(node, dict):
+            node = node.get(part, model)
+        elif part in node.model_fields:
+            kinds = _models(node.model_fields[part].annotation)
+            node = kinds[0] if len(kinds) == 1 else _by_tag(kinds)
+    return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

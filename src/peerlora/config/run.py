@@ -1,0 +1,126 @@
+"""A run = one RunConfig = one YAML file; dotted ``key=value`` words override single settings."""
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.sections import (
+    TRAIN_DEFAULTS,
+    AdapterConfig,
+    AlgorithmConfig,
+    CheckpointConfig,
+    ClockConfig,
+    DataConfig,
+    DirichletPartition,
+    EvalConfig,
+    ModelConfig,
+    PartitionConfig,
+    PeerConfig,
+    Positive,
+    RandomGraph,
+    Section,
+    SharesPartition,
+    TaskConfig,
+    TopologyConfig,
+    TrainConfig,
+)
+
+
+class RunConfig(Section):
+    """Everything that decides a run's result."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = DirichletPartition(kind="dirichlet")
+    clients: Annotated[int, Field(ge=1, le=100_000)] = 10
+    topology: TopologyConfig = RandomGraph(kind="random")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
+    adversary: AdversaryConfig | None = None
+    """Clients that attack, to see what a method makes of them; null: nobody does."""
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    clock: ClockConfig | None = None
+    """Virtual time; null: rounds only."""
+    peer: PeerConfig = PeerConfig()
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where clients train; cuda: one NVIDIA GPU."""
+    threads: Positive | None = None
+    """CPU threads; null: the cores that this process may use, found at the start and kept by a resumed run."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("partition", "topology", mode="before")
+    @classmethod
+    def _word_is_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """``ring`` is short for ``{kind: ring}``; without a kind, the default kind's settings are meant."""
+        if isinstance(value, dict) and "kind" not in value:
+            return {"kind": cls.model_fields[str(info.field_name)].default.kind, **value}
+        return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _word_is_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_method_trains(cls, tree: Any) -> Any:
+        """Settings of ``train`` that were not given, where the method has defaults of its own."""
+        if not isinstance(tree, dict):
+            return tree
+        algorithm, train = tree.get("algorithm"), tree.get("train") or {}
+        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
+        own = TRAIN_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**tree, "train": {**own, **train}} if own and isinstance(train, dict) else tree
+
+    @model_validator(mode="after")
+    def _one_per_client(self):
+        lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
+        if self.clock:
+            lists |= {"clock.speed": self.clock.speed, "clock.bandwidth": self.clock.bandwidth}
+        for name, value in lists.items():
+            if isinstance(value, list) and len(value) != self.clients:
+                raise ValueError(
+                    f"{name} lists {len(value)} values for {self.clients} clients; give one number or one each"
+                )
+        gone = next((each for each in (self.clock.away if self.clock else ()) if each.client >= self.clients), None)
+        if gone:
+            raise ValueError(
+                f"clock.away names client {gone.client}; {self.clients} clients are numbered 0 to {self.clients - 1}"
+            )
+        if isinstance(self.partition, SharesPartition) and sum(self.partition.counts) != self.clients:
+            raise ValueError(
+                f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
+            )
+        if self.partition.kind == "own" and self.task.kind == "classification" and not self.task.labels:
+            raise ValueError(
+                "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
+                "the class names in one order at all sites"
+            )
+        if self.task.kind != "causal-lm" and self.data.label is None:
+            raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if self.train.label_prior != "none" and self.task.kind != "classification":
+            raise ValueError(
+                f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
+                "has none of; use train.label_prior=none"
+            )
+        return self
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of every client."""
+        return self.adapter.rank if isinstance(self.adapter.rank, list) else [self.adapter.rank] * self.clients
+
+    @property
+    def batches(self) -> list[int]:
+        """The rows per step of every client."""
+        return self.train.batch if isinstance(self.train.batch, list) else [self.train.batch] * self.clients
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults written out, in the order of the sections."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,47 @@
+"""Tokenised rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised rows with their labels."""
+
+    ids: np.ndarray
+    """int32 [token], all rows' token ids one after another"""
+    starts: np.ndarray
+    """int64 [row + 1]; row i owns ids[starts[i]:starts[i + 1]]"""
+    types: np.ndarray | None
+    """uint8 [token], token types as the tokenizer gives them (they tell a pair's halves apart); None: it gives none"""
+    labels: np.ndarray
+    """int64 [row] class ids, or float32 [row] for regression, or int64 zeros for causal-lm"""
+    names: tuple[str, ...]
+    """Class names by id; () for regression and causal-lm"""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """[row] the column that ``partition: {kind: column}`` names, else empty"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [row], tokens of each row."""
+        return np.diff(self.starts)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Dataset":
+        """The rows with these numbers, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.repeat(self.starts[rows] - starts[:-1], lengths) + np.arange(starts[-1])
+        return Dataset(
+            ids=self.ids[tokens],
+            starts=starts,
+            types=None if self.types is None else self.types[tokens],
+            labels=self.labels[rows],
+            names=self.names,
+            columns={name: values[rows] for name, values in self.columns.items()},
+        )

@@ -1,0 +1,188 @@
+"""Clients that attack: what they send in place of their adapters.
+
+They know everything: the honest clients' models of this round, W, and the common start.  Sources of the attacks: ALIE,
+Baruch et al. 2019, arXiv 1902.06156; IPM, Xie et al. 2019, arXiv 1903.03936; dissensus, He et al. 2022, arXiv
+2202.01545.  Models are attacked by their update since the common start ``x_0``, as (-A, -B) would be the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.config.exchange import AdversaryConfig
+from peerlora.errors import CompositionError, ConfigError
+from peerlora.exchange.combine import Rule
+from peerlora.exchange.wrapper import Wrapped
+from peerlora.lora.adapters import Adapters
+from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.tree import tree_map
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an attack may use."""
+
+    x: Float[Tensor, "client parameter"]
+    """All clients' true models."""
+    base: Float[Tensor, " parameter"]
+    """The common start."""
+    W: Float[Tensor, "client client"]
+    attackers: Sequence[int]
+    scale: float | None
+    noise: Callable[[int], torch.Generator]
+    """Of one client in this round."""
+
+    @property
+    def own(self) -> Float[Tensor, "attacker parameter"]:
+        """The attackers' true models."""
+        return self.x[list(self.attackers)]
+
+    @property
+    def honest(self) -> Float[Tensor, "honest parameter"]:
+        """The others'."""
+        return self.x[[i for i in range(len(self.x)) if i not in self.attackers]]
+
+    def strength(self, default: float) -> float:
+        """``scale``, or the attack's own."""
+        return default if self.scale is None else self.scale
+
+
+def sign_flip(scene: Scene) -> Tensor:
+    """``x_0 - scale (x - x_0)``: the own update turned round."""
+    return scene.base - scene.strength(1.0) * (scene.own - scene.base)
+
+
+def gaussian(scene: Scene) -> Tensor:
+    """``x + scale`` times standard normal noise."""
+    drawn = [torch.randn(scene.x.shape[1], generator=scene.noise(i), dtype=torch.float64) for i in scene.attackers]
+    return scene.own + scene.strength(1.0) * torch.stack(drawn).to(scene.x)
+
+
+def alie(scene: Scene) -> Tensor:
+    """``mean - z std`` of the honest models, coordinate by coordinate: a little is enough.
+
+    z is the normal quantile of ``(n - b - s) / (n - b)`` with ``s = floor(n / 2 + 1) - b``: as far out as the honest
+    clients that are needed for a majority.
+    """
+    n, b = len(scene.x), len(scene.attackers)
+    share = (n - b - (n // 2 + 1 - b)) / (n - b)
+    z = scene.strength(NormalDist().inv_cdf(min(0.99, max(0.01, share))))
+    honest = scene.honest
+    return (honest.mean(0) - z * honest.std(0, correction=0)).expand(b, -1)
+
+
+def ipm(scene: Scene) -> Tensor:
+    """``x_0 - scale`` times the honest mean update: its inner product with theirs is negative."""
+    return (scene.base - scene.strength(0.5) * (scene.honest.mean(0) - scene.base)).expand(len(scene.attackers), -1)
+
+
+def dissensus(scene: Scene) -> Tensor:
+    """``x_b - scale sum_k w_bk (x_k - x_b)``: away from where the neighbours are.
+
+    Differs: the paper sends every receiver another message; here a client says the same to all.
+    """
+    pull = scene.W[list(scene.attackers)].to(scene.x) @ scene.x - scene.own
+    return scene.own - scene.strength(1.0) * pull
+
+
+ATTACKS: dict[str, Callable[[Scene], Tensor]] = {
+    "sign-flip": sign_flip,
+    "gaussian": gaussian,
+    "alie": alie,
+    "ipm": ipm,
+    "dissensus": dissensus,
+}
+"""label-flip is not among them: it changes what a client learns from, and then what it sends is true."""
+
+
+def attackers(config: AdversaryConfig | None, clients: int, seed: int) -> tuple[int, ...]:
+    """The numbers of the clients that attack.
+
+    Raises ConfigError where there is no such client, or nobody honest is left.
+    """
+    if config is None:
+        return ()
+    wanted = config.clients
+    count = wanted if isinstance(wanted, int) else len(set(wanted))
+    if count >= clients or not isinstance(wanted, int) and max(wanted) >= clients:
+        raise ConfigError(
+            f"adversary.clients={wanted} given; expected less than all of the {clients} clients, numbered 0 to "
+            f"{clients - 1}"
+        )
+    if isinstance(wanted, int):
+        wanted = numpy_generator(seed, "adversary").choice(clients, wanted, replace=False).tolist()
+    return tuple(sorted(set(wanted)))
+
+
+def flipped_labels(labels: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
+    """The labels with those of some rows turned round: class c becomes ``classes - 1 - c``."""
+    changed = labels.copy()
+    changed[rows] = classes - 1 - labels[rows]
+    return changed
+
+
+class Adversarial(Wrapped):
+    """An Exchange in which some clients send what an attack makes of everybody's models.
+
+    An attacker itself goes on from the plain average of the true models around it, whatever it has sent.
+    """
+
+    def __init__(self, peers: Any, config: AdversaryConfig, who: Sequence[int], start: Adapters, seed: int):
+        super().__init__(peers)
+        self.attack, self.scale = ATTACKS[config.attack], config.scale
+        self.who, self.start, self.seed = list(who), start, seed
+
+    def mix(self, x: Any) -> Any:
+        """Mixes what is sent: adapters are attacked, anything else is true."""
+        true: dict[str, Adapters] = {}
+
+        def attacked(name: str, leaf: Any) -> Any:
+            if not isinstance(leaf, Adapters):
+                return leaf
+            true[name] = leaf
+            return self._sent(leaf)
+
+        def own_goes_on(name: str, leaf: Any) -> Any:
+            return self._own_goes_on(true[name], leaf) if name in true else leaf
+
+        mixed = self.peers.mix(tree_map(attacked, x, leaf=_LEAVES))
+        return tree_map(own_goes_on, mixed, leaf=_LEAVES)
+
+    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+        """Combines what is sent."""
+        return self._own_goes_on(x, self.peers.combine(self._sent(x), rule, merged))
+
+    def mix_encoded(self, x: Adapters, sent: Any) -> Tensor:
+        """Refused: the message is already made."""
+        raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")
+
+    def _sent(self, x: Adapters) -> Adapters:
+        shared, places = x.spec.shared, self.start.spec.places(x.spec)
+        scene = Scene(
+            x.flat[:, shared],
+            self.start.flat[0, places],
+            torch.from_numpy(self.peers.graph.W),
+            self.who,
+            self.scale,
+            lambda client: torch_generator(self.seed, "attack", client=client, round=self.peers.t),
+        )
+        flat = x.flat.clone()
+        flat[self.who, shared] = self.attack(scene)
+        return replace(x, flat=flat)
+
+    def _own_goes_on(self, x: Adapters, mixed: Adapters) -> Adapters:
+        flat, shared = mixed.flat.clone(), x.spec.shared
+        W = torch.from_numpy(self.peers.graph.W[self.who]).to(x.flat)
+        flat[self.who, shared] = W @ x.flat[:, shared]
+        return replace(mixed, flat=flat)
+
+
+_LEAVES = (Adapters, Tensor)

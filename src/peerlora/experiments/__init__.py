@@ -1,0 +1,1 @@
+"""Many runs: grids, statistics, tables and published numbers."""

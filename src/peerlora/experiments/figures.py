@@ -1,0 +1,162 @@
+"""The figures of a comparison: one line per place, mean over seeds, with a band from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import ScalarFormatter
+
+from peerlora.experiments.statistics import Outcome, measures
+from peerlora.runs import figures
+from peerlora.runs.events import Event, RoundDone
+from peerlora.runs.figures import Key, Picture
+from peerlora.runs.metrics import evaluations, of, started
+
+Line = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
+
+
+def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
+    """All figures for which there is anything to draw; ``axis`` is what the lines of one figure differ in."""
+    told = [each for each in outcomes if each.events]
+    if not told:
+        return []
+    start = started(told[0].events)
+    metric = start.metric if start else "metric"
+    pictures = []
+    for number, (rest, panel) in enumerate(_panels(told, axis).items()):
+        where = f", {rest}" if rest else ""
+        title = f"{metric} of the mean client"
+        pictures += [
+            _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round"),
+            _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
+            _by_seconds(f"time{number}", f"{title} by virtual seconds{where}", panel),
+            _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
+            _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
+        ]
+    by_p = _by_p(f"{metric} of the mean client by p, last evaluation", told, axis)
+    return [picture for picture in [*by_p, *pictures] if picture]
+
+
+def _panels(outcomes: Sequence[Outcome], axis: str | None) -> dict[str, dict[str, list[Outcome]]]:
+    """What the other axes are -> label of the line -> its seeds."""
+    panels: dict[str, dict[str, list[Outcome]]] = {}
+    for each in outcomes:
+        rest = ", ".join(f"{name} {label}" for name, label in each.labels.items() if axis and name != axis)
+        line = each.labels[axis] if axis else each.place
+        panels.setdefault(rest, {}).setdefault(line, []).append(each)
+    return panels
+
+
+def _accuracy(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+    scores = evaluations(events)
+    return [score.round for score in scores], [float(np.nanmean(score.own)) for score in scores]
+
+
+def _curves(panel: Mapping[str, Sequence[Outcome]], of_run: Any) -> dict[str, Line]:
+    """Seeds of one place evaluate in the same rounds, so they stack."""
+    found = {}
+    for label, runs in panel.items():
+        each = [of_run(run.events) for run in runs]
+        found[label] = np.asarray(each[0][0], float), np.asarray([y for _, y in each], float)
+    return found
+
+
+def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
+    """x is the mean over seeds of what was sent so far: random graphs of different seeds send a little differently."""
+
+    def sent(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+        total = np.concatenate([[0.0], np.cumsum([done.bytes_sent for done in of(events, RoundDone)])])
+        return [], [float(total[score.round]) for score in evaluations(events)]
+
+    reached = _curves(panel, _accuracy)
+    x = {label: line[1].mean(0) for label, line in _curves(panel, sent).items()}
+    top = max(float(each.max()) for each in x.values())
+    if top == 0:
+        return None
+    factor, unit = figures.byte_unit(top)
+    lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
+    return _lines(name, title, lines, f"{unit} sent, all clients")
+
+
+def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
+    """Of the places with a clock; x is the mean over seeds, whose clients may differ in speed."""
+
+    def passed(events: Sequence[Event]) -> tuple[list[float], list[float]]:
+        return [], [score.virtual_seconds for score in evaluations(events)]
+
+    reached = _curves(panel, _accuracy)
+    x = {label: line[1].mean(0) for label, line in _curves(panel, passed).items()}
+    lines = {label: (x[label], reached[label][1]) for label in reached if np.isfinite(x[label]).all()}
+    return _lines(name, title, lines, "virtual seconds") if lines else None
+
+
+def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:
+    def values(events: Sequence[Event]) -> tuple[list[int], list[float]]:
+        done = of(events, RoundDone)
+        return [each.round + 1 for each in done], [getattr(each, field) for each in done]
+
+    curves = {label: (list(map(int, x)), y.mean(0).tolist()) for label, (x, y) in _curves(panel, values).items()}
+    return figures.log_figure(name, title, curves)
+
+
+def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
+    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values."""
+    of_p = _axis_of_p(outcomes)
+    lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for each in outcomes:
+        reached = measures(each.events).get("mean client")
+        if each.p is None or reached is None:
+            continue
+        rest = ", ".join(f"{name} {own}" for name, own in each.labels.items() if name not in {of_p, *lines_of})
+        line = ", ".join(own for name, own in each.labels.items() if name in lines_of) or "mean client"
+        panels.setdefault(rest, {}).setdefault(line, {}).setdefault(each.p, []).append(reached)
+    return [
+        _p_figure(f"by-p{number}", f"{title}{f', {rest}' if rest else ''}", lines)
+        for number, (rest, lines) in enumerate(panels.items())
+        if any(len(line) > 1 for line in lines.values())
+    ]
+
+
+def _axis_of_p(outcomes: Sequence[Outcome]) -> str | None:
+    """The axis that decides p: all of one label have the same, and labels differ in it.  Of several, the last."""
+    found = None
+    for axis in outcomes[0].labels:
+        of_label: dict[str, set[float | None]] = {}
+        for each in outcomes:
+            of_label.setdefault(each.labels[axis], set()).add(each.p)
+        if all(len(some) == 1 for some in of_label.values()) and len(set.union(*of_label.values()) - {None}) > 1:
+            found = axis
+    return found
+
+
+def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Picture:
+    with figures._drawing(name, title) as (figure, out):
+        axes = figures._axes(figure, xlabel="p: the probability that two clients meet in a round (log scale)")
+        for line, colour in zip(lines.values(), figures._colours(len(lines)), strict=True):
+            x = sorted(line)
+            axes.plot(x, [np.mean(line[p]) for p in x], "o-", color=colour, markersize=4, linewidth=1.8)
+            for p in x:
+                axes.plot([p, p], [min(line[p]), max(line[p])], color=colour, linewidth=1.0)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xticks(sorted({p for line in lines.values() for p in line}), minor=False)
+        axes.minorticks_off()
+    note = "A bar reaches from the lowest to the highest seed."
+    return Picture(title, out.getvalue(), _legend(lines), note)
+
+
+def _lines(name: str, title: str, lines: Mapping[str, Line], xlabel: str) -> Picture:
+    with figures._drawing(name, title, size=(7.4, 3.6)) as (figure, out):
+        axes = figures._axes(figure, xlabel=xlabel)
+        for (x, y), colour in zip(lines.values(), figures._colours(len(lines)), strict=True):
+            axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.12, linewidth=0)
+            axes.plot(x, y.mean(0), color=colour, linewidth=2.0, **figures._marker(list(x)))
+    note = "The last point is of all evaluation rows, the others of eval.rows of them where that is set."
+    return Picture(title, out.getvalue(), [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")], note)
+
+
+def _legend(lines: Mapping[str, Any]) -> list[Key]:
+    return [Key(label, colour, "thick") for label, colour in zip(lines, figures._colours(len(lines)), strict=True)]

@@ -1,0 +1,175 @@
+"""Which published numbers belong beside a comparison, and how its runs were measured in the same words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from peerlora.config.run import RunConfig
+from peerlora.experiments.published_numbers import GLUE, OWN_MODELS, PAPERS, SERVER, Number, Paper
+
+if TYPE_CHECKING:
+    from peerlora.algorithms.base import Algorithm
+
+_TASK = {task: re.compile(rf"(?<![a-z]){task.lower().replace('-', '[-_]?')}(?![a-z])") for task in GLUE}
+
+
+def papers_for(configs: Collection[RunConfig], name: str | None) -> list[Paper]:
+    """The paper of that name with all its numbers; for no name every paper, with the numbers that fit a config.
+
+    A paper whose only fitting numbers are references without clients is left out.
+    """
+    if name is not None:
+        return [PAPERS[name]]
+    found = []
+    for paper in PAPERS.values():
+        fitting = tuple(each for each in paper.numbers if any(fits(each, config) for config in configs))
+        if any(each.methods for each in fitting):
+            found.append(replace(paper, numbers=fitting))
+    return found
+
+
+def fits(number: Number, config: RunConfig) -> bool:
+    """Whether a run is of one of the number's tasks, by one of its methods, with the settings that it asks for."""
+    from peerlora.algorithms import ALIASES, REGISTRY
+
+    if dataset(config) not in number.tasks:
+        return False
+    name = ALIASES.get(config.algorithm.name, config.algorithm.name)
+    if number.methods and name not in number.methods:
+        return False
+    for key, value in number.settings.items():
+        section, setting = key.split(".")
+        own = {each.name: each.default for each in fields(REGISTRY[name])} if section == "algorithm" else {}
+        if (own | getattr(config, section).model_dump(mode="json")).get(setting) != value:
+            return False
+    return True
+
+
+def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measure: str) -> dict[str, str]:
+    """Every aspect that protocols are compared in; ``rates``: those searched, empty where the rate was given."""
+    train, adapter, data = config.train, config.adapter, config.data
+    graph = {key: value for key, value in config.topology.model_dump(mode="json").items() if value}
+    weights = str(graph.pop("weights", "none"))
+    server = graph == {"kind": "complete"} and weights in ("metropolis", "uniform")
+    where = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets or ["PEFT's choice"])
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    return {
+        "model": _last(config.model.source),
+        "data": dataset(config),
+        "training rows per client": "all, divided" + _limit(data.train_per_class),
+        "evaluation rows": _split(data.eval) + _limit(data.eval_per_class),
+        "tokens": str(data.max_length),
+        "clients": str(config.clients),
+        "rank": str(adapter.rank),
+        "alpha": f"{adapter.alpha:g}",
+        "dropout": f"{adapter.dropout:g}",
+        "adapted layers": where,
+        "head": adapter.head,
+        "partition": _partition(config.partition.model_dump(mode="json")),
+        "budget": f"{train.rounds} rounds x {train.local_steps} steps x {train.batch} rows",
+        "optimiser": f"{train.optimizer}, weight decay {train.weight_decay:g}",
+        "optimiser's memory": _memory(config),
+        "schedule of the rate": "constant",
+        "precision": train.dtype,
+        "topology": SERVER if server else _words(graph),
+        "weights": "equal" if server else weights,
+        "rates": f"searched among {listed}" if rates else f"{train.lr:g}, given",
+        "rows of the search": "training rows set aside" if rates else "none",
+        "seeds": str(len(seeds)),
+        "evaluation": OWN_MODELS if measure == "mean client" else "the averaged model",
+        "round reported": "the last",
+        "besides": "; ".join(_besides(config)) or "nothing",
+    }
+
+
+def _memory(config: RunConfig) -> str:
+    """When it starts afresh; a method that always trains the same factors has one phase."""
+    state = config.train.optimizer_state
+    one_phase = state == "phase" and not getattr(_method(config), "alternates", False)
+    return "kept" if state == "keep" or one_phase else f"afresh every {state}"
+
+
+def _besides(config: RunConfig) -> Iterator[str]:
+    """What no notes on a paper tell of.  The interval is left out: the numbers themselves are told apart by it."""
+    train, exchange, method = config.train, config.exchange, config.algorithm.parameters
+    if train.label_prior != "none":
+        yield f"loss adjusted for the label prior ({train.label_prior})"
+    if train.clip is not None:
+        yield f"gradients clipped at {train.clip:g}"
+    if train.batches != "shuffled":
+        yield f"batches {train.batches}"
+    if method.keys() - {"interval"}:
+        own = ", ".join(f"{key} {value}" for key, value in method.items() if key != "interval")
+        yield f"{config.algorithm.name} {own}"
+    if getattr(_method(config), "settles", False):
+        yield "rounds without training"
+    if exchange.codec:
+        yield f"compressed: {_words(exchange.codec.model_dump(mode='json', exclude_none=True))}"
+    if exchange.robust:
+        yield f"in place of the average: {_words(exchange.robust.model_dump(mode='json', exclude_none=True))}"
+    if config.adversary:
+        yield f"attackers: {config.adversary.attack}"
+    if config.clock:
+        yield "a virtual clock"
+
+
+def _method(config: RunConfig) -> Algorithm[Any]:
+    from peerlora.algorithms import build_algorithm
+
+    return build_algorithm(config.algorithm.name, config.algorithm.parameters)
+
+
+def apart(paper: Paper, here: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """(aspect, theirs, ours) where a run of ours has what the paper has not; last, what was not found there."""
+    found, unknown = [], []
+    for aspect, theirs in {**paper.protocol, "besides": ("nothing",)}.items():
+        values = dict.fromkeys(each[aspect] for each in here)
+        if not theirs:
+            unknown.append((aspect, "not found", "; ".join(values)))
+        elif not {_key(each) for each in values} <= {_key(each) for each in theirs}:
+            found.append((aspect, "; ".join(theirs), "; ".join(values)))
+    return [*found, *unknown]
+
+
+def _key(value: str) -> str:
+    return value.casefold()
+
+
+def dataset(config: RunConfig) -> str:
+    """The task that a run's rows are of, as papers call it, where the source's name tells; else that name."""
+    name = _name(config.data.train)
+    return next((task for task, pattern in _TASK.items() if pattern.search(name.lower())), name)
+
+
+def _name(source: str | None) -> str:
+    """The end of a source: folders are of one machine."""
+    return "training rows set aside" if source is None else "/".join(source.split("/")[-2:])
+
+
+def _last(source: str) -> str:
+    """A model's own name, whoever keeps it wherever."""
+    return source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _split(source: str | None) -> str:
+    return "validation" if source is not None and "validation" in _name(source) else _name(source)
+
+
+def _limit(rows: int | None) -> str:
+    return f", at most {rows} per class" if rows else ""
+
+
+def _partition(section: dict[str, Any]) -> str:
+    if section["kind"] != "shares":
+        return _words(section)
+    return ", ".join(
+        f"{count} x [{', '.join(f'{share:g}' for share in shares)}]"
+        for count, shares in zip(section["counts"], section["shares"], strict=True)
+    )
+
+
+def _words(section: dict[str, Any]) -> str:
+    return ", ".join([str(section["kind"]), *(f"{key} {value}" for key, value in section.items() if key != "kind")])

@@ -1,0 +1,156 @@
+"""report.html of a grid: one self-contained page with tables, published numbers, figures and the grid itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from peerlora.config.run import RunConfig
+from peerlora.experiments.figures import comparison_figures
+from peerlora.experiments.published import apart, dataset, fits, ours, papers_for
+from peerlora.experiments.published_numbers import Number, Paper
+from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measures
+from peerlora.experiments.tables import cells, difference, head, marked, notes
+from peerlora.runs.report import number, picture_html, table_html, write_page
+
+
+def write_grid_report(
+    result: Comparison,
+    outcomes: Sequence[Outcome],
+    searched: Sequence[Outcome],
+    grid: str,
+    configs: Mapping[str, RunConfig],
+    published: str | None,
+) -> Path:
+    """Write report.html; ``configs``: one per place."""
+    seeds = sorted({each.seed for each in outcomes})
+    done = sum(bool(each.events) for each in outcomes)
+    text = f"{done} of {len(outcomes)} cells finished; seeds {', '.join(map(str, seeds))}."
+    body = [f'<p class="lead">{escape(text)}</p>', "<h2>Results</h2>"]
+    if result.lines:
+        body.append(table_html([cells(result, line) for line in result.lines], head(result)))
+    body += [f'<p class="note">{escape(note)}</p>' for note in notes(result, bool(searched))]
+    body += [_differences(result), _diverged([*outcomes, *searched])]
+    rates = sorted({each.rate for each in searched})
+    body += [_published(result, paper, configs, rates, seeds) for paper in papers_for(configs.values(), published)]
+    axis = next(iter(result.baseline), None)
+    body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
+    body += [_searched(searched), _grid(grid)]
+    temporary = result.folder / "report.html.tmp"
+    write_page(temporary, f"{len(result.lines)} settings compared", body)
+    os.replace(temporary, result.folder / "report.html")
+    return result.folder / "report.html"
+
+
+def _differences(result: Comparison) -> str:
+    """The other measures against the baseline."""
+    shown = ("worst client", "averaged model", "best round")
+    lines = [line for line in result.lines if line.differences]
+    if not lines:
+        return ""
+    rows = [[line.place, *(_apart(line, name) for name in shown)] for line in lines]
+    top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
+    return top + table_html(rows, ["", *shown])
+
+
+def _apart(line: Line, name: str) -> str:
+    return difference(line.differences.get(name)) + marked(line, name)
+
+
+def _diverged(outcomes: Sequence[Outcome]) -> str:
+    told = [f"<li>{escape(f'{each.folder}: {each.diverged}')}</li>" for each in outcomes if each.diverged]
+    return f'<h2>Runs that diverged</h2><ul class="warnings">{"".join(told)}</ul>' if told else ""
+
+
+def _published(
+    result: Comparison, paper: Paper, configs: Mapping[str, RunConfig], rates: list[float], seeds: list[int]
+) -> str:
+    """Theirs and ours side by side, and under them, in the same table, every aspect of the protocols that differs."""
+    fitting = [config for config in configs.values() if any(fits(each, config) for each in paper.numbers)]
+    here = [ours(config, rates, seeds, paper.measure) for config in fitting or configs.values()]
+    rows: list[Sequence[str]] = [
+        [_numbers_name(found), f"{found.value:.4f}", _our_number(result, configs, found, paper.measure)]
+        for found in paper.numbers
+    ]
+    rows.append(["How they were found, where the two differ or theirs was not found:", "", ""])
+    told = (
+        f"{paper.trust} With the differences that the table lists, a number beside another says nothing about who is "
+        "right; compare the order of the methods, if anything."
+    )
+    top = f"<h2>Beside the published numbers: {escape(paper.name)}</h2>"
+    head = ["", "published", f"ours: {result.metric or 'metric'} of the {paper.measure}"]
+    return top + table_html([*rows, *apart(paper, here)], head) + f'<p class="note">{escape(told)}</p>'
+
+
+def _numbers_name(published: Number) -> str:
+    over = f"mean over {', '.join(published.tasks)}" if len(published.tasks) > 1 else "".join(published.tasks)
+    return f"{published.label}: {published.over or over}"
+
+
+def _our_number(result: Comparison, configs: Mapping[str, RunConfig], published: Number, measure: str) -> str:
+    """Our measure of the same method: over the same tasks where we have them all, else of each task that we have.
+
+    Where a grid has several settings of it, such as two graphs, each with its labels.
+    """
+    if not published.methods:
+        return "–"
+    lines = [line for line in result.lines if measure in line.estimates and fits(published, configs[line.place])]
+    axes = [axis for axis in (lines[0].labels if lines else ()) if len({line.labels[axis] for line in lines}) > 1]
+    axes = [axis for axis in axes if not _by_task(axis, lines, configs)]
+    found: dict[tuple[str, ...], dict[str, Estimate]] = {}
+    for line in lines:
+        setting = tuple(line.labels[axis] for axis in axes)
+        found.setdefault(setting, {})[dataset(configs[line.place])] = line.estimates[measure]
+    named = {setting: _over_tasks(published, known) for setting, known in found.items()}
+    if len(named) == 1:
+        return next(iter(named.values()))
+    return "; ".join(f"{', '.join(setting)}: {text}" for setting, text in named.items()) or "not run"
+
+
+def _by_task(axis: str, lines: Sequence[Line], configs: Mapping[str, RunConfig]) -> bool:
+    """Whether an axis says which task a run is of."""
+    tasks: dict[str, set[str]] = {}
+    for line in lines:
+        tasks.setdefault(line.labels[axis], set()).add(dataset(configs[line.place]))
+    return (
+        len(tasks) > 1
+        and len(tasks) == len(set.union(*tasks.values()))
+        and all(len(each) == 1 for each in tasks.values())
+    )
+
+
+def _over_tasks(published: Number, known: Mapping[str, Estimate]) -> str:
+    if set(published.tasks) <= known.keys() and not (published.over and len(published.tasks) > 1):
+        return f"{sum(known[task].mean for task in published.tasks) / len(published.tasks):.4f}"
+    spread = {task: f" ± {each.deviation:.4f}" if each.deviation is not None else "" for task, each in known.items()}
+    return "; ".join(f"{each.mean:.4f}{spread[task]} ({task} only)" for task, each in known.items())
+
+
+def _searched(searched: Sequence[Outcome]) -> str:
+    """The mean client of every searched rate, and which was taken."""
+    if not searched:
+        return ""
+    rates = sorted({each.rate for each in searched})
+    rows = []
+    for place in dict.fromkeys(each.place for each in searched):
+        runs = [[each for each in searched if each.place == place and each.rate == rate] for rate in rates]
+        rows.append([place, *map(_reached, runs)])
+    text = "Mean client by learning rate, on training rows set aside, after the same number of rounds."
+    if len(rates) > 1:
+        text += " A best rate at the edge of the grid may be beaten by one beyond it."
+    top = f"<h2>Search of the learning rate</h2><p>{escape(text)}</p>"
+    return top + table_html(rows, ["", *(f"{rate:g}" for rate in rates)])
+
+
+def _reached(runs: Sequence[Outcome]) -> str:
+    """The mean client over the search's seeds, of one place and rate."""
+    if any(each.diverged for each in runs):
+        return "diverged"
+    known = [value for each in runs if (value := measures(each.events).get("mean client")) is not None]
+    return number(estimate(known).mean) if known else "–"
+
+
+def _grid(grid: str) -> str:
+    return f"<details><summary>The grid</summary><pre>{escape(grid)}</pre></details>"

@@ -1,0 +1,67 @@
+"""What a comparison leaves in its folder: results.parquet, table.csv, table.md, report.html."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peerlora.config.run import RunConfig
+from peerlora.experiments.statistics import (
+    Comparison,
+    Outcome,
+    compare,
+    long_rows,
+)
+from peerlora.experiments.tables import csv_text, markdown
+from peerlora.runs.metrics import started
+
+
+def write_results(
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    searched: Sequence[Outcome],
+    baseline: Mapping[str, str],
+    grid: str,
+    configs: Mapping[str, RunConfig],
+    published: str | None,
+) -> Comparison:
+    """Write every file; ``outcomes`` may be of a grid that is not finished.
+
+    ``grid`` is its YAML, ``configs`` one config per place, ``published`` the paper to put beside.
+    """
+    from peerlora.experiments.report import write_grid_report
+
+    start = next((start for each in outcomes if (start := started(each.events))), None)
+    ended = [each for each in outcomes if each.events or each.diverged]
+    higher = start is None or start.higher_is_better
+    result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)
+    write_parquet(folder / "results.parquet", outcomes, searched)
+    _replace(folder / "table.csv", csv_text(result))
+    _replace(folder / "table.md", markdown(result, searched=bool(searched)))
+    write_grid_report(result, outcomes, searched, grid, configs, published)
+    return result
+
+
+def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Outcome]) -> None:
+    """The long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    axes = list(outcomes[0].labels) if outcomes else []
+    types = [(axis, pa.string()) for axis in axes]
+    types += [("purpose", pa.string()), ("seed", pa.int64()), ("learning rate", pa.float64())]
+    types += [("client", pa.int32()), ("round", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
+    lines = [*long_rows(outcomes, "report"), *long_rows(searched, "search")]
+    columns = {
+        name: pa.array([line[name] for line in lines], kind, from_pandas=kind == pa.float64()) for name, kind in types
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

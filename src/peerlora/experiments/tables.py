@@ -1,0 +1,124 @@
+"""Rows of a comparison as CSV, Markdown and the cells of an HTML table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from peerlora.experiments.statistics import (
+    MEASURES,
+    Comparison,
+    Difference,
+    Estimate,
+    Line,
+)
+from peerlora.runs.report import number, size
+
+MARK = " †"
+
+
+MARKED = (
+    "† The mean of factors that lie in different coordinates, since the method averages products or turns factors: it "
+    "says little about the method."
+)
+
+
+SHOWN = ("mean client", "worst client", "averaged model", "best round", "consensus of B·A", "bytes sent")
+
+
+def csv_text(result: Comparison) -> str:
+    """One line per place and measure, numbers in full."""
+    axes = list(result.lines[0].labels) if result.lines else []
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
+    writer.writerow([*axes, *head, "rate of", "note"])
+    for line in result.lines:
+        for name in MEASURES:
+            known, apart = line.estimates.get(name), line.differences.get(name)
+            low, high = (apart and apart.interval) or (None, None)
+            numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
+            cells = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
+            note = MARKED if marked(line, name) else ""
+            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged, line.rate_from, note])
+    return out.getvalue()
+
+
+def head(result: Comparison) -> list[str]:
+    """The columns of the table for people."""
+    axes = list(result.lines[0].labels) if result.lines else []
+    against = f"mean client, difference to {', '.join(result.baseline.values())}"
+    shown = ["mean client", *([against] if result.baseline else []), *SHOWN[1:]]
+    return [*axes, "rate", "seeds", *shown]
+
+
+def cells(result: Comparison, line: Line) -> list[str]:
+    """One line of the table for people."""
+    known = [_spread(name, line.estimates.get(name)) + marked(line, name) for name in SHOWN]
+    if result.baseline:
+        base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
+        known.insert(1, "baseline" if base else difference(line.differences.get("mean client")))
+    seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
+    told = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
+    rate = f"{line.rate:g}" + (f" (of {line.rate_from})" if line.rate_from else "")
+    return [*line.labels.values(), rate, told, *known]
+
+
+def marked(line: Line, name: str) -> str:
+    """The sign behind a measure that says little about this line's method, else nothing."""
+    known = name == "averaged model" and name in line.estimates
+    return MARK if known and line.gauges_differ else ""
+
+
+def _spread(name: str, known: Estimate | None) -> str:
+    if known is None:
+        return "–"
+    if name == "bytes sent":
+        return size(known.mean)
+    if name == "consensus of B·A":
+        return number(float(f"{known.mean:.3g}"))
+    return f"{known.mean:.3f}" + (f" ± {known.deviation:.3f}" if known.deviation is not None else "")
+
+
+def difference(apart: Difference | None) -> str:
+    """``+0.012 [-0.003, +0.020]``."""
+    if apart is None:
+        return "–"
+    low, high = apart.interval or (None, None)
+    span = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else "[no interval]"
+    return f"{apart.mean:+.3f} {span}"
+
+
+def notes(result: Comparison, searched: bool) -> list[str]:
+    """How to read the table, in sentences."""
+    better = "higher" if result.higher_is_better else "lower"
+    told = [
+        f"{result.metric or 'metric'} ({better} is better): mean over seeds ± standard deviation over seeds (divisor "
+        "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows; the best round "
+        "is the best mean client of any evaluation, chosen on the rows it is reported on, so it flatters."
+    ]
+    if any(marked(line, name) for line in result.lines for name in SHOWN):
+        told.append(MARKED)
+    if result.baseline:
+        told.append(
+            f"Differences are paired by seed. In brackets: 95 % percentile bootstrap interval over seeds, "
+            f"{result.resamples:,} resamples, seeded; for 3 seeds it is simply their range, for fewer it is not given."
+        )
+    if searched:
+        told.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
+    if any(line.rate_from for line in result.lines):
+        told.append("A rate 'of' another setting was searched there: both agree on what search.each of the grid names.")
+    return told
+
+
+def markdown(result: Comparison, searched: bool) -> str:
+    """table.md."""
+    top = [_escaped(word) for word in head(result)]
+    lines = ["| " + " | ".join(top) + " |", "|" + " --- |" * len(top)]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in cells(result, line)) + " |" for line in result.lines]
+    return "\n".join([*lines, "", *notes(result, searched)]) + "\n"
+
+
+def _escaped(word: Any) -> str:
+    return str(word).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,1 @@
+"""Real peers: messages, bytes, and who is who."""

@@ -1,0 +1,245 @@
+"""The signed list of a consortium's members: who may take part, by which key, and at which address.
+
+One JSON file: ``{"list": {...}, "signature": "..."}``.  The signature (Ed25519) covers the list's values in one
+canonical form, so the file may be laid out for reading.  A list that was edited has no signature until it is signed
+again, as the next version.  A site keeps its client number for ever: in all versions, and when it comes back.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from msgspec import Meta
+
+from peerlora.errors import IdentityError, nearest
+from peerlora.network.identity.identity import SITE, check_site
+from peerlora.network.identity.key_files import read_public, write_over
+
+_DOMAIN = b"peerlora member list 1\n"  # this key's signature under anything else is none under a list
+MOST = 10_000
+Site = Annotated[str, Meta(pattern=f"^{SITE.pattern}$")]
+Number = Annotated[int, Meta(ge=0, lt=MOST)]
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One site."""
+
+    site: Site
+    client: Number
+    """Its number in the run, from 0; never given to another site."""
+    fingerprint: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    """SHA-256 of its public key."""
+    address: Annotated[str, Meta(max_length=300)] | None = None
+    """host:port where others can dial it; None for a site that only dials."""
+
+
+class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One version of the list."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=100)]
+    version: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    """Of the last signing; 0 for never."""
+    issued: datetime | None = None
+    expires: datetime | None = None
+    members: Annotated[list[Member], Meta(max_length=MOST)] = []
+    former: dict[Site, Number] = {}
+    """Client numbers of sites that were removed."""
+    edges: list[tuple[Site, Site]] | None = None
+    """Who may talk to whom; None: everybody to everybody."""
+    format: Literal[1] = 1
+
+    def member(self, site: str) -> Member:
+        """The member of this name; raises IdentityError naming the nearest."""
+        for member in self.members:
+            if member.site == site:
+                return member
+        raise IdentityError(
+            f"{site!r} is not on the member list {self.name!r} (version {self.version})"
+            f"{nearest(site, [member.site for member in self.members])}; expected one of its {len(self.members)} sites"
+        )
+
+    def linked(self, one: str, other: str) -> bool:
+        """Whether two members may talk."""
+        return one != other and (self.edges is None or (one, other) in self.edges or (other, one) in self.edges)
+
+    def expired(self, now: datetime) -> bool:
+        """Whether nobody is admitted by this list any more."""
+        return self.expires is None or now >= self.expires
+
+
+class SignedList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the file holds."""
+
+    list: MemberList
+    signature: Annotated[str, Meta(max_length=200)] | None = None
+    """Base64; None for a draft."""
+
+
+def new_list(name: str) -> MemberList:
+    """An empty draft."""
+    return _checked(MemberList(name))
+
+
+def add_member(
+    members: MemberList, site: str, fingerprint: str, address: str | None = None, neighbours: tuple[str, ...] = ()
+) -> MemberList:
+    """The list with one more site; with ``neighbours``, edges to them, and from then on only named edges exist.
+
+    A site that comes back gets its old client number.  Raises IdentityError.
+    """
+    check_site(site)
+    if any(member.site == site for member in members.members):
+        raise IdentityError(f"{site} is on the list already; for a new key or address remove it first, then add it")
+    if address is not None:
+        check_address(address)
+    taken = [member.client for member in members.members] + list(members.former.values())
+    client = members.former.get(site, max(taken, default=-1) + 1)
+    edges = members.edges
+    if neighbours:
+        edges = [*(edges or []), *((members.member(other).site, site) for other in neighbours)]
+    former = {name: number for name, number in members.former.items() if name != site}
+    grown = sorted([*members.members, Member(site, client, fingerprint, address)], key=lambda member: member.client)
+    return _checked(msgspec.structs.replace(members, members=grown, former=former, edges=edges))
+
+
+def remove_member(members: MemberList, site: str) -> MemberList:
+    """The list without a site and its edges; its client number stays taken.  Raises IdentityError."""
+    gone = members.member(site)
+    edges = None if members.edges is None else [edge for edge in members.edges if site not in edge]
+    kept = [member for member in members.members if member.site != site]
+    return msgspec.structs.replace(members, members=kept, former=members.former | {site: gone.client}, edges=edges)
+
+
+def link_members(members: MemberList, one: str, other: str) -> MemberList:
+    """The list with an edge more; raises IdentityError where the two may talk already."""
+    _known(members, one, other)
+    if members.edges is None:
+        raise IdentityError(
+            f"{one} and {other} may talk already: member list {members.name!r} names no edges, so everybody may; "
+            "take edges off with `members unlink`"
+        )
+    if members.linked(one, other):
+        raise IdentityError(f"member list {members.name!r} has the edge {one}-{other} already")
+    return _checked(msgspec.structs.replace(members, edges=[*members.edges, (one, other)]))
+
+
+def unlink_members(members: MemberList, one: str, other: str) -> MemberList:
+    """The list with an edge less; where it named none, with all edges but this one.  Raises IdentityError."""
+    _known(members, one, other)
+    sites = [member.site for member in members.members]
+    edges = list(itertools.combinations(sites, 2)) if members.edges is None else members.edges
+    kept = [edge for edge in edges if set(edge) != {one, other}]
+    if len(kept) == len(edges):
+        raise IdentityError(f"member list {members.name!r} has no edge {one}-{other}")
+    return _checked(msgspec.structs.replace(members, edges=kept))
+
+
+def _known(members: MemberList, one: str, other: str) -> None:
+    if members.member(one) == members.member(other):
+        raise IdentityError(f"{one} given twice; an edge joins two sites")
+
+
+def check_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``; raises IdentityError."""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
+    if not found or not 0 < int(found[2]) < 65536:
+        raise IdentityError(f"address {address!r} given; expected host:port, such as peer.hospital-a.example:7443")
+    return found[1].strip("[]"), int(found[2])
+
+
+def sign_list(members: MemberList, key: Ed25519PrivateKey, valid: timedelta, now: datetime | None = None) -> SignedList:
+    """The next version of the list, signed, valid for ``valid`` from ``now``."""
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    if not members.members:
+        raise IdentityError("the member list is empty; add its sites first: peerlora members add")
+    if valid <= timedelta(0):
+        raise IdentityError(f"validity of {valid} given; expected a time to come")
+    ready = msgspec.structs.replace(members, version=members.version + 1, issued=now, expires=now + valid)
+    return SignedList(_checked(ready), base64.b64encode(key.sign(canonical(ready))).decode())
+
+
+def verify_list(
+    signed: SignedList, signers: tuple[bytes, ...], now: datetime | None = None, what: str = ""
+) -> MemberList:
+    """The list, if one of ``signers`` (Ed25519 public keys) signed it and it is in force at ``now``.
+
+    Raises IdentityError.
+    """
+    what = what or f"member list {signed.list.name!r}"
+    if signed.signature is None:
+        raise IdentityError(f"{what} is a draft without signature; have it signed: peerlora members sign")
+    if not any(_signed_by(signer, signed) for signer in signers):
+        raise IdentityError(f"{what} is not signed by the consortium of trust.pem, or was changed since")
+    now = now or datetime.now(UTC)
+    if signed.list.expired(now):
+        raise IdentityError(f"{what} expired on {signed.list.expires:%Y-%m-%d %H:%M} UTC; ask for the next version")
+    if signed.list.issued is not None and now < signed.list.issued - timedelta(days=1):
+        raise IdentityError(f"{what} is from the future ({signed.list.issued}); check this machine's clock")
+    return signed.list
+
+
+def _signed_by(signer: bytes, signed: SignedList) -> bool:
+    try:
+        signature = base64.b64decode(signed.signature or "", validate=True)
+        Ed25519PublicKey.from_public_bytes(signer).verify(signature, canonical(signed.list))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+def canonical(members: MemberList) -> bytes:
+    """The bytes that are signed: the same however the file is laid out."""
+    tree = msgspec.to_builtins(members)
+    return _DOMAIN + json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _checked(members: MemberList) -> MemberList:
+    """The list, if its parts fit together; raises IdentityError."""
+    try:
+        members = msgspec.convert(msgspec.to_builtins(members), MemberList)
+    except msgspec.ValidationError as error:
+        raise IdentityError(f"member list: {error}") from None
+    sites = [member.site for member in members.members] + list(members.former)
+    numbers = [member.client for member in members.members] + list(members.former.values())
+    keys = [member.fingerprint for member in members.members]
+    for what, values in (("site", sites), ("client number", numbers), ("fingerprint", keys)):
+        value, times = Counter(values).most_common(1)[0] if values else ("", 0)
+        if times > 1:
+            raise IdentityError(f"member list: {what} {value} occurs {times} times; each belongs to one site")
+    known = {member.site for member in members.members}
+    for edge in members.edges or ():
+        if edge[0] == edge[1] or not known.issuperset(edge):
+            raise IdentityError(f"member list: edge {edge[0]}-{edge[1]} does not join two members")
+    for member in members.members:
+        if member.address is not None:
+            check_address(member.address)
+    return members
+
+
+def read_list(path: Path) -> SignedList:
+    """The file as it stands, signed or not; raises IdentityError where it is no member list."""
+    try:
+        signed = msgspec.json.decode(read_public(path, "a member list"), type=SignedList)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise IdentityError(f"{path} is not a member list: {error}") from None
+    return SignedList(_checked(signed.list), signed.signature)
+
+
+def write_list(path: Path, signed: SignedList) -> None:
+    """Replace the file at once."""
+    write_over(path, msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
+
+
+def load_members(path: Path, signers: tuple[bytes, ...], now: datetime | None = None) -> MemberList:
+    """The verified list of a file; raises IdentityError."""
+    return verify_list(read_list(path), signers, now, str(path))

@@ -1,0 +1,211 @@
+"""The exchange of a real peer: one client, whose neighbours are somewhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.exchange.combine import Rule, apply_rule
+from peerlora.exchange.payload import Payload, everybody, expected, fault, name_of, vectors, widest
+from peerlora.exchange.plain import Uncoded, operator
+from peerlora.exchange.replicas import Difference
+from peerlora.lora.adapters import Adapters
+from peerlora.network.base import PeerId, Refused
+from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.pending_exchange import Check, Letter
+from peerlora.network.protocol.replica_cache import Copies, letter_of
+from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.wire import Header, encode_body, read_claimed
+from peerlora.topology.schedule import RoundGraph, Topology
+from peerlora.topology.weights import Matrix, remove_links
+from peerlora.tree import leaves, tree_map
+
+Tree = TypeVar("Tree")
+
+
+class NeighbourExchange(Uncoded):
+    """Sends the own row, collects the neighbours' until the deadline, and combines them by the own row of W.
+
+    What is summed, is summed in the order of client numbers.  The weight of an edge that does not count goes to the
+    diagonal of both its ends, so W stays doubly stochastic; where links go one way, it stays with the sender, who keeps
+    what was not acknowledged, so columns keep their sums.
+
+    ``names``: client -> peer, for all neighbours of the run.  ``start``: the adapters with which all clients begin;
+    compressed gossip builds on them.  ``positive``: vectors by name that are refused unless they are above zero.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        client: int,
+        names: Mapping[int, PeerId],
+        rendezvous: Rendezvous,
+        thread: LoopThread,
+        start: Adapters | None = None,
+        positive: Collection[str] = (),
+    ):
+        self.topology, self.names = topology, names
+        self.clients: Sequence[int] = [client]
+        self.rendezvous, self.thread = rendezvous, thread
+        self.copies = None if start is None else Copies(start.flat[:1])
+        self.positive, self.one_way = tuple(positive), not topology.properties.symmetric
+        self.t = 0
+        self._set(0)
+
+    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
+        """Set the round, here and for what neighbours send; forget what the last one sent.
+
+        What rounds before 0 sent counts in round 0.
+        """
+        self._set(t, absent)
+        self.thread.loop.call_soon_threadsafe(self.rendezvous.enter, t)
+
+    def _set(self, t: int, absent: Sequence[int] = ()) -> None:
+        opening = t <= 0 and self.t < 0
+        self.t, self.graph = t, self.topology.at(t, absent)
+        self.bytes_per_edge = 0
+        self.bytes_sent = self.bytes_sent if opening else 0
+        self.seconds = 0.0
+        self.mixed: Adapters | None = None
+        """What this client put into this round's mixing."""
+        self.met: Adapters | None = None
+        """[sender] the same of all whose edge counted, itself too, in the order of their numbers; with a codec their
+        replicas, which is what receivers know of them."""
+        self.measured: dict[str, Float[Tensor, " client"]] = {}
+        """What this round's rules measured, by name."""
+        self.missed: dict[int, str] = {}
+        """Neighbours whose edge did not count in this round, and why."""
+        self._target: Tensor | None = None
+
+    def aim_at(self, c: Float[Tensor, " client"]) -> None:
+        """Let the next mixing have Metropolis-Hastings weights; the neighbours' c come with their messages."""
+        self._target = c
+
+    def mix(self, x: Tree) -> Tree:
+        """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``."""
+        began = time.perf_counter()
+        (met,), W = self._meet((x,))
+        others = leaves(met, (Adapters, Tensor))
+        mixed = tree_map(lambda name, leaf: self._leaf(leaf, others[name], W), x, leaf=(Adapters, Tensor))
+        self.seconds += time.perf_counter() - began
+        return mixed
+
+    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+        """``sum_j W_ij xhat_j``, with the own copies of the neighbours' replicas; see ``Copies``."""
+        assert self.copies is not None, "compressed gossip builds on the common start"
+        began = time.perf_counter()
+        letter = Letter(**letter_of(sent))
+        reached = self._post(letter, partial(self.copies.check, sent))
+        for j, after in reached.items():
+            self.copies.take(self.names[j], sent.places, after)
+        reached[self.clients[0]] = sent.after
+        senders = sorted(reached)
+        rows = torch.cat([reached[j] for j in senders])
+        self.mixed, self.met = x, _replicas(x, rows)
+        mixed = operator(self.graph.W[self.clients][:, senders], rows) @ rows
+        self.seconds += time.perf_counter() - began
+        return mixed
+
+    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+        """``x_i <- rule(what reached i)``; without any contact ``x`` stays as it is."""
+        began = time.perf_counter()
+        sent = x.only("AB") if x.spec.private_head else x
+        (met, *parts), W = self._meet((x, *([x.merged] if merged else [])))
+        self.mixed, self.met = x, met
+        others = met.only("AB") if x.spec.private_head else met
+        combined, measured = apply_rule(sent, replace(others, merged=parts[0] if parts else None), W, rule)
+        self.measured.update(measured)
+        self.seconds += time.perf_counter() - began
+        return replace(x.merge(combined), merged=combined.merged)
+
+    def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
+        """The average of one leaf; of Adapters, of everything but a private head."""
+        if isinstance(x, Tensor):
+            rows = others.reshape(len(others), -1)
+            return (operator(W, rows) @ rows).view_as(x)
+        self.mixed, self.met = x, others
+        rows = others.flat[:, x.spec.shared]
+        return x.sharing(operator(W, rows) @ rows)
+
+    def _meet(self, payload: Payload) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
+        """The payloads of all whose edge counts, and the own row of W for them."""
+        own = vectors(payload)
+        target = "" if self._target is None else name_of(payload, self._target)
+        positive = [name for name in (*self.positive, target) if name and name in own]
+        reached = self._post(Letter(encode_body(own)), partial(_check, payload, positive=positive), target)
+        reached[self.clients[0]] = own
+        senders = sorted(reached)
+        return everybody(payload, [reached[j] for j in senders]), self.graph.W[self.clients][:, senders]
+
+    def _post(self, letter: Letter, check: Check, target: str = "") -> dict[int, Any]:
+        """By client, what ``check`` made of the messages whose edge counts; the graph and W are then those of these."""
+        (me,), planned = self.clients, self.topology.at(self.t)
+        senders, receivers = planned.neighbours(me), planned.receivers(me)
+        numbers = {self.names[j]: j for j in [*senders, *receivers] if j in self.names}
+        to, by = ([self.names[j] for j in clients if j in self.names] for clients in (receivers, senders))
+        outcome = self.thread.call(self.rendezvous.meet(to, letter, check, by if self.one_way else None))
+        self.missed |= {numbers[peer]: reason for peer, reason in outcome.missing.items()}
+        self.missed |= {j: "not on the member list" for j in [*senders, *receivers] if j not in self.names}
+        reached = {numbers[peer]: found for peer, found in outcome.got.items()}
+        taken = {numbers[peer] for peer in outcome.taken}
+        if target:
+            planned = replace(planned, W=self._aimed(planned, {j: found[target] for j, found in reached.items()}))
+        missing = [(me, j) for j in senders if j not in reached] + [(j, me) for j in receivers if j not in taken]
+        self.graph = without(planned, missing, self.one_way)
+        self.bytes_per_edge += len(letter.body)
+        self.bytes_sent += len(letter.body) * len(taken) + sum(outcome.whole.values())
+        if outcome.whole:
+            self.measured["whole_replicas"] = torch.tensor([float(len(outcome.whole))])
+        return reached
+
+    def _aimed(self, planned: RoundGraph, told: Mapping[int, Tensor]) -> Matrix:
+        """W whose own row has Metropolis-Hastings weights; the other rows stand for nothing."""
+        assert self._target is not None
+        c = np.ones(len(planned.W))  # of those who did not tell theirs: their edges do not count
+        c[self.clients[0]] = float(self._target)
+        for client, value in told.items():
+            c[client] = float(value)
+        self._target = None
+        return self.topology.aimed(planned.adjacency, c)
+
+
+def _check(payload: Payload, header: Header, body: bytearray, positive: Collection[str] = ()) -> dict[str, Tensor]:
+    """A neighbour's vectors, which have the names, shapes and dtypes that this client's own exchange asks for."""
+    if header.codec != "identity":
+        raise Refused("bad-header", f"codec {header.codec} where values are exchanged as they are")
+    found = read_claimed(header, body, widest(payload), partial(expected, payload))
+    if reason := fault(payload, found):
+        raise Refused("bad-body", reason)
+    for name in positive:
+        if not bool((found[name] > 0).all()):
+            raise Refused("bad-body", f"{name} is not above zero")
+    return found
+
+
+def _replicas(x: Adapters, rows: Float[Tensor, "sender scalar"]) -> Adapters:
+    """Adapters whose exchanged columns are these."""
+    flat = x.flat.repeat(len(rows), 1)
+    flat[:, x.spec.shared] = rows
+    return replace(x, flat=flat, ranks=x.ranks.repeat(len(rows)))
+
+
+def without(graph: RoundGraph, missing: list[tuple[int, int]], one_way: bool = False) -> RoundGraph:
+    """A round's graph without some links (receiver, sender), whose weight goes to the diagonal of both ends.
+
+    With ``one_way`` the other way of a link stays, and the weight goes to the sender.
+    """
+    if not missing:
+        return graph
+    gone = np.zeros_like(graph.adjacency)
+    for i, j in missing:
+        gone[i, j] = True
+        gone[j, i] |= not one_way
+    return RoundGraph(graph.adjacency & ~gone, remove_links(graph.W, gone, one_way))

@@ -1,0 +1,282 @@
+"""One message as bytes: a strict header (msgpack) and a safetensors body, and every check before anything is used.
+
+Needs msgspec (``pip install peerlora[peer]``).  What a message may hold is in schema.py.
+
+A receiver asks, in this order: ``read_header`` (is it a header at all?), ``Expected.check`` (of this run, this base
+model, this adapter, by the peer that the channel says?), whatever its rounds say (late, from-the-future, replay), and
+only then lets the body come, which ``read_body`` compares with the schema.  Nothing is ever unpickled.  Each refusal
+is a ``Refused`` whose reason is one of ``transport.base.REASONS``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from msgspec import Meta
+from safetensors.torch import save
+from torch import Tensor
+
+from peerlora.exchange.schema import Schema, encoded_bytes
+from peerlora.network.base import HEADER_BYTES, PeerId, Refused
+
+__all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header", "encoded_bytes"]
+__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "sealed"]
+
+VERSION = 1
+Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
+Word = Annotated[str, Meta(min_length=1, max_length=128)]
+Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*$")]
+Whole = Annotated[int, Meta(ge=0, le=2**53)]
+Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
+Shapes = Mapping[str, tuple[int, ...]]
+Fact = int | Annotated[str, Meta(max_length=1024)]
+NAMES = {dtype: name for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16))}
+NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}
+NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
+_SLACK = 64  # bytes per vector by which another version of safetensors may pad its own header
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What stands before a body; at most ``HEADER_BYTES`` when encoded, unknown fields are refused."""
+
+    version: Literal[1] = VERSION
+    run: Word
+    """The run's id: equal on all peers of one run, different for the next run."""
+    kind: Kind
+    """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside the order of
+    rounds; ``hello`` and ``bye`` at the ends of a contact."""
+    round: Round = 0
+    """Below 0 in what clients agree on before the first round."""
+    step: Whole = 0
+    """Which exchange within the round, from 0."""
+    sender: Word
+    """What the sender calls itself; only ever compared with what the channel says."""
+    base: Hash = ""
+    """Hash of the base model."""
+    spec: Hash = ""
+    """Hash of the adapter's spec."""
+    codec: Literal["identity", "difference"] = "identity"
+    """``difference``: not values, but what a codec made of a difference; ``facts`` name the replica it builds on."""
+    length: Whole = 0
+    """Bytes of body; set by ``pack``."""
+    sha256: Hash = ""
+    """Of the body, hexadecimal; set by ``pack``."""
+    facts: Annotated[dict[Annotated[str, Meta(max_length=64)], Fact], Meta(max_length=64)] = {}
+    """Whatever a kind has to say beside vectors, such as the last finished round."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every message of a run agrees with."""
+
+    run: str
+    base: str
+    spec: str
+
+    def check(self, header: Header, sender: PeerId) -> None:
+        """Raise Refused unless ``header`` is of this run and by ``sender``, the name that the channel proved."""
+        if header.sender != sender:
+            raise Refused("wrong-sender", f"calls itself {header.sender}, the channel says {sender}")
+        for reason, given, own in (
+            ("wrong-run", header.run, self.run),
+            ("wrong-base", header.base, self.base),
+            ("wrong-spec", header.spec, self.spec),
+        ):
+            if given != own:
+                raise Refused(reason, f"{given[:16] or 'none'} given, {own[:16] or 'none'} expected")
+
+
+def pack(header: Header, tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
+    """The bytes of a message: header, with the body's length and hash filled in, and body (empty for no tensors)."""
+    body = encode_body(tensors)
+    return encode_header(sealed(header, body)), body
+
+
+def encode_body(tensors: Mapping[str, Tensor]) -> bytes:
+    """The vectors as safetensors; nothing for no vectors."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
+
+
+def sealed(header: Header, body: bytes) -> Header:
+    """The header with the body's length and hash."""
+    return msgspec.structs.replace(header, length=len(body), sha256=hashlib.sha256(body).hexdigest())
+
+
+def encode_header(header: Header) -> bytes:
+    """The bytes of a header."""
+    encoded = msgspec.msgpack.encode(header)
+    _decode(encoded)  # a header that the receiver would refuse is our mistake, and shows here
+    return encoded
+
+
+def largest_body(schema: Schema) -> int:
+    """The most bytes that a body of this schema may have; none for an empty schema."""
+    return encoded_bytes(schema) + _SLACK * (1 + len(schema)) if schema else 0
+
+
+def read_header(data: bytes, most: int | None = None) -> Header:
+    """The header, or Refused: ``oversize`` past HEADER_BYTES or ``most`` bytes of body, else ``bad-header``."""
+    if len(data) > HEADER_BYTES:
+        raise Refused("oversize", f"header of {len(data)} bytes; at most {HEADER_BYTES}")
+    try:
+        header = _decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Refused("bad-header", str(error)[:200]) from None
+    if msgspec.msgpack.encode(header) != data:
+        raise Refused("bad-header", "not in its one canonical form")  # repeated or reordered fields, other int widths
+    if most is not None and header.length > most:
+        raise Refused("oversize", f"body of {header.length} bytes announced; at most {most}")
+    return header
+
+
+def _decode(data: bytes) -> Header:
+    return msgspec.msgpack.decode(data, type=Header)
+
+
+def message_facts(data: bytes) -> dict[str, int | str]:
+    """What an audit log says about a message, from its header; nothing for a header that cannot be read."""
+    try:
+        header = read_header(data)
+    except Refused:
+        return {}
+    return {"kind": header.kind, "round": header.round, "step": header.step, "sha256": header.sha256}
+
+
+def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Schema) -> dict[str, Tensor]:
+    """The vectors of a body whose names, shapes and dtypes are exactly those of ``schema``, all finite.
+
+    They are views of ``body`` where it can be written to.  Hashing takes a millisecond per MB: keep it off an event
+    loop.  Raises Refused: ``oversize``, ``bad-body``, ``unknown-vector``, ``not-finite``.
+    """
+    view = memoryview(body).cast("B")
+    if len(view) > largest_body(schema):
+        raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(schema)}")
+    _complete(header, view)
+    return _vectors(view, schema)
+
+
+def read_claimed(
+    header: Header, body: bytes | bytearray | memoryview, widest: Schema, schema: Callable[[Shapes], Schema]
+) -> dict[str, Tensor]:
+    """The same where what is expected depends on the shapes that the body claims for its vectors.
+
+    ``widest``: the longest list of vectors that it could have.  ``schema``: from the shapes claimed to what it must
+    hold.
+    """
+    view = memoryview(body).cast("B")
+    _complete(header, view)
+    expected = schema(_claimed(view, widest))
+    if len(view) > largest_body(expected):
+        raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(expected)}")
+    return _vectors(view, expected)
+
+
+def _complete(header: Header, view: memoryview) -> None:
+    """Raise Refused unless the bytes are those that the header announced; before anything in them is looked at."""
+    if len(view) != header.length:
+        raise Refused("bad-body", f"{len(view)} bytes came, {header.length} were announced")
+    if not hmac.compare_digest(hashlib.sha256(view).hexdigest(), header.sha256):
+        raise Refused("bad-body", "its SHA-256 is not the announced one")
+
+
+def _vectors(view: memoryview, schema: Schema) -> dict[str, Tensor]:
+    """The vectors of a body whose bytes are complete."""
+    if not schema:
+        return {}
+    start, entries = _entries(view, schema)
+    data = view[start:] if not view.readonly else memoryview(bytearray(view[start:]))
+    vectors = {name: _vector(data, entries[name], *schema[name]) for name in schema}
+    for name, vector in vectors.items():
+        if not _finite(vector):
+            raise Refused("not-finite", name)
+        if vector.dtype == torch.bool and vector.numel() and vector.view(torch.uint8).max() > 1:
+            raise Refused("bad-body", f"{name} has truth values other than 0 and 1")  # they would count as they please
+    return vectors
+
+
+def _claimed(view: memoryview, widest: Schema) -> Shapes:
+    """The shapes that a body claims for its vectors, unchecked: what its schema may depend on, never what is used."""
+    try:
+        size = _header_size(view, widest)
+        entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
+    except (Refused, msgspec.MsgspecError, ValueError, RecursionError):
+        return {}
+    return {name: tuple(entry.shape) for name, entry in entries.items()}
+
+
+def _header_size(view: memoryview, schema: Schema) -> int:
+    """The length of the JSON that opens a body; raises Refused beyond what vectors of a schema need."""
+    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
+    most = largest_body(schema) - sum(_bytes(*wanted) for wanted in schema.values())
+    if not 0 <= size <= min(len(view), most) - 8 or size % 8:
+        raise Refused("bad-body", "the length of the safetensors header is impossible")
+    return size
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One vector in the JSON that opens a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[Whole], Meta(max_length=8)]
+    data_offsets: tuple[Whole, Whole]
+
+
+def _entries(view: memoryview, schema: Schema) -> tuple[int, dict[str, _Entry]]:
+    """Where the data start and what lies where, read by ourselves: bounded, gapless, and nothing but the schema.
+
+    The file's own library never sees a received byte, so two readers cannot disagree about it.
+    """
+    size, data = _header_size(view, schema), sum(_bytes(*wanted) for wanted in schema.values())
+    try:
+        entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Refused("bad-body", f"safetensors header: {str(error)[:200]}") from None
+    _compare(entries, schema)
+    if 8 + size + data != len(view):
+        raise Refused("bad-body", "there are bytes that belong to no vector")
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets != (end, end + _bytes(*schema[name])):
+            raise Refused("bad-body", f"{name} overlaps another vector or leaves a gap")
+        end = entry.data_offsets[1]
+    return 8 + size, entries
+
+
+def _compare(entries: Mapping[str, _Entry], schema: Schema) -> None:
+    """Raise Refused unless names, shapes and dtypes are those of the schema."""
+    if unknown := sorted(entries.keys() - schema.keys()):
+        raise Refused("unknown-vector", unknown[0][:100])
+    if missing := sorted(schema.keys() - entries.keys()):
+        raise Refused("bad-body", f"{missing[0]} is missing")
+    for name, (shape, dtype) in schema.items():
+        entry = entries[name]
+        if tuple(entry.shape) != tuple(shape) or entry.dtype != NAMES[dtype]:
+            expected = f"{NAMES[dtype]}{list(shape)}"
+            raise Refused("bad-body", f"{name} is {entry.dtype[:16]}{entry.shape}, expected {expected}")
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _vector(data: memoryview, entry: _Entry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    if entry.data_offsets[0] % dtype.itemsize:
+        raise Refused("bad-body", "a vector does not start at a multiple of its element's size")
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=entry.data_offsets[0]).view(shape)
+
+
+def _finite(vector: Tensor) -> bool:
+    if not vector.dtype.is_floating_point or not vector.numel():
+        return True
+    low, high = vector.aminmax()  # both are NaN where any element is; needs no mask of the vector's size
+    return bool(low.isfinite() & high.isfinite())

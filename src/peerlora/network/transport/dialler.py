@@ -1,0 +1,193 @@
+"""The end of an edge that dials: opens the session, sends over it, and takes what the other side sends back over it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from peerlora.network.base import PeerDown, PeerId, Refused
+from peerlora.network.identity.identity import Identity, host_name
+from peerlora.network.identity.proof import check_proof, new_nonce
+from peerlora.network.identity.roster import Roster
+from peerlora.network.transport import frames
+from peerlora.network.transport.heartbeat import Pulse, Timing, give_up, watch
+from peerlora.network.transport.links import Ends, Link, Read
+
+
+class DialledLink(Link):
+    """A session seen from the side that dialled."""
+
+    def __init__(self, channel: aio.Channel, token: bytes):
+        super().__init__()
+        self.metadata = ((frames.TOKEN_KEY, token),)
+        self._send = channel.stream_stream(f"/{frames.SERVICE}/{frames.SEND}")
+        self.take = channel.stream_stream(f"/{frames.SERVICE}/{frames.TAKE}")
+
+    async def push(self, header: bytes, body: memoryview) -> None:
+        """One call: the message streams out, one ack comes back."""
+        call = self._send(metadata=self.metadata)
+        try:
+            await frames.say(header, body, call.write, frames.reader(call))
+        except aio.AioRpcError as error:
+            raise failure(error) from None
+        finally:
+            call.cancel()
+
+
+def failure(error: aio.AioRpcError) -> Refused | PeerDown:
+    """What a call's failure means: the other side refused, or is gone."""
+    for key, value in error.trailing_metadata() or ():
+        if key == frames.ANSWER_KEY and isinstance(value, bytes):
+            return frames.read_refusal(value)
+    return PeerDown(f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or 'no details')[:300]}")
+
+
+async def dial_for_ever(
+    ends: Ends, roster: Roster, identity: Callable[[], Identity], peer: PeerId, timing: Timing
+) -> None:
+    """Keep a session with ``peer`` for as long as it is a member: open it, and again whenever it ended."""
+    wait: float | None = None
+    while True:
+        side = "here"
+        try:
+            roster.check(peer)
+            side = "there"
+            stood = await _one_session(ends, roster, identity(), peer, timing)
+            wait = timing.next_wait(None if stood else wait)
+        except Refused as refusal:
+            ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
+            wait = timing.refused
+        except Exception:  # a mistake of ours must not cost the edge for the rest of the run
+            logging.getLogger(__name__).exception("dialling %s failed here", peer)
+            wait = timing.refused
+        await asyncio.sleep(wait)
+
+
+async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: PeerId, timing: Timing) -> bool:
+    """One channel and one session, to its end; whether it ever stood.  Raises Refused."""
+    member = roster.members.member(peer)
+    assert member.address is not None
+    credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
+    named = ("grpc.ssl_target_name_override", host_name(peer))
+    channel = aio.secure_channel(member.address, credentials, options=[*frames.options(timing), named])
+    nonce, link = new_nonce(), None
+    call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=((frames.NONCE_KEY, nonce),))
+    try:
+        async with asyncio.timeout(timing.handshake):
+            answer = await frames.reader(call)()
+            if answer is None:
+                raise await _reason(call)
+            token, expires = check_proof(answer, nonce, peer, member.fingerprint, identity.site, identity.fingerprint)
+            seconds = (expires - roster.clock()).total_seconds()
+            if seconds <= 0:
+                raise PeerDown(_expired(expires))
+            link = DialledLink(channel, token)
+        ends.opened(peer, link)
+        end = asyncio.get_running_loop().call_later(seconds, link.end, _expired(expires))
+        taking = asyncio.ensure_future(_take_all(ends, peer, link))
+        try:
+            why = await live(ends, peer, link, timing, call.write, frames.reader(call))
+        finally:
+            end.cancel()
+            await give_up(taking)
+        ends.lost(peer, link, why)
+    except PeerDown as down:
+        ends.unreachable(peer, str(down))
+    except TimeoutError:
+        ends.unreachable(peer, f"no answer from {member.address} within {timing.handshake:g} s")
+    except (aio.AioRpcError, asyncio.InvalidStateError) as error:
+        reason = failure(error) if isinstance(error, aio.AioRpcError) else await _reason(call)
+        if link is not None:
+            ends.lost(peer, link, str(reason))
+        if isinstance(reason, Refused):
+            raise reason from None
+        ends.unreachable(peer, str(reason))
+    finally:
+        if link is not None:
+            ends.lost(peer, link, f"{ends.me} ended the session")
+        call.cancel()
+        await channel.close()
+    return link is not None
+
+
+def _expired(end: datetime) -> str:
+    return f"its certificate expired on {end:%Y-%m-%d %H:%M} UTC"
+
+
+async def _reason(call: Any) -> Refused | PeerDown:
+    metadata, code, details = await call.trailing_metadata(), await call.code(), await call.details()
+    return failure(aio.AioRpcError(code, await call.initial_metadata(), metadata, details))
+
+
+async def _take_all(ends: Ends, peer: PeerId, link: DialledLink) -> None:
+    """Take messages of the other side, one call each, one after the other."""
+    while link.open:
+        call = link.take(metadata=link.metadata)
+        task = asyncio.ensure_future(_take_one(ends, peer, call))
+        call.add_done_callback(_canceller(task))
+        try:
+            await asyncio.wait({task})
+        finally:
+            await give_up(task)
+            call.cancel()
+        if not task.cancelled() and task.exception() is not None:
+            await asyncio.sleep(0.05)  # the session's end comes next; don't spin until then
+
+
+def _canceller(task: asyncio.Future) -> Callable[[Any], None]:
+    def cancel(_: Any) -> None:
+        task.cancel()
+
+    return cancel
+
+
+async def _take_one(ends: Ends, peer: PeerId, call: Any) -> None:
+    async def answer(data: bytes) -> None:
+        await call.write(data)
+        await call.done_writing()
+
+    await frames.hear(ends, peer, answer, frames.reader(call))
+
+
+async def live(
+    ends: Ends,
+    peer: PeerId,
+    link: Link,
+    timing: Timing,
+    write: Callable[[bytes], Awaitable[Any]],
+    read: Read,
+) -> str:
+    """Send and hear heartbeats until the session ends; why it did."""
+    loop = asyncio.get_running_loop()
+    pulse = Pulse(timing, loop.time())
+
+    async def beat() -> None:
+        while True:
+            await write(frames.BEAT)
+            await asyncio.sleep(timing.beat)
+
+    async def hear() -> None:
+        while await read() is not None:
+            pulse.heard(loop.time())
+
+    hearing = asyncio.ensure_future(hear())
+    watching = asyncio.ensure_future(watch(pulse, lambda health: ends.health(peer, health)))
+    beating = asyncio.ensure_future(beat())
+    try:
+        await asyncio.wait({hearing, watching, beating, link.ended}, return_when=asyncio.FIRST_COMPLETED)
+        if link.ended.done():
+            return link.ended.result()
+        if watching.done():
+            return "no heartbeat"
+        for task in (hearing, beating):
+            if task.done():
+                await task  # raises what went wrong
+        return "ended by the other side"
+    finally:
+        await give_up(hearing, watching, beating)

@@ -1,0 +1,104 @@
+"""The transport between real peers: gRPC over TCP with mutual TLS 1.3; needs ``pip install peerlora[peer]``.
+
+One edge has one connection, opened by whichever end can dial.  Over it go a session (heartbeats both ways), one
+client-streaming call for each message of the dialler, and for each message of the other side one call that the dialler
+keeps open for it.  So only one end of an edge needs an open port.  A process that uses this must not fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from peerlora.errors import IdentityError
+from peerlora.network.base import PeerEvent, PeerId, Receiver
+from peerlora.network.identity.identity import Identity
+from peerlora.network.identity.members import MemberList, check_address
+from peerlora.network.identity.roster import Roster
+from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.dialler import dial_for_ever
+from peerlora.network.transport.heartbeat import Timing, give_up
+from peerlora.network.transport.links import Ends
+from peerlora.network.transport.listener import Listener
+
+
+class GrpcTransport:
+    """One peer's end of all its edges; see Transport.
+
+    ``listen``: host:port to open; None takes the port of the own address on the member list, on all of the machine's
+    addresses, and opens none for a site without address.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        roster: Roster,
+        *,
+        listen: str | None = None,
+        timing: Timing | None = None,
+        audit: Audit | None = None,
+    ):
+        if identity.site != roster.me:
+            raise IdentityError(f"identity of {identity.site} given with the member list's view of {roster.me}")
+        self.me: PeerId = identity.site
+        self.identity, self.roster, self.timing = identity, roster, timing or Timing()
+        own = roster.members.member(self.me).address
+        self.listen = listen or (f"0.0.0.0:{check_address(own)[1]}" if own else None)
+        self.ends = Ends(self.me, roster, audit)
+        self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
+        self._dialling: dict[PeerId, asyncio.Task] = {}
+
+    @property
+    def port(self) -> int:
+        """The port that was opened; 0 for none."""
+        return self._listener.port
+
+    async def start(self, receiver: Receiver) -> None:
+        """Open the port and dial; raises TransportError where the port cannot be had."""
+        self.ends.receiver = receiver
+        if self.listen is not None:
+            await self._listener.start(self.listen)
+        self._dial()
+
+    def _dial(self) -> None:
+        for peer in self.roster.others():
+            if peer not in self._dialling and self.roster.dials(peer):
+                self._dialling[peer] = asyncio.ensure_future(
+                    dial_for_ever(self.ends, self.roster, lambda: self.identity, peer, self.timing)
+                )
+
+    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
+        """See Transport."""
+        await self.ends.send(to, header, body, deadline=deadline)
+
+    def events(self) -> AsyncIterator[PeerEvent]:
+        """See Transport; for one listener."""
+        return self.ends.events()
+
+    async def update(self, members: MemberList) -> None:
+        """Go by a newer member list: sessions of whoever is off it end at once.  Raises IdentityError."""
+        before = {member.site: member for member in self.roster.members.members}
+        self.roster.replace(members)
+        stays = {peer for peer in self.roster.others() if self.roster.members.member(peer) == before.get(peer)}
+        gone = [peer for peer in self._dialling if peer not in stays]
+        await give_up(*(self._dialling.pop(peer) for peer in gone))
+        for peer, edge in self.ends.edges.items():
+            if peer not in stays and edge.link is not None:
+                self.ends.lost(peer, edge.link, "the member list changed")
+        self._dial()
+
+    async def renew(self, identity: Identity) -> None:
+        """Use a renewed certificate from now on; sessions are opened again with it.  Best between two rounds."""
+        if (identity.site, identity.fingerprint) != (self.me, self.roster.fingerprint):
+            raise IdentityError("a renewed certificate must be of the same site and key; a new key needs a new list")
+        self.identity = identity
+        dialled = list(self._dialling)
+        await give_up(*(self._dialling.pop(peer) for peer in dialled))
+        self._dial()
+
+    async def close(self) -> None:
+        """See Transport."""
+        self.ends.shut()
+        await give_up(*self._dialling.values())
+        await self._listener.close()
+        self.ends.audit.close()

@@ -1,0 +1,324 @@
+"""The end of an edge that is dialled: one port, mutual TLS 1.3, the member list asked on every call."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import lru_cache
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
+
+import grpc
+from grpc import aio
+
+from peerlora.errors import IdentityError
+from peerlora.network.base import PeerDown, PeerId, Refused, TransportError
+from peerlora.network.identity.identity import Identity, certificate_fingerprint, read_certificates
+from peerlora.network.identity.proof import NONCE, TOKEN, prove
+from peerlora.network.identity.roster import Roster
+from peerlora.network.transport import frames
+from peerlora.network.transport.dialler import live
+from peerlora.network.transport.heartbeat import Session, Timing, give_up
+from peerlora.network.transport.links import REPLACED, Ends, Link
+
+Got = TypeVar("Got")
+STRANGER = "unknown"
+"""What events and the audit log call somebody who has no name here."""
+CALLS = 8
+"""Calls that one key may have open at once; an honest dialler has three, and some that it just gave up."""
+
+
+class AnsweredLink(Link):
+    """A session seen from the side that was dialled: it sends over calls that the dialler keeps open for it."""
+
+    def __init__(self, token: bytes, connection: str):
+        super().__init__()
+        self.token, self.connection = token, connection
+        self.ways: asyncio.Queue[_Way] = asyncio.Queue()
+
+    async def push(self, header: bytes, body: memoryview) -> None:
+        """Use up one call of the dialler's: write the message, read the answer."""
+        way = await self.ways.get()
+        while way.over.done():
+            way = await self.ways.get()
+        try:
+            await way.during(frames.say(header, body, frames.writer(way.context), frames.reader(way.context)))
+        finally:
+            way.end("used")
+
+
+class _Way(Session):
+    """One call of the dialler's, over which one message may go back."""
+
+    def __init__(self, context: Any):
+        super().__init__()
+        self.context, self.over = context, self.ended
+
+
+class Caller(NamedTuple):
+    """Whose certificate a call came with."""
+
+    fingerprint: str
+    expires: datetime
+
+    @property
+    def name(self) -> str:
+        """What it is called where it has no name."""
+        return f"{STRANGER} {self.fingerprint[:16]}"
+
+
+class Listener:
+    """The port."""
+
+    def __init__(self, ends: Ends, roster: Roster, identity: Callable[[], Identity], timing: Timing):
+        self.ends, self.roster, self.identity, self.timing = ends, roster, identity, timing
+        self.port = 0
+        self._server: aio.Server | None = None
+        self._shown = identity()
+        self._configuration = _configuration(self._shown)
+        self._strangers = Handshakes(timing.handshake)
+        self._tasks: list[asyncio.Task] = []
+        self._calls: Counter[str] = Counter()
+
+    async def start(self, address: str) -> None:
+        """Open the port; raises TransportError where it cannot be had."""
+        server = aio.server(
+            options=frames.options(self.timing), maximum_concurrent_rpcs=CALLS * len(self.roster.members.members) + 32
+        )
+        handlers = {
+            frames.SEND: grpc.stream_stream_rpc_method_handler(self._send),
+            frames.TAKE: grpc.stream_stream_rpc_method_handler(self._take),
+            frames.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(frames.SERVICE, handlers),))
+        credentials = grpc.dynamic_ssl_server_credentials(self._configuration, self._shake, True)
+        try:
+            self.port = server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise TransportError(
+                f"cannot listen at {address}; is the address of this machine, and the port free and allowed?"
+            ) from None
+        await server.start()
+        self._server = server
+        self._tasks.append(asyncio.ensure_future(self._count_strangers()))
+
+    async def close(self) -> None:
+        """Close the port and every call."""
+        await give_up(*self._tasks)
+        if self._server is not None:
+            await self._server.stop(0)
+
+    def _shake(self) -> grpc.ServerCertificateConfiguration:
+        """gRPC asks this at every new connection, from its own threads: which certificate to show."""
+        self._strangers.began()
+        if self.identity() is not self._shown:
+            self._shown = self.identity()
+            self._configuration = _configuration(self._shown)
+        return self._configuration
+
+    async def _count_strangers(self) -> None:
+        while True:
+            await asyncio.sleep(self.timing.handshake / 2)
+            for _ in range(self._strangers.failed()):
+                self.ends.refused(STRANGER, Refused("tls-failed"), "here")
+
+    @contextmanager
+    def _calling(self, context: Any) -> Iterator[Caller]:
+        """Whose call this is, while it lasts; raises Refused, told here, for everybody whose key is not on the list.
+
+        Who is refused here is to be cut off at once: all calls together are limited, and none of that room must go to
+        strangers, or more than its share to one member.
+        """
+        self._strangers.passed(context.peer())
+        try:
+            caller = _caller(context.auth_context())
+        except Refused as refusal:
+            raise self._refused(STRANGER, refusal) from None
+        key = caller.fingerprint
+        if not self.roster.knows(key):
+            raise self._refused(caller.name, Refused("not-a-member", f"key {key[:16]}"))
+        if self._calls[key] >= CALLS:
+            raise self._refused(caller.name, Refused("too-many", f"{CALLS} calls are open"))
+        self._calls[key] += 1
+        try:
+            yield caller
+        finally:
+            self._calls[key] -= 1
+            if not self._calls[key]:
+                del self._calls[key]
+
+    def _refused(self, name: str, refusal: Refused) -> Refused:
+        self.ends.refused(name, refusal, "here")
+        return refusal
+
+    def _admitted(self, caller: Caller) -> PeerId:
+        """The member that calls; raises Refused, told here, unless it may talk to this site now."""
+        try:
+            if self.roster.clock() > caller.expires:  # a connection may outlive it
+                raise Refused("certificate-expired", f"on {caller.expires:%Y-%m-%d}")
+            return self.roster.admit(caller.fingerprint)
+        except Refused as refusal:
+            raise self._refused(caller.name, refusal) from None
+
+    def _in_session(self, caller: Caller, context: Any) -> tuple[PeerId, AnsweredLink]:
+        """The caller and the session that its call belongs to; raises Refused, told here."""
+        peer = self._admitted(caller)
+        link, token = self.ends.edge(peer).link, _metadata(context, frames.TOKEN_KEY)
+        if isinstance(link, AnsweredLink) and link.open and link.connection == context.peer():
+            if hmac.compare_digest(link.token, token):
+                return peer, link
+        refusal = Refused("no-session")  # not told as an event: it happens to honest peers whenever a session ends
+        self.ends.audit.refused(peer, refusal.reason, "", "here")
+        raise refusal
+
+    async def _send(self, requests: Any, context: Any) -> None:
+        """A member's message."""
+        try:
+            with self._calling(context) as caller:
+                await self._receive(caller, context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+
+    async def _receive(self, caller: Caller, context: Any) -> None:
+        """Take a message in.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
+        read, write = frames.reader(context), frames.writer(context)
+        with suppress(PeerDown):  # nobody is left to be answered
+            try:
+                peer, link = self._in_session(caller, context)
+                await link.during(frames.hear(self.ends, peer, write, read))
+            except PeerDown:
+                await write(frames.refusal_bytes(Refused("no-session", "it ended meanwhile")))
+            except Refused as refusal:
+                await write(frames.refusal_bytes(refusal))
+                await _within(self.timing.handshake, lambda: frames.throw_away(read))
+
+    async def _take(self, requests: Any, context: Any) -> None:
+        """A member's offer to take our next message for it."""
+        try:
+            with self._calling(context) as caller:
+                await self._wait_to_send(self._in_session(caller, context)[1], context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+
+    async def _wait_to_send(self, link: AnsweredLink, context: Any) -> None:
+        way = _Way(context)
+        try:
+            if link.ways.qsize() < 4:
+                link.ways.put_nowait(way)
+                await asyncio.wait({way.ended, link.ended}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            way.end("the dialler gave its call up")
+
+    async def _session(self, requests: Any, context: Any) -> None:
+        """A member's session; lives as long as this call."""
+        try:
+            with self._calling(context) as caller:
+                await self._live(self._admitted(caller), caller.fingerprint, context)
+        except Refused as refusal:
+            await _abort(context, refusal)
+
+    async def _live(self, peer: PeerId, fingerprint: str, context: Any) -> None:
+        """A session from its opening to its end; raises Refused where it is refused, or replaced by another."""
+        try:
+            token = await self._greet(peer, fingerprint, context)
+        except PeerDown:
+            return  # it went away before our proof had reached it
+        link, why = AnsweredLink(token, context.peer()), "the connection broke"
+        self.ends.opened(peer, link)
+        try:
+            why = await live(self.ends, peer, link, self.timing, frames.writer(context), frames.reader(context))
+        except PeerDown as down:
+            why = str(down)
+        finally:
+            self.ends.lost(peer, link, why)
+        if why == REPLACED:
+            raise Refused("replaced")
+
+    async def _greet(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
+        """Prove who we are; the token of the new session.  Raises Refused, told here."""
+        nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
+        refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
+        if len(nonce) == NONCE:
+            await frames.writer(context)(prove(me, nonce, token, peer, fingerprint))
+            if await _within(self.timing.handshake, frames.reader(context)):  # a heartbeat: the proof was accepted
+                return token
+            refusal = Refused("wrong-proof", "it went away after our proof")
+        self.ends.refused(peer, refusal, "here" if refusal.reason == "bad-frame" else "there")
+        raise refusal
+
+
+def _metadata(context: Any, key: str) -> bytes:
+    value = dict(context.invocation_metadata() or ()).get(key, b"")
+    return value if isinstance(value, bytes) else b""
+
+
+async def _within(seconds: float, do: Callable[[], Awaitable[Got]]) -> Got | None:
+    try:
+        async with asyncio.timeout(seconds):
+            return await do()
+    except TimeoutError:
+        return None
+
+
+async def _abort(context: Any, refusal: Refused) -> None:
+    """End a call with a refusal that the caller can read."""
+    answer = ((frames.ANSWER_KEY, frames.refusal_bytes(refusal)),)
+    await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal)[:300], answer)
+
+
+def _caller(shown: dict[str, list[bytes]]) -> Caller:
+    """What TLS knows of a caller; raises Refused."""
+    if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
+        raise Refused("old-tls", b"".join(shown.get("ssl_tls_version", [])).decode(errors="replace"))
+    try:
+        return _certificate(shown["x509_pem_cert"][0])
+    except (KeyError, IndexError, IdentityError):
+        raise Refused("tls-failed", "no readable P-256 certificate") from None
+
+
+@lru_cache(maxsize=1024)
+def _certificate(pem: bytes) -> Caller:
+    return Caller(certificate_fingerprint(pem), read_certificates(pem, "a certificate")[0].not_valid_after_utc)
+
+
+def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(identity.key, identity.certificate)], identity.roots)
+
+
+class Handshakes:
+    """Counts connections that began and never came to a call: whoever could not pass TLS.
+
+    gRPC tells neither who they were nor what was wrong with them.
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self._began: deque[float] = deque(maxlen=10_000)
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def began(self) -> None:
+        """A connection started; called from gRPC's own threads."""
+        self._began.append(monotonic())
+
+    def passed(self, address: str) -> None:
+        """A call came over the connection from ``address``."""
+        if address in self._known:
+            return
+        self._known[address] = None
+        if len(self._known) > 10_000:
+            self._known.popitem(last=False)
+        if self._began:
+            self._began.popleft()
+
+    def failed(self) -> int:
+        """How many have failed since the last question."""
+        count = 0
+        while self._began and monotonic() - self._began[0] > self.limit:
+            self._began.popleft()
+            count += 1
+        return count

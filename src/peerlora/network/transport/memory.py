@@ -1,0 +1,323 @@
+"""The in-process twin of the real transport: every test of what networks do runs on it too.
+
+All peers live on one event loop.  Under ``clock.virtual_run`` nothing sleeps and everything is reproducible.  Between
+two sites a session stands once each hears the other's heartbeats; it falls as a real one does: at once when a process
+dies (the other side's kernel says so), after missed heartbeats when a link is cut or a process hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Literal
+
+from peerlora.network.base import PeerDown, PeerEvent, PeerId, Receiver, Refused
+from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.heartbeat import Pulse, Timing, give_up, watch
+from peerlora.network.transport.links import CHUNK, Ends, Link, Read
+
+What = Literal["message", "ack"]
+
+
+class MemoryNetwork:
+    """A network of ``sites``, by default everybody with everybody, on which tests make things go wrong.
+
+    Delays are seconds one way.  Everything random comes from ``seed``.
+    """
+
+    def __init__(
+        self,
+        sites: Iterable[PeerId],
+        edges: Iterable[tuple[PeerId, PeerId]] | None = None,
+        timing: Timing | None = None,
+        seed: int = 0,
+    ):
+        self.sites, self.timing = set(sites), timing or Timing()
+        self.edges = None if edges is None else {frozenset(edge) for edge in edges}
+        self.live: dict[PeerId, MemoryTransport] = {}
+        self._draw = random.Random(seed)
+        self._delay: dict[tuple[PeerId, PeerId], float] = defaultdict(float)
+        self._loss: dict[tuple[PeerId, PeerId, What], float] = defaultdict(float)
+        self._lost: dict[tuple[PeerId, PeerId, What], int] = defaultdict(int)
+        self._twice: dict[tuple[PeerId, PeerId], int] = defaultdict(int)
+        self._cut: set[tuple[PeerId, PeerId]] = set()
+        self._awake: dict[PeerId, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task] = set()
+
+    def transport(self, site: PeerId, audit: Audit | None = None) -> MemoryTransport:
+        """A transport for ``site``: of its first process, or of the one after a crash."""
+        return MemoryTransport(self, site, audit)
+
+    def delay(self, one: PeerId, other: PeerId, seconds: float) -> None:
+        """From now on everything between the two takes this long, each way."""
+        self._delay[one, other] = self._delay[other, one] = seconds
+
+    def loss(self, source: PeerId, target: PeerId, probability: float, what: What = "message") -> None:
+        """From now on messages from ``source`` to ``target`` (or the acks that answer them) vanish at random."""
+        self._loss[source, target, what] = probability
+
+    def lose(self, source: PeerId, target: PeerId, times: int = 1, what: What = "message") -> None:
+        """The next ``times`` messages from ``source`` to ``target``, or the acks that answer them, vanish."""
+        self._lost[source, target, what] += times
+
+    def repeat(self, source: PeerId, target: PeerId, times: int = 1) -> None:
+        """The next ``times`` messages from ``source`` to ``target`` arrive twice."""
+        self._twice[source, target] += times
+
+    def cut(self, source: PeerId, target: PeerId, both: bool = True) -> None:
+        """Nothing from ``source`` reaches ``target`` any more; with ``both``, nor the other way."""
+        self._cut |= {(source, target), (target, source)} if both else {(source, target)}
+
+    def heal(self, one: PeerId, other: PeerId) -> None:
+        """Undo ``cut``, in both directions."""
+        self._cut -= {(one, other), (other, one)}
+
+    def split(self, group: Iterable[PeerId]) -> None:
+        """Cut every link between ``group`` and the other sites."""
+        group = set(group)
+        for one in group:
+            for other in self.sites - group:
+                self.cut(one, other)
+
+    def crash(self, site: PeerId) -> None:
+        """Kill the process of ``site``, as SIGKILL does."""
+        transport = self.live.pop(site, None)
+        if transport is not None:
+            self.wake(site)
+            transport.die("the process died")
+            self.reset(transport, "the connection was reset")
+
+    def hang(self, site: PeerId) -> None:
+        """Stop the process of ``site``, as SIGSTOP does: connections stay, nothing is read or sent."""
+        self._awake.setdefault(site, asyncio.Event()).clear()
+
+    def wake(self, site: PeerId) -> None:
+        """Let a stopped process go on."""
+        self._awake.pop(site, asyncio.Event()).set()
+
+    def expel(self, site: PeerId) -> None:
+        """Take ``site`` off everybody's member list."""
+        self.sites.discard(site)
+        for transport in [live for live in self.live.values() if live.me != site]:
+            if (link := transport.ends.edge(site).link) is not None:
+                transport.ends.lost(site, link, "not-a-member")
+                self.later(transport.me, site, _resetter(transport, "refused: not-a-member"))
+
+    def check(self, one: PeerId, other: PeerId) -> None:
+        """Raise Refused unless both may talk."""
+        for site in (one, other):
+            if site not in self.sites:
+                raise Refused("not-a-member", site)
+        if self.edges is not None and frozenset((one, other)) not in self.edges:
+            raise Refused("not-a-neighbour", other)
+
+    def linked(self, one: PeerId, other: PeerId) -> bool:
+        """Whether both may talk."""
+        try:
+            self.check(one, other)
+        except Refused:
+            return False
+        return one != other
+
+    async def carry(self, source: PeerId, target: PeerId) -> None:
+        """Wait as long as something takes from ``source`` to ``target``; for ever where it never arrives."""
+        await self.awake(source)
+        await asyncio.sleep(self._delay[source, target])
+        if (source, target) in self._cut:
+            await asyncio.get_running_loop().create_future()
+        await self.awake(target)
+
+    async def message(self, source: PeerId, target: PeerId, what: What) -> None:
+        """``carry`` for a message of ``source`` or the ack that it gets; some are lost."""
+        key = (source, target, what)
+        lost = self._lost[key] > 0 or self._draw.random() < self._loss[key]
+        self._lost[key] -= self._lost[key] > 0
+        await (self.carry(source, target) if what == "message" else self.carry(target, source))
+        if lost:
+            await asyncio.get_running_loop().create_future()
+
+    def copies(self, source: PeerId, target: PeerId) -> int:
+        """How often the next message arrives."""
+        twice = self._twice[source, target] > 0
+        self._twice[source, target] -= twice
+        return 1 + twice
+
+    def later(self, source: PeerId, target: PeerId, do: Callable[[MemoryTransport], None]) -> None:
+        """Call ``do`` with the process of ``target`` when something sent now arrives there."""
+
+        async def go() -> None:
+            await self.carry(source, target)
+            if target in self.live:
+                do(self.live[target])
+
+        task = asyncio.get_running_loop().create_task(go())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End what is still on its way."""
+        for transport in list(self.live.values()):
+            await transport.close()
+        await give_up(*self._tasks)
+
+    def reset(self, dead: MemoryTransport, why: str) -> None:
+        """Let the machine of a process that is gone say so to all its neighbours."""
+        for peer in list(dead.ends.edges):
+            self.later(dead.me, peer, _resetter(dead, why))
+
+    async def awake(self, site: PeerId) -> None:
+        """Wait while the process of ``site`` is stopped."""
+        while site in self._awake:
+            await self._awake[site].wait()
+
+
+def _resetter(theirs: MemoryTransport, why: str) -> Callable[[MemoryTransport], None]:
+    return lambda live: live.reset(theirs, why)
+
+
+class _MemoryLink(Link):
+    """A session between two processes."""
+
+    def __init__(self, network: MemoryNetwork, mine: MemoryTransport, theirs: MemoryTransport):
+        super().__init__()
+        self.network, self.mine, self.theirs = network, mine, theirs
+        self.pulse = Pulse(network.timing, asyncio.get_running_loop().time())
+
+    async def push(self, header: bytes, body: memoryview) -> None:
+        """Carry one message, and its answer back."""
+        source, target = self.mine.me, self.theirs.me
+        await self.network.message(source, target, "message")
+        if self.network.live.get(target) is not self.theirs:
+            raise PeerDown(f"{target} died")
+        try:
+            for _ in range(self.network.copies(source, target)):
+                pieces = iter([bytes(body[start : start + CHUNK]) for start in range(0, len(body), CHUNK)])
+                await self.theirs.ends.take(source, header, len(body), _reader(pieces))
+        except Refused:
+            await self.network.message(source, target, "ack")
+            raise
+        await self.network.message(source, target, "ack")
+
+
+def _refuser(peer: PeerId, refusal: Refused) -> Callable[[MemoryTransport], None]:
+    return lambda live: live.ends.refused(peer, refusal, "there")
+
+
+def _reader(pieces: Iterator[bytes]) -> Read:
+    async def read() -> bytes | None:
+        return next(pieces, None)
+
+    return read
+
+
+class MemoryTransport:
+    """One process on a MemoryNetwork; see Transport."""
+
+    def __init__(self, network: MemoryNetwork, me: PeerId, audit: Audit | None = None):
+        self.network, self.me = network, me
+        self.ends = Ends(me, self, audit)
+        self._tasks: dict[PeerId, asyncio.Task] = {}
+        self._watches: set[asyncio.Task] = set()
+        self._hears: dict[PeerId, MemoryTransport] = {}
+
+    def check(self, site: PeerId) -> None:
+        """Raise Refused unless ``site`` may talk to this one."""
+        self.network.check(self.me, site)
+
+    async def start(self, receiver: Receiver) -> None:
+        """Join; another living process of the same site is replaced."""
+        if self.me in self.network.live:
+            self.network.crash(self.me)
+        self.ends.receiver = receiver
+        self.network.live[self.me] = self
+        for peer in sorted(self.network.sites):
+            if self.network.linked(self.me, peer):
+                self._tasks[peer] = asyncio.get_running_loop().create_task(self._beats(peer))
+
+    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
+        """See Transport."""
+        await self.ends.send(to, header, body, deadline=deadline)
+
+    def events(self) -> AsyncIterator[PeerEvent]:
+        """See Transport."""
+        return self.ends.events()
+
+    async def close(self) -> None:
+        """See Transport."""
+        if self.network.live.get(self.me) is self:
+            del self.network.live[self.me]
+            self.network.reset(self, f"{self.me} is closing")
+        self.die(f"{self.me} is closing")
+        await give_up(*self._tasks.values(), *self._watches)
+
+    def die(self, why: str) -> None:
+        """End everything without telling anybody."""
+        for edge in self.ends.edges.values():
+            if edge.link is not None:
+                edge.link.end(why)
+        self.ends.shut()
+        for task in [*self._tasks.values(), *self._watches]:
+            task.cancel()
+
+    def reset(self, theirs: MemoryTransport, why: str) -> None:
+        """The other side's machine says that its process ended the session."""
+        link = self._link(theirs.me)
+        if link is not None and link.theirs is theirs:
+            self.ends.lost(theirs.me, link, why)
+
+    async def _beats(self, peer: PeerId) -> None:
+        while True:
+            await self.network.awake(self.me)
+            self._beat(peer)
+            await asyncio.sleep(self.network.timing.beat)
+
+    def _beat(self, peer: PeerId) -> None:
+        """Send a heartbeat, which says whose heartbeats are heard here."""
+        hears = self._hears.get(peer)
+        self.network.later(self.me, peer, lambda live: live.heard(self, hears))
+
+    def heard(self, theirs: MemoryTransport, hears: MemoryTransport | None) -> None:
+        """A heartbeat of the process ``theirs`` came, which hears that of ``hears``."""
+        peer, link = theirs.me, self._link(theirs.me)
+        try:
+            self.check(peer)
+        except Refused as refusal:
+            self.ends.refused(peer, refusal, "here")
+            self.network.later(self.me, peer, _refuser(self.me, refusal))
+            return
+        if self.network.live.get(peer) is not theirs:
+            return  # it was sent by a process that died since
+        if self._hears.get(peer) is not theirs:
+            self._hears[peer] = theirs
+            self._beat(peer)
+        if link is not None and link.theirs is theirs:
+            link.pulse.heard(asyncio.get_running_loop().time())
+            if hears is not self:
+                self.ends.lost(peer, link, "ended by the other side")
+        elif hears is self:
+            self._open(peer, theirs)
+
+    def _open(self, peer: PeerId, theirs: MemoryTransport) -> None:
+        link = _MemoryLink(self.network, self, theirs)
+        self.ends.opened(peer, link)
+        task = asyncio.get_running_loop().create_task(self._watch(peer, link))
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
+    async def _watch(self, peer: PeerId, link: _MemoryLink) -> None:
+        watching = asyncio.ensure_future(
+            watch(link.pulse, lambda health: self.ends.health(peer, health), lambda: self.network.awake(self.me))
+        )
+        await asyncio.wait({watching, link.ended}, return_when=asyncio.FIRST_COMPLETED)
+        await give_up(watching)
+        if link.open:
+            self._hears.pop(peer, None)
+            self.ends.lost(peer, link, "no heartbeat")
+            self._beat(peer)
+
+    def _link(self, peer: PeerId) -> _MemoryLink | None:
+        link = self.ends.edge(peer).link
+        assert link is None or isinstance(link, _MemoryLink)
+        return link

@@ -1,0 +1,205 @@
+"""Rounds of an asynchronous run: clients work, send and listen at moments of their own, on the virtual clock.
+
+One round is as many finished jobs as there are clients, so that a run of R rounds does the local steps of R
+synchronous rounds, whoever does them.  A job is finished when its result has been sent.  Everything of one moment
+belongs together: first jobs end and push, then messages arrive, then clients combine what they have and begin the next
+job.  A round ends after the moment in which its last job was finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from peerlora.algorithms.base import AsynchronousAlgorithm
+from peerlora.errors import RunError
+from peerlora.exchange.mailbox import Post, Pushed
+from peerlora.exchange.stacked import StackedExchange
+from peerlora.lora.adapters import Adapters
+from peerlora.runtime.rounds import Passed
+from peerlora.runtime.virtual_clock import ARRIVED, BEGINS, DONE, Agenda, Clock, Happening, seconds
+from peerlora.train.learner import Learner
+from peerlora.train.local_rules import Masked
+from peerlora.tree import own_copy, put_row, rows_of
+
+_BY_ITSELF, _AFTER_A_JOB = range(2)  # how a client comes to begin a job
+
+
+class Apart:
+    """Advances an asynchronous run by as many jobs as there are clients.
+
+    Jobs in flight know nothing of each other.  So none is computed when it begins: the first result that is needed has
+    all jobs computed that are outstanding, those with the same active blocks in one stacked graph.
+    """
+
+    def __init__(
+        self, algorithm: AsynchronousAlgorithm[Any], learner: Learner, exchange: StackedExchange, clock: Clock
+    ):
+        self.algorithm, self.learner, self.clock = algorithm, learner, clock
+        self.clients = clock.clients
+        self.post = Post(exchange.topology.at(0), exchange.topology.seed, algorithm.newest_only)
+        self.agenda = Agenda([Happening(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
+        self.now, self.done = 0, 0
+        self.outstanding: set[int] = set()
+        self.start: Adapters | None = None
+        """[client] where its latest job began."""
+        self.result: Adapters | None = None
+        """[client] where that job came to, unless it is outstanding."""
+        self.losses = torch.full((self.clients,), float("nan"), dtype=torch.float64)
+        self.sent_bytes, self.largest, self.seconds_train = 0, 0, 0.0
+        self.ended: list[tuple[int, float]] = []
+
+    @property
+    def virtual_seconds(self) -> float:
+        """Since the start of the run."""
+        return seconds(self.now)
+
+    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+        """Round ``t``; raises RunError when nobody is left who would ever begin a job."""
+        began = time.perf_counter()
+        self.sent_bytes, self.largest, self.seconds_train, self.ended = 0, 0, 0.0, []
+        self.post.begin_round()
+        state = own_copy(state)
+        while self.done < (t + 1) * self.clients:
+            if self.agenda.moment is None:
+                raise RunError(
+                    f"all clients have left for good after {self.done} jobs, in round {t + 1}; change clock.away or "
+                    "lower train.rounds"
+                )
+            self._moment(self.agenda.moment, t, state)
+        return state, self._passed(time.perf_counter() - began)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The agenda, the post, and the jobs in flight: where they began and, once computed, what they came to."""
+        assert self.start is not None and self.result is not None
+        letters, post = self.post.saved()
+        tensors = {f"post.{name}": leaf for name, leaf in letters.items()}
+        tensors |= {"start": self.start.flat, "result": self.result.flat, "losses": self.losses}
+        facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
+        return tensors, facts | {"agenda": self.agenda.listed(), "post": post}
+
+    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on."""
+        letters = {name.removeprefix("post."): leaf for name, leaf in tensors.items() if name.startswith("post.")}
+        self.post.take_up(letters, facts["post"])
+        self.agenda = Agenda([Happening(*each) for each in facts["agenda"]])
+        self.now, self.done, self.outstanding = facts["now"], facts["done"], set(facts["outstanding"])
+        self.losses = tensors["losses"].cpu()
+        self._flown = {name: tensors[name] for name in ("start", "result")}
+
+    _flown: dict[str, Tensor] | None = None
+    """Taken up, and not yet put into Adapters, whose layout only the state knows."""
+
+    def _moment(self, now: int, t: int, state: Any) -> None:
+        """Everything that happens now, in order; ``state`` changes in place."""
+        self.now = now
+        self._prepare(self.algorithm.model(state))
+        steps = {DONE: self._job_done, ARRIVED: self._arrived, BEGINS: self._begin}
+        while self.agenda.moment == now:
+            happening = self.agenda.next()
+            steps[happening.kind](happening, t, state)
+
+    def _prepare(self, x: Adapters) -> None:
+        """Room for the jobs in flight."""
+        if self._flown:
+            self.start, self.result = (replace(x, flat=self._flown[name]) for name in ("start", "result"))
+            self._flown = None
+        elif self.start is None:
+            self.start, self.result = own_copy(x), own_copy(x)
+
+    def _job_done(self, happening: Happening, t: int, state: Any) -> None:
+        client = happening.client
+        if client in self.outstanding:
+            self._compute(t, state)
+        assert self.start is not None and self.result is not None
+        self.post.end_job(client)
+        row, box = rows_of(state, client), self.post.box(client)
+        put_row(state, client, self.algorithm.on_job(row, self.start.rows([client]), self.result.rows([client]), box))
+        free = self._dispatch(client)  # an upload keeps a client from its next job
+        self.agenda.add(free, BEGINS, client, _AFTER_A_JOB)
+
+    def _arrived(self, happening: Happening, t: int, state: Any) -> None:
+        client = happening.client
+        back = self.clock.back(client, self.now)
+        if back != self.now:  # it waits at the door; of one who never comes back nobody will know
+            if back is not None:
+                self.agenda.add(back, *happening[1:])
+            return
+        self.post.deliver(happening.number)
+        put_row(state, client, self.algorithm.on_message(rows_of(state, client), self.post.box(client)))
+        self._dispatch(client)  # an answer is sent while the client works on
+
+    def _begin(self, happening: Happening, t: int, state: Any) -> None:
+        client = happening.client
+        if happening.number == _AFTER_A_JOB:
+            self.done += 1
+            self.ended.append((client, float(self.losses[client])))
+        back = self.clock.back(client, self.now)
+        if back != self.now:
+            if back is not None:
+                self.agenda.add(back, BEGINS, client, _BY_ITSELF)
+            return
+        put_row(state, client, self.algorithm.before_job(rows_of(state, client), self.post.box(client)))
+        self.post.begin_job(client)
+        assert self.start is not None
+        self.start.flat[client] = self.algorithm.model(state).flat[client]
+        self.outstanding.add(client)
+        steps = self.learner.settings.local_steps
+        self.agenda.add(self.now + self.clock.compute(client, steps, self.now), DONE, client)
+
+    def _dispatch(self, client: int) -> int:
+        """Put what a client has pushed on the way; returns when its uplink is free again."""
+        free = self.now
+        for pushed in self.post.taken():
+            free += self.clock.upload(client, pushed.size * len(pushed.receivers), free)
+            self._count(pushed)
+            for receiver, number in zip(pushed.receivers, pushed.numbers, strict=True):
+                self.agenda.add(free + self.clock.delay, ARRIVED, receiver, number)
+        return free
+
+    def _count(self, pushed: Pushed) -> None:
+        self.sent_bytes += pushed.size * len(pushed.receivers)
+        self.largest = max(self.largest, pushed.size)
+
+    def _compute(self, t: int, state: Any) -> None:
+        """All outstanding jobs."""
+        began = time.perf_counter()
+        assert self.start is not None and self.result is not None
+        jobs, by_block = self.post.versions, {}
+        for client in sorted(self.outstanding):
+            by_block.setdefault(self.algorithm.active(jobs[client]), []).append(client)
+        free = self.algorithm.coordinates(state)
+        for blocks, places in by_block.items():
+            self.learner.begin(t, jobs, places)
+            self.result.flat[places] = local_steps(self.learner, self.start, blocks, free).flat[places]
+            self.losses[places] = self.learner.losses[places].to(self.losses)
+        self.outstanding.clear()
+        self.seconds_train += time.perf_counter() - began
+
+    def _passed(self, spent: float) -> Passed:
+        losses = [[loss for who, loss in self.ended if who == client] for client in range(self.clients)]
+        return Passed(
+            losses=[sum(own) / len(own) if own else float("nan") for own in losses],
+            sent=None,
+            W=None,
+            edges=sorted(self.post.used),
+            bytes_per_edge=self.largest,
+            bytes_sent=self.sent_bytes,
+            seconds_train=self.seconds_train,
+            seconds_mix=spent - self.seconds_train,
+            measures=self.post.measures(),
+        )
+
+
+def local_steps(
+    learner: Learner, start: Adapters, blocks: str, free: Bool[Tensor, "client parameter"] | None
+) -> Adapters:
+    """A job: K local steps from ``start`` on these blocks, of which only what is ``free`` changes; None: everything."""
+    trained = learner.fit(start, blocks, None if free is None else Masked(free))
+    return trained if free is None else replace(trained, flat=torch.where(free, trained.flat, start.flat))

@@ -1,0 +1,1 @@
+"""A federation of local processes, with faults injected."""

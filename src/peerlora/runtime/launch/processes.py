@@ -1,0 +1,339 @@
+"""A whole federation as real processes on this machine, with throw-away identities, and failures on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from peerlora.config.run import RunConfig
+from peerlora.errors import ConfigError, Stopped
+from peerlora.network.identity.authority import list_signer, throwaway
+from peerlora.network.identity.members import sign_list, write_list
+from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
+from peerlora.runs.store import require_free
+from peerlora.runtime.compose import resolve_threads
+from peerlora.runtime.launch.faults import Mishap
+from peerlora.runtime.launch.tcp_relay import Relay
+from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.run import site_on
+
+_LOOK = 0.05  # seconds between two looks at the processes
+_PATIENCE = 30.0  # seconds for processes to end when they are asked to
+
+
+@dataclass
+class Peer:
+    """One process, as far as it is seen."""
+
+    client: int
+    folder: Path
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    killed: bool = False
+    """Whether it was killed or stopped on purpose, for good."""
+    state: str = "starting"
+    round: int = 0
+    """Finished rounds."""
+    metric: float | None = None
+    loss: float | None = None
+    missed: int = 0
+    """Links that were planned and not used, over all rounds seen."""
+    skipped: int = 0
+    """Rounds left out after falling behind."""
+    news: list[str] = field(default_factory=list)
+    _read: int = 0
+
+    @property
+    def log(self) -> Path:
+        """What the process printed."""
+        return self.folder.with_suffix(".log")
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start the process, again after a kill.
+
+        In a session of its own, so that a terminal's Ctrl-C reaches `launch` alone: a second signal would end a peer
+        without its checkpoint.
+        """
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        self.starts += 1
+        self.state = "starting"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there, stopped or not."""
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if it is there."""
+        if self.process is not None and self.alive:
+            self.process.send_signal(number)
+
+    def events(self) -> list[Event]:
+        """What it wrote down since the last look; a resumed run cuts its log back first."""
+        path = self.folder / "events.jsonl"
+        if not path.is_file():
+            return []
+        with open(path, "rb") as log:
+            self._read = min(self._read, log.seek(0, os.SEEK_END))
+            log.seek(self._read)
+            whole, newline, _ = log.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        return [from_json(line.decode()) for line in whole.split(b"\n") if line.startswith(b"{")]
+
+    def see(self, event: Event) -> None:
+        """Take one event in."""
+        if isinstance(event, Joined):
+            self.state = "running"
+        elif isinstance(event, RoundDone):
+            self.round, self.loss = event.round + 1, event.loss[0]
+            self.missed += len(event.missed)
+        elif isinstance(event, Evaluated):
+            self.metric = event.own[0]
+        elif isinstance(event, CaughtUp):
+            self.skipped += event.to - event.round
+            self.news.append(f"caught up from round {event.round} to {event.to}")
+        elif isinstance(event, NeighbourChanged) and event.kind != "up":
+            self.news.append(f"{event.kind}: peer {event.client} {event.detail}".strip())
+
+
+def launch(
+    config: RunConfig,
+    out: Path | str | None = None,
+    mishaps: Sequence[Mishap] = (),
+    *,
+    listener: Callable[[Sequence[Peer]], None] = lambda peers: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Run ``config.clients`` peers as processes and wait for them; the summary, also in ``summary.json``.
+
+    Its ``ok`` says whether all finished that were not killed for good.  ``out`` gets config.yaml, identities, a run
+    folder and a log per peer.
+    """
+    folder = Path(out) if out is not None else Path("runs") / f"launch-{datetime.now():%Y%m%d-%H%M%S}"
+    require_free(folder)
+    if config.clients < 2:
+        raise ConfigError("launch needs at least 2 peers; give --peers")
+    federation = Launched(config, folder, mishaps)
+    try:
+        federation.run(listener, stop)
+    finally:
+        federation.end()
+    summary = federation.summary()
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+class Launched:
+    """The processes of one federation."""
+
+    def __init__(self, config: RunConfig, folder: Path, mishaps: Sequence[Mishap]):
+        cores = resolve_threads(None)
+        threads = config.threads or max(1, cores // config.clients)
+        run = config.peer.model_copy(update={"run": secrets.token_hex(8)})
+        self.config = config.model_copy(update={"threads": threads, "peer": run})
+        self.folder, self.mishaps = folder, list(mishaps)
+        self.relays: dict[tuple[int, int], Relay] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        self.sites = [f"peer-{client}" for client in range(config.clients)]
+        self.ports = free_ports(config.clients)
+        addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
+        self.members = throwaway(folder / "identities", addresses, "launch")
+        check_site(self.config, site_on(self.config, self.members, self.sites[0]))
+        self.peers = [Peer(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
+        self.thread = LoopThread()
+        self.relayed = any(each.kind == "cut" for each in mishaps)
+        if self.relayed:
+            self._relay()
+        for peer in self.peers:
+            peer.command = self._command(peer)
+        self.began: float | None = None
+
+    def _command(self, peer: Peer) -> list[str]:
+        identities, site = self.folder / "identities", self.sites[peer.client]
+        members = identities / (f"members-{peer.client}.json" if self.relayed else "members.json")
+        words = ["--identity", str(identities / site), "--members", str(members), "--out", str(peer.folder)]
+        words += ["--resume", "--listen", f"127.0.0.1:{self.ports[peer.client]}"]
+        return [sys.executable, "-m", "peerlora", "peer", str(self.folder / "config.yaml"), *words]
+
+    def _relay(self) -> None:
+        """Let every site dial the others through a relay of its own, which its member list names."""
+        key = list_signer(self.folder / "identities" / "authority")
+        pairs = [(i, j) for i in range(len(self.sites)) for j in range(len(self.sites)) if i != j]
+        listens = dict(zip(pairs, free_ports(len(pairs)), strict=True))
+        for i in range(len(self.sites)):
+            seen = [
+                member if member.client == i else _moved(member, listens[i, member.client])
+                for member in self.members.members
+            ]
+            own = _with(self.members, members=seen)
+            write_list(self.folder / "identities" / f"members-{i}.json", sign_list(own, key, _validity(own)))
+        for (i, j), listen in listens.items():
+            self.relays[i, j] = self.thread.ask(Relay, self.ports[j])
+            self.thread.call(self.relays[i, j].start(listen))
+
+    def run(self, listener: Callable[[Sequence[Peer]], None], stop: Callable[[], bool]) -> None:
+        """Start all, make what was asked for go wrong, and wait until all have ended."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads), "HF_HUB_OFFLINE": "1"}
+        for peer in self.peers:
+            peer.start(environment)
+        due: list[tuple[float, Callable[[], None]]] = []
+        while True:
+            for peer in self.peers:
+                self._look(peer)
+            if self.began is None and any(peer.state == "running" for peer in self.peers):
+                self.began = time.monotonic()
+                due = self._plan(environment)
+            while due and time.monotonic() >= due[0][0]:
+                due.pop(0)[1]()
+            listener(self.peers)
+            if stop():
+                raise Stopped(f"stopped; every peer keeps its checkpoint in {self.folder}")
+            if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
+                return
+            time.sleep(_LOOK)
+
+    def _look(self, peer: Peer) -> None:
+        for event in peer.events():
+            peer.see(event)
+        code = peer.process.poll() if peer.process is not None else None
+        if code is not None and peer.state not in ("restarting", "killed"):
+            peer.state = "finished" if code == 0 else "killed" if peer.killed else f"failed ({code})"
+
+    def _plan(self, environment: Mapping[str, str]) -> list[tuple[float, Callable[[], None]]]:
+        """What to do when, in order."""
+        assert self.began is not None
+        due: list[tuple[float, Callable[[], None]]] = []
+        for mishap in self.mishaps:
+            begin, undo = self._acts(mishap, environment)
+            due.append((self.began + mishap.at, begin))
+            if mishap.lasts is not None:
+                due.append((self.began + mishap.at + mishap.lasts, undo))
+        return sorted(due, key=lambda item: item[0])
+
+    def _acts(self, mishap: Mishap, environment: Mapping[str, str]) -> tuple[Callable[[], None], Callable[[], None]]:
+        """How a failure begins, and how it is undone."""
+        peer = self.peers[mishap.peer]
+        if mishap.kind == "cut":
+            return lambda: self._cut(mishap, True), lambda: self._cut(mishap, False)
+        if mishap.kind == "stop":
+            return lambda: self._stop(peer, mishap.lasts is None), lambda: self._go_on(peer)
+        return lambda: self._kill(peer, mishap.lasts is not None), lambda: self._restart(peer, environment)
+
+    def _kill(self, peer: Peer, again: bool) -> None:
+        if peer.process is None or not peer.alive:
+            return  # it has ended by itself
+        peer.signal(signal.SIGKILL)
+        peer.process.wait()
+        peer.killed, peer.state = not again, "restarting" if again else "killed"
+
+    def _restart(self, peer: Peer, environment: Mapping[str, str]) -> None:
+        if peer.state == "restarting":
+            peer.start(environment)
+
+    def _stop(self, peer: Peer, for_good: bool) -> None:
+        if peer.alive:
+            peer.signal(signal.SIGSTOP)
+            peer.killed, peer.state = peer.killed or for_good, "stopped"
+
+    def _go_on(self, peer: Peer) -> None:
+        if peer.alive and not peer.killed:
+            peer.signal(signal.SIGCONT)
+            peer.state = "running"
+
+    def _cut(self, mishap: Mishap, cut: bool) -> None:
+        one, other = mishap.peer, mishap.other
+        assert other is not None
+        for dialler, dialled in ((one, other), (other, one)):
+            relay = self.relays[dialler, dialled]
+            for forward in (True, False):
+                source = dialler if forward else dialled
+                if mishap.both or source == one:
+                    self.thread.ask(relay.cut, forward, cut)
+
+    def end(self) -> None:
+        """End what still runs: politely, then not; at once where this is interrupted, too."""
+        try:
+            self._ask_to_end()
+        finally:
+            for peer in self.peers:
+                if peer.process is not None and peer.alive:
+                    peer.process.kill()
+                    peer.process.wait()
+        for relay in self.relays.values():
+            self.thread.call(relay.close())
+        self.thread.close()
+
+    def _ask_to_end(self) -> None:
+        """Every peer gets one signal, and time for its round and checkpoint; not those that were stopped for good."""
+        asked = [peer for peer in self.peers if not peer.killed]
+        for peer in asked:
+            peer.signal(signal.SIGCONT)
+            peer.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _PATIENCE
+        while any(peer.alive for peer in asked) and time.monotonic() < deadline:
+            time.sleep(_LOOK)
+
+    def summary(self) -> dict[str, Any]:
+        """How it ended, in all and for every peer."""
+        peers, reached = [], []
+        for peer in self.peers:
+            own = peer.folder / "summary.json"
+            found = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+            metric = found.get("accuracy", {}).get("own_mean")
+            reached += [metric] if metric is not None else []
+            facts = {"client": peer.client, "ended": peer.state, "rounds": peer.round, "metric": metric}
+            facts |= {"starts": peer.starts, "missed": peer.missed, "skipped": peer.skipped}
+            peers.append(facts | {"bytes_sent": found.get("bytes_sent"), "run": str(peer.folder), "log": str(peer.log)})
+        return {
+            "ok": all(peer.state == "finished" or peer.killed for peer in self.peers) and bool(reached),
+            "method": self.config.algorithm.name,
+            "seconds": None if self.began is None else time.monotonic() - self.began,
+            "own_mean": sum(reached) / len(reached) if reached else None,
+            "own_min": min(reached, default=None),
+            "own_max": max(reached, default=None),
+            "peers": peers,
+            "run": str(self.folder),
+        }
+
+
+def _moved(member: Any, port: int) -> Any:
+    return _with(member, address=f"127.0.0.1:{port}")
+
+
+def _with(struct: Any, **changes: Any) -> Any:
+    from msgspec import structs
+
+    return structs.replace(struct, **changes)
+
+
+def _validity(members: Any) -> Any:
+    return members.expires - members.issued
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody uses at this moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

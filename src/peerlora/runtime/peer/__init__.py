@@ -1,0 +1,1 @@
+"""One real peer: its checks, its startup and its rounds."""

@@ -1,0 +1,119 @@
+"""Rounds of a client without common rounds, among real peers: one round is one job of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from peerlora.algorithms.base import AsynchronousAlgorithm
+from peerlora.lora.adapters import Adapters
+from peerlora.network.protocol.push_service import Mail
+from peerlora.network.protocol.send_queue import Sent
+from peerlora.runtime.asynchronous import local_steps
+from peerlora.runtime.rounds import Passed
+from peerlora.train.learner import Learner
+
+
+class OwnPace:
+    """Advances a client by one job, in the order that ``Apart`` has for each client of a simulation.
+
+    The state changes within a round only: letters that come while the client evaluates or saves wait until it begins
+    the next job, so a checkpoint holds them.  During a job they are opened as they come, and answered.
+
+    ``jobs``: how many the client does.  ``sent`` says what became of letters since it was last asked; when told that
+    the last job is done, it waits for what is on its way.
+    """
+
+    virtual_seconds = float("nan")
+
+    def __init__(
+        self,
+        algorithm: AsynchronousAlgorithm[Any],
+        learner: Learner,
+        mail: Mail,
+        jobs: int,
+        sent: Callable[[bool], Sent],
+    ):
+        self.algorithm, self.learner, self.mail, self.jobs, self.sent = algorithm, learner, mail, jobs, sent
+        self.state: Any = None
+        """While a job is going on, the client's state, which letters change."""
+        self.news = False
+        """Whether a letter has come that the method was not told of."""
+        mail.arrived = self._arrived
+
+    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+        """Job ``t`` of this client: begin, K local steps, push."""
+        began = time.perf_counter()
+        try:
+            job, start, free = self._begin(state)
+            trains = time.perf_counter()
+            self.learner.begin(t, [job], [0])
+            trained = local_steps(self.learner, start, self.algorithm.active(job), free)
+            trained_for = time.perf_counter() - trains
+            state, measures, edges = self._end(start, trained)
+        finally:
+            self.state = None
+        sent = self.sent(t + 1 == self.jobs)
+        return state, Passed(
+            losses=self.learner.losses.tolist(),
+            sent=None,
+            W=None,
+            edges=edges,
+            bytes_per_edge=sent.largest,
+            bytes_sent=sent.total,
+            seconds_train=trained_for,
+            seconds_mix=time.perf_counter() - began - trained_for,
+            measures=measures,
+        )
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The mailbox."""
+        return self.mail.saved()
+
+    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on."""
+        self.mail.take_up(tensors, facts)
+        self.news = self.mail.waiting
+
+    def _begin(self, state: Any) -> tuple[int, Adapters, Bool[Tensor, "client parameter"] | None]:
+        """The job's number, where it begins, and what it may change."""
+        with self.mail.lock:
+            self.state = state
+            self._listen()
+            self._let(self.algorithm.before_job)
+            self.mail.post.begin_job(self.mail.client)
+            job = self.mail.post.versions[self.mail.client]
+            return job, self.algorithm.model(self.state), self.algorithm.coordinates(self.state)
+
+    def _end(self, start: Adapters, trained: Adapters) -> tuple[Any, dict[str, float], list[tuple[int, int]]]:
+        """The state after the job, and what the post tells of the time since the one before."""
+        with self.mail.lock:
+            post = self.mail.post
+            post.end_job(self.mail.client)
+            self._let(lambda state, mail: self.algorithm.on_job(state, start, trained, mail))
+            told = self.state, post.measures(), sorted(post.used)
+            self.state = None
+            self.mail.over = post.versions[self.mail.client] >= self.jobs
+            post.begin_round()
+            return told
+
+    def _arrived(self) -> None:
+        """A letter has come; the lock is held."""
+        self.news = True
+        if self.state is not None:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Tell the method of letters that it was not told of; the lock is held."""
+        if self.news:
+            self.news = False
+            self._let(self.algorithm.on_message)
+
+    def _let(self, hook: Callable[[Any, Any], Any]) -> None:
+        """Let the method change the state and push; the lock is held."""
+        self.state = hook(self.state, self.mail.box())
+        self.mail.dispatch()

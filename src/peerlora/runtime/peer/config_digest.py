@@ -1,0 +1,58 @@
+"""What all peers of a run must have in common, as short hashes that a greeting can carry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerlora.config.run import RunConfig
+from peerlora.lora.adapters import AdapterSpec
+
+_SITE = ("model", "device", "threads", "eval", "checkpoint")  # sections that are a site's own business
+_SITE_TRAIN = ("fast", "block")
+_SITE_PEER = ("join",)
+
+
+def settings(config: RunConfig) -> dict[str, str]:
+    """A hash per section.  Where data lie is left out if every site has its own; the model has a hash of its own."""
+    tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in _SITE}
+    tree["train"] = _without(tree["train"], _SITE_TRAIN)
+    tree["peer"] = _without(tree["peer"], _SITE_PEER)
+    start = tree["adapter"].pop("start")
+    tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
+    if config.partition.kind == "own":
+        tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text)}
+    return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in tree.items()}
+
+
+def base_digest(base: nn.Module) -> str:
+    """Of all frozen weights, by name: SHA-256, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(base.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def spec_digest(spec: AdapterSpec) -> str:
+    """Of the layout that all clients' adapters have: SHA-256, hexadecimal."""
+    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()
+
+
+def _without(section: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in names}
+
+
+def _file(path: Path) -> str:
+    return _hash(path.read_bytes()) if path.is_file() else "missing"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

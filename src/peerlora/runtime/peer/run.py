@@ -1,0 +1,100 @@
+"""One site of a real federation: identity, member list and gRPC around a peer's run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from peerlora.config.run import RunConfig
+from peerlora.errors import CompositionError, ConfigError
+from peerlora.network.identity.identity import Identity, load_identity
+from peerlora.network.identity.members import MemberList, load_members
+from peerlora.network.identity.roster import Roster
+from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.wire import message_facts
+from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.grpc import GrpcTransport
+from peerlora.network.transport.reload import follow
+from peerlora.runs.events import Event
+from peerlora.runtime.peer.checks import check_site, counted
+from peerlora.runtime.peer.site import Site
+from peerlora.runtime.peer.synchronous import finished, train_peer
+from peerlora.runtime.trainer import Result
+from peerlora.topology.schedule import build_topology
+
+
+def run_peer(
+    config: RunConfig,
+    identity: Path,
+    members: Path,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    listen: str | None = None,
+    listener: Callable[[Event], None] = lambda event: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Take part in a run as the site whose identity this is, with the others on the member list.
+
+    A renewed certificate or a newer list is taken up when its file is replaced.
+
+    ``resume``: go on with the run in ``out``, or begin one there where there is none yet.  ``listen``: host:port to
+    open in place of the port of the own address on all of the machine's addresses.
+    """
+    if resume and out is None:
+        raise ConfigError("--resume given without --out; name the folder of the run to go on with")
+    begun = Path(out) if resume and out is not None and _begun(Path(out)) else None
+    done = None if begun is None else finished(config, begun)
+    if done is not None:
+        return done  # whoever this site is by now, nothing is left that needs it
+    who, roster, site = site_of(config, identity, members, begun)
+    going_on = begun is not None
+    audit = Audit(identity / "audit.jsonl", describe=message_facts)
+    try:
+        with LoopThread() as thread:
+            transport = GrpcTransport(who, roster, listen=listen, audit=audit)
+            asyncio.run_coroutine_threadsafe(follow(transport, identity, members), thread.loop)
+            return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+    finally:
+        audit.close()
+
+
+def site_of(
+    config: RunConfig, identity: Path, members: Path, begun: Path | None = None
+) -> tuple[Identity, Roster, Site]:
+    """Who this site is and who the others are; ``begun``: the folder of a run that goes on.
+
+    Raises IdentityError or CompositionError.
+    """
+    who = load_identity(identity)
+    listed = load_members(members, who.signers)
+    roster = Roster(who.site, who.fingerprint, listed, identity)
+    site = site_on(config, listed, who.site)
+    check_site(config, site, counted(begun))
+    linked = site.neighbours(build_topology(config.topology, config.clients, config.seed))
+    barred = sorted(set(linked.values()) - set(roster.others()))
+    if barred and begun is None:  # a run goes on without links that were taken off the list meanwhile
+        raise CompositionError(
+            f"topology={config.topology.kind} links {who.site} with {', '.join(barred)}, but the member list has no "
+            "such edge; change the topology, or have the edges added: peerlora members link"
+        )
+    roster.keep_to(linked.values())
+    return who, roster, site
+
+
+def site_on(config: RunConfig, listed: MemberList, me: str) -> Site:
+    """A site's place in the run: client numbers come from the list, the run's id from the list's and the run's name."""
+    names = {member.client: member.site for member in listed.members}
+    return Site(listed.member(me).client, names, f"{listed.name}/{config.peer.run}")
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds a run to go on with; what a kill left while the folder was made is put away."""
+    if (folder / "run.json").is_file():
+        return True
+    left = list(folder.iterdir()) if folder.is_dir() else []
+    if {path.name for path in left} <= {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}:
+        for path in left:
+            path.unlink()
+    return False

@@ -1,0 +1,167 @@
+"""The base models of runs that follow each other: loaded once, with a head of the next run's seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peerlora.config.run import RunConfig
+from peerlora.data.dataset import Dataset
+from peerlora.data.sources import load_datasets
+from peerlora.errors import ConfigError
+from peerlora.lora.attach import StackedModel, Targets, find_targets
+from peerlora.lora.base_models import PEFT_TASKS, Base, load_base, load_tokenizer
+from peerlora.lora.peft_io import ExportContext
+from peerlora.randomness import derive
+from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """A base model with its frozen weights made fast, before adapters are attached."""
+
+    base: Base
+    targets: Targets
+    paths: Paths
+
+
+class Bases:
+    """Keeps the base model of the latest run for the next one that needs the same, with a head of the next one's seed.
+
+    Only for runs that follow each other: with the next one, the adapters of the one before are taken off its model.
+    """
+
+    def __init__(self):
+        self._key: Any = None
+        self._seed = 0
+        self._kept: PreparedBase | None = None
+        self._user: StackedModel | None = None
+
+    def get(self, key: Any, seed: int, load: Callable[[], PreparedBase]) -> PreparedBase:
+        """The base model of ``key``, bit by bit as ``load`` gives it for ``seed``; ``key`` is without the seed."""
+        if self._user is not None:
+            self._user.detach()
+        kept = self._kept if self._user is not None and key == self._key else None  # no user: attaching failed half way
+        if kept is None or (seed != self._seed and not redraw(kept, self._seed, seed)):
+            self._kept = kept = None  # the old one goes before the new one comes
+            self._kept, self._key = load(), key
+        self._user, self._seed = None, seed
+        assert self._kept is not None
+        return self._kept
+
+    def used_by(self, model: StackedModel) -> None:
+        """Remember what is attached to it now."""
+        self._user = model
+
+
+def redraw(prepared: PreparedBase, drawn: int, seed: int) -> bool:
+    """Draw what came without weights anew, in place, as loading draws it; ``drawn``: the seed it was drawn from.
+
+    Whether that was possible.  Only heads are as they were loaded, the rest has been made fast; and the library has no
+    promise on the order of its draws, so those of ``drawn`` are repeated first: they must give what is there.
+    """
+    model, heads = prepared.base.model, prepared.targets.heads
+    names = [name for name, _ in model.named_modules() if name in prepared.base.initialised]
+    if not all(name in heads or name.startswith(tuple(f"{head}." for head in heads)) for name in names):
+        return False
+    there = {name: model.get_submodule(name) for name in names}
+    if not all(_equal(module, there[name]) for name, module in _drawn(model, there, drawn).items()):
+        return False
+    for name, module in _drawn(model, there, seed).items():
+        there[name].load_state_dict(module.state_dict())
+    return True
+
+
+def _drawn(model: Any, modules: dict[str, nn.Module], seed: int) -> dict[str, nn.Module]:
+    """Copies of modules with weights as they are drawn where a base lacks them."""
+    copies = {name: deepcopy(module).to("cpu") for name, module in modules.items()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(derive(seed, "head"))
+        for module in copies.values():
+            model._init_weights(module)
+    return copies
+
+
+def _equal(module: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What many runs can share: the tokenised data and, for runs one after another, the base model."""
+
+    train_data: Dataset
+    eval_data: Dataset
+    tokenizer: Any
+    bases: Bases | None = None
+    """None: every run loads its own."""
+
+
+def load_materials(config: RunConfig) -> Materials:
+    """Read and tokenise the data of a config."""
+    tokenizer = load_tokenizer(config.model.source)
+    return Materials(*load_datasets(config, tokenizer), tokenizer)
+
+
+def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:
+    kind, source, tokenizer, names = (
+        config.task.kind,
+        config.model.source,
+        materials.tokenizer,
+        materials.train_data.names,
+    )
+    bases = materials.bases or Bases()
+    prepared = bases.get(
+        (
+            source,
+            kind,
+            names,
+            config.train.dtype,
+            config.train.fast,
+            config.device,
+            config.adapter.targets,
+        ),
+        config.seed,
+        lambda: _prepared(config, names, tokenizer.pad_token_id),
+    )
+    base, targets = prepared.base, prepared.targets
+    if base.longest is not None and config.data.max_length > base.longest:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
+        )
+    model = StackedModel(
+        base.model,
+        targets,
+        train_head=config.adapter.head != "frozen",
+        dropout=config.adapter.dropout,
+        base_dropout=config.model.dropout,
+    )
+    bases.used_by(model)
+    extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
+    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, names)
+    return model, export, prepared.paths | use_encoder(model, config.train.fast)
+
+
+def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:
+    kind, dtype = config.task.kind, DTYPES[config.train.dtype]
+    base = load_base(config.model.source, kind, names, config.seed, pad_token, dtype)
+    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
+    base.model.to(_device(config))
+    return PreparedBase(base, targets, prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast))
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device=cuda given, but this torch sees no NVIDIA GPU; use device=cpu, or install a CUDA build"
+        )
+    return torch.device(config.device)

@@ -1,0 +1,121 @@
+"""Synchronous rounds, with or without a virtual clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerlora.algorithms.base import Algorithm, Hurried
+from peerlora.exchange.base import Counted
+from peerlora.exchange.schema import encoded_bytes
+from peerlora.runtime.rounds import Passed
+from peerlora.runtime.virtual_clock import Clock, seconds, ticks
+from peerlora.train.learner import Learner
+from peerlora.tree import held
+
+
+class Together:
+    """Synchronous rounds: everybody trains, then everybody exchanges.
+
+    With a clock a round ends when the slowest client has computed and sent, or at the deadline.  Who is not ready then,
+    or is away, is absent: in that round it has no links, whose weight goes to the diagonals of both ends, and its whole
+    state stays as it was.  It goes on with its job and takes part in the first round that it is ready in; all others
+    begin their next job at once.
+    """
+
+    def __init__(self, algorithm: Algorithm[Any], learner: Learner, exchange: Counted, clock: Clock | None):
+        self.algorithm, self.learner, self.exchange, self.clock = algorithm, learner, exchange, clock
+        self.now, self.jobs = 0, [0] * len(exchange.clients)
+        self.ready: dict[int, int] = {}
+        """Client that has begun a job -> when its result will have been sent."""
+        self.step_seconds = torch.full((len(exchange.clients),), float("nan"), dtype=torch.float64)
+        """Of each client's latest job, as long as it took from its beginning."""
+
+    @property
+    def virtual_seconds(self) -> float:
+        """Since the start of the run."""
+        return seconds(self.now) if self.clock else float("nan")
+
+    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+        """Round ``t``; the state is that of its end."""
+        absent = self._pass_time(self.clock, t, state) if self.clock else []
+        here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
+        self.learner.begin(t, self.jobs if self.clock else None, here)
+        self.learner.step_seconds = self.step_seconds if self.clock else None
+        self.exchange.begin(t, absent)
+        began = time.perf_counter()
+        after = self.algorithm.round(t, state, self.learner, self.exchange)
+        if absent:
+            after = held(state, after, absent)
+        worked = time.perf_counter() - began
+        for client in here:
+            self.jobs[client] += 1
+        peers, mixes = self.exchange, self.exchange.mixed is not None
+        return after, Passed(
+            losses=self.learner.losses.tolist(),
+            sent=peers.mixed,
+            W=peers.graph.W if mixes else np.eye(len(peers.graph.W)),
+            edges=peers.graph.edges if mixes else [],
+            bytes_per_edge=peers.bytes_per_edge,
+            bytes_sent=peers.bytes_sent,
+            seconds_train=worked - peers.seconds,
+            seconds_mix=peers.seconds,
+            measures={name: float(values.mean()) for name, values in peers.measured.items()},
+            absent=absent,
+        )
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The moment, the jobs done, and who is at work; nothing without a clock."""
+        if self.clock is None:
+            return {}, {}
+        facts = {"now": self.now, "jobs": self.jobs, "ready": sorted(self.ready.items())}
+        return {"step_seconds": self.step_seconds}, facts
+
+    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on."""
+        if self.clock is not None:
+            self.now, self.jobs = facts["now"], list(facts["jobs"])
+            self.step_seconds = tensors["step_seconds"].clone()
+            self.ready = {client: moment for client, moment in facts["ready"]}
+
+    def _pass_time(self, clock: Clock, t: int, state: Any) -> list[int]:
+        """Let one round's time pass; returns who is absent at its end."""
+        clients = range(clock.clients)
+        self._begin_jobs(clock, t, state)
+        if self.ready:
+            last = max(self.ready.values())
+            self.now = last if clock.deadline is None else max(self.now, min(self.now + clock.deadline, last))
+        else:  # nobody is there: on to the first return, where absences are in seconds
+            self.now = min((back for i in clients if (back := clock.back(i, self.now)) is not None), default=self.now)
+        there = {client for client, moment in self.ready.items() if moment <= self.now}
+        self.ready = {client: moment for client, moment in self.ready.items() if client not in there}
+        return [client for client in clients if client not in there]
+
+    def _begin_jobs(self, clock: Clock, t: int, state: Any) -> None:
+        """Who is there and idle begins; a message that is late goes on being sent as it was begun."""
+        idle = [i for i in range(clock.clients) if i not in self.ready]
+        away = [i for i in idle if clock.away(i, self.now, t)]
+        degrees = self.exchange.topology.at(t, away).degrees
+        x, steps = self.algorithm.model(state), self.learner.settings.local_steps
+        gradients = getattr(self.algorithm, "gradients", 1)
+        hurried = self.algorithm if isinstance(self.algorithm, Hurried) else None
+        limit = hurried.deadline if hurried else None
+        for i in [i for i in idle if i not in away]:
+            self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
+            whole = clock.compute(i, gradients * steps, self.now)
+            computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
+            own = x.rows([i])
+            vectors = (
+                hurried.message_in_time(own, self.step_seconds[[i]], steps)
+                if hurried
+                else self.algorithm.message(own, t)
+            )
+            message = self.exchange.on_the_wire(vectors)
+            links = int(degrees[i]) if message else 0
+            count = links * encoded_bytes(message)
+            self.ready[i] = computed + clock.upload(i, count, computed) + (clock.delay if links else 0)

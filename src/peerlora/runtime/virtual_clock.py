@@ -1,0 +1,196 @@
+"""Virtual time: how long each client computes and sends, who is there, and what happens first.
+
+Moments and durations are whole nanoseconds, so that two ways to the same moment (ten jobs of one second, one of ten)
+meet exactly and the order of events is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import csv
+import heapq
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from peerlora.config.sections import Absence, ClockConfig
+from peerlora.errors import ConfigError
+from peerlora.randomness import numpy_generator
+
+SECOND = 10**9
+_TRACE_BYTES = 50_000_000
+_LONGEST = 2**62  # nanoseconds, 146 years: beyond, a sum might not fit where it is saved
+
+
+class Clock:
+    """The speeds, bandwidths, delay, deadline and absences of a run.
+
+    Raises ConfigError where the trace cannot be read or names what does not exist.
+    """
+
+    def __init__(self, config: ClockConfig, clients: int, seed: int):
+        self.config, self.clients = config, clients
+        self.speeds = _drawn(config.speed, config.speed_spread, clients, seed, "speed")
+        self.bandwidths = _drawn(config.bandwidth, config.bandwidth_spread, clients, seed, "bandwidth")
+        self.delay = ticks(config.delay)
+        self.deadline = None if config.deadline is None else ticks(config.deadline)
+        self._trace = read_trace(config.trace, clients) if config.trace else {}
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether a synchronous round may have to do without some clients."""
+        return self.deadline is not None or bool(self.config.away)
+
+    def compute(self, client: int, steps: int, now: int) -> int:
+        """Nanoseconds of a job of so many local steps that begins now; the speed at its beginning holds throughout."""
+        return max(1, ticks(steps * self.config.step / self._at(client, now, "speed", self.speeds[client])))
+
+    def upload(self, client: int, count: int, now: int) -> int:
+        """Nanoseconds until the client's uplink has sent so many bytes; all messages of a push end together."""
+        bandwidth = self._at(client, now, "bandwidth", self.bandwidths[client])
+        return ticks(count / bandwidth) if np.isfinite(bandwidth) else 0
+
+    def away(self, client: int, now: int, t: int) -> bool:
+        """Whether the client would begin no job now, in round ``t``."""
+        return any(_covers(each, now, t) for each in self._absences(client))
+
+    def back(self, client: int, now: int) -> int | None:
+        """The moment from which the client is there, which may be now; None: never.  By absences in seconds only."""
+        moment = now
+        while any(_covers(each, moment, -1) for each in self._absences(client)):
+            ends = [each.back for each in self._absences(client) if _covers(each, moment, -1)]
+            if None in ends:
+                return None
+            moment = max(ticks(end) for end in ends if end is not None)
+        return moment
+
+    def told(self) -> dict[str, Any]:
+        """For the first event of a run: the settings, and the speeds and bandwidths that were drawn."""
+        finite = [each if np.isfinite(each) else None for each in self.bandwidths.tolist()]
+        return self.config.model_dump(mode="json") | {"speed": self.speeds.tolist(), "bandwidth": finite}
+
+    def _absences(self, client: int) -> list[Absence]:
+        return [each for each in self.config.away if each.client == client]
+
+    def _at(self, client: int, now: int, column: str, otherwise: float) -> float:
+        """What the trace says of now; what it does not say stays as configured."""
+        lines = self._trace.get(client, [])
+        place = bisect_right(lines, now, key=lambda line: line["at"]) - 1
+        return lines[place].get(column, float(otherwise)) if place >= 0 else float(otherwise)
+
+
+def ticks(seconds: float) -> int:
+    """Whole nanoseconds; ConfigError beyond what a run can hold."""
+    if not seconds * SECOND < _LONGEST:
+        raise ConfigError(
+            f"clock: {seconds:.3g} virtual seconds at once; expected less than 146 years, check the units"
+        )
+    return round(seconds * SECOND)
+
+
+def seconds(moment: int) -> float:
+    """For people and events."""
+    return moment / SECOND
+
+
+def _drawn(
+    given: float | list[float] | None, spread: float, clients: int, seed: int, purpose: str
+) -> Float[np.ndarray, " client"]:
+    base = np.full(clients, np.inf) if given is None else np.broadcast_to(np.asarray(given, float), (clients,)).copy()
+    if spread:
+        draws = [numpy_generator(seed, purpose, client=client).standard_normal() for client in range(clients)]
+        base *= np.exp(spread * np.array(draws))
+    return base
+
+
+def _covers(absence: Absence, now: int, t: int) -> bool:
+    at = t if absence.unit == "rounds" else now
+    scale = 1 if absence.unit == "rounds" else SECOND
+    return at >= absence.leave * scale and (absence.back is None or at < absence.back * scale)
+
+
+def read_trace(path: str, clients: int) -> dict[int, list[dict[str, Any]]]:
+    """By client, in order of time: the moment ``at`` in nanoseconds and speed and bandwidth from then on.
+
+    Raises ConfigError for a file that is missing, too large, or holds anything but positive numbers.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"clock.trace {path!r} is no file; expected a CSV with the columns {', '.join(_COLUMNS)}")
+    if file.stat().st_size > _TRACE_BYTES:
+        raise ConfigError(f"clock.trace {path!r} has more than {_TRACE_BYTES // 10**6} MB; give fewer lines")
+    found: dict[int, list[dict[str, Any]]] = {}
+    with open(file, newline="", encoding="utf-8", errors="replace") as lines:
+        reader = csv.DictReader(lines)
+        if not {"client"} < set(reader.fieldnames or ()) <= set(_COLUMNS):
+            raise ConfigError(
+                f"clock.trace {path!r} has the columns {', '.join(reader.fieldnames or ()) or 'none'}; expected client "
+                "and any of seconds, speed, bandwidth"
+            )
+        for number, row in enumerate(reader, start=2):
+            client, line = _trace_line(f"clock.trace {path!r}, line {number}", row, clients)
+            found.setdefault(client, []).append(line)
+    in_order = {client: sorted(own, key=lambda line: line["at"]) for client, own in found.items()}
+    return {client: list(accumulate(own, lambda before, line: before | line)) for client, own in in_order.items()}
+
+
+_COLUMNS = ("client", "seconds", "speed", "bandwidth")
+
+
+def _trace_line(where: str, row: dict[str, str | None], clients: int) -> tuple[int, dict[str, Any]]:
+    try:
+        client = int(row["client"] or "")
+        if None in row:
+            raise ValueError("more fields than columns")
+        values = {name: float(text) for name in _COLUMNS[1:] if (text := row.get(name))}
+    except ValueError:
+        raise ConfigError(f"{where}: {row} given; expected numbers, a field may be empty") from None
+    at = values.pop("seconds", 0.0)
+    if not 0 <= client < clients:
+        raise ConfigError(f"{where}: client {client} given; clients are numbered 0 to {clients - 1}")
+    if not (np.isfinite([at, *values.values()]).all() and at >= 0 and min(values.values(), default=1.0) > 0):
+        raise ConfigError(f"{where}: {row} given; expected seconds of at least 0, speed and bandwidth above 0")
+    return client, {"at": ticks(at)} | values
+
+
+class Happening(NamedTuple):
+    """One event, in the order of its fields: at one moment first what ends, then what arrives, then what begins."""
+
+    moment: int
+    kind: int
+    client: int
+    """To whom it happens."""
+    number: int
+    """Tells two events of one client and moment apart: of a message, its number; of a job, 0."""
+
+
+DONE, ARRIVED, BEGINS = range(3)
+
+
+class Agenda:
+    """What will happen, in an order that is total and the same on every machine."""
+
+    def __init__(self, happenings: Sequence[Happening] = ()):
+        self._heap = list(happenings)
+        heapq.heapify(self._heap)
+
+    def add(self, moment: int, kind: int, client: int, number: int = 0) -> None:
+        """Put down one event."""
+        heapq.heappush(self._heap, Happening(moment, kind, client, number))
+
+    def next(self) -> Happening:
+        """Take out the first."""
+        return heapq.heappop(self._heap)
+
+    @property
+    def moment(self) -> int | None:
+        """When the first will be; None: nothing will happen any more."""
+        return self._heap[0].moment if self._heap else None
+
+    def listed(self) -> list[Happening]:
+        """All of them, in order."""
+        return sorted(self._heap)

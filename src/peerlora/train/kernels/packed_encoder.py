@@ -1,0 +1,132 @@
+"""The fast forward of BERT- and RoBERTa-type classifiers on a CPU: no work on padding, and in the last block only for
+the token that is pooled.  Exact: in fp32 it differs from the padded forward by rounding only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peerlora.data.batches import Origin
+from peerlora.lora.attach import StackedModel
+from peerlora.lora.layer import ClientDropout, StackedLinear
+from peerlora.train.kernels.attention import attend
+from peerlora.train.kernels.frozen_linear import FrozenLinear
+from peerlora.train.kernels.lora_linear import adapted
+from peerlora.train.kernels.packing import Places, TokenPacking
+from peerlora.train.kernels.prefix_cache import PrefixCache
+
+_CLASSES = tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert"))
+
+
+def encoder_unavailable(base: nn.Module, device: str) -> str | None:
+    """Why a model cannot use this forward, or None."""
+    kind, config = type(base).__name__, getattr(base, "config", None)
+    if device != "cpu":
+        return "packed tokens are for CPUs"
+    if kind not in _CLASSES:
+        return f"packed tokens are for BERT- and RoBERTa-type classifiers, the model is a {kind}"
+    if getattr(config, "is_decoder", False) or getattr(config, "position_embedding_type", "absolute") != "absolute":
+        return "packed tokens need a bidirectional encoder with absolute positions"
+    return None
+
+
+class PackedEncoder:
+    """Logits of client-major rows, as ``StackedModel`` gives them; all its linears must be frozen ones."""
+
+    def __init__(self, model: StackedModel):
+        self.base: Any = model.base
+        self.step = model.step
+        encoder = getattr(self.base, self.base.base_model_prefix)
+        self.embeddings, self.layers = encoder.embeddings, list(encoder.encoder.layer)
+        self.pooler = encoder.pooler  # RoBERTa's is part of its head
+        self.heads = self.base.config.num_attention_heads
+        adapted = [any(isinstance(m, StackedLinear) for m in layer.modules()) for layer in self.layers[:-1]]
+        self.lowest = [*adapted, True].index(True)
+        """Blocks below this one are the same for all clients, always."""
+        self.prefix: PrefixCache | None = None
+        if self.prefix_unavailable() is None:
+            weight = next(iter(encoder.parameters()))
+            self.prefix = PrefixCache(self._below, self.base.config.hidden_size * weight.dtype.itemsize)
+
+    def prefix_unavailable(self) -> str | None:
+        """Why the blocks below the lowest adapted one are not looked up, or None."""
+        if self.lowest == 0:
+            return "the lowest block is adapted"
+        if any(isinstance(module, ClientDropout) for module in self.base.modules()):
+            return "model.dropout draws anew in the frozen blocks"
+        return None
+
+    def __call__(self, inputs: dict[str, Tensor], origin: Origin | None = None) -> Float[Tensor, "row label"]:
+        """One forward; ``inputs`` are padded on the right, ``origin`` says which rows they are."""
+        packing = TokenPacking.of(inputs["attention_mask"], self.step.clients)
+        if self.prefix is not None and origin is not None and self.prefix.holds(origin.data):
+            x = self.prefix(origin)
+        else:
+            x = self._below(inputs)
+        for layer in self.layers[self.lowest : -1]:
+            x = self._block(layer, x, x, packing, packing.tokens)
+        x = self._block(self.layers[-1], x.index_select(0, packing.first), x, packing, packing.pooled)
+        return self._head(x[:, None])
+
+    def _below(self, inputs: dict[str, Tensor]) -> Float[Tensor, "token width"]:
+        """Embeddings and the blocks below the lowest adapted one."""
+        packing = TokenPacking.of(inputs["attention_mask"], 1)
+        own = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        x = self.embeddings(**own).flatten(0, 1).index_select(0, packing.tokens.padded)
+        for layer in self.layers[: self.lowest]:
+            x = self._block(layer, x, x, packing, packing.tokens)
+        return x
+
+    def _block(
+        self,
+        layer: Any,
+        q: Float[Tensor, "query width"],
+        x: Float[Tensor, "token width"],
+        packing: TokenPacking,
+        places: Places,
+    ) -> Float[Tensor, "query width"]:
+        """One transformer block for the tokens at ``places``, whose vectors are ``q``; all of ``x`` can be attended."""
+        own, attention = layer.attention.self, layer.attention
+        c = attend(
+            self._linear(own.query, q, packing, places),
+            self._linear(own.key, x, packing, packing.tokens),
+            self._linear(own.value, x, packing, packing.tokens),
+            packing,
+            self.heads,
+        )
+        y = attention.output.LayerNorm(self._residual(attention.output, c, q, packing, places))
+        z = layer.intermediate.intermediate_act_fn(self._linear(layer.intermediate.dense, y, packing, places))
+        return layer.output.LayerNorm(self._residual(layer.output, z, y, packing, places))
+
+    def _residual(self, output: Any, x: Tensor, plus: Tensor, packing: TokenPacking, places: Places) -> Tensor:
+        """``dropout(dense(x)) + plus``, in one pass where nothing is dropped."""
+        p = output.dropout.p if isinstance(output.dropout, ClientDropout) else 0.0
+        if p == 0.0 or self.step.streams is None:
+            return self._linear(output.dense, x, packing, places, plus)
+        y = self._linear(output.dense, x, packing, places)
+        keep = self._keep(p, y, packing, places)
+        return plus + (y if keep is None else y * keep)
+
+    def _linear(
+        self, linear: nn.Module, x: Tensor, packing: TokenPacking, places: Places, plus: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(linear, StackedLinear):
+            if linear.merged is not None:
+                update = places.packed(linear.merged.apply(places.by_client(x)))
+                plus = update if plus is None else plus + update
+            return adapted(linear, x, places, self._keep(linear.p, x, packing, places), plus)
+        assert isinstance(linear, FrozenLinear)
+        return linear(x, plus)
+
+    def _keep(self, p: float, x: Tensor, packing: TokenPacking, places: Places) -> Tensor | None:
+        """The same draws as the padded forward's, for these tokens only."""
+        keep = self.step.keep((*packing.shape, x.shape[1]), p, x)
+        return None if keep is None else keep.flatten(0, 1).index_select(0, places.padded)
+
+    def _head(self, x: Float[Tensor, "row 1 width"]) -> Tensor:
+        if self.pooler is None:
+            return self.base.classifier(x)
+        return self.base.classifier(self.base.dropout(self.pooler(x)))

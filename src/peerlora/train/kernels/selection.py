@@ -1,0 +1,45 @@
+"""The speed paths of a run: which there are, which work here, and why the others don't."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peerlora.lora.attach import StackedModel
+from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
+from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
+from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
+
+Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else why not
+
+
+def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool) -> Paths:
+    """Make a frozen base fast, in place, before adapters are attached; ``heads`` stay as they are."""
+    if dtype == "bf16":
+        lower_precision(base, heads)
+        if next(base.parameters()).device.type == "cpu":  # the fused kernel's backward is several times slower there
+            base.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+    return {"packed weights": freeze_linears(base, skip=heads) if fast else "train.fast is false"}
+
+
+def use_encoder(model: StackedModel, fast: bool) -> Paths:
+    """Switch a model to the fast forward where that works."""
+    device = next(model.base.parameters()).device.type
+    reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
+    if reason is not None:
+        return {"packed tokens": reason, "frozen prefix": reason}
+    encoder = PackedEncoder(model)
+    model.forward = encoder
+    return {"packed tokens": None, "frozen prefix": encoder.prefix_unavailable()}
+
+
+def graph_size(base: nn.Module, paths: Paths) -> GraphSize:
+    """How much one graph of this model should hold."""
+    weight = next(base.parameters())
+    if weight.device.type == "cuda":
+        config, (free, _) = base.config, torch.cuda.mem_get_info(weight.device)
+        words = 0 if base.get_output_embeddings() is None else config.vocab_size  # pyright: ignore
+        return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize, words)  # pyright: ignore
+    if paths["packed tokens"] is None:
+        return GraphSize(PACKED_TOKENS, padded=False)
+    return GraphSize(PADDED_TOKENS, padded=True)

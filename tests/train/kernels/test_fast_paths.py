@@ -1,0 +1,209 @@
+"""Every speed path against its plain twin: the same losses, factors and scores, in fp64 to rounding."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peerlora.data.batches import Shards
+from peerlora.runtime.compose import compose
+from peerlora.train.graph_size import GraphSize
+from peerlora.train.kernels.attention import attend
+from peerlora.train.kernels.packed_encoder import PackedEncoder
+from peerlora.train.kernels.packing import TokenPacking
+
+EVERY_LINEAR = "adapter.targets=[query, key, value, attention.output.dense, intermediate.dense, output.dense]"
+UPPER = "adapter.targets='.*layer.1.attention.self.(query|value)'"
+
+
+def trained(config, *schedule):
+    """Final adapters, losses and scores of a few rounds."""
+    federation = compose(config)
+    x, losses = federation.start, []
+    for t, train in enumerate(schedule or ("AB", "AB")):
+        federation.learner.begin(t)
+        x = federation.learner.fit(x, train)
+        losses.append(federation.learner.losses)
+    scores = federation.learner.evaluate(x, federation.eval_data, 5)
+    return federation, x.flat, torch.stack(losses), scores
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [EVERY_LINEAR],
+        ["adapter.dropout=0.3"],
+        [EVERY_LINEAR, "adapter.dropout=0.3", "model.dropout=0.2"],
+        ["adapter.head=frozen"],
+        ["train.batch=[1, 3, 4, 2]"],
+        ["adapter.rank=[1, 3, 2, 3]", "algorithm.name=local"],
+        ["data.max_length=5"],
+        ["data.text=[text, other]", "data.max_length=24"],
+        ["task.kind=regression", "data.label=score"],
+        [UPPER],
+        [UPPER, "adapter.dropout=0.3"],
+    ],
+    ids=lambda words: " ".join(words) or "default",
+)
+def test_packed_tokens_equal_the_padded_forward(config, kind, words):
+    fast, x, losses, scores = trained(config(kind, *words))
+    plain, y, expected, others = trained(config(kind, *words, "train.fast=false"))
+    assert isinstance(fast.model.forward, PackedEncoder) and plain.model.forward == plain.model.plain
+    assert float((y - plain.start.flat).abs().max()) > 1e-3, "nothing was trained"
+    assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
+    assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
+
+
+@pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])
+def test_packed_tokens_with_one_active_factor(config, schedule):
+    _, x, _, _ = trained(config("bert"), "AB", *schedule)
+    _, y, _, _ = trained(config("bert", "train.fast=false"), "AB", *schedule)
+    assert float((x - y).abs().max()) < 1e-9
+
+
+def test_paths_say_where_they_are_off(config):
+    bert = compose(config("bert", "train.dtype=fp32")).paths
+    assert bert["packed tokens"] is None and "lowest block" in str(bert["frozen prefix"])
+    assert "Llama" in str(compose(config("llama")).paths["packed tokens"])
+    assert set(compose(config("bert", "train.fast=false")).paths.values()) == {"train.fast is false"}
+    assert "float64" in str(compose(config("bert")).paths["packed weights"])
+    assert "model.dropout" in str(compose(config("bert", UPPER, "model.dropout=0.1")).paths["frozen prefix"])
+
+
+def test_the_frozen_prefix_is_computed_once_per_row(config):
+    federation = compose(config("bert", UPPER))
+    encoder = federation.model.forward
+    assert federation.paths["frozen prefix"] is None and encoder.prefix is not None and encoder.lowest == 1
+    asked, compute = [], encoder.prefix.compute
+    encoder.prefix.compute = lambda inputs: asked.append(1) or compute(inputs)
+    for t in range(6):
+        federation.learner.begin(t)
+        federation.learner.fit(federation.start, "AB")
+    assert 0 < len(asked) <= len(federation.train_data)
+    federation.learner.evaluate(federation.start, federation.eval_data, 7)
+    first = len(asked)
+    federation.learner.evaluate(federation.start, federation.eval_data, 3)
+    assert len(asked) == first
+
+
+def test_rows_too_many_to_keep_are_computed_anew(config, monkeypatch):
+    cached, x, _, _ = trained(config("bert", UPPER))
+    federation = compose(config("bert", UPPER))
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    assert not federation.model.forward.prefix.holds(federation.train_data)
+    y = federation.start
+    for t in (0, 1):
+        federation.learner.begin(t)
+        y = federation.learner.fit(y, "AB")
+    assert float((x - y.flat).abs().max()) < 1e-9
+
+
+def ragged(lengths, width):
+    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 3), st.booleans())
+def test_attention_equals_torchs_on_padded_rows(lengths, heads, pooled):
+    width, rows, size = 4 * heads, len(lengths), max(lengths)
+    mask = ragged(lengths, size)
+    packing = TokenPacking.of(mask, 1)
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(rows, size, width, dtype=torch.float64) for _ in range(4))
+    leaves = [x.flatten(0, 1)[packing.tokens.padded].clone().requires_grad_() for x in (q, k, v)]
+    chosen = packing.first if pooled else torch.arange(len(leaves[0]))
+    mine = attend(leaves[0][chosen], leaves[1], leaves[2], packing, heads)
+    padded = []
+    for leaf in leaves:
+        full = torch.zeros(rows * size, width, dtype=torch.float64).index_put((packing.tokens.padded,), leaf)
+        padded.append(full.view(rows, size, heads, -1).transpose(1, 2))
+    out = torch.nn.functional.scaled_dot_product_attention(*padded, attn_mask=mask[:, None, None].bool())
+    plain = out.transpose(1, 2).reshape(rows * size, width)[packing.tokens.padded][chosen]
+    assert torch.allclose(mine, plain, atol=1e-12)
+    weight = g.flatten(0, 1)[packing.tokens.padded][chosen]
+    for found, expected in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (mine, plain)), strict=True):
+        assert torch.allclose(found, expected, atol=1e-11)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=6, max_size=6), st.sampled_from([1, 2, 3, 6]))
+def test_rectangles_by_client_lose_and_invent_nothing(lengths, clients):
+    packing = TokenPacking.of(ragged(lengths, max(lengths)), clients)
+    x = torch.arange(1.0, sum(lengths) + 1)[:, None]
+    for places, values in ((packing.tokens, x), (packing.pooled, x[packing.first])):
+        rectangle = places.only_tokens(places.by_client(values))
+        assert torch.equal(places.packed(rectangle), values)
+        assert float(rectangle.sum()) == float(values.sum())
+        own = places.padded // (len(lengths) // clients * max(lengths))
+        for client in range(clients):
+            assert set(rectangle[client].flatten().tolist()) - {0.0} == set(values[own == client].flatten().tolist())
+
+
+def test_a_graph_holds_what_its_tokens_allow():
+    lengths = np.array([10] * 8 + [100] * 2)
+    assert GraphSize(280, padded=False).clients(2, lengths) == 5  # 28 tokens a row on average
+    assert GraphSize(400, padded=True).clients(2, lengths) == 2  # padded to about 100
+    assert GraphSize(1, padded=True).clients(64, lengths) == 1
+    roomy, tight = (GraphSize.of_gpu(free, 24, 1024, 2) for free in (100 << 30, 50 << 30))
+    assert 1.9 < roomy.tokens / tight.tokens < 2.1 and 50_000 < roomy.tokens < 100_000
+    assert GraphSize.of_gpu(100 << 30, 24, 1024, 2, vocabulary=50_000).tokens < roomy.tokens / 1.5
+
+
+def test_batches_by_length_keep_each_rounds_rows(config):
+    federation = compose(config("bert", "train.local_steps=3"))
+    shuffled = federation.learner.shards
+    sorted_ = Shards(shuffled.data, shuffled.shards, shuffled.batches, shuffled.clients, shuffled.seed, by_length=True)
+    orders, spread = set(), Counter()
+    for t in range(6):
+        for client in range(4):
+            plain, ours = shuffled.rows(client, t, 3), sorted_.rows(client, t, 3)
+            assert Counter(np.concatenate(plain).tolist()) == Counter(np.concatenate(ours).tolist())
+            longest = [int(shuffled.data.lengths[rows].max()) for rows in ours]
+            spread["plain"] += sum(int(shuffled.data.lengths[rows].max()) for rows in plain)
+            spread["ours"] += sum(longest)
+            if len(set(longest)) == 3:
+                orders.add((t, tuple(np.argsort(longest))))
+    assert spread["ours"] < spread["plain"]
+    assert len({order for t, order in orders}) > 1, "always in the same order"
+    by_round = {t: {order for u, order in orders if u == t} for t, _ in orders}
+    assert all(len(found) == 1 for found in by_round.values()), "clients differ in the order of lengths"
+
+
+def test_batches_by_length_reach_the_run(config):
+    assert compose(config("bert", "train.batches=by-length")).learner.shards.by_length
+
+
+TASKS = {
+    "classification": [],
+    "regression": ["task.kind=regression", "data.label=score"],
+    "causal-lm": ["task.kind=causal-lm", "data.label=null"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("bert", "classification"), ("roberta", "regression"), ("llama", "causal-lm"), ("llama", "classification")],
+)
+def test_bf16_learns_like_fp32(config, kind, task):
+    """Not the same numbers: the same learning curve."""
+    curves = {}
+    for dtype in ("fp32", "bf16"):
+        words = [*TASKS[task], f"train.dtype={dtype}", "train.lr=0.005", "train.local_steps=8"]
+        federation, x, losses, _ = trained(config(kind, *words), *["AB"] * 8)
+        assert x.dtype == torch.float32 and federation.start.flat.dtype == torch.float32
+        curves[dtype] = losses.mean(1)
+    fell = float(curves["fp32"][0] - curves["fp32"][-1])
+    assert fell > 0.1, "nothing was learned"
+    assert float((curves["bf16"] - curves["fp32"]).abs().max()) < 0.15 * fell + 0.02
+
+
+def test_bf16_keeps_heads_in_fp32(config):
+    federation = compose(config("roberta", "train.dtype=bf16", "adapter.head=frozen"))
+    kept = {name: value.dtype for name, value in federation.model.base.named_parameters()}
+    heads = {dtype for name, dtype in kept.items() if name.startswith("classifier")}
+    assert heads == {torch.float32} and kept["roberta.embeddings.word_embeddings.weight"] == torch.bfloat16
