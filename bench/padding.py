@@ -11,7 +11,7 @@ import numpy as np
 from peerlora.config.loading import load_config
 from peerlora.data.batches import Shards
 from peerlora.data.partition import partition
-from peerlora.runtime.resources import load_materials
+from peerlora.runtime.resources import load_resources
 
 STEPS, ROUNDS = 10, 20
 
@@ -19,7 +19,7 @@ STEPS, ROUNDS = 10, 20
 def main() -> None:
     rows = f"parquet:{Path(sys.argv[1])}"
     config = load_config({"data": {"train": rows, "text": ["sentence"], "label": "label"}, "clients": 10})
-    data = load_materials(config).train_data
+    data = load_resources(config).train_data
     shards = partition(config.partition, data, config.clients, config.seed).shards
     for batch in (8, 16, 32):
         told = []

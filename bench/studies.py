@@ -23,7 +23,7 @@ from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.presets import TASKS
-from peerlora.experiments.runner import Hooks, resume_grid, start_grid
+from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.statistics import Comparison
 from peerlora.runs.resume import run_facts
 
@@ -187,8 +187,8 @@ def run(study: str, tree: Tree) -> Comparison:
         yield lambda event: None
 
     if (folder / "grid.yaml").is_file():
-        return resume_grid(folder, lambda stored: load_grid(tree), Hooks(watch))
-    return start_grid(load_grid(tree), folder, Hooks(watch))
+        return resume_grid(folder, lambda stored: load_grid(tree), Callbacks(watch))
+    return start_grid(load_grid(tree), folder, Callbacks(watch))
 
 
 def told(tree: Any, data: Path) -> Any:

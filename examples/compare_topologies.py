@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from peerlora import build_topology, load_config, simulate
-from peerlora.runtime.resources import load_materials
+from peerlora.runtime.resources import load_resources
 
 TOPOLOGIES = {
     "ring": {"kind": "ring"},
@@ -28,10 +28,10 @@ def main(model: str, rows: str, out: str, *words: str):
         "train": {"rounds": 30, "local_steps": 5, "batch": 8},
     }
     configs = {name: load_config(settings | {"topology": chosen}, words) for name, chosen in TOPOLOGIES.items()}
-    materials = load_materials(configs["ring"])  # read and tokenise once
+    resources = load_resources(configs["ring"])  # read and tokenise once
     print(f"{'topology':10} {'rho':>6} {'mean':>6} {'worst':>6} {'consensus':>10} {'MB sent':>8}")
     for name, config in configs.items():
-        summary = simulate(config, Path(out) / name, materials=materials).summary
+        summary = simulate(config, Path(out) / name, resources=resources).summary
         rho = build_topology(config.topology, config.clients, config.seed).rho()
         reached, apart = summary["accuracy"], summary["consensus"]["product"]
         print(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from peerlora import load_config, read_events, simulate
 from peerlora.runs.metrics import evaluated_within
 from peerlora.runs.report import curves_of
-from peerlora.runtime.resources import load_materials
+from peerlora.runtime.resources import load_resources
 
 CLIENTS, SLOW = 8, 10
 WAYS = {  # rounds in the time of one that waits for all: everybody's, and as many jobs as there are clients
@@ -35,13 +35,13 @@ def main(model: str, rows: str, out: str, *words: str):
         "clock": {"step": 0.1, "speed": [1.0] * (CLIENTS // 2) + [1 / SLOW] * (CLIENTS // 2), "bandwidth": 1e7},
     }
     base = load_config(settings, words)
-    materials = load_materials(base)  # read and tokenise once
+    resources = load_resources(base)  # read and tokenise once
     job = base.train.local_steps * 0.1
     found = {}
     for way, (method, times) in WAYS.items():
         changes = [f"algorithm.name={method}", f"train.rounds={times * base.train.rounds}", f"eval.every={times}"]
         changes += [f"clock.deadline={1.2 * job}"] if way == "deadline" else []
-        found[way] = simulate(load_config(settings, [*words, *changes]), Path(out) / way, materials=materials)
+        found[way] = simulate(load_config(settings, [*words, *changes]), Path(out) / way, resources=resources)
     budget = min(result.summary["virtual_seconds"] for result in found.values())
     drawing = Figure(figsize=(6, 3.5), layout="constrained")
     axes = drawing.add_subplot(xlabel="virtual seconds", ylabel="accuracy, mean client")

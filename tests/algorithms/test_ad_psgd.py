@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.ad_psgd import Pairing, roles
+from peerlora.algorithms.ad_psgd import ADPSGDState, roles
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -46,7 +46,7 @@ class Mail:
 def client(x, number, partners=(), asked=-1):
     mask = torch.zeros(1, 4, dtype=torch.bool)
     mask[:, list(partners)] = True
-    return Pairing(x.rows([number]), mask, torch.tensor([asked]))
+    return ADPSGDState(x.rows([number]), mask, torch.tensor([asked]))
 
 
 def test_one_average_by_its_two_messages():
@@ -148,7 +148,7 @@ def test_partners_are_the_passive_neighbours_of_an_active_client(config):
     assert state.partners.int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
     mail = Mail(0)
     x = federation.start.rows([0])
-    row = Pairing(x, state.partners[:1], state.asked[:1])
+    row = ADPSGDState(x, state.partners[:1], state.asked[:1])
     federation.algorithm.on_job(row, x, x, mail)  # pyright: ignore[reportAttributeAccessIssue]
     told = federation.algorithm.message(x)
     sent = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in mail.pushed[0][0].items()}

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.aedfl import Sparse, combined, packed
+from peerlora.algorithms.aedfl import AEDFLState, combined, packed
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.rank_components import component_norms, coordinates, largest
 from peerlora.network.protocol.wire import encoded_bytes
-from peerlora.runtime.asynchronous import Apart
+from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import compose
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
@@ -60,7 +60,7 @@ def test_rows_sum_to_one_with_no_negative_weight_however_stale(form, sigma, taus
         message(packed(x.rows([place]), held, torch.zeros(1, 1, dtype=torch.float64)), place, tau)
         for place, tau in enumerate(taus, start=1)
     ]
-    state = Sparse(x.rows([0]), held, torch.zeros(1, 1, dtype=torch.float64))
+    state = AEDFLState(x.rows([0]), held, torch.zeros(1, 1, dtype=torch.float64))
     row = combined(state, letters, weights).x.flat[0, :size]
     assert abs(float(row.sum()) - 1) < 1e-12
     assert row[1:].tolist() == pytest.approx(weights)
@@ -167,7 +167,7 @@ def test_what_is_not_held_gets_no_local_update_and_holders_move_it(config):
     words = ["algorithm.name=aedfl", "algorithm.density=0.3", "algorithm.ramp=0", "algorithm.refresh=1"]
     federation = compose(config("bert", *words, "train.weight_decay=0.1", "train.local_steps=3"))
     assert federation.clock is not None
-    runner = Apart(federation.algorithm, federation.learner, federation.exchange, federation.clock)  # pyright: ignore
+    runner = AsynchronousRounds(federation.algorithm, federation.learner, federation.exchange, federation.clock)  # pyright: ignore
     state = federation.algorithm.start(federation.start, federation.exchange)
     state, _ = runner.advance(0, state)
     for t in range(1, 4):
@@ -186,7 +186,7 @@ def test_coordinates_are_averaged_over_their_holders_only():
     held = torch.tensor([[True] * 4 + [False] * 4])
     scores = torch.arange(8.0, dtype=torch.float64)[None]
     theirs = message(packed(x.rows([1]), held, scores))
-    own = Sparse(x.rows([0]), ~held, torch.zeros(1, 8, dtype=torch.float64))
+    own = AEDFLState(x.rows([0]), ~held, torch.zeros(1, 8, dtype=torch.float64))
     found = combined(own, [theirs], [0.25])
     sent = coordinates(SPEC, held)[0]
     assert torch.equal(found.x.flat[0, ~sent], x.flat[0, ~sent]), "what the sender does not hold stays"

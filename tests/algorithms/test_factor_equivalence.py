@@ -7,7 +7,7 @@ import plain
 import pytest
 import torch
 from peft import set_peft_model_state_dict
-from test_plain_loop import Meeting, largest_difference, run_stacked
+from test_plain_loop import PendingExchange, largest_difference, run_stacked
 
 from peerlora.algorithms.base import prepare
 from peerlora.runtime.compose import compose
@@ -65,7 +65,7 @@ def test_stacked_run_equals_plain_peft(config, monkeypatch, kind, words, method)
 def test_two_shards_of_two_equal_one_of_four(config, method):
     chosen = config("bert", f"algorithm.name={method}")
     whole = run_stacked(prepared(chosen))
-    meeting, found = Meeting(2), {}
+    meeting, found = PendingExchange(2), {}
     shards = {
         clients[0]: prepared(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])
     }

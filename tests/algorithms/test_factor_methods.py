@@ -7,7 +7,7 @@ import torch
 from test_limits import ALONE, COMPLETE, ROUNDS, assert_same, noisy, run, trained_and_averaged, words
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
-from peerlora.algorithms.base import Preparable, part, prepare
+from peerlora.algorithms.base import Configurable, part, prepare
 from peerlora.data.batches import Shards
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
@@ -253,7 +253,7 @@ def test_rolora_needs_an_interval(interval):
 )
 def test_fedit_says_where_it_is_dec_lora(graph, clients, told):
     fedit = build_algorithm("fedit", {})
-    assert isinstance(fedit, Preparable)
+    assert isinstance(fedit, Configurable)
     algorithm, notes = prepare(fedit, build_topology(parse_spec(graph), clients, 0), 10)
     assert algorithm == fedit and len(notes) == told
     assert all("dec-lora" in note and "topology=complete" in note for note in notes)

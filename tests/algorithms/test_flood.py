@@ -8,7 +8,7 @@ from quadratics import adapters, coupled, exchange
 from quadratics import run as quadratic_run
 
 from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.flood import FLood, Watched, aimed, push_masses
+from peerlora.algorithms.flood import FLood, FLoodState, aimed, push_masses
 from peerlora.errors import CompositionError, ConfigError, Stopped
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.runtime.compose import compose, opening_state
@@ -36,7 +36,7 @@ def weighted_mean(x, c):
 
 
 def repeated(x, c, peers, how, rounds=1200):
-    state = Watched(x, c, c, c[:, None][:, :0])
+    state = FLoodState(x, c, c, c[:, None][:, :0])
     for t in range(rounds):
         peers.begin(t)
         if how == "push-sum":
@@ -63,7 +63,7 @@ def test_masses_end_at_the_weighted_mean_on_links_that_go_one_way_too(graph):
 def test_with_equal_confidence_masses_are_those_of_sgp():
     x, learner, ones = adapters(6, head=2), coupled(6, local_steps=2, lr=0.05), torch.ones_like(C)
     _, states = quadratic_run("sgp", {}, learner, exchange(CHORD, 6), x, 8)
-    ours, peers = Watched(x, ones, ones, ones[:, None][:, :0]), exchange(CHORD, 6)
+    ours, peers = FLoodState(x, ones, ones, ones[:, None][:, :0]), exchange(CHORD, 6)
     for t, theirs in enumerate(states):
         peers.begin(t)
         ours = push_masses(ours, learner.fit(ours.x, "AB"), ones, peers)
@@ -105,7 +105,7 @@ def test_all_mass_on_one_client_makes_it_everybodys_model():
 
 def test_masses_stay_positive_and_sum_to_the_confidences_that_went_in():
     peers, generator = exchange("ring", 6), torch.Generator().manual_seed(1)
-    state = Watched(values(6), torch.ones_like(C), torch.ones_like(C), C[:, None][:, :0])
+    state = FLoodState(values(6), torch.ones_like(C), torch.ones_like(C), C[:, None][:, :0])
     for t in range(60):
         peers.begin(t)
         c = (3 * torch.randn(6, generator=generator, dtype=torch.float64)).exp()
@@ -120,7 +120,7 @@ def test_masses_stay_positive_and_sum_to_the_confidences_that_went_in():
 
 def test_a_lone_client_keeps_what_it_trained():
     x, peers = values(1), exchange("complete", 1)
-    state = Watched(x, double(1.0), double(1.0), double(0.0)[:, None][:, :0])
+    state = FLoodState(x, double(1.0), double(1.0), double(0.0)[:, None][:, :0])
     trained = replace(x, flat=x.flat + 1)
     for c in (3.0, 0.1):
         found = push_masses(state, trained, double(c), peers)

@@ -12,12 +12,12 @@ import plain_merges as plain
 import pytest
 import torch
 from plain_products import Drift
-from test_product_methods import GRAPHS, NOBODY, SPEC, UNEQUAL, Meeting, assert_same, exchange, run, start
+from test_product_methods import GRAPHS, NOBODY, SPEC, UNEQUAL, PendingExchange, assert_same, exchange, run, start
 
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import prepare
 from peerlora.algorithms.decaf import averaged_products
-from peerlora.algorithms.fedhl import Referenced, capped, corrected_reference, scores
+from peerlora.algorithms.fedhl import FedHLState, capped, corrected_reference, scores
 from peerlora.algorithms.merging import Merging, check_merges, room
 from peerlora.config.loading import load_config
 from peerlora.config.sections import RingGraph, StarGraph
@@ -63,7 +63,7 @@ def method(case):
 
 def parts(state):
     """(adapters, what each client has merged or holds as reference, by layer and dense)."""
-    x, merged = (state.adapters, state.reference) if isinstance(state, Referenced) else (state, state.merged)
+    x, merged = (state.adapters, state.reference) if isinstance(state, FedHLState) else (state, state.merged)
     return replace(x, merged=None), {name: own.weight() for name, own in merged.layers.items()}
 
 
@@ -119,7 +119,7 @@ def test_a_real_learner_trains_on_the_merged_base(config, case):
 @pytest.mark.parametrize("case", CASES)
 def test_two_shards_of_two_equal_one_of_four(case, graph):
     x = start(UNEQUAL if case.split()[0] in ANY_RANKS else (4, 4, 4, 4))
-    whole, meeting, found = run(method(case), x, exchange(graph))[-1], Meeting(2), {}
+    whole, meeting, found = run(method(case), x, exchange(graph))[-1], PendingExchange(2), {}
     topology = build_topology(graph, 4, seed=5)
 
     def shard(first):

@@ -105,7 +105,7 @@ def test_a_real_learner_and_either_head_equal_the_plain_run(config, case, head):
     assert (found[-1].only("B").flat - one.start.only("B").flat).abs().max() > 1e-2
 
 
-class Meeting:
+class PendingExchange:
     """Collects the rows of several shards that run in threads."""
 
     def __init__(self, shards):
@@ -126,7 +126,7 @@ class Meeting:
 @pytest.mark.parametrize("case", [*CASES, "lora-fair cosine"])
 def test_two_shards_of_two_equal_one_of_four(case, graph):
     x = start(UNEQUAL if case in ANY_RANKS else (4, 4, 4, 4))
-    whole, meeting, found = run(method(case), x, exchange(graph))[-1], Meeting(2), {}
+    whole, meeting, found = run(method(case), x, exchange(graph))[-1], PendingExchange(2), {}
     topology = build_topology(graph, 4, seed=5)
 
     def shard(first):

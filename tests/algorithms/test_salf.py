@@ -20,7 +20,7 @@ from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
-from peerlora.train.backward_depth import Reach
+from peerlora.train.backward_depth import BackwardDepth
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -98,10 +98,13 @@ def test_inverse_chances_make_the_expected_update_the_full_one(config):
     q = federation.algorithm.chances(3)
     assert q.tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     factor = (1 / q).expand(4, -1)
-    found = [federation.learner.fit(x, "AB", reach=Reach(torch.tensor([d] * 4), factor)).flat for d in (1, 2, 3)]
+    found = [
+        federation.learner.fit(x, "AB", reach=BackwardDepth(torch.tensor([d] * 4), factor)).flat for d in (1, 2, 3)
+    ]
     assert float((sum(found) / 3 - full).abs().max()) < 1e-12
     plain = [
-        federation.learner.fit(x, "AB", reach=Reach(torch.tensor([d] * 4), factor * 0 + 1)).flat for d in (1, 2, 3)
+        federation.learner.fit(x, "AB", reach=BackwardDepth(torch.tensor([d] * 4), factor * 0 + 1)).flat
+        for d in (1, 2, 3)
     ]
     shrunk = x.flat + by_column(x.spec, q.expand(4, -1)) * (full - x.flat)
     assert float((sum(plain) / 3 - shrunk).abs().max()) < 1e-12 and float((shrunk - full).abs().max()) > 1e-4

@@ -12,22 +12,22 @@ from peerlora.errors import ConfigError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
 from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runtime.launch.faults import Mishap, parse_mishap
-from peerlora.runtime.launch.processes import Launched, free_ports, launch
+from peerlora.runtime.launch.faults import Fault, parse_fault
+from peerlora.runtime.launch.processes import LocalFederation, free_ports, launch
 from peerlora.runtime.launch.tcp_relay import Relay
 
 GOOD = [
-    ("kill", "3@5s", Mishap("kill", 3, 5.0)),
-    ("kill", "0@1.5:2s", Mishap("kill", 0, 1.5, 2.0)),
-    ("stop", "2@4s:3s", Mishap("stop", 2, 4.0, 3.0)),
-    ("cut", "1-2@4s:3s", Mishap("cut", 1, 4.0, 3.0, 2, True)),
-    ("cut", "1>2@4s", Mishap("cut", 1, 4.0, None, 2, False)),
+    ("kill", "3@5s", Fault("kill", 3, 5.0)),
+    ("kill", "0@1.5:2s", Fault("kill", 0, 1.5, 2.0)),
+    ("stop", "2@4s:3s", Fault("stop", 2, 4.0, 3.0)),
+    ("cut", "1-2@4s:3s", Fault("cut", 1, 4.0, 3.0, 2, True)),
+    ("cut", "1>2@4s", Fault("cut", 1, 4.0, None, 2, False)),
 ]
 
 
 @pytest.mark.parametrize(("kind", "word", "expected"), GOOD)
 def test_a_failure_is_read(kind, word, expected):
-    assert parse_mishap(kind, word, 4) == expected
+    assert parse_fault(kind, word, 4) == expected
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_failure_is_read(kind, word, expected):
 )
 def test_what_cannot_be_done_is_refused(kind, word, told):
     with pytest.raises(ConfigError, match=told):
-        parse_mishap(kind, word, 4)
+        parse_fault(kind, word, 4)
 
 
 def test_a_relay_passes_bytes_until_it_is_cut():
@@ -112,9 +112,9 @@ sys.exit(130 if asked else 0)
 """
 
 
-def played(config, folder, seconds, *mishaps):
+def played(config, folder, seconds, *faults):
     """A federation whose processes only say that they began, and end by themselves after their seconds."""
-    made = Launched(config("bert", f"clients={len(seconds)}", "topology=path"), folder, mishaps)
+    made = LocalFederation(config("bert", f"clients={len(seconds)}", "topology=path"), folder, faults)
     for peer, each in zip(made.peers, seconds, strict=True):
         peer.command = [sys.executable, "-c", SCRIPT, str(peer.folder), str(each), joined()]
     return made
@@ -125,7 +125,7 @@ def joined():
 
 
 def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):
-    made = played(config, tmp_path / "out", [2, 600], Mishap("stop", 1, 0.2))
+    made = played(config, tmp_path / "out", [2, 600], Fault("stop", 1, 0.2))
     made.run(lambda peers: None, lambda: False)
     began = time.monotonic()
     made.end()
@@ -135,7 +135,7 @@ def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):
 
 
 def test_a_peer_that_is_stopped_for_a_while_goes_on(config, tmp_path):
-    made = played(config, tmp_path / "out", [1, 1.5], Mishap("stop", 1, 0.2, 1.0))
+    made = played(config, tmp_path / "out", [1, 1.5], Fault("stop", 1, 0.2, 1.0))
     made.run(lambda peers: None, lambda: False)
     made.end()
     assert [peer.state for peer in made.peers] == ["finished", "finished"]

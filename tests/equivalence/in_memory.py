@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from peerlora.network.protocol.control import Neighbourhood
-from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected
 from peerlora.network.transport.heartbeat import Timing
 from peerlora.network.transport.memory import MemoryNetwork
@@ -26,7 +26,7 @@ def names(clients):
 @contextmanager
 def network(clients, timing=QUICK):
     """A memory network and the event loop that its peers share."""
-    with LoopThread() as thread:
+    with EventLoopThread() as thread:
         made = MemoryNetwork(names(clients).values(), timing=timing)
         yield made, thread
         thread.call(made.close())
@@ -39,18 +39,16 @@ def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
     with network(topology.clients) as (net, thread):
         made, hoods = [], []
         for client, site in sites.items():
-            rendezvous = Rendezvous(net.transport(site), Expected("run", "ba5e", "5bec"), deadline, largest)
-            hoods.append(
-                Neighbourhood(rendezvous, [name for name in sites.values() if name != site], {"train": "same"})
-            )
-            thread.ask(rendezvous.enter, first, True)  # as a run does: greetings say in which round a peer is
+            protocol = RoundProtocol(net.transport(site), Expected("run", "ba5e", "5bec"), deadline, largest)
+            hoods.append(PeerControl(protocol, [name for name in sites.values() if name != site], {"train": "same"}))
+            thread.ask(protocol.enter, first, True)  # as a run does: greetings say in which round a peer is
             thread.call(hoods[-1].start())
-            made.append(NeighbourExchange(topology, client, sites, rendezvous, thread, start))
-        greeted = together([lambda hood=hood: thread.call(hood.greet(10)) for hood in hoods])
+            made.append(NeighbourExchange(topology, client, sites, protocol, thread, start))
+        greeted = together([lambda control=control: thread.call(control.greet(10)) for control in hoods])
         assert all(len(each.reached) == topology.clients - 1 for each in greeted)
         yield made
-        for hood in hoods:
-            thread.call(hood.close())
+        for control in hoods:
+            thread.call(control.close())
 
 
 def together(calls):

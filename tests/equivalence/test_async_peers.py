@@ -19,7 +19,7 @@ from peerlora.network.protocol.wire import read_header
 from peerlora.runs.events import RoundDone
 from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
-from peerlora.runtime.asynchronous import Apart
+from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.synchronous import train_peer
 from peerlora.runtime.simulate import simulate
@@ -55,20 +55,20 @@ def written_down(monkeypatch):
     script = []
 
     def told(name, what):
-        step = getattr(Apart, name)
+        step = getattr(AsynchronousRounds, name)
 
-        def call(self, happening, t, state):
-            script.append(what(self, happening))
-            return step(self, happening, t, state)
+        def call(self, event, t, state):
+            script.append(what(self, event))
+            return step(self, event, t, state)
 
-        monkeypatch.setattr(Apart, name, call)
+        monkeypatch.setattr(AsynchronousRounds, name, call)
 
-    def letter(self, happening):
-        receiver, message = self.post.on_the_way[happening.number]
+    def letter(self, event):
+        receiver, message = self.post.in_flight[event.number]
         return ("arrived", message.sender, receiver)
 
-    told("_job_done", lambda self, happening: ("done", happening.client))
-    told("_begin", lambda self, happening: ("begins", happening.client))
+    told("_job_done", lambda self, event: ("done", event.client))
+    told("_begin", lambda self, event: ("begins", event.client))
     told("_arrived", letter)
     return script
 

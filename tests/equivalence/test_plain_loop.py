@@ -88,7 +88,7 @@ def test_minilm_in_fp32_equals_plain_peft(config, method):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE[method])) < 1e-4
 
 
-class Meeting:
+class PendingExchange:
     """Collects the rows of several shards that run in threads: the collective of the test."""
 
     def __init__(self, shards):
@@ -107,7 +107,7 @@ class Meeting:
 
 def run_in_two_shards(chosen):
     """Every client's row, of clients 0, 1 and 2, 3 held apart."""
-    meeting, found = Meeting(2), {}
+    meeting, found = PendingExchange(2), {}
     shards = {
         clients[0]: compose(chosen, clients=clients, gather=meeting.gather(clients[0])) for clients in ([0, 1], [2, 3])
     }

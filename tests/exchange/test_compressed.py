@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_encoded_message(kind):
     peers.mix(x)
     size = encoded_bytes(compressed_message(x.message(), peers.codec))
     assert (peers.bytes_per_edge, peers.bytes_sent) == (size, 12 * size)
-    assert peers.on_the_wire(x.message()) == compressed_message(x.message(), peers.codec)
+    assert peers.wire_schema(x.message()) == compressed_message(x.message(), peers.codec)
     if kind not in ("identity", "cast"):
         assert size < encoded_bytes(x.message()) / 2
 
@@ -141,7 +141,7 @@ def test_what_is_remembered_can_be_saved_and_taken_up(kind):
     straight = gossip(compressed(kind, zeros(x)), x, 6)
     first, second = compressed(kind, zeros(x)), compressed(kind, zeros(x))
     half = gossip(first, x, 3)
-    second.load_state(first.state())
+    second.load_state_dict(first.state())
     for t in range(3, 6):
         second.begin(t)
         half = second.mix(half)

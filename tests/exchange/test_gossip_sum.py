@@ -190,7 +190,7 @@ def between_peers(own, before, deadline=1.0, graph=("ring", {})):
             return error
 
     with exchanges(plain, deadline, first=-gossip_rounds(plain)) as peers:
-        before(peers[0].rendezvous.transport.network)
+        before(peers[0].protocol.transport.network)
         calls = [partial(one, peer, row) for peer, row in zip(peers, own, strict=True)]
         return together(calls), [peer.bytes_sent for peer in peers]
 

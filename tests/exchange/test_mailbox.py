@@ -5,14 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.exchange.base import Message
-from peerlora.exchange.mailbox import Post
+from peerlora.exchange.mailbox import Mailboxes
 from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 
 def post(clients=4, graph="ring", newest_only=True):
-    return Post(build_topology(parse_spec(graph), clients, 0).at(0), 0, newest_only)
+    return Mailboxes(build_topology(parse_spec(graph), clients, 0).at(0), 0, newest_only)
 
 
 def say(value):
@@ -93,7 +93,7 @@ def test_staleness_by_hand():
     st.booleans(),
 )
 def test_whatever_happens_no_message_is_handed_out_twice(events, newest_only):
-    made, on_the_way, pushed, polled = post(newest_only=newest_only), [], 0, []
+    made, in_flight, pushed, polled = post(newest_only=newest_only), [], 0, []
     for what, client in events:
         if what == "job":
             made.begin_job(client)
@@ -102,9 +102,9 @@ def test_whatever_happens_no_message_is_handed_out_twice(events, newest_only):
             for number in made.box(client)._post.graph.neighbours(client):
                 made.box(client).push(say(pushed), [number])
                 pushed += 1
-            on_the_way += [number for each in made.taken() for number in each.numbers]
-        elif what == "arrive" and on_the_way:
-            made.deliver(on_the_way.pop(client % len(on_the_way)))
+            in_flight += [number for each in made.taken() for number in each.numbers]
+        elif what == "arrive" and in_flight:
+            made.deliver(in_flight.pop(client % len(in_flight)))
         elif what == "poll":
             found = made.box(client).poll()
             polled += [value for _, value in heard(found)]
@@ -113,7 +113,7 @@ def test_whatever_happens_no_message_is_handed_out_twice(events, newest_only):
     assert len(polled) == len(set(polled)) <= pushed
     if not newest_only:
         waiting = sum(map(len, made.waiting.values()))
-        assert len(polled) + waiting + len(on_the_way) == pushed, "none is lost"
+        assert len(polled) + waiting + len(in_flight) == pushed, "none is lost"
 
 
 def test_draws_are_of_the_client_and_its_version():
@@ -138,7 +138,7 @@ def test_what_is_saved_goes_on():
     made.deliver(numbers[0])
     tensors, facts = made.saved()
     again = post(newest_only=False)
-    again.take_up(tensors, facts)
+    again.load_state_dict(tensors, facts)
     for each in (made, again):
         for number in numbers[1:]:
             each.deliver(number)

@@ -10,10 +10,10 @@ from peerlora.exchange.payload import vectors
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.layer_order import depth_of, reached_layers
-from peerlora.lora.partial import REACHED, PartlySent
+from peerlora.lora.partial import REACHED, PartialAdapters
 from peerlora.network.base import Refused
 from peerlora.network.protocol.neighbour_exchange import _check
-from peerlora.network.protocol.wire import Header, encode_body, sealed
+from peerlora.network.protocol.wire import Header, encode_body, with_checksum
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec(
@@ -56,7 +56,9 @@ def test_layers_that_some_send_are_mixed_as_in_the_simulation(graph, private):
     reached = reached_layers(DEPTHS, depth_of(x.spec))
 
     def mixed(exchange, rows):
-        return exchange.mix({"layers": PartlySent.of(x.rows(rows), reached[rows]), REACHED: reached[rows].to(x.flat)})
+        return exchange.mix(
+            {"layers": PartialAdapters.of(x.rows(rows), reached[rows]), REACHED: reached[rows].to(x.flat)}
+        )
 
     whole, parts = both(graph, mixed)
     for i, part in enumerate(parts):
@@ -82,7 +84,7 @@ def test_a_link_that_fails_keeps_the_balance_of_a_target():
     topology, c = build_topology(GRAPHS[1], 4, seed=1), torch.tensor([0.5, 2.0, 1.0, 30.0]).double()
     value = torch.arange(4).double()
     with exchanges(topology, deadline=1.0) as peers:
-        peers[0].rendezvous.transport.network.lose("site-0", "site-3")
+        peers[0].protocol.transport.network.lose("site-0", "site-3")
 
         def one(i):
             peers[i].begin(0)
@@ -105,12 +107,12 @@ def test_a_link_that_fails_keeps_the_balance_of_a_target():
 def payload(i):
     x = adapters().rows([i])
     reached = reached_layers(DEPTHS[[i]], depth_of(x.spec))
-    return ({"layers": PartlySent.of(x, reached), REACHED: reached.to(x.flat)},)
+    return ({"layers": PartialAdapters.of(x, reached), REACHED: reached.to(x.flat)},)
 
 
 def checked(own, tensors, **options):
     body = encode_body(tensors)
-    header = sealed(Header(run="r", kind="mix", sender="site-1"), body)
+    header = with_checksum(Header(run="r", kind="mix", sender="site-1"), body)
     return _check(own, header, bytearray(body), **options)
 
 
@@ -158,6 +160,6 @@ def test_a_weight_that_is_not_above_zero_is_refused(value):
 
 def test_a_difference_is_refused_where_values_are_exchanged():
     body = encode_body(vectors(payload(0)))
-    header = sealed(Header(run="r", kind="mix", sender="site-1", codec="difference"), body)
+    header = with_checksum(Header(run="r", kind="mix", sender="site-1", codec="difference"), body)
     with pytest.raises(Refused, match="bad-header"):
         _check(payload(0), header, bytearray(body))

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from peerlora.exchange.payload import LEAVES, everybody, expected, message, vectors, widest
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
-from peerlora.network.protocol.state_transfer import largest_state, state_schema, taken_over, told
+from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
 from peerlora.tree import leaves
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=3, alpha=4.0, head=(("out.weight", (3, 2)),))
@@ -93,11 +93,11 @@ def test_named_leaves_have_the_paths_of_a_tree():
 
 def test_a_state_is_taken_over_but_for_what_the_method_never_exchanges():
     own, other = adapters((3,)), adapters((3,), seed=1)
-    found = taken_over(own, leaves(other), {"A"})
+    found = adopt(own, leaves(other), {"A"})
     assert torch.equal(found.A["q"], other.A["q"])
     assert torch.equal(found.B["q"], own.B["q"]) and torch.equal(found.only("head").flat, own.only("head").flat)
     state, sent = {"x": own, "mass": torch.ones(1)}, leaves({"x": other, "mass": torch.zeros(1)})
-    whole = taken_over(state, sent, {"A", "B", "head"})
+    whole = adopt(state, sent, {"A", "B", "head"})
     assert torch.equal(whole["x"].flat, other.flat) and whole["mass"] == 0
 
 
@@ -107,7 +107,7 @@ def test_a_state_is_taken_over_but_for_what_the_method_never_exchanges():
 def test_what_the_method_never_exchanges_is_not_in_what_a_neighbour_may_have(blocks, private):
     x = adapters((3,), replace(SPEC, private_head=private))
     state = {"x": x, "dual": x.flat + 1, "scores": torch.ones(1, 7), "mass": torch.ones(1)}
-    found = told(state, blocks, ("scores",))
+    found = exportable(state, blocks, ("scores",))
     assert {name: (tuple(v.shape), v.dtype) for name, v in found.items()} == state_schema(state, {}, ("scores",))
     home = [name for name in ("A", "B", "head") if name not in blocks or (private and name == "head")]
     for name, own in ((".x.flat", x.flat), (".dual", x.flat + 1)):
@@ -116,7 +116,7 @@ def test_what_the_method_never_exchanges_is_not_in_what_a_neighbour_may_have(blo
             assert torch.equal(found[name][:, columns], own[:, columns] * (block not in home))
     assert set(found) == {".x.flat", ".x.ranks", ".dual", ".mass"}
     own = {"x": replace(x, flat=x.flat * 2), "dual": x.flat * 3, "scores": torch.zeros(1, 5), "mass": torch.zeros(1)}
-    taken = taken_over(own, found, blocks, ("scores",))
+    taken = adopt(own, found, blocks, ("scores",))
     assert torch.equal(taken["scores"], own["scores"]) and taken["mass"] == 1
     for block in ("A", "B", "head"):
         columns, source = x.spec.columns(block), own if block in home else state
@@ -127,15 +127,15 @@ def test_what_the_method_never_exchanges_is_not_in_what_a_neighbour_may_have(blo
 def test_a_private_head_and_another_rank_stay_at_home():
     spec = replace(SPEC, private_head=True)
     own, other = adapters((3,), spec), adapters((3,), spec, seed=1)
-    assert torch.equal(taken_over(own, leaves(other), {"A", "B", "head"}).only("head").flat, own.only("head").flat)
-    assert taken_over(own, leaves(adapters((2,), spec)), {"A", "B"}) is None
+    assert torch.equal(adopt(own, leaves(other), {"A", "B", "head"}).only("head").flat, own.only("head").flat)
+    assert adopt(own, leaves(adapters((2,), spec)), {"A", "B"}) is None
 
 
 def test_a_state_may_have_merged_more_within_bounds():
     own, other = merged(adapters((3,)), 1), merged(adapters((3,), seed=1), 2)
     given = leaves(other)
     assert state_schema(own, shapes(given)) == {name: (tuple(v.shape), v.dtype) for name, v in given.items()}
-    taken = taken_over(own, given, {"A", "B", "head"})
+    taken = adopt(own, given, {"A", "B", "head"})
     assert torch.equal(taken.merged.layers["q"].weight(), other.merged.layers["q"].weight())
     assert len(save({name: value.contiguous() for name, value in given.items()})) < largest_state(own)
     wide = {name: (1, 6, 10**6) if name.endswith("q.left") else shape for name, shape in shapes(given).items()}

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from peerlora.config.exchange import AdversaryConfig, RobustConfig
 from peerlora.config.sections import TopologyConfig
 from peerlora.errors import CompositionError
-from peerlora.exchange.attacks import ATTACKS, Adversarial, Scene, attackers, flipped_labels
+from peerlora.exchange.attacks import ATTACKS, Adversarial, AttackContext, attackers, flipped_labels
 from peerlora.exchange.robust import Robust, balance, clipped_gossip, krum, median, rfa, trimmed_mean
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -273,7 +273,7 @@ def test_robust_rules_keep_honest_clients_near_their_mean_where_averaging_does_n
 
 def test_scene_splits_clients():
     x = torch.arange(8.0).view(4, 2)
-    scene = Scene(x, x[0], torch.eye(4), (1, 3), None, lambda i: torch.Generator())
+    scene = AttackContext(x, x[0], torch.eye(4), (1, 3), None, lambda i: torch.Generator())
     assert scene.own.tolist() == [[2, 3], [6, 7]] and scene.honest.tolist() == [[0, 1], [4, 5]]
 
 

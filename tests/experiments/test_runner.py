@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 import peerlora.runtime.compose as compose_module
 from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
 from peerlora.experiments.grid import load_grid, places, plan, search_plan
-from peerlora.experiments.runner import Hooks, Shared, best_rates, resume_grid, start_grid
+from peerlora.experiments.runner import Callbacks, Shared, best_rates, resume_grid, start_grid
 from peerlora.experiments.statistics import Outcome
 from peerlora.runs.events import Evaluated, RunStarted
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
-from peerlora.runtime.resources import Bases, load_materials
+from peerlora.runtime.resources import BaseModelCache, load_resources
 from peerlora.runtime.simulate import simulate
 
 METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
@@ -33,7 +33,7 @@ def unwatched(standing):
     yield lambda event: None
 
 
-QUIET = Hooks(unwatched)
+QUIET = Callbacks(unwatched)
 
 
 def tree_of(model, texts, **changes):
@@ -125,7 +125,7 @@ def test_a_stopped_grid_names_the_command_and_goes_on(whole, tree, tmp_path):
     out = tmp_path / "out"
     asked = iter([False] * 3)  # before the first cell, after its first round, before the second cell
     with pytest.raises(Stopped) as told:
-        start_grid(load_grid(tree()), out, Hooks(unwatched, lambda: next(asked, True)))
+        start_grid(load_grid(tree()), out, Callbacks(unwatched, lambda: next(asked, True)))
     assert "stopped after 1 of 4 cells" in str(told.value) and f"peerlora compare --resume {out}" in str(told.value)
     assert (out / "table.md").is_file()  # of what there is
     resume_grid(out, lambda stored: stored, QUIET)
@@ -253,14 +253,14 @@ def loads(monkeypatch):
 def test_a_base_is_loaded_once_and_its_head_drawn_for_every_seed(kind, words, config, loads):
     shared = Shared()
     first = config(kind, *words)
-    materials = shared.materials(first)
+    resources = shared.resources(first)
     for seed in (0, 1, 2, 0):
         again = config(kind, *words, f"seed={seed}")
         here = {
-            name: value.clone() for name, value in compose(again, materials=materials).model.base.state_dict().items()
+            name: value.clone() for name, value in compose(again, resources=resources).model.base.state_dict().items()
         }
         assert len(loads) == 1
-        alone = compose(again, materials=replace(materials, bases=None)).model.base.state_dict()
+        alone = compose(again, resources=replace(resources, bases=None)).model.base.state_dict()
         assert here.keys() == alone.keys() and all(torch.equal(here[name], alone[name]) for name in alone), seed
         loads.pop()
 
@@ -271,7 +271,7 @@ def test_a_base_whose_weights_lack_more_than_the_head_is_loaded_for_every_seed(c
     save_file({name: value for name, value in weights.items() if "pooler" not in name}, folder / "model.safetensors")
     cells = [config("bert", f"model.source={folder}", f"seed={seed}") for seed in (0, 1)]
     shared = Shared()
-    bases = [compose(cell, materials=shared.materials(cell)).model.detach().state_dict() for cell in cells]
+    bases = [compose(cell, resources=shared.resources(cell)).model.detach().state_dict() for cell in cells]
     assert loads == [0, 1]
     assert not torch.equal(bases[0]["bert.pooler.dense.weight"], bases[1]["bert.pooler.dense.weight"])
 
@@ -279,9 +279,9 @@ def test_a_base_whose_weights_lack_more_than_the_head_is_loaded_for_every_seed(c
 def test_a_head_that_is_not_what_its_seed_draws_is_loaded_anew(config, loads):
     shared = Shared()
     first = config("bert")
-    compose(first, materials=shared.materials(first)).model.detach().classifier.weight.data.add_(1)
+    compose(first, resources=shared.resources(first)).model.detach().classifier.weight.data.add_(1)
     other = config("bert", "seed=1")
-    compose(other, materials=shared.materials(other))
+    compose(other, resources=shared.resources(other))
     assert loads == [0, 1]
 
 
@@ -294,12 +294,12 @@ def test_a_whole_grid_loads_its_base_once(tree, tmp_path, whole, loads):
 
 def test_one_base_serves_cells_one_after_another_to_the_bit(config, tmp_path):
     """Also behind a run with other dropout, head or seed, and behind one that could not be composed."""
-    materials = replace(load_materials(config("bert")), bases=Bases())
+    resources = replace(load_resources(config("bert")), bases=BaseModelCache())
     variants = (["adapter.dropout=0.2", "model.dropout=0.1"], ["adapter.head=frozen"], ["seed=1"], ["train.dtype=fp32"])
     alone = simulate(config("bert"), tmp_path / "alone").run / "adapters" / "all.safetensors"
     for number, words in enumerate(variants):
-        compose(config("bert", *words), materials=materials)
+        compose(config("bert", *words), resources=resources)
         with pytest.raises(PeerloraError):
-            compose(config("bert", "adapter.rank=[1,2,3,4]"), materials=materials)
-        run = simulate(config("bert"), tmp_path / str(number), materials=materials).run
+            compose(config("bert", "adapter.rank=[1,2,3,4]"), resources=resources)
+        run = simulate(config("bert"), tmp_path / str(number), resources=resources).run
         assert (run / "adapters" / "all.safetensors").read_bytes() == alone.read_bytes(), words

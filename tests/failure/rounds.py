@@ -5,9 +5,9 @@ import asyncio
 import numpy as np
 import torch
 
-from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.control import PeerControl
 from peerlora.network.protocol.neighbour_exchange import without
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, encode_body, read_body
 from peerlora.network.transport.heartbeat import Timing
 from peerlora.network.transport.memory import MemoryNetwork
@@ -33,7 +33,7 @@ class Federation:
         self.took = {}  # (round, client) -> seconds of its exchange
         self.values = dict(enumerate(np.linspace(1.0, 2.0, clients)))
         self.missed, self.notices, self.reached = {}, [], {}
-        self.rendezvous, self.tasks = {}, {}
+        self.protocol, self.tasks = {}, {}
 
     def start(self, client, t=0):
         """Start the process of a client in round ``t``."""
@@ -41,39 +41,39 @@ class Federation:
 
     async def peer(self, client, t):
         others = [site(j) for j in range(self.clients) if j != client]
-        rendezvous = Rendezvous(
+        protocol = RoundProtocol(
             self.network.transport(site(client)), Expected("run", "ba5e", "5bec"), self.deadline, 1 << 12, self.rounds
         )
-        self.rendezvous[client] = rendezvous
-        hood = Neighbourhood(rendezvous, others, {})
-        await hood.start()
-        rendezvous.enter(t, first=True)
-        rendezvous.apart = t > 0  # it goes on from a checkpoint
-        self.reached[client] = (await hood.greet(5.0)).reached
+        self.protocol[client] = protocol
+        control = PeerControl(protocol, others, {})
+        await control.start()
+        protocol.enter(t, first=True)
+        protocol.apart = t > 0  # it goes on from a checkpoint
+        self.reached[client] = (await control.greet(5.0)).reached
         loop = asyncio.get_running_loop()
         try:
             while t < self.rounds:
-                called = rendezvous.called(t)
+                called = protocol.called(t)
                 if called:
                     t = min(called[0], self.rounds - 1)
-                rendezvous.enter(t)
+                protocol.enter(t)
                 await asyncio.sleep(self.seconds[client])
                 began = loop.time()
-                await self.exchange(client, t, rendezvous)
+                await self.exchange(client, t, protocol)
                 self.took[t, client] = loop.time() - began
                 t += 1
-            rendezvous.enter(self.rounds)
+            protocol.enter(self.rounds)
             await asyncio.sleep(3 * self.deadline)  # an evaluation, during which others may still ask
         finally:
-            self.notices += [(client, *notice[1:]) for notice in rendezvous.notices]
+            self.notices += [(client, *notice[1:]) for notice in protocol.notices]
             if asyncio.current_task().cancelling() == 0:
-                await hood.close()
+                await control.close()
 
-    async def exchange(self, client, t, rendezvous):
+    async def exchange(self, client, t, protocol):
         graph = self.topology.at(t)
         names = {site(j): j for j in graph.neighbours(client)}
         value = torch.tensor(self.values[client], dtype=torch.float64)
-        outcome = await rendezvous.meet(tuple(names), encode_body({"x": value}), lambda h, b: read_body(h, b, SCHEMA))
+        outcome = await protocol.meet(tuple(names), encode_body({"x": value}), lambda h, b: read_body(h, b, SCHEMA))
         got = {names[peer]: float(found["x"]) for peer, found in outcome.got.items()}
         self.missed[t, client] = {names[peer]: reason for peer, reason in outcome.missing.items()}
         row = without(graph, [(client, names[peer]) for peer in outcome.missing]).W[client]

@@ -11,12 +11,13 @@ import torch
 from peerlora.exchange.payload import vectors
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import REASONS, Refused
-from peerlora.network.protocol.control import Neighbourhood
-from peerlora.network.protocol.event_limiter import Notices
+from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.event_limiter import EventLimiter
+from peerlora.network.protocol.link_history import ExchangeStep
 from peerlora.network.protocol.neighbour_exchange import _check
-from peerlora.network.protocol.pending_exchange import Meeting
-from peerlora.network.protocol.round_protocol import Rendezvous, Step
-from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, largest_body, sealed
+from peerlora.network.protocol.pending_exchange import PendingExchange
+from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, largest_body, with_checksum
 from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.network.transport.virtual_loop import virtual_run
 
@@ -43,11 +44,13 @@ def attack(*messages, meeting=True, linked=True):
     async def main():
         network = MemoryNetwork(["alice", "bob", "mallory"])
         transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
-        peers = {name: Rendezvous(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports}
+        peers = {
+            name: RoundProtocol(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports
+        }
         peers["alice"].rounds = 12
         for name in ("alice", "bob"):
             others = [other for other in transports if other != name and (linked or other != "mallory")]
-            await Neighbourhood(peers[name], others, {"train": "same"}).start()
+            await PeerControl(peers[name], others, {"train": "same"}).start()
             peers[name].enter(3)
         peers["mallory"].neighbours = frozenset(["alice", "bob"])
         peers["mallory"].enter(2)  # so that what is sent to it waits, and is waited for
@@ -75,11 +78,11 @@ def attack(*messages, meeting=True, linked=True):
 
 def packed(tensors, **changes):
     body = encode_body(tensors)
-    return encode_header(sealed(header(**changes), body)), body
+    return encode_header(with_checksum(header(**changes), body)), body
 
 
 def damaged(body):
-    return encode_header(sealed(header(), body)), body
+    return encode_header(with_checksum(header(), body)), body
 
 
 GOOD = encode_body(vectors((OWN,)))
@@ -105,7 +108,7 @@ POISON = {
     "no body": (damaged(b""), "bad-body"),
     "a body beyond all bounds": (damaged(bytes(1 << 20)), "oversize"),
     "another hash": (
-        (encode_header(msgspec.structs.replace(sealed(header(), GOOD), sha256="00" * 32)), GOOD),
+        (encode_header(msgspec.structs.replace(with_checksum(header(), GOOD), sha256="00" * 32)), GOOD),
         "bad-body",
     ),
     "no header": ((b"\x93junk", GOOD), "bad-header"),
@@ -134,7 +137,9 @@ def test_after_poison_the_same_member_can_still_send_a_good_message():
 
 def test_another_config_is_refused_by_section():
     facts = {"setting train": "other", "answer": 0}
-    answers, _, alice = attack((encode_header(sealed(header(kind="hello", facts=facts), b"")), b""), meeting=False)
+    answers, _, alice = attack(
+        (encode_header(with_checksum(header(kind="hello", facts=facts), b"")), b""), meeting=False
+    )
     assert answers == ["wrong-config"]
     assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.notices)
 
@@ -157,9 +162,9 @@ def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
         network = MemoryNetwork(["alice", "bob", "carol"])
         hoods = {}
         for name, setting in (("alice", "same"), ("bob", "same"), ("carol", "other")):
-            rendezvous = Rendezvous(network.transport(name), EXPECTED, 10.0, 1 << 12)
+            protocol = RoundProtocol(network.transport(name), EXPECTED, 10.0, 1 << 12)
             others = [other for other in ("alice", "bob", "carol") if other != name]
-            hoods[name] = Neighbourhood(rendezvous, others, {"train": setting})
+            hoods[name] = PeerControl(protocol, others, {"train": setting})
             await hoods[name].start()
         await asyncio.sleep(5)
         if greeting == "there":
@@ -169,8 +174,8 @@ def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
         began = asyncio.get_running_loop().time()
         outcomes = await asyncio.gather(
             *(
-                hood.rendezvous.meet(hood.peers, GOOD, partial(_check, (OWN,)))
-                for name, hood in hoods.items()
+                control.protocol.meet(control.peers, GOOD, partial(_check, (OWN,)))
+                for name, control in hoods.items()
                 if name != "carol"
             )
         )
@@ -240,7 +245,7 @@ def test_a_round_that_the_run_has_is_heard_of():
     ],
 )
 def test_one_neighbour_of_several_that_claims_a_later_round_takes_nobody_along(rounds, to):
-    fresh = Rendezvous(MemoryNetwork([]).transport("me"), EXPECTED, 1.0, 0)
+    fresh = RoundProtocol(MemoryNetwork([]).transport("me"), EXPECTED, 1.0, 0)
     fresh.heard = {f"peer-{place}": round for place, round in enumerate(rounds)}
     called = fresh.called(0)
     assert (called and called[0]) == to
@@ -262,7 +267,7 @@ def test_equal_refusals_are_told_once_in_a_round_and_counted():
 
 
 def test_what_one_neighbour_causes_in_a_round_is_bounded():
-    notices = Notices()
+    notices = EventLimiter()
     for number in range(10_000):
         notices.add("up" if number % 2 else "down", "mallory", "")
     for reason in REASONS:
@@ -284,8 +289,8 @@ def test_invented_exchanges_are_no_half_used_edges():
 
     async def main():
         network = MemoryNetwork(["alice", "mallory"])
-        alice, mallory = (Rendezvous(network.transport(name), EXPECTED, 1.0, 99) for name in ("alice", "mallory"))
-        await Neighbourhood(alice, ["mallory"], {"train": "same"}).start()
+        alice, mallory = (RoundProtocol(network.transport(name), EXPECTED, 1.0, 99) for name in ("alice", "mallory"))
+        await PeerControl(alice, ["mallory"], {"train": "same"}).start()
         await mallory.transport.start(mallory)
         await asyncio.sleep(5)
         await alice.meet(["mallory"], b"", lambda header, body: body)  # round 0, and mallory refuses
@@ -302,11 +307,11 @@ def test_invented_exchanges_are_no_half_used_edges():
 
 @pytest.mark.parametrize("met", [False, True])
 def test_a_process_that_goes_on_hears_of_what_it_died_in_but_of_no_more_than_a_message_tells(met):
-    alice = Rendezvous(MemoryNetwork([]).transport("alice"), EXPECTED, 1.0, 0)
+    alice = RoundProtocol(MemoryNetwork([]).transport("alice"), EXPECTED, 1.0, 0)
     alice.enter(8, first=True)  # its checkpoint
     alice.enter(12)
     if met:
-        alice._close(Step(12), Meeting(["mallory"], ["mallory"], lambda header, body: body, False))
+        alice._close(ExchangeStep(12), PendingExchange(["mallory"], ["mallory"], lambda header, body: body, False))
         alice.enter(20)
     for last in ("7.0+ 8.0+ 9.0- 10.0+", " ".join(f"11.{number}+" for number in range(16)), "15.0+ 15.1+"):
         alice._note("mallory", header(kind="hello", facts={"last": last}))

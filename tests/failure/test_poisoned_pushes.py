@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from peerlora.algorithms import build_algorithm
-from peerlora.exchange.mailbox import Post
+from peerlora.exchange.mailbox import Mailboxes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
-from peerlora.network.protocol.push_messages import Form, Numbering
-from peerlora.network.protocol.push_service import MOST, Letterbox, Mail, NoMeetings
-from peerlora.network.protocol.send_queue import Outbox
-from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, sealed
+from peerlora.network.protocol.push_messages import PushFormat, SequenceNumbers
+from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushOnlyProtocol, PushService
+from peerlora.network.protocol.send_queue import SendQueue
+from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, with_checksum
 from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.network.transport.virtual_loop import virtual_run
 from peerlora.topology.describe import parse_spec
@@ -37,15 +37,15 @@ class Peer:
         self.transport = network.transport(SITES[client])
         others = {other: site for other, site in SITES.items() if other != client}
         algorithm = build_algorithm(method, {})
-        form = Form(SITES[client], EXPECTED, JOBS, partial(algorithm.incoming, X), partial(algorithm.flaw, X))
-        self.outbox = Outbox(self.transport, deadline, 1 if algorithm.newest_only else MOST)
-        self.mail = Mail(Post(GRAPH, 0, algorithm.newest_only), client, others, form, self.outbox.put)
-        self.rendezvous = NoMeetings(self.transport, EXPECTED, deadline, 0)
-        self.hood = Letterbox(self.rendezvous, list(others.values()), {"train": "same"}, self.mail, self.outbox)
+        form = PushFormat(SITES[client], EXPECTED, JOBS, partial(algorithm.incoming, X), partial(algorithm.flaw, X))
+        self.outbox = SendQueue(self.transport, deadline, 1 if algorithm.newest_only else MOST)
+        self.mail = PeerMailbox(Mailboxes(GRAPH, 0, algorithm.newest_only), client, others, form, self.outbox.put)
+        self.protocol = PushOnlyProtocol(self.transport, EXPECTED, deadline, 0)
+        self.control = PushService(self.protocol, list(others.values()), {"train": "same"}, self.mail, self.outbox)
 
     async def start(self):
-        await self.hood.start()
-        self.hood.open()
+        await self.control.start()
+        self.control.open()
 
     def polled(self):
         return self.mail.post.poll(self.mail.client)
@@ -55,7 +55,7 @@ def letter(tensors, number=1, version=3, born=10, seen=0, **changes):
     body = encode_body(tensors)
     own = {"run": "run", "kind": "push", "round": version, "step": number, "sender": "mallory", "base": "ba5e"}
     own |= {"spec": "5bec", "facts": {"born": born, "seen": seen}} | changes
-    return encode_header(sealed(Header(**own), body)), body
+    return encode_header(with_checksum(Header(**own), body)), body
 
 
 def attack(method, *messages, before=lambda alice: None):
@@ -159,7 +159,7 @@ def test_memory_is_bounded():
 
 def test_who_runs_with_other_settings_sends_no_letters():
     def disagree(alice):
-        alice.hood.disagrees("mallory", Refused("wrong-config", "other train"))
+        alice.control.disagrees("mallory", Refused("wrong-config", "other train"))
 
     assert attack("aedfl", letter(AEDFL), before=disagree)[0] == ["wrong-config"]
 
@@ -189,8 +189,8 @@ def test_duplicates_on_the_way_are_taken_once():
 
 
 def test_numbers_grow_from_process_to_process_though_the_clock_is_set_back():
-    first, second = Numbering(), Numbering()
+    first, second = SequenceNumbers(), SequenceNumbers()
     first.born = second.born + 10**9
     first.newest[3] = (5, 6)
-    second.take_up({name: value for name, value in first.saved().items()})
+    second.load_state_dict({name: value for name, value in first.saved().items()})
     assert second.born > first.born and second.newest == {3: (5, 6)}

@@ -16,7 +16,7 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.metrics import of
-from peerlora.runtime.asynchronous import Apart
+from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.describe import parse_spec
@@ -78,7 +78,7 @@ def test_equal_speeds_on_text_are_dec_lora(config):
     words = ["algorithm.name=aedfl", "algorithm.sigma=0", "algorithm.density=1"]
     one, other = compose(config("bert", *words)), compose(config("bert", "algorithm.name=dec-lora"))
     assert one.clock is not None
-    runner = Apart(one.algorithm, one.learner, one.exchange, one.clock)  # pyright: ignore[reportArgumentType]
+    runner = AsynchronousRounds(one.algorithm, one.learner, one.exchange, one.clock)  # pyright: ignore[reportArgumentType]
     state, x = one.algorithm.start(one.start, one.exchange), other.start
     for t in range(3):
         state, told = runner.advance(t, state)
@@ -134,7 +134,7 @@ def test_ad_psgd_keeps_the_sum_but_for_local_steps_and_what_is_on_the_way(speeds
     algorithm, start = build_algorithm("ad-psgd", {}), targets(5, seed=1)
     learner = Quadratic(targets(5), rate=0.0)  # nothing but averages
     runner, states, _ = run(algorithm, learner, 4, graph, start, speed=speeds, delay=delay, bandwidth=bandwidth)
-    pending = [each.payload["d"] for _, each in runner.post.on_the_way.values() if "d" in each.payload]
+    pending = [each.payload["d"] for _, each in runner.post.in_flight.values() if "d" in each.payload]
     total = model(algorithm, states[-1]).sum(0) - (torch.stack(pending).sum(0) if pending else 0)
     assert (total - start.sum(0)).abs().max() < 1e-12
 
@@ -154,7 +154,7 @@ def test_ad_psgd_with_delays_loses_nothing_of_the_local_steps():
     runner, states, _ = run(algorithm, learner, 6, **UNEVEN)
     done = runner.post.versions
     moved = sum(change for place, job, change in seen if job < done[place])
-    pending = sum(each.payload["d"] for _, each in runner.post.on_the_way.values() if "d" in each.payload)
+    pending = sum(each.payload["d"] for _, each in runner.post.in_flight.values() if "d" in each.payload)
     assert (model(algorithm, states[-1]).sum(0) - (moved + pending)).abs().max() < 1e-12
 
 
@@ -211,7 +211,7 @@ def test_stragglers_hold_up_the_synchronous_run_only():
     def jobs_per_second(name):
         learner = Quadratic(targets(8))
         runner, _, _ = run(build_algorithm(name, {}), learner, 20, speed=[1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
-        done = runner.post.versions if isinstance(runner, Apart) else runner.jobs
+        done = runner.post.versions if isinstance(runner, AsynchronousRounds) else runner.jobs
         return sum(done) / runner.virtual_seconds
 
     synchronous = jobs_per_second("dec-lora")
@@ -260,7 +260,7 @@ def test_a_run_that_everybody_has_left_says_so():
 def test_the_same_seed_gives_the_same_run_to_the_bit(method):
     once, again = (run(build_algorithm(method, {}), Quadratic(targets(4), noise=1.0), 6, **UNEVEN) for _ in range(2))
     assert same_states(once[1][-1], again[1][-1])
-    assert once[0].agenda.listed() == again[0].agenda.listed()
+    assert once[0].queue.listed() == again[0].queue.listed()
     assert [told.bytes_sent for told in once[2]] == [told.bytes_sent for told in again[2]]
 
 
@@ -277,14 +277,14 @@ def test_results_do_not_depend_on_how_jobs_are_grouped(config, tmp_path, monkeyp
     words += ["train.rounds=5", "algorithm.interval=2", "train.optimizer_state=keep"]
     words += ["algorithm.density=1"] if method == "aedfl" else []
     together = simulate(config("bert", *words), tmp_path / "together").adapters.flat
-    begin = Apart._begin
+    begin = AsynchronousRounds._begin
 
-    def at_once(self, happening, t, state):
-        begin(self, happening, t, state)
+    def at_once(self, event, t, state):
+        begin(self, event, t, state)
         if self.outstanding:
             self._compute(t, state)
 
-    monkeypatch.setattr(Apart, "_begin", at_once)
+    monkeypatch.setattr(AsynchronousRounds, "_begin", at_once)
     alone = simulate(config("bert", *words), tmp_path / "alone").adapters.flat
     assert (together - alone).abs().max() < 1e-12
 

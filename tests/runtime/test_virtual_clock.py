@@ -9,11 +9,20 @@ from hypothesis import strategies as st
 from peerlora.config.loading import load_config
 from peerlora.config.sections import ClockConfig
 from peerlora.errors import ConfigError
-from peerlora.runtime.virtual_clock import ARRIVED, BEGINS, DONE, SECOND, Agenda, Clock, Happening, ticks
+from peerlora.runtime.virtual_clock import (
+    ARRIVED,
+    BEGINS,
+    DONE,
+    SECOND,
+    EventQueue,
+    ScheduledEvent,
+    VirtualClock,
+    ticks,
+)
 
 
 def clock(clients=3, seed=0, **settings):
-    return Clock(ClockConfig(**settings), clients, seed)
+    return VirtualClock(ClockConfig(**settings), clients, seed)
 
 
 def test_a_job_takes_its_steps_over_the_speed():
@@ -105,24 +114,24 @@ def test_durations_beyond_reason_are_refused():
     assert ticks(1e9) == 10**18
 
 
-happenings = st.lists(
-    st.builds(Happening, *(st.integers(0, 3), st.sampled_from([DONE, ARRIVED, BEGINS]), *[st.integers(0, 2)] * 2)),
+events = st.lists(
+    st.builds(ScheduledEvent, *(st.integers(0, 3), st.sampled_from([DONE, ARRIVED, BEGINS]), *[st.integers(0, 2)] * 2)),
     unique=True,
     max_size=12,
 )
 
 
 @settings(deadline=None)
-@given(happenings, st.randoms(use_true_random=False))
+@given(events, st.randoms(use_true_random=False))
 def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, draw):
     shuffled = list(events)
     draw.shuffle(shuffled)
-    agenda = Agenda()
+    queue = EventQueue()
     for event in shuffled:
-        agenda.add(*event)
-    assert agenda.listed() == sorted(events)
-    taken = [agenda.next() for _ in events]
-    assert taken == sorted(events) and agenda.moment is None
+        queue.add(*event)
+    assert queue.listed() == sorted(events)
+    taken = [queue.next() for _ in events]
+    assert taken == sorted(events) and queue.moment is None
     for one, other in itertools.pairwise(taken):
         assert one.moment < other.moment or one.kind <= other.kind
 

@@ -8,9 +8,9 @@ import torch
 from peerlora.config.sections import ClockConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.runtime.asynchronous import Apart
-from peerlora.runtime.synchronous import Together
-from peerlora.runtime.virtual_clock import Clock
+from peerlora.runtime.asynchronous import AsynchronousRounds
+from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.train.local_rules import LocalStep
@@ -70,11 +70,11 @@ def rounds_for(algorithm, learner, graph="ring", seed=0, **clock):
     """What advances a run of these parts, asynchronous or not."""
     clients = len(learner.b)
     topology = build_topology(parse_spec(graph), clients, seed)
-    kept = Clock(ClockConfig(**clock), clients, seed)
+    kept = VirtualClock(ClockConfig(**clock), clients, seed)
     if hasattr(algorithm, "on_job"):
-        return Apart(algorithm, learner, StackedExchange(topology, range(clients)), kept)
+        return AsynchronousRounds(algorithm, learner, StackedExchange(topology, range(clients)), kept)
     topology = replace(topology, interrupted=kept.interrupts)
-    return Together(algorithm, learner, StackedExchange(topology, range(clients)), kept)
+    return SynchronousRounds(algorithm, learner, StackedExchange(topology, range(clients)), kept)
 
 
 def run(algorithm, learner, rounds, graph="ring", start=None, **clock):

@@ -7,7 +7,7 @@ import torch
 
 from peerlora.lora.layer_order import by_column, depth_of, reached_layers
 from peerlora.runtime.compose import compose
-from peerlora.train.backward_depth import Reach
+from peerlora.train.backward_depth import BackwardDepth
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 
 SGD = ("train.optimizer=sgd", "train.lr=0.1", "train.local_steps=1")
@@ -25,7 +25,7 @@ def built(config, *words, kind="bert"):
 def reach(depth, layers=3, factor=None, last_only=False):
     depth = torch.tensor(depth)
     ones = torch.ones(len(depth), layers, dtype=torch.float64)
-    return Reach(depth, ones if factor is None else factor.expand(len(depth), -1), last_only)
+    return BackwardDepth(depth, ones if factor is None else factor.expand(len(depth), -1), last_only)
 
 
 @PATHS

@@ -103,7 +103,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(config, kept, rounds):
     assert all(len(value) == 4 for value in saved.values()), "every leaf has the leading client axis"
     trained = first.learner.trained
     undisturbed = run(first.learner, x, SCHEDULE[rounds:], rounds)
-    second.learner.load_state(saved, trained)
+    second.learner.load_state_dict(saved, trained)
     assert torch.equal(run(second.learner, x, SCHEDULE[rounds:], rounds).flat, undisturbed.flat)
 
 
@@ -111,7 +111,7 @@ def test_without_memory_there_is_nothing_to_save(config):
     federation = compose(config())
     x = run(federation.learner, federation.start, ["AB"])
     assert federation.learner.state() == {}
-    federation.learner.load_state({}, ())
+    federation.learner.load_state_dict({}, ())
     fresh = compose(config())
     assert torch.equal(run(federation.learner, x, ["AB"], 1).flat, run(fresh.learner, x, ["AB"], 1).flat)
 

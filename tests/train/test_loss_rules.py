@@ -17,7 +17,7 @@ from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
-from peerlora.train import prior
+from peerlora.train import loss_rules
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 from peerlora.train.loss_rules import LabelPrior, offsets
 from peerlora.train.tasks import TASKS
@@ -106,7 +106,7 @@ def plain(logits, batch, clients):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 def test_skewed_rows_with_the_adjusted_loss_have_the_balanced_optimum(share, monkeypatch):
-    monkeypatch.setattr(prior, "SMOOTHING", 0.0)  # exact shares
+    monkeypatch.setattr(loss_rules, "SMOOTHING", 0.0)  # exact shares
     likelihood = [[0.7, 0.3], [0.2, 0.8]]  # of feature 0 or 1 given the label
     n = 100_000
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from peerlora.algorithms.asynchronous import Asynchronous
+from peerlora.algorithms.asynchronous import AsynchronousGossip
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pairing:
+class ADPSGDState:
     """A client's adapters, and with whom it begins an average."""
 
     x: Adapters
@@ -33,7 +33,7 @@ class Pairing:
 
 
 @dataclass(frozen=True)
-class ADPSGD(Asynchronous):
+class ADPSGD(AsynchronousGossip):
     """``x_i += (trained - start)``; then an active client averages with one random passive neighbour:
 
     it sends x_i, the neighbour adds ``d = (x_i - x_j) / 2`` to its own model and answers d, which the first subtracts
@@ -69,15 +69,15 @@ class ADPSGD(Asynchronous):
         question = self.message(x)
         return {"d": question["x"]} if set(claimed) == {"d"} else question
 
-    def start(self, x: Adapters, peers: Exchange) -> Pairing:
+    def start(self, x: Adapters, peers: Exchange) -> ADPSGDState:
         """Everybody knows its role from the graph alone."""
         active = torch.from_numpy(roles(peers.graph.adjacency))[list(peers.clients)]
         linked = torch.from_numpy(peers.graph.adjacency)[list(peers.clients)]
         passive = ~torch.from_numpy(roles(peers.graph.adjacency))
         asked = torch.full((len(active),), -1, dtype=torch.int64)
-        return Pairing(x, linked & active[:, None] & passive, asked)
+        return ADPSGDState(x, linked & active[:, None] & passive, asked)
 
-    def on_job(self, state: Pairing, before: Adapters, trained: Adapters, mail: Mailbox) -> Pairing:
+    def on_job(self, state: ADPSGDState, before: Adapters, trained: Adapters, mail: Mailbox) -> ADPSGDState:
         """The step is added; an active client asks somebody."""
         x = replace(state.x, flat=state.x.flat + (trained.flat - before.flat))
         (partners,) = np.nonzero(state.partners[0].numpy())
@@ -88,7 +88,7 @@ class ADPSGD(Asynchronous):
         mail.push({"x": x.flat[0, x.spec.shared].clone()}, [partner])
         return replace(state, x=x, asked=torch.full_like(state.asked, mail.version))
 
-    def on_message(self, state: Pairing, mail: Mailbox) -> Pairing:
+    def on_message(self, state: ADPSGDState, mail: Mailbox) -> ADPSGDState:
         """Add and answer the half difference, or subtract it."""
         flat, asked, shared = state.x.flat.clone(), state.asked, state.x.spec.shared
         for message in mail.poll():
@@ -101,7 +101,7 @@ class ADPSGD(Asynchronous):
                 asked = torch.full_like(asked, -1)
         return replace(state, x=replace(state.x, flat=flat), asked=asked)
 
-    def model(self, state: Pairing) -> Adapters:
+    def model(self, state: ADPSGDState) -> Adapters:
         """The adapters."""
         return state.x
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.asynchronous import Asynchronous
+from peerlora.algorithms.asynchronous import AsynchronousGossip
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters, AdapterSpec
 from peerlora.lora.rank_components import component_norms, components, coordinates, largest
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class AEDFLState:
     """A client's adapters and which of its rank-one components it holds: component k of a layer is b_k a_k."""
 
     x: Adapters
@@ -32,7 +32,7 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class AEDFL(Asynchronous):
+class AEDFL(AsynchronousGossip):
     """Train, push, then combine the newest message of each neighbour that has come since the last time:
 
         w~_ij = w_ij xi(tau_ij),  xi(tau) = (1 + tau)^-sigma, none where tau > cutoff;  the rest of 1 is the own weight,
@@ -104,22 +104,22 @@ class AEDFL(Asynchronous):
         given, expected = len(payload["values"]), _values(x.spec, payload["held"][None])
         return None if given == expected else f"{given} values given, {expected} expected for what is held"
 
-    def start(self, x: Adapters, peers: Exchange) -> Sparse:
+    def start(self, x: Adapters, peers: Exchange) -> AEDFLState:
         """Everything is held."""
         held = torch.ones(x.clients, components(x.spec), dtype=torch.bool, device=x.flat.device)
-        return Sparse(x, held, torch.zeros_like(held, dtype=x.flat.dtype))
+        return AEDFLState(x, held, torch.zeros_like(held, dtype=x.flat.dtype))
 
-    def coordinates(self, state: Sparse) -> Bool[Tensor, "client parameter"] | None:
+    def coordinates(self, state: AEDFLState) -> Bool[Tensor, "client parameter"] | None:
         """What a client holds."""
         return None if self.density == 1 else coordinates(state.x.spec, state.held)
 
-    def on_job(self, state: Sparse, before: Adapters, trained: Adapters, mail: Mailbox) -> Sparse:
+    def on_job(self, state: AEDFLState, before: Adapters, trained: Adapters, mail: Mailbox) -> AEDFLState:
         """The result is pushed as it is; averages come before the next job."""
         scores = component_norms(trained)
         mail.push(packed(trained, state.held, scores))
         return replace(state, x=trained, scores=scores)
 
-    def before_job(self, state: Sparse, mail: Mailbox) -> Sparse:
+    def before_job(self, state: AEDFLState, mail: Mailbox) -> AEDFLState:
         """Combine what has arrived; every ``refresh`` jobs choose what is held."""
         received = [each for each in mail.poll() if self.cutoff is None or each.staleness <= self.cutoff]
         state = combined(state, received, self.weights(received, mail))
@@ -144,7 +144,7 @@ class AEDFL(Asynchronous):
         share = self.density if job >= self.ramp else 1 - (1 - self.density) * job / self.ramp
         return max(1, round(share * components(spec)))
 
-    def model(self, state: Sparse) -> Adapters:
+    def model(self, state: AEDFLState) -> Adapters:
         """The adapters, with every component."""
         return state.x
 
@@ -166,7 +166,7 @@ def packed(x: Adapters, held: Bool[Tensor, "client component"], scores: Float[Te
     return {"values": x.flat[0, x.spec.shared][sent], "held": held[0].clone(), "scores": scores[0].clone()}
 
 
-def combined(state: Sparse, received: list[Message], weights: list[float]) -> Sparse:
+def combined(state: AEDFLState, received: list[Message], weights: list[float]) -> AEDFLState:
     """One client's average with what it received, coordinate by coordinate over those who hold it."""
     x, shared = state.x, state.x.spec.shared
     own, scores = x.flat[0, shared], state.scores

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peerlora.lora.adapters import Adapters
 
 
-class Asynchronous:
+class AsynchronousGossip:
     """A fixed graph of neighbours, and factors that alternate by each client's own count of jobs.
 
     Not by a round that all agree on, as ADF-LoRA does: there is none, and the newest count heard of would be a trap. A

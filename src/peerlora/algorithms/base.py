@@ -123,7 +123,7 @@ def is_asynchronous(algorithm: object) -> bool:
 
 
 @runtime_checkable
-class Preparable(Protocol):
+class Configurable(Protocol):
     """A method with something to choose or to say once the topology and the length of the run are known."""
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
@@ -135,7 +135,7 @@ class Preparable(Protocol):
 
 
 @runtime_checkable
-class Hurried(Protocol):
+class DeadlineAware(Protocol):
     """A method that may give clients a time for a round's local steps, on the virtual clock; null: no end."""
 
     deadline: float | None
@@ -153,7 +153,7 @@ def requirement(algorithm: Algorithm[Any]) -> Properties:
 
 def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
     """The method that runs, with its notes; most methods are ready as they are."""
-    return algorithm.prepared(topology, rounds) if isinstance(algorithm, Preparable) else (algorithm, ())
+    return algorithm.prepared(topology, rounds) if isinstance(algorithm, Configurable) else (algorithm, ())
 
 
 def part(x: Adapters, *blocks: str) -> Adapters:

@@ -25,7 +25,7 @@ REASON = "receivers keep one weighted sum of what all neighbours last sent, whic
 
 
 @dataclass(frozen=True)
-class Heard:
+class ChocoState:
     """A client's model, and the replicas behind its compressed messages."""
 
     x: Adapters
@@ -85,11 +85,11 @@ class Choco(Stateful):
         """What the codec makes of the difference."""
         return compressed_message(x.message(), self.built(x))
 
-    def start(self, x: Adapters, peers: Exchange) -> Heard:
+    def start(self, x: Adapters, peers: Exchange) -> ChocoState:
         """Everybody knows the common start."""
-        return Heard(x, Replicas.of_start(x))
+        return ChocoState(x, Replicas.of_start(x))
 
-    def round(self, t: int, state: Heard, learner: Learner, peers: Exchange) -> Heard:
+    def round(self, t: int, state: ChocoState, learner: Learner, peers: Exchange) -> ChocoState:
         """One round."""
         x = learner.fit(state.x, self.active(t))
-        return Heard(*compressed_gossip(x, state.known, x.spec, self.built(x), self.settings().step, peers))
+        return ChocoState(*compressed_gossip(x, state.known, x.spec, self.built(x), self.settings().step, peers))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Priced:
+class ConsensusADMMState:
     """A client's model, the price of disagreeing with its neighbours, and how they stood after the last exchange."""
 
     x: Adapters
@@ -61,17 +61,17 @@ class ConsensusADMM(Stateful):
         if self.rho <= 0:
             raise ConfigError(f"algorithm.rho: {self.rho:g} given; expected a number above 0")
 
-    def start(self, x: Adapters, peers: Exchange) -> Priced:
+    def start(self, x: Adapters, peers: Exchange) -> ConsensusADMMState:
         """No price yet; all start at the same point, so there is no gap."""
-        return Priced(x, torch.zeros_like(x.flat), torch.zeros_like(x.flat), degrees(peers, x))
+        return ConsensusADMMState(x, torch.zeros_like(x.flat), torch.zeros_like(x.flat), degrees(peers, x))
 
-    def round(self, t: int, state: Priced, learner: Learner, peers: Exchange) -> Priced:
+    def round(self, t: int, state: ConsensusADMMState, learner: Learner, peers: Exchange) -> ConsensusADMMState:
         """One round."""
         rule = DualProx(state.alpha + self.rho * state.gap, 2 * self.rho * state.degree[:, None])
         x = learner.fit(state.x, self.active(t), rule)
         gap = x.flat - peers.combine(x, less_its_gap).flat
         alpha = state.alpha + self.rho * gap * self.changing(t, x)
-        return Priced(x, alpha, gap, degrees(peers, x))
+        return ConsensusADMMState(x, alpha, gap, degrees(peers, x))
 
 
 def less_its_gap(received: Received) -> Combined:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Diffused:
+class D2State:
     """A client's model and its last step's end."""
 
     x: Adapters
@@ -46,14 +46,14 @@ class D2(Stateful):
     one_step: ClassVar = "its correction undoes exactly one step; k-gt takes any number"
     sgd_preferred: ClassVar = "it is exact for SGD only"
 
-    def start(self, x: Adapters, peers: Exchange) -> Diffused:
+    def start(self, x: Adapters, peers: Exchange) -> D2State:
         """As if the last step had led here."""
-        return Diffused(x, x.flat.clone())
+        return D2State(x, x.flat.clone())
 
-    def round(self, t: int, state: Diffused, learner: Learner, peers: Exchange) -> Diffused:
+    def round(self, t: int, state: D2State, learner: Learner, peers: Exchange) -> D2State:
         """One round."""
         x, trains = state.x, self.changing(t, state.x)
         psi = learner.fit(x, self.active(t)).flat
         phi = torch.where(trains, psi + x.flat - state.psi, x.flat)
         mixed = peers.mix(replace(x, flat=phi))
-        return Diffused(replace(x, flat=(phi + mixed.flat) / 2), torch.where(trains, psi, state.psi))
+        return D2State(replace(x, flat=(phi + mixed.flat) / 2), torch.where(trains, psi, state.psi))

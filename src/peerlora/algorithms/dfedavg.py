@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.gossip import Scheduled
 from peerlora.errors import ConfigError
-from peerlora.train.local_rules import Ascent, DualProx, Rule
+from peerlora.train.local_rules import Ascent, DualProx, LocalRule
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -26,7 +26,7 @@ class DFedAvg(Scheduled):
 
     source: ClassVar = "DFedAvg, arXiv 2104.11375"
 
-    def rule(self) -> Rule | None:
+    def rule(self) -> LocalRule | None:
         """What changes the gradient of a local step."""
         return None
 
@@ -79,7 +79,7 @@ class DFedSAM(DFedAvg):
         super().__post_init__()
         require_at_least_zero(rho=self.rho)
 
-    def rule(self) -> Rule:
+    def rule(self) -> LocalRule:
         """SAM's gradient."""
         return DualProx(oracle=Ascent(self.rho))
 
@@ -99,7 +99,7 @@ class FedProx(DFedAvg):
         super().__post_init__()
         require_at_least_zero(mu=self.mu)
 
-    def rule(self) -> Rule:
+    def rule(self) -> LocalRule:
         """The proximal term."""
         return DualProx(pull=self.mu)
 

@@ -31,7 +31,7 @@ _EPS = 1e-6  # as in a re-implementation
 
 
 @dataclass(frozen=True)
-class Referenced:
+class FedHLState:
     """The adapters that clients train and use, and the updates from which those were cut."""
 
     adapters: Adapters
@@ -87,23 +87,23 @@ class FedHL(FactorGossip):
             full[f"right:{layer.name}"] = ((rank, layer.d_in), x.flat.dtype)
         return x.message() | full
 
-    def start(self, x: Adapters, peers: Exchange) -> Referenced:
+    def start(self, x: Adapters, peers: Exchange) -> FedHLState:
         """References are zero, or the adapter that the run starts from."""
         rank, scaling = self.growth * x.spec.rank, x.scaling.double()[:, None, None]
         found = {name: decompose(scaling * B.double(), x.A[name].double()) for name, B in x.B.items()}
-        return Referenced(x, Merged({name: balanced(own, rank, x.flat) for name, own in found.items()}))
+        return FedHLState(x, Merged({name: balanced(own, rank, x.flat) for name, own in found.items()}))
 
-    def model(self, state: Referenced) -> Adapters:
+    def model(self, state: FedHLState) -> Adapters:
         """What a client's rank holds of its reference, trained."""
         return state.adapters
 
-    def round(self, t: int, state: Referenced, learner: Learner, peers: Exchange) -> Referenced:
+    def round(self, t: int, state: FedHLState, learner: Learner, peers: Exchange) -> FedHLState:
         """One round."""
         trained = replace(learner.fit(state.adapters, train="AB"), merged=state.reference)
         rule = partial(corrected_reference, weighting=self.weighting, cap=self.cap)
         x = peers.combine(trained, rule, merged=True)
         assert x.merged is not None
-        return Referenced(replace(x, merged=None), x.merged)
+        return FedHLState(replace(x, merged=None), x.merged)
 
 
 def balanced(found: Decomposition, rank: int, like: Float[Tensor, "client parameter"]) -> Update:

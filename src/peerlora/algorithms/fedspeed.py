@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dual:
+class DualState:
     """A client's model and its memory of local gradients."""
 
     x: Adapters
@@ -63,17 +63,17 @@ class DFedADMM(Stateful):
         """How a local gradient is made."""
         return plain
 
-    def start(self, x: Adapters, peers: Exchange) -> Dual:
+    def start(self, x: Adapters, peers: Exchange) -> DualState:
         """No dual yet."""
-        return Dual(x, torch.zeros_like(x.flat))
+        return DualState(x, torch.zeros_like(x.flat))
 
-    def round(self, t: int, state: Dual, learner: Learner, peers: Exchange) -> Dual:
+    def round(self, t: int, state: DualState, learner: Learner, peers: Exchange) -> DualState:
         """One round."""
         x = state.x
         trained = learner.fit(x, self.active(t), DualProx(-state.dual, self.penalty, self.oracle))
         dual = state.dual - self.penalty * (trained.flat - x.flat)  # a block that did not train did not move
         z = torch.where(self.changing(t, x), trained.flat - dual / self.penalty, trained.flat)
-        return Dual(peers.mix(replace(x, flat=z)), dual)
+        return DualState(peers.mix(replace(x, flat=z)), dual)
 
 
 @dataclass(frozen=True)

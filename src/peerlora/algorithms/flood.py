@@ -25,7 +25,7 @@ _LARGEST = 20.0  # |exponent| of a confidence: e^20 to one is as good as ignorin
 
 
 @dataclass(frozen=True)
-class Watched:
+class FLoodState:
     """What a FLood client remembers."""
 
     x: Adapters
@@ -118,12 +118,12 @@ class FLood(Stateful):
             return x.message()
         return {f"x.{name}": what for name, what in x.message().items()} | {"c": ((), torch.float64)}
 
-    def start(self, x: Adapters, peers: Exchange) -> Watched:
+    def start(self, x: Adapters, peers: Exchange) -> FLoodState:
         """Everybody counts alike, nothing is scored."""
         ones = torch.ones(x.clients, dtype=torch.float64, device=x.flat.device)
-        return Watched(x, ones, ones, ones[:, None][:, :0])
+        return FLoodState(x, ones, ones, ones[:, None][:, :0])
 
-    def round(self, t: int, state: Watched, learner: Learner, peers: Exchange) -> Watched:
+    def round(self, t: int, state: FLoodState, learner: Learner, peers: Exchange) -> FLoodState:
         """One round."""
         scores, weights, due = state.scores, None, t % self.every == 0
         if self.alpha:
@@ -133,13 +133,13 @@ class FLood(Stateful):
         trained = learner.fit(state.x, self.active(t), emphasis=weights)
         kept = scores if self.every > 1 else state.scores
         if not self.beta:
-            return Watched(peers.mix(trained), state.w, state.c, kept)
+            return FLoodState(peers.mix(trained), state.w, state.c, kept)
         c = self.confidence(self.scores(trained, learner)).to(state.c) if due else state.c
         if self.mixing == "push-sum":
             return replace(push_masses(state, trained, c, peers), scores=kept)
-        return Watched(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)
+        return FLoodState(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)
 
-    def rejoined(self, own: Watched, taken: Watched) -> Watched:
+    def rejoined(self, own: FLoodState, taken: FLoodState) -> FLoodState:
         """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""
         return replace(own, x=taken.x)
 
@@ -163,7 +163,7 @@ def aimed(x: Adapters, c: Float[Tensor, " client"], peers: Exchange, exact: bool
     return scaled(mixed["x"], 1 / mixed["c"])
 
 
-def push_masses(state: Watched, trained: Adapters, c: Float[Tensor, " client"], peers: Exchange) -> Watched:
+def push_masses(state: FLoodState, trained: Adapters, c: Float[Tensor, " client"], peers: Exchange) -> FLoodState:
     """Hand on u and w; what c has changed by, and what training has moved x by, goes in with the weight c.
 
     Of a falling c at most half of the present mass is taken back in a round, so that w stays above zero; the rest
@@ -175,7 +175,7 @@ def push_masses(state: Watched, trained: Adapters, c: Float[Tensor, " client"], 
     u = scaled(state.x, state.w).flat + scaled(replace(trained, flat=trained.flat - x), now).flat
     u = u + scaled(state.x, change).flat
     mixed = peers.mix({"x": trained.sharing(u[:, trained.spec.shared]), "c": mass})
-    return Watched(scaled(mixed["x"], 1 / mixed["c"]), mixed["c"], now, state.scores)
+    return FLoodState(scaled(mixed["x"], 1 / mixed["c"]), mixed["c"], now, state.scores)
 
 
 def scaled(x: Adapters, by: Float[Tensor, " client"]) -> Adapters:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tracked:
+class KGTState:
     """A client's model and what its gradients lack to the average of all."""
 
     x: Adapters
@@ -68,11 +68,11 @@ class KGT(Stateful):
         own = {f"x.{name}": what for name, what in x.message().items()}
         return own | {"z": ((len(self.sent(t, x)),), x.flat.dtype)}
 
-    def start(self, x: Adapters, peers: Exchange) -> Tracked:
+    def start(self, x: Adapters, peers: Exchange) -> KGTState:
         """No correction yet."""
-        return Tracked(x, torch.zeros_like(x.flat))
+        return KGTState(x, torch.zeros_like(x.flat))
 
-    def round(self, t: int, state: Tracked, learner: Learner, peers: Exchange) -> Tracked:
+    def round(self, t: int, state: KGTState, learner: Learner, peers: Exchange) -> KGTState:
         """One round."""
         x, columns = state.x, self.sent(t, state.x)
         seen = Recorded(DualProx(state.c), x.flat)
@@ -80,4 +80,4 @@ class KGT(Stateful):
         z = seen.mean[:, columns]
         moved = trained if self.step == 1 else replace(x, flat=x.flat.lerp(trained.flat, self.step))
         mixed = peers.mix({"x": moved, "z": z})
-        return Tracked(mixed["x"], state.c.index_add(1, columns, mixed["z"] - z))
+        return KGTState(mixed["x"], state.c.index_add(1, columns, mixed["z"] - z))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Mass:
+class PushSumState:
     """A sum that is handed on, and how much of everybody's it holds; ``u / w`` is the model."""
 
     u: Adapters
@@ -35,7 +35,7 @@ class Mass:
 
 
 @dataclass(frozen=True)
-class TrackedMass(Mass):
+class PushDIGingState(PushSumState):
     """Also the average gradient as far as it has come, and the own gradient in it."""
 
     y: Float[Tensor, "client parameter"]
@@ -66,21 +66,21 @@ class SGP(Scheduled):
         """u, and one number."""
         return {f"u.{name}": what for name, what in x.message().items()} | {"w": ((), torch.float64)}
 
-    def start(self, x: Adapters, peers: Exchange) -> Mass:
+    def start(self, x: Adapters, peers: Exchange) -> PushSumState:
         """Everybody holds a mass of 1."""
-        return Mass(x, unit_mass(x))
+        return PushSumState(x, unit_mass(x))
 
-    def round(self, t: int, state: Mass, learner: Learner, peers: Exchange) -> Mass:
+    def round(self, t: int, state: PushSumState, learner: Learner, peers: Exchange) -> PushSumState:
         """One round."""
         z = state.z
         moved = replace(z, flat=state.u.flat + learner.fit(z, self.active(t)).flat - z.flat)
-        return Mass(**peers.mix({"u": moved, "w": state.w}))
+        return PushSumState(**peers.mix({"u": moved, "w": state.w}))
 
-    def model(self, state: Mass) -> Adapters:
+    def model(self, state: PushSumState) -> Adapters:
         """The ratio."""
         return state.z
 
-    def rejoined(self, own: Mass, taken: Mass) -> Mass:
+    def rejoined(self, own: PushSumState, taken: PushSumState) -> PushSumState:
         """A real peer that fell behind takes over a neighbour's model, and keeps its mass: the sum of w stays N."""
         z = taken.z
         return replace(own, u=z.sharing(z.flat[:, z.spec.shared] * own.w[:, None].to(z.flat)))
@@ -108,11 +108,11 @@ class PushDIGing(SGP):
         """u, w and the shared part of y."""
         return super().message(x, t) | {"y": ((x.spec.shared.stop,), x.flat.dtype)}
 
-    def start(self, x: Adapters, peers: Exchange) -> TrackedMass:
+    def start(self, x: Adapters, peers: Exchange) -> PushDIGingState:
         """No gradient seen yet."""
-        return TrackedMass(x, unit_mass(x), torch.zeros_like(x.flat), torch.zeros_like(x.flat))
+        return PushDIGingState(x, unit_mass(x), torch.zeros_like(x.flat), torch.zeros_like(x.flat))
 
-    def round(self, t: int, state: TrackedMass, learner: Learner, peers: Exchange) -> TrackedMass:
+    def round(self, t: int, state: PushDIGingState, learner: Learner, peers: Exchange) -> PushDIGingState:
         """One round."""
         z, trains, shared = state.z, self.changing(t, state.u), state.u.spec.shared
         lacking = state.y - state.g
@@ -121,7 +121,7 @@ class PushDIGing(SGP):
         y = torch.where(trains, seen.mean, state.y)
         g = torch.where(trains, seen.mean - lacking, state.g)
         mixed = peers.mix({"u": moved, "w": state.w, "y": y[:, shared]})
-        return TrackedMass(mixed["u"], mixed["w"], torch.cat([mixed["y"], y[:, shared.stop :]], dim=1), g)
+        return PushDIGingState(mixed["u"], mixed["w"], torch.cat([mixed["y"], y[:, shared.stop :]], dim=1), g)
 
 
 def unit_mass(x: Adapters) -> Float64[Tensor, " client"]:

@@ -13,9 +13,9 @@ from peerlora.algorithms.depth_schedule import DepthGossip
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.layer_order import by_column, depth_of, reached_layers
-from peerlora.lora.partial import REACHED, PartlySent
+from peerlora.lora.partial import REACHED, PartialAdapters
 from peerlora.topology.properties import Properties
-from peerlora.train.backward_depth import Reach
+from peerlora.train.backward_depth import BackwardDepth
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -85,7 +85,7 @@ class SALF(DepthGossip):
             return peers.mix(learner.fit(x, self.active(t)))
         q = self.chances(layers)
         factor = (1 / q).clamp_max(self.cap) if self.correction == "ipw" else torch.ones_like(q)
-        reach = Reach(depth, factor.to(x.flat).expand(x.clients, -1), self.steps == "last")
+        reach = BackwardDepth(depth, factor.to(x.flat).expand(x.clients, -1), self.steps == "last")
         trained = learner.fit(x, self.active(t), reach=reach)
         if self.send == "all":
             return peers.mix(trained)
@@ -103,7 +103,7 @@ class SALF(DepthGossip):
             return self.message(x)
         layers = depth_of(x.spec)
         reached = reached_layers(self.in_time(self.deadline, layers, step_seconds, steps), layers)
-        return _message(PartlySent.of(x, reached))
+        return _message(PartialAdapters.of(x, reached))
 
 
 def _message(x: Adapters) -> Schema:
@@ -116,7 +116,7 @@ def _gathered(
     x: Adapters, reached: Bool[Tensor, "client layer"], peers: Exchange
 ) -> tuple[Float[Tensor, "client parameter"], Float[Tensor, "client parameter"]]:
     """``sum_j w_ij m_jl x_j,l`` and ``sum_j w_ij m_jl``, by column."""
-    message: Any = {"layers": PartlySent.of(x, reached), REACHED: reached.to(x.flat)}
+    message: Any = {"layers": PartialAdapters.of(x, reached), REACHED: reached.to(x.flat)}
     found = peers.mix(message)
     return found["layers"].flat, by_column(x.spec, found[REACHED])
 

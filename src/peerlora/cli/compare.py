@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from peerlora.experiments.grid import GridConfig
-    from peerlora.experiments.runner import Standing
+    from peerlora.experiments.runner import GridStatus
     from peerlora.experiments.statistics import Comparison
     from peerlora.runs.events import Event
 
@@ -52,9 +52,9 @@ def command(
     if resume is None and expected is None:
         raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
     with stop_on_interrupt() as stop:
-        from peerlora.experiments.runner import Hooks, resume_grid, start_grid
+        from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 
-        hooks = Hooks(GridProgress(), stop)
+        hooks = Callbacks(GridProgress(), stop)
         if resume is not None:
             result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), hooks)
         else:
@@ -104,7 +104,7 @@ class GridProgress:
         self.told: set[str] = set()
 
     @contextmanager
-    def __call__(self, standing: Standing) -> Iterator[Callable[[Event], None]]:
+    def __call__(self, standing: GridStatus) -> Iterator[Callable[[Event], None]]:
         """Around one cell."""
         from rich.live import Live
 
@@ -118,7 +118,7 @@ class GridProgress:
         if live is not None:
             self._tell(head)
 
-    def _show(self, event: Event, standing: Standing, head: str, live: Live | None) -> None:
+    def _show(self, event: Event, standing: GridStatus, head: str, live: Live | None) -> None:
         from rich.text import Text
 
         from peerlora.runs.events import Resumed, RoundDone, Warned
@@ -133,7 +133,7 @@ class GridProgress:
             left = self._left(standing, standing.own * done // standing.rounds)
             live.update(Text(f"{head}, round {done} of {standing.rounds}{left}"))
 
-    def _left(self, standing: Standing, own: int) -> str:
+    def _left(self, standing: GridStatus, own: int) -> str:
         """Time left by the pace of this process; ``own``: work done in the current cell."""
         now, (began, before) = standing.done + own, self.began or (0.0, 0)
         if now <= before:
@@ -150,13 +150,13 @@ def _print(result: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from peerlora.experiments.tables import MARKED, cells, head
+    from peerlora.experiments.tables import MARKED, column_names, row_cells
 
     table = Table(title=f"{result.metric}, {len(result.lines)} settings", title_justify="left")
-    for word in head(result):
+    for word in column_names(result):
         table.add_column(Text(word))
     for line in result.lines:
-        table.add_row(*map(Text, cells(result, line)))  # as text: brackets would be read as markup
+        table.add_row(*map(Text, row_cells(result, line)))  # as text: brackets would be read as markup
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
     console.print(table)
     if any(line.gauges_differ for line in result.lines):

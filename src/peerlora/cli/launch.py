@@ -12,7 +12,7 @@ from peerlora.cli.options import AsJson, Out, print_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from peerlora.runtime.launch.processes import Peer
+    from peerlora.runtime.launch.processes import PeerProcess
 
 Kill = Annotated[
     list[str] | None, typer.Option("--kill", help="3@5s: SIGKILL peer 3, 5 s after round 0 began; 3@5s:2s: restart it")
@@ -38,19 +38,19 @@ def command(
 
     from peerlora.cli.progress import stop_on_interrupt
     from peerlora.config.loading import load_config
-    from peerlora.runtime.launch.faults import parse_mishap
+    from peerlora.runtime.launch.faults import parse_fault
 
     chosen = load_config(config, [*(words or []), *([f"clients={peers}"] if peers is not None else [])])
-    mishaps = [parse_mishap("kill", word, chosen.clients) for word in kill or ()]
-    mishaps += [parse_mishap("stop", word, chosen.clients) for word in stop or ()]
-    mishaps += [parse_mishap("cut", word, chosen.clients) for word in cut or ()]
+    faults = [parse_fault("kill", word, chosen.clients) for word in kill or ()]
+    faults += [parse_fault("stop", word, chosen.clients) for word in stop or ()]
+    faults += [parse_fault("cut", word, chosen.clients) for word in cut or ()]
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
     with Watch() as watch, stop_on_interrupt(*signals) as stopping:
         from peerlora.runtime.launch.processes import launch
 
-        summary = launch(chosen, out, mishaps, listener=watch, stop=stopping)
+        summary = launch(chosen, out, faults, listener=watch, stop=stopping)
     print_launch(summary)
     if json:
         print_json(summary)
@@ -78,7 +78,7 @@ class Watch:
         if self.live:
             self.live.stop()
 
-    def __call__(self, peers: Sequence[Peer]) -> None:
+    def __call__(self, peers: Sequence[PeerProcess]) -> None:
         """Show how the peers stand."""
         for peer in peers:
             state, count = self.told.get(peer.client, ("", 0))
@@ -90,7 +90,7 @@ class Watch:
             self.live.update(table(peers))
 
 
-def table(peers: Sequence[Peer]) -> Table:
+def table(peers: Sequence[PeerProcess]) -> Table:
     """How the peers stand."""
     from rich.table import Table
 

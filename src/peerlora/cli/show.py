@@ -40,7 +40,7 @@ def _describe(run: Path) -> dict[str, Any]:
     from peerlora.config.loading import load_config
     from peerlora.runs.events import RunStarted
     from peerlora.runs.metrics import of, summarise
-    from peerlora.runs.store import going_on, read_events
+    from peerlora.runs.store import read_events, resume_command
 
     events = read_events(run)
     summary = summarise(events)
@@ -51,7 +51,7 @@ def _describe(run: Path) -> dict[str, Any]:
         "finished": finished,
         "paths": started.paths if started else {},
         "rounds_planned": load_config(run / "config.yaml").train.rounds,
-        "resume": None if finished else going_on(run),
+        "resume": None if finished else resume_command(run),
         "files": [name for name in FILES if (run / name).exists()],
     }
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from peerlora.config.exchange import AdversaryConfig
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.exchange.combine import Rule
-from peerlora.exchange.wrapper import Wrapped
+from peerlora.exchange.combine import CombineRule
+from peerlora.exchange.wrapper import ExchangeWrapper
 from peerlora.lora.adapters import Adapters
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.tree import tree_map
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttackContext:
     """What an attack may use."""
 
     x: Float[Tensor, "client parameter"]
@@ -55,18 +55,18 @@ class Scene:
         return default if self.scale is None else self.scale
 
 
-def sign_flip(scene: Scene) -> Tensor:
+def sign_flip(scene: AttackContext) -> Tensor:
     """``x_0 - scale (x - x_0)``: the own update turned round."""
     return scene.base - scene.strength(1.0) * (scene.own - scene.base)
 
 
-def gaussian(scene: Scene) -> Tensor:
+def gaussian(scene: AttackContext) -> Tensor:
     """``x + scale`` times standard normal noise."""
     drawn = [torch.randn(scene.x.shape[1], generator=scene.noise(i), dtype=torch.float64) for i in scene.attackers]
     return scene.own + scene.strength(1.0) * torch.stack(drawn).to(scene.x)
 
 
-def alie(scene: Scene) -> Tensor:
+def alie(scene: AttackContext) -> Tensor:
     """``mean - z std`` of the honest models, coordinate by coordinate: a little is enough.
 
     z is the normal quantile of ``(n - b - s) / (n - b)`` with ``s = floor(n / 2 + 1) - b``: as far out as the honest
@@ -79,12 +79,12 @@ def alie(scene: Scene) -> Tensor:
     return (honest.mean(0) - z * honest.std(0, correction=0)).expand(b, -1)
 
 
-def ipm(scene: Scene) -> Tensor:
+def ipm(scene: AttackContext) -> Tensor:
     """``x_0 - scale`` times the honest mean update: its inner product with theirs is negative."""
     return (scene.base - scene.strength(0.5) * (scene.honest.mean(0) - scene.base)).expand(len(scene.attackers), -1)
 
 
-def dissensus(scene: Scene) -> Tensor:
+def dissensus(scene: AttackContext) -> Tensor:
     """``x_b - scale sum_k w_bk (x_k - x_b)``: away from where the neighbours are.
 
     Differs: the paper sends every receiver another message; here a client says the same to all.
@@ -93,7 +93,7 @@ def dissensus(scene: Scene) -> Tensor:
     return scene.own - scene.strength(1.0) * pull
 
 
-ATTACKS: dict[str, Callable[[Scene], Tensor]] = {
+ATTACKS: dict[str, Callable[[AttackContext], Tensor]] = {
     "sign-flip": sign_flip,
     "gaussian": gaussian,
     "alie": alie,
@@ -129,7 +129,7 @@ def flipped_labels(labels: np.ndarray, rows: np.ndarray, classes: int) -> np.nda
     return changed
 
 
-class Adversarial(Wrapped):
+class Adversarial(ExchangeWrapper):
     """An Exchange in which some clients send what an attack makes of everybody's models.
 
     An attacker itself goes on from the plain average of the true models around it, whatever it has sent.
@@ -156,17 +156,17 @@ class Adversarial(Wrapped):
         mixed = self.peers.mix(tree_map(attacked, x, leaf=_LEAVES))
         return tree_map(own_goes_on, mixed, leaf=_LEAVES)
 
-    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+    def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """Combines what is sent."""
         return self._own_goes_on(x, self.peers.combine(self._sent(x), rule, merged))
 
-    def mix_encoded(self, x: Adapters, sent: Any) -> Tensor:
+    def mix_differences(self, x: Adapters, sent: Any) -> Tensor:
         """Refused: the message is already made."""
         raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")
 
     def _sent(self, x: Adapters) -> Adapters:
         shared, places = x.spec.shared, self.start.spec.places(x.spec)
-        scene = Scene(
+        scene = AttackContext(
             x.flat[:, shared],
             self.start.flat[0, places],
             torch.from_numpy(self.peers.graph.W),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.combine import Rule
+from peerlora.exchange.combine import CombineRule
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
@@ -45,11 +45,11 @@ class Exchange(Protocol):
         """
         ...
 
-    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+    def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
         """``sum_j W_ij xhat_j`` of the replicas after this exchange: their differences cross, and count, for ``x``."""
         ...
 
-    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+    def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """``x_i <- rule(x_i, the adapters of i and its neighbours, their weights)``; costs the messages of one ``mix``.
 
         What a rule makes of a receiver's own merged parts is kept.  Those of senders cross, and count, with ``merged``
@@ -103,7 +103,7 @@ class Mailbox(Protocol):
         ...
 
 
-class Counted(Exchange, Protocol):
+class MeteredExchange(Exchange, Protocol):
     """An exchange that tells what its round cost and did; a runtime reads it after the round."""
 
     topology: Topology
@@ -115,7 +115,7 @@ class Counted(Exchange, Protocol):
     measured: dict[str, Float[Tensor, " client"]]
     """What the round's rules measured, by name."""
 
-    def on_the_wire(self, vectors: Schema) -> Schema:
+    def wire_schema(self, vectors: Schema) -> Schema:
         """What crosses in place of the named vectors that a method mixes."""
         ...
 
@@ -123,6 +123,6 @@ class Counted(Exchange, Protocol):
         """What must be saved to go on, each leaf with the leading client axis."""
         ...
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take up what ``state`` gave."""
         ...

@@ -77,7 +77,7 @@ class Combined:
     measures: dict[str, Float[Tensor, "#receiver"]] = field(default_factory=dict)
 
 
-Rule = Callable[[Received], Combined]
+CombineRule = Callable[[Received], Combined]
 
 
 def mean(received: Received) -> Combined:
@@ -86,7 +86,7 @@ def mean(received: Received) -> Combined:
 
 
 def apply_rule(
-    x: Adapters, everybody: Adapters, W: Float[np.ndarray, "receiver client"], rule: Rule
+    x: Adapters, everybody: Adapters, W: Float[np.ndarray, "receiver client"], rule: CombineRule
 ) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
     """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
 
@@ -108,7 +108,7 @@ def apply_rule(
 
 
 @dataclass(frozen=True)
-class Block:
+class SenderBlock:
     """Receivers that are handled together: places on the leading axis, with their senders and weights."""
 
     rows: Int[np.ndarray, " receiver"]
@@ -116,7 +116,7 @@ class Block:
     weights: Float[np.ndarray, "#receiver sender"]
 
 
-def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) -> Iterator[Block]:
+def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) -> Iterator[SenderBlock]:
     """All receivers of these rows of W, equal rows together, else those with equally many senders.
 
     So nothing is padded, and what a receiver gets does not depend on who else is held here.
@@ -127,13 +127,13 @@ def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) ->
         alike = np.flatnonzero(which == group)
         senders = np.flatnonzero(W[alike[0]])[None]
         for rows in _pieces(alike, parameters):
-            yield Block(rows, senders, W[alike[0]][senders])
+            yield SenderBlock(rows, senders, W[alike[0]][senders])
     alone = np.flatnonzero(counts[which] == 1)
     degrees = np.count_nonzero(W[alone], axis=1)
     for degree in np.unique(degrees):
         for rows in _pieces(alone[degrees == degree], parameters * int(degree)):
             senders = np.nonzero(W[rows])[1].reshape(len(rows), degree)
-            yield Block(rows, senders, np.take_along_axis(W[rows], senders, axis=1))
+            yield SenderBlock(rows, senders, np.take_along_axis(W[rows], senders, axis=1))
 
 
 def _pieces(rows: Int[np.ndarray, " receiver"], scalars: int) -> Iterator[Int[np.ndarray, " part"]]:

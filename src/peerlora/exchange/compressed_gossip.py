@@ -14,7 +14,7 @@ from peerlora.errors import CompositionError
 from peerlora.exchange.codec import Codec, Draws, Sizes
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import Schema
-from peerlora.exchange.wrapper import Wrapped, only_adapters
+from peerlora.exchange.wrapper import ExchangeWrapper, only_adapters
 from peerlora.lora.adapters import Adapters, AdapterSpec
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def compressed_gossip(
         decode=lambda message: codec.decode(message, sizes, draws),
         fault=lambda message: codec.fault(message, sizes),
     )
-    s = peers.mix_encoded(x, sent)
+    s = peers.mix_differences(x, sent)
     flat = x.flat.clone()
     flat[:, shared] = value + gamma * (s - sent.after)
     return replace(x, flat=flat), Replicas(_with(known.xhat, columns, sent.after), _with(known.s, columns, s))
@@ -83,7 +83,7 @@ def tensor_sizes(spec: AdapterSpec) -> Sizes:
     return [prod(slot.shape) for slot in spec.slots if slot.start < spec.shared.stop]
 
 
-class Compressed(Wrapped):
+class Compressed(ExchangeWrapper):
     """An Exchange whose ``mix`` is CHOCO's; what it remembers is saved with the run."""
 
     def __init__(self, peers: Any, codec: Codec, gamma: float, start: Adapters):
@@ -97,7 +97,7 @@ class Compressed(Wrapped):
         mixed, self.known = compressed_gossip(x, self.known, self.spec, self.codec, self.gamma, self.peers)
         return mixed
 
-    def on_the_wire(self, vectors: Schema) -> Schema:
+    def wire_schema(self, vectors: Schema) -> Schema:
         """What is sent in place of what the method mixes."""
         return compressed_message(vectors, self.codec)
 
@@ -112,9 +112,9 @@ class Compressed(Wrapped):
         """The replicas."""
         return {**super().state(), "xhat": self.known.xhat, "s": self.known.s}
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """The replicas of the last round."""
-        super().load_state(saved)
+        super().load_state_dict(saved)
         self.known = Replicas(saved["xhat"], saved["s"])
 
 

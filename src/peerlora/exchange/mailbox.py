@@ -27,7 +27,7 @@ class Pushed:
     """Bytes of one."""
 
 
-class Post:
+class Mailboxes:
     """Mailboxes of all clients on one fixed graph; a real peer has a post of which it uses its own part alone.
 
     Staleness needs counters only, no common clock.  A client's version is the number of jobs it has done.  With its
@@ -44,7 +44,7 @@ class Post:
         self.known_then = self.known.copy()
         """The same when the client's latest job began."""
         self.count = 0
-        self.on_the_way: dict[int, tuple[int, Message]] = {}
+        self.in_flight: dict[int, tuple[int, Message]] = {}
         """Number of a message -> its receiver and itself."""
         self.waiting: dict[int, list[Message]] = {client: [] for client in range(clients)}
         self.pushed: list[Pushed] = []
@@ -65,16 +65,16 @@ class Post:
         """A client has done a job."""
         self.versions[client] += 1
 
-    def box(self, client: int) -> Box:
+    def box(self, client: int) -> ClientMailbox:
         """One client's mailbox."""
-        return Box(self, client)
+        return ClientMailbox(self, client)
 
     def send(self, sender: int, payload: Vectors, receivers: Sequence[int]) -> None:
         """Put a message on the way to each receiver; its tensors must not change any more."""
         numbers = list(range(self.count, self.count + len(receivers)))
         for number, receiver in zip(numbers, receivers, strict=True):
             seen = int(self.known_then[sender, receiver])
-            self.on_the_way[number] = receiver, Message(sender, payload, self.versions[sender], seen)
+            self.in_flight[number] = receiver, Message(sender, payload, self.versions[sender], seen)
         self.count += len(receivers)
         size = encoded_bytes({name: (tuple(leaf.shape), leaf.dtype) for name, leaf in payload.items()})
         self.pushed.append(Pushed(list(receivers), numbers, size))
@@ -86,7 +86,7 @@ class Post:
 
     def deliver(self, number: int) -> None:
         """A message that is on the way arrives."""
-        self.arrive(*self.on_the_way.pop(number))
+        self.arrive(*self.in_flight.pop(number))
 
     def arrive(self, receiver: int, message: Message) -> None:
         """A message is there; where only the newest counts, an older one of the same sender gives way to it."""
@@ -118,7 +118,7 @@ class Post:
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything, as tensors and as facts that JSON knows."""
-        listed = [(number, *each) for number, each in sorted(self.on_the_way.items())]
+        listed = [(number, *each) for number, each in sorted(self.in_flight.items())]
         listed += [(None, client, each) for client, own in self.waiting.items() for each in own]
         tensors = {"known": torch.from_numpy(self.known.copy()), "known then": torch.from_numpy(self.known_then.copy())}
         facts = []
@@ -127,7 +127,7 @@ class Post:
             facts.append([number, receiver, message.sender, message.version, message.seen])
         return tensors, {"messages": facts, "count": self.count, "versions": list(self.versions)}
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what ``saved`` gave."""
         self.versions, self.count = list(facts["versions"]), facts["count"]
         self.known, self.known_then = (tensors[name].cpu().numpy().copy() for name in ("known", "known then"))
@@ -141,13 +141,13 @@ class Post:
             if number is None:
                 self.waiting[receiver].append(message)
             else:
-                self.on_the_way[number] = receiver, message
+                self.in_flight[number] = receiver, message
 
 
-class Box:
+class ClientMailbox:
     """One client's mailbox."""
 
-    def __init__(self, post: Post, client: int):
+    def __init__(self, post: Mailboxes, client: int):
         self._post, self.client = post, client
         self.version, self.weights = post.versions[client], post.graph.W[client]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged, Update
-from peerlora.lora.partial import PartlySent
+from peerlora.lora.partial import PartialAdapters
 from peerlora.lora.partial import fault as contradiction
 from peerlora.tree import leaves, tree_map
 
@@ -46,7 +46,7 @@ def name_of(payload: Payload, tensor: Tensor) -> str:
 
 def fault(payload: Payload, sent: Mapping[str, Tensor]) -> str | None:
     """Why a neighbour's vectors, each as it was ``expected``, contradict each other; None where they don't."""
-    partly = [(name, leaf) for name, leaf in _leaves(payload) if isinstance(leaf, PartlySent)]
+    partly = [(name, leaf) for name, leaf in _leaves(payload) if isinstance(leaf, PartialAdapters)]
     return next((found for name, leaf in partly if (found := contradiction(leaf, name, sent))), None)
 
 

@@ -14,13 +14,13 @@ from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 
 
-class Uncoded:
+class PlainExchange:
     """Nothing is compressed, so nothing is remembered between rounds."""
 
     topology: Topology
     t: int
 
-    def on_the_wire(self, vectors: Schema) -> Schema:
+    def wire_schema(self, vectors: Schema) -> Schema:
         """What is sent for these named vectors: they themselves."""
         return vectors
 
@@ -28,7 +28,7 @@ class Uncoded:
         """What must be saved to go on: nothing."""
         return {}
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take up what ``state`` gave."""
 
     def shared_random(self, purpose: str) -> torch.Generator:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from peerlora.config.exchange import RobustConfig
 from peerlora.errors import CompositionError
-from peerlora.exchange.combine import Combined, Received, Rule
-from peerlora.exchange.wrapper import Wrapped, only_adapters
+from peerlora.exchange.combine import Combined, CombineRule, Received
+from peerlora.exchange.wrapper import ExchangeWrapper, only_adapters
 from peerlora.lora.adapters import Adapters
 
 Coefficients = Float[Tensor, "#receiver sender"]
@@ -145,16 +145,16 @@ def _values(received: Received, absent: float = 0.0) -> Float[Tensor, "#receiver
 
 
 @dataclass(frozen=True)
-class Clock:
+class RoundCounter:
     """How far the run is, for rules that grow stricter."""
 
     t: int
     rounds: int
 
 
-def build_rule(config: RobustConfig, base: Float[Tensor, " parameter"], clock: Clock) -> Rule:
+def build_rule(config: RobustConfig, base: Float[Tensor, " parameter"], clock: RoundCounter) -> CombineRule:
     """The rule of a config in one round; ``base`` is the common start of what is mixed."""
-    makers: dict[str, Callable[[Any], Rule]] = {
+    makers: dict[str, Callable[[Any], CombineRule]] = {
         "trimmed-mean": lambda config: partial(trimmed_mean, drop=config.drop),
         "median": lambda config: median,
         "clipped-gossip": lambda config: partial(clipped_gossip, radius=config.radius, drop=config.drop),
@@ -170,7 +170,7 @@ def build_rule(config: RobustConfig, base: Float[Tensor, " parameter"], clock: C
     return makers[config.kind](config)
 
 
-class Robust(Wrapped):
+class Robust(ExchangeWrapper):
     """An Exchange whose ``mix`` is a robust rule.  The mean over clients is no longer kept."""
 
     def __init__(self, peers: Any, config: RobustConfig, start: Adapters, rounds: int):
@@ -181,9 +181,9 @@ class Robust(Wrapped):
         """``x_i <- rule(what reached i)``."""
         x = only_adapters(x, "exchange.robust")
         base = self.start.flat[0, self.start.spec.places(x.spec)]
-        return self.peers.combine(x, build_rule(self.config, base, Clock(self.peers.t, self.rounds)))
+        return self.peers.combine(x, build_rule(self.config, base, RoundCounter(self.peers.t, self.rounds)))
 
-    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+    def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """Refused: there would be two rules."""
         raise CompositionError(
             "exchange.robust cannot be used by a method with a rule of its own; use dec-lora, adf-lora or another "

@@ -10,9 +10,9 @@ from typing import TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.combine import Rule, apply_rule
+from peerlora.exchange.combine import CombineRule, apply_rule
 from peerlora.exchange.payload import message
-from peerlora.exchange.plain import Uncoded, operator
+from peerlora.exchange.plain import PlainExchange, operator
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -22,7 +22,7 @@ from peerlora.tree import tree_map
 Payload = TypeVar("Payload")
 
 
-class StackedExchange(Uncoded):
+class StackedExchange(PlainExchange):
     """Mixes the rows held here with those of everybody.
 
     ``gather`` turns the rows held here into the rows of all clients, in the order of their numbers.  In a plain
@@ -64,7 +64,7 @@ class StackedExchange(Uncoded):
         everybody = self._gathered(c).double().cpu().numpy()
         self.graph = replace(self.graph, W=self.topology.aimed(self.graph.adjacency, everybody))
 
-    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+    def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
         """``s + sum_j W_ij q_j``: as long as W stays the same, that is the sum over the replicas."""
         began = time.perf_counter()
         self._count(sent.message)
@@ -73,7 +73,7 @@ class StackedExchange(Uncoded):
         self.seconds += time.perf_counter() - began
         return mixed
 
-    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+    def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; those whom nobody reached keep what they have."""
         began = time.perf_counter()
         self._count(x, *([x.merged] if merged else []))

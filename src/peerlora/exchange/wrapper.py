@@ -10,7 +10,7 @@ from peerlora.errors import CompositionError
 from peerlora.lora.adapters import Adapters
 
 
-class Wrapped:
+class ExchangeWrapper:
     """An Exchange around another; whatever it does not change is the inner one's."""
 
     def __init__(self, peers: Any):
@@ -25,14 +25,14 @@ class Wrapped:
         """What must be saved to go on."""
         return self.peers.state()
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take up what ``state`` gave."""
-        self.peers.load_state(saved)
+        self.peers.load_state_dict(saved)
 
 
-def innermost(peers: Any) -> Any:
+def unwrap(peers: Any) -> Any:
     """The exchange without its wrappers."""
-    return innermost(peers.peers) if isinstance(peers, Wrapped) else peers
+    return unwrap(peers.peers) if isinstance(peers, ExchangeWrapper) else peers
 
 
 def only_adapters(x: object, what: str) -> Adapters:

@@ -85,18 +85,18 @@ def run_demo(
     """
     from peerlora.experiments.demo_report import ComparisonRow, write_comparison
     from peerlora.runs.store import read_events, require_free
-    from peerlora.runtime.resources import load_materials
+    from peerlora.runtime.resources import load_resources
     from peerlora.runtime.simulate import simulate
 
     folder = Path(out) if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     require_free(folder)
-    materials = load_materials(config)
+    resources = load_resources(config)
     rows, shown = [], []
     for name in ROWS:
         with listener(name) as listen:
             place = folder / name.lower().replace(" ", "-")
             result = simulate(
-                row_config(config, name, overrides), place, materials=materials, listener=listen, stop=stop
+                row_config(config, name, overrides), place, resources=resources, listener=listen, stop=stop
             )
         rows.append(Row(name, _note(name), result.summary))
         shown.append(ComparisonRow(name, _note(name), read_events(place), result.summary))

@@ -70,7 +70,7 @@ class GridConfig(Section):
 
 
 @dataclass(frozen=True)
-class Place:
+class Setting:
     """One combination of the axes' values, before seed and learning rate."""
 
     labels: dict[str, str]
@@ -84,7 +84,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run of the grid."""
 
     labels: dict[str, str]
@@ -107,10 +107,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialPlan:
     """The cells of a grid, and those that cannot be."""
 
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[Trial] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(name of the cell, reason)"""
 
@@ -276,20 +276,20 @@ def differences(was: Tree, now: Tree) -> list[str]:
     ]
 
 
-def places(grid: GridConfig) -> list[Place]:
+def places(grid: GridConfig) -> list[Setting]:
     """Every combination of the axes' values, the last axis running fastest."""
     found = []
     for levels in product(*(_levels(axis, values) for axis, values in grid.axes.items())):
         tree = _written_out(grid.base)
         for _, change in levels:
             tree = merged(tree, change)
-        found.append(Place({axis: label for axis, (label, _) in zip(grid.axes, levels, strict=True)}, tree))
+        found.append(Setting({axis: label for axis, (label, _) in zip(grid.axes, levels, strict=True)}, tree))
     return found
 
 
-def plan(grid: GridConfig, rates: Mapping[str, float] | None = None) -> Plan:
+def plan(grid: GridConfig, rates: Mapping[str, float] | None = None) -> TrialPlan:
     """The cells that are reported; ``rates``: place -> the learning rate found for it."""
-    found, same = Plan(), {}
+    found, same = TrialPlan(), {}
     names = _folders([place.name for place in places(grid)])
     for place, folder in zip(places(grid), names, strict=True):
         for seed in grid.seeds:
@@ -300,9 +300,9 @@ def plan(grid: GridConfig, rates: Mapping[str, float] | None = None) -> Plan:
     return found
 
 
-def search_plan(grid: GridConfig) -> Plan:
+def search_plan(grid: GridConfig) -> TrialPlan:
     """The cells in which learning rates are searched: per group and rate, on rows set aside from the training rows."""
-    found, same = Plan(), {}
+    found, same = TrialPlan(), {}
     first = _searched_places(grid)
     for place, folder in zip(first.values(), _folders([place.name for place in first.values()]), strict=True):
         if load_config(place.tree).data.eval is None:
@@ -310,8 +310,8 @@ def search_plan(grid: GridConfig) -> Plan:
             found.refused.append((place.name, f"{reason}; name a file in data.eval, or give train.lr and no rates"))
             continue
         for rate, seed in product(grid.search.rates, grid.search.seeds):
-            aside = {"eval": None, "holdout": grid.search.holdout}
-            change = {"seed": seed, "train": {"lr": rate}, "data": aside}
+            run_off_loop = {"eval": None, "holdout": grid.search.holdout}
+            change = {"seed": seed, "train": {"lr": rate}, "data": run_off_loop}
             _add(found, place, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", same)
     return found
 
@@ -322,15 +322,15 @@ def searched_on(grid: GridConfig) -> dict[str, dict[str, str]]:
     return {place.name: first[group].labels for place, group in groups(grid)} if first else {}
 
 
-def _searched_places(grid: GridConfig) -> dict[tuple[str, ...], Place]:
+def _searched_places(grid: GridConfig) -> dict[tuple[str, ...], Setting]:
     """The first place of every group of places that share a learning rate."""
-    first: dict[tuple[str, ...], Place] = {}
+    first: dict[tuple[str, ...], Setting] = {}
     for place, group in groups(grid) if grid.search.rates else ():
         first.setdefault(group, place)
     return first
 
 
-def groups(grid: GridConfig) -> Iterator[tuple[Place, tuple[str, ...]]]:
+def groups(grid: GridConfig) -> Iterator[tuple[Setting, tuple[str, ...]]]:
     """Every place that can be, with the settings that its learning rate depends on."""
     for place in places(grid):
         try:
@@ -353,7 +353,7 @@ def _setting(settings: Tree, key: str) -> Any:
     return node
 
 
-def _add(found: Plan, place: Place, change: Tree, folder: str, same: dict[str, str]) -> None:
+def _add(found: TrialPlan, place: Setting, change: Tree, folder: str, same: dict[str, str]) -> None:
     name = f"{place.name}, seed {change['seed']}"
     try:
         config = load_config(merged(place.tree, change))
@@ -363,7 +363,7 @@ def _add(found: Plan, place: Place, change: Tree, folder: str, same: dict[str, s
     twin = same.setdefault(config.to_yaml(), name)
     if twin != name:
         found.refused.append((name, f"is the same run as {twin}; list each once"))
-    found.cells.append(Cell(place.labels, config, folder, place.name))
+    found.cells.append(Trial(place.labels, config, folder, place.name))
 
 
 def _folders(names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import apart, dataset, fits, ours, papers_for
 from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measures
-from peerlora.experiments.tables import cells, difference, head, marked, notes
+from peerlora.experiments.tables import column_names, difference, marked, notes, row_cells
 from peerlora.runs.report import number, picture_html, table_html, write_page
 
 
@@ -30,7 +30,7 @@ def write_grid_report(
     text = f"{done} of {len(outcomes)} cells finished; seeds {', '.join(map(str, seeds))}."
     body = [f'<p class="lead">{escape(text)}</p>', "<h2>Results</h2>"]
     if result.lines:
-        body.append(table_html([cells(result, line) for line in result.lines], head(result)))
+        body.append(table_html([row_cells(result, line) for line in result.lines], column_names(result)))
     body += [f'<p class="note">{escape(note)}</p>' for note in notes(result, bool(searched))]
     body += [_differences(result), _diverged([*outcomes, *searched])]
     rates = sorted({each.rate for each in searched})

@@ -15,19 +15,19 @@ from typing import Any, Protocol
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import CompositionError, ConfigError, DivergenceError, PeerloraError, RunError, Stopped
-from peerlora.experiments.grid import Cell, GridConfig, differences, groups, load_grid, plan, search_plan, searched_on
+from peerlora.experiments.grid import GridConfig, Trial, differences, groups, load_grid, plan, search_plan, searched_on
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Comparison, Outcome
 from peerlora.runs.events import Event
 from peerlora.runs.metrics import evaluations, started
 from peerlora.runs.store import read_events, require_free
 from peerlora.runtime.compose import compose, resolve_threads
-from peerlora.runtime.resources import Bases, Materials, load_materials
+from peerlora.runtime.resources import BaseModelCache, RunResources, load_resources
 from peerlora.runtime.simulate import resume, simulate
 
 
 @dataclass(frozen=True)
-class Standing:
+class GridStatus:
     """How far a grid is when a cell begins.  Work is counted in training samples."""
 
     cell: str
@@ -42,23 +42,23 @@ class Standing:
     """Of this cell."""
 
 
-class Watcher(Protocol):
+class ProgressReporter(Protocol):
     """What shows the progress: called at the start of a cell, gives what listens to its events."""
 
-    def __call__(self, standing: Standing) -> AbstractContextManager[Callable[[Event], None]]:
+    def __call__(self, standing: GridStatus) -> AbstractContextManager[Callable[[Event], None]]:
         """A context manager around the cell."""
         ...
 
 
 @dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """What the caller has to say while a grid runs."""
 
-    watch: Watcher
+    watch: ProgressReporter
     stop: Callable[[], bool] = lambda: False
 
 
-def start_grid(grid: GridConfig, out: Path | str | None, hooks: Hooks) -> Comparison:
+def start_grid(grid: GridConfig, out: Path | str | None, hooks: Callbacks) -> Comparison:
     """Run a grid in a new folder; nothing is written before every cell has been composed once."""
     folder = Path(out) if out is not None else Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     require_free(folder)
@@ -74,7 +74,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, hooks: Hooks) -> Compar
     return _run(grid, folder, hooks, shared)
 
 
-def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], hooks: Hooks) -> Comparison:
+def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], hooks: Callbacks) -> Comparison:
     """Go on with a grid: finished cells stay, the unfinished one goes on from its checkpoint.
 
     ``expected`` turns the stored grid into the one that the user asks for; RunError lists the differences.
@@ -101,7 +101,7 @@ def check_grid(grid: GridConfig, shared: Shared) -> None:
     refused = [*found.refused, *searched.refused]
     for cell in in_order([*searched.cells, *found.cells]):
         try:
-            compose(cell.config, materials=shared.materials(cell.config))
+            compose(cell.config, resources=shared.resources(cell.config))
         except PeerloraError as error:
             refused.append((cell.name, str(error)))
     if refused:
@@ -123,27 +123,27 @@ class Shared:
 
     def __init__(self):
         self._key: Any = None
-        self._kept: Materials | None = None
-        self._bases = Bases()
+        self._kept: RunResources | None = None
+        self._bases = BaseModelCache()
 
-    def materials(self, config: RunConfig) -> Materials:
+    def resources(self, config: RunConfig) -> RunResources:
         """The materials of a cell, loaded where the one before had others."""
         key = _data_key(config)
         if self._kept is None or key != self._key:
             self._kept = None  # the old ones go before the new ones come
-            self._kept, self._key = replace(load_materials(config), bases=self._bases), key
+            self._kept, self._key = replace(load_resources(config), bases=self._bases), key
         return self._kept
 
 
 def _data_key(config: RunConfig) -> str:
-    """Everything that ``load_materials`` looks at; of the seed only where it draws rows."""
+    """Everything that ``load_resources`` looks at; of the seed only where it draws rows."""
     data = config.data
     drawn = data.eval is None or data.train_per_class or data.eval_per_class
     column = getattr(config.partition, "column", None)
     return repr((config.model.source, data, config.task, column, config.seed if drawn else None))
 
 
-def in_order(cells: Sequence[Cell]) -> list[Cell]:
+def in_order(cells: Sequence[Trial]) -> list[Trial]:
     """Cells of the same rows together, inside these the seeds: so little is loaded twice, and early seeds are whole."""
     keys = [(_data_key(cell.config), cell.config.seed) for cell in cells]
     rows = list(dict.fromkeys(data for data, _ in keys))
@@ -157,7 +157,7 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     ]
 
 
-def _run(grid: GridConfig, folder: Path, hooks: Hooks, shared: Shared) -> Comparison:
+def _run(grid: GridConfig, folder: Path, hooks: Callbacks, shared: Shared) -> Comparison:
     searched, planned = search_plan(grid).cells, plan(grid).cells
     progress = _Progress(hooks, folder, [*searched, *planned])
     for cell in in_order(searched):
@@ -176,12 +176,12 @@ def _run(grid: GridConfig, folder: Path, hooks: Hooks, shared: Shared) -> Compar
 class _Progress:
     """Runs cells one after another and knows how much is left."""
 
-    def __init__(self, hooks: Hooks, folder: Path, cells: Sequence[Cell]):
+    def __init__(self, hooks: Callbacks, folder: Path, cells: Sequence[Trial]):
         self.hooks, self.folder = hooks, folder
         self.number, self.cells, self.done = 0, len(cells), 0
         self.total = sum(_work(cell.config) for cell in cells)
 
-    def finish(self, cell: Cell, shared: Shared) -> None:
+    def finish(self, cell: Trial, shared: Shared) -> None:
         """Run a cell to its end, unless it is there already."""
         work = _work(cell.config)
         self.number += 1
@@ -191,14 +191,14 @@ class _Progress:
             if self.hooks.stop():
                 raise self._stopped()
             rounds = cell.config.train.rounds
-            standing = Standing(cell.name, self.number, self.cells, self.done, work, self.total, rounds)
+            standing = GridStatus(cell.name, self.number, self.cells, self.done, work, self.total, rounds)
             with self.hooks.watch(standing) as listen:
                 self._work_on(cell, shared, listen)
         self.done += work
 
-    def _work_on(self, cell: Cell, shared: Shared, listen: Callable[[Event], None]) -> None:
+    def _work_on(self, cell: Trial, shared: Shared, listen: Callable[[Event], None]) -> None:
         place = self.folder / cell.folder
-        options: dict[str, Any] = {"materials": shared.materials(cell.config), "listener": listen}
+        options: dict[str, Any] = {"materials": shared.resources(cell.config), "listener": listen}
         options["stop"] = self.hooks.stop
         try:
             if (place / "run.json").is_file():
@@ -228,7 +228,7 @@ def _finished(place: Path) -> bool:
     return (place / "summary.json").is_file() or (place / "diverged.json").is_file()
 
 
-def _require_same(place: Path, cell: Cell) -> None:
+def _require_same(place: Path, cell: Trial) -> None:
     """A finished cell counts only for the config it was run with."""
     from peerlora.config.loading import load_config
 
@@ -244,7 +244,7 @@ def _drop_folders(place: Path) -> None:
         shutil.rmtree(each)
 
 
-def _outcome(cell: Cell, folder: Path) -> Outcome:
+def _outcome(cell: Trial, folder: Path) -> Outcome:
     place = folder / cell.folder
     told = place / "diverged.json"
     return Outcome(
@@ -293,7 +293,7 @@ def _best(place: str, scores: dict[float, list[float]]) -> float:
     return rate
 
 
-def _results(grid: GridConfig, folder: Path, searched: Sequence[Cell], cells: Sequence[Cell]) -> Comparison:
+def _results(grid: GridConfig, folder: Path, searched: Sequence[Trial], cells: Sequence[Trial]) -> Comparison:
     on = searched_on(grid)
     return write_results(
         folder,

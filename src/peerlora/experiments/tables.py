@@ -39,13 +39,13 @@ def csv_text(result: Comparison) -> str:
             known, apart = line.estimates.get(name), line.differences.get(name)
             low, high = (apart and apart.interval) or (None, None)
             numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
-            cells = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
+            shown = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
             note = MARKED if marked(line, name) else ""
-            writer.writerow([*line.labels.values(), repr(line.rate), *cells, line.diverged, line.rate_from, note])
+            writer.writerow([*line.labels.values(), repr(line.rate), *shown, line.diverged, line.rate_from, note])
     return out.getvalue()
 
 
-def head(result: Comparison) -> list[str]:
+def column_names(result: Comparison) -> list[str]:
     """The columns of the table for people."""
     axes = list(result.lines[0].labels) if result.lines else []
     against = f"mean client, difference to {', '.join(result.baseline.values())}"
@@ -53,7 +53,7 @@ def head(result: Comparison) -> list[str]:
     return [*axes, "rate", "seeds", *shown]
 
 
-def cells(result: Comparison, line: Line) -> list[str]:
+def row_cells(result: Comparison, line: Line) -> list[str]:
     """One line of the table for people."""
     known = [_spread(name, line.estimates.get(name)) + marked(line, name) for name in SHOWN]
     if result.baseline:
@@ -114,9 +114,9 @@ def notes(result: Comparison, searched: bool) -> list[str]:
 
 def markdown(result: Comparison, searched: bool) -> str:
     """table.md."""
-    top = [_escaped(word) for word in head(result)]
+    top = [_escaped(word) for word in column_names(result)]
     lines = ["| " + " | ".join(top) + " |", "|" + " --- |" * len(top)]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in cells(result, line)) + " |" for line in result.lines]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in row_cells(result, line)) + " |" for line in result.lines]
     return "\n".join([*lines, "", *notes(result, searched)]) + "\n"
 
 

@@ -17,13 +17,13 @@ REACHED = "reached"
 
 
 @dataclass(frozen=True)
-class PartlySent(Adapters):
+class PartialAdapters(Adapters):
     """Adapters of which each client sends some layers only; the others hold zeros."""
 
     sent: Bool[Tensor, "client layer"] | None = None
 
     @classmethod
-    def of(cls, x: Adapters, sent: Bool[Tensor, "client layer"]) -> PartlySent:
+    def of(cls, x: Adapters, sent: Bool[Tensor, "client layer"]) -> PartialAdapters:
         """The layers that are sent."""
         flat = torch.where(by_column(x.spec, sent.to(x.flat.device)), x.flat, 0.0)
         return cls(x.spec, flat, x.ranks, x.merged, sent)
@@ -62,7 +62,7 @@ class PartlySent(Adapters):
         return list(zip(layer_numbers(self.spec), self.spec.slots, strict=True))
 
 
-def fault(leaf: PartlySent, prefix: str, sent: Mapping[str, Tensor]) -> str | None:
+def fault(leaf: PartialAdapters, prefix: str, sent: Mapping[str, Tensor]) -> str | None:
     """The same of the vectors of a whole message, in which the names of these adapters begin with ``prefix``."""
     names = {name.removeprefix(prefix) for name in sent if name.startswith(prefix)}
     return leaf.fault(names, sent.get(REACHED))

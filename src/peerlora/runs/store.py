@@ -304,7 +304,7 @@ def clients_of(run: Path) -> list[int] | None:
     return _read_json(run / "run.json").get("held")
 
 
-def going_on(run: Path) -> str:
+def resume_command(run: Path) -> str:
     """The command that takes an unfinished run up again."""
     if clients_of(run) is None:
         return f"peerlora train --resume {run}"

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.errors import RunError
-from peerlora.exchange.mailbox import Post, Pushed
+from peerlora.exchange.mailbox import Mailboxes, Pushed
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
-from peerlora.runtime.rounds import Passed
-from peerlora.runtime.virtual_clock import ARRIVED, BEGINS, DONE, Agenda, Clock, Happening, seconds
+from peerlora.runtime.rounds import RoundResult
+from peerlora.runtime.virtual_clock import ARRIVED, BEGINS, DONE, EventQueue, ScheduledEvent, VirtualClock, seconds
 from peerlora.train.learner import Learner
 from peerlora.train.local_rules import Masked
 from peerlora.tree import own_copy, put_row, rows_of
@@ -31,7 +31,7 @@ from peerlora.tree import own_copy, put_row, rows_of
 _BY_ITSELF, _AFTER_A_JOB = range(2)  # how a client comes to begin a job
 
 
-class Apart:
+class AsynchronousRounds:
     """Advances an asynchronous run by as many jobs as there are clients.
 
     Jobs in flight know nothing of each other.  So none is computed when it begins: the first result that is needed has
@@ -39,12 +39,12 @@ class Apart:
     """
 
     def __init__(
-        self, algorithm: AsynchronousAlgorithm[Any], learner: Learner, exchange: StackedExchange, clock: Clock
+        self, algorithm: AsynchronousAlgorithm[Any], learner: Learner, exchange: StackedExchange, clock: VirtualClock
     ):
         self.algorithm, self.learner, self.clock = algorithm, learner, clock
         self.clients = clock.clients
-        self.post = Post(exchange.topology.at(0), exchange.topology.seed, algorithm.newest_only)
-        self.agenda = Agenda([Happening(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
+        self.post = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.newest_only)
+        self.queue = EventQueue([ScheduledEvent(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
         self.now, self.done = 0, 0
         self.outstanding: set[int] = set()
         self.start: Adapters | None = None
@@ -60,19 +60,19 @@ class Apart:
         """Since the start of the run."""
         return seconds(self.now)
 
-    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+    def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Round ``t``; raises RunError when nobody is left who would ever begin a job."""
         began = time.perf_counter()
         self.sent_bytes, self.largest, self.seconds_train, self.ended = 0, 0, 0.0, []
         self.post.begin_round()
         state = own_copy(state)
         while self.done < (t + 1) * self.clients:
-            if self.agenda.moment is None:
+            if self.queue.moment is None:
                 raise RunError(
                     f"all clients have left for good after {self.done} jobs, in round {t + 1}; change clock.away or "
                     "lower train.rounds"
                 )
-            self._moment(self.agenda.moment, t, state)
+            self._moment(self.queue.moment, t, state)
         return state, self._passed(time.perf_counter() - began)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -82,13 +82,13 @@ class Apart:
         tensors = {f"post.{name}": leaf for name, leaf in letters.items()}
         tensors |= {"start": self.start.flat, "result": self.result.flat, "losses": self.losses}
         facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
-        return tensors, facts | {"agenda": self.agenda.listed(), "post": post}
+        return tensors, facts | {"agenda": self.queue.listed(), "post": post}
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on."""
         letters = {name.removeprefix("post."): leaf for name, leaf in tensors.items() if name.startswith("post.")}
-        self.post.take_up(letters, facts["post"])
-        self.agenda = Agenda([Happening(*each) for each in facts["agenda"]])
+        self.post.load_state_dict(letters, facts["post"])
+        self.queue = EventQueue([ScheduledEvent(*each) for each in facts["agenda"]])
         self.now, self.done, self.outstanding = facts["now"], facts["done"], set(facts["outstanding"])
         self.losses = tensors["losses"].cpu()
         self._flown = {name: tensors[name] for name in ("start", "result")}
@@ -101,9 +101,9 @@ class Apart:
         self.now = now
         self._prepare(self.algorithm.model(state))
         steps = {DONE: self._job_done, ARRIVED: self._arrived, BEGINS: self._begin}
-        while self.agenda.moment == now:
-            happening = self.agenda.next()
-            steps[happening.kind](happening, t, state)
+        while self.queue.moment == now:
+            event = self.queue.next()
+            steps[event.kind](event, t, state)
 
     def _prepare(self, x: Adapters) -> None:
         """Room for the jobs in flight."""
@@ -113,8 +113,8 @@ class Apart:
         elif self.start is None:
             self.start, self.result = own_copy(x), own_copy(x)
 
-    def _job_done(self, happening: Happening, t: int, state: Any) -> None:
-        client = happening.client
+    def _job_done(self, event: ScheduledEvent, t: int, state: Any) -> None:
+        client = event.client
         if client in self.outstanding:
             self._compute(t, state)
         assert self.start is not None and self.result is not None
@@ -122,28 +122,28 @@ class Apart:
         row, box = rows_of(state, client), self.post.box(client)
         put_row(state, client, self.algorithm.on_job(row, self.start.rows([client]), self.result.rows([client]), box))
         free = self._dispatch(client)  # an upload keeps a client from its next job
-        self.agenda.add(free, BEGINS, client, _AFTER_A_JOB)
+        self.queue.add(free, BEGINS, client, _AFTER_A_JOB)
 
-    def _arrived(self, happening: Happening, t: int, state: Any) -> None:
-        client = happening.client
+    def _arrived(self, event: ScheduledEvent, t: int, state: Any) -> None:
+        client = event.client
         back = self.clock.back(client, self.now)
         if back != self.now:  # it waits at the door; of one who never comes back nobody will know
             if back is not None:
-                self.agenda.add(back, *happening[1:])
+                self.queue.add(back, *event[1:])
             return
-        self.post.deliver(happening.number)
+        self.post.deliver(event.number)
         put_row(state, client, self.algorithm.on_message(rows_of(state, client), self.post.box(client)))
         self._dispatch(client)  # an answer is sent while the client works on
 
-    def _begin(self, happening: Happening, t: int, state: Any) -> None:
-        client = happening.client
-        if happening.number == _AFTER_A_JOB:
+    def _begin(self, event: ScheduledEvent, t: int, state: Any) -> None:
+        client = event.client
+        if event.number == _AFTER_A_JOB:
             self.done += 1
             self.ended.append((client, float(self.losses[client])))
         back = self.clock.back(client, self.now)
         if back != self.now:
             if back is not None:
-                self.agenda.add(back, BEGINS, client, _BY_ITSELF)
+                self.queue.add(back, BEGINS, client, _BY_ITSELF)
             return
         put_row(state, client, self.algorithm.before_job(rows_of(state, client), self.post.box(client)))
         self.post.begin_job(client)
@@ -151,7 +151,7 @@ class Apart:
         self.start.flat[client] = self.algorithm.model(state).flat[client]
         self.outstanding.add(client)
         steps = self.learner.settings.local_steps
-        self.agenda.add(self.now + self.clock.compute(client, steps, self.now), DONE, client)
+        self.queue.add(self.now + self.clock.compute(client, steps, self.now), DONE, client)
 
     def _dispatch(self, client: int) -> int:
         """Put what a client has pushed on the way; returns when its uplink is free again."""
@@ -160,7 +160,7 @@ class Apart:
             free += self.clock.upload(client, pushed.size * len(pushed.receivers), free)
             self._count(pushed)
             for receiver, number in zip(pushed.receivers, pushed.numbers, strict=True):
-                self.agenda.add(free + self.clock.delay, ARRIVED, receiver, number)
+                self.queue.add(free + self.clock.delay, ARRIVED, receiver, number)
         return free
 
     def _count(self, pushed: Pushed) -> None:
@@ -182,9 +182,9 @@ class Apart:
         self.outstanding.clear()
         self.seconds_train += time.perf_counter() - began
 
-    def _passed(self, spent: float) -> Passed:
+    def _passed(self, spent: float) -> RoundResult:
         losses = [[loss for who, loss in self.ended if who == client] for client in range(self.clients)]
-        return Passed(
+        return RoundResult(
             losses=[sum(own) / len(own) if own else float("nan") for own in losses],
             sent=None,
             W=None,

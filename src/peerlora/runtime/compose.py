@@ -20,19 +20,19 @@ from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import Partition, own_rows, partition
 from peerlora.exchange.attacks import attackers
-from peerlora.exchange.base import Counted
+from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.gossip_sum import gossip_rounds, network_sum
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.exchange.wrapper import innermost
+from peerlora.exchange.wrapper import unwrap
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.runtime.checks import check_composition, check_memory, check_own
-from peerlora.runtime.exchange_stack import attack_notes, learned_from, wrap
+from peerlora.runtime.exchange_stack import attack_notes, build_exchange, poison_labels
 from peerlora.runtime.plan import build_clock
-from peerlora.runtime.resources import DTYPES, Materials, _model, load_materials
-from peerlora.runtime.virtual_clock import Clock
+from peerlora.runtime.resources import DTYPES, RunResources, _model, load_resources
+from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.kernels.selection import Paths, graph_size
 from peerlora.train.learner import Learner
@@ -52,7 +52,7 @@ class Federation:
     eval_data: Dataset
     model: StackedModel
     learner: Learner
-    exchange: Counted
+    exchange: MeteredExchange
     start: Adapters
     export: ExportContext
     warnings: tuple[str, ...]
@@ -61,13 +61,13 @@ class Federation:
     paths: Paths
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
-    clock: Clock | None = None
+    clock: VirtualClock | None = None
 
 
 def compose(
     config: RunConfig,
     *,
-    materials: Materials | None = None,
+    resources: RunResources | None = None,
     partitioner: Any = None,
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
@@ -86,8 +86,8 @@ def compose(
     warnings = check_composition(config, algorithm, topology)
     attacking = attackers(config.adversary, config.clients, config.seed)
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
-    materials = materials or load_materials(config)
-    train_data, eval_data = materials.train_data, materials.eval_data
+    resources = resources or load_resources(config)
+    train_data, eval_data = resources.train_data, resources.eval_data
     here = list(range(config.clients) if clients is None else clients)
     own = config.partition.kind == "own" and partitioner is None
     divided = (
@@ -95,14 +95,14 @@ def compose(
         if own
         else partition(partitioner or config.partition, train_data, config.clients, config.seed)
     )
-    model, export, paths = _model(config, materials)
+    model, export, paths = _model(config, resources)
     start = _start(config, model, here)
     check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
     batches, rows = [config.batches[i] for i in here], divided.shards if own else [divided.shards[i] for i in here]
-    learned = learned_from(config, train_data, [divided.shards[i] for i in attacking])
+    learned = poison_labels(config, train_data, [divided.shards[i] for i in attacking])
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
-    learner = Learner(model, TASKS[config.task.kind], shards, config.train, materials.tokenizer.pad_token_id, graph)
+    learner = Learner(model, TASKS[config.task.kind], shards, config.train, resources.tokenizer.pad_token_id, graph)
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     return Federation(
@@ -114,7 +114,7 @@ def compose(
         eval_data=eval_data,
         model=model,
         learner=learner,
-        exchange=wrap(config, StackedExchange(topology, here, gather), start, attacking),
+        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
         warnings=(*warnings, *divided.warnings),
@@ -132,7 +132,7 @@ def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | N
     """
     for rule in federation.learner.loss_rules:
         if isinstance(rule, LabelPrior):
-            rule.agree(sum_of or (lambda own: network_sum(own, innermost(federation.exchange), federation.topology)))
+            rule.agree(sum_of or (lambda own: network_sum(own, unwrap(federation.exchange), federation.topology)))
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
@@ -176,9 +176,9 @@ _COMPILED = "64"  # products that oneDNN keeps compiled, by shape; its 1,024 gro
 
 
 def composed(
-    config: RunConfig, materials: Materials | None, partitioner: Any, clients: Sequence[int] | None = None
+    config: RunConfig, resources: RunResources | None, partitioner: Any, clients: Sequence[int] | None = None
 ) -> Federation:
     """The parts of a run, on the threads that it asks for."""
     torch.set_num_threads(resolve_threads(config.threads))
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED)
-    return compose(config, materials=materials, partitioner=partitioner, clients=clients)
+    return compose(config, resources=resources, partitioner=partitioner, clients=clients)

@@ -11,14 +11,14 @@ from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import CompositionError
 from peerlora.exchange.attacks import Adversarial, flipped_labels
-from peerlora.exchange.base import Counted
+from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed_gossip import Compressed
 from peerlora.exchange.robust import Robust
 from peerlora.lora.adapters import Adapters
 
 
-def wrap(config: RunConfig, plain: Counted, start: Adapters, attacking: tuple[int, ...]) -> Any:
+def build_exchange(config: RunConfig, plain: MeteredExchange, start: Adapters, attacking: tuple[int, ...]) -> Any:
     """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it.
 
     Raises CompositionError for attackers that would have to know clients of other processes.
@@ -37,7 +37,7 @@ def wrap(config: RunConfig, plain: Counted, start: Adapters, attacking: tuple[in
     return Robust(peers, robust, start, config.train.rounds) if robust else peers
 
 
-def learned_from(config: RunConfig, data: Dataset, attacked: list[np.ndarray]) -> Dataset:
+def poison_labels(config: RunConfig, data: Dataset, attacked: list[np.ndarray]) -> Dataset:
     """The training rows, with the labels of attackers turned round where that is their attack.
 
     Raises CompositionError where there are no classes.

@@ -16,7 +16,7 @@ from peerlora.config.loading import load_config
 from peerlora.errors import RunError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.peft_io import export_adapter
-from peerlora.runs.store import clients_of, going_on
+from peerlora.runs.store import clients_of, resume_command
 from peerlora.runtime.compose import Federation, compose
 from peerlora.tree import leaves, rebuild
 
@@ -62,7 +62,7 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
     if not (run / "summary.json").is_file():
-        raise RunError(f"{run} is not finished; finish it first: {going_on(run)}")
+        raise RunError(f"{run} is not finished; finish it first: {resume_command(run)}")
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise RunError(f"--to {to} is in use; choose a folder that is new or empty")
     config = load_config(run / "config.yaml")

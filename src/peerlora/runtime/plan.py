@@ -9,10 +9,10 @@ from peerlora.algorithms.merging import Merging
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import ClockConfig
 from peerlora.errors import CompositionError
-from peerlora.runtime.virtual_clock import Clock
+from peerlora.runtime.virtual_clock import VirtualClock
 
 
-def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
+def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | None:
     """The virtual clock of a run; an asynchronous method without one gets equal speeds.
 
     Raises CompositionError for a clock that the method cannot keep.
@@ -27,7 +27,7 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
         reason = getattr(algorithm, "needs_clock", None)
         if reason and not settings:
             raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
-        return Clock(settings, config.clients, config.seed) if settings else None
+        return VirtualClock(settings, config.clients, config.seed) if settings else None
     if settings and settings.deadline:
         raise CompositionError(
             f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
@@ -42,7 +42,7 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> Clock | None:
             f"the clients of {name} switch factors at moments of their own, so the optimiser's memory has no common "
             "phase (train.optimizer_state=phase); use train.optimizer_state=round or keep"
         )
-    clock = Clock(settings or ClockConfig(), config.clients, config.seed)
+    clock = VirtualClock(settings or ClockConfig(), config.clients, config.seed)
     if all(clock.back(client, 0) is None for client in range(config.clients)):
         raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
     return clock

@@ -30,7 +30,7 @@ class PreparedBase:
     paths: Paths
 
 
-class Bases:
+class BaseModelCache:
     """Keeps the base model of the latest run for the next one that needs the same, with a head of the next one's seed.
 
     Only for runs that follow each other: with the next one, the adapters of the one before are taken off its model.
@@ -96,30 +96,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunResources:
     """What many runs can share: the tokenised data and, for runs one after another, the base model."""
 
     train_data: Dataset
     eval_data: Dataset
     tokenizer: Any
-    bases: Bases | None = None
+    bases: BaseModelCache | None = None
     """None: every run loads its own."""
 
 
-def load_materials(config: RunConfig) -> Materials:
+def load_resources(config: RunConfig) -> RunResources:
     """Read and tokenise the data of a config."""
     tokenizer = load_tokenizer(config.model.source)
-    return Materials(*load_datasets(config, tokenizer), tokenizer)
+    return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
-def _model(config: RunConfig, materials: Materials) -> tuple[StackedModel, ExportContext, Paths]:
+def _model(config: RunConfig, resources: RunResources) -> tuple[StackedModel, ExportContext, Paths]:
     kind, source, tokenizer, names = (
         config.task.kind,
         config.model.source,
-        materials.tokenizer,
-        materials.train_data.names,
+        resources.tokenizer,
+        resources.train_data.names,
     )
-    bases = materials.bases or Bases()
+    bases = resources.bases or BaseModelCache()
     prepared = bases.get(
         (
             source,

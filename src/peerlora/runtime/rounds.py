@@ -13,7 +13,7 @@ from peerlora.topology.weights import Matrix
 
 
 @dataclass(frozen=True)
-class Passed:
+class RoundResult:
     """What a round leaves behind for its event."""
 
     losses: list[float]
@@ -39,7 +39,7 @@ class Rounds(Protocol):
         """Since the start of the run, on the virtual clock; NaN without one."""
         ...
 
-    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+    def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Round ``t``."""
         ...
 
@@ -47,6 +47,6 @@ class Rounds(Protocol):
         """What must be saved between two rounds to go on to the bit: tensors, and facts as JSON knows them."""
         ...
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what ``saved`` gave."""
         ...

@@ -11,15 +11,15 @@ from peerlora.runs.events import Event
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.compose import composed, resolve_threads
-from peerlora.runtime.resources import Materials
-from peerlora.runtime.trainer import Result, Simulation
+from peerlora.runtime.resources import RunResources
+from peerlora.runtime.trainer import Result, Trainer
 
 
 def simulate(
     config: RunConfig,
     out: Path | str | None = None,
     *,
-    materials: Materials | None = None,
+    resources: RunResources | None = None,
     partitioner: Any = None,
     listener: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
@@ -34,16 +34,16 @@ def simulate(
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
-    federation = composed(config, materials, partitioner)
+    federation = composed(config, resources, partitioner)
     with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
-        return Simulation(federation, store, listener, stop, report).run()
+        return Trainer(federation, store, listener, stop, report).run()
 
 
 def resume(
     folder: Path | str,
     *,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
-    materials: Materials | None = None,
+    resources: RunResources | None = None,
     partitioner: Any = None,
     listener: Callable[[Event], None] = lambda event: None,
     stop: Callable[[], bool] = lambda: False,
@@ -56,4 +56,4 @@ def resume(
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
-        return Simulation(composed(config, materials, partitioner), store, listener, stop, report).run(resumed=True)
+        return Trainer(composed(config, resources, partitioner), store, listener, stop, report).run(resumed=True)

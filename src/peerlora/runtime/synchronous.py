@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import Algorithm, Hurried
-from peerlora.exchange.base import Counted
+from peerlora.algorithms.base import Algorithm, DeadlineAware
+from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.runtime.rounds import Passed
-from peerlora.runtime.virtual_clock import Clock, seconds, ticks
+from peerlora.runtime.rounds import RoundResult
+from peerlora.runtime.virtual_clock import VirtualClock, seconds, ticks
 from peerlora.train.learner import Learner
 from peerlora.tree import held
 
 
-class Together:
+class SynchronousRounds:
     """Synchronous rounds: everybody trains, then everybody exchanges.
 
     With a clock a round ends when the slowest client has computed and sent, or at the deadline.  Who is not ready then,
@@ -28,7 +28,9 @@ class Together:
     begin their next job at once.
     """
 
-    def __init__(self, algorithm: Algorithm[Any], learner: Learner, exchange: Counted, clock: Clock | None):
+    def __init__(
+        self, algorithm: Algorithm[Any], learner: Learner, exchange: MeteredExchange, clock: VirtualClock | None
+    ):
         self.algorithm, self.learner, self.exchange, self.clock = algorithm, learner, exchange, clock
         self.now, self.jobs = 0, [0] * len(exchange.clients)
         self.ready: dict[int, int] = {}
@@ -41,7 +43,7 @@ class Together:
         """Since the start of the run."""
         return seconds(self.now) if self.clock else float("nan")
 
-    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+    def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Round ``t``; the state is that of its end."""
         absent = self._pass_time(self.clock, t, state) if self.clock else []
         here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
@@ -56,7 +58,7 @@ class Together:
         for client in here:
             self.jobs[client] += 1
         peers, mixes = self.exchange, self.exchange.mixed is not None
-        return after, Passed(
+        return after, RoundResult(
             losses=self.learner.losses.tolist(),
             sent=peers.mixed,
             W=peers.graph.W if mixes else np.eye(len(peers.graph.W)),
@@ -76,14 +78,14 @@ class Together:
         facts = {"now": self.now, "jobs": self.jobs, "ready": sorted(self.ready.items())}
         return {"step_seconds": self.step_seconds}, facts
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on."""
         if self.clock is not None:
             self.now, self.jobs = facts["now"], list(facts["jobs"])
             self.step_seconds = tensors["step_seconds"].clone()
             self.ready = {client: moment for client, moment in facts["ready"]}
 
-    def _pass_time(self, clock: Clock, t: int, state: Any) -> list[int]:
+    def _pass_time(self, clock: VirtualClock, t: int, state: Any) -> list[int]:
         """Let one round's time pass; returns who is absent at its end."""
         clients = range(clock.clients)
         self._begin_jobs(clock, t, state)
@@ -96,14 +98,14 @@ class Together:
         self.ready = {client: moment for client, moment in self.ready.items() if client not in there}
         return [client for client in clients if client not in there]
 
-    def _begin_jobs(self, clock: Clock, t: int, state: Any) -> None:
+    def _begin_jobs(self, clock: VirtualClock, t: int, state: Any) -> None:
         """Who is there and idle begins; a message that is late goes on being sent as it was begun."""
         idle = [i for i in range(clock.clients) if i not in self.ready]
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
         gradients = getattr(self.algorithm, "gradients", 1)
-        hurried = self.algorithm if isinstance(self.algorithm, Hurried) else None
+        hurried = self.algorithm if isinstance(self.algorithm, DeadlineAware) else None
         limit = hurried.deadline if hurried else None
         for i in [i for i in idle if i not in away]:
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
@@ -115,7 +117,7 @@ class Together:
                 if hurried
                 else self.algorithm.message(own, t)
             )
-            message = self.exchange.on_the_wire(vectors)
+            message = self.exchange.wire_schema(vectors)
             links = int(degrees[i]) if message else 0
             count = links * encoded_bytes(message)
             self.ready[i] = computed + clock.upload(i, count, computed) + (clock.delay if links else 0)

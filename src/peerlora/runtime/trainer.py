@@ -22,12 +22,12 @@ from peerlora.lora.adapters import Adapters
 from peerlora.lora.diagnostics import Diagnostics, diagnose
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.metrics import summarise
-from peerlora.runs.store import RunStore, going_on, read_events
-from peerlora.runtime.asynchronous import Apart
+from peerlora.runs.store import RunStore, read_events, resume_command
+from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, evaluation_rows, opening_state, resolve_threads
 from peerlora.runtime.export import write_adapters
-from peerlora.runtime.rounds import Passed, Rounds
-from peerlora.runtime.synchronous import Together
+from peerlora.runtime.rounds import RoundResult, Rounds
+from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.topology.weights import remove_links, rho
 from peerlora.train.learner import Scores
 from peerlora.tree import leaves, rebuild
@@ -64,11 +64,11 @@ def rounds_of(federation: Federation) -> Rounds:
     algorithm, clock = federation.algorithm, federation.clock
     if isinstance(algorithm, AsynchronousAlgorithm):
         assert clock is not None and isinstance(federation.exchange, StackedExchange)
-        return Apart(algorithm, federation.learner, federation.exchange, clock)
-    return Together(algorithm, federation.learner, federation.exchange, clock)
+        return AsynchronousRounds(algorithm, federation.learner, federation.exchange, clock)
+    return SynchronousRounds(algorithm, federation.learner, federation.exchange, clock)
 
 
-class Simulation:
+class Trainer:
     """One run in its folder."""
 
     def __init__(
@@ -131,7 +131,7 @@ class Simulation:
 
     def _again(self) -> str:
         """How to take the run up again."""
-        return going_on(self.store.folder)
+        return resume_command(self.store.folder)
 
     def _round(self, t: int, state: Any) -> Any:
         state, passed = self.rounds.advance(t, state)
@@ -170,7 +170,7 @@ class Simulation:
         told[self.honest] = values[self.honest]
         return told.tolist()
 
-    def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
+    def _observed(self, t: int, state: Any, passed: RoundResult) -> dict[str, Any]:
         """What there is to know about the clients after a round, under the names that its event has."""
         sent, W = passed.sent, passed.W if passed.W is not None else np.eye(self.config.clients)
         found = vars(self._diagnosed(self.algorithm.model(state), sent, W))
@@ -181,7 +181,7 @@ class Simulation:
         doubly = np.allclose(W.sum(axis=0), 1)  # a method may have put other weights in the topology's place
         return {**found, "rho": rho(self.moment / (t + 1)) if doubly else math.nan}
 
-    def _edges(self, passed: Passed) -> list[tuple[int, int]]:
+    def _edges(self, passed: RoundResult) -> list[tuple[int, int]]:
         """The links over which this round exchanged anything."""
         return passed.edges
 
@@ -214,8 +214,8 @@ class Simulation:
         tensors = {f"state.{name}": leaf for name, leaf in leaves(state).items()}
         tensors |= {f"learner.{name}": leaf for name, leaf in self.learner.state().items()}
         tensors |= {f"exchange.{name}": leaf for name, leaf in self.exchange.state().items()}
-        on_the_way, facts = self.rounds.saved()
-        tensors |= {f"rounds.{name}": leaf for name, leaf in on_the_way.items()}
+        in_flight, facts = self.rounds.saved()
+        tensors |= {f"rounds.{name}": leaf for name, leaf in in_flight.items()}
         tensors = {name: value.cpu() for name, value in tensors.items()} | {"moment": torch.from_numpy(self.moment)}
         self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
 
@@ -230,11 +230,11 @@ class Simulation:
             self._emit(Warned(note))
         self.moment = checkpoint.tensors["moment"].numpy().copy()
         memory = {name: value.to(self.config.device) for name, value in _below("learner.", checkpoint.tensors).items()}
-        self.learner.load_state(memory, checkpoint.facts["trained"])
+        self.learner.load_state_dict(memory, checkpoint.facts["trained"])
         known = _below("exchange.", checkpoint.tensors)
-        self.exchange.load_state({name: value.to(self.config.device) for name, value in known.items()})
-        on_the_way = {name: leaf.to(self.config.device) for name, leaf in _below("rounds.", checkpoint.tensors).items()}
-        self.rounds.take_up(on_the_way, checkpoint.facts.get("rounds", {}))
+        self.exchange.load_state_dict({name: value.to(self.config.device) for name, value in known.items()})
+        in_flight = {name: leaf.to(self.config.device) for name, leaf in _below("rounds.", checkpoint.tensors).items()}
+        self.rounds.load_state_dict(in_flight, checkpoint.facts.get("rounds", {}))
         return checkpoint.round, rebuild(state, _below("state.", checkpoint.tensors))
 
     def _started(self) -> RunStarted:

@@ -26,7 +26,7 @@ _TRACE_BYTES = 50_000_000
 _LONGEST = 2**62  # nanoseconds, 146 years: beyond, a sum might not fit where it is saved
 
 
-class Clock:
+class VirtualClock:
     """The speeds, bandwidths, delay, deadline and absences of a run.
 
     Raises ConfigError where the trace cannot be read or names what does not exist.
@@ -157,7 +157,7 @@ def _trace_line(where: str, row: dict[str, str | None], clients: int) -> tuple[i
     return client, {"at": ticks(at)} | values
 
 
-class Happening(NamedTuple):
+class ScheduledEvent(NamedTuple):
     """One event, in the order of its fields: at one moment first what ends, then what arrives, then what begins."""
 
     moment: int
@@ -171,18 +171,18 @@ class Happening(NamedTuple):
 DONE, ARRIVED, BEGINS = range(3)
 
 
-class Agenda:
+class EventQueue:
     """What will happen, in an order that is total and the same on every machine."""
 
-    def __init__(self, happenings: Sequence[Happening] = ()):
-        self._heap = list(happenings)
+    def __init__(self, events: Sequence[ScheduledEvent] = ()):
+        self._heap = list(events)
         heapq.heapify(self._heap)
 
     def add(self, moment: int, kind: int, client: int, number: int = 0) -> None:
         """Put down one event."""
-        heapq.heappush(self._heap, Happening(moment, kind, client, number))
+        heapq.heappush(self._heap, ScheduledEvent(moment, kind, client, number))
 
-    def next(self) -> Happening:
+    def next(self) -> ScheduledEvent:
         """Take out the first."""
         return heapq.heappop(self._heap)
 
@@ -191,6 +191,6 @@ class Agenda:
         """When the first will be; None: nothing will happen any more."""
         return self._heap[0].moment if self._heap else None
 
-    def listed(self) -> list[Happening]:
+    def listed(self) -> list[ScheduledEvent]:
         """All of them, in order."""
         return sorted(self._heap)

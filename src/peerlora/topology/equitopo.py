@@ -6,7 +6,7 @@ import numpy as np
 
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
-from peerlora.topology.weight_sequence import Plan
+from peerlora.topology.weight_sequence import WeightSequence
 from peerlora.topology.weights import Matrix
 
 
@@ -15,7 +15,7 @@ def shift_basis(clients: int, u: int) -> Matrix:
     return (np.eye(clients) + (clients - 1) * np.roll(np.eye(clients), u, axis=0)) / clients
 
 
-def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> Plan:
+def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> WeightSequence:
     """``W = mean of A^(u)`` over M random shifts u, drawn once; u-equistatic: the mean of that and its transpose.
 
     Source: Song, Li, Jin, Shi, Yan, Yin, Yuan 2022, arXiv 2210.07881.
@@ -30,10 +30,10 @@ def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> Plan:
     shifts = numpy_generator(seed, "graph").choice(max(1, clients - 1), M, replace=False) + 1
     W = np.mean([shift_basis(clients, int(u)) for u in shifts], axis=0)
     W = (W + W.T) / 2 if kind == "u-equistatic" else W
-    return Plan(lambda seed, t: W, symmetric=bool((W == W.T).all()), period=1)
+    return WeightSequence(lambda seed, t: W, symmetric=bool((W == W.T).all()), period=1)
 
 
-def equidyn(kind: str, clients: int, eta: float) -> Plan:
+def equidyn(kind: str, clients: int, eta: float) -> WeightSequence:
     """``W = (1 - eta) I + eta A^(u)`` with a new shift u every round; ou-equidyn: with undirected pairs i, i + u.
 
     The pairs are taken from a random client on; each client is in one pair at most.
@@ -47,7 +47,7 @@ def equidyn(kind: str, clients: int, eta: float) -> Plan:
         generator = numpy_generator(seed, "graph", round=t)
         return (1 - eta) * np.eye(clients) + eta * shifted(clients, generator)
 
-    return Plan(W, symmetric=kind == "ou-equidyn")
+    return WeightSequence(W, symmetric=kind == "ou-equidyn")
 
 
 def _random_shift(clients: int, generator: np.random.Generator) -> Matrix:

@@ -5,14 +5,14 @@ from functools import lru_cache
 import numpy as np
 
 from peerlora.errors import TopologyError
-from peerlora.topology.weight_sequence import Plan, averaging
+from peerlora.topology.weight_sequence import WeightSequence, averaging
 from peerlora.topology.weights import Matrix
 
 Group = list[int]
 Pair = tuple[int, int, float]  # two clients that average with this weight on each other
 
 
-def one_peer(clients: int) -> Plan:
+def one_peer(clients: int) -> WeightSequence:
     """Round m: client i sends to ``i + 2^m`` and keeps half; the product of a period is J if N is a power of two.
 
     Source: Assran, Loizou, Ballas, Rabbat 2019, "Stochastic gradient push", arXiv 1811.10792; finite-time agreement:
@@ -20,10 +20,10 @@ def one_peer(clients: int) -> Plan:
     """
     period = max(1, (clients - 1).bit_length())
     shift = lambda t: np.roll(np.eye(clients), 2 ** (t % period), axis=0)  # noqa: E731
-    return Plan(lambda seed, t: (np.eye(clients) + shift(t)) / 2, symmetric=clients <= 2, period=period)
+    return WeightSequence(lambda seed, t: (np.eye(clients) + shift(t)) / 2, symmetric=clients <= 2, period=period)
 
 
-def hypercube(clients: int) -> Plan:
+def hypercube(clients: int) -> WeightSequence:
     """Round m: client i averages with ``i xor 2^m``."""
     period = (clients - 1).bit_length()
     if clients != 2**period:
@@ -36,10 +36,10 @@ def hypercube(clients: int) -> Plan:
         bit = 2 ** (t % max(1, period))
         return averaging(clients, [[i, i ^ bit] for i in range(clients) if i < i ^ bit < clients])
 
-    return Plan(W, symmetric=True, period=max(1, period))
+    return WeightSequence(W, symmetric=True, period=max(1, period))
 
 
-def base_graph(clients: int, k: int) -> Plan:
+def base_graph(clients: int, k: int) -> WeightSequence:
     """The Base-(k+1) graph: after one period everybody holds the exact mean, with at most k neighbours a round.
 
     The smooth part of N (its prime factors up to k + 1) is factored out where that makes the period shorter: copies of
@@ -56,7 +56,7 @@ def base_graph(clients: int, k: int) -> Plan:
     across = [averaging(clients, groups) for groups in _across(copies.T.tolist(), k)]
     alone = [_round(clients, *each) for each in _simple(list(range(clients)), k)]
     rounds = min([*beside, *across], alone, key=len) or [np.eye(1)]
-    return Plan(lambda seed, t: rounds[t % len(rounds)], symmetric=True, period=len(rounds))
+    return WeightSequence(lambda seed, t: rounds[t % len(rounds)], symmetric=True, period=len(rounds))
 
 
 def hyper_hypercube(members: Group, k: int) -> list[list[Group]]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 from peerlora.randomness import numpy_generator
 from peerlora.topology.graphs import Adjacency
-from peerlora.topology.weight_sequence import Plan
+from peerlora.topology.weight_sequence import WeightSequence
 from peerlora.topology.weights import Matrix
 
 Laplacians = Float[np.ndarray, "matching client client"]
@@ -33,9 +33,9 @@ class Matcha:
         return np.eye(self.L.shape[1]) - self.a * self.L[used].sum(axis=0)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> WeightSequence:
         """For the schedule."""
-        return Plan(self.W, symmetric=True)
+        return WeightSequence(self.W, symmetric=True)
 
 
 def matcha(adjacency: Adjacency, budget: float) -> Matcha:

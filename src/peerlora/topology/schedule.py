@@ -24,7 +24,7 @@ from peerlora.topology.graphs import (
 )
 from peerlora.topology.matcha import matcha
 from peerlora.topology.properties import Properties
-from peerlora.topology.weight_sequence import Plan
+from peerlora.topology.weight_sequence import WeightSequence
 from peerlora.topology.weights import (
     Matrix,
     lazy,
@@ -85,7 +85,7 @@ class Topology:
     seed: int
     graph: Adjacency | None
     """The graph of the whole run; None where every round has its own."""
-    plan: Plan | None = None
+    plan: WeightSequence | None = None
     """Where the topology comes with its own W."""
     interrupted: bool = False
     """Whether rounds may have to do without clients that the topology itself does not drop: see ``at``."""
@@ -285,7 +285,7 @@ def _is_regular(adjacency: Adjacency) -> bool:
     return bool((degrees == degrees[0]).all())
 
 
-PLANS: dict[str, Callable[[Any, int, int], Plan]] = {
+PLANS: dict[str, Callable[[Any, int, int], WeightSequence]] = {
     "one-peer": lambda config, clients, seed: one_peer(clients),
     "hypercube": lambda config, clients, seed: hypercube(clients),
     "base-k": lambda config, clients, seed: base_graph(clients, config.degree),

@@ -9,7 +9,7 @@ from peerlora.topology.weights import Matrix
 
 
 @dataclass(frozen=True)
-class Plan:
+class WeightSequence:
     """W of every round, doubly stochastic, before links drop; pure in (seed, t)."""
 
     W: Callable[[int, int], Matrix]

@@ -14,7 +14,7 @@ from peerlora.lora.layer_order import by_column, columns_reached, depth_of
 
 
 @dataclass(frozen=True)
-class Reach:
+class BackwardDepth:
     """Of each client held here.  Parts of layers below ``depth`` do not train, and their optimiser memory is held."""
 
     depth: Int[Tensor, " client"]
@@ -26,7 +26,7 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TrainableColumns:
     """The same for a group of clients that get equally deep: which columns train in which local step."""
 
     full: Mapping[str, slice]
@@ -48,24 +48,24 @@ class Cut:
         return torch.where(self.factor == 1, after, before + self.factor * (after - before))
 
 
-def parts(spec: AdapterSpec, blocks: tuple[str, ...], by_layer: bool) -> tuple[str, ...]:
+def moment_groups(spec: AdapterSpec, blocks: tuple[str, ...], by_layer: bool) -> tuple[str, ...]:
     """The names by which an optimiser counts steps: blocks, or parts of them where layers may train unequally often."""
     return tuple(columns_reached(spec, blocks, depth_of(spec), True)) if by_layer else blocks
 
 
-def whole(spec: AdapterSpec, blocks: tuple[str, ...]) -> Cut:
+def all_columns(spec: AdapterSpec, blocks: tuple[str, ...]) -> TrainableColumns:
     """Nothing is cut."""
     active = {block: spec.columns(block) for block in blocks if spec.columns(block).stop}
-    return Cut(active, active)
+    return TrainableColumns(active, active)
 
 
 def cut(
-    spec: AdapterSpec, blocks: tuple[str, ...], reach: Reach, clients: list[int], steps: int, by_layer: bool
-) -> Cut:
+    spec: AdapterSpec, blocks: tuple[str, ...], reach: BackwardDepth, clients: list[int], steps: int, by_layer: bool
+) -> TrainableColumns:
     """For clients of one depth."""
     depth = int(reach.depth[clients[0]])
     factor = by_column(spec, reach.factor[clients])
-    return Cut(
+    return TrainableColumns(
         columns_reached(spec, blocks, depth_of(spec), by_layer),
         columns_reached(spec, blocks, depth, by_layer),
         steps - 1 if reach.last_only else 0,

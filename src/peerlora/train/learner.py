@@ -18,9 +18,9 @@ from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Slot
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
-from peerlora.train.backward_depth import Cut, Reach, cut, parts, whole
+from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, cut, moment_groups
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import Gradients, LocalStep, Rows, Rule
+from peerlora.train.local_rules import Gradients, LocalRule, LocalStep, Rows
 from peerlora.train.loss_rules import Emphasis, LossRule
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
@@ -81,8 +81,8 @@ class Learner:
         self,
         x: Adapters,
         train: str,
-        rule: Rule | None = None,
-        reach: Reach | None = None,
+        rule: LocalRule | None = None,
+        reach: BackwardDepth | None = None,
         emphasis: Float[Tensor, "client place"] | None = None,
     ) -> Adapters:
         """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
@@ -99,7 +99,11 @@ class Learner:
         losses = torch.full((x.clients,), float("nan"), dtype=torch.float64)
         for clients, cutting in self._groups(x.spec, blocks, reach, by_layer):
             part = replace(x.rows(clients), flat=flat[clients])
-            kept = memory.rows(clients) if memory else Moments.fresh(part.flat, parts(x.spec, x.spec.blocks, by_layer))
+            kept = (
+                memory.rows(clients)
+                if memory
+                else Moments.fresh(part.flat, moment_groups(x.spec, x.spec.blocks, by_layer))
+            )
             losses[clients] = self._fit_block(part, clients, cutting, kept, rule, x.flat[clients])
             if not isinstance(clients, slice):  # then the rows are copies
                 flat[clients] = part.flat
@@ -114,7 +118,7 @@ class Learner:
             return None
         switched = self.settings.optimizer_state == "phase" and blocks != self._trained
         if self.memory is None or switched:
-            self.memory = Moments.fresh(x.flat, parts(x.spec, x.spec.blocks, by_layer))
+            self.memory = Moments.fresh(x.flat, moment_groups(x.spec, x.spec.blocks, by_layer))
         self._trained = blocks
         return self.memory
 
@@ -122,9 +126,9 @@ class Learner:
         self,
         x: Adapters,
         clients: Rows,
-        cut: Cut,
+        cut: TrainableColumns,
         moments: Moments,
-        rule: Rule | None,
+        rule: LocalRule | None,
         start: Float[Tensor, "client parameter"],
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
@@ -190,15 +194,15 @@ class Learner:
         return [torch_generator(seed, "dropout", client=numbers[i], round=self.jobs[i]) for i in places]
 
     def _groups(
-        self, spec: AdapterSpec, blocks: tuple[str, ...], reach: Reach | None, by_layer: bool
-    ) -> Iterator[tuple[Rows, Cut]]:
+        self, spec: AdapterSpec, blocks: tuple[str, ...], reach: BackwardDepth | None, by_layer: bool
+    ) -> Iterator[tuple[Rows, TrainableColumns]]:
         """The clients of each graph, and what of them trains: with ``reach``, one depth at a time."""
         places = np.arange(len(self.shards.clients)) if self.places is None else np.array(self.places, dtype=int)
         if reach is None:
             for part in self._client_blocks(places):
                 yield (
                     slice(int(part[0]), int(part[-1]) + 1) if self.places is None else part.tolist(),
-                    whole(spec, blocks),
+                    all_columns(spec, blocks),
                 )
             return
         depths = reach.depth.cpu().numpy()[places]
@@ -271,7 +275,7 @@ class Learner:
         steps = {f"steps.{block}": count for block, count in self.memory.steps.items()}
         return {"first": self.memory.first, "second": self.memory.second, **steps}
 
-    def load_state(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
         """Take up what ``state`` gave; ``trained`` are the blocks of the last round."""
         self._trained = tuple(trained)
         if saved:

@@ -51,7 +51,7 @@ class LocalStep:
 
 
 @runtime_checkable
-class Rule(Protocol):
+class LocalRule(Protocol):
     """Turns the gradient of every local step into the one that clipping and the optimiser see."""
 
     def gradient(self, step: LocalStep) -> Gradients:
@@ -119,7 +119,7 @@ class Recorded:
     ``mean`` is zero in blocks that did not train.
     """
 
-    def __init__(self, rule: Rule, like: Float[Tensor, "client parameter"]):
+    def __init__(self, rule: LocalRule, like: Float[Tensor, "client parameter"]):
         self.rule = rule
         self._sum, self._steps = torch.zeros_like(like), torch.zeros(len(like), 1, dtype=like.dtype, device=like.device)
 

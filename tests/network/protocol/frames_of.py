@@ -6,12 +6,13 @@ import msgspec
 import torch
 
 from peerlora.network.base import Refused
-from peerlora.network.protocol.control import Neighbourhood
-from peerlora.network.protocol.pending_exchange import Meeting
-from peerlora.network.protocol.round_protocol import Rendezvous, Step
+from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.link_history import ExchangeStep
+from peerlora.network.protocol.pending_exchange import PendingExchange
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, Header, largest_body, pack, read_body
 from peerlora.network.transport.frames import opening
-from peerlora.network.transport.links import Ends
+from peerlora.network.transport.links import LinkTable
 from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.network.transport.virtual_loop import virtual_run
 
@@ -36,7 +37,7 @@ def message(tensors=None, **changes):
     return pack(msgspec.structs.replace(ABOUT, **changes), vectors() if tensors is None else tensors)
 
 
-def sealed(body, **changes):
+def with_checksum(body, **changes):
     """A header whose length and hash fit ``body``, whatever that is: by a sender that knows what it does."""
     header = msgspec.structs.replace(
         ABOUT, **({"length": len(body), "sha256": hashlib.sha256(body).hexdigest()} | changes)
@@ -61,11 +62,11 @@ class Site:
     """A receiver as a run has it, which waits for ABOUT: the end of an edge, and behind it a rendezvous."""
 
     def __init__(self):
-        self.ends = Ends("b", Anybody())
+        self.ends = LinkTable("b", Anybody())
         transport = MemoryNetwork(["a", "b"]).transport("b")
-        self.rendezvous = Rendezvous(transport, EXPECTED, 1.0, largest_body(SCHEMA), ABOUT.round + 1)
-        Neighbourhood(self.rendezvous, ["a"], {})
-        self.ends.receiver = self.rendezvous
+        self.protocol = RoundProtocol(transport, EXPECTED, 1.0, largest_body(SCHEMA), ABOUT.round + 1)
+        PeerControl(self.protocol, ["a"], {})
+        self.ends.receiver = self.protocol
 
     def _check(self, header, body):
         if header.codec != "identity":
@@ -73,9 +74,9 @@ class Site:
         return read_body(header, body, SCHEMA)
 
     def _begin(self):
-        own = self.rendezvous
-        own.at = Step(ABOUT.round, ABOUT.step)
-        self.meeting = own._open = Meeting(["a"], ["a"], self._check, False)
+        own = self.protocol
+        own.at = ExchangeStep(ABOUT.round, ABOUT.step)
+        self.meeting = own._open = PendingExchange(["a"], ["a"], self._check, False)
         for memory in (own.heard, own._seen, own._edges._claims, own.notices, self.ends._events):
             memory.clear()
 
@@ -85,8 +86,8 @@ class Site:
         try:
             return await self._take(pieces)
         except Refused:
-            assert not self.meeting.got and not self.rendezvous.half_used and not self.rendezvous.disagreeing
-            assert max(self.rendezvous.heard.values(), default=0) <= self.rendezvous.rounds
+            assert not self.meeting.got and not self.protocol.half_used and not self.protocol.disagreeing
+            assert max(self.protocol.heard.values(), default=0) <= self.protocol.rounds
             raise
 
     async def _take(self, pieces):

@@ -10,9 +10,9 @@ from in_memory import exchanges, names, together
 
 from peerlora.config.loading import load_config
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.network.protocol.control import Neighbourhood
+from peerlora.network.protocol.control import PeerControl
 from peerlora.network.protocol.neighbour_exchange import without
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, encode_body, read_body
 from peerlora.network.transport.heartbeat import Timing
 from peerlora.network.transport.memory import MemoryNetwork
@@ -67,7 +67,7 @@ def test_what_is_not_acknowledged_stays_with_the_sender():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
         found.round()
-        found.peers[0].rendezvous.transport.network.lose("site-0", "site-2")
+        found.peers[0].protocol.transport.network.lose("site-0", "site-2")
         assert found.round() == [{2: "no acknowledgement"}, {}, {0: "no message"}, {}]
         assert float(found.w.sum()) == pytest.approx(4, abs=1e-14)
         assert float(found.u.sum()) == pytest.approx(9.5, abs=1e-14)
@@ -80,14 +80,14 @@ def test_what_is_not_acknowledged_stays_with_the_sender():
 def test_a_lost_acknowledgement_doubles_a_share_and_is_told():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
-        network = peers[0].rendezvous.transport.network
+        network = peers[0].protocol.transport.network
         network.lose("site-0", "site-2", what="ack")
         assert found.round() == [{2: "no acknowledgement"}, {}, {}, {}]
         assert float(found.w.sum()) == pytest.approx(4 + 1 / 3, abs=1e-14)
         for _ in range(3):
             found.round()
         assert float(found.w.sum()) == pytest.approx(4 + 1 / 3, abs=1e-12)
-        told = [notice for notice in peers[2].rendezvous.notices if notice.kind == "half-used"]
+        told = [notice for notice in peers[2].protocol.notices if notice.kind == "half-used"]
         assert [(notice.peer, notice.detail) for notice in told] == [("site-0", "round 0: used here only")]
         assert (found.u / found.w).min() > 1 and (found.u / found.w).max() < 4
 
@@ -95,7 +95,7 @@ def test_a_lost_acknowledgement_doubles_a_share_and_is_told():
 def test_a_peer_that_is_cut_off_keeps_what_it_has():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
-        network = peers[0].rendezvous.transport.network
+        network = peers[0].protocol.transport.network
         found.round()
         network.split(["site-2"])
         for _ in range(4):
@@ -118,21 +118,21 @@ ROUNDS, DEADLINE = 25, 5.0
 async def handing(network, client, mass, graph):
     """One peer's rounds of handing on one number."""
     sites = names(4)
-    rendezvous = Rendezvous(network.transport(sites[client]), Expected("run", "ba5e", "5bec"), DEADLINE, 1 << 12)
-    hood = Neighbourhood(rendezvous, [site for site in sites.values() if site != sites[client]], {})
-    await hood.start()
-    await hood.greet(DEADLINE)
+    protocol = RoundProtocol(network.transport(sites[client]), Expected("run", "ba5e", "5bec"), DEADLINE, 1 << 12)
+    control = PeerControl(protocol, [site for site in sites.values() if site != sites[client]], {})
+    await control.start()
+    await control.greet(DEADLINE)
     numbers = {site: j for j, site in sites.items()}
     t, used = 0, 0
     while t < ROUNDS:
-        called = rendezvous.called(t)
+        called = protocol.called(t)
         t = min(called[0], ROUNDS - 1) if called else t
-        rendezvous.enter(t)
+        protocol.enter(t)
         await asyncio.sleep(0.3 * client)
         planned = graph.at(t)
         senders, receivers = planned.neighbours(client), planned.receivers(client)
         value = encode_body({"u": torch.tensor(mass[client], dtype=torch.float64)})
-        outcome = await rendezvous.meet(
+        outcome = await protocol.meet(
             [sites[j] for j in receivers], value, lambda h, b: read_body(h, b, SCHEMA), [sites[j] for j in senders]
         )
         got = {numbers[peer]: float(found["u"]) for peer, found in outcome.got.items()}
@@ -141,10 +141,10 @@ async def handing(network, client, mass, graph):
         row = without(planned, missing, one_way=True).W[client]
         mass[client] = sum(row[j] * x for j, x in (got | {client: mass[client]}).items())
         t, used = t + 1, used + len(got)
-    rendezvous.enter(ROUNDS)
+    protocol.enter(ROUNDS)
     await asyncio.sleep(3 * DEADLINE)
-    await hood.close()
-    return rendezvous.half_used, used
+    await control.close()
+    return protocol.half_used, used
 
 
 @pytest.mark.parametrize("seed", range(4))

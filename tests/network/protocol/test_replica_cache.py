@@ -16,8 +16,8 @@ from peerlora.exchange.replicas import Difference
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
-from peerlora.network.protocol.replica_cache import Copies, fingerprint, letter_of
-from peerlora.network.protocol.wire import Header, encode_body, sealed
+from peerlora.network.protocol.replica_cache import ReplicaCache, fingerprint, letter_of
+from peerlora.network.protocol.wire import Header, encode_body, with_checksum
 from peerlora.topology.schedule import build_topology
 
 KINDS = ["identity", "cast", "top-k", "random-k", "sign", "qsgd"]
@@ -46,7 +46,7 @@ class Gossip:
     def __init__(self, peers, kind):
         self.inner, self.x = peers, [adapters().rows([i]) for i in range(4)]
         self.peers = [wrapped(each, kind, start().rows([i])) for i, each in enumerate(peers)]
-        self.network, self.t = peers[0].rendezvous.transport.network, 0
+        self.network, self.t = peers[0].protocol.transport.network, 0
 
     def round(self, blocks=None):
         """Everybody's missed links, and how many whole replicas each sent."""
@@ -146,8 +146,8 @@ def test_a_peer_that_starts_again_gets_whole_replicas_and_sends_its_own():
         found.round()
         saved, x = found.peers[2].state(), found.x[2]
         found.round()
-        peers[2].copies = Copies(start().flat[:1])  # a new process, with the checkpoint of a round before
-        found.peers[2].load_state(saved)
+        peers[2].copies = ReplicaCache(start().flat[:1])  # a new process, with the checkpoint of a round before
+        found.peers[2].load_state_dict(saved)
         found.x[2] = x
         assert found.round() == ([{}] * 4, [0, 1, 2, 1])
         found.check_copies()
@@ -181,13 +181,13 @@ def difference(kind):
         lambda message: codec.decode(message, sizes, draws),
         lambda message: codec.fault(message, sizes),
     )
-    return sent, Copies(begin.flat[:1])
+    return sent, ReplicaCache(begin.flat[:1])
 
 
 def received(sent, copies, tensors, codec="difference", **facts):
     body = encode_body(tensors) if isinstance(tensors, dict) else tensors
     facts = facts or letter_of(sent)["facts"]
-    header = sealed(Header(run="r", kind="mix", sender="site-1", codec=codec, facts=facts), body)
+    header = with_checksum(Header(run="r", kind="mix", sender="site-1", codec=codec, facts=facts), body)
     return copies.check(sent, header, bytearray(body))
 
 

@@ -8,7 +8,7 @@ import tracemalloc
 import msgspec
 import pytest
 import torch
-from frames_of import ABOUT, EXPECTED, SCHEMA, in_pieces, message, sealed, take, vectors
+from frames_of import ABOUT, EXPECTED, SCHEMA, in_pieces, message, take, vectors, with_checksum
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -150,14 +150,14 @@ def test_a_header_has_one_form_only():
 
 def test_what_is_too_large_is_refused_before_it_is_read():
     refused("oversize", read_header, b"\x00" * (HEADER_BYTES + 1))
-    refused("oversize", read_header, sealed(b"", length=largest_body(SCHEMA) + 1), largest_body(SCHEMA))
-    refused("oversize", read_header, sealed(b"", length=2**50), largest_body(SCHEMA))
+    refused("oversize", read_header, with_checksum(b"", length=largest_body(SCHEMA) + 1), largest_body(SCHEMA))
+    refused("oversize", read_header, with_checksum(b"", length=2**50), largest_body(SCHEMA))
     body = bytes(largest_body(SCHEMA) + 1)
-    refused("oversize", read_body, read_header(sealed(body)), body, SCHEMA)
+    refused("oversize", read_body, read_header(with_checksum(body)), body, SCHEMA)
 
 
 def taken(body, schema=SCHEMA):
-    return read_body(read_header(sealed(body)), bytearray(body), schema)
+    return read_body(read_header(with_checksum(body)), bytearray(body), schema)
 
 
 def changed(**changes):
@@ -303,7 +303,7 @@ def claims(body, **changes):
         return SCHEMA
 
     try:
-        read_claimed(read_header(sealed(body, **changes)), body, SCHEMA, schema)
+        read_claimed(read_header(with_checksum(body, **changes)), body, SCHEMA, schema)
     except Refused as refusal:
         return asked, refusal.reason
     return asked, "taken"

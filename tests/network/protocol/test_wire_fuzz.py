@@ -11,7 +11,7 @@ import tracemalloc
 
 import msgspec
 import pytest
-from frames_of import SCHEMA, Site, in_pieces, message, sealed
+from frames_of import SCHEMA, Site, in_pieces, message, with_checksum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,7 +83,7 @@ def shuffled(pieces, draw):
 
 def resealed(body, draw):
     changed = mutated(body, draw)
-    return in_pieces(sealed(changed), changed)
+    return in_pieces(with_checksum(changed), changed)
 
 
 async def outcome(site, pieces):
@@ -185,7 +185,7 @@ def test_any_value_in_a_header_is_right_or_refused(name, value):
 @given(st.binary(max_size=600))
 def test_any_bytes_as_a_body_are_refused(body):
     with pytest.raises(Refused):
-        read_body(read_header(sealed(body)), body, SCHEMA)
+        read_body(read_header(with_checksum(body)), body, SCHEMA)
 
 
 @settings(max_examples=100, deadline=None)
@@ -195,7 +195,7 @@ def test_any_json_before_the_vectors_is_refused(entries, data):
     head += b" " * (-len(head) % 8)
     body = len(head).to_bytes(8, "little") + head + data
     with pytest.raises(Refused):
-        read_body(read_header(sealed(body)), body, SCHEMA)
+        read_body(read_header(with_checksum(body)), body, SCHEMA)
 
 
 @settings(max_examples=200, deadline=None)
@@ -213,7 +213,7 @@ def test_the_largest_announcement_costs_no_memory():
             if tracing:
                 tracemalloc.start()
             assert await outcome(site, [(2**60).to_bytes(8, "big") + header]) == "oversize"
-            assert await outcome(site, [(0).to_bytes(8, "big") + sealed(body, length=2**50)]) == "oversize"
+            assert await outcome(site, [(0).to_bytes(8, "big") + with_checksum(body, length=2**50)]) == "oversize"
         return tracemalloc.get_traced_memory()[1]
 
     try:

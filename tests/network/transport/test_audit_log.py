@@ -7,9 +7,9 @@ import pytest
 from rigs import GrpcRig
 
 from peerlora.network.protocol.wire import Header, message_facts, pack
-from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Timing
-from peerlora.network.transport.links import Ends
+from peerlora.network.transport.links import LinkTable
 
 
 def lines(path):
@@ -21,7 +21,7 @@ def test_every_message_is_in_the_logs_of_both_sides(federation, tmp_path):
 
     async def scenario(rig):
         make = rig.make
-        rig.make = lambda site: make(site, audit=Audit(tmp_path / site, message_facts))
+        rig.make = lambda site: make(site, audit=AuditLog(tmp_path / site, message_facts))
         await rig.all_up("a", "b")
         header, _ = pack(Header(run="r", kind="mix", round=4, sender="a"), {})
         rig.boxes["b"].refuse_header[b"bad"] = "wrong-run"
@@ -45,7 +45,7 @@ def test_every_message_is_in_the_logs_of_both_sides(federation, tmp_path):
 
 def test_the_log_is_bounded_and_no_line_is_torn(tmp_path):
     path = tmp_path / "audit.jsonl"
-    audit = Audit(path, most=2000, keep=3)
+    audit = AuditLog(path, most=2000, keep=3)
     for number in range(500):
         audit.refused("stranger", "not-a-member", f"{number} " + "x" * 2000, "here")
     audit.close()
@@ -61,7 +61,7 @@ def test_the_log_is_bounded_and_no_line_is_torn(tmp_path):
 def test_a_log_goes_on_after_a_restart_and_names_cannot_forge_lines(tmp_path):
     path = tmp_path / "audit.jsonl"
     for peer in ("a", 'b\n{"event": "sent"}'):
-        audit = Audit(path)
+        audit = AuditLog(path)
         audit.message("sent", peer, b"header", 5)
         audit.close()
     assert [line["peer"] for line in lines(path)] == ["a", 'b\n{"event": "sent"}']
@@ -90,7 +90,7 @@ class Full:
 @pytest.mark.parametrize("room", [0, 10])
 def test_a_full_disk_costs_lines_and_nothing_else(tmp_path, caplog, room):
     path = tmp_path / "audit.jsonl"
-    audit = Audit(path)
+    audit = AuditLog(path)
     audit.event("up", "a", "")
     for _ in range(3):
         audit._file = full(audit._file or open(path, "ab", buffering=0), room)
@@ -103,7 +103,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path, caplog, room):
 
 
 def test_a_log_that_cannot_be_rotated_or_opened_is_told_and_no_more(tmp_path, caplog, monkeypatch):
-    audit = Audit(tmp_path / "audit.jsonl", most=200)
+    audit = AuditLog(tmp_path / "audit.jsonl", most=200)
     with monkeypatch.context() as patch:
         patch.setattr("peerlora.network.transport.audit_log.os.replace", lambda *paths: Full(None, 0).write(paths))
         for number in range(10):
@@ -113,14 +113,14 @@ def test_a_log_that_cannot_be_rotated_or_opened_is_told_and_no_more(tmp_path, ca
     assert lines(tmp_path / "audit.jsonl")[-1]["peer"] == "after"
     audit.close()
     (tmp_path / "file").touch()
-    Audit(tmp_path / "file" / "audit.jsonl").event("up", "a", "")  # its folder cannot be made
+    AuditLog(tmp_path / "file" / "audit.jsonl").event("up", "a", "")  # its folder cannot be made
     assert caplog.text.count("WARNING") == 2
 
 
 def test_messages_and_sessions_do_not_need_the_log(federation, tmp_path, caplog):
     async def scenario(rig):
         make = rig.make
-        rig.make = lambda site: make(site, audit=Audit(tmp_path / site, message_facts))
+        rig.make = lambda site: make(site, audit=AuditLog(tmp_path / site, message_facts))
         for site in "ab":
             (tmp_path / site).mkdir()  # nothing can be written where a folder is
         await rig.all_up("a", "b")
@@ -133,14 +133,14 @@ def test_messages_and_sessions_do_not_need_the_log(federation, tmp_path, caplog)
 
 def test_a_dialler_survives_whatever_fails_in_a_session(federation, monkeypatch, caplog):
     async def scenario(rig):
-        opened, failures = Ends.opened, iter([True, False, False, False])
+        opened, failures = LinkTable.opened, iter([True, False, False, False])
 
         def open_later(ends, peer, link):
             if ends.me == "a" and next(failures):
                 raise ZeroDivisionError("a mistake of ours")
             opened(ends, peer, link)
 
-        monkeypatch.setattr(Ends, "opened", open_later)
+        monkeypatch.setattr(LinkTable, "opened", open_later)
         rig.timing = Timing(beat=0.1, backoff=(0.05, 0.2), refused=0.2, handshake=1.0)
         await rig.all_up("a", "b")
         assert "dialling b failed here" in caplog.text and "a mistake of ours" in caplog.text
@@ -149,7 +149,7 @@ def test_a_dialler_survives_whatever_fails_in_a_session(federation, monkeypatch,
 
 
 def test_without_a_file_nothing_is_written(tmp_path):
-    audit = Audit(None)
+    audit = AuditLog(None)
     audit.message("sent", "a", b"h", 1)
     audit.refused("a", "late", "", "here")
     audit.event("up", "a", "")

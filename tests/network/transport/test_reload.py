@@ -7,7 +7,7 @@ from rigs import SITES, GrpcRig, free_port
 from peerlora.network.identity.authority import issue, list_signer, throwaway
 from peerlora.network.identity.identity import read_key
 from peerlora.network.identity.members import SignedList, remove_member, sign_list, write_list
-from peerlora.network.transport.reload import follow
+from peerlora.network.transport.reload import reload_on_change
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_a_new_list_and_a_renewed_certificate_are_taken_up_while_the_peer_runs(r
     async def scenario(rig):
         await rig.all_up()
         a = rig.transports["a"]
-        following = asyncio.ensure_future(follow(a, folder / "a", folder / "members.json", every=0.05))
+        following = asyncio.ensure_future(reload_on_change(a, folder / "a", folder / "members.json", every=0.05))
         await asyncio.sleep(0.1)
         public = read_key(folder / "a/key.pem").public_key()
         (folder / "a/certificate.pem").write_bytes(issue(folder / "authority", public, "a", timedelta(days=80)))
@@ -46,7 +46,9 @@ def test_a_new_list_and_a_renewed_certificate_are_taken_up_while_the_peer_runs(r
 
 
 def following(rig, site, every=0.05):
-    return asyncio.ensure_future(follow(rig.transports[site], rig.folder / site, rig.folder / "members.json", every))
+    return asyncio.ensure_future(
+        reload_on_change(rig.transports[site], rig.folder / site, rig.folder / "members.json", every)
+    )
 
 
 def without_c(rig):

@@ -22,7 +22,7 @@ from peerlora.network.identity.members import add_member, remove_member
 from peerlora.network.identity.proof import TOKEN
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.wire import Expected, Header, message_facts, pack, read_header
-from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.dialler import failure
 from peerlora.network.transport.frames import ACCEPTED, BEAT, NONCE_KEY, SERVICE, TOKEN_KEY, read_refusal
 from peerlora.network.transport.grpc import GrpcTransport
@@ -48,7 +48,7 @@ class Door(GrpcRig):
     async def open(self, folder):
         self.log = folder / "audit.jsonl"
         self.log.unlink(missing_ok=True)
-        transport = self.make("a", audit=Audit(self.log, message_facts))
+        transport = self.make("a", audit=AuditLog(self.log, message_facts))
         self.boxes["a"], self.told["a"], self.transports["a"] = Untouched(), [], transport
         await transport.start(self.boxes["a"])
         self._listening.append(asyncio.ensure_future(self._listen(transport, self.told["a"])))

@@ -4,7 +4,7 @@ import time
 import pytest
 
 from peerlora.network.base import PeerDown
-from peerlora.network.transport.heartbeat import Pulse, Session, Timing
+from peerlora.network.transport.heartbeat import Heartbeat, Session, Timing
 from peerlora.network.transport.virtual_loop import virtual_run
 
 
@@ -46,7 +46,7 @@ def test_what_would_wait_for_ever_is_told():
 
 
 def test_health_by_missed_beats():
-    pulse = Pulse(Timing(beat=2, suspect=3, down=5), 100)
+    pulse = Heartbeat(Timing(beat=2, suspect=3, down=5), 100)
     seen = []
     for now in range(101, 112):
         seen.append(pulse.health(now))
@@ -56,7 +56,7 @@ def test_health_by_missed_beats():
 
 
 def test_a_process_that_stood_still_does_not_blame_its_peer():
-    pulse = Pulse(Timing(beat=2), 0)
+    pulse = Heartbeat(Timing(beat=2), 0)
     assert pulse.health(1) == "alive"
     assert pulse.health(1000) == "alive"
     assert [pulse.health(1000 + second) for second in (3, 6, 9, 10)] == ["alive", "suspect", "suspect", "down"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Refused
-from peerlora.network.protocol.round_protocol import Rendezvous, Service
-from peerlora.network.protocol.wire import Header, encode_body, encode_header, sealed
+from peerlora.network.protocol.round_protocol import RoundProtocol, Service
+from peerlora.network.protocol.wire import Header, encode_body, encode_header, with_checksum
 
 _KNOCK = 0.5  # seconds between two signs of life to a neighbour that is not waited for
 _RETRY = 0.2  # seconds between two greetings to a neighbour that is not there yet
@@ -21,7 +21,7 @@ _SETTING = "setting "  # before the name of a section whose hash a greeting carr
 
 
 @dataclass(frozen=True)
-class Pulled:
+class StateReply:
     """A neighbour's state as it came, still unchecked."""
 
     peer: PeerId
@@ -30,14 +30,14 @@ class Pulled:
 
 
 @dataclass
-class Greeted:
+class HandshakeResult:
     """What greeting the neighbours came to."""
 
     reached: set[PeerId] = field(default_factory=set)
     refused: dict[PeerId, str] = field(default_factory=dict)
 
 
-class Neighbourhood(Service):
+class PeerControl(Service):
     """The neighbours of one peer.
 
     ``settings``: by section of the config the hash of what all peers must have in common.  ``snapshot`` gives the
@@ -46,26 +46,26 @@ class Neighbourhood(Service):
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        protocol: RoundProtocol,
         peers: Collection[PeerId],
         settings: Mapping[str, str],
         snapshot: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
         largest_state: int = 0,
     ):
-        self.rendezvous, self.peers, self.settings = rendezvous, tuple(peers), settings
+        self.protocol, self.peers, self.settings = protocol, tuple(peers), settings
         self.snapshot, self.largest_state = snapshot, largest_state
         self._answered: dict[PeerId, asyncio.Event] = {peer: asyncio.Event() for peer in peers}
         self._refused: dict[PeerId, str] = {}
-        self._pulling: dict[PeerId, asyncio.Future[Pulled]] = {}
+        self._pulling: dict[PeerId, asyncio.Future[StateReply]] = {}
         self._tasks: dict[tuple[str, PeerId], asyncio.Task[None]] = {}
         self.skew: dict[PeerId, float] = {}
         """Seconds that a neighbour's clock was ahead of this one when it greeted, less the way."""
         self._background: set[asyncio.Task[None]] = set()
-        rendezvous.service, rendezvous.neighbours = self, frozenset(peers)
+        protocol.service, protocol.neighbours = self, frozenset(peers)
 
     async def start(self) -> None:
         """Open the transport and watch the neighbours."""
-        await self.rendezvous.transport.start(self.rendezvous)
+        await self.protocol.transport.start(self.protocol)
         for forever in (self._watch, self._knock):
             self._background.add(asyncio.create_task(forever()))
 
@@ -75,14 +75,14 @@ class Neighbourhood(Service):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.rendezvous.transport.close()
+        await self.protocol.transport.close()
 
-    async def greet(self, seconds: float) -> Greeted:
+    async def greet(self, seconds: float) -> HandshakeResult:
         """Greet all neighbours, until each has greeted back or refused, or the time is over.
 
         Who has greeted and is gone again is not waited for: a run may be over before a slower neighbour has begun it.
         """
-        greeted = Greeted()
+        greeted = HandshakeResult()
 
         async def one(peer: PeerId) -> None:
             with suppress(TimeoutError):
@@ -105,10 +105,10 @@ class Neighbourhood(Service):
 
         await asyncio.gather(*(one(peer) for peer in self.peers))
         greeted.refused = {peer: why for peer, why in self._refused.items() if peer not in greeted.reached}
-        self.rendezvous.absent |= set(self.peers) - greeted.reached
+        self.protocol.absent |= set(self.peers) - greeted.reached
         return greeted
 
-    async def pull(self, peer: PeerId, seconds: float) -> Pulled | None:
+    async def pull(self, peer: PeerId, seconds: float) -> StateReply | None:
         """A neighbour's newest state; None where it did not come in time."""
         self._pulling[peer] = asyncio.get_running_loop().create_future()
         try:
@@ -134,14 +134,14 @@ class Neighbourhood(Service):
         """Remember it, whichever side said so first; with one that has other settings nothing is exchanged."""
         self._refused[peer] = str(refusal)
         if refusal.reason == "wrong-config":
-            self.rendezvous.disagreeing[peer] = refusal.detail
+            self.protocol.disagreeing[peer] = refusal.detail
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
         """A greeting, a question for the state, or the answer to one."""
         if header.kind == "hello":
             self._compare(header)
             self._refused.pop(peer, None)
-            self.rendezvous.disagreeing.pop(peer, None)
+            self.protocol.disagreeing.pop(peer, None)
             clock = header.facts.get("clock")
             if isinstance(clock, int):
                 self.skew[peer] = clock / 1000 - time.time()
@@ -151,7 +151,7 @@ class Neighbourhood(Service):
         elif header.kind == "ask":
             self._task("state", peer, self._state)
         elif header.kind == "state" and peer in self._pulling and not self._pulling[peer].done():
-            self._pulling[peer].set_result(Pulled(peer, header, body))
+            self._pulling[peer].set_result(StateReply(peer, header, body))
         else:
             raise Refused("unexpected", header.kind)
 
@@ -176,26 +176,26 @@ class Neighbourhood(Service):
         snapshot = self.snapshot()
         if snapshot is not None:
             body = await asyncio.to_thread(encode_body, snapshot)
-            await self._send("state", peer, body, self.rendezvous.deadline)
+            await self._send("state", peer, body, self.protocol.deadline)
 
     async def _send(self, kind: str, peer: PeerId, body: bytes, deadline: float, **facts: int | str) -> None:
-        header = sealed(self.rendezvous.header(kind, **facts, **self.rendezvous.last(peer)), body)
-        await self.rendezvous.transport.send(peer, encode_header(header), body, deadline=deadline)
+        header = with_checksum(self.protocol.header(kind, **facts, **self.protocol.last(peer)), body)
+        await self.protocol.transport.send(peer, encode_header(header), body, deadline=deadline)
 
     # --- what goes on in the background
 
     async def _watch(self) -> None:
         """Take the transport's word on who is there; what it repeats, such as failing to dial, is told once."""
         told: dict[PeerId, str] = {}
-        async for event in self.rendezvous.transport.events():
+        async for event in self.protocol.transport.events():
             if event.peer in self._answered:
                 refused = event.kind == "refused"
                 if not (event.detail.startswith(_USUAL) if refused else told.get(event.peer) == event.kind):
-                    self.rendezvous.notice(event.kind, event.peer, event.detail)
+                    self.protocol.notice(event.kind, event.peer, event.detail)
                 if not refused:
                     told[event.peer] = event.kind
                 if event.kind in ("suspect", "down"):
-                    self.rendezvous.leave(event.peer)
+                    self.protocol.leave(event.peer)
                 elif event.kind == "up":
                     self._task("greet", event.peer, self._greet_again)
 
@@ -203,17 +203,17 @@ class Neighbourhood(Service):
         """Give those who are not waited for a chance to be heard: who takes a greeting is there."""
         while True:
             await asyncio.sleep(_KNOCK)
-            for peer in sorted(self.rendezvous.absent):
+            for peer in sorted(self.protocol.absent):
                 self._task("greet", peer, self._greet_again)
 
     async def _greet_again(self, peer: PeerId) -> None:
         try:
-            await self._hello(peer, False, self.rendezvous.deadline)
+            await self._hello(peer, False, self.protocol.deadline)
         except Refused as refusal:
             if refusal.reason == "wrong-config":
                 self.disagrees(peer, refusal)
             raise
-        self.rendezvous.back(peer)
+        self.protocol.back(peer)
 
     def _task(self, kind: str, peer: PeerId, send: Callable[[PeerId], Awaitable[None]]) -> None:
         """Send in the background; of one kind to one peer only one at a time.  Failures are told by the transport."""

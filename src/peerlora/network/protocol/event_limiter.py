@@ -12,7 +12,7 @@ _WAITING = 10_000  # notices that nobody fetched; the oldest go first
 _EACH = 16  # notices that one neighbour may cause in a round; what goes beyond is counted
 
 
-class Notice(NamedTuple):
+class NeighbourEvent(NamedTuple):
     """Something that the user should hear about a neighbour."""
 
     time: str
@@ -23,7 +23,7 @@ class Notice(NamedTuple):
     detail: str
 
 
-class Notices:
+class EventLimiter:
     """Notices that wait for whoever tells the user.
 
     Of one neighbour a refusal is told once in a round, whatever its details, and other things up to a bound; what went
@@ -31,7 +31,7 @@ class Notices:
     """
 
     def __init__(self):
-        self.waiting: deque[Notice] = deque(maxlen=_WAITING)
+        self.waiting: deque[NeighbourEvent] = deque(maxlen=_WAITING)
         self._told: dict[PeerId, Counter[str]] = {}
         self._untold: dict[PeerId, Counter[tuple[str, str]]] = {}
 
@@ -53,4 +53,4 @@ class Notices:
         self._told, self._untold = {}, {}
 
     def _put(self, kind: str, peer: PeerId, detail: str) -> None:
-        self.waiting.append(Notice(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
+        self.waiting.append(NeighbourEvent(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))

@@ -11,7 +11,7 @@ Answer = TypeVar("Answer")
 _OFF_LOOP = 1 << 18  # bytes from which looking at a message would hold up all others
 
 
-class LoopThread:
+class EventLoopThread:
     """Runs coroutines for synchronous code until ``close``; also a context manager."""
 
     def __init__(self):
@@ -39,7 +39,7 @@ class LoopThread:
             self._thread.join()
             self.loop.close()
 
-    def __enter__(self) -> LoopThread:
+    def __enter__(self) -> EventLoopThread:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -54,6 +54,6 @@ async def _end_all() -> None:
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def aside(size: int, work: Callable[..., Answer], *arguments: Any) -> Answer:
+async def run_off_loop(size: int, work: Callable[..., Answer], *arguments: Any) -> Answer:
     """What ``work`` returns on a message of ``size`` bytes; for a large one it leaves the event loop to others."""
     return await asyncio.to_thread(work, *arguments) if size >= _OFF_LOOP else work(*arguments)

@@ -17,31 +17,31 @@ _TOLD = 8  # of them that every message tells
 _KNOWN = 10_000  # half-used edges that are not told twice
 
 
-class Step(NamedTuple):
+class ExchangeStep(NamedTuple):
     """One exchange: the round, and which one within it."""
 
     round: int
     number: int = 0
 
 
-class Edges:
+class LinkHistory:
     """One peer's memory of its edges.  ``differs`` is called for each exchange that only one end used."""
 
-    def __init__(self, differs: Callable[[PeerId, Step, bool], None]):
+    def __init__(self, differs: Callable[[PeerId, ExchangeStep, bool], None]):
         self.differs = differs
-        self.born = Step(0)
+        self.born = ExchangeStep(0)
         """With which exchange this process began."""
         self.half_used = 0
         """Edges so far that one end used and the other did not."""
-        self._past: dict[PeerId, dict[Step, bool]] = {}
-        self._claims: dict[PeerId, dict[Step, bool]] = {}
-        self._first: dict[PeerId, Step] = {}
+        self._past: dict[PeerId, dict[ExchangeStep, bool]] = {}
+        self._claims: dict[PeerId, dict[ExchangeStep, bool]] = {}
+        self._first: dict[PeerId, ExchangeStep] = {}
         """The first exchange of this process that each neighbour was to be in."""
         self._earlier: Counter[PeerId] = Counter()
         """Edges of each neighbour that it used with an earlier process, which died before it did."""
-        self._known: deque[tuple[PeerId, Step]] = deque(maxlen=_KNOWN)
+        self._known: deque[tuple[PeerId, ExchangeStep]] = deque(maxlen=_KNOWN)
 
-    def used(self, peer: PeerId, step: Step) -> bool:
+    def used(self, peer: PeerId, step: ExchangeStep) -> bool:
         """Whether an edge is known to have counted."""
         return self._past.get(peer, {}).get(step, False)
 
@@ -50,7 +50,7 @@ class Edges:
         past = sorted(self._past.get(peer, {}).items())[-_TOLD:]
         return " ".join(f"{step.round}.{step.number}{'+' if used else '-'}" for step, used in past)
 
-    def close(self, peer: PeerId, step: Step, used: bool, at: Step) -> None:
+    def close(self, peer: PeerId, step: ExchangeStep, used: bool, at: ExchangeStep) -> None:
         """Remember whether an edge counted; the neighbour may have closed the exchange, and said so, earlier."""
         self._first.setdefault(peer, step)
         past = self._past.setdefault(peer, {})
@@ -59,19 +59,19 @@ class Edges:
             del past[min(past)]
         self._reconcile(peer, at)
 
-    def claimed(self, peer: PeerId, told: str, at: Step) -> None:
+    def claimed(self, peer: PeerId, told: str, at: ExchangeStep) -> None:
         """Note what a neighbour says of the last exchanges on the edge, and look whether it was so here too.
 
         ``at``: the exchange that goes on here, or comes next.
         """
         claims = self._claims.setdefault(peer, {})
         for round, number, sign in _ONE.findall(told):
-            claims[Step(int(round), int(number))] = sign == "+"
+            claims[ExchangeStep(int(round), int(number))] = sign == "+"
         for step in sorted(claims)[:-_REMEMBERED]:
             del claims[step]
         self._reconcile(peer, at)
 
-    def _reconcile(self, peer: PeerId, at: Step) -> None:
+    def _reconcile(self, peer: PeerId, at: ExchangeStep) -> None:
         past, claims = self._past.get(peer, {}), self._claims.get(peer, {})
         for step, used in list(claims.items()):
             own = past.get(step)
@@ -87,7 +87,7 @@ class Edges:
                 self.half_used += 1
                 self.differs(peer, step, used)
 
-    def _died_in(self, peer: PeerId, step: Step, at: Step) -> bool:
+    def _died_in(self, peer: PeerId, step: ExchangeStep, at: ExchangeStep) -> bool:
         """Whether an earlier process may have been in an exchange of which this one knows nothing.
 
         It then died before it used it.  A neighbour tells of so many, and of none after this process was in one: all

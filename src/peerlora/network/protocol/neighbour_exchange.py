@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.combine import Rule, apply_rule
+from peerlora.exchange.combine import CombineRule, apply_rule
 from peerlora.exchange.payload import Payload, everybody, expected, fault, name_of, vectors, widest
-from peerlora.exchange.plain import Uncoded, operator
+from peerlora.exchange.plain import PlainExchange, operator
 from peerlora.exchange.replicas import Difference
 from peerlora.lora.adapters import Adapters
 from peerlora.network.base import PeerId, Refused
-from peerlora.network.protocol.event_loop import LoopThread
-from peerlora.network.protocol.pending_exchange import Check, Letter
-from peerlora.network.protocol.replica_cache import Copies, letter_of
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.pending_exchange import Decoder, OutgoingMessage
+from peerlora.network.protocol.replica_cache import ReplicaCache, letter_of
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Header, encode_body, read_claimed
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import Matrix, remove_links
@@ -31,7 +31,7 @@ from peerlora.tree import leaves, tree_map
 Tree = TypeVar("Tree")
 
 
-class NeighbourExchange(Uncoded):
+class NeighbourExchange(PlainExchange):
     """Sends the own row, collects the neighbours' until the deadline, and combines them by the own row of W.
 
     What is summed, is summed in the order of client numbers.  The weight of an edge that does not count goes to the
@@ -47,15 +47,15 @@ class NeighbourExchange(Uncoded):
         topology: Topology,
         client: int,
         names: Mapping[int, PeerId],
-        rendezvous: Rendezvous,
-        thread: LoopThread,
+        protocol: RoundProtocol,
+        thread: EventLoopThread,
         start: Adapters | None = None,
         positive: Collection[str] = (),
     ):
         self.topology, self.names = topology, names
         self.clients: Sequence[int] = [client]
-        self.rendezvous, self.thread = rendezvous, thread
-        self.copies = None if start is None else Copies(start.flat[:1])
+        self.protocol, self.thread = protocol, thread
+        self.copies = None if start is None else ReplicaCache(start.flat[:1])
         self.positive, self.one_way = tuple(positive), not topology.properties.symmetric
         self.t = 0
         self._set(0)
@@ -66,7 +66,7 @@ class NeighbourExchange(Uncoded):
         What rounds before 0 sent counts in round 0.
         """
         self._set(t, absent)
-        self.thread.loop.call_soon_threadsafe(self.rendezvous.enter, t)
+        self.thread.loop.call_soon_threadsafe(self.protocol.enter, t)
 
     def _set(self, t: int, absent: Sequence[int] = ()) -> None:
         opening = t <= 0 and self.t < 0
@@ -98,11 +98,11 @@ class NeighbourExchange(Uncoded):
         self.seconds += time.perf_counter() - began
         return mixed
 
-    def mix_encoded(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
-        """``sum_j W_ij xhat_j``, with the own copies of the neighbours' replicas; see ``Copies``."""
+    def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+        """``sum_j W_ij xhat_j``, with the own copies of the neighbours' replicas; see ``ReplicaCache``."""
         assert self.copies is not None, "compressed gossip builds on the common start"
         began = time.perf_counter()
-        letter = Letter(**letter_of(sent))
+        letter = OutgoingMessage(**letter_of(sent))
         reached = self._post(letter, partial(self.copies.check, sent))
         for j, after in reached.items():
             self.copies.take(self.names[j], sent.places, after)
@@ -114,7 +114,7 @@ class NeighbourExchange(Uncoded):
         self.seconds += time.perf_counter() - began
         return mixed
 
-    def combine(self, x: Adapters, rule: Rule, merged: bool = False) -> Adapters:
+    def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; without any contact ``x`` stays as it is."""
         began = time.perf_counter()
         sent = x.only("AB") if x.spec.private_head else x
@@ -140,18 +140,18 @@ class NeighbourExchange(Uncoded):
         own = vectors(payload)
         target = "" if self._target is None else name_of(payload, self._target)
         positive = [name for name in (*self.positive, target) if name and name in own]
-        reached = self._post(Letter(encode_body(own)), partial(_check, payload, positive=positive), target)
+        reached = self._post(OutgoingMessage(encode_body(own)), partial(_check, payload, positive=positive), target)
         reached[self.clients[0]] = own
         senders = sorted(reached)
         return everybody(payload, [reached[j] for j in senders]), self.graph.W[self.clients][:, senders]
 
-    def _post(self, letter: Letter, check: Check, target: str = "") -> dict[int, Any]:
+    def _post(self, letter: OutgoingMessage, check: Decoder, target: str = "") -> dict[int, Any]:
         """By client, what ``check`` made of the messages whose edge counts; the graph and W are then those of these."""
         (me,), planned = self.clients, self.topology.at(self.t)
         senders, receivers = planned.neighbours(me), planned.receivers(me)
         numbers = {self.names[j]: j for j in [*senders, *receivers] if j in self.names}
         to, by = ([self.names[j] for j in clients if j in self.names] for clients in (receivers, senders))
-        outcome = self.thread.call(self.rendezvous.meet(to, letter, check, by if self.one_way else None))
+        outcome = self.thread.call(self.protocol.meet(to, letter, check, by if self.one_way else None))
         self.missed |= {numbers[peer]: reason for peer, reason in outcome.missing.items()}
         self.missed |= {j: "not on the member list" for j in [*senders, *receivers] if j not in self.names}
         reached = {numbers[peer]: found for peer, found in outcome.got.items()}

@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 from peerlora.network.base import PeerId
 from peerlora.network.protocol.wire import Header
 
-Check = Callable[[Header, bytearray], Any]
+Decoder = Callable[[Header, bytearray], Any]
 """Turns a message's body into what is used of it; raises Refused.  It may run in another thread."""
 
 
-class Letter(NamedTuple):
+class OutgoingMessage(NamedTuple):
     """What a peer sends in one exchange, the same to everybody."""
 
     body: bytes
@@ -24,7 +24,7 @@ class Letter(NamedTuple):
     """Of a difference: makes the body that those get who do not have what it builds on (``no-replica``)."""
 
 
-class Outcome(NamedTuple):
+class ExchangeResult(NamedTuple):
     """What came of one exchange."""
 
     got: dict[PeerId, Any]
@@ -38,12 +38,12 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Meeting:
+class PendingExchange:
     """One exchange that is going on."""
 
     receivers: Collection[PeerId]
     senders: Collection[PeerId]
-    check: Check
+    check: Decoder
     one_way: bool
     """Whether each way of a link counts by itself."""
     got: dict[PeerId, Any] = field(default_factory=dict)

@@ -26,13 +26,13 @@ from peerlora.network.protocol.wire import (
     encode_header,
     largest_body,
     read_claimed,
-    sealed,
+    with_checksum,
 )
 
 _LARGEST = 2**53  # what a header's numbers may be
 
 
-class Letter(NamedTuple):
+class PushMessage(NamedTuple):
     """One message to one neighbour, ready to be sent."""
 
     to: PeerId
@@ -40,7 +40,7 @@ class Letter(NamedTuple):
     body: bytes
 
 
-class Stamp(NamedTuple):
+class PushStamp(NamedTuple):
     """What a letter's header says beside what all headers say."""
 
     born: int
@@ -49,7 +49,7 @@ class Stamp(NamedTuple):
     seen: int
 
 
-class Form:
+class PushFormat:
     """What letters look like, going out and coming in.
 
     ``versions``: the most jobs that a client does.  ``incoming``: from the shapes that a letter claims to what it must
@@ -68,24 +68,24 @@ class Form:
         self.largest = largest_body(incoming({}))
         """Bytes of the largest body."""
 
-    def written(self, payload: Vectors, to: Mapping[PeerId, Stamp]) -> list[Letter]:
+    def written(self, payload: Vectors, to: Mapping[PeerId, PushStamp]) -> list[PushMessage]:
         """The same vectors to some neighbours."""
         body = encode_body(payload)
-        common = sealed(Header(kind="push", sender=self.me, **vars(self.expected)), body)
+        common = with_checksum(Header(kind="push", sender=self.me, **vars(self.expected)), body)
         letters = []
         for peer, stamp in to.items():
             facts: dict[str, int | str] = {"born": stamp.born, "seen": stamp.seen}
             own = msgspec.structs.replace(common, round=stamp.version, step=stamp.number, facts=facts)
-            letters.append(Letter(peer, encode_header(own), body))
+            letters.append(PushMessage(peer, encode_header(own), body))
         return letters
 
-    def stamp(self, header: Header) -> Stamp:
+    def stamp(self, header: Header) -> PushStamp:
         """What a header says; raises Refused for numbers that no honest peer gives."""
         facts = {name: header.facts.get(name) for name in ("born", "seen")}
         for name, value in facts.items():
             if type(value) is not int or not 0 <= value <= _LARGEST:
                 raise Refused("bad-header", f"{name} is {value!r:.40}, expected a whole number of at least 0")
-        stamp = Stamp(number=header.step, version=header.round, **facts)  # pyright: ignore[reportArgumentType]
+        stamp = PushStamp(number=header.step, version=header.round, **facts)  # pyright: ignore[reportArgumentType]
         for name, value in (("round", stamp.version), ("seen", stamp.seen)):
             if value > self.versions:
                 raise Refused("bad-header", f"{name} is {value}, but clients of this run do {self.versions} jobs")
@@ -101,7 +101,7 @@ class Form:
         return Message(client, payload, stamp.version, stamp.seen)
 
 
-class Numbering:
+class SequenceNumbers:
     """The own letters' numbers, and the newest that came from each neighbour."""
 
     def __init__(self):
@@ -114,12 +114,12 @@ class Numbering:
         self.count += 1
         return self.count
 
-    def check(self, client: int, stamp: Stamp) -> None:
+    def check(self, client: int, stamp: PushStamp) -> None:
         """Raise Refused for a letter that is not newer than all that were taken from this client."""
         if (stamp.born, stamp.number) <= self.newest.get(client, (-1, -1)):
             raise Refused("replay", f"letter {stamp.number}")
 
-    def note(self, client: int, stamp: Stamp) -> bool:
+    def note(self, client: int, stamp: PushStamp) -> bool:
         """A letter is taken; whether it is the first of a sender's later process."""
         before = self.newest.get(client)
         self.newest[client] = stamp.born, stamp.number
@@ -129,7 +129,7 @@ class Numbering:
         """Everything, as JSON knows it."""
         return {"born": self.born, "newest": sorted((client, *each) for client, each in self.newest.items())}
 
-    def take_up(self, facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, facts: Mapping[str, Any]) -> None:
         """Go on in a later process, also where the clock was set back meanwhile."""
         self.born = max(self.born, facts["born"] + 1)
         self.newest = {client: (born, number) for client, born, number in facts["newest"]}

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peerlora.exchange.mailbox import Box, Post
+from peerlora.exchange.mailbox import ClientMailbox, Mailboxes
 from peerlora.network.base import PeerId, Refused
-from peerlora.network.protocol.control import Neighbourhood
-from peerlora.network.protocol.event_loop import aside
-from peerlora.network.protocol.push_messages import Form, Letter, Numbering, Stamp
-from peerlora.network.protocol.round_protocol import Rendezvous
-from peerlora.network.protocol.send_queue import Outbox
+from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.event_loop import run_off_loop
+from peerlora.network.protocol.push_messages import PushFormat, PushMessage, PushStamp, SequenceNumbers
+from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.network.protocol.send_queue import SendQueue
 from peerlora.network.protocol.wire import Header
 
 MOST = 8
@@ -26,7 +26,7 @@ _LOOK = 0.05  # seconds between two looks whether there is room for one more
 _LINGER = 5.0  # seconds that letters get when a run ends early
 
 
-class Mail:
+class PeerMailbox:
     """One client's part of a Post, whose other clients are reached by letters.
 
     Jobs are done on one thread and letters come on another, so whoever touches the post, or a state that belongs to
@@ -35,23 +35,23 @@ class Mail:
 
     def __init__(
         self,
-        post: Post,
+        post: Mailboxes,
         client: int,
         names: Mapping[int, PeerId],
-        form: Form,
-        send: Callable[[Sequence[Letter]], None],
+        form: PushFormat,
+        send: Callable[[Sequence[PushMessage]], None],
         device: torch.device | str = "cpu",
     ):
         self.post, self.client, self.names, self.form, self.send = post, client, names, form, send
         self.device = device
         self.numbers = {peer: other for other, peer in names.items()}
-        self.lock, self.numbering = threading.Lock(), Numbering()
+        self.lock, self.numbering = threading.Lock(), SequenceNumbers()
         self.arrived: Callable[[], None] = lambda: None
         """Called, with the lock held, when a letter has come in."""
         self.over = False
         """Whether this client does no more jobs; nobody would open a letter any more."""
 
-    def box(self) -> Box:
+    def box(self) -> ClientMailbox:
         """The mailbox that the method sees."""
         return self.post.box(self.client)
 
@@ -65,15 +65,15 @@ class Mail:
         for pushed in self.post.taken():
             stamps, payload = {}, {}
             for number in pushed.numbers:
-                receiver, message = self.post.on_the_way.pop(number)
+                receiver, message = self.post.in_flight.pop(number)
                 if receiver in self.names:
                     payload = message.payload
                     stamps[self.names[receiver]] = self._stamp(message.version, message.seen)
             if stamps:
                 self.send(self.form.written(payload, stamps))
 
-    def _stamp(self, version: int, seen: int) -> Stamp:
-        return Stamp(self.numbering.born, self.numbering.next(), version, seen)
+    def _stamp(self, version: int, seen: int) -> PushStamp:
+        return PushStamp(self.numbering.born, self.numbering.next(), version, seen)
 
     def check(self, peer: PeerId, header: Header) -> None:
         """Raise Refused for a letter that could not be taken, by its header alone."""
@@ -109,14 +109,14 @@ class Mail:
             tensors, facts = self.post.saved()
             return tensors, {"post": facts, "numbering": self.numbering.saved()}
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what ``saved`` gave."""
         with self.lock:
-            self.post.take_up(tensors, facts["post"])
-            self.numbering.take_up(facts["numbering"])
+            self.post.load_state_dict(tensors, facts["post"])
+            self.numbering.load_state_dict(facts["numbering"])
 
 
-class NoMeetings(Rendezvous):
+class PushOnlyProtocol(RoundProtocol):
     """The receiver of a peer that never meets anybody in a round: it takes greetings and letters."""
 
     def _read(self, peer: PeerId, header: bytes) -> Header:
@@ -126,18 +126,18 @@ class NoMeetings(Rendezvous):
         return found
 
 
-class Letterbox(Neighbourhood):
+class PushService(PeerControl):
     """A neighbourhood in which letters come and go at any time."""
 
     def __init__(
         self,
-        rendezvous: Rendezvous,
+        protocol: RoundProtocol,
         peers: Collection[PeerId],
         settings: Mapping[str, str],
-        mail: Mail,
-        outbox: Outbox,
+        mail: PeerMailbox,
+        outbox: SendQueue,
     ):
-        super().__init__(rendezvous, peers, settings)
+        super().__init__(protocol, peers, settings)
         self.mail, self.outbox = mail, outbox
         self._opened = asyncio.Event()
 
@@ -147,7 +147,7 @@ class Letterbox(Neighbourhood):
 
     async def close(self) -> None:
         """Let what is on its way arrive, but not for long, and end everything."""
-        await self.outbox.flush(min(_LINGER, self.rendezvous.deadline))
+        await self.outbox.flush(min(_LINGER, self.protocol.deadline))
         await self.outbox.close()
         await super().close()
 
@@ -165,14 +165,14 @@ class Letterbox(Neighbourhood):
             return
         self.mail.check(peer, header)
         await self._room(peer)
-        await aside(len(body), self.mail.take, peer, header, body)
+        await run_off_loop(len(body), self.mail.take, peer, header, body)
 
     async def _room(self, peer: PeerId) -> None:
         """Wait, and with it the sender's call, until letters are taken and there is room for one more."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.rendezvous.deadline):
+            async with asyncio.timeout(self.protocol.deadline):
                 await self._opened.wait()
                 while self.mail.full(peer):
                     await asyncio.sleep(_LOOK)
                 return
-        raise Refused("late", f"there was no room for it within {self.rendezvous.deadline:g} s")
+        raise Refused("late", f"there was no room for it within {self.protocol.deadline:g} s")

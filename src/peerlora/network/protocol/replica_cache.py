@@ -16,7 +16,7 @@ from peerlora.network.protocol.wire import Header, Schema, encode_body, read_bod
 _BUILDS_ON = "builds on"
 
 
-class Copies:
+class ReplicaCache:
     """What one client has of its neighbours' replicas (CHOCO's xhat), all blocks in one row; at first the common start.
 
     A replica is public: its owner advances it once an exchange, whoever gets the message.  A difference names the
@@ -58,7 +58,7 @@ class Copies:
 
 
 def letter_of(sent: Difference) -> dict[str, Any]:
-    """The parts of the letter for one client's difference, as ``rendezvous.Letter`` names them."""
+    """The parts of the letter for one client's difference, as ``protocol.Letter`` names them."""
     after = sent.after
     return {
         "body": encode_body({name: value[0] for name, value in sent.message.items()}),

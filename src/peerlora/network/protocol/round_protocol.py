@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 
 from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
-from peerlora.network.protocol.event_limiter import Notice, Notices
-from peerlora.network.protocol.event_loop import aside
-from peerlora.network.protocol.link_history import LAST, Edges, Step
-from peerlora.network.protocol.pending_exchange import Check, Letter, Meeting, Outcome
-from peerlora.network.protocol.wire import Expected, Header, encode_header, read_header, sealed
+from peerlora.network.protocol.event_limiter import EventLimiter, NeighbourEvent
+from peerlora.network.protocol.event_loop import run_off_loop
+from peerlora.network.protocol.link_history import LAST, ExchangeStep, LinkHistory
+from peerlora.network.protocol.pending_exchange import Decoder, ExchangeResult, OutgoingMessage, PendingExchange
+from peerlora.network.protocol.wire import Expected, Header, encode_header, read_header, with_checksum
 
 _ANY_ROUND = 2**53  # what a header's numbers may be
 _AHEAD = 1  # rounds that a neighbour may be ahead and be waited for; a message from further ahead is refused
@@ -34,7 +34,7 @@ _AGAIN = 0.1  # seconds before a message to a peer that went away is tried once 
 _SLOWEST = 1.0  # seconds between two tries of a message to a peer that is behind
 
 
-class Rendezvous:
+class RoundProtocol:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
     ``deadline``: seconds that an exchange waits for neighbours.  ``largest``: bytes of body that a ``mix`` may have.
@@ -50,7 +50,7 @@ class Rendezvous:
         self.service: Service = Service()
         self.neighbours: frozenset[PeerId] = frozenset()
         """Whom this peer may meet in some round; of anybody else nothing is taken, and nothing remembered."""
-        self.at = Step(0)
+        self.at = ExchangeStep(0)
         """The exchange that is going on, or comes next."""
         self.heard: dict[PeerId, int] = {}
         """The round that each neighbour was in when it last said something."""
@@ -63,10 +63,10 @@ class Rendezvous:
         self.apart = True
         """Whether the others may have gone on without this peer: it has only just started, or was cut off from all of
         them, and no edge has counted since."""
-        self._notices = Notices()
-        self._edges = Edges(self._told_otherwise)
-        self._open: Meeting | None = None
-        self._seen: dict[PeerId, Step] = {}
+        self._notices = EventLimiter()
+        self._edges = LinkHistory(self._told_otherwise)
+        self._open: PendingExchange | None = None
+        self._seen: dict[PeerId, ExchangeStep] = {}
         """The exchange that each neighbour was in, or before, then."""
         self._changed = asyncio.Event()
 
@@ -79,7 +79,7 @@ class Rendezvous:
         read_header(header, most)
         if found.kind == "mix":
             self._note(peer, found)  # before it may prove late or early: so who is behind learns where the others are
-            self._timely(peer, Step(found.round, found.step))
+            self._timely(peer, ExchangeStep(found.round, found.step))
         return most
 
     async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
@@ -114,13 +114,13 @@ class Rendezvous:
 
         Only of one that is taken, or that would have been at another time: whatever else is refused leaves no trace.
         """
-        self.heard[peer], self._seen[peer] = found.round, Step(found.round, found.step)
+        self.heard[peer], self._seen[peer] = found.round, ExchangeStep(found.round, found.step)
         if self._open is not None and self._open.one_way:
             self._tell()
         self._edges.claimed(peer, _last_told(found), self.at)
         self.back(peer)
 
-    def _timely(self, peer: PeerId, step: Step) -> None:
+    def _timely(self, peer: PeerId, step: ExchangeStep) -> None:
         """Raise Refused for a message whose time is over or far away."""
         if step < self.at:
             taken = self._edges.used(peer, step)
@@ -129,18 +129,18 @@ class Rendezvous:
             raise Refused("from-the-future", f"round {step.round} given, now in round {self.at.round}")
 
     async def _take(self, peer: PeerId, header: Header, body: bytearray) -> None:
-        step = Step(header.round, header.step)
+        step = ExchangeStep(header.round, header.step)
         meeting = await self._until(peer, step)
         if peer not in meeting.senders:
             raise Refused("not-a-neighbour", f"in round {step.round}")
-        made = await aside(len(body), meeting.check, header, body)
+        made = await run_off_loop(len(body), meeting.check, header, body)
         self._timely(peer, step)
         if peer in meeting.got:
             raise Refused("replay", f"round {step.round}, exchange {step.number}")
         meeting.got[peer] = made
         self._tell()
 
-    async def _until(self, peer: PeerId, step: Step) -> Meeting:
+    async def _until(self, peer: PeerId, step: ExchangeStep) -> PendingExchange:
         """The meeting of ``step``, once it has begun; the transport lets one message per peer wait."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.deadline):
@@ -170,7 +170,7 @@ class Rendezvous:
         """Say that this client is in a round; everything of earlier rounds is late from now on."""
         if round != self.at.round:
             self._notices.next_round(self.at.round)
-        self.at = Step(round)
+        self.at = ExchangeStep(round)
         if first:
             self._edges.born = self.at
         self._tell()
@@ -178,31 +178,31 @@ class Rendezvous:
     async def meet(
         self,
         neighbours: Collection[PeerId],
-        letter: Letter | bytes,
-        check: Check,
+        letter: OutgoingMessage | bytes,
+        check: Decoder,
         senders: Collection[PeerId] | None = None,
-    ) -> Outcome:
+    ) -> ExchangeResult:
         """Send to all neighbours and take their messages, until all have answered or the deadline has come.
 
         With ``senders`` links go one way: their messages are taken, the own one goes to ``neighbours``.
         """
-        letter = letter if isinstance(letter, Letter) else Letter(letter)
+        letter = letter if isinstance(letter, OutgoingMessage) else OutgoingMessage(letter)
         one_way, senders = senders is not None, neighbours if senders is None else senders
-        step, meeting = self.at, Meeting(neighbours, senders, check, one_way)
+        step, meeting = self.at, PendingExchange(neighbours, senders, check, one_way)
         if one_way:  # what is cut short when nobody waits for its answer may arrive all the same, and count there alone
             meeting.failed |= {peer: "absent" for peer in neighbours if peer in self.absent}
         meeting.failed |= {peer: "wrong-config" for peer in meeting.peers if peer in self.disagreeing}
         self._open = meeting
         self._tell()
         header = msgspec.structs.replace(self.header("mix", **letter.facts), codec=letter.codec)
-        seal = sealed(header, letter.body)
+        seal = with_checksum(header, letter.body)
         receivers = [peer for peer in neighbours if peer not in meeting.failed]
         calls = [asyncio.create_task(self._send(meeting, peer, seal, letter)) for peer in receivers]
         try:
             await self._wait(meeting, step)
             return self._close(step, meeting)
         finally:
-            self._open, self.at = None, Step(step.round, step.number + 1)
+            self._open, self.at = None, ExchangeStep(step.round, step.number + 1)
             self._tell()
             for call in calls:
                 call.cancel()
@@ -211,7 +211,7 @@ class Rendezvous:
                 if isinstance(end, Exception):
                     raise end
 
-    async def _wait(self, meeting: Meeting, step: Step) -> None:
+    async def _wait(self, meeting: PendingExchange, step: ExchangeStep) -> None:
         """Until all edges are settled or the deadline has come.
 
         An edge of which half came, a message or an acknowledgement, is given up some time before: the neighbour is in
@@ -234,16 +234,16 @@ class Rendezvous:
                 async with asyncio.timeout_at(max(waits)):
                     await self._changed.wait()
 
-    def _settled(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
+    def _settled(self, meeting: PendingExchange, peer: PeerId, step: ExchangeStep) -> bool:
         return (
             peer in self.absent or peer in self.disagreeing or meeting.settled(peer, self._passed(meeting, peer, step))
         )
 
-    def _passed(self, meeting: Meeting, peer: PeerId, step: Step) -> bool:
+    def _passed(self, meeting: PendingExchange, peer: PeerId, step: ExchangeStep) -> bool:
         """Whether a peer that sends one way is known to have closed this exchange."""
         return meeting.one_way and self._seen.get(peer, step) > step
 
-    async def _send(self, meeting: Meeting, peer: PeerId, seal: Header, letter: Letter) -> None:
+    async def _send(self, meeting: PendingExchange, peer: PeerId, seal: Header, letter: OutgoingMessage) -> None:
         body, facts = letter.body, {**seal.facts, **self.last(peer)}
         header = encode_header(msgspec.structs.replace(seal, facts=facts))
         down, pause = 0, _AGAIN
@@ -277,7 +277,7 @@ class Rendezvous:
             break
         self._tell()
 
-    def _close(self, step: Step, meeting: Meeting) -> Outcome:
+    def _close(self, step: ExchangeStep, meeting: PendingExchange) -> ExchangeResult:
         """Decide which edges count, and remember it."""
         missing = {}
         for peer in meeting.peers:
@@ -291,7 +291,7 @@ class Rendezvous:
         if meeting.peers:
             self.together = bool(got or taken)
             self.apart = not self.together
-        return Outcome(got, taken, missing, meeting.whole)
+        return ExchangeResult(got, taken, missing, meeting.whole)
 
     # --- both
 
@@ -322,7 +322,7 @@ class Rendezvous:
         """Note something for the user; see Notices for what is only counted."""
         self._notices.add(kind, peer, detail)
 
-    def _told_otherwise(self, peer: PeerId, step: Step, used: bool) -> None:
+    def _told_otherwise(self, peer: PeerId, step: ExchangeStep, used: bool) -> None:
         self.notice("half-used", peer, f"round {step.round}: used {'there' if used else 'here'} only")
 
     @property
@@ -331,7 +331,7 @@ class Rendezvous:
         return self._edges.half_used
 
     @property
-    def notices(self) -> deque[Notice]:
+    def notices(self) -> deque[NeighbourEvent]:
         """What waits to be told; whoever tells it takes it out."""
         return self._notices.waiting
 
@@ -348,7 +348,7 @@ def _last_told(header: Header) -> str:
 def _whole(seal: Header, make: Callable[[], bytes]) -> tuple[Header, bytes]:
     """The header and body that take the place of a difference."""
     body = make()
-    return sealed(msgspec.structs.replace(seal, codec="identity", facts={}), body), body
+    return with_checksum(msgspec.structs.replace(seal, codec="identity", facts={}), body), body
 
 
 class Service:

@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Refused, Transport
-from peerlora.network.protocol.push_messages import Letter
+from peerlora.network.protocol.push_messages import PushMessage
 from peerlora.network.transport.heartbeat import give_up
 
 _AGAIN = 0.1  # seconds before a letter to a peer that went away is tried once more
 
 
-class Sent(NamedTuple):
+class SendStats(NamedTuple):
     """What became of letters."""
 
     total: int
@@ -26,7 +26,7 @@ class Sent(NamedTuple):
     """Neighbours that a letter did not reach, and why the latest did not."""
 
 
-class Outbox:
+class SendQueue:
     """Sends letters, one at a time to each neighbour; lives on one event loop.
 
     ``seconds``: how long a letter may be on its way.  ``most``: letters that may wait for one neighbour; beyond, the
@@ -35,11 +35,11 @@ class Outbox:
 
     def __init__(self, transport: Transport, seconds: float, most: int):
         self.transport, self.seconds, self.most = transport, seconds, most
-        self._waiting: dict[PeerId, deque[Letter]] = {}
+        self._waiting: dict[PeerId, deque[PushMessage]] = {}
         self._sending: dict[PeerId, asyncio.Task[None]] = {}
-        self._taken = Sent(0, 0, {})
+        self._taken = SendStats(0, 0, {})
 
-    def put(self, letters: Sequence[Letter]) -> None:
+    def put(self, letters: Sequence[PushMessage]) -> None:
         """Put letters on their way."""
         for letter in letters:
             waiting = self._waiting.setdefault(letter.to, deque(maxlen=self.most))
@@ -56,16 +56,16 @@ class Outbox:
                 while self._sending:
                     await asyncio.wait(list(self._sending.values()))
 
-    def sent(self) -> Sent:
+    def sent(self) -> SendStats:
         """What became of the letters since the last call."""
-        told, self._taken = self._taken, Sent(0, 0, {})
+        told, self._taken = self._taken, SendStats(0, 0, {})
         return told
 
     async def close(self) -> None:
         """Give up what is still on its way."""
         await give_up(*self._sending.values())
 
-    async def _send_all(self, peer: PeerId, waiting: deque[Letter]) -> None:
+    async def _send_all(self, peer: PeerId, waiting: deque[PushMessage]) -> None:
         try:
             while waiting:
                 letter = waiting.popleft()
@@ -79,7 +79,7 @@ class Outbox:
         finally:
             del self._sending[peer]
 
-    async def _send(self, letter: Letter) -> str | None:
+    async def _send(self, letter: PushMessage) -> str | None:
         """Why a letter was not taken; None where it was."""
         for attempt in range(2):
             try:

@@ -22,7 +22,7 @@ from peerlora.tree import leaves, rebuild, tree_map
 _PER_VECTOR = 512  # bytes of safetensors header, name included, at most
 
 
-def told(state: Any, blocks: Collection[str], at_home: Collection[str] = ()) -> dict[str, Tensor]:
+def exportable(state: Any, blocks: Collection[str], at_home: Collection[str] = ()) -> dict[str, Tensor]:
     """What a neighbour may have of a state, of whose adapters only these blocks are ever exchanged."""
     private = _private(state, blocks)
     sent = {name: leaf for name, leaf in leaves(state).items() if not _stays(name, at_home)}
@@ -62,9 +62,7 @@ def largest_state(state: Any) -> int:
     return total
 
 
-def taken_over(
-    own: Any, vectors: dict[str, Tensor], blocks: Collection[str], at_home: Collection[str] = ()
-) -> Any | None:
+def adopt(own: Any, vectors: dict[str, Tensor], blocks: Collection[str], at_home: Collection[str] = ()) -> Any | None:
     """A neighbour's state in place of the own one; None where its adapters have other ranks.
 
     Of Adapters, only ``blocks`` are taken over, the ones that the method ever exchanges, and a private head never is.

@@ -27,7 +27,7 @@ from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.network.base import HEADER_BYTES, PeerId, Refused
 
 __all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header", "encoded_bytes"]
-__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "sealed"]
+__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "with_checksum"]
 
 VERSION = 1
 Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
@@ -96,7 +96,7 @@ class Expected:
 def pack(header: Header, tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
     """The bytes of a message: header, with the body's length and hash filled in, and body (empty for no tensors)."""
     body = encode_body(tensors)
-    return encode_header(sealed(header, body)), body
+    return encode_header(with_checksum(header, body)), body
 
 
 def encode_body(tensors: Mapping[str, Tensor]) -> bytes:
@@ -104,7 +104,7 @@ def encode_body(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
 
 
-def sealed(header: Header, body: bytes) -> Header:
+def with_checksum(header: Header, body: bytes) -> Header:
     """The header with the body's length and hash."""
     return msgspec.structs.replace(header, length=len(body), sha256=hashlib.sha256(body).hexdigest())
 

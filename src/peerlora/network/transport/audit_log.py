@@ -17,7 +17,7 @@ Describe = Callable[[bytes], Mapping[str, Any]]
 """What a header says, for the log; must not raise."""
 
 
-class Audit:
+class AuditLog:
     """Appends to ``path``, which others cannot read; None for no log.
 
     A file that would pass ``most`` bytes becomes ``path.1``, that one ``path.2``, and so on; of these, ``keep`` stay.

@@ -16,8 +16,8 @@ from peerlora.network.identity.identity import Identity, host_name
 from peerlora.network.identity.proof import check_proof, new_nonce
 from peerlora.network.identity.roster import Roster
 from peerlora.network.transport import frames
-from peerlora.network.transport.heartbeat import Pulse, Timing, give_up, watch
-from peerlora.network.transport.links import Ends, Link, Read
+from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
+from peerlora.network.transport.links import Link, LinkTable, Read
 
 
 class DialledLink(Link):
@@ -49,7 +49,7 @@ def failure(error: aio.AioRpcError) -> Refused | PeerDown:
 
 
 async def dial_for_ever(
-    ends: Ends, roster: Roster, identity: Callable[[], Identity], peer: PeerId, timing: Timing
+    ends: LinkTable, roster: Roster, identity: Callable[[], Identity], peer: PeerId, timing: Timing
 ) -> None:
     """Keep a session with ``peer`` for as long as it is a member: open it, and again whenever it ended."""
     wait: float | None = None
@@ -69,7 +69,7 @@ async def dial_for_ever(
         await asyncio.sleep(wait)
 
 
-async def _one_session(ends: Ends, roster: Roster, identity: Identity, peer: PeerId, timing: Timing) -> bool:
+async def _one_session(ends: LinkTable, roster: Roster, identity: Identity, peer: PeerId, timing: Timing) -> bool:
     """One channel and one session, to its end; whether it ever stood.  Raises Refused."""
     member = roster.members.member(peer)
     assert member.address is not None
@@ -125,7 +125,7 @@ async def _reason(call: Any) -> Refused | PeerDown:
     return failure(aio.AioRpcError(code, await call.initial_metadata(), metadata, details))
 
 
-async def _take_all(ends: Ends, peer: PeerId, link: DialledLink) -> None:
+async def _take_all(ends: LinkTable, peer: PeerId, link: DialledLink) -> None:
     """Take messages of the other side, one call each, one after the other."""
     while link.open:
         call = link.take(metadata=link.metadata)
@@ -147,7 +147,7 @@ def _canceller(task: asyncio.Future) -> Callable[[Any], None]:
     return cancel
 
 
-async def _take_one(ends: Ends, peer: PeerId, call: Any) -> None:
+async def _take_one(ends: LinkTable, peer: PeerId, call: Any) -> None:
     async def answer(data: bytes) -> None:
         await call.write(data)
         await call.done_writing()
@@ -156,7 +156,7 @@ async def _take_one(ends: Ends, peer: PeerId, call: Any) -> None:
 
 
 async def live(
-    ends: Ends,
+    ends: LinkTable,
     peer: PeerId,
     link: Link,
     timing: Timing,
@@ -165,7 +165,7 @@ async def live(
 ) -> str:
     """Send and hear heartbeats until the session ends; why it did."""
     loop = asyncio.get_running_loop()
-    pulse = Pulse(timing, loop.time())
+    pulse = Heartbeat(timing, loop.time())
 
     async def beat() -> None:
         while True:

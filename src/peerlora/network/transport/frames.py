@@ -11,7 +11,7 @@ from grpc import aio
 
 from peerlora.network.base import HEADER_BYTES, REASONS, PeerDown, PeerId, Refused
 from peerlora.network.transport.heartbeat import Timing, give_up
-from peerlora.network.transport.links import CHUNK, Ends, Read
+from peerlora.network.transport.links import CHUNK, LinkTable, Read
 
 SERVICE = "peerlora.Peer"
 SEND, TAKE, SESSION = "Send", "Take", "Session"
@@ -57,7 +57,7 @@ async def say(header: bytes, body: memoryview, write: Callable[[bytes], Awaitabl
         raise read_refusal(data)
 
 
-async def hear(ends: Ends, peer: PeerId, write: Callable[[bytes], Awaitable[Any]], read: Read) -> None:
+async def hear(ends: LinkTable, peer: PeerId, write: Callable[[bytes], Awaitable[Any]], read: Read) -> None:
     """Read a message, have it taken, write the answer; what the sender still had on its way is thrown away."""
     first = await read()
     if first is None:

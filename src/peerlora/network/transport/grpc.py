@@ -15,10 +15,10 @@ from peerlora.network.base import PeerEvent, PeerId, Receiver
 from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList, check_address
 from peerlora.network.identity.roster import Roster
-from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.dialler import dial_for_ever
 from peerlora.network.transport.heartbeat import Timing, give_up
-from peerlora.network.transport.links import Ends
+from peerlora.network.transport.links import LinkTable
 from peerlora.network.transport.listener import Listener
 
 
@@ -36,7 +36,7 @@ class GrpcTransport:
         *,
         listen: str | None = None,
         timing: Timing | None = None,
-        audit: Audit | None = None,
+        audit: AuditLog | None = None,
     ):
         if identity.site != roster.me:
             raise IdentityError(f"identity of {identity.site} given with the member list's view of {roster.me}")
@@ -44,7 +44,7 @@ class GrpcTransport:
         self.identity, self.roster, self.timing = identity, roster, timing or Timing()
         own = roster.members.member(self.me).address
         self.listen = listen or (f"0.0.0.0:{check_address(own)[1]}" if own else None)
-        self.ends = Ends(self.me, roster, audit)
+        self.ends = LinkTable(self.me, roster, audit)
         self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
         self._dialling: dict[PeerId, asyncio.Task] = {}
 

@@ -35,7 +35,7 @@ class Timing:
         return self.backoff[0] if before is None else min(2 * before, self.backoff[1])
 
 
-class Pulse:
+class Heartbeat:
     """The heartbeats of one session."""
 
     def __init__(self, timing: Timing, now: float):
@@ -94,7 +94,7 @@ async def give_up(*tasks: asyncio.Future) -> None:
 
 
 async def watch(
-    pulse: Pulse, tell: Callable[[Health], None], awake: Callable[[], Awaitable[None]] | None = None
+    pulse: Heartbeat, tell: Callable[[Health], None], awake: Callable[[], Awaitable[None]] | None = None
 ) -> None:
     """Look at a pulse twice a beat, telling each change; returns when it is DOWN.
 

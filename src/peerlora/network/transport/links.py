@@ -19,7 +19,7 @@ from peerlora.network.base import (
     Refused,
     TransportError,
 )
-from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Health, Session
 
 CHUNK = 1 << 20
@@ -47,7 +47,7 @@ class Guard(Protocol):
         ...
 
 
-class Edge:
+class PeerLinks:
     """One end of the way to a neighbour."""
 
     def __init__(self, peer: PeerId):
@@ -58,20 +58,20 @@ class Edge:
         """Whether it was told that there is no session."""
 
 
-class Ends:
+class LinkTable:
     """One site's ends of all its edges, whatever carries the bytes."""
 
-    def __init__(self, me: PeerId, guard: Guard, audit: Audit | None = None):
-        self.me, self.guard, self.audit = me, guard, audit or Audit(None)
+    def __init__(self, me: PeerId, guard: Guard, audit: AuditLog | None = None):
+        self.me, self.guard, self.audit = me, guard, audit or AuditLog(None)
         self.receiver: Receiver | None = None
         self.closed = False
-        self.edges: dict[PeerId, Edge] = {}
+        self.edges: dict[PeerId, PeerLinks] = {}
         self._events: deque[PeerEvent] = deque(maxlen=EVENTS)
         self._news = asyncio.Event()
 
-    def edge(self, peer: PeerId) -> Edge:
+    def edge(self, peer: PeerId) -> PeerLinks:
         """The edge to ``peer``."""
-        return self.edges.setdefault(peer, Edge(peer))
+        return self.edges.setdefault(peer, PeerLinks(peer))
 
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
         """See Transport.send.  Without a session it raises PeerDown at once; wait for the event ``up`` before."""

@@ -24,7 +24,7 @@ from peerlora.network.identity.roster import Roster
 from peerlora.network.transport import frames
 from peerlora.network.transport.dialler import live
 from peerlora.network.transport.heartbeat import Session, Timing, give_up
-from peerlora.network.transport.links import REPLACED, Ends, Link
+from peerlora.network.transport.links import REPLACED, Link, LinkTable
 
 Got = TypeVar("Got")
 STRANGER = "unknown"
@@ -75,7 +75,7 @@ class Caller(NamedTuple):
 class Listener:
     """The port."""
 
-    def __init__(self, ends: Ends, roster: Roster, identity: Callable[[], Identity], timing: Timing):
+    def __init__(self, ends: LinkTable, roster: Roster, identity: Callable[[], Identity], timing: Timing):
         self.ends, self.roster, self.identity, self.timing = ends, roster, identity, timing
         self.port = 0
         self._server: aio.Server | None = None

@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Literal
 
 from peerlora.network.base import PeerDown, PeerEvent, PeerId, Receiver, Refused
-from peerlora.network.transport.audit_log import Audit
-from peerlora.network.transport.heartbeat import Pulse, Timing, give_up, watch
-from peerlora.network.transport.links import CHUNK, Ends, Link, Read
+from peerlora.network.transport.audit_log import AuditLog
+from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
+from peerlora.network.transport.links import CHUNK, Link, LinkTable, Read
 
 What = Literal["message", "ack"]
 
@@ -46,7 +46,7 @@ class MemoryNetwork:
         self._awake: dict[PeerId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task] = set()
 
-    def transport(self, site: PeerId, audit: Audit | None = None) -> MemoryTransport:
+    def transport(self, site: PeerId, audit: AuditLog | None = None) -> MemoryTransport:
         """A transport for ``site``: of its first process, or of the one after a crash."""
         return MemoryTransport(self, site, audit)
 
@@ -183,7 +183,7 @@ class _MemoryLink(Link):
     def __init__(self, network: MemoryNetwork, mine: MemoryTransport, theirs: MemoryTransport):
         super().__init__()
         self.network, self.mine, self.theirs = network, mine, theirs
-        self.pulse = Pulse(network.timing, asyncio.get_running_loop().time())
+        self.pulse = Heartbeat(network.timing, asyncio.get_running_loop().time())
 
     async def push(self, header: bytes, body: memoryview) -> None:
         """Carry one message, and its answer back."""
@@ -215,9 +215,9 @@ def _reader(pieces: Iterator[bytes]) -> Read:
 class MemoryTransport:
     """One process on a MemoryNetwork; see Transport."""
 
-    def __init__(self, network: MemoryNetwork, me: PeerId, audit: Audit | None = None):
+    def __init__(self, network: MemoryNetwork, me: PeerId, audit: AuditLog | None = None):
         self.network, self.me = network, me
-        self.ends = Ends(me, self, audit)
+        self.ends = LinkTable(me, self, audit)
         self._tasks: dict[PeerId, asyncio.Task] = {}
         self._watches: set[asyncio.Task] = set()
         self._hears: dict[PeerId, MemoryTransport] = {}

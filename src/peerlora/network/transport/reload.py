@@ -14,11 +14,11 @@ from peerlora.network.transport.grpc import GrpcTransport
 Stamps = dict[Path, tuple[int, int]]
 
 
-class Followed:
+class ReloadedFiles:
     """Files that are taken up together when one of them is replaced."""
 
-    def __init__(self, files: list[Path], take_up: Callable[[], Awaitable[None]]):
-        self.files, self.take_up = files, take_up
+    def __init__(self, files: list[Path], load_state_dict: Callable[[], Awaitable[None]]):
+        self.files, self.load_state_dict = files, load_state_dict
         self._seen: Stamps | None = None
         self._told = ""
 
@@ -28,7 +28,7 @@ class Followed:
         if now == self._seen:
             return
         try:
-            await self.take_up()
+            await self.load_state_dict()
         except Exception as error:  # whatever it is: the look after it must come
             told = str(error) or repr(error)
             if told != self._told:
@@ -38,7 +38,7 @@ class Followed:
             self._seen, self._told = now, ""
 
 
-async def follow(transport: GrpcTransport, folder: Path, members: Path, every: float = 10.0) -> None:
+async def reload_on_change(transport: GrpcTransport, folder: Path, members: Path, every: float = 10.0) -> None:
     """Look at the identity's ``folder`` and at the list ``members`` every so many seconds; runs until cancelled.
 
     What cannot be used (half copied, expired, not signed, older) changes nothing; it is told once, as a warning, and
@@ -55,8 +55,8 @@ async def follow(transport: GrpcTransport, folder: Path, members: Path, every: f
         if found != transport.roster.members:
             await transport.update(found)
 
-    own = Followed([folder / "certificate.pem", folder / "trust.pem"], certificate)
-    others = Followed([members], listed)
+    own = ReloadedFiles([folder / "certificate.pem", folder / "trust.pem"], certificate)
+    others = ReloadedFiles([members], listed)
     while True:
         await asyncio.sleep(every)
         await own.look()

@@ -14,7 +14,7 @@ _LINK = re.compile(rf"(\d+)([->])(\d+)@{_SECONDS}(?::{_SECONDS})?")
 
 
 @dataclass(frozen=True)
-class Mishap:
+class Fault:
     """One failure."""
 
     kind: Literal["kill", "stop", "cut"]
@@ -30,7 +30,7 @@ class Mishap:
     """Whether the link is cut in both directions, or only from ``peer`` to ``other``."""
 
 
-def parse_mishap(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> Mishap:
+def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> Fault:
     """One word of the command line; raises ConfigError."""
     found = (_LINK if kind == "cut" else _ONE).fullmatch(word)
     if not found:
@@ -43,10 +43,10 @@ def parse_mishap(kind: Literal["kill", "stop", "cut"], word: str, peers: int) ->
     parts = found.groups()
     if kind == "cut":
         ends = int(parts[0]), int(parts[2])
-        made = Mishap(kind, ends[0], float(parts[3]), _number(parts[4]), ends[1], parts[1] == "-")
+        made = Fault(kind, ends[0], float(parts[3]), _number(parts[4]), ends[1], parts[1] == "-")
     else:
         ends = (int(parts[0]),)
-        made = Mishap(kind, ends[0], float(parts[1]), _number(parts[2]))
+        made = Fault(kind, ends[0], float(parts[1]), _number(parts[2]))
     if max(ends) >= peers or len(set(ends)) < len(ends):
         raise ConfigError(f"--{kind} {word!r} given; peers are 0 to {peers - 1}")
     return made

@@ -20,11 +20,11 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, Stopped
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import sign_list, write_list
-from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
 from peerlora.runs.store import require_free
 from peerlora.runtime.compose import resolve_threads
-from peerlora.runtime.launch.faults import Mishap
+from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.tcp_relay import Relay
 from peerlora.runtime.peer.checks import check_site
 from peerlora.runtime.peer.run import site_on
@@ -34,7 +34,7 @@ _PATIENCE = 30.0  # seconds for processes to end when they are asked to
 
 
 @dataclass
-class Peer:
+class PeerProcess:
     """One process, as far as it is seen."""
 
     client: int
@@ -115,9 +115,9 @@ class Peer:
 def launch(
     config: RunConfig,
     out: Path | str | None = None,
-    mishaps: Sequence[Mishap] = (),
+    faults: Sequence[Fault] = (),
     *,
-    listener: Callable[[Sequence[Peer]], None] = lambda peers: None,
+    listener: Callable[[Sequence[PeerProcess]], None] = lambda peers: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Run ``config.clients`` peers as processes and wait for them; the summary, also in ``summary.json``.
@@ -129,7 +129,7 @@ def launch(
     require_free(folder)
     if config.clients < 2:
         raise ConfigError("launch needs at least 2 peers; give --peers")
-    federation = Launched(config, folder, mishaps)
+    federation = LocalFederation(config, folder, faults)
     try:
         federation.run(listener, stop)
     finally:
@@ -139,15 +139,15 @@ def launch(
     return summary
 
 
-class Launched:
+class LocalFederation:
     """The processes of one federation."""
 
-    def __init__(self, config: RunConfig, folder: Path, mishaps: Sequence[Mishap]):
+    def __init__(self, config: RunConfig, folder: Path, faults: Sequence[Fault]):
         cores = resolve_threads(None)
         threads = config.threads or max(1, cores // config.clients)
         run = config.peer.model_copy(update={"run": secrets.token_hex(8)})
         self.config = config.model_copy(update={"threads": threads, "peer": run})
-        self.folder, self.mishaps = folder, list(mishaps)
+        self.folder, self.faults = folder, list(faults)
         self.relays: dict[tuple[int, int], Relay] = {}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
@@ -156,16 +156,16 @@ class Launched:
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
         self.members = throwaway(folder / "identities", addresses, "launch")
         check_site(self.config, site_on(self.config, self.members, self.sites[0]))
-        self.peers = [Peer(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
-        self.thread = LoopThread()
-        self.relayed = any(each.kind == "cut" for each in mishaps)
+        self.peers = [PeerProcess(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
+        self.thread = EventLoopThread()
+        self.relayed = any(each.kind == "cut" for each in faults)
         if self.relayed:
             self._relay()
         for peer in self.peers:
             peer.command = self._command(peer)
         self.began: float | None = None
 
-    def _command(self, peer: Peer) -> list[str]:
+    def _command(self, peer: PeerProcess) -> list[str]:
         identities, site = self.folder / "identities", self.sites[peer.client]
         members = identities / (f"members-{peer.client}.json" if self.relayed else "members.json")
         words = ["--identity", str(identities / site), "--members", str(members), "--out", str(peer.folder)]
@@ -188,7 +188,7 @@ class Launched:
             self.relays[i, j] = self.thread.ask(Relay, self.ports[j])
             self.thread.call(self.relays[i, j].start(listen))
 
-    def run(self, listener: Callable[[Sequence[Peer]], None], stop: Callable[[], bool]) -> None:
+    def run(self, listener: Callable[[Sequence[PeerProcess]], None], stop: Callable[[], bool]) -> None:
         """Start all, make what was asked for go wrong, and wait until all have ended."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads), "HF_HUB_OFFLINE": "1"}
         for peer in self.peers:
@@ -209,7 +209,7 @@ class Launched:
                 return
             time.sleep(_LOOK)
 
-    def _look(self, peer: Peer) -> None:
+    def _look(self, peer: PeerProcess) -> None:
         for event in peer.events():
             peer.see(event)
         code = peer.process.poll() if peer.process is not None else None
@@ -220,51 +220,51 @@ class Launched:
         """What to do when, in order."""
         assert self.began is not None
         due: list[tuple[float, Callable[[], None]]] = []
-        for mishap in self.mishaps:
-            begin, undo = self._acts(mishap, environment)
-            due.append((self.began + mishap.at, begin))
-            if mishap.lasts is not None:
-                due.append((self.began + mishap.at + mishap.lasts, undo))
+        for fault in self.faults:
+            begin, undo = self._acts(fault, environment)
+            due.append((self.began + fault.at, begin))
+            if fault.lasts is not None:
+                due.append((self.began + fault.at + fault.lasts, undo))
         return sorted(due, key=lambda item: item[0])
 
-    def _acts(self, mishap: Mishap, environment: Mapping[str, str]) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _acts(self, fault: Fault, environment: Mapping[str, str]) -> tuple[Callable[[], None], Callable[[], None]]:
         """How a failure begins, and how it is undone."""
-        peer = self.peers[mishap.peer]
-        if mishap.kind == "cut":
-            return lambda: self._cut(mishap, True), lambda: self._cut(mishap, False)
-        if mishap.kind == "stop":
-            return lambda: self._stop(peer, mishap.lasts is None), lambda: self._go_on(peer)
-        return lambda: self._kill(peer, mishap.lasts is not None), lambda: self._restart(peer, environment)
+        peer = self.peers[fault.peer]
+        if fault.kind == "cut":
+            return lambda: self._cut(fault, True), lambda: self._cut(fault, False)
+        if fault.kind == "stop":
+            return lambda: self._stop(peer, fault.lasts is None), lambda: self._go_on(peer)
+        return lambda: self._kill(peer, fault.lasts is not None), lambda: self._restart(peer, environment)
 
-    def _kill(self, peer: Peer, again: bool) -> None:
+    def _kill(self, peer: PeerProcess, again: bool) -> None:
         if peer.process is None or not peer.alive:
             return  # it has ended by itself
         peer.signal(signal.SIGKILL)
         peer.process.wait()
         peer.killed, peer.state = not again, "restarting" if again else "killed"
 
-    def _restart(self, peer: Peer, environment: Mapping[str, str]) -> None:
+    def _restart(self, peer: PeerProcess, environment: Mapping[str, str]) -> None:
         if peer.state == "restarting":
             peer.start(environment)
 
-    def _stop(self, peer: Peer, for_good: bool) -> None:
+    def _stop(self, peer: PeerProcess, for_good: bool) -> None:
         if peer.alive:
             peer.signal(signal.SIGSTOP)
             peer.killed, peer.state = peer.killed or for_good, "stopped"
 
-    def _go_on(self, peer: Peer) -> None:
+    def _go_on(self, peer: PeerProcess) -> None:
         if peer.alive and not peer.killed:
             peer.signal(signal.SIGCONT)
             peer.state = "running"
 
-    def _cut(self, mishap: Mishap, cut: bool) -> None:
-        one, other = mishap.peer, mishap.other
+    def _cut(self, fault: Fault, cut: bool) -> None:
+        one, other = fault.peer, fault.other
         assert other is not None
         for dialler, dialled in ((one, other), (other, one)):
             relay = self.relays[dialler, dialled]
             for forward in (True, False):
                 source = dialler if forward else dialled
-                if mishap.both or source == one:
+                if fault.both or source == one:
                     self.thread.ask(relay.cut, forward, cut)
 
     def end(self) -> None:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.lora.adapters import Adapters
-from peerlora.network.protocol.push_service import Mail
-from peerlora.network.protocol.send_queue import Sent
+from peerlora.network.protocol.push_service import PeerMailbox
+from peerlora.network.protocol.send_queue import SendStats
 from peerlora.runtime.asynchronous import local_steps
-from peerlora.runtime.rounds import Passed
+from peerlora.runtime.rounds import RoundResult
 from peerlora.train.learner import Learner
 
 
-class OwnPace:
-    """Advances a client by one job, in the order that ``Apart`` has for each client of a simulation.
+class PeerAsyncRounds:
+    """Advances a client by one job, in the order that ``AsynchronousRounds`` has for each client of a simulation.
 
     The state changes within a round only: letters that come while the client evaluates or saves wait until it begins
     the next job, so a checkpoint holds them.  During a job they are opened as they come, and answered.
@@ -34,9 +34,9 @@ class OwnPace:
         self,
         algorithm: AsynchronousAlgorithm[Any],
         learner: Learner,
-        mail: Mail,
+        mail: PeerMailbox,
         jobs: int,
-        sent: Callable[[bool], Sent],
+        sent: Callable[[bool], SendStats],
     ):
         self.algorithm, self.learner, self.mail, self.jobs, self.sent = algorithm, learner, mail, jobs, sent
         self.state: Any = None
@@ -45,7 +45,7 @@ class OwnPace:
         """Whether a letter has come that the method was not told of."""
         mail.arrived = self._arrived
 
-    def advance(self, t: int, state: Any) -> tuple[Any, Passed]:
+    def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Job ``t`` of this client: begin, K local steps, push."""
         began = time.perf_counter()
         try:
@@ -58,7 +58,7 @@ class OwnPace:
         finally:
             self.state = None
         sent = self.sent(t + 1 == self.jobs)
-        return state, Passed(
+        return state, RoundResult(
             losses=self.learner.losses.tolist(),
             sent=None,
             W=None,
@@ -74,9 +74,9 @@ class OwnPace:
         """The mailbox."""
         return self.mail.saved()
 
-    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on."""
-        self.mail.take_up(tensors, facts)
+        self.mail.load_state_dict(tensors, facts)
         self.news = self.mail.waiting
 
     def _begin(self, state: Any) -> tuple[int, Adapters, Bool[Tensor, "client parameter"] | None]:

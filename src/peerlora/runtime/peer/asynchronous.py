@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
-from peerlora.exchange.mailbox import Post
+from peerlora.exchange.mailbox import Mailboxes
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.network.base import PeerId, Transport
-from peerlora.network.protocol.event_loop import LoopThread
-from peerlora.network.protocol.push_messages import Form, Letter
-from peerlora.network.protocol.push_service import MOST, Letterbox, Mail, NoMeetings
-from peerlora.network.protocol.send_queue import Outbox, Sent
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.push_messages import PushFormat, PushMessage
+from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushOnlyProtocol, PushService
+from peerlora.network.protocol.send_queue import SendQueue, SendStats
 from peerlora.runs.events import Event
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.peer.async_rounds import OwnPace
-from peerlora.runtime.peer.config_digest import settings
-from peerlora.runtime.peer.site import Site, SiteRun, expected_of
-from peerlora.runtime.rounds import Passed, Rounds
+from peerlora.runtime.peer.async_rounds import PeerAsyncRounds
+from peerlora.runtime.peer.config_digest import section_hashes
+from peerlora.runtime.peer.site import PeerParticipation, Site, expected_of
+from peerlora.runtime.rounds import RoundResult, Rounds
 from peerlora.runtime.trainer import Result
 
 _BACK = 5.0  # seconds that a peer which comes back gives its neighbours to answer its greeting
 
 
-class PeerApart(SiteRun):
+class AsynchronousPeer(PeerParticipation):
     """One client at its own pace; one round is one job of its own, so every client does ``train.rounds`` jobs.
 
     Whoever cannot be reached gets no letters and sends none; that is told, and nothing else comes of it.  A letter
@@ -37,14 +37,14 @@ class PeerApart(SiteRun):
     others have done meanwhile.
     """
 
-    hood: Letterbox
+    control: PushService
 
     def __init__(
         self,
         federation: Federation,
         site: Site,
         transport: Transport,
-        thread: LoopThread,
+        thread: EventLoopThread,
         store: RunStore,
         listener: Callable[[Event], None] = lambda event: None,
         stop: Callable[[], bool] = lambda: False,
@@ -53,24 +53,24 @@ class PeerApart(SiteRun):
         assert isinstance(algorithm, AsynchronousAlgorithm)
         expected, x, seconds = expected_of(federation, site), federation.start, config.peer.deadline
         incoming, flaw = partial(algorithm.incoming, x), partial(algorithm.flaw, x)
-        form = Form(transport.me, expected, config.train.rounds, incoming, flaw)
-        post = Post(topology.at(0), topology.seed, algorithm.newest_only)
-        self.outbox = Outbox(transport, seconds, 1 if algorithm.newest_only else MOST)
-        self.mail = Mail(post, site.client, site.neighbours(topology), form, self._send, config.device)
+        form = PushFormat(transport.me, expected, config.train.rounds, incoming, flaw)
+        post = Mailboxes(topology.at(0), topology.seed, algorithm.newest_only)
+        self.outbox = SendQueue(transport, seconds, 1 if algorithm.newest_only else MOST)
+        self.mail = PeerMailbox(post, site.client, site.neighbours(topology), form, self._send, config.device)
         self.method = algorithm
         self.failed: dict[PeerId, str] = {}
         """Neighbours that a letter did not reach in the latest round, and why."""
-        rendezvous = NoMeetings(transport, expected, seconds, 0, config.train.rounds)
-        super().__init__(replace(federation, clock=None), site, rendezvous, thread, store, listener, stop)
-        self.hood = Letterbox(rendezvous, list(self.numbers), settings(config), self.mail, self.outbox)
+        protocol = PushOnlyProtocol(transport, expected, seconds, 0, config.train.rounds)
+        super().__init__(replace(federation, clock=None), site, protocol, thread, store, listener, stop)
+        self.control = PushService(protocol, list(self.numbers), section_hashes(config), self.mail, self.outbox)
 
     def _rounds(self) -> Rounds:
-        return OwnPace(self.method, self.learner, self.mail, self.config.train.rounds, self._sent)
+        return PeerAsyncRounds(self.method, self.learner, self.mail, self.config.train.rounds, self._sent)
 
-    def _send(self, letters: Sequence[Letter]) -> None:
+    def _send(self, letters: Sequence[PushMessage]) -> None:
         self.thread.loop.call_soon_threadsafe(self.outbox.put, letters)
 
-    def _sent(self, last: bool) -> Sent:
+    def _sent(self, last: bool) -> SendStats:
         if last:
             self.thread.call(self.outbox.flush(self.config.peer.deadline))
         sent = self.thread.ask(self.outbox.sent)
@@ -78,7 +78,7 @@ class PeerApart(SiteRun):
         return sent
 
     def _open(self, done: int, state: Any) -> None:
-        self.thread.ask(self.hood.open)
+        self.thread.ask(self.control.open)
         super()._open(done, state)
 
     def _patience(self, done: int) -> float:
@@ -88,11 +88,11 @@ class PeerApart(SiteRun):
 
     def _ready(self, t: int, state: Any) -> tuple[int, Any]:
         self._done = t
-        self.thread.ask(self.rendezvous.enter, t)
+        self.thread.ask(self.protocol.enter, t)
         self._tell()
         return t, state
 
-    def _observed(self, t: int, state: Any, passed: Passed) -> dict[str, Any]:
+    def _observed(self, t: int, state: Any, passed: RoundResult) -> dict[str, Any]:
         """How far apart clients are is not known: nobody has what others have at the same time."""
         unknown = neighbourhood(self.algorithm.model(state), None, None, np.ones((1, 1)))
         linked = self.federation.topology.at(0).neighbours(self.site.client)
@@ -104,6 +104,6 @@ class PeerApart(SiteRun):
         self._done = self.config.train.rounds
         with self.mail.lock:
             self.mail.over = True
-        self.thread.ask(self.rendezvous.enter, self._done)
+        self.thread.ask(self.protocol.enter, self._done)
         self._tell()
         return super()._finish(state)

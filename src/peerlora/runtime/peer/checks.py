@@ -51,7 +51,7 @@ def check_site(config: RunConfig, site: Site, counted: bool = False) -> None:
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
     if is_asynchronous(REGISTRY[ALIASES.get(name, name)]):
-        check_apart(config)
+        check_asynchronous(config)
     if config.adversary:
         raise CompositionError(
             "adversary is a simulation of attackers, who know all models, and real peers do not simulate; drop it "
@@ -73,7 +73,7 @@ def check_site(config: RunConfig, site: Site, counted: bool = False) -> None:
         )
 
 
-def check_apart(config: RunConfig) -> None:
+def check_asynchronous(config: RunConfig) -> None:
     """Refuse what peers without common rounds cannot do; raises CompositionError."""
     if config.train.label_prior == "pooled":
         raise CompositionError(

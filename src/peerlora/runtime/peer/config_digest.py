@@ -19,7 +19,7 @@ _SITE_TRAIN = ("fast", "block")
 _SITE_PEER = ("join",)
 
 
-def settings(config: RunConfig) -> dict[str, str]:
+def section_hashes(config: RunConfig) -> dict[str, str]:
     """A hash per section.  Where data lie is left out if every site has its own; the model has a hash of its own."""
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in _SITE}
     tree["train"] = _without(tree["train"], _SITE_TRAIN)

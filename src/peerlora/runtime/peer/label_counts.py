@@ -13,8 +13,8 @@ from peerlora.exchange.schema import Schema
 
 if TYPE_CHECKING:
     from peerlora.network.base import PeerId
-    from peerlora.network.protocol.control import Neighbourhood
-    from peerlora.network.protocol.event_loop import LoopThread
+    from peerlora.network.protocol.control import PeerControl
+    from peerlora.network.protocol.event_loop import EventLoopThread
     from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
     from peerlora.runs.store import RunStore
 
@@ -39,15 +39,15 @@ def keep(store: RunStore, total: Tensor) -> None:
     store.write(FILE, {"total": [int(count) for count in total[0]]})
 
 
-def meet_everybody(hood: Neighbourhood, thread: LoopThread, join: float) -> list[PeerId]:
+def meet_everybody(control: PeerControl, thread: EventLoopThread, join: float) -> list[PeerId]:
     """Greet all neighbours before the gossip; those who have it behind them.
 
     Raises NotNow unless all are there: who is away would be missing in everybody's sum.
     """
-    greeted = thread.call(hood.greet(join))
+    greeted = thread.call(control.greet(join))
     missing = [
         f"{peer} ({greeted.refused.get(peer, f'not there after {join:g} s')})"
-        for peer in sorted(hood.peers)
+        for peer in sorted(control.peers)
         if peer not in greeted.reached
     ]
     if missing:
@@ -55,18 +55,18 @@ def meet_everybody(hood: Neighbourhood, thread: LoopThread, join: float) -> list
             f"train.label_prior=pooled sums label counts over the network before round 0, and {', '.join(missing)} "
             "does not take part; start all sites within peer.join seconds of each other, or use label_prior=uniform"
         )
-    return sorted(peer for peer, round in hood.rendezvous.heard.items() if round >= 0)
+    return sorted(peer for peer, round in control.protocol.heard.items() if round >= 0)
 
 
-def gossiped(own: Tensor, exchange: NeighbourExchange, thread: LoopThread, join: float) -> Tensor:
+def gossiped(own: Tensor, exchange: NeighbourExchange, thread: EventLoopThread, join: float) -> Tensor:
     """The sum over the network, [1, label].  Raises RunError where it is not known, since links failed."""
-    rendezvous = exchange.rendezvous
-    deadline, patience = rendezvous.deadline, max(join, rendezvous.deadline)
-    thread.ask(setattr, rendezvous, "deadline", patience)  # a neighbour may itself still wait for its neighbours
+    protocol = exchange.protocol
+    deadline, patience = protocol.deadline, max(join, protocol.deadline)
+    thread.ask(setattr, protocol, "deadline", patience)  # a neighbour may itself still wait for its neighbours
     try:
         return network_sum(own, exchange, exchange.topology)
     finally:
-        thread.ask(setattr, rendezvous, "deadline", deadline)
+        thread.ask(setattr, protocol, "deadline", deadline)
 
 
 def check_told(total: Tensor, own: Tensor, peer: PeerId) -> Tensor:

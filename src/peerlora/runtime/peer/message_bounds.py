@@ -15,7 +15,7 @@ def largest_message(federation: Federation, sends: Schema) -> int:
     """The most bytes of body that a message of an exchange may have; ``sends``: all vectors that the method sends."""
     x, found = federation.start, [sends]
     if sends and federation.config.exchange.codec:
-        found = [federation.exchange.on_the_wire(sends)]
+        found = [federation.exchange.wire_schema(sends)]
     if federation.config.exchange.codec or isinstance(federation.algorithm, Choco):
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference
     if federation.config.train.label_prior == "pooled":

@@ -16,13 +16,13 @@ from peerlora.errors import PeerloraError
 from peerlora.network.base import PeerId, TransportError
 from peerlora.network.identity.members import check_address
 from peerlora.network.identity.roster import Roster
-from peerlora.network.protocol.control import Greeted, Neighbourhood
-from peerlora.network.protocol.event_loop import LoopThread
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.control import HandshakeResult, PeerControl
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.runtime.compose import composed
 from peerlora.runtime.peer.checks import not_in_run
-from peerlora.runtime.peer.config_digest import settings
+from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.run import site_of
 from peerlora.runtime.peer.site import expected_of
 
@@ -87,25 +87,29 @@ def examine(
         jobs = f"every peer does {config.train.rounds} jobs at its own pace and waits for nobody"
         yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
-    with LoopThread() as thread:
+    with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
-        rendezvous = Rendezvous(transport, expected, wait, 0)
-        hood = Neighbourhood(rendezvous, list(neighbours.values()), settings(config))
+        protocol = RoundProtocol(transport, expected, wait, 0)
+        control = PeerControl(protocol, list(neighbours.values()), section_hashes(config))
         try:
-            thread.call(hood.start())
+            thread.call(control.start())
         except TransportError as error:
             yield Finding("problem", str(error), "stop what uses the port (a running peer?), or change the address")
             return
         try:
-            greeted = thread.call(hood.greet(wait))
-            yield from _about_neighbours(roster, greeted, neighbours, hood.skew, thread)
+            greeted = thread.call(control.greet(wait))
+            yield from _about_neighbours(roster, greeted, neighbours, control.skew, thread)
             thread.call(asyncio.sleep(_LINGER))
         finally:
-            thread.call(hood.close())
+            thread.call(control.close())
 
 
 def _about_neighbours(
-    roster: Roster, greeted: Greeted, neighbours: dict[int, PeerId], skew: dict[PeerId, float], thread: LoopThread
+    roster: Roster,
+    greeted: HandshakeResult,
+    neighbours: dict[int, PeerId],
+    skew: dict[PeerId, float],
+    thread: EventLoopThread,
 ) -> Iterator[Finding]:
     for peer in neighbours.values():
         if peer in greeted.reached:

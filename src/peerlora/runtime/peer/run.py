@@ -11,11 +11,11 @@ from peerlora.errors import CompositionError, ConfigError
 from peerlora.network.identity.identity import Identity, load_identity
 from peerlora.network.identity.members import MemberList, load_members
 from peerlora.network.identity.roster import Roster
-from peerlora.network.protocol.event_loop import LoopThread
+from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.wire import message_facts
-from peerlora.network.transport.audit_log import Audit
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.grpc import GrpcTransport
-from peerlora.network.transport.reload import follow
+from peerlora.network.transport.reload import reload_on_change
 from peerlora.runs.events import Event
 from peerlora.runtime.peer.checks import check_site, counted
 from peerlora.runtime.peer.site import Site
@@ -49,13 +49,13 @@ def run_peer(
     if done is not None:
         return done  # whoever this site is by now, nothing is left that needs it
     who, roster, site = site_of(config, identity, members, begun)
-    going_on = begun is not None
-    audit = Audit(identity / "audit.jsonl", describe=message_facts)
+    resume_command = begun is not None
+    audit = AuditLog(identity / "audit.jsonl", describe=message_facts)
     try:
-        with LoopThread() as thread:
+        with EventLoopThread() as thread:
             transport = GrpcTransport(who, roster, listen=listen, audit=audit)
-            asyncio.run_coroutine_threadsafe(follow(transport, identity, members), thread.loop)
-            return train_peer(config, site, transport, thread, out, resume=going_on, listener=listener, stop=stop)
+            asyncio.run_coroutine_threadsafe(reload_on_change(transport, identity, members), thread.loop)
+            return train_peer(config, site, transport, thread, out, resume=resume_command, listener=listener, stop=stop)
     finally:
         audit.close()
 

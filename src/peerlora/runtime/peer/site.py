@@ -10,15 +10,15 @@ from typing import Any
 from peerlora.errors import NotNow, RunError
 from peerlora.lora.adapters import Adapters
 from peerlora.network.base import PeerId
-from peerlora.network.protocol.control import Greeted, Neighbourhood
-from peerlora.network.protocol.event_loop import LoopThread
-from peerlora.network.protocol.round_protocol import Rendezvous
+from peerlora.network.protocol.control import HandshakeResult, PeerControl
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected
 from peerlora.runs.events import Event, Joined, NeighbourChanged, RunStarted, Warned
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.peer.config_digest import base_digest, spec_digest
-from peerlora.runtime.trainer import Simulation
+from peerlora.runtime.trainer import Trainer
 from peerlora.topology.schedule import Topology
 
 
@@ -44,40 +44,40 @@ def expected_of(federation: Federation, site: Site) -> Expected:
     return Expected(site.run, base_digest(federation.model.base), spec_digest(federation.start.spec))
 
 
-class SiteRun(Simulation):
+class PeerParticipation(Trainer):
     """What all peers' runs have in common; a context manager that closes the transport."""
 
-    hood: Neighbourhood
+    control: PeerControl
 
     def __init__(
         self,
         federation: Federation,
         site: Site,
-        rendezvous: Rendezvous,
-        thread: LoopThread,
+        protocol: RoundProtocol,
+        thread: EventLoopThread,
         store: RunStore,
         listener: Callable[[Event], None],
         stop: Callable[[], bool],
     ):
-        self.site, self.thread, self.rendezvous = site, thread, rendezvous
+        self.site, self.thread, self.protocol = site, thread, protocol
         self.neighbours = site.neighbours(federation.topology)
         self.numbers = {peer: client for client, peer in self.neighbours.items()}
         self._done = 0
         super().__init__(federation, store, listener, stop)
 
-    def __enter__(self) -> SiteRun:
-        self.thread.call(self.hood.start())
+    def __enter__(self) -> PeerParticipation:
+        self.thread.call(self.control.start())
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.thread.call(self.hood.close())
+        self.thread.call(self.control.close())
 
     def _open(self, done: int, state: Any) -> None:
         """Greet the neighbours; begin with those who are there."""
         self._done = done
-        self.thread.ask(self.rendezvous.enter, done, True)
+        self.thread.ask(self.protocol.enter, done, True)
         seconds = self._patience(done)
-        greeted = self.thread.call(self.hood.greet(seconds))
+        greeted = self.thread.call(self.control.greet(seconds))
         self._tell()
         self._check(greeted, seconds)
         self._emit(Joined(now(), done, sorted(self.numbers[peer] for peer in greeted.reached)))
@@ -86,7 +86,7 @@ class SiteRun(Simulation):
         """Seconds to wait for neighbours before the first round of this process."""
         return self.config.peer.join
 
-    def _check(self, greeted: Greeted, seconds: float) -> None:
+    def _check(self, greeted: HandshakeResult, seconds: float) -> None:
         away = sorted(set(self.numbers) - greeted.reached - set(greeted.refused))
         if greeted.refused and not greeted.reached:
             told = "; ".join(f"{peer}: {reason}" for peer, reason in sorted(greeted.refused.items()))
@@ -115,7 +115,7 @@ class SiteRun(Simulation):
 
     def _tell(self) -> None:
         """Write down what happened to neighbours."""
-        notices = self.rendezvous.notices
+        notices = self.protocol.notices
         while notices:
             at, kind, peer, detail = notices.popleft()
             self._emit(NeighbourChanged(at, self._done, self.numbers[peer], kind, detail))
