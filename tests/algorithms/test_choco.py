@@ -35,8 +35,8 @@ def test_the_message_is_what_is_sent(config, head):
     state = algorithm.start(federation.start, peers)
     learner.begin(0)
     algorithm.round(0, state, learner, peers)
-    assert peers.bytes_per_edge == encoded_bytes(algorithm.message(federation.start))
-    assert peers.mixed is not None
+    assert peers.stats.bytes_per_edge == encoded_bytes(algorithm.message(federation.start))
+    assert peers.stats.sent is not None
 
 
 def test_changing_neighbours_are_refused_with_the_reason(config):

@@ -219,7 +219,7 @@ def test_bytes_shrink_and_the_label_prior_goes_round_the_wrappers(config):
     plain = compose(config("bert", *words("dec-lora")))
     run(federation, 1)
     run(plain, 1)
-    assert federation.exchange.bytes_per_edge < plain.exchange.bytes_per_edge / 2
+    assert federation.exchange.stats.bytes_per_edge < plain.exchange.stats.bytes_per_edge / 2
 
 
 def test_words_are_short_for_kinds():

@@ -48,7 +48,7 @@ def test_what_is_lost_is_the_tail_and_nothing_else(graph, ranks):
         best = torch.stack([own[r:].square().sum() for own, r in zip(values, ranks, strict=True)])
         reached = torch.from_numpy(peers.graph.degrees > 0)
         assert torch.allclose((wanted - found[layer]).square().sum((1, 2))[reached], best[reached], rtol=1e-9)
-    assert torch.allclose(peers.measured["truncation_tail"], lost, rtol=1e-9, atol=1e-12) and lost.max() > 0.1
+    assert torch.allclose(peers.stats.measures["truncation_tail"], lost, rtol=1e-9, atol=1e-12) and lost.max() > 0.1
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
@@ -58,7 +58,7 @@ def test_with_rank_enough_it_is_exact_gossip_of_products(graph):
     for layer, P in updates(x).items():
         assert torch.allclose(found[layer], torch.einsum("ij,jdk->idk", W, P), rtol=0, atol=1e-12)
         assert torch.allclose(found[layer].mean(0), P.mean(0), rtol=0, atol=1e-12)  # W is doubly stochastic
-    assert peers.measured["truncation_tail"].abs().max() < 1e-24
+    assert peers.stats.measures["truncation_tail"].abs().max() < 1e-24
 
 
 def test_alone_the_product_stays():
@@ -88,7 +88,7 @@ def test_before_anything_was_trained_the_exchange_changes_nothing(name, ranks):
     x, peers, idle = start(ranks), exchange(GRAPHS[0]), SimpleNamespace(fit=lambda x, train: x)
     found = build_algorithm(name, {}).round(0, x, idle, peers)
     assert torch.equal(found.flat, x.flat) and found.only("A").flat.any()
-    assert not peers.measured["truncation_tail"].any()
+    assert not peers.stats.measures["truncation_tail"].any()
 
 
 def test_the_cycle_is_the_paper_s_whatever_it_starts_with():

@@ -106,7 +106,7 @@ def test_ffa_lora_has_no_cross_term_in_any_round_and_mixes_products_exactly(conf
         federation.exchange.begin(t)
         fitted = federation.learner.fit(x, "B")
         x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
-        found = diagnose(x, federation.exchange.mixed, federation.exchange.graph.W)
+        found = diagnose(x, federation.exchange.stats.sent, federation.exchange.graph.W)
         assert found.cross_term == 0 and found.local_cross_term < 1e-15
         assert torch.equal(x.only("A").flat, federation.start.only("A").flat)
         W = torch.from_numpy(federation.exchange.graph.W)
@@ -122,7 +122,7 @@ def test_active_only_mixing_loses_products_once_frozen_factors_differ(config):
         federation.learner.begin(t)
         federation.exchange.begin(t)
         state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
-        found = diagnose(state, federation.exchange.mixed, federation.exchange.graph.W)
+        found = diagnose(state, federation.exchange.stats.sent, federation.exchange.graph.W)
         lost.append(found.local_cross_term)
     assert max(lost[:2]) < 1e-15  # A is common
     assert min(lost[2:]) > 1e-6
@@ -175,12 +175,12 @@ def test_the_bytes_are_those_of_the_factor_that_is_sent(config, method, head):
         expected = {f"{block}:{layer.name}" for layer in spec.layers}
         assert {name for name in message if not name.startswith("head:")} == expected
         assert any(name.startswith("head:") for name in message) == (head == "mixed")
-        size = federation.exchange.bytes_per_edge
+        size = federation.exchange.stats.bytes_per_edge
         assert size == encoded_bytes(message)
         heads = sum(torch.Size(shape).numel() for name, (shape, _) in message.items() if name.startswith("head:"))
         header = size - 8 * (scalars[block] + heads)
         assert 0 < header < 200 * len(message)
-        assert federation.exchange.bytes_sent == 8 * size  # four clients on a ring
+        assert federation.exchange.stats.bytes_sent == 8 * size  # four clients on a ring
 
 
 def test_one_factor_of_square_layers_is_half_of_both(config):

@@ -53,7 +53,7 @@ def test_rotated_copies_of_one_adapter_average_to_it(graph, on):
     x, peers = turned(copies(trained())), exchange(graph)
     found = peers.combine(x, partial(aligned_average, on=on, strength=1.0))
     assert (found.flat - x.flat).abs().max() < 1e-8, "every receiver gets its own factors back"
-    assert peers.measured["alignment_after"].abs().max() < 1e-8
+    assert peers.stats.measures["alignment_after"].abs().max() < 1e-8
     if (peers.graph.degrees > 0).any():
         assert apart(peers.mix(x), x) > 0.1, "which plain averaging does not manage"
 
@@ -71,7 +71,7 @@ def test_full_alignment_never_leaves_a_larger_distance(graph, on):
     for size in (0.01, 0.3, 3.0):
         peers = exchange(graph)
         peers.combine(trained(size), partial(aligned_average, on=on, strength=1.0))
-        assert (peers.measured["alignment_after"] <= peers.measured["alignment_before"] + 1e-12).all()
+        assert (peers.stats.measures["alignment_after"] <= peers.stats.measures["alignment_before"] + 1e-12).all()
 
 
 def test_the_measured_distances_are_those_of_the_factors():
@@ -83,8 +83,8 @@ def test_the_measured_distances_are_those_of_the_factors():
             R = nearest_rotation(B[j].mT @ B[0], 0.7)
             before += float((B[j] - B[0]).square().sum()) / 3
             after += float((B[j] @ R - B[0]).square().sum()) / 3
-    assert float(peers.measured["alignment_before"][0]) == pytest.approx(before)
-    assert float(peers.measured["alignment_after"][0]) == pytest.approx(after)
+    assert float(peers.stats.measures["alignment_before"][0]) == pytest.approx(before)
+    assert float(peers.stats.measures["alignment_after"][0]) == pytest.approx(after)
 
 
 def test_identity_2_holds_for_the_aligned_factors():

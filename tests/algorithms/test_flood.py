@@ -73,7 +73,7 @@ def test_with_equal_confidence_masses_are_those_of_sgp():
 def test_a_lazy_topology_has_lazy_weights_for_a_target():
     x, plain, lazy = values(6), exchange("star", 6), exchange({"kind": "star", "lazy": True}, 6)
     for peers in (plain, lazy):
-        peers.aim_at(C)
+        peers.mix({"c": C}, target="c")
     half = (torch.eye(6).double() + torch.from_numpy(plain.graph.W)) / 2
     assert torch.allclose(torch.from_numpy(lazy.graph.W), half) and torch.allclose(C @ half, C)
     assert float((repeated(x, C, lazy, "metropolis", 2000).x.flat - weighted_mean(x, C)).abs().max()) < 1e-9
@@ -130,7 +130,7 @@ def test_a_lone_client_keeps_what_it_trained():
 def test_aim_replaces_this_rounds_matrix_only():
     peers = exchange("ring", 6)
     base = peers.graph.W
-    peers.aim_at(C)
+    peers.mix({"c": C}, target="c")
     W = torch.from_numpy(peers.graph.W)
     assert torch.allclose(W.sum(1), torch.ones(6).double()) and torch.allclose(C @ W, C)
     assert not (W - torch.from_numpy(base)).abs().max() < 0.01
@@ -164,7 +164,7 @@ def test_without_alpha_and_beta_it_is_the_host_to_the_bit(config, interval):
     expected, x = run(config("bert", *SKEWED, *host))
     off = [f"algorithm.interval={interval}", "algorithm.alpha=0.0", "algorithm.beta=0.0"]
     found, y = run(config("bert", *SKEWED, "algorithm.name=flood", *off))
-    assert torch.equal(x.flat, y.flat) and found.exchange.bytes_sent == expected.exchange.bytes_sent
+    assert torch.equal(x.flat, y.flat) and found.exchange.stats.bytes_sent == expected.exchange.stats.bytes_sent
     assert found.algorithm.message(y) == expected.algorithm.message(x)
 
 
@@ -177,7 +177,7 @@ def test_every_choice_runs_and_changes_something(config, mixing, score):
     assert bool(x.flat.isfinite().all()) and float((x.flat - host.flat).abs().max()) > 1e-5
     plain = compose(config("bert", "algorithm.name=dec-lora")).exchange
     plain.mix(x)
-    assert 8 <= (federation.exchange.bytes_per_edge - plain.bytes_per_edge) < 200  # a number, and its name
+    assert 8 <= (federation.exchange.stats.bytes_per_edge - plain.stats.bytes_per_edge) < 200  # a number, and its name
 
 
 @pytest.mark.parametrize(

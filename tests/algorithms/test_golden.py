@@ -19,7 +19,7 @@ from peerlora.config.loading import load_config
 from peerlora.lora.diagnostics import agreement, local_cross_term
 from peerlora.randomness import numpy_generator
 from peerlora.runtime.compose import compose
-from peerlora.runtime.trainer import rounds_of
+from peerlora.runtime.simulate import build_rounds
 
 GOLDEN = Path(__file__).parent / "golden"
 METHODS = {"local": {}, "dec-lora": {}, "adf-lora": {"interval": 2}}
@@ -109,14 +109,18 @@ def history(folder, method):
         state = algorithm.round(t, state, learner, peers)
         found = agreement(algorithm.model(state))
         line = {"loss": learner.losses.tolist(), **vars(found)}
-        lost = local_cross_term(peers.mixed, peers.graph.W, algorithm.model(state)) if peers.mixed is not None else 0.0
-        rounds.append(line | {"local_cross_term": lost, "bytes_sent": peers.bytes_sent})
+        lost = (
+            local_cross_term(peers.stats.sent, peers.graph.W, algorithm.model(state))
+            if peers.stats.sent is not None
+            else 0.0
+        )
+        rounds.append(line | {"local_cross_term": lost, "bytes_sent": peers.stats.bytes_sent})
     return rounds
 
 
 def apart(federation, state):
     """The same of a method without common rounds."""
-    runner, rounds = rounds_of(federation), []
+    runner, rounds = build_rounds(federation), []
     for t in range(federation.config.train.rounds):
         state, told = runner.advance(t, state)
         known = [loss if loss == loss else -1 for loss in told.losses]

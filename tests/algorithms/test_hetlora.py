@@ -132,7 +132,7 @@ def test_ranks_fall_to_the_smallest_and_messages_with_them():
     peers = exchange(GRAPHS[0])
     states = run(build_algorithm("hetlora", {"smallest": 2}), trained((2, 3, 4, 4)), peers, 4, Fading(range(4)))
     assert [state.ranks.tolist() for state in states] == [[2, 2, 3, 3], [2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 2]]
-    assert peers.bytes_per_edge == encoded_bytes(states[-1].message())
+    assert peers.stats.bytes_per_edge == encoded_bytes(states[-1].message())
 
 
 def test_ranks_that_fell_still_train_on_a_real_model(config):

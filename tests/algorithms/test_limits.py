@@ -201,14 +201,14 @@ def test_the_message_is_what_is_sent(config, method, head):
     message = federation.algorithm.message(federation.start)
     assert any(name.startswith("head:") for name in message) == (head == "mixed")
     run(federation, 1)
-    assert federation.exchange.bytes_per_edge == encoded_bytes(message)
+    assert federation.exchange.stats.bytes_per_edge == encoded_bytes(message)
 
 
 def test_local_sends_nothing(config):
     federation = compose(config("bert", *words("local")))
     run(federation, 1)
     assert federation.algorithm.message(federation.start) == {}
-    assert (federation.exchange.bytes_sent, federation.exchange.mixed) == (0, None)
+    assert (federation.exchange.stats.bytes_sent, federation.exchange.stats.sent) == (0, None)
 
 
 @pytest.mark.parametrize("head", ["private", "frozen"])

@@ -573,8 +573,8 @@ def test_one_message_per_edge_and_round_and_it_is_the_one_announced(method, priv
         peers.begin(t)
         state = algorithm.round(t, state, learner, peers)
         message = algorithm.message(x, t)
-        assert peers.bytes_per_edge == encoded_bytes(message)
-        assert isinstance(peers.mixed, Adapters)
+        assert peers.stats.bytes_per_edge == encoded_bytes(message)
+        assert isinstance(peers.stats.sent, Adapters)
     if method == "k-gt":
         heads = 0 if private else 2
         assert message["z"] == ((heads + (5 if interval is None else 2),), torch.float64)

@@ -90,7 +90,7 @@ def test_a_common_A_needs_no_correction(ridge):
     x, peers = Drift(range(4)).fit(start(), "B"), exchange(GRAPHS[0])  # only B moved
     found = peers.combine(x, partial(corrected_average, ridge=ridge, cosine=False))
     assert torch.allclose(found.flat, peers.mix(x).flat, rtol=0, atol=1e-12)
-    assert peers.measured["uncorrected"].max() < 1e-24
+    assert peers.stats.measures["uncorrected"].max() < 1e-24
 
 
 @pytest.mark.parametrize("cosine_too", [False, True])
@@ -102,7 +102,7 @@ def test_what_was_left_uncorrected_is_measured(cosine_too):
         for layer in x.A:
             D, _, A = pieces(x, peers, i, layer)
             left += float((D - found.B[layer][i] @ A).square().sum())
-        assert float(peers.measured["uncorrected"][i]) == pytest.approx(left, rel=1e-9)
+        assert float(peers.stats.measures["uncorrected"][i]) == pytest.approx(left, rel=1e-9)
 
 
 def test_less_ridge_leaves_less_and_the_projection_is_the_limit():
@@ -110,7 +110,7 @@ def test_less_ridge_leaves_less_and_the_projection_is_the_limit():
     left = []
     for ridge in (1e6, 1.0, 0.01, 1e-12):
         found = peers.combine(x, partial(corrected_average, ridge=ridge, cosine=False))
-        left.append(float(peers.measured["uncorrected"][0]))
+        left.append(float(peers.stats.measures["uncorrected"][0]))
     assert left == sorted(left, reverse=True)
     D, _, A = pieces(x, peers, 0, "q")
     projection = A.mT @ torch.linalg.solve(A @ A.mT, A)

@@ -250,7 +250,7 @@ def test_the_disagreement_that_reached_a_client_is_measured(graph, side):
     for P in models(replace(trained, merged=None)).values():
         mean = torch.einsum("ij,jok->iok", W, P)
         expected += torch.einsum("ij,ijok->i", W, (P[None] - mean[:, None]).square())
-    assert torch.allclose(peers.measured["residual_disagreement"], expected, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(peers.stats.measures["residual_disagreement"], expected, rtol=1e-9, atol=1e-12)
 
 
 CHOSEN = [
@@ -365,7 +365,7 @@ def test_the_reference_never_outgrows_its_bound_and_what_it_drops_is_measured():
     algorithm, peers = build_algorithm("fedhl", {"growth": 1}), exchange(RING)
     states = run(algorithm, start(UNEQUAL), peers, 4)
     assert all(own.left.shape[2] == 4 for state in states for own in state.reference.layers.values())
-    assert set(peers.measured) == {"truncation_tail", "reference_tail"}
+    assert set(peers.stats.measures) == {"truncation_tail", "reference_tail"}
     for n, own in states[-1].reference.layers.items():
         values = torch.linalg.svdvals(own.weight())
         assert (values[:, 4:] < 1e-9).all(), n
@@ -375,7 +375,9 @@ def test_the_reference_never_outgrows_its_bound_and_what_it_drops_is_measured():
         )
         for own in states[-1].reference.layers.values()
     )
-    assert torch.allclose(peers.measured["truncation_tail"] - peers.measured["reference_tail"], tails, rtol=1e-8)
+    assert torch.allclose(
+        peers.stats.measures["truncation_tail"] - peers.stats.measures["reference_tail"], tails, rtol=1e-8
+    )
 
 
 def test_weights_by_hand():
@@ -415,7 +417,7 @@ def test_bytes_are_those_of_the_messages():
     ):
         peers = exchange(RING)
         run(build_algorithm(name, {}), x, peers, 3, learner)
-        assert (peers.bytes_per_edge, peers.bytes_sent) == (expected, 8 * expected), name
+        assert (peers.stats.bytes_per_edge, peers.stats.bytes_sent) == (expected, 8 * expected), name
     assert encoded_bytes(method("rac-lora").message(x)) < 0.6 * dec
     left = build_algorithm("rac-lora", {"side": "left"}).message(x)
     assert all(name.startswith(("A:", "head:")) for name in left)
@@ -426,13 +428,13 @@ def test_fedhl_sends_the_columns_of_its_reference_that_are_in_use():
     states = run(algorithm, x, peers, 1)
     nothing = algorithm.start(x, peers).reference
     sizes = [encoded_bytes(x.message(i) | nothing.message(i)) for i in range(4)]
-    assert peers.bytes_sent == 2 * sum(sizes) and nothing.message(0)["left:q"][0] == (8, 0)
+    assert peers.stats.bytes_sent == 2 * sum(sizes) and nothing.message(0)["left:q"][0] == (8, 0)
     run(algorithm, x, peers, 4)
     full = algorithm.message(x)
     assert set(full) == set(x.message() | nothing.message(0))
     told = states[0].reference.message(1)
     assert 0 < told["left:q"][0][1] <= full["left:q"][0][1] == 8
-    assert peers.bytes_per_edge == max(encoded_bytes(x.message(i) | full_of(full)) for i in range(4))
+    assert peers.stats.bytes_per_edge == max(encoded_bytes(x.message(i) | full_of(full)) for i in range(4))
 
 
 def full_of(schema):
@@ -444,12 +446,12 @@ def test_the_diagnostics_are_of_whole_models(case):
     algorithm, learner, peers = method(case), Drift(range(4)), exchange(RING)
     states = run(algorithm, start(), peers, 3, learner)
     x = algorithm.model(states[-1])
-    told = diagnose(x, peers.mixed, peers.graph.W)
+    told = diagnose(x, peers.stats.sent, peers.graph.W)
     unit = x.spec.alpha / x.spec.rank
     apart = sum(float((W - W.mean(0)).square().sum()) / 4 for W in models(x).values()) / unit**2
     assert told.consensus_product == pytest.approx(apart)
     if case in ("flora", "fedex-lora"):
-        before = models(peers.mixed)
+        before = models(peers.stats.sent)
         moved = sum(float((W - before[n]).square().sum((1, 2)).mean()) for n, W in models(x).items()) / unit**2
         assert told.weak_mismatch == pytest.approx(moved)
 
@@ -639,7 +641,7 @@ def test_merged_factors_can_be_mixed_on(side, rounds):
             assert torch.allclose(models(after)[n], torch.einsum("ij,jok->iok", W, whole), rtol=0, atol=1e-11)
     assert diagnose(states[-1], None, peers.graph.W).consensus_product < 1e-8
     alone = encoded_bytes(build_algorithm("rac-lora", {"side": side}).message(start()))
-    assert peers.bytes_per_edge == alone + sizes[-1]
+    assert peers.stats.bytes_per_edge == alone + sizes[-1]
 
 
 def test_the_rule_of_fedhl_needs_the_references_of_others():
@@ -678,7 +680,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bytes(config, tmp_path, name):
             raise Stop
 
     with pytest.raises(Stop):
-        simulate(settings(config, name), tmp_path / "broken", listener=listen)
+        simulate(settings(config, name), tmp_path / "broken", sinks=[listen])
     again = resume(tmp_path / "broken").run
     for file in ("all.safetensors", "client-01/adapter_model.safetensors", "average/adapter_model.safetensors"):
         assert (again / "adapters" / file).read_bytes() == (whole / "adapters" / file).read_bytes()

@@ -183,8 +183,8 @@ def test_it_sends_what_dec_lora_sends(name):
     settings = {"gamma": 1.0} if name == "hetlora" else {}
     algorithm, peers, x = build_algorithm(name, settings), exchange(GRAPHS[0]), start()
     run(algorithm, x, peers, 2)
-    assert peers.bytes_per_edge == encoded_bytes(algorithm.message(x)) == encoded_bytes(x.message())
-    assert peers.bytes_sent == 8 * peers.bytes_per_edge and peers.mixed is not None
+    assert peers.stats.bytes_per_edge == encoded_bytes(algorithm.message(x)) == encoded_bytes(x.message())
+    assert peers.stats.bytes_sent == 8 * peers.stats.bytes_per_edge and peers.stats.sent is not None
 
 
 @pytest.mark.parametrize("name", ["decaf", "fedrot-lora", "lora-fair"])
@@ -196,8 +196,8 @@ def test_what_was_measured_is_there_for_every_client(name):
         "fedrot-lora": {"alignment_before", "alignment_after"},
         "lora-fair": {"uncorrected"},
     }
-    assert set(peers.measured) == expected[name]
-    for values in peers.measured.values():
+    assert set(peers.stats.measures) == expected[name]
+    for values in peers.stats.measures.values():
         assert values.shape == (4,) and (values > 0).all()
 
 

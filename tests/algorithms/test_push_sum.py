@@ -133,7 +133,10 @@ def test_the_message_is_what_is_sent(config, method, head):
         peers.begin(t)
         state = algorithm.round(t, state, learner, peers)
     size = encoded_bytes(algorithm.message(federation.start))
-    assert (peers.bytes_per_edge, peers.bytes_sent) == (size, 5 * size)  # four links of the ring and a chord
+    assert (peers.stats.bytes_per_edge, peers.stats.bytes_sent) == (
+        size,
+        5 * size,
+    )  # four links of the ring and a chord
     assert state.z.flat.isfinite().all()
 
 

@@ -175,7 +175,7 @@ def test_bytes_are_those_of_the_reached_layers():
                 schema[f".layers{slot.block}:{slot.name}"] = (slot.shape, torch.float64)
         expected += int(links) * encoded_bytes(schema)
         assert len(schema) == 1 + [0, 1, 3, 5][client]
-    assert peers.bytes_sent == expected
+    assert peers.stats.bytes_sent == expected
 
 
 def test_a_layer_that_nobody_near_has_reached_keeps_its_old_value():
@@ -201,7 +201,7 @@ def test_without_an_end_it_is_the_host_algorithm_to_the_bit(config, interval, wo
     host = [f"algorithm.name={name}", *(["algorithm.interval=1"] if interval == "1" else []), "train.clip=1.0"]
     expected, x = rounds(config("bert", *host))
     found, y = rounds(config("bert", "algorithm.name=salf", f"algorithm.interval={interval}", *words, "train.clip=1.0"))
-    assert torch.equal(y.flat, x.flat) and found.exchange.bytes_sent == expected.exchange.bytes_sent
+    assert torch.equal(y.flat, x.flat) and found.exchange.stats.bytes_sent == expected.exchange.stats.bytes_sent
 
 
 @pytest.mark.parametrize("correction", ["ipw", "neighbourhood", "none"])
@@ -226,8 +226,8 @@ def test_rounds_run_and_the_lowest_layers_move_least_often(config, correction, i
     assert torch.equal(torch.cat(moved), reached_layers(torch.cat(depths), 3)), "what was reached moved, and no more"
     often = torch.cat(moved).sum(0).tolist()
     assert 16 == often[0] > often[1] > often[2] > 0
-    full = rounds(config("bert", "algorithm.name=dec-lora"), 1)[0].exchange.bytes_sent
-    assert bool(x.flat.isfinite().all()) and 0 < federation.exchange.bytes_sent < full
+    full = rounds(config("bert", "algorithm.name=dec-lora"), 1)[0].exchange.stats.bytes_sent
+    assert bool(x.flat.isfinite().all()) and 0 < federation.exchange.stats.bytes_sent < full
 
 
 def layers_moved(before, after):
@@ -259,7 +259,7 @@ def test_with_the_last_step_alone_cut_the_steps_before_it_are_kept_at_home(confi
 def test_sending_everything_mixes_what_was_not_reached_too(config):
     federation, x = rounds(config("bert", "algorithm.name=salf", "algorithm.send=all", "algorithm.stragglers=1.0"))
     host, _ = rounds(config("bert", "algorithm.name=dec-lora"))
-    assert federation.exchange.bytes_sent == host.exchange.bytes_sent
+    assert federation.exchange.stats.bytes_sent == host.exchange.stats.bytes_sent
     assert federation.algorithm.message(x) == x.message()
 
 

@@ -12,9 +12,9 @@ from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected
 from peerlora.network.transport.heartbeat import Timing
 from peerlora.network.transport.memory import MemoryNetwork
-from peerlora.runtime.peer import synchronous as peer_run
+from peerlora.runtime.peer import train as peer_train
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.synchronous import train_peer
+from peerlora.runtime.peer.train import train_peer
 
 QUICK = Timing(beat=0.05, suspect=4, down=8)
 
@@ -60,13 +60,13 @@ def together(calls):
 @contextmanager
 def one_at_a_time():
     """Models are loaded one after another: drawing a missing head seeds torch's global generator."""
-    lock, composed = threading.Lock(), peer_run.composed
+    lock, assemble = threading.Lock(), peer_train.assemble
 
     def locked(*arguments):
         with lock:
-            return composed(*arguments)
+            return assemble(*arguments)
 
-    with patch.object(peer_run, "composed", locked):
+    with patch.object(peer_train, "assemble", locked):
         yield
 
 

@@ -163,7 +163,7 @@ def peers(config, folder, script, conductor):
 
         def run(client):
             site, listener = Site(client, sites, "run"), conductor.listener(client)
-            return train_peer(config, site, transports[client], thread, folder / f"{client}", listener=listener)
+            return train_peer(config, site, transports[client], thread, folder / f"{client}", sinks=[listener])
 
         calls = [lambda client=client: run(client) for client in sites]
         return together([*calls, lambda: conductor.play(script, transports, thread)])[:-1]

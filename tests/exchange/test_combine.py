@@ -48,8 +48,8 @@ def test_the_mean_is_mix(graph, dtype, private):
     found, expected = one.combine(x, mean), other.mix(x)
     assert torch.allclose(found.flat, expected.flat, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
     assert found.flat.dtype == dtype and torch.equal(found.ranks, x.ranks)
-    assert (one.bytes_sent, one.bytes_per_edge) == (other.bytes_sent, other.bytes_per_edge)
-    assert one.mixed is x is other.mixed and one.seconds > 0
+    assert (one.stats.bytes_sent, one.stats.bytes_per_edge) == (other.stats.bytes_sent, other.stats.bytes_per_edge)
+    assert one.stats.sent is x is other.stats.sent and one.stats.seconds > 0
 
 
 @pytest.mark.parametrize("graph", [RING, PATH, COMPLETE, STAR, RANDOM, SOMEBODY])
@@ -60,7 +60,7 @@ def test_a_rule_sees_every_sender_with_weight_and_nobody_else(graph):
         senders = np.flatnonzero(peers.graph.W[i])
         assert torch.equal(found.flat[i], x.flat[senders].amax(0))
         told = len(senders) * SPEC.parameters if len(senders) > 1 else 0
-        assert peers.measured["count"][i] == told
+        assert peers.stats.measures["count"][i] == told
 
 
 def test_a_rule_gets_own_values_senders_weights_and_scaling_of_real_ranks():
@@ -172,7 +172,7 @@ def test_bytes_follow_the_real_ranks():
     x = adapters(ranks=[1, 2, 2, 2, 2, 2])
     one, other = exchange(), exchange()
     one.combine(x, mean), other.mix(x)
-    assert one.bytes_sent == other.bytes_sent > 0 and one.bytes_per_edge == other.bytes_per_edge
+    assert one.stats.bytes_sent == other.stats.bytes_sent > 0 and one.stats.bytes_per_edge == other.stats.bytes_per_edge
 
 
 def collective(x):
@@ -193,15 +193,15 @@ def test_a_shard_gets_its_rows_of_what_all_would_get(graph, held):
     shard, whole = exchange(graph, held=held, gather=collective(x)), exchange(graph)
     part, everybody = shard.combine(x.rows(held), scaled), whole.combine(x, scaled)
     assert torch.allclose(part.flat, everybody.flat[held], rtol=0, atol=1e-14)
-    assert torch.allclose(shard.measured["scale"], whole.measured["scale"][held], rtol=0, atol=1e-14)
+    assert torch.allclose(shard.stats.measures["scale"], whole.stats.measures["scale"][held], rtol=0, atol=1e-14)
 
 
 def test_a_new_round_forgets_what_was_measured():
     peers = exchange()
     peers.combine(adapters(), largest)
-    assert set(peers.measured) == {"count"}
+    assert set(peers.stats.measures) == {"count"}
     peers.begin(1)
-    assert peers.measured == {}
+    assert peers.stats.measures == {}
 
 
 def test_shared_draws_are_the_same_for_all_clients_of_a_round_and_differ_by_round_and_purpose():

@@ -108,7 +108,7 @@ def test_bytes_are_those_of_the_encoded_message(kind):
     peers = compressed(kind, zeros(x))
     peers.mix(x)
     size = encoded_bytes(compressed_message(x.message(), peers.codec))
-    assert (peers.bytes_per_edge, peers.bytes_sent) == (size, 12 * size)
+    assert (peers.stats.bytes_per_edge, peers.stats.bytes_sent) == (size, 12 * size)
     assert peers.wire_schema(x.message()) == compressed_message(x.message(), peers.codec)
     if kind not in ("identity", "cast"):
         assert size < encoded_bytes(x.message()) / 2

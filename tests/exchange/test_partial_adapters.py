@@ -45,7 +45,7 @@ def both(graph, call):
             return call(peers[i], [i])
 
         parts = together([lambda i=i: one(i) for i in range(4)])
-    assert sum(each.bytes_sent for each in peers) == stacked.bytes_sent
+    assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
     return whole, parts
 
 
@@ -72,8 +72,7 @@ def test_weights_for_a_target_follow_from_the_messages(graph):
 
     def aimed(exchange, rows):
         own = c[rows]
-        exchange.aim_at(own)
-        return exchange.mix({"x": x.rows(rows), "c": own})
+        return exchange.mix({"x": x.rows(rows), "c": own}, target="c")
 
     whole, parts = both(graph, aimed)
     for i, part in enumerate(parts):
@@ -89,11 +88,10 @@ def test_a_link_that_fails_keeps_the_balance_of_a_target():
         def one(i):
             peers[i].begin(0)
             own = c[[i]]
-            peers[i].aim_at(own)
-            return peers[i].mix({"x": value[[i]], "c": own})["x"]
+            return peers[i].mix({"x": value[[i]], "c": own}, target="c")["x"]
 
         mixed = torch.cat(together([lambda i=i: one(i) for i in range(4)]))
-        assert peers[0].missed and peers[3].missed
+        assert peers[0].stats.missing and peers[3].stats.missing
         W = np.stack([each.graph.W[i] for i, each in enumerate(peers)])
     assert np.allclose(W.sum(1), 1) and W[0, 3] == W[3, 0] == 0
     flow = c.numpy()[:, None] * W

@@ -90,7 +90,7 @@ def test_balance_by_hand():
     mixed = peers.combine(x, lambda received: balance(received, base, 0.3, 0.5)).flat
     assert mixed[0].numpy() == pytest.approx([1.05, 0, 0, 0])
     assert torch.equal(mixed[2], x.flat[2])  # nobody is near
-    assert peers.measured["rejected"].numpy() == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert peers.stats.measures["rejected"].numpy() == pytest.approx([1 / 3, 1 / 3, 2 / 3])
 
 
 def test_balance_grows_stricter_and_measures_from_the_start():
@@ -199,7 +199,7 @@ def attacked(x, attack, who=(0, 3), scale=None, topology="complete", start=None,
 def sent(x, attack, **own):
     peers = attacked(x, attack, **own)
     peers.mix(x)
-    return peers.peers.mixed.flat
+    return peers.peers.stats.sent.flat
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -75,7 +75,7 @@ def test_mixing_keeps_the_means_of_A_of_B_and_of_the_head(graph, dtype, toleranc
 def test_without_links_everything_stays_bit_for_bit():
     x, peers = adapters(), exchange(NOBODY)
     assert torch.equal(peers.mix(x).flat, x.flat)
-    assert peers.bytes_sent == 0
+    assert peers.stats.bytes_sent == 0
 
 
 def test_the_complete_graph_agrees_at_once():
@@ -95,7 +95,7 @@ def test_one_factor_alone_is_mixed_though_the_head_is_private():
     peers = exchange()
     mixed = peers.mix(x.only("B"))
     assert torch.allclose(mixed.flat, exchange().mix(x).only("B").flat, atol=1e-14)
-    assert peers.bytes_per_edge > 0
+    assert peers.stats.bytes_per_edge > 0
 
 
 def test_disagreement_on_a_ring_never_exceeds_rho_to_the_rounds():
@@ -138,8 +138,8 @@ def encoded(x, client):
 def test_bytes_are_those_of_a_real_encoding_on_every_directed_link(graph, directed, dtype, private):
     x, peers = adapters(spec=replace(SPEC, private_head=private), dtype=dtype), exchange(graph)
     peers.mix(x)
-    assert peers.bytes_per_edge == encoded(x, 0)
-    assert peers.bytes_sent == directed * encoded(x, 0)
+    assert peers.stats.bytes_per_edge == encoded(x, 0)
+    assert peers.stats.bytes_sent == directed * encoded(x, 0)
 
 
 def test_bytes_follow_the_links_of_the_round():
@@ -148,27 +148,29 @@ def test_bytes_follow_the_links_of_the_round():
     for t in range(5):
         peers.begin(t)
         peers.mix(x)
-        assert peers.bytes_sent == 2 * len(peers.graph.edges) * encoded(x, 0)
-        counts.add(peers.bytes_sent)
+        assert peers.stats.bytes_sent == 2 * len(peers.graph.edges) * encoded(x, 0)
+        counts.add(peers.stats.bytes_sent)
     assert len(counts) > 1
 
 
 def test_a_smaller_rank_sends_fewer_bytes():
     x, peers = adapters(ranks=[1, 2, 2, 2, 2, 2]), exchange()
     peers.mix(x)
-    assert encoded(x, 0) < encoded(x, 1) == peers.bytes_per_edge
-    assert peers.bytes_sent == 2 * encoded(x, 0) + 10 * encoded(x, 1)
+    assert encoded(x, 0) < encoded(x, 1) == peers.stats.bytes_per_edge
+    assert peers.stats.bytes_sent == 2 * encoded(x, 0) + 10 * encoded(x, 1)
     assert encoded_bytes(x.message(0)) < encoded_bytes(x.message(1))
 
 
 def test_a_new_round_forgets_what_the_last_one_sent():
     x, peers = adapters(), exchange()
     peers.mix(x)
-    once = peers.bytes_sent
+    once = peers.stats.bytes_sent
     peers.mix(x)
-    assert peers.bytes_sent == 2 * once and peers.bytes_per_edge == 2 * encoded(x, 0) and peers.mixed is x
+    assert (
+        peers.stats.bytes_sent == 2 * once and peers.stats.bytes_per_edge == 2 * encoded(x, 0) and peers.stats.sent is x
+    )
     peers.begin(1)
-    assert (peers.bytes_sent, peers.bytes_per_edge, peers.mixed) == (0, 0, None)
+    assert (peers.stats.bytes_sent, peers.stats.bytes_per_edge, peers.stats.sent) == (0, 0, None)
 
 
 def test_encoded_bytes_of_a_known_message():
@@ -215,7 +217,7 @@ def test_bytes_of_a_tree_are_those_of_its_own_numbers(dtype):
     peers = exchange()
     peers.mix({"a": torch.zeros(6, 40, dtype=dtype), "b": torch.zeros(6, 2, 30, dtype=dtype)})
     message = len(save({".a": torch.zeros(40, dtype=dtype), ".b": torch.zeros(2, 30, dtype=dtype)}))
-    assert peers.bytes_per_edge == message and peers.bytes_sent == 12 * message
+    assert peers.stats.bytes_per_edge == message and peers.stats.bytes_sent == 12 * message
 
 
 def test_adapters_within_a_tree_are_mixed_like_adapters():
@@ -236,7 +238,7 @@ def test_a_shard_gets_its_rows_of_what_all_would_get(held):
     part = shard.mix(x.rows(held))
     assert torch.allclose(part.flat, whole.mix(x).flat[held], rtol=0, atol=1e-14)
     degrees = whole.graph.adjacency.sum(1)
-    assert shard.bytes_sent == encoded(x, 0) * int(np.sum(degrees[held]))
+    assert shard.stats.bytes_sent == encoded(x, 0) * int(np.sum(degrees[held]))
 
 
 @pytest.mark.parametrize(("graph", "sparse"), [(RING, True), (COMPLETE, False)])

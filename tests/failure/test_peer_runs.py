@@ -54,7 +54,7 @@ class Runs:
                 self.thread,
                 self.folder / f"peer-{client}",
                 resume=resume,
-                listener=listen,
+                sinks=[listen],
                 stop=self.dead[client].is_set,
             )
         except Stopped as end:

@@ -70,10 +70,10 @@ def test_the_folder_holds_every_part_of_the_record(result):
         assert held >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"}
 
 
-def test_a_listener_hears_every_event_in_order(config, tmp_path):
+def test_a_sink_takes_every_event_in_order(config, tmp_path):
     heard = []
     simulate(
-        config("bert", "train.rounds=2", "eval.every=1", "checkpoint.every=2"), tmp_path / "run", listener=heard.append
+        config("bert", "train.rounds=2", "eval.every=1", "checkpoint.every=2"), tmp_path / "run", sinks=[heard.append]
     )
     kinds = [type(event) for event in heard if type(event).__name__ not in ("Warned", "CheckpointSaved", "RunFinished")]
     assert kinds == [RunStarted, Evaluated, RoundDone, Evaluated, RoundDone, Evaluated]

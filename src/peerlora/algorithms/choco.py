@@ -15,7 +15,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
-    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.base import DifferenceExchange, Exchange
     from peerlora.exchange.codec import Codec
     from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
@@ -89,7 +89,7 @@ class Choco(Stateful):
         """Everybody knows the common start."""
         return ChocoState(x, Replicas.of_start(x))
 
-    def round(self, t: int, state: ChocoState, learner: Learner, peers: Exchange) -> ChocoState:
+    def round(self, t: int, state: ChocoState, learner: Learner, peers: DifferenceExchange) -> ChocoState:
         """One round."""
         x = learner.fit(state.x, self.active(t))
         return ChocoState(*compressed_gossip(x, state.known, x.spec, self.built(x), self.settings().step, peers))

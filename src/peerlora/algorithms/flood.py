@@ -157,8 +157,7 @@ class FLood(Stateful):
 def aimed(x: Adapters, c: Float[Tensor, " client"], peers: Exchange, exact: bool) -> Adapters:
     """One mixing with target weights c: Metropolis-Hastings, or ``sum_j w_ij c_j x_j / sum_j w_ij c_j``."""
     if exact:
-        peers.aim_at(c)
-        return peers.mix({"x": x, "c": c})["x"]
+        return peers.mix({"x": x, "c": c}, target="c")["x"]
     mixed = peers.mix({"x": scaled(x, c), "c": c})
     return scaled(mixed["x"], 1 / mixed["c"])
 

@@ -33,10 +33,10 @@ def command(
     from peerlora.config.loading import load_config
 
     wanted = load_config(config, words or [])
-    with Progress() as listener, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
+    with Progress() as progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
         from peerlora.runtime.peer.run import run_peer
 
-        result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, listener=listener, stop=stop)
+        result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, sinks=[progress], stop=stop)
     print_summary([(result.summary["method"], result.summary)])
     if json:
         print_json(result.summary)

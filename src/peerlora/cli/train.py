@@ -30,17 +30,17 @@ def command(
     if resume is not None and out is not None:
         raise ConfigError(f"--out {out} and --resume {resume} given; a resumed run stays in its folder, drop --out")
     wanted = load_config(config, overrides) if config or resume is None else None
-    with Progress() as listener, stop_on_interrupt() as stop:
+    with Progress() as progress, stop_on_interrupt() as stop:
         from peerlora.runtime import simulate as runtime
 
         if resume is None:
             assert wanted is not None
-            result = runtime.simulate(wanted, out, listener=listener, stop=stop)
+            result = runtime.simulate(wanted, out, sinks=[progress], stop=stop)
         else:
             result = runtime.resume(
                 resume,
                 expected=lambda stored: wanted or load_config(stored.model_dump(mode="json"), overrides),
-                listener=listener,
+                sinks=[progress],
                 stop=stop,
             )
     print_summary([(result.summary["method"], result.summary)])

@@ -140,8 +140,8 @@ class Adversarial(ExchangeWrapper):
         self.attack, self.scale = ATTACKS[config.attack], config.scale
         self.who, self.start, self.seed = list(who), start, seed
 
-    def mix(self, x: Any) -> Any:
-        """Mixes what is sent: adapters are attacked, anything else is true."""
+    def mix(self, x: Any, target: str | None = None) -> Any:
+        """Mix with attacked adapters; all other leaves are true."""
         true: dict[str, Adapters] = {}
 
         def attacked(name: str, leaf: Any) -> Any:
@@ -153,7 +153,7 @@ class Adversarial(ExchangeWrapper):
         def own_goes_on(name: str, leaf: Any) -> Any:
             return self._own_goes_on(true[name], leaf) if name in true else leaf
 
-        mixed = self.peers.mix(tree_map(attacked, x, leaf=_LEAVES))
+        mixed = self.peers.mix(tree_map(attacked, x, leaf=_LEAVES), target)
         return tree_map(own_goes_on, mixed, leaf=_LEAVES)
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,24 @@ from peerlora.topology.schedule import RoundGraph, Topology
 Payload = TypeVar("Payload")
 
 
+@dataclass
+class ExchangeStats:
+    """The costs and measures of one round's exchanges, seen from the clients held here."""
+
+    sent: Adapters | None = None
+    """[client] the adapters that went into the mixing; None where none did."""
+    received: Adapters | None = None
+    """[sender] of a real peer: the adapters whose links counted, its own among them, in the order of client numbers;
+    with a codec the replicas, which are all that receivers know."""
+    bytes_per_edge: int = 0
+    bytes_sent: int = 0
+    seconds: float = 0.0
+    missing: dict[int, str] = field(default_factory=dict)
+    """Of a real peer: neighbours whose link did not count, and why."""
+    measures: dict[str, Float[Tensor, " client"]] = field(default_factory=dict)
+    """What combine rules measured, by name."""
+
+
 @runtime_checkable
 class Exchange(Protocol):
     """Gossip among all clients of the run, seen from the clients that are held here."""
@@ -29,24 +47,17 @@ class Exchange(Protocol):
     graph: RoundGraph
     """Who is linked in this round, and the weights."""
 
-    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
-        """Set the round, in which nobody has a link to those who are ``absent``."""
+    def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
+        """Begin a round in which no client has a link to the ``absent`` ones; the stats count what it sends."""
         ...
 
-    def mix(self, x: Payload) -> Payload:
-        """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head."""
-        ...
+    def mix(self, x: Payload, target: str | None = None) -> Payload:
+        """``x_i <- sum_j W_ij x_j`` for every leaf; of Adapters, everything but a private head.
 
-    def aim_at(self, c: Float[Tensor, " client"]) -> None:
-        """Mix by Metropolis-Hastings weights for this target in this round: ``sum_i c_i x_i / sum_i c_i`` is kept.
-
-        Lazy ones, (I + W)/2, where the topology is lazy.
-        Each end of a link needs the other's c and degree: mix c together with what is sent, so that it travels along.
+        ``target`` names the leaf [client] that holds c: then W is replaced by Metropolis-Hastings weights, which keep
+        ``sum_i c_i x_i / sum_i c_i``; lazy ones, (I + W)/2, where the topology is lazy.  Both ends of a link need each
+        other's c, so it crosses with the rest.
         """
-        ...
-
-    def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
-        """``sum_j W_ij xhat_j`` of the replicas after this exchange: their differences cross, and count, for ``x``."""
         ...
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
@@ -104,25 +115,28 @@ class Mailbox(Protocol):
 
 
 class MeteredExchange(Exchange, Protocol):
-    """An exchange that tells what its round cost and did; a runtime reads it after the round."""
+    """An exchange as a runtime sees it: with its costs, its wire format and its state."""
 
     topology: Topology
-    bytes_per_edge: int
-    bytes_sent: int
-    seconds: float
-    mixed: Adapters | None
-    """What the clients held here put into the mixing."""
-    measured: dict[str, Float[Tensor, " client"]]
-    """What the round's rules measured, by name."""
+    stats: ExchangeStats
+    """Of the present round: what ``begin`` returned."""
 
     def wire_schema(self, vectors: Schema) -> Schema:
-        """What crosses in place of the named vectors that a method mixes."""
+        """Map the named vectors that a method mixes to those that cross in their place."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """What must be saved to go on, each leaf with the leading client axis."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps, each with the leading client axis."""
         ...
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Take up what ``state`` gave."""
+        """Restore what ``state_dict`` returned."""
+        ...
+
+
+class DifferenceExchange(Exchange, Protocol):
+    """An exchange that compressed gossip can use: messages are differences from replicas."""
+
+    def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
+        """Send the differences, which stand for ``x``; return ``sum_j W_ij xhat_j`` of the replicas after them."""
         ...

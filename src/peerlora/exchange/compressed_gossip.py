@@ -18,7 +18,7 @@ from peerlora.exchange.wrapper import ExchangeWrapper, only_adapters
 from peerlora.lora.adapters import Adapters, AdapterSpec
 
 if TYPE_CHECKING:
-    from peerlora.exchange.base import Exchange
+    from peerlora.exchange.base import DifferenceExchange, Exchange
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Replicas:
 
 
 def compressed_gossip(
-    x: Adapters, known: Replicas, whole: AdapterSpec, codec: Codec, gamma: float, peers: Exchange
+    x: Adapters, known: Replicas, whole: AdapterSpec, codec: Codec, gamma: float, peers: DifferenceExchange
 ) -> tuple[Adapters, Replicas]:
     """One exchange of CHOCO in its memory form; ``x`` may hold some blocks of ``whole``, to which ``known`` belongs.
 
@@ -91,8 +91,8 @@ class Compressed(ExchangeWrapper):
         self.codec, self.gamma, self.spec = codec, gamma, start.spec
         self.known = Replicas.of_start(start)
 
-    def mix(self, x: Any) -> Any:
-        """``compressed_gossip``."""
+    def mix(self, x: Any, target: str | None = None) -> Any:
+        """Mix by ``compressed_gossip``; a payload with a target is more than adapters, and refused."""
         x = only_adapters(x, "exchange.codec")
         mixed, self.known = compressed_gossip(x, self.known, self.spec, self.codec, self.gamma, self.peers)
         return mixed
@@ -108,12 +108,12 @@ class Compressed(ExchangeWrapper):
             "dec-lora, adf-lora or another method that mixes adapters"
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """The replicas."""
-        return {**super().state(), "xhat": self.known.xhat, "s": self.known.s}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the replicas."""
+        return {**super().state_dict(), "xhat": self.known.xhat, "s": self.known.s}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """The replicas of the last round."""
+        """Restore the replicas of the last round."""
         super().load_state_dict(saved)
         self.known = Replicas(saved["xhat"], saved["s"])
 

@@ -23,8 +23,10 @@ _DOUBT = 0.25  # what a count may be off, by the marks, and still be rounded to 
 MOST_ROUNDS = 20_000  # of gossip before round 0
 
 
-def network_sum(own: Float[Tensor, "client part"], peers: Exchange, topology: Topology) -> Float[Tensor, "client part"]:
-    """The sum over all clients of whole numbers that are not negative.
+def network_sum(
+    own: Float[Tensor, "client part"], peers: Exchange, topology: Topology
+) -> tuple[Float[Tensor, "client part"], int]:
+    """Sum whole numbers that are not negative over all clients; also return the bytes that the gossip sent.
 
     They are gossiped in rounds -R to -1: W is doubly stochastic, so they approach their mean, and R is such that N
     times it rounds to the sum exactly.  What a neighbour sees are averages; in the first round the numbers themselves.
@@ -39,9 +41,11 @@ def network_sum(own: Float[Tensor, "client part"], peers: Exchange, topology: To
     x = torch.cat([own.double(), marks[list(peers.clients)].to(own.device)], dim=1)
     weighed = not topology.properties.doubly_stochastic
     x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if weighed else x
+    sent = 0
     for t in range(-gossip_rounds(topology), 0):
-        peers.begin(t)
+        stats = peers.begin(t)
         x = peers.mix({"sum": x})["sum"]
+        sent += stats.bytes_sent
     x = x[:, :-1] / x[:, -1:] if weighed else x
     found, sums = (topology.clients * x).split([own.shape[1], MARKS], dim=1)
     total = found.round()
@@ -54,7 +58,20 @@ def network_sum(own: Float[Tensor, "client part"], peers: Exchange, topology: To
             "the sum over the network before round 0 (train.label_prior=pooled) is not known: links failed while it "
             "was gossiped, or a site sent what are no counts; start all sites again, or use train.label_prior=uniform"
         )
-    return total
+    return total, sent
+
+
+class NetworkSum:
+    """``network_sum`` as a function of the clients' numbers alone, which counts what its gossip sends."""
+
+    def __init__(self, peers: Exchange, topology: Topology):
+        self.peers, self.topology, self.bytes_sent = peers, topology, 0
+
+    def __call__(self, own: Float[Tensor, "client part"]) -> Float[Tensor, "client part"]:
+        """Return the sum over all clients."""
+        total, sent = network_sum(own, self.peers, self.topology)
+        self.bytes_sent += sent
+        return total
 
 
 def known_marks(topology: Topology) -> Float64[Tensor, "everybody mark"]:

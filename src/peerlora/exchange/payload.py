@@ -39,11 +39,6 @@ def vectors(payload: Payload, row: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def name_of(payload: Payload, tensor: Tensor) -> str:
-    """The name under which one tensor of a payload crosses."""
-    return next(name for name, leaf in _leaves(payload) if leaf is tensor)
-
-
 def fault(payload: Payload, sent: Mapping[str, Tensor]) -> str | None:
     """Why a neighbour's vectors, each as it was ``expected``, contradict each other; None where they don't."""
     partly = [(name, leaf) for name, leaf in _leaves(payload) if isinstance(leaf, PartialAdapters)]

@@ -1,4 +1,4 @@
-"""What exchanges have in common that send every vector as it is."""
+"""The part that all exchanges without compression share."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from peerlora.topology.schedule import Topology
 
 
 class PlainExchange:
-    """Nothing is compressed, so nothing is remembered between rounds."""
+    """Sends vectors uncompressed, and so keeps no state between rounds."""
 
     topology: Topology
     t: int
 
     def wire_schema(self, vectors: Schema) -> Schema:
-        """What is sent for these named vectors: they themselves."""
+        """Return the vectors unchanged."""
         return vectors
 
-    def state(self) -> dict[str, Tensor]:
-        """What must be saved to go on: nothing."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: no round depends on an earlier one."""
         return {}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Take up what ``state`` gave."""
+        """Restore nothing."""
 
     def shared_random(self, purpose: str) -> torch.Generator:
-        """From the seed of the topology, which is that of the run, and the round."""
+        """Derive the generator from the run's seed, which is the topology's, and the round."""
         return torch_generator(self.topology.seed, f"shared {purpose}", round=self.t)
 
 

@@ -177,8 +177,8 @@ class Robust(ExchangeWrapper):
         super().__init__(peers)
         self.config, self.start, self.rounds = config, start, rounds
 
-    def mix(self, x: Any) -> Adapters:
-        """``x_i <- rule(what reached i)``."""
+    def mix(self, x: Any, target: str | None = None) -> Adapters:
+        """``x_i <- rule(received by i)``; a payload with a target is more than adapters, and refused."""
         x = only_adapters(x, "exchange.robust")
         base = self.start.flat[0, self.start.spec.places(x.spec)]
         return self.peers.combine(x, build_rule(self.config, base, RoundCounter(self.peers.t, self.rounds)))

@@ -1,4 +1,4 @@
-"""What wraps an Exchange to change how values cross, so that it works with every method that allows it."""
+"""Wrappers of an Exchange: they change how values cross, for every method that allows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peerlora.lora.adapters import Adapters
 
 
 class ExchangeWrapper:
-    """An Exchange around another; whatever it does not change is the inner one's."""
+    """An Exchange around another, to which it passes on everything that it does not change."""
 
     def __init__(self, peers: Any):
         self.peers = peers
@@ -21,17 +21,17 @@ class ExchangeWrapper:
             raise AttributeError(name)
         return getattr(self.peers, name)
 
-    def state(self) -> dict[str, Tensor]:
-        """What must be saved to go on."""
-        return self.peers.state()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps."""
+        return self.peers.state_dict()
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Take up what ``state`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.peers.load_state_dict(saved)
 
 
 def unwrap(peers: Any) -> Any:
-    """The exchange without its wrappers."""
+    """Return the exchange without its wrappers."""
     return unwrap(peers.peers) if isinstance(peers, ExchangeWrapper) else peers
 
 

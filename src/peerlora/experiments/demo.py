@@ -96,7 +96,7 @@ def run_demo(
         with listener(name) as listen:
             place = folder / name.lower().replace(" ", "-")
             result = simulate(
-                row_config(config, name, overrides), place, resources=resources, listener=listen, stop=stop
+                row_config(config, name, overrides), place, resources=resources, sinks=[listen], stop=stop
             )
         rows.append(Row(name, _note(name), result.summary))
         shown.append(ComparisonRow(name, _note(name), read_events(place), result.summary))

@@ -198,7 +198,7 @@ class _Progress:
 
     def _work_on(self, cell: Trial, shared: Shared, listen: Callable[[Event], None]) -> None:
         place = self.folder / cell.folder
-        options: dict[str, Any] = {"materials": shared.resources(cell.config), "listener": listen}
+        options: dict[str, Any] = {"resources": shared.resources(cell.config), "sinks": [listen]}
         options["stop"] = self.hooks.stop
         try:
             if (place / "run.json").is_file():

@@ -39,6 +39,18 @@ pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; font-size: .85
 """
 
 
+class ReportWriter:
+    """An event sink that draws the report of a run folder when the run is finished."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, event: Event) -> None:
+        """Draw it at ``RunFinished``."""
+        if isinstance(event, RunFinished):
+            write_report(self.folder)
+
+
 def write_report(folder: Path | str) -> Path:
     """Write report.html into a run folder, also while the run goes on or after it stopped half way.
 

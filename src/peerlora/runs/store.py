@@ -101,9 +101,14 @@ class RunStore:
         return (self.folder / "summary.json").is_file()
 
     def emit(self, event: Event) -> None:
-        """Append one event; it survives the death of this process at once."""
+        """Append one event; it survives the death of this process at once.
+
+        ``RunFinished`` ends the run: metrics.parquet and, as the very last thing, summary.json are written with it.
+        """
         self._log.write(to_json(event).encode() + b"\n")
         self._log.flush()
+        if isinstance(event, RunFinished):
+            self._write_results(event.summary)
 
     def save_checkpoint(self, round: int, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, Any]) -> None:
         """Save the state after ``round`` finished rounds, emit ``CheckpointSaved``, keep the newest two.
@@ -153,10 +158,12 @@ class RunStore:
             leftover.unlink()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Emit ``RunFinished`` and write metrics.parquet and, as the very last thing, summary.json."""
+        """Emit ``RunFinished``, with which the results are written."""
+        self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
+
+    def _write_results(self, summary: Mapping[str, Any]) -> None:
         from peerlora.runs.metrics import write_table
 
-        self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
         _write_atomically(self.folder / "summary.json", _pretty(summary))
 

@@ -75,8 +75,8 @@ class AsynchronousRounds:
             self._moment(self.queue.moment, t, state)
         return state, self._passed(time.perf_counter() - began)
 
-    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The agenda, the post, and the jobs in flight: where they began and, once computed, what they came to."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the event queue, the mailboxes, and the jobs in flight: where they began and, once computed, ended."""
         assert self.start is not None and self.result is not None
         letters, post = self.post.saved()
         tensors = {f"post.{name}": leaf for name, leaf in letters.items()}
@@ -84,17 +84,14 @@ class AsynchronousRounds:
         facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
         return tensors, facts | {"agenda": self.queue.listed(), "post": post}
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
+        """Restore them."""
         letters = {name.removeprefix("post."): leaf for name, leaf in tensors.items() if name.startswith("post.")}
         self.post.load_state_dict(letters, facts["post"])
         self.queue = EventQueue([ScheduledEvent(*each) for each in facts["agenda"]])
         self.now, self.done, self.outstanding = facts["now"], facts["done"], set(facts["outstanding"])
         self.losses = tensors["losses"].cpu()
-        self._flown = {name: tensors[name] for name in ("start", "result")}
-
-    _flown: dict[str, Tensor] | None = None
-    """Taken up, and not yet put into Adapters, whose layout only the state knows."""
+        self.start, self.result = (replace(x, flat=tensors[name]) for name in ("start", "result"))
 
     def _moment(self, now: int, t: int, state: Any) -> None:
         """Everything that happens now, in order; ``state`` changes in place."""
@@ -107,10 +104,7 @@ class AsynchronousRounds:
 
     def _prepare(self, x: Adapters) -> None:
         """Room for the jobs in flight."""
-        if self._flown:
-            self.start, self.result = (replace(x, flat=self._flown[name]) for name in ("start", "result"))
-            self._flown = None
-        elif self.start is None:
+        if self.start is None:
             self.start, self.result = own_copy(x), own_copy(x)
 
     def _job_done(self, event: ScheduledEvent, t: int, state: Any) -> None:

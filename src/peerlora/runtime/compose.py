@@ -1,10 +1,10 @@
-"""Turn a config into the parts of a run, and refuse parts that don't work together."""
+"""Compose: plan a run, load data and model, and assemble the parts into a Federation."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms import build_algorithm
-from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
+from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import Partition, own_rows, partition
-from peerlora.exchange.attacks import attackers
 from peerlora.exchange.base import MeteredExchange
-from peerlora.exchange.gossip_sum import gossip_rounds, network_sum
+from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.randomness import numpy_generator, torch_generator
-from peerlora.runtime.checks import check_composition, check_memory, check_own
-from peerlora.runtime.exchange_stack import attack_notes, build_exchange, poison_labels
-from peerlora.runtime.plan import build_clock
-from peerlora.runtime.resources import DTYPES, RunResources, _model, load_resources
+from peerlora.runtime.exchange_stack import build_exchange, poison_labels
+from peerlora.runtime.plan import Plan, plan
+from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_resources
 from peerlora.runtime.virtual_clock import VirtualClock
-from peerlora.topology.schedule import Topology, build_topology
+from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
 from peerlora.train.learner import Learner
 from peerlora.train.loss_rules import LabelPrior
@@ -63,6 +60,11 @@ class Federation:
     """Clients whose results don't count."""
     clock: VirtualClock | None = None
 
+    @property
+    def honest_rows(self) -> list[int]:
+        """The rows, of the clients held here, whose results count."""
+        return [row for row, client in enumerate(self.exchange.clients) if client not in self.attackers]
+
 
 def compose(
     config: RunConfig,
@@ -72,34 +74,35 @@ def compose(
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Federation:
-    """Load and check everything; nothing is written.
+    """Plan a run, load what it needs, and assemble it; nothing is written.
 
     ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
     an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
     """
-    check_own(config, clients)
-    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    check_memory(config.clients)
-    clock = build_clock(config, algorithm)
-    topology = build_topology(config.topology, config.clients, config.seed)
-    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
-    warnings = check_composition(config, algorithm, topology)
-    attacking = attackers(config.adversary, config.clients, config.seed)
-    algorithm, notes = prepare(algorithm, topology, config.train.rounds)
-    resources = resources or load_resources(config)
-    train_data, eval_data = resources.train_data, resources.eval_data
+    planned = plan(config, clients)
+    return assemble(planned, resources or load_resources(config), clients, gather, partitioner)
+
+
+def assemble(
+    planned: Plan,
+    resources: RunResources,
+    clients: Sequence[int] | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    partitioner: Any = None,
+) -> Federation:
+    """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
+
+    Raises DataError, ModelError or CompositionError for what only data and model can show.
+    """
+    config, topology, attacking = planned.config, planned.topology, planned.attackers
     here = list(range(config.clients) if clients is None else clients)
-    own = config.partition.kind == "own" and partitioner is None
-    divided = (
-        own_rows(train_data, here[0])
-        if own
-        else partition(partitioner or config.partition, train_data, config.clients, config.seed)
-    )
-    model, export, paths = _model(config, resources)
+    divided, own = _divided(config, resources, here, partitioner)
+    model, export, paths = build_model(config, resources)
     start = _start(config, model, here)
-    check_merges(config.algorithm.name, algorithm, topology, config.train.rounds, start, model.base)
-    batches, rows = [config.batches[i] for i in here], divided.shards if own else [divided.shards[i] for i in here]
-    learned = poison_labels(config, train_data, [divided.shards[i] for i in attacking])
+    check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
+    rows = divided.shards if own else [divided.shards[i] for i in here]
+    learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
+    batches = [config.batches[i] for i in here]
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = Learner(model, TASKS[config.task.kind], shards, config.train, resources.tokenizer.pad_token_id, graph)
@@ -107,42 +110,41 @@ def compose(
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     return Federation(
         config=config,
-        algorithm=algorithm,
+        algorithm=planned.algorithm,
         topology=topology,
         partition=divided,
-        train_data=train_data,
-        eval_data=eval_data,
+        train_data=resources.train_data,
+        eval_data=resources.eval_data,
         model=model,
         learner=learner,
         exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
-        warnings=(*warnings, *divided.warnings),
-        notes=(*notes, *_prior_notes(config, topology), *attack_notes(config, attacking)),
+        warnings=(*planned.warnings, *divided.warnings),
+        notes=planned.notes,
         paths=paths,
-        clock=clock,
+        clock=planned.clock,
         attackers=attacking,
     )
 
 
+def _divided(config: RunConfig, resources: RunResources, here: list[int], partitioner: Any) -> tuple[Partition, bool]:
+    """The rows of every client, and whether they are those of this site alone."""
+    data, own = resources.train_data, config.partition.kind == "own" and partitioner is None
+    if own:
+        return own_rows(data, here[0]), True
+    return partition(partitioner or config.partition, data, config.clients, config.seed), False
+
+
 def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """The method's state before round 0, once clients know what their losses need to know of each other.
+    """Start the method, once clients know what their losses need to know of each other.
 
     ``sum_of`` adds up a [client, ...] tensor over the network; by default by gossip over the federation's exchange.
     """
+    sum_of = sum_of or NetworkSum(unwrap(federation.exchange), federation.topology)
     for rule in federation.learner.loss_rules:
-        if isinstance(rule, LabelPrior):
-            rule.agree(sum_of or (lambda own: network_sum(own, unwrap(federation.exchange), federation.topology)))
+        rule.agree(sum_of)
     return federation.algorithm.start(federation.start, federation.exchange)
-
-
-def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
-    if config.train.label_prior != "pooled":
-        return ()
-    return (
-        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
-        "before round 0; their bytes are counted in the first round",
-    )
 
 
 def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
@@ -175,10 +177,7 @@ def resolve_threads(threads: int | None) -> int:
 _COMPILED = "64"  # products that oneDNN keeps compiled, by shape; its 1,024 grow for a thousand rounds of ragged rows
 
 
-def composed(
-    config: RunConfig, resources: RunResources | None, partitioner: Any, clients: Sequence[int] | None = None
-) -> Federation:
-    """The parts of a run, on the threads that it asks for."""
+def use_threads(config: RunConfig) -> None:
+    """Set the threads of this process as a run asks, and bound what it keeps compiled."""
     torch.set_num_threads(resolve_threads(config.threads))
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _COMPILED)
-    return compose(config, resources=resources, partitioner=partitioner, clients=clients)

@@ -1,15 +1,62 @@
-"""All refusals of a run, before any data is read."""
+"""Plan: a config checked as a whole, before any data is read; every refusal that needs no data is made here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from peerlora.algorithms.base import Algorithm, is_asynchronous
+from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
 from peerlora.algorithms.merging import Merging
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import ClockConfig
 from peerlora.errors import CompositionError
+from peerlora.exchange.attacks import attackers
+from peerlora.exchange.gossip_sum import gossip_rounds
+from peerlora.runtime.checks import check_composition, check_memory, check_own
+from peerlora.runtime.exchange_stack import attack_notes
 from peerlora.runtime.virtual_clock import VirtualClock
+from peerlora.topology.schedule import Topology, build_topology
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose parts go together."""
+
+    config: RunConfig
+    algorithm: Algorithm[Any]
+    topology: Topology
+    clock: VirtualClock | None
+    attackers: tuple[int, ...]
+    """Clients whose results don't count."""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What the method says about the run, such as a setting that it chose."""
+
+
+def plan(
+    config: RunConfig,
+    clients: Sequence[int] | None = None,
+    check: Callable[[Algorithm[Any], Topology], None] = lambda algorithm, topology: None,
+) -> Plan:
+    """Build what a config names and refuse parts that don't go together.
+
+    ``clients``: those held here, all by default.  ``check`` may refuse more, as real peers do.
+    Raises CompositionError, ConfigError or TopologyError with the reason and an alternative.
+    """
+    check_own(config, clients)
+    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    check_memory(config.clients)
+    topology = build_topology(config.topology, config.clients, config.seed)
+    check(algorithm, topology)
+    clock = build_clock(config, algorithm)
+    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
+    warnings = check_composition(config, algorithm, topology)
+    attacking = attackers(config.adversary, config.clients, config.seed)
+    algorithm, notes = prepare(algorithm, topology, config.train.rounds)
+    notes = (*notes, *_prior_notes(config, topology), *attack_notes(config, attacking))
+    return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
 
 
 def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | None:
@@ -46,3 +93,12 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
     if all(clock.back(client, 0) is None for client in range(config.clients)):
         raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
     return clock
+
+
+def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.label_prior != "pooled":
+        return ()
+    return (
+        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        "before round 0; their bytes are counted in the first round",
+    )

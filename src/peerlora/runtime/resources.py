@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -112,27 +112,23 @@ def load_resources(config: RunConfig) -> RunResources:
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
-def _model(config: RunConfig, resources: RunResources) -> tuple[StackedModel, ExportContext, Paths]:
-    kind, source, tokenizer, names = (
-        config.task.kind,
-        config.model.source,
-        resources.tokenizer,
-        resources.train_data.names,
-    )
+def build_model(config: RunConfig, resources: RunResources) -> tuple[StackedModel, ExportContext, Paths]:
+    """Load the base model, or take it from the cache, and attach adapters; also say how it is exported, and its paths.
+
+    Raises ConfigError or ModelError.
+    """
+    data, source, tokenizer = resources.train_data, config.model.source, resources.tokenizer
     bases = resources.bases or BaseModelCache()
-    prepared = bases.get(
-        (
-            source,
-            kind,
-            names,
-            config.train.dtype,
-            config.train.fast,
-            config.device,
-            config.adapter.targets,
-        ),
-        config.seed,
-        lambda: _prepared(config, names, tokenizer.pad_token_id),
+    key = _BaseKey(
+        source,
+        config.task.kind,
+        data.names,
+        config.train.dtype,
+        config.train.fast,
+        config.device,
+        config.adapter.targets,
     )
+    prepared = bases.get(key, config.seed, lambda: _prepared(config, data.names, tokenizer.pad_token_id))
     base, targets = prepared.base, prepared.targets
     if base.longest is not None and config.data.max_length > base.longest:
         raise ConfigError(
@@ -147,8 +143,20 @@ def _model(config: RunConfig, resources: RunResources) -> tuple[StackedModel, Ex
     )
     bases.used_by(model)
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
-    export = ExportContext(source, PEFT_TASKS[kind], config.adapter.dropout, extra, tokenizer, names)
+    export = ExportContext(source, PEFT_TASKS[config.task.kind], config.adapter.dropout, extra, tokenizer, data.names)
     return model, export, prepared.paths | use_encoder(model, config.train.fast)
+
+
+class _BaseKey(NamedTuple):
+    """The settings that a prepared base model depends on, beside the seed of its head."""
+
+    source: str
+    task: str
+    names: tuple[str, ...]
+    dtype: str
+    fast: bool
+    device: str
+    targets: list[str] | str | None
 
 
 def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:

@@ -1,4 +1,4 @@
-"""How the run comes from one round to the next: all clients together, with or without a virtual clock."""
+"""Rounds: how the clients held here come from one round to the next."""
 
 from __future__ import annotations
 
@@ -14,39 +14,44 @@ from peerlora.topology.weights import Matrix
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round leaves behind for its event."""
+    """What one round cost and did."""
 
     losses: list[float]
     """[client], NaN for those that did not train."""
     sent: Adapters | None
     """What went into the mixing, where all clients mixed at once."""
     W: Matrix | None
-    """None where no one matrix describes what the round did."""
+    """None where no single matrix describes the round."""
     edges: list[tuple[int, int]]
+    """Links of the clients held here that carried anything."""
     bytes_per_edge: int
     bytes_sent: int
     seconds_train: float
     seconds_mix: float
     measures: Mapping[str, float] = field(default_factory=dict)
     absent: list[int] = field(default_factory=list)
+    received: Adapters | None = None
+    """[sender] of a real peer: the adapters whose links counted, its own among them."""
+    missing: Mapping[int, str] = field(default_factory=dict)
+    """Of a real peer: neighbours whose link did not count, and why."""
 
 
 class Rounds(Protocol):
-    """Advances a run by one round; everything else about a run does not depend on how that is done."""
+    """Advances a run by one round; nothing else in a run depends on how."""
 
     @property
     def virtual_seconds(self) -> float:
-        """Since the start of the run, on the virtual clock; NaN without one."""
+        """Seconds since the start of the run, on the virtual clock; NaN without one."""
         ...
 
     def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
-        """Round ``t``."""
+        """Run round ``t``; return the new state and what the round cost and did."""
         ...
 
-    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What must be saved between two rounds to go on to the bit: tensors, and facts as JSON knows them."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps between two rounds: tensors, and facts as JSON knows them."""
         ...
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on from what ``saved`` gave."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
+        """Restore what ``state_dict`` returned; ``x`` are the adapters of that moment, for their layout."""
         ...

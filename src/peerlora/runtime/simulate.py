@@ -1,18 +1,24 @@
-"""All clients in this process: the loop over rounds, with evaluation, checkpoints and events."""
+"""Simulate: a run whose clients all live in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config.run import RunConfig
-from peerlora.runs.events import Event
+from peerlora.exchange.stacked import StackedExchange
+from peerlora.runs.report import ReportWriter
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
-from peerlora.runtime.compose import composed, resolve_threads
+from peerlora.runtime.asynchronous import AsynchronousRounds
+from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
+from peerlora.runtime.participation import AllClients
 from peerlora.runtime.resources import RunResources
-from peerlora.runtime.trainer import Result, Trainer
+from peerlora.runtime.rounds import Rounds
+from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.runtime.trainer import Result, Sink, Trainer
 
 
 def simulate(
@@ -21,22 +27,24 @@ def simulate(
     *,
     resources: RunResources | None = None,
     partitioner: Any = None,
-    listener: Callable[[Event], None] = lambda event: None,
+    sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     report: bool = True,
 ) -> Result:
     """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
 
-    ``listener`` gets every event; ``stop`` is asked after every round and, when true, a checkpoint is written and
-    Stopped raised.  Without ``report`` no report.html is drawn at the end, which takes about a second;
-    ``runs.report.write_report`` does it later.  Nothing is written before everything has been loaded and checked.
+    Each of ``sinks`` takes every event, in order, after the run folder; ``stop`` is asked after every round and, when
+    true, a checkpoint is written and Stopped raised.  Without ``report`` no report.html is drawn at the end, which
+    takes about a second; ``runs.report.write_report`` does it later.  Nothing is written before everything has been
+    loaded and checked.
     """
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
-    federation = composed(config, resources, partitioner)
+    use_threads(config)
+    federation = compose(config, resources=resources, partitioner=partitioner)
     with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
-        return Trainer(federation, store, listener, stop, report).run()
+        return build_trainer(federation, store, sinks, stop, report).run()
 
 
 def resume(
@@ -45,15 +53,38 @@ def resume(
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
     resources: RunResources | None = None,
     partitioner: Any = None,
-    listener: Callable[[Event], None] = lambda event: None,
+    sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     report: bool = True,
 ) -> Result:
-    """Take up a run where its last good checkpoint left it; the result is bit-identical to an undisturbed run.
+    """Resume a run from its last good checkpoint; the result is bit-identical to an undisturbed run.
 
     ``expected`` turns the stored config into the one that the user asks for; RunError lists the differences.
     """
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
-        return Trainer(composed(config, resources, partitioner), store, listener, stop, report).run(resumed=True)
+        use_threads(config)
+        federation = compose(config, resources=resources, partitioner=partitioner)
+        return build_trainer(federation, store, sinks, stop, report).run(resumed=True)
+
+
+def build_trainer(
+    federation: Federation,
+    store: RunStore,
+    sinks: Sequence[Sink] = (),
+    stop: Callable[[], bool] = lambda: False,
+    report: bool = True,
+) -> Trainer:
+    """Build the Trainer of a simulation; the report is its last sink."""
+    every = (*sinks, *([ReportWriter(store.folder)] if report else []))
+    return Trainer(federation, build_rounds(federation), AllClients(federation), store, every, stop)
+
+
+def build_rounds(federation: Federation) -> Rounds:
+    """Build what advances the clients of a federation by one round."""
+    algorithm, clock = federation.algorithm, federation.clock
+    if isinstance(algorithm, AsynchronousAlgorithm):
+        assert clock is not None and isinstance(federation.exchange, StackedExchange)
+        return AsynchronousRounds(algorithm, federation.learner, federation.exchange, clock)
+    return SynchronousRounds(algorithm, federation.learner, federation.exchange, clock)

@@ -13,6 +13,7 @@ from torch import Tensor
 from peerlora.algorithms.base import Algorithm, DeadlineAware
 from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.schema import encoded_bytes
+from peerlora.lora.adapters import Adapters
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.virtual_clock import VirtualClock, seconds, ticks
 from peerlora.train.learner import Learner
@@ -49,7 +50,7 @@ class SynchronousRounds:
         here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
         self.learner.begin(t, self.jobs if self.clock else None, here)
         self.learner.step_seconds = self.step_seconds if self.clock else None
-        self.exchange.begin(t, absent)
+        stats = self.exchange.begin(t, absent)
         began = time.perf_counter()
         after = self.algorithm.round(t, state, self.learner, self.exchange)
         if absent:
@@ -57,29 +58,31 @@ class SynchronousRounds:
         worked = time.perf_counter() - began
         for client in here:
             self.jobs[client] += 1
-        peers, mixes = self.exchange, self.exchange.mixed is not None
+        graph, mixes, own = self.exchange.graph, stats.sent is not None, set(self.exchange.clients)
         return after, RoundResult(
             losses=self.learner.losses.tolist(),
-            sent=peers.mixed,
-            W=peers.graph.W if mixes else np.eye(len(peers.graph.W)),
-            edges=peers.graph.edges if mixes else [],
-            bytes_per_edge=peers.bytes_per_edge,
-            bytes_sent=peers.bytes_sent,
-            seconds_train=worked - peers.seconds,
-            seconds_mix=peers.seconds,
-            measures={name: float(values.mean()) for name, values in peers.measured.items()},
+            sent=stats.sent,
+            W=graph.W if mixes else np.eye(len(graph.W)),
+            edges=[edge for edge in graph.edges if own.intersection(edge)] if mixes else [],
+            bytes_per_edge=stats.bytes_per_edge,
+            bytes_sent=stats.bytes_sent,
+            seconds_train=worked - stats.seconds,
+            seconds_mix=stats.seconds,
+            measures={name: float(values.mean()) for name, values in stats.measures.items()},
             absent=absent,
+            received=stats.received,
+            missing=stats.missing,
         )
 
-    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The moment, the jobs done, and who is at work; nothing without a clock."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the moment, the jobs done, and the clients at work; nothing without a clock."""
         if self.clock is None:
             return {}, {}
         facts = {"now": self.now, "jobs": self.jobs, "ready": sorted(self.ready.items())}
         return {"step_seconds": self.step_seconds}, facts
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
+        """Restore them."""
         if self.clock is not None:
             self.now, self.jobs = facts["now"], list(facts["jobs"])
             self.step_seconds = tensors["step_seconds"].clone()

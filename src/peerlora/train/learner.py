@@ -268,7 +268,7 @@ class Learner:
         batch = collate(data, rows, self.pad, x.flat.dtype).to(x.flat.device)
         return self.model(batch.inputs, batch.origin), batch
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What must be saved to go on: empty unless the optimiser's memory outlives a round."""
         if self.memory is None:
             return {}

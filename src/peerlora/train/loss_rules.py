@@ -26,6 +26,10 @@ class LossRule(Protocol):
         """
         ...
 
+    def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
+        """Learn before round 0 what the rule needs of others; ``sum_of`` sums a [client, ...] tensor over all."""
+        ...
+
 
 class Emphasis:
     """A loss rule: rows count in proportion to ``values``, and those of a batch as much together as before."""
@@ -42,6 +46,9 @@ class Emphasis:
         v = torch.stack([self.values[i, torch.from_numpy(row)] for i, row in zip(places, own, strict=True)])
         weights = batch.weights * v.to(batch.weights)
         return logits, replace(batch, weights=F.normalize(weights, p=1.0, dim=1))
+
+    def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
+        """Need nothing: the values are the clients' own."""
 
 
 SMOOTHING = 1.0  # rows per class

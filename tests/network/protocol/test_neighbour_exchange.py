@@ -45,10 +45,10 @@ def test_peers_mix_as_the_stacked_exchange_does(graph, private):
     whole, parts, stacked, peers = both(graph, lambda exchange, rows: exchange.mix(x.rows(rows)))
     for i, part in enumerate(parts):
         assert torch.allclose(part.flat, whole.flat[i : i + 1], rtol=0, atol=1e-6)
-        assert not peers[i].missed
-    assert sum(each.bytes_sent for each in peers) == stacked.bytes_sent
-    linked = [each for each in peers if each.bytes_sent]
-    assert all(each.bytes_per_edge == stacked.bytes_per_edge for each in linked)
+        assert not peers[i].stats.missing
+    assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
+    linked = [each for each in peers if each.stats.bytes_sent]
+    assert all(each.stats.bytes_per_edge == stacked.stats.bytes_per_edge for each in linked)
 
 
 def largest(received):
@@ -66,8 +66,8 @@ def test_peers_combine_as_the_stacked_exchange_does(graph, rule, ranks):
     for i, part in enumerate(parts):
         assert torch.allclose(part.flat, whole.flat[i : i + 1], rtol=0, atol=1e-6)
         assert torch.equal(part.ranks, x.ranks[i : i + 1])
-        for name, values in peers[i].measured.items():
-            assert float(values) == pytest.approx(float(stacked.measured[name][i]), abs=1e-6)
+        for name, values in peers[i].stats.measures.items():
+            assert float(values) == pytest.approx(float(stacked.stats.measures[name][i]), abs=1e-6)
 
 
 def test_trees_and_numbers_cross():
@@ -99,9 +99,9 @@ def test_merged_parts_cross():
 
     _, parts, stacked, peers = both(RING, lambda exchange, rows: exchange.combine(x.rows(rows), summed, merged=True))
     for i in range(4):
-        assert float(peers[i].measured["sum"]) == pytest.approx(float(stacked.measured["sum"][i]), abs=1e-5)
+        assert float(peers[i].stats.measures["sum"]) == pytest.approx(float(stacked.stats.measures["sum"][i]), abs=1e-5)
         assert parts[i].merged is not None
-    assert sum(each.bytes_sent for each in peers) == stacked.bytes_sent
+    assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
 
 
 def test_shared_random_is_that_of_the_simulation():

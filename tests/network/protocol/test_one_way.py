@@ -42,7 +42,7 @@ class Handing:
         mixed = together([partial(one, i) for i in range(4)])
         self.u, self.w = (torch.cat([each[name] for each in mixed]) for name in "uw")
         self.t += 1
-        return [dict(each.missed) for each in self.peers]
+        return [dict(each.stats.missing) for each in self.peers]
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=str)
@@ -57,7 +57,7 @@ def test_peers_hand_on_as_the_simulation_does(graph):
             mixed = stacked.mix({"u": u, "w": w})
             u, w = mixed["u"], mixed["w"]
             assert found.round() == [{}] * 4
-            assert sum(each.bytes_sent for each in peers) == stacked.bytes_sent
+            assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
             links = {edge for i, each in enumerate(peers) for edge in each.graph.edges if i in edge}
             assert links == set(stacked.graph.edges)
         assert torch.allclose(found.u, u, atol=1e-14) and torch.allclose(found.w, w, atol=1e-14)

@@ -58,8 +58,8 @@ class Gossip:
 
         together([partial(one, i) for i in range(4)])
         self.t += 1
-        whole = [int(each.measured.get("whole_replicas", torch.zeros(1))) for each in self.inner]
-        return [dict(each.missed) for each in self.inner], whole
+        whole = [int(each.stats.measures.get("whole_replicas", torch.zeros(1))) for each in self.inner]
+        return [dict(each.stats.missing) for each in self.inner], whole
 
     def until_all_meet(self):
         """Rounds until every link is used again; how many whole replicas each peer sent in the last one."""
@@ -88,8 +88,8 @@ def test_peers_gossip_as_the_simulation_does(kind):
             stacked.begin(t)
             x = x.merge(stacked.mix(x if blocks is None else x.only(blocks)))
             assert found.round(blocks) == ([{}] * 4, [0] * 4)
-            assert sum(each.bytes_sent for each in peers) == stacked.bytes_sent
-            assert {each.bytes_per_edge for each in peers} == {stacked.bytes_per_edge}
+            assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
+            assert {each.stats.bytes_per_edge for each in peers} == {stacked.stats.bytes_per_edge}
         assert torch.allclose(torch.cat([each.flat for each in found.x]), x.flat, rtol=0, atol=1e-12)
         assert torch.allclose(found.mean(), adapters().flat.mean(0), rtol=0, atol=1e-12)
         found.check_copies()

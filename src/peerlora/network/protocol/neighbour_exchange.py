@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import CombineRule, apply_rule
-from peerlora.exchange.payload import Payload, everybody, expected, fault, name_of, vectors, widest
+from peerlora.exchange.payload import Payload, everybody, expected, fault, vectors, widest
 from peerlora.exchange.plain import PlainExchange, operator
 from peerlora.exchange.replicas import Difference
 from peerlora.lora.adapters import Adapters
@@ -57,45 +58,25 @@ class NeighbourExchange(PlainExchange):
         self.protocol, self.thread = protocol, thread
         self.copies = None if start is None else ReplicaCache(start.flat[:1])
         self.positive, self.one_way = tuple(positive), not topology.properties.symmetric
-        self.t = 0
         self._set(0)
 
-    def begin(self, t: int, absent: Sequence[int] = ()) -> None:
-        """Set the round, here and for what neighbours send; forget what the last one sent.
-
-        What rounds before 0 sent counts in round 0.
-        """
+    def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
+        """Begin a round, here and for the messages of neighbours."""
         self._set(t, absent)
         self.thread.loop.call_soon_threadsafe(self.protocol.enter, t)
+        return self.stats
 
     def _set(self, t: int, absent: Sequence[int] = ()) -> None:
-        opening = t <= 0 and self.t < 0
         self.t, self.graph = t, self.topology.at(t, absent)
-        self.bytes_per_edge = 0
-        self.bytes_sent = self.bytes_sent if opening else 0
-        self.seconds = 0.0
-        self.mixed: Adapters | None = None
-        """What this client put into this round's mixing."""
-        self.met: Adapters | None = None
-        """[sender] the same of all whose edge counted, itself too, in the order of their numbers; with a codec their
-        replicas, which is what receivers know of them."""
-        self.measured: dict[str, Float[Tensor, " client"]] = {}
-        """What this round's rules measured, by name."""
-        self.missed: dict[int, str] = {}
-        """Neighbours whose edge did not count in this round, and why."""
-        self._target: Tensor | None = None
+        self.stats = ExchangeStats()
 
-    def aim_at(self, c: Float[Tensor, " client"]) -> None:
-        """Let the next mixing have Metropolis-Hastings weights; the neighbours' c come with their messages."""
-        self._target = c
-
-    def mix(self, x: Tree) -> Tree:
-        """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``."""
+    def mix(self, x: Tree, target: str | None = None) -> Tree:
+        """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``; W for the leaf ``target`` where one is named."""
         began = time.perf_counter()
-        (met,), W = self._meet((x,))
+        (met,), W = self._meet((x,), target)
         others = leaves(met, (Adapters, Tensor))
         mixed = tree_map(lambda name, leaf: self._leaf(leaf, others[name], W), x, leaf=(Adapters, Tensor))
-        self.seconds += time.perf_counter() - began
+        self.stats.seconds += time.perf_counter() - began
         return mixed
 
     def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
@@ -109,9 +90,9 @@ class NeighbourExchange(PlainExchange):
         reached[self.clients[0]] = sent.after
         senders = sorted(reached)
         rows = torch.cat([reached[j] for j in senders])
-        self.mixed, self.met = x, _replicas(x, rows)
+        self.stats.sent, self.stats.received = x, _replicas(x, rows)
         mixed = operator(self.graph.W[self.clients][:, senders], rows) @ rows
-        self.seconds += time.perf_counter() - began
+        self.stats.seconds += time.perf_counter() - began
         return mixed
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
@@ -119,11 +100,11 @@ class NeighbourExchange(PlainExchange):
         began = time.perf_counter()
         sent = x.only("AB") if x.spec.private_head else x
         (met, *parts), W = self._meet((x, *([x.merged] if merged else [])))
-        self.mixed, self.met = x, met
+        self.stats.sent, self.stats.received = x, met
         others = met.only("AB") if x.spec.private_head else met
         combined, measured = apply_rule(sent, replace(others, merged=parts[0] if parts else None), W, rule)
-        self.measured.update(measured)
-        self.seconds += time.perf_counter() - began
+        self.stats.measures.update(measured)
+        self.stats.seconds += time.perf_counter() - began
         return replace(x.merge(combined), merged=combined.merged)
 
     def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
@@ -131,49 +112,56 @@ class NeighbourExchange(PlainExchange):
         if isinstance(x, Tensor):
             rows = others.reshape(len(others), -1)
             return (operator(W, rows) @ rows).view_as(x)
-        self.mixed, self.met = x, others
+        self.stats.sent, self.stats.received = x, others
         rows = others.flat[:, x.spec.shared]
         return x.sharing(operator(W, rows) @ rows)
 
-    def _meet(self, payload: Payload) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
+    def _meet(self, payload: Payload, target: str | None = None) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
         """The payloads of all whose edge counts, and the own row of W for them."""
         own = vectors(payload)
-        target = "" if self._target is None else name_of(payload, self._target)
-        positive = [name for name in (*self.positive, target) if name and name in own]
-        reached = self._post(OutgoingMessage(encode_body(own)), partial(_check, payload, positive=positive), target)
+        positive = [name for name in (*self.positive, target) if name in own]
+        reached = self._post(
+            OutgoingMessage(encode_body(own)),
+            partial(_check, payload, positive=positive),
+            None if target is None else (target, own[target]),
+        )
         reached[self.clients[0]] = own
         senders = sorted(reached)
         return everybody(payload, [reached[j] for j in senders]), self.graph.W[self.clients][:, senders]
 
-    def _post(self, letter: OutgoingMessage, check: Decoder, target: str = "") -> dict[int, Any]:
-        """By client, what ``check`` made of the messages whose edge counts; the graph and W are then those of these."""
+    def _post(
+        self, letter: OutgoingMessage, check: Decoder, target: tuple[str, Tensor] | None = None
+    ) -> dict[int, Any]:
+        """By client, what ``check`` made of the messages whose edge counts; the graph and W are then those of these.
+
+        ``target``: the vector for which W is weighted, by name, and this client's own value.
+        """
         (me,), planned = self.clients, self.topology.at(self.t)
         senders, receivers = planned.neighbours(me), planned.receivers(me)
         numbers = {self.names[j]: j for j in [*senders, *receivers] if j in self.names}
         to, by = ([self.names[j] for j in clients if j in self.names] for clients in (receivers, senders))
         outcome = self.thread.call(self.protocol.meet(to, letter, check, by if self.one_way else None))
-        self.missed |= {numbers[peer]: reason for peer, reason in outcome.missing.items()}
-        self.missed |= {j: "not on the member list" for j in [*senders, *receivers] if j not in self.names}
+        stats = self.stats
+        stats.missing |= {numbers[peer]: reason for peer, reason in outcome.missing.items()}
+        stats.missing |= {j: "not on the member list" for j in [*senders, *receivers] if j not in self.names}
         reached = {numbers[peer]: found for peer, found in outcome.got.items()}
         taken = {numbers[peer] for peer in outcome.taken}
         if target:
-            planned = replace(planned, W=self._aimed(planned, {j: found[target] for j, found in reached.items()}))
+            name, own = target
+            others = {j: float(found[name]) for j, found in reached.items()}
+            planned = replace(planned, W=self._weighted(planned, {**others, me: float(own)}))
         missing = [(me, j) for j in senders if j not in reached] + [(j, me) for j in receivers if j not in taken]
         self.graph = without(planned, missing, self.one_way)
-        self.bytes_per_edge += len(letter.body)
-        self.bytes_sent += len(letter.body) * len(taken) + sum(outcome.whole.values())
+        stats.bytes_per_edge += len(letter.body)
+        stats.bytes_sent += len(letter.body) * len(taken) + sum(outcome.whole.values())
         if outcome.whole:
-            self.measured["whole_replicas"] = torch.tensor([float(len(outcome.whole))])
+            stats.measures["whole_replicas"] = torch.tensor([float(len(outcome.whole))])
         return reached
 
-    def _aimed(self, planned: RoundGraph, told: Mapping[int, Tensor]) -> Matrix:
-        """W whose own row has Metropolis-Hastings weights; the other rows stand for nothing."""
-        assert self._target is not None
-        c = np.ones(len(planned.W))  # of those who did not tell theirs: their edges do not count
-        c[self.clients[0]] = float(self._target)
-        for client, value in told.items():
-            c[client] = float(value)
-        self._target = None
+    def _weighted(self, planned: RoundGraph, known: Mapping[int, float]) -> Matrix:
+        """W whose own row has Metropolis-Hastings weights for the known c; the other rows have no meaning."""
+        c = np.ones(len(planned.W))  # where c is unknown the link does not count
+        c[list(known)] = list(known.values())
         return self.topology.aimed(planned.adjacency, c)
 
 

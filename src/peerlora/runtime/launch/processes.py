@@ -26,7 +26,7 @@ from peerlora.runs.store import require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.tcp_relay import Relay
-from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.run import site_on
 
 _LOOK = 0.05  # seconds between two looks at the processes
@@ -155,7 +155,7 @@ class LocalFederation:
         self.ports = free_ports(config.clients)
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
         self.members = throwaway(folder / "identities", addresses, "launch")
-        check_site(self.config, site_on(self.config, self.members, self.sites[0]))
+        plan_peer(self.config, site_on(self.config, self.members, self.sites[0]))
         self.peers = [PeerProcess(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
         self.thread = EventLoopThread()
         self.relayed = any(each.kind == "cut" for each in faults)

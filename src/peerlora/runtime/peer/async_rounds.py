@@ -70,12 +70,12 @@ class PeerAsyncRounds:
             measures=measures,
         )
 
-    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The mailbox."""
         return self.mail.saved()
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Go on."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
+        """Restore it."""
         self.mail.load_state_dict(tensors, facts)
         self.news = self.mail.waiting
 

@@ -1,8 +1,8 @@
-"""The label counts of the whole network: peers sum them before round 0, and keep the sum in their run folders."""
+"""Label counts of the whole network: peers sum them before round 0, and keep the sum in their run folders."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,39 +10,97 @@ from torch import Tensor
 from peerlora.errors import NotNow, RunError
 from peerlora.exchange.gossip_sum import network_sum
 from peerlora.exchange.schema import Schema
-
-if TYPE_CHECKING:
-    from peerlora.network.base import PeerId
-    from peerlora.network.protocol.control import PeerControl
-    from peerlora.network.protocol.event_loop import EventLoopThread
-    from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
-    from peerlora.runs.store import RunStore
+from peerlora.network.base import PeerId
+from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
+from peerlora.runs.store import RunStore
 
 FILE = "label_counts.json"
 COUNTS = "label counts"
 """The name of the sum in the state that a peer sends to one that asks for it."""
 
 
+class StartupSum:
+    """The sum of all clients' label counts, found once in the life of a run folder.
+
+    By gossip where all neighbours start together; a peer whose neighbours have it behind them asks one of these.
+    ``request`` asks a neighbour for its state, which must hold the vectors of a schema; None where none came.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        control: PeerControl,
+        thread: EventLoopThread,
+        exchange: NeighbourExchange,
+        join: float,
+        request: Callable[[PeerId, Schema], dict[str, Tensor] | None],
+    ):
+        self.store, self.control, self.thread, self.exchange = store, control, thread, exchange
+        self.join, self.request, self.bytes_sent = join, request, 0
+        self.total = load_total(store)
+        """[1, label]; None until it is known."""
+
+    def __call__(self, own: Tensor) -> Tensor:
+        """Return the sum, [1, label], and keep it.
+
+        Raises NotNow unless all neighbours are there: an absent one would be missing in everybody's sum.  Raises
+        RunError where the sum is not known, since links failed or a neighbour sent an impossible one.
+        """
+        if self.total is None:
+            ahead = require_all(self.control, self.thread, self.join)
+            self.total = self._requested(ahead[0], own) if ahead else self._gossiped(own)
+            save_total(self.store, self.total)
+        return self.total
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """What the own state holds for neighbours that ask."""
+        return {} if self.total is None else {COUNTS: self.total}
+
+    @property
+    def schema(self) -> Schema:
+        """What a neighbour's state holds of it."""
+        return {} if self.total is None else counts_schema(self.total.shape[1])
+
+    def _requested(self, peer: PeerId, own: Tensor) -> Tensor:
+        found = self.request(peer, counts_schema(own.shape[1]))
+        if found is None:
+            raise NotNow(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
+        return checked_total(found[COUNTS], own, peer)
+
+    def _gossiped(self, own: Tensor) -> Tensor:
+        protocol = self.exchange.protocol
+        deadline, patience = protocol.deadline, max(self.join, protocol.deadline)
+        self.thread.ask(setattr, protocol, "deadline", patience)  # a neighbour may itself still wait for its neighbours
+        try:
+            total, self.bytes_sent = network_sum(own, self.exchange, self.exchange.topology)
+        finally:
+            self.thread.ask(setattr, protocol, "deadline", deadline)
+        return total
+
+
 def counts_schema(classes: int) -> Schema:
-    """What comes with such a state."""
+    """Return what comes with a state whose sender knows the sum."""
     return {COUNTS: ((1, classes), torch.float64)}
 
 
-def kept(store: RunStore) -> Tensor | None:
-    """The sum that this folder's run has come to know, [1, label]."""
+def load_total(store: RunStore) -> Tensor | None:
+    """Read the sum that a folder's run has found, [1, label]; None where it has none yet."""
     found = store.read(FILE)
     return None if found is None else torch.tensor([found["total"]], dtype=torch.float64)
 
 
-def keep(store: RunStore, total: Tensor) -> None:
-    """Remember the sum: a restarted peer finds nobody any more with whom to gossip it."""
+def save_total(store: RunStore, total: Tensor) -> None:
+    """Keep the sum: a restarted peer finds nobody any more with whom to gossip it."""
     store.write(FILE, {"total": [int(count) for count in total[0]]})
 
 
-def meet_everybody(control: PeerControl, thread: EventLoopThread, join: float) -> list[PeerId]:
-    """Greet all neighbours before the gossip; those who have it behind them.
+def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> list[PeerId]:
+    """Greet all neighbours before the gossip; return those that have it behind them.
 
-    Raises NotNow unless all are there: who is away would be missing in everybody's sum.
+    Raises NotNow unless all answer.
     """
     greeted = thread.call(control.greet(join))
     missing = [
@@ -58,19 +116,8 @@ def meet_everybody(control: PeerControl, thread: EventLoopThread, join: float) -
     return sorted(peer for peer, round in control.protocol.heard.items() if round >= 0)
 
 
-def gossiped(own: Tensor, exchange: NeighbourExchange, thread: EventLoopThread, join: float) -> Tensor:
-    """The sum over the network, [1, label].  Raises RunError where it is not known, since links failed."""
-    protocol = exchange.protocol
-    deadline, patience = protocol.deadline, max(join, protocol.deadline)
-    thread.ask(setattr, protocol, "deadline", patience)  # a neighbour may itself still wait for its neighbours
-    try:
-        return network_sum(own, exchange, exchange.topology)
-    finally:
-        thread.ask(setattr, protocol, "deadline", deadline)
-
-
-def check_told(total: Tensor, own: Tensor, peer: PeerId) -> Tensor:
-    """The sum that a neighbour told; raises RunError for one that cannot be the network's."""
+def checked_total(total: Tensor, own: Tensor, peer: PeerId) -> Tensor:
+    """Return a neighbour's sum; raise RunError for one that cannot be the network's."""
     if bool((total != total.round()).any()) or bool((total < own).any()):
         raise RunError(
             f"{peer} says that the network's label counts are {total[0].tolist()}, this site alone has "

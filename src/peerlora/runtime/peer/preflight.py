@@ -20,8 +20,8 @@ from peerlora.network.protocol.control import HandshakeResult, PeerControl
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.transport.grpc import GrpcTransport
-from peerlora.runtime.compose import composed
-from peerlora.runtime.peer.checks import not_in_run
+from peerlora.runtime.compose import compose, use_threads
+from peerlora.runtime.peer.checks import warn_of_sites_beyond
 from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.run import site_of
 from peerlora.runtime.peer.site import expected_of
@@ -69,14 +69,15 @@ def examine(
         yield Finding("problem", str(error))
         return
     yield Finding("good", f"{who.site} is client {site.client} of {len(site.names)} on list {roster.members.name!r}")
-    for warning in not_in_run(config, site):
-        yield Finding("advice", warning, "set clients in the next run's config")
+    for warned in warn_of_sites_beyond(config, site):
+        yield Finding("advice", warned.message, "set clients in the next run's config")
     yield from _expiry("the certificate", who.expires, "send a new request: peerlora identity request")
     if roster.members.expires is not None:
         yield from _expiry("the member list", roster.members.expires, "ask the consortium for its next version")
     yield congestion()
     try:
-        federation = composed(config, None, None, [site.client])
+        use_threads(config)
+        federation = compose(config, clients=[site.client])
     except PeerloraError as error:
         yield Finding("problem", str(error))
         return

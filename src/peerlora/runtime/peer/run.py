@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
@@ -16,12 +16,10 @@ from peerlora.network.protocol.wire import message_facts
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.network.transport.reload import reload_on_change
-from peerlora.runs.events import Event
-from peerlora.runtime.peer.checks import check_site, counted
+from peerlora.runtime.peer.checks import plan_peer, sums_known
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.synchronous import finished, train_peer
-from peerlora.runtime.trainer import Result
-from peerlora.topology.schedule import build_topology
+from peerlora.runtime.peer.train import finished, train_peer
+from peerlora.runtime.trainer import Result, Sink
 
 
 def run_peer(
@@ -32,7 +30,7 @@ def run_peer(
     *,
     resume: bool = False,
     listen: str | None = None,
-    listener: Callable[[Event], None] = lambda event: None,
+    sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Take part in a run as the site whose identity this is, with the others on the member list.
@@ -47,15 +45,14 @@ def run_peer(
     begun = Path(out) if resume and out is not None and _begun(Path(out)) else None
     done = None if begun is None else finished(config, begun)
     if done is not None:
-        return done  # whoever this site is by now, nothing is left that needs it
+        return done  # nothing is left that needs an identity
     who, roster, site = site_of(config, identity, members, begun)
-    resume_command = begun is not None
     audit = AuditLog(identity / "audit.jsonl", describe=message_facts)
     try:
         with EventLoopThread() as thread:
             transport = GrpcTransport(who, roster, listen=listen, audit=audit)
             asyncio.run_coroutine_threadsafe(reload_on_change(transport, identity, members), thread.loop)
-            return train_peer(config, site, transport, thread, out, resume=resume_command, listener=listener, stop=stop)
+            return train_peer(config, site, transport, thread, out, resume=begun is not None, sinks=sinks, stop=stop)
     finally:
         audit.close()
 
@@ -71,8 +68,7 @@ def site_of(
     listed = load_members(members, who.signers)
     roster = Roster(who.site, who.fingerprint, listed, identity)
     site = site_on(config, listed, who.site)
-    check_site(config, site, counted(begun))
-    linked = site.neighbours(build_topology(config.topology, config.clients, config.seed))
+    linked = site.neighbours(plan_peer(config, site, sums_known(begun)).topology)
     barred = sorted(set(linked.values()) - set(roster.others()))
     if barred and begun is None:  # a run goes on without links that were taken off the list meanwhile
         raise CompositionError(

@@ -1,18 +1,14 @@
-"""One peer's run: the loop of a simulation, for one client whose neighbours are somewhere else."""
+"""A peer of a method with common rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import is_asynchronous
-from peerlora.config.run import RunConfig
-from peerlora.errors import NotNow
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.exchange.payload import Shapes
 from peerlora.exchange.schema import Schema
@@ -25,255 +21,172 @@ from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
 from peerlora.network.protocol.wire import read_claimed
 from peerlora.runs.events import CaughtUp, Event, Warned
-from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
-from peerlora.runs.store import RunStore, require_free
-from peerlora.runtime.compose import Federation, composed, opening_state, resolve_threads
+from peerlora.runs.store import RunStore
+from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.exchange_stack import build_exchange
-from peerlora.runtime.export import read_adapters
-from peerlora.runtime.peer import label_counts as counts
-from peerlora.runtime.peer.asynchronous import AsynchronousPeer
-from peerlora.runtime.peer.checks import check_site, counted, not_in_run
+from peerlora.runtime.participation import Opening
 from peerlora.runtime.peer.config_digest import section_hashes
+from peerlora.runtime.peer.label_counts import StartupSum
 from peerlora.runtime.peer.message_bounds import exchanged_blocks, largest_message
-from peerlora.runtime.peer.site import PeerParticipation, Site, expected_of, now
-from peerlora.runtime.resources import RunResources
+from peerlora.runtime.peer.participation import PeerParticipation, now
+from peerlora.runtime.peer.site import Site, expected_of
 from peerlora.runtime.rounds import RoundResult
-from peerlora.runtime.trainer import Result
+from peerlora.runtime.synchronous import SynchronousRounds
 
-_LOOKED_AT = 64  # rounds in which every block that a method exchanges has its turn
+_BLOCK_ROUNDS = 64  # rounds within which a method exchanges each of its blocks at least once
 
-
-def train_peer(
-    config: RunConfig,
-    site: Site,
-    transport: Transport,
-    thread: EventLoopThread,
-    out: Path | str | None = None,
-    *,
-    resume: bool = False,
-    resources: RunResources | None = None,
-    listener: Callable[[Event], None] = lambda event: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Result:
-    """Train as one client of a federation, over a transport whose event loop is ``thread``.
-
-    With ``resume``, go on from the newest checkpoint in ``out``; a finished run is not touched.  Raises RunError when
-    every neighbour refuses.
-    """
-    begun = Path(out) if resume and out is not None else None
-    check_site(config, site, counted(begun))
-    for warning in not_in_run(config, site):
-        listener(Warned(warning))
-    if resume:
-        assert begun is not None, "a resumed run has a folder"
-        done = finished(config, begun, resources)
-        if done is not None:
-            return done
-        with RunStore.open(begun) as store:
-            stored = stored_config(store)
-            check_same(stored, config, store, None)
-            config = config.model_copy(update={"threads": stored.threads})
-            federation = composed(config, resources, None, [site.client])
-            with running(federation, site, transport, thread, store, listener, stop) as run:
-                return run.run(resumed=True)
-    folder = Path(out) if out is not None else default_folder(config)
-    require_free(folder)
-    config = config.model_copy(update={"threads": resolve_threads(config.threads)})
-    federation = composed(config, resources, None, [site.client])
-    with RunStore.create(folder, config.to_yaml(), run_facts(config, held=[site.client])) as store:
-        with running(federation, site, transport, thread, store, listener, stop) as run:
-            return run.run()
-
-
-def finished(config: RunConfig, folder: Path, resources: RunResources | None = None) -> Result | None:
-    """The result of a run that has reached its end; None where rounds are left.  Nothing in the folder changes.
-
-    Raises RunError where ``config`` is not the run's.
-    """
-    with RunStore.open(folder) as store:
-        stored = stored_config(store)
-        check_same(stored, config, store, None)
-        summary, held = store.read("summary.json"), store.facts.get("held")
-    if summary is None:
-        return None
-    if not (folder / "report.html").is_file():  # the end came between the two
-        from peerlora.runs.report import write_report
-
-        write_report(folder)
-    return Result(summary, folder, lambda: read_adapters(folder, composed(stored, resources, None, held)))
-
-
-def running(federation: Federation, *rest: Any) -> PeerParticipation:
-    """The run of a peer, of a method with common rounds or without."""
-    return (AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer)(federation, *rest)
+State = Any
 
 
 class SynchronousPeer(PeerParticipation):
-    """One client that trains and exchanges in the rounds that all have in common."""
+    """One client that trains and exchanges in the rounds that all have in common.
+
+    A client that falls behind leaves rounds out; one that was away for ``peer.pull`` rounds adopts the state of a
+    neighbour.
+    """
 
     def __init__(
-        self,
-        federation: Federation,
-        site: Site,
-        transport: Transport,
-        thread: EventLoopThread,
-        store: RunStore,
-        listener: Callable[[Event], None] = lambda event: None,
-        stop: Callable[[], bool] = lambda: False,
+        self, federation: Federation, site: Site, transport: Transport, thread: EventLoopThread, store: RunStore
     ):
+        config = federation.config
         self.sends = _everything_sent(federation)
         self.blocks = exchanged_blocks(self.sends, federation.start.spec)
-        self.at_home = getattr(federation.algorithm, "at_home", ())
+        self.local_only = getattr(federation.algorithm, "at_home", ())
         self.largest = largest_message(federation, self.sends)
-        config = federation.config
+        self._shared: dict[str, Tensor] | None = None
         protocol = RoundProtocol(
             transport, expected_of(federation, site), config.peer.deadline, self.largest, config.train.rounds
         )
-        exchange = NeighbourExchange(
+        neighbours = site.neighbours(federation.topology)
+        control = PeerControl(
+            protocol, list(neighbours.values()), section_hashes(config), snapshot=lambda: self._shared
+        )
+        self.exchange = NeighbourExchange(
             federation.topology,
             site.client,
-            site.neighbours(federation.topology),
+            neighbours,
             protocol,
             thread,
             federation.start,
             getattr(federation.algorithm, "positive", ()),
         )
-        peers = build_exchange(config, exchange, federation.start, federation.attackers)
-        super().__init__(replace(federation, exchange=peers), site, protocol, thread, store, listener, stop)
-        self.met = exchange
-        self.control = PeerControl(
-            protocol, list(self.numbers), section_hashes(self.config), snapshot=lambda: self._snapshot
-        )
-        self._snapshot: dict[str, Tensor] | None = None
-        self._counts: Tensor | None = None
-        """[1, label] rows of the whole network, where the loss needs to know them."""
+        peers = build_exchange(config, self.exchange, federation.start, federation.attackers)
+        super().__init__(replace(federation, exchange=peers), site, thread, protocol, control)
+        self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
+        self.label_counts = StartupSum(store, control, thread, self.exchange, config.peer.join, self._request_counts)
+        self._events: list[Event] = []
 
-    def __enter__(self) -> SynchronousPeer:
-        if self.config.train.label_prior == "pooled" and counts.kept(self.store) is None:
-            self.protocol.enter(-gossip_rounds(self.met.topology), True)  # what neighbours hear from the first on
-        super().__enter__()
-        return self
+    def __enter__(self) -> Self:
+        if self.config.train.label_prior == "pooled" and self.label_counts.total is None:
+            first = -gossip_rounds(self.exchange.topology)
+            self.protocol.enter(first, True)  # neighbours hear from the first greeting on which round this is
+        return super().__enter__()
 
-    # --- the places where a peer differs from a simulation
+    def start(self) -> Opening:
+        """Make the state before round 0; label counts are summed over the network first."""
+        state = opening_state(self.federation, self.label_counts)
+        return Opening(state, self.label_counts.bytes_sent, self._take_events())
 
-    def _opening(self) -> Any:
-        """The state before round 0; label counts are summed over the network, once in the life of a run folder."""
-        return opening_state(self.federation, self._counted)
+    def join(self, done: int, state: State) -> Sequence[Event]:
+        """Greet the neighbours; begin with those that answer."""
+        self.publish_state(done, state)
+        return self.handshake(done, self.config.peer.join)
 
-    def _counted(self, own: Tensor) -> Tensor:
-        self._counts = counts.kept(self.store)
-        if self._counts is None:
-            ahead = counts.meet_everybody(self.control, self.thread, self.config.peer.join)
-            if ahead:  # the gossip is over, and they know its end
-                self._counts = counts.check_told(self._told_counts(ahead[0], own), own, ahead[0])
-            else:
-                self._counts = counts.gossiped(own, self.met, self.thread, self.config.peer.join)
-            counts.keep(self.store, self._counts)
-        return self._counts
+    def next_round(self, t: int, state: State) -> tuple[int, State, Sequence[Event]]:
+        """Return the next round; of a peer that fell behind, the one in which its neighbours are."""
+        self.publish_state(t, state)
+        self._events += self.neighbour_events()
+        ahead = self.thread.ask(self.protocol.called, t) if self.sends else None
+        if ahead is not None:
+            t, state = self._catch_up(t, state, *ahead)
+        return t, state, self._take_events()
 
-    def _told_counts(self, peer: PeerId, own: Tensor) -> Tensor:
-        state = self.algorithm.start(self.federation.start, self.exchange)
-        self._counts = own  # so that the state is expected to come with counts
-        found = self._asked(peer, state)
-        if found is None:
-            raise NotNow(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
-        return found[counts.COUNTS]
-
-    def _open(self, done: int, state: Any) -> None:
-        self._show(done, state)
-        super()._open(done, state)
-
-    def _ready(self, t: int, state: Any) -> tuple[int, Any]:
-        """The next round; for a peer that fell behind, the one in which its neighbours are."""
-        self._show(t, state)
-        self._tell()
-        called = self.thread.ask(self.protocol.called, t) if self.sends else None
-        return (t, state) if called is None else self._catch_up(t, state, *called)
-
-    def _catch_up(self, t: int, state: Any, round: int, peer: PeerId) -> tuple[int, Any]:
-        """Leave out rounds; who was away for many of them goes on with the state of the neighbour that it follows.
-
-        How far is what the neighbours' messages say, not what comes with the state.
-        """
-        pulled = None
-        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.protocol.apart):
-            pulled = self._pulled(peer, state)
-        if pulled is None:  # without a state of the end, the end is still to be done
-            to = min(round, self.config.train.rounds - 1)
-        else:  # which took its time
-            again = self.thread.ask(self.protocol.called, t)
-            to, state = max(round, again[0]) if again else round, pulled
-        self._emit(CaughtUp(now(), t, to, self.numbers[peer], pulled is not None))
-        self._save(to, state)
-        self._show(to, state)
-        return to, state
-
-    def _pulled(self, peer: PeerId, state: Any) -> Any | None:
-        """The state of a neighbour, checked; None where none came that could be used."""
-        vectors = self._asked(peer, state)
-        if vectors is None:
-            return None
-        taken = adopt(state, vectors, self.blocks, self.at_home)
-        if taken is None:
-            return None
-        rejoined = getattr(self.algorithm, "rejoined", lambda own, taken: taken)
-        return rejoined(state, taken)
-
-    def _asked(self, peer: PeerId, state: Any) -> dict[str, Tensor] | None:
-        """The vectors of a neighbour's state that looks like ``state``."""
-        self.control.largest_state = self._state_bytes(state)
-        came = self.thread.call(self.control.pull(peer, self.config.peer.deadline))
-        if came is None:
-            return None
-        try:
-            return read_claimed(came.header, came.body, self._state(state, {}), partial(self._state, state))
-        except Refused as refusal:
-            self._emit(Warned(f"the state of {peer} was not taken over ({refusal})"))
-            return None
-
-    def _state(self, state: Any, claimed: Shapes) -> Schema:
-        """What a neighbour's answer must hold; where the method sends nothing, label counts at most."""
-        extra = {} if self._counts is None else counts.counts_schema(self._counts.shape[1])
-        return (state_schema(state, claimed, self.at_home) if self.sends else {}) | extra
-
-    def _state_bytes(self, state: Any) -> int:
-        """The most bytes that a neighbour's state may have."""
-        return largest_state(state) + (0 if self._counts is None else largest_state(self._counts))
-
-    def _observed(self, t: int, state: Any, passed: RoundResult) -> dict[str, Any]:
-        """What the neighbourhood knows: how far apart those were who met."""
-        exchange, (me,) = self.met, self.met.clients
+    def observe(self, t: int, state: State, result: RoundResult) -> dict[str, Any]:
+        """Measure how far apart those are whose links counted."""
+        graph, (me,) = self.exchange.graph, self.exchange.clients
         after = self.algorithm.model(state).to("cpu")
-        sent, met = (x.to("cpu") if x is not None else None for x in (exchange.mixed, exchange.met))
-        senders = sorted({me} | set(exchange.graph.neighbours(me)))
-        found = neighbourhood(after, sent, met, exchange.graph.W[[me]][:, senders])
-        missed = {str(client): reason for client, reason in sorted(exchange.missed.items())}
+        sent, received = (x.to("cpu") if x is not None else None for x in (result.sent, result.received))
+        senders = sorted({me} | set(graph.neighbours(me)))
+        found = neighbourhood(after, sent, received, graph.W[[me]][:, senders])
+        missed = {str(client): reason for client, reason in sorted(result.missing.items())}
         return {**vars(found), "rho": float("nan"), "missed": missed}
 
-    def _edges(self, passed: RoundResult) -> list[tuple[int, int]]:
-        (me,) = self.met.clients
-        return [edge for edge in passed.edges if me in edge]
-
-    def _finish(self, state: Any) -> Result:
-        """The end, while neighbours may still ask."""
+    def leave(self, state: State) -> Sequence[Event]:
+        """Share the final state while neighbours may still ask for it."""
         rounds = self.config.train.rounds
-        self._show(rounds, state)
-        self.thread.ask(self.protocol.enter, rounds)
-        self._tell()
-        return super()._finish(state)
+        self.publish_state(rounds, state)
+        self.enter_round(rounds)
+        return self.neighbour_events()
 
-    def _show(self, done: int, state: Any) -> None:
-        """Keep what neighbours may have of the state, for when they ask; no tensor of it is ever changed in place."""
-        known = {} if self._counts is None else {counts.COUNTS: self._counts}
-        found = (exportable(state, self.blocks, self.at_home) if self.sends else {}) | known
-        self._snapshot = found or None
+    def publish_state(self, done: int, state: State) -> None:
+        """Hold what neighbours may have of the state for when they ask; no tensor of it is ever changed in place."""
+        shared = exportable(state, self.blocks, self.local_only) if self.sends else {}
+        self._shared = (shared | self.label_counts.vectors) or None
         self.protocol.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
-        self._done = done
+        self.done = done
+
+    def _catch_up(self, t: int, state: State, round: int, peer: PeerId) -> tuple[int, State]:
+        """Leave out rounds; after a long absence adopt the state of the neighbour that is followed.
+
+        How many follows from the neighbours' messages, not from what comes with the state.
+        """
+        adopted = None
+        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.protocol.apart):
+            adopted = self._adopted(peer, state)
+        if adopted is None:  # without a state of the end, the last round must still be trained
+            to = min(round, self.config.train.rounds - 1)
+        else:  # the request took time, so ask again which round it is
+            again = self.thread.ask(self.protocol.called, t)
+            to, state = max(round, again[0]) if again else round, adopted
+        self._events.append(CaughtUp(now(), t, to, self.numbers[peer], adopted is not None))
+        self.publish_state(to, state)
+        return to, state
+
+    def _adopted(self, peer: PeerId, state: State) -> State | None:
+        """The own state with a neighbour's in its place, checked; None where none came that could be used."""
+        vectors = self._request_state(peer, state, self.label_counts.schema)
+        if vectors is None:
+            return None
+        adopted = adopt(state, vectors, self.blocks, self.local_only)
+        if adopted is None:
+            return None
+        rejoined = getattr(self.algorithm, "rejoined", lambda own, adopted: adopted)
+        return rejoined(state, adopted)
+
+    def _request_counts(self, peer: PeerId, counts: Schema) -> dict[str, Tensor] | None:
+        return self._request_state(peer, self.algorithm.start(self.federation.start, self.federation.exchange), counts)
+
+    def _request_state(self, peer: PeerId, like: State, counts: Schema) -> dict[str, Tensor] | None:
+        """The vectors of a neighbour's state that looks like ``like`` and comes with label counts."""
+        self.control.largest_state = self._state_bytes(like, counts)
+        reply = self.thread.call(self.control.pull(peer, self.config.peer.deadline))
+        if reply is None:
+            return None
+
+        def expected(claimed: Shapes) -> Schema:
+            return (state_schema(like, claimed, self.local_only) if self.sends else {}) | counts
+
+        try:
+            return read_claimed(reply.header, reply.body, expected({}), expected)
+        except Refused as refusal:
+            self._events.append(Warned(f"the state of {peer} was not taken over ({refusal})"))
+            return None
+
+    def _state_bytes(self, state: State, counts: Schema | None = None) -> int:
+        """The most bytes that a neighbour's state may have."""
+        counts = self.label_counts.schema if counts is None else counts
+        return largest_state(state) + sum(
+            largest_state(torch.zeros(shape, dtype=kind)) for shape, kind in counts.values()
+        )
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
 
 
 def _everything_sent(federation: Federation) -> Schema:
     """All vectors that the method ever sends."""
-    rounds = range(min(_LOOKED_AT, federation.config.train.rounds))
+    rounds = range(min(_BLOCK_ROUNDS, federation.config.train.rounds))
     algorithm, x = federation.algorithm, federation.start
     whole = replace(x, ranks=x.ranks * 0 + x.spec.rank)
     return {name: what for t in rounds for name, what in algorithm.message(whole, t).items()}

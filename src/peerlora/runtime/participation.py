@@ -1,0 +1,158 @@
+"""Participation: where a Trainer's clients live, and how they find the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peerlora.exchange.gossip_sum import NetworkSum
+from peerlora.exchange.wrapper import unwrap
+from peerlora.lora.adapters import Adapters
+from peerlora.lora.diagnostics import Diagnostics, diagnose
+from peerlora.runs.events import Event, RunStarted
+from peerlora.runs.store import resume_command
+from peerlora.runtime.compose import Federation, opening_state
+from peerlora.runtime.rounds import RoundResult
+from peerlora.topology.weights import remove_links, rho
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The state before round 0, and the exchanges that it took."""
+
+    state: State
+    bytes_sent: int = 0
+    events: Sequence[Event] = ()
+
+
+class Participation(Protocol):
+    """The part of a run that depends on where clients live: all here, one peer, or a block of a cluster worker."""
+
+    def start(self) -> Opening:
+        """Make the state before round 0, once clients know what their losses need to know of each other."""
+        ...
+
+    def join(self, done: int, state: State) -> Sequence[Event]:
+        """Find the other clients after ``done`` rounds, before the first round of this process."""
+        ...
+
+    def next_round(self, t: int, state: State) -> tuple[int, State, Sequence[Event]]:
+        """Return the round to run after ``t`` rounds, and its state: later ones where a client has fallen behind."""
+        ...
+
+    def observe(self, t: int, state: State, result: RoundResult) -> dict[str, Any]:
+        """Measure the clients after a round: values of RoundDone, by field name."""
+        ...
+
+    def evaluated(self, x: Adapters) -> tuple[Adapters, ...]:
+        """Return the models to evaluate: first the clients held here, then their average where it is known."""
+        ...
+
+    def describe(self, started: RunStarted) -> RunStarted:
+        """Add to a run's first event which clients are held here."""
+        ...
+
+    def leave(self, state: State) -> Sequence[Event]:
+        """End the rounds; the final evaluation follows."""
+        ...
+
+    def resume_command(self, folder: Path) -> str:
+        """Return the command that resumes a stopped run."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint keeps."""
+        ...
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what ``state_dict`` returned."""
+        ...
+
+
+class AllClients:
+    """All clients of a run live in this process.
+
+    Diagnostics leave attackers out, as if the honest clients had no link to them.
+    """
+
+    def __init__(self, federation: Federation):
+        self.federation = federation
+        clients = federation.config.clients
+        self.mixing_moment = np.zeros((clients, clients))
+        """Sum of ``W^T W`` over the rounds so far, of which rho follows."""
+
+    def start(self) -> Opening:
+        """Sum label counts by gossip where the loss needs them, and start the method."""
+        gossip = NetworkSum(unwrap(self.federation.exchange), self.federation.topology)
+        state = opening_state(self.federation, gossip)
+        return Opening(state, gossip.bytes_sent)
+
+    def join(self, done: int, state: State) -> Sequence[Event]:
+        """Find nobody: all are here."""
+        return ()
+
+    def next_round(self, t: int, state: State) -> tuple[int, State, Sequence[Event]]:
+        """Return round ``t``: no client can fall behind."""
+        return t, state, ()
+
+    def observe(self, t: int, state: State, result: RoundResult) -> dict[str, Any]:
+        """Measure agreement, mismatch and rho."""
+        W = result.W if result.W is not None else np.eye(self.federation.config.clients)
+        found = vars(self._diagnose(self.federation.algorithm.model(state), result.sent, W))
+        self.mixing_moment += W.T @ W
+        if result.W is None:
+            unknown = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
+            return {**found, **dict.fromkeys(unknown, math.nan)}
+        doubly = np.allclose(W.sum(axis=0), 1)  # a method may have replaced the topology's weights
+        return {**found, "rho": rho(self.mixing_moment / (t + 1)) if doubly else math.nan}
+
+    def evaluated(self, x: Adapters) -> tuple[Adapters, ...]:
+        """Return the clients and the average of the honest ones; unequal ranks have no average.
+
+        Merged parts average to a sum of another shape, which is evaluated by itself.
+        """
+        if not x.equal_ranks:
+            return (x,)
+        honest = self.federation.honest_rows
+        mean = x.mean() if len(honest) == x.clients else x.rows(honest).mean()
+        if x.merged is not None:
+            return x, mean
+        return (replace(x, flat=torch.cat([x.flat, mean.flat]), ranks=torch.cat([x.ranks, mean.ranks])),)
+
+    def describe(self, started: RunStarted) -> RunStarted:
+        """Add nothing: an event without ``held`` is of all clients."""
+        return started
+
+    def leave(self, state: State) -> Sequence[Event]:
+        """Do nothing: nobody waits."""
+        return ()
+
+    def resume_command(self, folder: Path) -> str:
+        """Return the command that resumes a simulation."""
+        return resume_command(folder)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the mixing moment."""
+        return {"moment": torch.from_numpy(self.mixing_moment)}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the mixing moment."""
+        self.mixing_moment = tensors["moment"].numpy().copy()
+
+    def _diagnose(self, after: Adapters, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+        honest = self.federation.honest_rows
+        if len(honest) < after.clients:
+            cut = np.ones_like(W, dtype=bool)
+            cut[np.ix_(honest, honest)] = False
+            W = remove_links(W, cut & ~np.eye(len(W), dtype=bool))[np.ix_(honest, honest)]
+            after, sent = after.rows(honest), sent and sent.rows(honest)
+        return diagnose(after.to("cpu"), sent.to("cpu") if sent is not None else None, W)

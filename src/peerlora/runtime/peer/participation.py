@@ -1,0 +1,112 @@
+"""PeerParticipation: what all real peers have in common, whether their method has common rounds or not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from peerlora.errors import NotNow, RunError
+from peerlora.lora.adapters import Adapters
+from peerlora.network.protocol.control import HandshakeResult, PeerControl
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.runs.events import Event, Joined, NeighbourChanged, RunStarted, Warned
+from peerlora.runtime.compose import Federation
+from peerlora.runtime.peer.site import Site
+
+
+class PeerParticipation:
+    """One client of a run, whose neighbours are other processes; a context manager that holds the transport open."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        site: Site,
+        thread: EventLoopThread,
+        protocol: RoundProtocol,
+        control: PeerControl,
+    ):
+        self.federation, self.config, self.algorithm = federation, federation.config, federation.algorithm
+        self.site, self.thread, self.protocol, self.control = site, thread, protocol, control
+        self.neighbours = site.neighbours(federation.topology)
+        self.numbers = {peer: client for client, peer in self.neighbours.items()}
+        self.done = 0
+
+    def __enter__(self) -> Self:
+        self.thread.call(self.control.start())
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.thread.call(self.control.close())
+
+    def handshake(self, done: int, seconds: float) -> list[Event]:
+        """Greet all neighbours for at most so long; the run goes on with those that answer.
+
+        Raises RunError where all refuse, NotNow where all of them are in another run.
+        """
+        self.done = done
+        self.thread.ask(self.protocol.enter, done, True)
+        found = self.thread.call(self.control.greet(seconds))
+        events = self.neighbour_events()
+        self._require_some(found)
+        events += [
+            Warned(f"{peer} does not go along ({reason}); its link is not used")
+            for peer, reason in sorted(found.refused.items())
+        ]
+        if away := sorted(set(self.numbers) - found.reached - set(found.refused)):
+            events.append(Warned(f"not there after {seconds:g} s: {', '.join(away)}; beginning without"))
+        if unlisted := sorted(set(range(self.config.clients)) - set(self.site.names)):
+            events.append(Warned(f"not on the member list: clients {unlisted}; their links are not used"))
+        return [*events, Joined(now(), done, sorted(self.numbers[peer] for peer in found.reached))]
+
+    def enter_round(self, t: int) -> None:
+        """Refuse messages of earlier rounds from now on."""
+        self.done = t
+        self.thread.ask(self.protocol.enter, t)
+
+    def neighbour_events(self) -> list[Event]:
+        """Take what the network noted about neighbours since the last call."""
+        notices, events = self.protocol.notices, []
+        while notices:
+            at, kind, peer, detail = notices.popleft()
+            events.append(NeighbourChanged(at, self.done, self.numbers[peer], kind, detail))
+        return events
+
+    def evaluated(self, x: Adapters) -> tuple[Adapters, ...]:
+        """Return the own model; nobody knows the average."""
+        return (x,)
+
+    def describe(self, started: RunStarted) -> RunStarted:
+        """Add the client held here and the names of all."""
+        names = {str(client): peer for client, peer in sorted(self.site.names.items())}
+        return replace(started, held=[self.site.client], names=names)
+
+    def resume_command(self, folder: Path) -> str:
+        """Describe the command that resumes this peer."""
+        return f"the same command with --out {folder} --resume"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: neighbours hold the rest."""
+        return {}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore nothing."""
+
+    def _require_some(self, found: HandshakeResult) -> None:
+        if not found.refused or found.reached:
+            return
+        reasons = "; ".join(f"{peer}: {reason}" for peer, reason in sorted(found.refused.items()))
+        if all("wrong-run" in reason for reason in found.refused.values()):
+            raise NotNow(f"all neighbours are in another run ({reasons}); try later, or compare peer.run")
+        raise RunError(
+            f"no neighbour of {self.site.names[self.site.client]} goes along ({reasons}); see peerlora doctor"
+        )
+
+
+def now() -> str:
+    """ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

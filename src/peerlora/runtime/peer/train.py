@@ -1,0 +1,101 @@
+"""Train as one peer: the run of a site in its folder, over any transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peerlora.algorithms.base import is_asynchronous
+from peerlora.config.run import RunConfig
+from peerlora.network.base import Transport
+from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.runs.report import ReportWriter, write_report
+from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
+from peerlora.runs.store import RunStore, require_free
+from peerlora.runtime.compose import Federation, assemble, compose, resolve_threads, use_threads
+from peerlora.runtime.export import read_adapters
+from peerlora.runtime.peer.asynchronous import AsynchronousPeer
+from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_beyond
+from peerlora.runtime.peer.site import Site
+from peerlora.runtime.peer.synchronous import SynchronousPeer
+from peerlora.runtime.plan import Plan
+from peerlora.runtime.resources import RunResources, load_resources
+from peerlora.runtime.trainer import Result, Sink, Trainer
+
+
+def train_peer(
+    config: RunConfig,
+    site: Site,
+    transport: Transport,
+    thread: EventLoopThread,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    resources: RunResources | None = None,
+    sinks: Sequence[Sink] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train as one client of a federation, over a transport whose event loop is ``thread``.
+
+    With ``resume``, go on from the newest checkpoint in ``out``; a finished run is not touched.  Raises RunError when
+    every neighbour refuses.
+    """
+    begun = Path(out) if resume and out is not None else None
+    planned = plan_peer(config, site, sums_known(begun))
+    for warning in warn_of_sites_beyond(config, site):
+        for sink in sinks:
+            sink(warning)
+    if resume:
+        assert begun is not None, "a resumed run has a folder"
+        if (done := finished(config, begun, resources)) is not None:
+            return done
+        with RunStore.open(begun) as store:
+            stored = stored_config(store)
+            check_same(stored, config, store, None)
+            federation = _assembled(planned, stored.threads, resources, site)
+            return _run(federation, site, transport, thread, store, sinks, stop, resumed=True)
+    folder = Path(out) if out is not None else default_folder(config)
+    require_free(folder)
+    federation = _assembled(planned, resolve_threads(config.threads), resources, site)
+    facts = run_facts(federation.config, held=[site.client])
+    with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
+        return _run(federation, site, transport, thread, store, sinks, stop, resumed=False)
+
+
+def finished(config: RunConfig, folder: Path, resources: RunResources | None = None) -> Result | None:
+    """Return the result of a run that has reached its end; None where rounds are left.  Nothing in the folder changes.
+
+    Raises RunError where ``config`` is not the run's.
+    """
+    with RunStore.open(folder) as store:
+        stored = stored_config(store)
+        check_same(stored, config, store, None)
+        summary, held = store.read("summary.json"), store.facts.get("held")
+    if summary is None:
+        return None
+    if not (folder / "report.html").is_file():  # the end came between the two
+        write_report(folder)
+    return Result(summary, folder, lambda: read_adapters(folder, compose(stored, resources=resources, clients=held)))
+
+
+def _assembled(planned: Plan, threads: int | None, resources: RunResources | None, site: Site) -> Federation:
+    config = planned.config.model_copy(update={"threads": threads})
+    use_threads(config)
+    return assemble(replace(planned, config=config), resources or load_resources(config), [site.client])
+
+
+def _run(
+    federation: Federation,
+    site: Site,
+    transport: Transport,
+    thread: EventLoopThread,
+    store: RunStore,
+    sinks: Sequence[Sink],
+    stop: Callable[[], bool],
+    resumed: bool,
+) -> Result:
+    kind = AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer
+    with kind(federation, site, transport, thread, store) as peer:
+        every = (*sinks, ReportWriter(store.folder))
+        return Trainer(peer.federation, peer.rounds, peer, store, every, stop).run(resumed)
