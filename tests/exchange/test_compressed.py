@@ -141,7 +141,7 @@ def test_what_is_remembered_can_be_saved_and_taken_up(kind):
     straight = gossip(compressed(kind, zeros(x)), x, 6)
     first, second = compressed(kind, zeros(x)), compressed(kind, zeros(x))
     half = gossip(first, x, 3)
-    second.load_state_dict(first.state())
+    second.load_state_dict(first.state_dict())
     for t in range(3, 6):
         second.begin(t)
         half = second.mix(half)

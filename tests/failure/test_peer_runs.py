@@ -17,7 +17,7 @@ from peerlora.network.protocol.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.runs.metrics import of, summarise
 from peerlora.runs.store import read_events
-from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.synchronous import train_peer
 
@@ -380,4 +380,4 @@ def test_a_site_that_the_run_does_not_count_is_refused(runs):
 )
 def test_what_only_a_simulation_can_do_is_refused(config, words):
     with pytest.raises(CompositionError, match="real peers|simulations only"):
-        check_site(config("bert", *words), Site(0, {0: "a", 1: "b"}, "run"))
+        plan_peer(config("bert", *words), Site(0, {0: "a", 1: "b"}, "run"))

@@ -86,12 +86,12 @@ def test_moments_of_what_was_not_reached_are_held(config):
     federation, x = built(config, *words)
     learner = federation.learner
     x = learner.fit(x, "AB", reach=reach([3] * 4))
-    before = {name: value.clone() for name, value in learner.state().items()}
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
     assert {"steps.A:2", "steps.B:3", "steps.head:1"} < set(before)
     learner.begin(1)
     found = learner.fit(x, "AB", reach=reach([2] * 4))
     lowest = ~by_column(x.spec, reached_layers(torch.tensor([2]), 3))[0]
-    after = learner.state()
+    after = learner.state_dict()
     for name in ("first", "second"):
         assert torch.equal(after[name][:, lowest], before[name][:, lowest])
         assert not torch.equal(after[name][:, ~lowest], before[name][:, ~lowest])

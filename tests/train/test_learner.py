@@ -99,7 +99,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(config, kept, rounds):
     chosen = config("bert", f"train.optimizer_state={kept}", "train.weight_decay=0.1", "train.block=3")
     first, second = compose(chosen), compose(chosen)
     x = run(first.learner, first.start, SCHEDULE[:rounds])
-    saved = {name: value.clone() for name, value in first.learner.state().items()}
+    saved = {name: value.clone() for name, value in first.learner.state_dict().items()}
     assert all(len(value) == 4 for value in saved.values()), "every leaf has the leading client axis"
     trained = first.learner.trained
     undisturbed = run(first.learner, x, SCHEDULE[rounds:], rounds)
@@ -110,7 +110,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(config, kept, rounds):
 def test_without_memory_there_is_nothing_to_save(config):
     federation = compose(config())
     x = run(federation.learner, federation.start, ["AB"])
-    assert federation.learner.state() == {}
+    assert federation.learner.state_dict() == {}
     federation.learner.load_state_dict({}, ())
     fresh = compose(config())
     assert torch.equal(run(federation.learner, x, ["AB"], 1).flat, run(fresh.learner, x, ["AB"], 1).flat)

@@ -144,7 +144,7 @@ def test_a_peer_that_starts_again_gets_whole_replicas_and_sends_its_own():
     with exchanges(RING, start=start()) as peers:
         found = Gossip(peers, "top-k")
         found.round()
-        saved, x = found.peers[2].state(), found.x[2]
+        saved, x = found.peers[2].state_dict(), found.x[2]
         found.round()
         peers[2].copies = ReplicaCache(start().flat[:1])  # a new process, with the checkpoint of a round before
         found.peers[2].load_state_dict(saved)

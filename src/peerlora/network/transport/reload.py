@@ -17,8 +17,8 @@ Stamps = dict[Path, tuple[int, int]]
 class ReloadedFiles:
     """Files that are taken up together when one of them is replaced."""
 
-    def __init__(self, files: list[Path], load_state_dict: Callable[[], Awaitable[None]]):
-        self.files, self.load_state_dict = files, load_state_dict
+    def __init__(self, files: list[Path], apply: Callable[[], Awaitable[None]]):
+        self.files, self.apply = files, apply
         self._seen: Stamps | None = None
         self._told = ""
 
@@ -28,7 +28,7 @@ class ReloadedFiles:
         if now == self._seen:
             return
         try:
-            await self.load_state_dict()
+            await self.apply()
         except Exception as error:  # whatever it is: the look after it must come
             told = str(error) or repr(error)
             if told != self._told:
