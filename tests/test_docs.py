@@ -98,10 +98,10 @@ def test_every_relative_link_and_anchor_leads_somewhere(path):
 
 
 def test_source_files_that_pages_and_comments_name_exist():
-    """Paths such as docs/x.md, bench/x.py and src/peerlora/x.py, in pages, code and scripts."""
+    """Paths of pages, scripts and modules from the root on, in pages and in code."""
     code = [*(ROOT / "src").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     past = {ROOT / "CHANGELOG.md", ROOT / "docs" / "log.md"}  # they say what was
-    named = r"(?<![\w./-])((?:docs|bench|src/peerlora|examples)/[\w/.-]+\.(?:md|py))\b"
+    named = r"(?<![\w./-])((?:docs|bench|src/peerlora|examples)/[a-z\d_/.-]+\.(?:md|py))\b"
     for path in [*PAGES, *code]:
         for name in re.findall(named, path.read_text(encoding="utf-8")):
             assert path in past or (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
