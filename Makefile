@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-slow check format bench bench-peers bench-gpu bench-real bench-transport
+.PHONY: install demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
 
@@ -31,6 +31,9 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python -m peerlora.config.reference
 
 bench: install
 	$(BIN)/python bench/memory.py

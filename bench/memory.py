@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{clients} clients: {rows[-1]['peak_bytes'] / 1e9:.2f} GB, {rows[-1]['seconds_per_round']}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"command": " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
-    insert(Path("docs/results.md"), "memory", table(rows))
+    insert(Path("docs/results/speed-and-memory.md"), "memory", table(rows))
 
 
 def table(rows: list[dict]) -> str:

@@ -71,5 +71,5 @@ if __name__ == "__main__":
     found = json.loads(json.dumps(measure(load_config(None, WORDS), options.repeats)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    insert(Path("docs/results.md"), "salf-backward", render(found))
+    insert(Path("docs/results/speed-and-memory.md"), "salf-backward", render(found))
     print(render(found))

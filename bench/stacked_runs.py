@@ -4,7 +4,7 @@
 
 Three runs of ten clients against one of thirty, CPU time of the local steps and the mixing, one thread, in turns.  What
 a run spends beside these (evaluation above all) gains nothing, since it is stacked over clients as it is.  The table
-goes between the markers ``stacked-runs`` of docs/results.md.
+goes between the markers ``stacked-runs`` of docs/results/speed-and-memory.md.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def measure(repetitions: int) -> list[dict]:
 
 
 def render(rows: list[dict]) -> str:
-    """For docs/results.md."""
+    """For docs/results/speed-and-memory.md."""
     lines = ["| rows a step | tokens a row | base | gain (range) |", "| --- | --- | --- | --- |"]
     for row in rows:
         gains = row["gains"]
@@ -63,5 +63,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     found = {"machine": machine(), "runs": RUNS, "clients": CLIENTS, "rows": measure(options.repetitions)}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    insert(Path("docs/results.md"), "stacked-runs", render(found["rows"]))
+    insert(Path("docs/results/speed-and-memory.md"), "stacked-runs", render(found["rows"]))
     print(render(found["rows"]))

@@ -1,12 +1,12 @@
-"""The studies of docs/results.md: grids of `peerlora compare`, on GLUE tasks with MiniLM and skewed labels.
+"""The studies of docs/results: grids of `peerlora compare`, on GLUE tasks with MiniLM and skewed labels.
 
     python bench/studies.py methods --data FOLDER
 
 FOLDER holds sst2/train.parquet, sst2/validation.parquet and so on.  A study's runs lie below .bench/studies; it can be
-stopped and gone on with.  At its end the table goes to bench/results and between the study's markers of
-docs/results.md.  Learning rates are searched per method and task, at p = 0.1, on training rows set aside; ``ring``,
-``sparsity`` and ``drift`` take the rates that ``methods`` found.  Clients alone are the same on every graph, so where a
-study has several graphs and searches, they are a study of their own: ``qnli-alone``, ``mnli-alone``.
+stopped and gone on with.  At its end the table goes to bench/results and between the study's markers of its
+page in docs/results.  Learning rates are searched per method and task, at p = 0.1, on training rows set aside;
+``ring``, ``sparsity`` and ``drift`` take the rates that ``methods`` found.  Clients alone are the same on every graph,
+so where a study has several graphs and searches, they are a study of their own: ``qnli-alone``, ``mnli-alone``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from peerlora.experiments.statistics import Comparison
 from peerlora.runs.resume import run_facts
 
 Tree = dict[str, Any]
-PLACE, RESULTS, PAGE = Path(".bench/studies"), Path("bench/results"), Path("docs/results.md")
+PLACE, RESULTS, PAGES = Path(".bench/studies"), Path("bench/results"), Path("docs/results")
 SEEDS = [0, 1, 2]
 RATES = [2e-3, 5e-3]
 ROUNDS, PAIR_ROUNDS = 24, 40
@@ -40,6 +40,12 @@ LORA_METHODS = (
 ALONE = "alone, prior-adjusted"
 """What gossip is to be judged by; it is the same on every graph."""
 FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
+
+
+def page(study: str) -> Path:
+    """Where a study's table goes."""
+    others = {"dtype": "speed-and-memory.md"} | dict.fromkeys(PAIRS, "text-pairs.md")
+    return PAGES / others.get(study, "lora-methods.md")
 
 
 def task(name: str, data: Path) -> Tree:
@@ -215,7 +221,7 @@ def main() -> None:
     study = {"date": str(date.today()), "facts": facts, "grid": told(tree, options.data), "rows": found["rows"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{options.study}.json").write_text(json.dumps(study, indent=1) + "\n")
-    insert(PAGE, f"study-{options.study}", (result.folder / "table.md").read_text(encoding="utf-8"))
+    insert(page(options.study), f"study-{options.study}", (result.folder / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ FOLDER holds glue/sst2 and extra/ag_news, each with train.parquet and validation
 method and prior is chosen from one grid with one seed on training rows that are set aside, for SST-2 at p = 0.1 and for
 AG News at concentration 0.1; a pooled target takes the rate of the uniform one.  ``--only WORD`` runs the parts whose
 name holds a word.  Finished cells are kept in the output file, so that the study can be stopped and gone on with.  At
-the end the tables are written between the markers ``label-prior`` of docs/results.md.
+the end the tables are written between the markers ``label-prior`` of docs/results/label-prior.md.
 
 Parts: ``sst2 p`` over gossip and none; ``sst2 skew`` over the skew; ``sst2 absent`` where six clients hold one label
 only; ``sst2 shifted`` where the network's own proportions are 70/30; ``agnews`` on four labels; ``sst2 24,000 rows``
@@ -222,5 +222,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     run_study(options.data, options.out, options.rounds, options.workers, options.only)
     text = render(options.out, options.rounds)
-    insert(Path("docs/results.md"), "label-prior", text)
+    insert(Path("docs/results/label-prior.md"), "label-prior", text)
     print(text)

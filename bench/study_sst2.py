@@ -5,7 +5,7 @@
 FOLDER holds SST-2's train.parquet and validation.parquet.  Each method's learning rate is chosen from one grid, with
 one seed and the full budget, on training rows that are set aside (never on the reported split).  Finished cells are
 kept in the output file, so that the study can be stopped and gone on with.  At the end the table is written between
-the markers ``sst2`` of docs/results.md.
+the markers ``sst2`` of docs/results/sst2.md.
 """
 
 import argparse
@@ -141,5 +141,5 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2, help="cells at a time, one thread each")
     options = parser.parse_args()
     run_study(options.data, options.out, options.rounds, options.workers)
-    insert(Path("docs/results.md"), "sst2", render(options.out))
+    insert(Path("docs/results/sst2.md"), "sst2", render(options.out))
     print(render(options.out))

@@ -4,7 +4,8 @@
 
 FOLDER holds glue/sst2 and extra/ag_news, each with train.parquet and validation.parquet.  Conditions: label-skew,
 label-skew-sgd, stragglers, attackers, compression, strangers.  Runs lie below .bench/studies and can be stopped and
-gone on with.  At the end the table goes to bench/results and between the condition's markers of docs/results.md.
+gone on with.  At the end the table goes to bench/results and between the condition's markers of
+docs/results/hard-federations.md.
 
 ``label-skew`` and ``label-skew-sgd`` search a learning rate per method, on training rows set aside; the others take
 the rates that ``label-skew`` found, systems that it does not hold that of dec-lora.  Every condition has clients alone
@@ -33,7 +34,7 @@ from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.metrics import evaluated_within, of
 from peerlora.runs.resume import run_facts
 from peerlora.runs.store import read_events
-from studies import ALONE, PAGE, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
+from studies import ALONE, PAGES, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
 
 Tree = dict[str, Any]
 STEPS = 5
@@ -324,7 +325,7 @@ def summed_up(scores: Sequence[Evaluated | None], judged: Sequence[int]) -> Tree
 
 
 def render(condition: Condition, rows: Sequence[Tree]) -> str:
-    """For docs/results.md."""
+    """For docs/results/hard-federations.md."""
     looks = ["end", "rounds", "bytes", "time"]
     titles = {
         "end": "mean (worst) client at its end",
@@ -364,7 +365,7 @@ def main() -> None:
     study |= {"grid": told(told(tree, options.data), Path.cwd()), "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{name}.json").write_text(json.dumps(study, indent=1) + "\n")
-    insert(PAGE, f"system-{name}", render(condition, rows))
+    insert(PAGES / "hard-federations.md", f"system-{name}", render(condition, rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.template import template_lines
-from peerlora.data.guess import Guess, guess_columns, template_config, write_template
+from peerlora.data.guess import METHOD, Guess, guess_columns, template_config, write_template
 from peerlora.errors import ConfigError, DataError
 
 WORDS = ["one two three", "four five six seven", "eight nine", "ten eleven twelve"]
@@ -95,7 +95,7 @@ def test_a_file_without_text_is_refused_with_its_columns():
 def test_every_section_and_setting_is_there_with_a_comment(kind):
     label = None if kind == "causal-lm" else "label"
     config = template_config("csv:rows.csv", Guess(["text"], label, kind, 32, 4))
-    lines = list(template_lines(config, "head"))
+    lines = list(template_lines(config, "head", METHOD))
     tree = yaml.safe_load("\n".join(lines))
     assert list(tree) == list(RunConfig.model_fields)
     for name, section in config:
@@ -109,7 +109,7 @@ def test_every_section_and_setting_is_there_with_a_comment(kind):
 @settings(max_examples=60, deadline=None)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_any_column_name_survives_the_yaml(name):
-    lines = template_lines(template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2)), name)
+    lines = template_lines(template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2)), name, METHOD)
     config = load_config(yaml.safe_load("\n".join(lines)))
     assert (config.data.text, config.data.label, config.data.train) == ([name], name, f"csv:{name}")
 

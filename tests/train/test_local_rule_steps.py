@@ -232,7 +232,7 @@ def test_the_plain_gradient_is_an_oracle_too(quadratic):
 
 
 def test_the_rule_of_the_guide_works(config):
-    """docs/guide.md, local rules."""
+    """docs/python.md, a local rule of your own."""
 
     @dataclass(frozen=True)
     class TowardsZero:

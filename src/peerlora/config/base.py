@@ -10,6 +10,6 @@ Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of dropout, of links and clien
 
 
 class Section(BaseModel):
-    """One part of the config: immutable, and closed to unknown keys."""
+    """One part of the config: immutable, closed to unknown keys, each setting described by the string below it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

@@ -14,8 +14,7 @@ class CodecBase(Section):
 
     default_gamma: ClassVar[float] = 0.3
     gamma: Share | None = None
-    """Step towards the neighbours; the coarser the codec, the smaller.  null: 1 for identity and cast, 0.1 for
-    random-k, 0.3 for the rest."""
+    """Step towards the neighbours; null: the codec's own (1 for identity and cast, 0.1 for random-k, else 0.3)."""
 
     @property
     def step(self) -> float:
@@ -36,6 +35,7 @@ class CastCodec(CodecBase):
     default_gamma: ClassVar[float] = 1.0
     kind: Literal["cast"]
     dtype: Literal["bf16", "fp16"] = "bf16"
+    """Half precision of this kind."""
 
 
 class TopKCodec(CodecBase):
@@ -43,7 +43,7 @@ class TopKCodec(CodecBase):
 
     kind: Literal["top-k"]
     share: Share = 0.1
-    """Of the entries of each tensor."""
+    """Share of the entries of each tensor."""
 
 
 class RandomKCodec(CodecBase):
@@ -52,7 +52,7 @@ class RandomKCodec(CodecBase):
     default_gamma: ClassVar[float] = 0.1
     kind: Literal["random-k"]
     share: Share = 0.1
-    """Of the entries of each tensor."""
+    """Share of the entries of each tensor."""
 
 
 class SignCodec(CodecBase):
@@ -62,10 +62,11 @@ class SignCodec(CodecBase):
 
 
 class QSGDCodec(CodecBase):
-    """Random rounding to ``levels`` steps up to each tensor's norm."""
+    """Entries rounded at random to `levels` steps up to each tensor's norm."""
 
     kind: Literal["qsgd"]
     levels: Annotated[int, Field(ge=1, le=127)] = 7
+    """Steps between zero and the norm."""
 
 
 CodecConfig = Annotated[
@@ -75,10 +76,11 @@ CODEC = TypeAdapter(CodecConfig)
 
 
 class TrimmedMean(Section):
-    """In every coordinate the mean without the ``drop`` largest and smallest of what arrived and the own value."""
+    """In every coordinate the mean without the `drop` largest and smallest of what arrived and the own value."""
 
     kind: Literal["trimmed-mean"]
     drop: Positive = 1
+    """Values left out on each side; it needs more than 2 `drop` clients, oneself counted."""
 
 
 class Median(Section):
@@ -88,21 +90,23 @@ class Median(Section):
 
 
 class Clipped(Section):
-    """ClippedGossip: nobody can pull further than ``radius``."""
+    """ClippedGossip: no neighbour can pull further than `radius`."""
 
     kind: Literal["clipped-gossip"]
     radius: Annotated[float, Field(ge=0)] | None = None
-    """Largest distance that counts; null: that of the neighbour after the ``drop`` farthest."""
+    """Largest distance that counts; null: that of the neighbour after the `drop` farthest."""
     drop: Positive = 1
+    """Farthest neighbours that set no radius; it needs more than `drop` neighbours."""
 
 
 class Balance(Section):
-    """BALANCE: only those count who are near, measured by the own update since the start; ever nearer."""
+    """BALANCE: only near models count, measured by the own update since the start; the distance allowed shrinks."""
 
     kind: Literal["balance"]
     gamma: Annotated[float, Field(gt=0)] = 2.0
-    """Allowed distance at the start over the norm of the own update; 2: that of an opposite update of equal length."""
+    """Allowed distance at the start over the norm of the own update; 2: an opposite update of equal length."""
     kappa: Annotated[float, Field(ge=0)] = 1.0
+    """How fast the allowed distance shrinks: by exp(-kappa) over the run."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the own model."""
 
@@ -112,7 +116,9 @@ class GeometricMedian(Section):
 
     kind: Literal["rfa"]
     steps: Positive = 8
+    """Weiszfeld steps."""
     smoothing: Annotated[float, Field(gt=0)] = 0.1
+    """Smallest distance that a step divides by."""
 
 
 class Krum(Section):
@@ -120,19 +126,19 @@ class Krum(Section):
 
     kind: Literal["krum"]
     drop: Positive = 1
-    """Attackers that may be among those who send to one client."""
+    """Attackers that may be among one client's neighbours; it needs `drop` + 2 neighbours."""
 
 
 RobustConfig = Annotated[TrimmedMean | Median | Clipped | Balance | GeometricMedian | Krum, Field(discriminator="kind")]
 
 
 class ExchangeConfig(Section):
-    """How values cross; both null: every vector in full, averaged with W."""
+    """How values are sent and combined; both null: every vector in full, averaged with W."""
 
     codec: CodecConfig | None = None
-    """CHOCO's compressed gossip around the method."""
+    """Compressed gossip: identity, cast, top-k, random-k, sign or qsgd; null: full vectors."""
     robust: RobustConfig | None = None
-    """A rule in place of the average, against clients that send anything."""
+    """Against attackers: trimmed-mean, median, clipped-gossip, balance, rfa or krum; null: the average."""
 
     @field_validator("codec", "robust", mode="before")
     @classmethod
@@ -141,10 +147,11 @@ class ExchangeConfig(Section):
 
 
 class AdversaryConfig(Section):
-    """Clients that attack.  Their results are left out of means, worst clients and the averaged model."""
+    """Clients that attack; their results are left out of means, worst clients and the averaged model."""
 
     clients: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | Positive = 1
-    """Their numbers, or how many: then drawn by the seed."""
+    """Their numbers; or how many, then drawn by the seed."""
     attack: Literal["sign-flip", "label-flip", "gaussian", "alie", "ipm", "dissensus"] = "sign-flip"
+    """What attackers send, or learn from (label-flip)."""
     scale: Annotated[float, Field(gt=0)] | None = None
-    """Of the attack; null: 1 (sign-flip, gaussian, dissensus), 0.5 (ipm), or the quantile (alie)."""
+    """Size of the attack; null: 1 (sign-flip, gaussian, dissensus), 0.5 (ipm), or the quantile (alie)."""

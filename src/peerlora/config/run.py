@@ -36,8 +36,11 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = DirichletPartition(kind="dirichlet")
+    """How rows are divided among clients: iid, dirichlet, shares, column or quantity; own at a real site."""
     clients: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """Participants; each trains on its own rows only."""
     topology: TopologyConfig = RandomGraph(kind="random")
+    """Who exchanges with whom: random (a new graph every round), ring, torus, path, star, complete and others."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     exchange: ExchangeConfig = ExchangeConfig()
     adversary: AdversaryConfig | None = None
@@ -46,13 +49,14 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     clock: ClockConfig | None = None
-    """Virtual time; null: rounds only."""
+    """Virtual time: {speed: [1, 0.1, ...], deadline: 30}; null: count rounds only."""
     peer: PeerConfig = PeerConfig()
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where clients train; cuda: one NVIDIA GPU."""
+    """Where clients train; cuda: one NVIDIA GPU (not yet measured)."""
     threads: Positive | None = None
-    """CPU threads; null: the cores that this process may use, found at the start and kept by a resumed run."""
+    """CPU threads; null: one per core that the process may use, found at the start and kept by a resumed run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides every random draw; the same seed on the same machine gives the same result, bit for bit."""
 
     @field_validator("partition", "topology", mode="before")
     @classmethod

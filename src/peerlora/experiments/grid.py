@@ -122,7 +122,7 @@ def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()
     """
     if not isinstance(source, dict) and source is not None and not Path(source).is_file():
         raise ConfigError(
-            f"grid file {str(source)!r} does not exist; write one (docs/guide.md), or use --preset adf-lora"
+            f"grid file {str(source)!r} does not exist; write one (docs/comparing.md), or use --preset adf-lora"
         )
     tree = _read(source)
     given = [_apply(tree, word) for word in words]
