@@ -10,7 +10,7 @@ from quadratics import adapters, curvatures, exchange
 from quadratics import run as quadratic_run
 
 from peerlora.algorithms import REGISTRY
-from peerlora.algorithms.compatibility import ATTACKED, PLAIN, REFUSED, refusal
+from peerlora.algorithms.traits import REASONS, Traits
 from peerlora.config.exchange import CODEC
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, ConfigError
@@ -21,6 +21,8 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import resume, simulate
 
+PLAIN = [name for name, kind in REGISTRY.items() if kind.traits.sends == "adapters"]
+ATTACKED = [*PLAIN, "decaf", "flexlora", "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "k-gt", "d2"]
 ATTACK = ["adversary.clients=[2]", "adversary.attack=gaussian", "adversary.scale=50"]
 
 
@@ -39,19 +41,24 @@ def words(method):
     return [f"algorithm.name={method}", "adapter.head=mixed"]
 
 
+def refusal(name, wrapper):
+    return REGISTRY[name].traits.refusal(wrapper)
+
+
 @pytest.mark.parametrize(("wrapper", "goes"), [("codec", PLAIN), ("robust", PLAIN), ("attack", ATTACKED)])
 def test_every_method_goes_with_a_wrapper_or_has_a_reason_why_not(wrapper, goes):
-    assert not set(goes) & set(REFUSED[wrapper])
-    assert {*goes, *REFUSED[wrapper]} == set(REGISTRY)
+    assert len(PLAIN) == 15 and len(set(ATTACKED)) == 23
     for name in REGISTRY:
-        assert (refusal(name, wrapper) is None) == (name in goes)
+        assert (refusal(name, wrapper) is None) == (name in goes), name
+        assert refusal(name, wrapper) != REASONS["other"][wrapper], f"{name} has no reason of its own"
 
 
-def test_a_method_that_the_table_lacks_is_refused_all_but_flipped_labels():
+def test_a_method_that_says_nothing_is_refused_all_but_flipped_labels():
     wrappers = ("codec", "robust", "attack", "label-flip")
-    told = [refusal("new", wrapper) for wrapper in wrappers]
+    told = [Traits(source="new").refusal(wrapper) for wrapper in wrappers]
     assert told == ["its exchange is more than one mixing of adapters a round"] * 3 + [None]
     assert [name for name in REGISTRY if refusal(name, "label-flip")] == ["flood"]
+    assert all("traits" in vars(kind) for kind in REGISTRY.values()), "what a class sends is not inherited"
 
 
 def test_each_wrapper_has_its_own_reason():

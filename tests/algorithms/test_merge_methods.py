@@ -18,7 +18,7 @@ from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import prepare
 from peerlora.algorithms.decaf import averaged_products
 from peerlora.algorithms.fedhl import FedHLState, capped, corrected_reference, scores
-from peerlora.algorithms.merging import Merging, check_merges, room
+from peerlora.algorithms.merging import check_merges, room
 from peerlora.config.loading import load_config
 from peerlora.config.sections import RingGraph, StarGraph
 from peerlora.errors import CompositionError, ConfigError
@@ -501,7 +501,7 @@ def test_settings_that_make_no_sense_are_refused(name, settings, told):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_unequal_ranks_and_contacts_in_sequence_are_refused_where_they_cannot_work(config, name):
-    assert (REGISTRY[name].unequal_ranks is None) == (name in ANY_RANKS)
+    assert (REGISTRY[name].traits.unequal_ranks is None) == (name in ANY_RANKS)
     if name not in ANY_RANKS:
         with pytest.raises(CompositionError, match=f"{name} cannot work with different ranks"):
             compose(config("bert", f"algorithm.name={name}", "adapter.rank=[1, 2, 3, 3]"))
@@ -519,7 +519,7 @@ def test_moments_of_factors_in_other_coordinates_are_not_kept(config, name, kept
 @pytest.mark.parametrize("name", METHODS)
 def test_merges_that_do_not_fit_are_refused_with_the_numbers(name, monkeypatch):
     algorithm, topology, base = build_algorithm(name, {}), exchange(RING).topology, torch.nn.Linear(2, 2)
-    assert isinstance(algorithm, Merging) and not isinstance(build_algorithm("dec-lora", {}), Merging)
+    assert algorithm.traits.merges_into and not build_algorithm("dec-lora", {}).traits.merges_into
     check_merges(name, algorithm, topology, 100, start(), base)
     monkeypatch.setattr("os.sysconf", lambda what: 100 if what == "SC_PAGE_SIZE" else 10)
     with pytest.raises(

@@ -245,7 +245,7 @@ def test_a_whole_number_serves_as_a_float():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_unequal_ranks_and_contacts_in_sequence_are_refused_where_they_cannot_work(config, name):
-    assert (REGISTRY[name].unequal_ranks is None) == (name in ANY_RANKS)
+    assert (REGISTRY[name].traits.unequal_ranks is None) == (name in ANY_RANKS)
     if name not in ANY_RANKS:
         with pytest.raises(CompositionError, match=f"{name} cannot work with different ranks"):
             compose(config("bert", f"algorithm.name={name}", "adapter.rank=[1, 2, 3, 3]"))

@@ -186,7 +186,7 @@ def test_who_takes_over_a_neighbours_model_keeps_its_own_mass(method):
     learner = curvatures(a, started(b, head=1).flat)
     algorithm, states = run(method, {}, learner, exchange({"kind": "directed-ring", "chords": [[0, 2]]}, 4), x, 5)
     own, other = (tree_map(lambda _, leaf, i=i: leaf[[i]], states[-1]) for i in (1, 2))
-    found = algorithm.rejoined(own, other)
+    found = algorithm.on_rejoin(own, other)
     shared = x.spec.shared
     assert torch.allclose(found.z.flat[:, shared], other.z.flat[:, shared]) and torch.equal(found.w, own.w)
     if method == "push-diging":

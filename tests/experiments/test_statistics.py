@@ -232,7 +232,9 @@ def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_ea
 def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp_path):
     """Methods whose operator is sum-product, but for those that merge; and the one that turns factors."""
     kept = {"flora", "fedex-lora"}
-    expected = {name for name, kind in REGISTRY.items() if kind.operator == "sum-product"} - kept | {"fedrot-lora"}
+    expected = {name for name, kind in REGISTRY.items() if kind.traits.operator == "sum-product"} - kept | {
+        "fedrot-lora"
+    }
     assert {"decaf", "flexlora", "fedhl"} < expected and kept < set(REGISTRY)
     told = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
     write_results(tmp_path, told, [], {"method": "dec-lora"}, "", {}, None)

@@ -38,8 +38,10 @@ class Peer:
         others = {other: site for other, site in SITES.items() if other != client}
         algorithm = build_algorithm(method, {})
         form = PushFormat(SITES[client], EXPECTED, JOBS, partial(algorithm.incoming, X), partial(algorithm.flaw, X))
-        self.outbox = SendQueue(self.transport, deadline, 1 if algorithm.newest_only else MOST)
-        self.mail = PeerMailbox(Mailboxes(GRAPH, 0, algorithm.newest_only), client, others, form, self.outbox.put)
+        self.outbox = SendQueue(self.transport, deadline, 1 if algorithm.traits.newest_only else MOST)
+        self.mail = PeerMailbox(
+            Mailboxes(GRAPH, 0, algorithm.traits.newest_only), client, others, form, self.outbox.put
+        )
         self.protocol = PushOnlyProtocol(self.transport, EXPECTED, deadline, 0)
         self.control = PushService(self.protocol, list(others.values()), {"train": "same"}, self.mail, self.outbox)
 

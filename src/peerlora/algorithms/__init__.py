@@ -1,16 +1,19 @@
-"""One file per method.  To add one: a file, a line in ``REGISTRY``, a test, a paragraph in docs/methods.md."""
+"""One file per method.  To add one: a file, a line in ``REGISTRY``, a test, a paragraph in docs/methods.md.
 
-from dataclasses import fields
+Other packages and scripts bring methods of their own: see ``peerlora.plugins`` and ``register_method``.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from math import isfinite
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
-from peerlora.algorithms.base import Algorithm, is_asynchronous
+from peerlora.algorithms.base import Algorithm, Method, is_asynchronous
 from peerlora.algorithms.choco import Choco
-from peerlora.algorithms.compatibility import not_with
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
 from peerlora.algorithms.dec_lora import DecLoRA
@@ -35,8 +38,9 @@ from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.salf import SALF
 from peerlora.algorithms.tad_lora import TADLoRA
-from peerlora.config.sections import TRAIN_DEFAULTS
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError, nearest
+from peerlora.plugins import METHODS
 
 REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm or AsynchronousAlgorithm
     "local": Local,
@@ -82,14 +86,41 @@ ALIASES |= {"push-sum": "sgp"}
 """Other papers' names for the same arithmetic."""
 
 
-def build_algorithm(name: str, parameters: dict[str, Any]) -> Algorithm[Any]:
-    """The method registered under ``name`` or an alias of it, with its hyper-parameters checked."""
-    kind = REGISTRY.get(ALIASES.get(name, name))
+Kind = TypeVar("Kind", bound=type[Any])
+
+
+def register_method(name: str) -> Callable[[Kind], Kind]:
+    """Make a method of your own known under a name, as a decorator of its class.
+
+    Raises ConfigError where another package has the name, or the class is no method.
+    """
+
+    def register(kind: Kind) -> Kind:
+        METHODS.register(name, kind, kind.__module__)
+        return kind
+
+    return register
+
+
+def find_method(name: str) -> type[Any] | None:
+    """The class of a method by its name or an alias, of this package or of another one; None for an unknown name."""
+    return METHODS.find(name)
+
+
+def method_class(name: str) -> type[Any]:
+    """The class of a method by its name or an alias; raises ConfigError for an unknown name."""
+    kind = find_method(name)
     if kind is None:
-        names = [*REGISTRY, *ALIASES]
+        names = [*REGISTRY, *ALIASES, *METHODS.names()]
         raise ConfigError(
             f"algorithm.name {name!r} is unknown{nearest(name, names)}; expected one of {', '.join(names)}"
         )
+    return kind
+
+
+def build_algorithm(name: str, parameters: dict[str, Any]) -> Algorithm[Any]:
+    """The method registered under ``name`` or an alias of it, with its hyper-parameters checked."""
+    kind = method_class(name)
     known = {field.name: field for field in fields(kind)}
     for key in parameters:
         if key not in known:
@@ -113,7 +144,8 @@ def _in_words(hint: Any) -> str:
         return " or ".join(map(_in_words, get_args(hint)))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
-    return {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}[hint]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+    return words.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -128,25 +160,40 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def describe_algorithms() -> dict[str, dict[str, Any]]:
     """For each registered name: aliases, source, trains, mixes, operator, requires, settings with their defaults, its
-    own defaults of ``train``.
+    own defaults of ``train``, the package that it comes from.
 
     ``asynchronous``: its clients keep no common step.
     ``not_with``: by what a config may ask for, why it does not go with it.
     """
     described = {}
-    for name, kind in REGISTRY.items():
-        needs = [field.name.replace("_", " ") for field in fields(kind.requires) if getattr(kind.requires, field.name)]
+    for name in [*REGISTRY, *METHODS.names()]:
+        kind = method_class(name)
+        traits: Traits = kind.traits
         described[name] = {
             "aliases": [alias for alias, meant in ALIASES.items() if meant == name],
-            "source": kind.source,
-            "trains": kind.trains,
-            "mixes": kind.mixes,
-            "operator": kind.operator,
-            "requires": ", ".join(needs),
-            "unequal_ranks": kind.unequal_ranks is None,
-            "not_with": not_with(name, kind),
+            "source": traits.source,
+            "trains": traits.trains,
+            "mixes": traits.mixes,
+            "operator": traits.operator,
+            "requires": ", ".join(traits.required()),
+            "unequal_ranks": traits.unequal_ranks is None,
+            "not_with": traits.not_with(),
             "asynchronous": is_asynchronous(kind),
-            "settings": {field.name: field.default for field in fields(kind)},  # pyright: ignore[reportArgumentType]
-            "train": TRAIN_DEFAULTS.get(name, {}),
+            "settings": {field.name: field.default for field in fields(kind)},
+            "train": dict(traits.train_defaults),
+            "package": METHODS.source(name).removeprefix("package "),
         }
     return described
+
+
+def _flaw(name: str, kind: Any) -> str | None:
+    """Why a class of another package is no method; None for a method."""
+    if not (isinstance(kind, type) and is_dataclass(kind) and Method in kind.__mro__):
+        return f"{kind!r} given; expected a dataclass that derives from peerlora.algorithms.base.Method, see its file"
+    if not isinstance(vars(kind).get("traits"), Traits):
+        return f"{kind.__name__} declares no traits of its own; add `traits: ClassVar = Traits(source=...)`"
+    lacking = [each.name for each in fields(kind) if each.default is MISSING]
+    return f"{', '.join(lacking)} of {kind.__name__} has no default; give every setting one" if lacking else None
+
+
+METHODS.reserve(REGISTRY | {alias: REGISTRY[name] for alias, name in ALIASES.items()}, _flaw)

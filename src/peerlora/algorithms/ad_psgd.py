@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from peerlora.algorithms.asynchronous import AsynchronousGossip
+from peerlora.algorithms.asynchronous import FIXED_GRAPH, AsynchronousGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 
@@ -50,10 +51,13 @@ class ADPSGD(AsynchronousGossip):
     """Jobs between two switches of the active factor; 0: both train."""
     patience: int = 10
     """Jobs after which an average that was never answered is given up."""
-    newest_only: ClassVar = False
-    trains: ClassVar = "A and B, or in turn by `interval`; no common rounds"
-    mixes: ClassVar = "A and B, with one neighbour at a time"
-    source: ClassVar = "AD-PSGD, arXiv 1710.06952"
+    traits: ClassVar = Traits(
+        source="AD-PSGD, arXiv 1710.06952",
+        trains="A and B, or in turn by `interval`; no common rounds",
+        mixes="A and B, with one neighbour at a time",
+        sends="pushes",
+        requires=FIXED_GRAPH,
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.gossip import Scheduled
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -24,8 +25,11 @@ class ADFLoRA(Scheduled):
 
     interval: int = 5
     """T, rounds between two switches of the active factor."""
-    trains: ClassVar = "B and A in turn, `interval` rounds each"
-    source: ClassVar = "ADF-LoRA, arXiv 2511.18291"
+    traits: ClassVar = Traits(
+        source="ADF-LoRA, arXiv 2511.18291",
+        trains="B and A in turn, `interval` rounds each",
+        sends="adapters",
+    )
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round: the mixing of the frozen factor is the point."""

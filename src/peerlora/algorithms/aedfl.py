@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.asynchronous import AsynchronousGossip
+from peerlora.algorithms.asynchronous import FIXED_GRAPH, AsynchronousGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters, AdapterSpec
 from peerlora.lora.rank_components import component_norms, components, coordinates, largest
@@ -62,10 +63,14 @@ class AEDFL(AsynchronousGossip):
     """Jobs of a client between two choices of what it holds."""
     interval: int = 0
     """Jobs between two switches of the active factor; 0: both train."""
-    newest_only: ClassVar = True
-    trains: ClassVar = "A and B, or in turn by `interval`; no common rounds"
-    mixes: ClassVar = "held components of A and B, lighter when stale"
-    source: ClassVar = "AEDFL, arXiv 2312.10935"
+    traits: ClassVar = Traits(
+        source="AEDFL, arXiv 2312.10935",
+        trains="A and B, or in turn by `interval`; no common rounds",
+        mixes="held components of A and B, lighter when stale",
+        sends="pushes",
+        requires=FIXED_GRAPH,
+        newest_only=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Operator
+from peerlora.algorithms.base import Method
 from peerlora.errors import ConfigError
 from peerlora.topology.properties import Properties
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from peerlora.lora.adapters import Adapters
 
 
-class AsynchronousGossip:
+FIXED_GRAPH = Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True)
+"""What an exchange between neighbours that have no round in common needs."""
+
+
+class AsynchronousGossip(Method):
     """A fixed graph of neighbours, and factors that alternate by each client's own count of jobs.
 
     Not by a round that all agree on, as ADF-LoRA does: there is none, and the newest count heard of would be a trap. A
@@ -25,11 +29,6 @@ class AsynchronousGossip:
     never train the other factor.
     """
 
-    requires: ClassVar = Properties(
-        symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True
-    )
-    operator: ClassVar[Operator] = "product-sum"
-    unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
     interval: int
 
     def __post_init__(self):
@@ -37,6 +36,11 @@ class AsynchronousGossip:
             raise ConfigError(
                 f"algorithm.interval: {self.interval} given; expected a number of jobs, or 0 to train both factors"
             )
+
+    @property
+    def switches_every(self) -> int | None:
+        """``interval``, in jobs."""
+        return self.interval or None
 
     def active(self, job: int) -> str:
         """B and A in turn by ADF-LoRA's rule, or both."""

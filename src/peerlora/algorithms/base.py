@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from peerlora.algorithms.traits import Traits
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -20,36 +21,80 @@ if TYPE_CHECKING:
     from peerlora.train.learner import Learner
 
 State = TypeVar("State")
-Operator = Literal["none", "product-sum", "sum-product", "both"]
-"""How a method averages adapters, in the words of arXiv 2508.01348.
-
-product-sum (PS) averages the factors and multiplies the averages.  sum-product (SP) averages the products and, where it
-sends factors on, factors the average again.  Both: one factor is common to all clients, so the two are the same.
-"""
 
 
-class Algorithm(Protocol[State]):
-    """A method.  Its state is a tree whose every leaf has the leading client axis.
+class Method(Protocol):
+    """What every method declares, with defaults for all that depends on a method's settings.
 
-    It never loops over clients and never knows where it runs: only ``peers`` crosses clients.
+    A method inherits from it and overrides what its own settings change.
     """
 
-    requires: ClassVar[Properties]
-    """Properties that the topology must have; checked when a run is composed."""
-    trains: ClassVar[str]
-    """For people: what a client trains in a round."""
-    mixes: ClassVar[str]
-    """For people: what it exchanges with its neighbours."""
-    source: ClassVar[str]
-    """For people: the paper."""
-    operator: ClassVar[Operator]
-    """What its exchange averages: factors, products, or nothing."""
-    unequal_ranks: ClassVar[str | None]
-    """None where clients may have different ranks, else the reason why not."""
+    traits: ClassVar[Traits]
+    """Each class declares its own: a subclass that changes what is sent must not inherit what goes with it."""
+
+    @property
+    def relaxed_requires(self) -> Properties | None:
+        """The properties of the topology that suffice with these settings; None: ``traits.requires``."""
+        return None
+
+    @property
+    def fresh_optimizer(self) -> str | None:
+        """Why the optimiser's memory cannot outlast a round; None where it can."""
+        return self.traits.fresh_optimizer
+
+    @property
+    def needs_clock(self) -> str | None:
+        """Why the run must have a virtual clock, or None."""
+        return None
+
+    @property
+    def time_limit(self) -> float | None:
+        """Virtual seconds that a client has for the local steps of a round; None: no limit."""
+        return None
+
+    @property
+    def switches_every(self) -> int | None:
+        """Rounds between two switches of the active factor; None where both train in every round."""
+        return None
+
+    @property
+    def alternates(self) -> bool:
+        """Whether A and B train in turn."""
+        return self.switches_every is not None
+
+    @property
+    def settles(self) -> bool:
+        """Whether there are rounds without training."""
+        return False
+
+    def check_task(self, kind: str) -> None:
+        """Raise CompositionError for a kind of task that the method cannot learn with these settings."""
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """The named vectors that one client sends to a neighbour in round ``t``, with shapes and dtypes."""
         ...
+
+    def message_in_time(self, x: Adapters, t: int, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
+        """The message of one client whose local steps take so long on the virtual clock; ``x`` has its row only."""
+        return self.message(x, t)
+
+    def merged_columns(self, rank: int, senders: int, rounds: int) -> int:
+        """Columns that a client's sum of products has at the end of the run, where ``traits.merges_into`` names one.
+
+        ``senders``: the most clients whose messages reach one client in a round, itself too.
+        """
+        return 0
+
+    def on_rejoin(self, own: Any, received: Any) -> Any:
+        """The state of a real peer that fell behind and received a neighbour's state."""
+        return received
+
+
+class Algorithm(Method, Protocol[State]):
+    """A method with rounds.  Its state is a tree whose every leaf has the leading client axis.
+
+    It never loops over clients and never knows where it runs: only ``peers`` crosses clients.
+    """
 
     def start(self, x: Adapters, peers: Exchange) -> State:
         """The state before round 0, from the common initial adapters."""
@@ -65,20 +110,13 @@ class Algorithm(Protocol[State]):
 
 
 @runtime_checkable
-class AsynchronousAlgorithm(Protocol[State]):
-    """A method whose clients keep no common step: each works, sends and listens when it is its turn.
+class AsynchronousAlgorithm(Method, Protocol[State]):
+    """A method whose clients keep no common step: each trains, sends and receives on its own schedule.
 
     It has what Algorithm has but ``round``.  Instead a client calls, with the state of itself alone (a leading axis of
     one) and its mailbox, ``on_job`` when a job of K local steps is done, ``on_message`` when something has arrived,
     and ``before_job`` before it begins the next.  Each returns the new state and changes neither the old nor payloads.
     """
-
-    newest_only: ClassVar[bool]
-    """Whether of several messages of one sender that wait, the newest alone counts."""
-
-    def message(self, x: Adapters, t: int = 0) -> Schema:
-        """The named vectors of one message after ``t`` jobs."""
-        ...
 
     def incoming(self, x: Adapters, claimed: Shapes) -> Schema:
         """What a message must hold that claims these shapes, as far as they are possible; the largest for no claim."""
@@ -134,21 +172,9 @@ class Configurable(Protocol):
         ...
 
 
-@runtime_checkable
-class DeadlineAware(Protocol):
-    """A method that may give clients a time for a round's local steps, on the virtual clock; null: no end."""
-
-    deadline: float | None
-    """Seconds."""
-
-    def message_in_time(self, x: Adapters, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
-        """The named vectors that one client sends whose local steps take so long; ``x`` has its row only."""
-        ...
-
-
 def requirement(algorithm: Algorithm[Any]) -> Properties:
-    """What the topology must have: ``requires``, or the less that a method with these settings can do with."""
-    return getattr(algorithm, "eased", None) or algorithm.requires
+    """The properties that the topology must have for a method with these settings."""
+    return algorithm.relaxed_requires or algorithm.traits.requires
 
 
 def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import Traits
 from peerlora.config.exchange import CODEC
 from peerlora.errors import ConfigError
 from peerlora.exchange.compressed_gossip import Replicas, compressed_gossip, compressed_message
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from peerlora.exchange.codec import Codec
     from peerlora.exchange.schema import Schema
     from peerlora.train.learner import Learner
-
-REQUIRES = Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True)
-REASON = "receivers keep one weighted sum of what all neighbours last sent, which fits one W only"
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,16 @@ class Choco(Stateful):
     """Of qsgd; null: 7."""
     gamma: float | None = None
     """Step towards the neighbours; null: 1 for identity and cast, 0.1 for random-k, 0.3 for the rest."""
-    requires: ClassVar = REQUIRES
-    topology_reason: ClassVar = REASON
-    mixes: ClassVar = "A and B, compressed"
-    source: ClassVar = "CHOCO-SGD, arXiv 1902.00340"
+    traits: ClassVar = Traits(
+        source="CHOCO-SGD, arXiv 1902.00340",
+        trains=IN_TURN,
+        mixes="A and B, compressed",
+        sends="replicas",
+        requires=Properties(
+            symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True
+        ),
+        topology_reason="receivers keep one weighted sum of what all neighbours last sent, which fits one W only",
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import SGD, Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
@@ -51,10 +52,18 @@ class ConsensusADMM(Stateful):
 
     rho: float = 0.1
     """Penalty per link."""
-    requires: ClassVar = Properties(symmetric=True, neighbours_only=True)
-    mixes: ClassVar = "A and B, as sums over the neighbours"
-    source: ClassVar = "consensus ADMM, arXiv 1307.5561"
-    sgd_preferred: ClassVar = "it is exact for SGD only"
+    traits: ClassVar = Traits(
+        source="consensus ADMM, arXiv 1307.5561",
+        trains=IN_TURN,
+        mixes="A and B, as sums over the neighbours",
+        sends="models",
+        refuses={
+            "attack": "it takes from its neighbours how far they are, and an attacker goes on from their average",
+        },
+        requires=Properties(symmetric=True, neighbours_only=True),
+        sgd_preferred="it is exact for SGD only",
+        train_defaults=SGD,
+    )
 
     def __post_init__(self):
         super().__post_init__()

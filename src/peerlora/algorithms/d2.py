@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import SGD, Traits
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
 
@@ -40,11 +41,20 @@ class D2(Stateful):
     ring of 4 sit exactly there.  The first step of a block is not corrected.
     """
 
-    requires: ClassVar = Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True)
-    topology_reason: ClassVar = "it undoes what the last mixing did; k-gt is exact on graphs that change too"
-    source: ClassVar = "D2, arXiv 1803.07068"
-    one_step: ClassVar = "its correction undoes exactly one step; k-gt takes any number"
-    sgd_preferred: ClassVar = "it is exact for SGD only"
+    traits: ClassVar = Traits(
+        source="D2, arXiv 1803.07068",
+        trains=IN_TURN,
+        sends="models",
+        refuses={
+            "codec": "it adds up what every mixing moved, and what a codec leaves out can make that grow without bound",
+            "robust": "it undoes what the last mixing did, which has to be linear",
+        },
+        requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True),
+        topology_reason="it undoes what the last mixing did; k-gt is exact on graphs that change too",
+        one_step="its correction undoes exactly one step; k-gt takes any number",
+        sgd_preferred="it is exact for SGD only",
+        train_defaults=SGD | {"local_steps": 1},
+    )
 
     def start(self, x: Adapters, peers: Exchange) -> D2State:
         """As if the last step had led here."""

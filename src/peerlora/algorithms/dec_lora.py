@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -21,8 +22,10 @@ class DecLoRA(FactorGossip):
     optimiser, alpha and target modules are not given there and are our choice).
     """
 
-    trains: ClassVar = "A and B"
-    source: ClassVar = "Dec-LoRA, arXiv 2501.15361"
+    traits: ClassVar = Traits(
+        source="Dec-LoRA, arXiv 2501.15361",
+        sends="adapters",
+    )
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""

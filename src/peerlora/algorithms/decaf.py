@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.product import Decomposition, decompose, joined
 from peerlora.topology.properties import Properties
@@ -32,14 +32,16 @@ class DeCAF(FactorGossip):
     both zero they could never train again.  Coordinates change every round, so the optimiser must start afresh.
     """
 
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A and B, as products"
-    operator: ClassVar[Operator] = "sum-product"
-    source: ClassVar = "DeCAF, arXiv 2505.21382"
-    own_gauge: ClassVar = True
-    unequal_ranks: ClassVar = None
-    fresh_optimizer: ClassVar = "the factors are factored anew after every exchange"
+    traits: ClassVar = Traits(
+        source="DeCAF, arXiv 2505.21382",
+        mixes="A and B, as products",
+        operator="sum-product",
+        sends="models",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        unequal_ranks=None,
+        fresh_optimizer="the factors are factored anew after every exchange",
+        own_gauge=True,
+    )
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""

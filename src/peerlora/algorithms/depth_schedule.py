@@ -47,6 +47,11 @@ class DepthGossip(Scheduled):
             )
 
     @property
+    def time_limit(self) -> float | None:
+        """``deadline``."""
+        return self.deadline
+
+    @property
     def needs_clock(self) -> str | None:
         """Why there has to be a virtual clock, or None."""
         return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None

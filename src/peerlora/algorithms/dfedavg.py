@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.gossip import Scheduled
+from peerlora.algorithms.gossip import IN_TURN, Scheduled
+from peerlora.algorithms.traits import SGD, Traits
 from peerlora.errors import ConfigError
 from peerlora.train.local_rules import Ascent, DualProx, LocalRule
 
@@ -24,7 +25,11 @@ class DFedAvg(Scheduled):
     ``interval`` ADF-LoRA, to the bit.
     """
 
-    source: ClassVar = "DFedAvg, arXiv 2104.11375"
+    traits: ClassVar = Traits(
+        source="DFedAvg, arXiv 2104.11375",
+        trains=IN_TURN,
+        sends="adapters",
+    )
 
     def rule(self) -> LocalRule | None:
         """What changes the gradient of a local step."""
@@ -43,8 +48,13 @@ class DSGD(DFedAvg):
     Differs: D-PSGD takes the gradient's step after mixing, from the values before it.
     """
 
-    source: ClassVar = "D-PSGD, arXiv 1705.09056"
-    one_step: ClassVar = "DSGD takes one step between two exchanges; with more it is dfedavg"
+    traits: ClassVar = Traits(
+        source="D-PSGD, arXiv 1705.09056",
+        trains=IN_TURN,
+        sends="adapters",
+        one_step="DSGD takes one step between two exchanges; with more it is dfedavg",
+        train_defaults=SGD | {"local_steps": 1},
+    )
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,13 @@ class DFedAvgM(DFedAvg):
     Differs: without quantisation.
     """
 
-    source: ClassVar = "DFedAvgM, arXiv 2104.11375"
-    sgd_only: ClassVar = "heavy-ball momentum is SGD's; AdamW has a first moment of its own"
+    traits: ClassVar = Traits(
+        source="DFedAvgM, arXiv 2104.11375",
+        trains=IN_TURN,
+        sends="adapters",
+        sgd_only="heavy-ball momentum is SGD's; AdamW has a first moment of its own",
+        train_defaults=SGD | {"momentum": 0.9},
+    )
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,12 @@ class DFedSAM(DFedAvg):
 
     rho: float = 0.05
     """Length of the ascent step."""
-    source: ClassVar = "DFedSAM, arXiv 2302.04083"
-    gradients: ClassVar = 2
+    traits: ClassVar = Traits(
+        source="DFedSAM, arXiv 2302.04083",
+        trains=IN_TURN,
+        sends="adapters",
+        gradients=2,
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,7 +112,11 @@ class FedProx(DFedAvg):
 
     mu: float = 0.01
     """Strength of the pull."""
-    source: ClassVar = "FedProx, arXiv 1812.06127"
+    traits: ClassVar = Traits(
+        source="FedProx, arXiv 1812.06127",
+        trains=IN_TURN,
+        sends="adapters",
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.flora import drift_notes
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.product import joined, norms2
 from peerlora.topology.properties import Properties
@@ -38,12 +38,14 @@ class FedExLoRA(FactorGossip):
     its own base plus the weighted average of products, but bases differ and are never mixed.
     """
 
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A and B; the residual of the products goes into the base"
-    operator: ClassVar[Operator] = "sum-product"
-    source: ClassVar = "FedEx-LoRA, arXiv 2410.09432"
-    into_base: ClassVar = True
+    traits: ClassVar = Traits(
+        source="FedEx-LoRA, arXiv 2410.09432",
+        mixes="A and B; the residual of the products goes into the base",
+        operator="sum-product",
+        sends="merges",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        merges_into="base",
+    )
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FedExLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.decaf import cut_to_rank
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.merged import Merged, Update
@@ -60,15 +60,18 @@ class FedHL(FactorGossip):
     """No weight exceeds this times the neighbour's entry of W; equal weights never do."""
     growth: int = 4
     """The rank of the references, as a multiple of the largest adapter's."""
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B, cut from the client's reference"
-    mixes: ClassVar = "the references, and what training added, as products"
-    operator: ClassVar[Operator] = "sum-product"
-    source: ClassVar = "FedHL, arXiv 2505.18494"
-    own_gauge: ClassVar = True
-    into_base: ClassVar = False
-    unequal_ranks: ClassVar = None
-    fresh_optimizer: ClassVar = "the factors are cut anew from the reference after every exchange"
+    traits: ClassVar = Traits(
+        source="FedHL, arXiv 2505.18494",
+        trains="A and B, cut from the client's reference",
+        mixes="the references, and what training added, as products",
+        operator="sum-product",
+        sends="merges",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        unequal_ranks=None,
+        fresh_optimizer="the factors are cut anew from the reference after every exchange",
+        own_gauge=True,
+        merges_into="reference",
+    )
 
     def __post_init__(self):
         if self.cap < 1 or self.growth < 1:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.dec_lora import DecLoRA
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.topology.schedule import Topology
@@ -23,8 +23,10 @@ class FedIT(DecLoRA):
     Differs: equal client weights, where the paper weighs clients by their rows; everybody takes part in every round.
     """
 
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "FedIT, arXiv 2305.05644"
+    traits: ClassVar = Traits(
+        source="FedIT, arXiv 2305.05644",
+        sends="adapters",
+    )
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FedIT, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""

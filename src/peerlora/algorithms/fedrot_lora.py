@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.product import nearest_rotation
@@ -39,14 +39,15 @@ class FedRotLoRA(FactorGossip):
     """Lambda: 0 averages the factors as they are, 1 turns them all the way."""
     first: Literal["A", "B"] = "A"
     """The factor that is aligned in odd rounds, the other one in even ones; of no effect with strength 0."""
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A and B, turned towards the receiver"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "FedRot-LoRA, arXiv 2602.23638"
-    own_gauge: ClassVar = True
-    unequal_ranks: ClassVar = "a rotation needs factors of one common shape"
-    fresh_optimizer: ClassVar = "the factors are turned in every exchange"
+    traits: ClassVar = Traits(
+        source="FedRot-LoRA, arXiv 2602.23638",
+        mixes="A and B, turned towards the receiver",
+        sends="models",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        unequal_ranks="a rotation needs factors of one common shape",
+        fresh_optimizer="the factors are turned in every exchange",
+        own_gauge=True,
+    )
 
     def __post_init__(self):
         if not 0 <= self.strength <= 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.base import part
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -27,10 +28,11 @@ class FedSALoRA(FactorGossip):
     too: that is ``adapter.head=private``; a mixed head is mixed, as with every other method.
     """
 
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "FedSA-LoRA, arXiv 2410.01463"
+    traits: ClassVar = Traits(
+        source="FedSA-LoRA, arXiv 2410.01463",
+        mixes="A",
+        sends="adapters",
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A and a mixed head."""

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.algorithms.dfedavg import require_at_least_zero
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import SGD, Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.train.local_rules import Ascent, DualProx, Oracle, plain
@@ -50,8 +51,13 @@ class DFedADMM(Stateful):
 
     penalty: float = 1.0
     """1 / lambda."""
-    source: ClassVar = "DFedADMM, arXiv 2308.08290"
-    sgd_preferred: ClassVar = "its dual adds up displacements, which AdamW rescales, so it can break down"
+    traits: ClassVar = Traits(
+        source="DFedADMM, arXiv 2308.08290",
+        trains=IN_TURN,
+        sends="adapters",
+        sgd_preferred="its dual adds up displacements, which AdamW rescales, so it can break down",
+        train_defaults=SGD | {"clip": 10.0},  # as in FedSpeed's code
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,8 +91,7 @@ class DFedADMMSAM(DFedADMM):
 
     rho: float = 0.1
     """Length of the ascent step."""
-    source: ClassVar = "DFedADMM-SAM, arXiv 2308.08290"
-    gradients: ClassVar = 2
+    traits: ClassVar = replace(DFedADMM.traits, source="DFedADMM-SAM, arXiv 2308.08290", gradients=2)
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,7 +115,7 @@ class FedSpeed(DFedADMMSAM):
 
     alpha: float = 1.0
     """Share of the perturbed gradient."""
-    source: ClassVar = "FedSpeed, arXiv 2302.10429"
+    traits: ClassVar = replace(DFedADMMSAM.traits, source="FedSpeed, arXiv 2302.10429")
 
     def __post_init__(self):
         super().__post_init__()

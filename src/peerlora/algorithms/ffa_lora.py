@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.base import part
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -26,10 +27,13 @@ class FFALoRA(FactorGossip):
     Differs: equal client weights; A is Kaiming-uniform, one of the starts that the paper tries.
     """
 
-    trains: ClassVar = "B"
-    mixes: ClassVar = "B"
-    operator: ClassVar[Operator] = "both"
-    source: ClassVar = "FFA-LoRA, arXiv 2403.12313"
+    traits: ClassVar = Traits(
+        source="FFA-LoRA, arXiv 2403.12313",
+        trains="B",
+        mixes="B",
+        operator="both",
+        sends="adapters",
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """B and a mixed head."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.decaf import DeCAF
@@ -22,7 +22,7 @@ class FlexLoRA(DeCAF):
     that the average lacks.
     """
 
-    source: ClassVar = "FlexLoRA, arXiv 2402.11505"
+    traits: ClassVar = replace(DeCAF.traits, source="FlexLoRA, arXiv 2402.11505")
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FlexLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import REPLICAS, Traits
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
@@ -17,10 +18,11 @@ from peerlora.train.row_scores import emphasis, measure
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.network.protocol.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.topology.schedule import Topology
     from peerlora.train.learner import Learner
 
+_SELF_REPORTED = "a client says itself how much it counts, which a liar would use"
 _LARGEST = 20.0  # |exponent| of a confidence: e^20 to one is as good as ignoring a client
 
 
@@ -74,11 +76,20 @@ class FLood(Stateful):
     tau_c: float = 1.0
     """Temperature of the confidence."""
     mixing: Literal["metropolis", "push-sum", "renormalised"] = "metropolis"
-    mixes: ClassVar = "A and B, weighted by the clients' confidence"
-    source: ClassVar = "FLood, arXiv 2602.01039"
-    topology_reason: ClassVar = "of its mixings push-sum alone, with beta above 0, can do with one-way links"
-    positive: ClassVar = ("c",)
-    at_home: ClassVar = ("scores",)  # of the own rows one by one; w and c go out with messages
+    traits: ClassVar = Traits(
+        source="FLood, arXiv 2602.01039",
+        trains=IN_TURN,
+        mixes="A and B, weighted by the clients' confidence",
+        refuses={
+            "codec": f"its weights follow the clients' confidence, which crosses along, and {REPLICAS}",
+            "robust": _SELF_REPORTED,
+            "attack": _SELF_REPORTED,
+            "label-flip": _SELF_REPORTED,
+        },
+        topology_reason="of its mixings push-sum alone, with beta above 0, can do with one-way links",
+        positive_vectors=("c",),
+        local_only=("scores",),  # of the own rows one by one; w and c go out with messages
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,7 +102,7 @@ class FLood(Stateful):
             raise ConfigError(f"algorithm.beta={self.beta:g}, every={self.every} given; expected 0 to 1 and at least 1")
 
     @property
-    def eased(self) -> Properties | None:
+    def relaxed_requires(self) -> Properties | None:
         """Masses have to be handed on whole, and no more; without confidence x itself is averaged."""
         return Properties(column_stochastic=True) if self.beta and self.mixing == "push-sum" else None
 
@@ -139,7 +150,7 @@ class FLood(Stateful):
             return replace(push_masses(state, trained, c, peers), scores=kept)
         return FLoodState(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)
 
-    def rejoined(self, own: FLoodState, taken: FLoodState) -> FLoodState:
+    def on_rejoin(self, own: FLoodState, taken: FLoodState) -> FLoodState:
         """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""
         return replace(own, x=taken.x)
 

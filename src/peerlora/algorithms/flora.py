@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import mask_ranks, redrawn
 from peerlora.lora.product import joined
@@ -37,14 +37,17 @@ class FLoRA(FactorGossip):
     training its factors.  A new A is the same for all clients, entries as in PEFT's start.
     """
 
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B, drawn anew every round"
-    mixes: ClassVar = "A and B, as products, into the base"
-    operator: ClassVar[Operator] = "sum-product"
-    source: ClassVar = "FLoRA, arXiv 2409.05976"
-    into_base: ClassVar = True
-    unequal_ranks: ClassVar = None
-    fresh_optimizer: ClassVar = "A is drawn anew after every exchange"
+    traits: ClassVar = Traits(
+        source="FLoRA, arXiv 2409.05976",
+        trains="A and B, drawn anew every round",
+        mixes="A and B, as products, into the base",
+        operator="sum-product",
+        sends="merges",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        unequal_ranks=None,
+        fresh_optimizer="A is drawn anew after every exchange",
+        merges_into="base",
+    )
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FLoRA, tuple[str, ...]]:
         """The method as it is, with a note where there is no server."""

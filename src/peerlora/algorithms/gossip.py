@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
+from peerlora.algorithms.base import Method
 from peerlora.errors import ConfigError
-from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -19,23 +18,12 @@ if TYPE_CHECKING:
     from peerlora.lora.adapters import Adapters
 
 
-class FactorGossip:
+IN_TURN = "A and B; with `interval` in turn"
+"""For people: what a method trains whose schedule is ``Scheduled``."""
+
+
+class FactorGossip(Method):
     """State = the adapters; message = both factors and a head that is not private."""
-
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True)
-    mixes: ClassVar = "A and B"
-    operator: ClassVar[Operator] = "product-sum"
-    unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
-    own_gauge: ClassVar = False
-    """Whether it leaves clients' factors in coordinates (gauges) of their own, so that their mean says little: where it
-    factors averaged products anew, or turns factors towards each receiver."""
-    gradients: ClassVar = 1
-    """Of a minibatch, in one local step: what a step costs on the virtual clock."""
-
-    @property
-    def alternates(self) -> bool:
-        """Whether A and B train in turn."""
-        return False
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A, B and a mixed head."""
@@ -60,16 +48,15 @@ class Scheduled(FactorGossip):
 
     interval: int | None = None
     """T, rounds between two switches of the active factor; null: both train in every round."""
-    trains: ClassVar = "A and B; with `interval` in turn"
 
     def __post_init__(self):
         if self.interval is not None and self.interval < 1:
             raise ConfigError(f"algorithm.interval: {self.interval} given; expected at least 1 round")
 
     @property
-    def alternates(self) -> bool:
-        """With an interval."""
-        return self.interval is not None
+    def switches_every(self) -> int | None:
+        """``interval``."""
+        return self.interval
 
     def active(self, t: int) -> str:
         """The factors that train in round ``t``."""

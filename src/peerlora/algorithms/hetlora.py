@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
@@ -45,13 +45,14 @@ class HetLoRA(FactorGossip):
     """Step size of the tail penalty: learning rate times its weight."""
     smallest: int = 1
     """No client is cut below this rank."""
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A and B, zero-padded, weighted by the norm of the product"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "HetLoRA, arXiv 2401.06432"
-    unequal_ranks: ClassVar = None
-    fresh_optimizer: ClassVar = "its momentum would move ranks that were cut"
+    traits: ClassVar = Traits(
+        source="HetLoRA, arXiv 2401.06432",
+        mixes="A and B, zero-padded, weighted by the norm of the product",
+        sends="models",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        unequal_ranks=None,
+        fresh_optimizer="its momentum would move ranks that were cut",
+    )
 
     def __post_init__(self):
         if not 0 < self.gamma <= 1:

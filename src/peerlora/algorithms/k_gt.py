@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Stateful
+from peerlora.algorithms.gossip import IN_TURN, Stateful
+from peerlora.algorithms.traits import REPLICAS, Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.train.local_rules import DualProx, Recorded
@@ -48,9 +49,17 @@ class KGT(Stateful):
 
     step: float = 1.0
     """How much of a round's displacement is taken over."""
-    mixes: ClassVar = "A and B, and the mean corrected gradient of what trained"
-    source: ClassVar = "K-GT, arXiv 2301.01313"
-    topology_reason: ClassVar = "its corrections must sum to zero; use dfedavg where they cannot"
+    traits: ClassVar = Traits(
+        source="K-GT, arXiv 2301.01313",
+        trains=IN_TURN,
+        mixes="A and B, and the mean corrected gradient of what trained",
+        sends="models",
+        refuses={
+            "codec": f"x and z cross together, and {REPLICAS}",
+            "robust": "its corrections sum to zero only where mixing keeps the mean, which robust rules give up",
+        },
+        topology_reason="its corrections must sum to zero; use dfedavg where they cannot",
+    )
 
     def __post_init__(self):
         super().__post_init__()

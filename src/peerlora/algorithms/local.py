@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.base import Operator
+from peerlora.algorithms.base import Method
+from peerlora.algorithms.traits import Traits
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Method):
     """Train both factors on the own data, never exchange anything."""
 
-    requires: ClassVar = Properties()
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "nothing"
-    operator: ClassVar[Operator] = "none"
-    source: ClassVar = "baseline"
-    unequal_ranks: ClassVar = None
+    traits: ClassVar = Traits(
+        source="baseline",
+        mixes="nothing",
+        operator="none",
+        sends="nothing",
+        requires=Properties(),
+        unequal_ranks=None,
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """Nothing is sent."""

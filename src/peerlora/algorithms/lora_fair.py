@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.product import joined, norms2, ridge_correction
@@ -46,12 +46,12 @@ class LoRAFAIR(FactorGossip):
     ridge: float = 0.01
     """Lambda: how much dB is held back; large values approach plain averaging."""
     objective: Literal["ridge", "cosine"] = "ridge"
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "A and B"
-    mixes: ClassVar = "A and B, then B is corrected"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "LoRA-FAIR, arXiv 2411.14961"
-    unequal_ranks: ClassVar = "it averages factors entry by entry, which needs one shape"
+    traits: ClassVar = Traits(
+        source="LoRA-FAIR, arXiv 2411.14961",
+        mixes="A and B, then B is corrected",
+        sends="models",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+    )
 
     def __post_init__(self):
         if not self.ridge > 0:

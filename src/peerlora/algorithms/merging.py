@@ -1,8 +1,8 @@
-"""What a method that keeps sums of products asks of a run: room for them, and a base that takes what is merged."""
+"""Checks that a run has memory for the sums of products that a method keeps, and a base that takes merges."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,27 +19,16 @@ if TYPE_CHECKING:
 _COPIES = 3  # the sum, the longer one that replaces it, and what a checkpoint writes
 
 
-@runtime_checkable
-class Merging(Protocol):
-    """A method whose clients keep sums of low-rank products."""
-
-    into_base: ClassVar[bool]
-    """Whether they are merged into the base, or only remembered beside the adapters."""
-
-    def merged_columns(self, rank: int, senders: int, rounds: int) -> int:
-        """Columns that a client's sum has at the end of the run; ``senders``: most that ever reach it, itself too."""
-        ...
-
-
 def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, rounds: int, x: Adapters, base: nn.Module):
     """Raise CompositionError where a method's merges don't fit this machine, or the base cannot take any.
 
     ``x`` are the initial adapters of the clients held here.
     """
-    if not isinstance(algorithm, Merging):
+    into = algorithm.traits.merges_into
+    if into is None:
         return
     quantised = _quantised(base)
-    if algorithm.into_base and quantised:
+    if into == "base" and quantised:
         raise CompositionError(
             f"{name} merges into the base, and {quantised}; merging needs weights of full precision: load the base "
             "unquantised, or use algorithm.name=dec-lora"

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from peerlora.algorithms.gossip import Scheduled
+from peerlora.algorithms.gossip import IN_TURN, Scheduled
+from peerlora.algorithms.traits import SGD, Traits
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
 from peerlora.train.local_rules import DualProx, Recorded
@@ -56,11 +57,15 @@ class SGP(Scheduled):
     Differs: K local steps of the run's optimiser in z space in place of one SGD step; u moves by their displacement.
     """
 
-    requires: ClassVar = Properties(column_stochastic=True)
-    mixes: ClassVar = "A and B as shares, and their mass"
-    source: ClassVar = "SGP, arXiv 1811.10792"
-    topology_reason: ClassVar = "senders must hand on all they have"
-    positive: ClassVar = ("w",)
+    traits: ClassVar = Traits(
+        source="SGP, arXiv 1811.10792",
+        trains=IN_TURN,
+        mixes="A and B as shares, and their mass",
+        sends="sums",
+        requires=Properties(column_stochastic=True),
+        topology_reason="senders must hand on all they have",
+        positive_vectors=("w",),
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """u, and one number."""
@@ -80,7 +85,7 @@ class SGP(Scheduled):
         """The ratio."""
         return state.z
 
-    def rejoined(self, own: PushSumState, taken: PushSumState) -> PushSumState:
+    def on_rejoin(self, own: PushSumState, taken: PushSumState) -> PushSumState:
         """A real peer that fell behind takes over a neighbour's model, and keeps its mass: the sum of w stays N."""
         z = taken.z
         return replace(own, u=z.sharing(z.flat[:, z.spec.shared] * own.w[:, None].to(z.flat)))
@@ -99,10 +104,18 @@ class PushDIGing(SGP):
     Differs: local steps, with the mean raw gradient of them as g; the paper has K = 1 and SGD.
     """
 
-    mixes: ClassVar = "A and B as shares, their mass, and the tracked gradient"
-    source: ClassVar = "Push-DIGing, arXiv 1607.03218"
-    at_home: ClassVar = ("g",)
-    sgd_preferred: ClassVar = "it is exact for SGD only"
+    traits: ClassVar = Traits(
+        source="Push-DIGing, arXiv 1607.03218",
+        trains=IN_TURN,
+        mixes="A and B as shares, their mass, and the tracked gradient",
+        sends="sums",
+        requires=Properties(column_stochastic=True),
+        topology_reason="senders must hand on all they have",
+        positive_vectors=("w",),
+        local_only=("g",),
+        sgd_preferred="it is exact for SGD only",
+        train_defaults=SGD,
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """u, w and the shared part of y."""

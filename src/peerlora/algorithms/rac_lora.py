@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.base import part
 from peerlora.algorithms.flora import growth
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import redrawn
@@ -64,12 +65,15 @@ class RACLoRA(FactorGossip):
     """Mix the factors of earlier blocks as well, in every round; settle is 0 unless it is given."""
     side: Literal["right", "left"] = "right"
     """Which factor is drawn and frozen: right is A, left is B."""
-    requires: ClassVar = Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True)
-    trains: ClassVar = "B against a random A (or A against a random B), merged every `chain` rounds"
-    mixes: ClassVar = "the factor that trains"
-    operator: ClassVar[Operator] = "both"
-    source: ClassVar = "RAC-LoRA, arXiv 2410.08305"
-    into_base: ClassVar = True
+    traits: ClassVar = Traits(
+        source="RAC-LoRA, arXiv 2410.08305",
+        trains="B against a random A (or A against a random B), merged every `chain` rounds",
+        mixes="the factor that trains",
+        operator="both",
+        sends="models",
+        requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        merges_into="base",
+    )
 
     def __post_init__(self):
         if self.chain < 1 or (self.settle is not None and self.settle < 0):

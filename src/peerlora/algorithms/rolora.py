@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Operator, part
+from peerlora.algorithms.base import part
+from peerlora.algorithms.traits import Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -29,10 +30,12 @@ class RoLoRA(ADFLoRA):
     """
 
     interval: int = 1
-    trains: ClassVar = "B and A in turn, `interval` rounds each"
-    mixes: ClassVar = "the factor that trained"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "RoLoRA, arXiv 2502.01755"
+    traits: ClassVar = Traits(
+        source="RoLoRA, arXiv 2502.01755",
+        trains="B and A in turn, `interval` rounds each",
+        mixes="the factor that trained",
+        sends="adapters",
+    )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """The active factor and a mixed head."""

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.algorithms.depth_schedule import DepthGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.layer_order import by_column, depth_of, reached_layers
@@ -53,11 +54,14 @@ class SALF(DepthGossip):
     """Largest 1/q."""
     send: Literal["reached", "all"] = "reached"
     """Whether layers that were not reached are sent too: with ``steps: every`` they are as the round began."""
-    requires: ClassVar = Properties(symmetric=True, row_stochastic=True, column_stochastic=True)
-    topology_reason: ClassVar = "a mask on both ends of a link keeps the sums of a symmetric W only"
-    trains: ClassVar = "A and B of the layers that backward reaches; with `interval` in turn"
-    mixes: ClassVar = "A and B of the layers that both ends reached"
-    source: ClassVar = "SALF, arXiv 2403.18375"
+    traits: ClassVar = Traits(
+        source="SALF, arXiv 2403.18375",
+        trains="A and B of the layers that backward reaches; with `interval` in turn",
+        mixes="A and B of the layers that both ends reached",
+        sends="layers",
+        requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True),
+        topology_reason="a mask on both ends of a link keeps the sums of a symmetric W only",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,13 +98,13 @@ class SALF(DepthGossip):
             return neighbourhood_mean(x, trained, reached, q, peers)
         return mix_reached(trained, reached, peers)
 
-    def message_in_time(self, x: Adapters, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
-        """What one client sends whose local steps take so long on the virtual clock; ``x`` has its row only.
+    def message_in_time(self, x: Adapters, t: int, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
+        """Fewer layers from a client that is slower.
 
         Where depths are drawn, that of the round in which it takes part is not known when its job begins: all layers.
         """
         if self.deadline is None or self.send == "all":
-            return self.message(x)
+            return self.message(x, t)
         layers = depth_of(x.spec)
         reached = reached_layers(self.in_time(self.deadline, layers, step_seconds, steps), layers)
         return _message(PartialAdapters.of(x, reached))

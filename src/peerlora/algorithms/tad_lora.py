@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import Operator
 from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ class TADLoRA(FactorGossip):
 
     c: float = 1.0
     """Scales the interval."""
-    trains: ClassVar = "B and A in turn, T rounds each, T from the topology"
-    operator: ClassVar[Operator] = "product-sum"
-    source: ClassVar = "TAD-LoRA, arXiv 2602.00451"
+    traits: ClassVar = Traits(
+        source="TAD-LoRA, arXiv 2602.00451",
+        trains="B and A in turn, T rounds each, T from the topology",
+        sends="adapters",
+    )
 
     def __post_init__(self):
         if not 0 < self.c < math.inf:
@@ -42,7 +44,7 @@ class TADLoRA(FactorGossip):
 
     @property
     def alternates(self) -> bool:
-        """Whatever the interval will be."""
+        """True, with any interval."""
         return True
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[ADFLoRA, tuple[str, ...]]:

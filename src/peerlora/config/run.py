@@ -7,7 +7,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
 from peerlora.config.sections import (
-    TRAIN_DEFAULTS,
     AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
@@ -26,6 +25,7 @@ from peerlora.config.sections import (
     TopologyConfig,
     TrainConfig,
 )
+from peerlora.plugins import METHODS
 
 
 class RunConfig(Section):
@@ -71,17 +71,6 @@ class RunConfig(Section):
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_the_method_trains(cls, tree: Any) -> Any:
-        """Settings of ``train`` that were not given, where the method has defaults of its own."""
-        if not isinstance(tree, dict):
-            return tree
-        algorithm, train = tree.get("algorithm"), tree.get("train") or {}
-        name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
-        own = TRAIN_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
-        return {**tree, "train": {**own, **train}} if own and isinstance(train, dict) else tree
-
     @model_validator(mode="after")
     def _one_per_client(self):
         lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
@@ -113,6 +102,22 @@ class RunConfig(Section):
                 f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
                 "has none of; use train.label_prior=none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _take_train_defaults(self, info: ValidationInfo):
+        """Settings of ``train`` that were not given become the method's own defaults, where it has any.
+
+        It comes last, since it imports the method: a wrong setting is refused before anything heavy is loaded.
+        """
+        given = self.train.model_fields_set
+        if given < TrainConfig.model_fields.keys() and (info.context or {}).get("train_defaults", True):
+            method = METHODS.find(self.algorithm.name)
+            own = {} if method is None else method.traits.train_defaults
+            if own.keys() - given:
+                train = TrainConfig.model_validate({**own, **self.train.model_dump(exclude_unset=True)})
+                object.__setattr__(self, "train", train)  # the section is frozen, and not yet handed out
+                self.__pydantic_fields_set__.add("train")
         return self
 
     @property

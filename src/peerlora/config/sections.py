@@ -147,18 +147,6 @@ PartitionConfig = Annotated[
 ]
 
 
-_SGD = {"optimizer": "sgd", "lr": 0.1}
-_DUAL = _SGD | {"clip": 10.0}  # as in FedSpeed's code
-TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("dsgd", "d-psgd", "d2", "exact-diffusion"), _SGD | {"local_steps": 1}),
-    **dict.fromkeys(("fedspeed", "dfedadmm", "feddyn", "dfedadmm-sam"), _DUAL),
-    "dfedavgm": _SGD | {"momentum": 0.9},
-    "consensus-admm": _SGD,
-    "push-diging": _SGD,
-}
-"""What ``train`` is for a method where the config does not say: these were made for SGD."""
-
-
 class AlgorithmConfig(BaseModel):
     """The method and its own settings, which `peerlora methods` lists."""
 

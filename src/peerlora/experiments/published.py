@@ -33,7 +33,7 @@ def papers_for(configs: Collection[RunConfig], name: str | None) -> list[Paper]:
 
 def fits(number: Number, config: RunConfig) -> bool:
     """Whether a run is of one of the number's tasks, by one of its methods, with the settings that it asks for."""
-    from peerlora.algorithms import ALIASES, REGISTRY
+    from peerlora.algorithms import ALIASES, method_class
 
     if dataset(config) not in number.tasks:
         return False
@@ -42,7 +42,7 @@ def fits(number: Number, config: RunConfig) -> bool:
         return False
     for key, value in number.settings.items():
         section, setting = key.split(".")
-        own = {each.name: each.default for each in fields(REGISTRY[name])} if section == "algorithm" else {}
+        own = {each.name: each.default for each in fields(method_class(name))} if section == "algorithm" else {}
         if (own | getattr(config, section).model_dump(mode="json")).get(setting) != value:
             return False
     return True
@@ -88,7 +88,7 @@ def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measur
 def _memory(config: RunConfig) -> str:
     """When it starts afresh; a method that always trains the same factors has one phase."""
     state = config.train.optimizer_state
-    one_phase = state == "phase" and not getattr(_method(config), "alternates", False)
+    one_phase = state == "phase" and not _method(config).alternates
     return "kept" if state == "keep" or one_phase else f"afresh every {state}"
 
 
@@ -104,7 +104,7 @@ def _besides(config: RunConfig) -> Iterator[str]:
     if method.keys() - {"interval"}:
         own = ", ".join(f"{key} {value}" for key, value in method.items() if key != "interval")
         yield f"{config.algorithm.name} {own}"
-    if getattr(_method(config), "settles", False):
+    if _method(config).settles:
         yield "rounds without training"
     if exchange.codec:
         yield f"compressed: {_words(exchange.codec.model_dump(mode='json', exclude_none=True))}"

@@ -96,9 +96,10 @@ class Line:
     @property
     def gauges_differ(self) -> bool:
         """Whether the averaged model is a mean of factors that lie in different coordinates."""
-        from peerlora.algorithms import REGISTRY
+        from peerlora.algorithms import find_method
 
-        return getattr(REGISTRY.get(self.method), "own_gauge", False)
+        kind = find_method(self.method)
+        return kind is not None and kind.traits.own_gauge
 
 
 @dataclass(frozen=True)

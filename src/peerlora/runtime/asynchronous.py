@@ -43,7 +43,7 @@ class AsynchronousRounds:
     ):
         self.algorithm, self.learner, self.clock = algorithm, learner, clock
         self.clients = clock.clients
-        self.post = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.newest_only)
+        self.post = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.traits.newest_only)
         self.queue = EventQueue([ScheduledEvent(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
         self.now, self.done = 0, 0
         self.outstanding: set[int] = set()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peerlora.algorithms import ALIASES, REGISTRY
+from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm, requirement
-from peerlora.algorithms.compatibility import check_wrappers, training_limits
+from peerlora.algorithms.compatibility import check_wrappers
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
 from peerlora.environment import main_memory
@@ -23,31 +23,29 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     Raises CompositionError with the reason and an alternative.
     """
     name = config.algorithm.name
-    required = requirement(algorithm)
+    required, traits = requirement(algorithm), algorithm.traits
     if missing := required.missing(topology.properties):
         raise CompositionError(
             f"{name} needs a topology whose mixing matrix is {' and '.join(missing)}; {config.topology.kind} with "
             f"{config.topology.weights} weights is not{_reason(algorithm)}; use {_cure(required, topology)}"
         )
-    if len(set(config.ranks)) > 1 and algorithm.unequal_ranks:
+    if len(set(config.ranks)) > 1 and traits.unequal_ranks:
         raise CompositionError(
-            f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {algorithm.unequal_ranks}; "
-            f"give one adapter.rank, or use {', '.join(own for own in REGISTRY if not REGISTRY[own].unequal_ranks)}"
+            f"{name} cannot work with different ranks {sorted(set(config.ranks))}: {traits.unequal_ranks}; give one "
+            f"adapter.rank, or use {', '.join(own for own in REGISTRY if not REGISTRY[own].traits.unequal_ranks)}"
         )
-    stale = getattr(algorithm, "fresh_optimizer", None)
+    stale = algorithm.fresh_optimizer
     if stale and config.train.optimizer_state != "round":
         raise CompositionError(
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
-    check_task = getattr(algorithm, "check_task", None)
-    if check_task:
-        check_task(config.task.kind)
-    check_wrappers(config, ALIASES.get(name, name), topology)
+    algorithm.check_task(config.task.kind)
+    check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
     warnings = _check_training(name, algorithm, config.train)
-    interval = getattr(algorithm, "interval", None)
+    interval = algorithm.switches_every
     if interval is not None and interval >= config.train.rounds:
         warnings += (
             f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
@@ -58,7 +56,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
 
 def _reason(algorithm: Algorithm[Any]) -> str:
     """Why a method asks for its kind of topology, where it says so."""
-    reason = getattr(algorithm, "topology_reason", None)
+    reason = algorithm.traits.topology_reason
     return f" ({reason})" if reason else ""
 
 
@@ -81,19 +79,21 @@ def _cure(required: Properties, topology: Topology) -> str:
 
 def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) -> tuple[str, ...]:
     """Refuse local steps that a method cannot work with; warn of those for which it was not made."""
-    one_step, only, preferred = training_limits(algorithm)
-    if one_step and train.local_steps != 1:
+    traits = algorithm.traits
+    if traits.one_step and train.local_steps != 1:
         raise CompositionError(
-            f"{name} cannot take train.local_steps={train.local_steps}: {one_step}; use train.local_steps=1"
+            f"{name} cannot take train.local_steps={train.local_steps}: {traits.one_step}; use train.local_steps=1"
         )
     if train.optimizer == "sgd":
         return ()
-    if only:
+    if traits.sgd_only:
         raise CompositionError(
-            f"{name} cannot use train.optimizer={train.optimizer}: {only}; use train.optimizer=sgd or dfedavg"
+            f"{name} cannot use train.optimizer={train.optimizer}: {traits.sgd_only}; use "
+            "train.optimizer=sgd or dfedavg"
         )
-    if preferred:
-        return (f"{name} with train.optimizer={train.optimizer}: {preferred}; it was made for train.optimizer=sgd",)
+    if traits.sgd_preferred:
+        reason = traits.sgd_preferred
+        return (f"{name} with train.optimizer={train.optimizer}: {reason}; it was made for train.optimizer=sgd",)
     return ()
 
 

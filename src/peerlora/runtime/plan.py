@@ -8,7 +8,6 @@ from typing import Any
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
-from peerlora.algorithms.merging import Merging
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import ClockConfig
 from peerlora.errors import CompositionError
@@ -66,12 +65,12 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
     """
     name, settings = config.algorithm.name, config.clock
     if not is_asynchronous(algorithm):
-        if settings and (settings.deadline or settings.away) and isinstance(algorithm, Merging):
+        if settings and (settings.deadline or settings.away) and algorithm.traits.merges_into:
             raise CompositionError(
                 f"{name} cannot do without a client in a round (clock.deadline, clock.away): what others merge must "
                 "reach everybody; drop these settings, or use algorithm.name=dec-lora"
             )
-        reason = getattr(algorithm, "needs_clock", None)
+        reason = algorithm.needs_clock
         if reason and not settings:
             raise CompositionError(f"{name}: {reason}; give the section clock, such as clock.speed=1.0")
         return VirtualClock(settings, config.clients, config.seed) if settings else None

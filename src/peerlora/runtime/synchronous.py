@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import Algorithm, DeadlineAware
+from peerlora.algorithms.base import Algorithm
 from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -107,19 +107,14 @@ class SynchronousRounds:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        gradients = getattr(self.algorithm, "gradients", 1)
-        hurried = self.algorithm if isinstance(self.algorithm, DeadlineAware) else None
-        limit = hurried.deadline if hurried else None
+        gradients = self.algorithm.traits.gradients
+        limit = self.algorithm.time_limit
         for i in [i for i in idle if i not in away]:
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
             whole = clock.compute(i, gradients * steps, self.now)
             computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
             own = x.rows([i])
-            vectors = (
-                hurried.message_in_time(own, self.step_seconds[[i]], steps)
-                if hurried
-                else self.algorithm.message(own, t)
-            )
+            vectors = self.algorithm.message_in_time(own, t, self.step_seconds[[i]], steps)
             message = self.exchange.wire_schema(vectors)
             links = int(degrees[i]) if message else 0
             count = links * encoded_bytes(message)

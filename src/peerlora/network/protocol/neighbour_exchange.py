@@ -40,7 +40,7 @@ class NeighbourExchange(PlainExchange):
     what was not acknowledged, so columns keep their sums.
 
     ``names``: client -> peer, for all neighbours of the run.  ``start``: the adapters with which all clients begin;
-    compressed gossip builds on them.  ``positive``: vectors by name that are refused unless they are above zero.
+    compressed gossip builds on them.  ``positive_vectors``: names of those that are refused unless they are above zero.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class NeighbourExchange(PlainExchange):
         protocol: RoundProtocol,
         thread: EventLoopThread,
         start: Adapters | None = None,
-        positive: Collection[str] = (),
+        positive_vectors: Collection[str] = (),
     ):
         self.topology, self.names = topology, names
         self.clients: Sequence[int] = [client]
         self.protocol, self.thread = protocol, thread
         self.copies = None if start is None else ReplicaCache(start.flat[:1])
-        self.positive, self.one_way = tuple(positive), not topology.properties.symmetric
+        self.positive_vectors, self.one_way = tuple(positive_vectors), not topology.properties.symmetric
         self._set(0)
 
     def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
@@ -119,7 +119,7 @@ class NeighbourExchange(PlainExchange):
     def _meet(self, payload: Payload, target: str | None = None) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
         """The payloads of all whose edge counts, and the own row of W for them."""
         own = vectors(payload)
-        positive = [name for name in (*self.positive, target) if name in own]
+        positive = [name for name in (*self.positive_vectors, target) if name in own]
         reached = self._post(
             OutgoingMessage(encode_body(own)),
             partial(_check, payload, positive=positive),

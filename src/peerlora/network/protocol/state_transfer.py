@@ -1,7 +1,7 @@
 """A client's state as vectors, for a neighbour that was away for long, and back.
 
 What the method never exchanges stays at home: columns of adapters, and of whatever else is laid out as they are, are
-sent as zeros, and whole vectors that a method names (``at_home``) are left out.
+sent as zeros, and whole vectors that a method names (``local_only``) are left out.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from peerlora.tree import leaves, rebuild, tree_map
 _PER_VECTOR = 512  # bytes of safetensors header, name included, at most
 
 
-def exportable(state: Any, blocks: Collection[str], at_home: Collection[str] = ()) -> dict[str, Tensor]:
+def exportable(state: Any, blocks: Collection[str], local_only: Collection[str] = ()) -> dict[str, Tensor]:
     """What a neighbour may have of a state, of whose adapters only these blocks are ever exchanged."""
     private = _private(state, blocks)
-    sent = {name: leaf for name, leaf in leaves(state).items() if not _stays(name, at_home)}
+    sent = {name: leaf for name, leaf in leaves(state).items() if not _stays(name, local_only)}
     if not private.any():
         return sent
     like = {name for name, leaf in sent.items() if leaf.shape[1:] == private.shape}
     return {name: leaf.masked_fill(private.to(leaf.device), 0) if name in like else leaf for name, leaf in sent.items()}
 
 
-def state_schema(state: Any, claimed: Shapes, at_home: Collection[str] = ()) -> Schema:
+def state_schema(state: Any, claimed: Shapes, local_only: Collection[str] = ()) -> Schema:
     """What a neighbour's state must look like: as the own one, but for how much it has merged."""
     found: Schema = {}
     for name, leaf in leaves(state, (Update, Tensor)).items():
-        if _stays(name, at_home):
+        if _stays(name, local_only):
             continue
         if isinstance(leaf, Tensor):
             found[name] = (tuple(leaf.shape), leaf.dtype)
@@ -62,12 +62,14 @@ def largest_state(state: Any) -> int:
     return total
 
 
-def adopt(own: Any, vectors: dict[str, Tensor], blocks: Collection[str], at_home: Collection[str] = ()) -> Any | None:
+def adopt(
+    own: Any, vectors: dict[str, Tensor], blocks: Collection[str], local_only: Collection[str] = ()
+) -> Any | None:
     """A neighbour's state in place of the own one; None where its adapters have other ranks.
 
     Of Adapters, only ``blocks`` are taken over, the ones that the method ever exchanges, and a private head never is.
     """
-    kept = {name: leaf for name, leaf in leaves(own).items() if _stays(name, at_home)}
+    kept = {name: leaf for name, leaf in leaves(own).items() if _stays(name, local_only)}
     given, private = rebuild(own, vectors | kept), _private(own, blocks)
     theirs = leaves(given, (Adapters,))
     if any(not torch.equal(x.ranks, theirs[name].ranks) for name, x in leaves(own, (Adapters,)).items()):
@@ -91,8 +93,8 @@ def _private(state: Any, blocks: Collection[str]) -> Bool[Tensor, " parameter"]:
     return found
 
 
-def _stays(name: str, at_home: Collection[str]) -> bool:
-    return name.removeprefix(".") in at_home
+def _stays(name: str, local_only: Collection[str]) -> bool:
+    return name.removeprefix(".") in local_only
 
 
 def _most(d_out: int, d_in: int) -> int:

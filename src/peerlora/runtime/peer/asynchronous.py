@@ -50,8 +50,8 @@ class AsynchronousPeer(PeerParticipation):
         neighbours = site.neighbours(topology)
         incoming, flaw = partial(algorithm.incoming, x), partial(algorithm.flaw, x)
         form = PushFormat(transport.me, expected, config.train.rounds, incoming, flaw)
-        mailboxes = Mailboxes(topology.at(0), topology.seed, algorithm.newest_only)
-        self.send_queue = SendQueue(transport, seconds, 1 if algorithm.newest_only else MOST)
+        mailboxes = Mailboxes(topology.at(0), topology.seed, algorithm.traits.newest_only)
+        self.send_queue = SendQueue(transport, seconds, 1 if algorithm.traits.newest_only else MOST)
         self.mailbox = PeerMailbox(mailboxes, site.client, neighbours, form, self._send, config.device)
         self.failed: dict[PeerId, str] = {}
         """Neighbours that no message reached in the latest round, and why."""

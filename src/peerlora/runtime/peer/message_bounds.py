@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peerlora.algorithms.choco import Choco
 from peerlora.exchange.gossip_sum import sum_schema
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import AdapterSpec
@@ -16,7 +15,7 @@ def largest_message(federation: Federation, sends: Schema) -> int:
     x, found = federation.start, [sends]
     if sends and federation.config.exchange.codec:
         found = [federation.exchange.wire_schema(sends)]
-    if federation.config.exchange.codec or isinstance(federation.algorithm, Choco):
+    if federation.config.exchange.codec or federation.algorithm.traits.sends == "replicas":
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference
     if federation.config.train.label_prior == "pooled":
         found.append(sum_schema(federation.partition.counts.shape[1], federation.topology))

@@ -51,7 +51,7 @@ class SynchronousPeer(PeerParticipation):
         config = federation.config
         self.sends = _everything_sent(federation)
         self.blocks = exchanged_blocks(self.sends, federation.start.spec)
-        self.local_only = getattr(federation.algorithm, "at_home", ())
+        self.local_only = federation.algorithm.traits.local_only
         self.largest = largest_message(federation, self.sends)
         self._shared: dict[str, Tensor] | None = None
         protocol = RoundProtocol(
@@ -68,7 +68,7 @@ class SynchronousPeer(PeerParticipation):
             protocol,
             thread,
             federation.start,
-            getattr(federation.algorithm, "positive", ()),
+            federation.algorithm.traits.positive_vectors,
         )
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers)
         super().__init__(replace(federation, exchange=peers), site, thread, protocol, control)
@@ -150,8 +150,7 @@ class SynchronousPeer(PeerParticipation):
         adopted = adopt(state, vectors, self.blocks, self.local_only)
         if adopted is None:
             return None
-        rejoined = getattr(self.algorithm, "rejoined", lambda own, adopted: adopted)
-        return rejoined(state, adopted)
+        return self.algorithm.on_rejoin(state, adopted)
 
     def _request_counts(self, peer: PeerId, counts: Schema) -> dict[str, Tensor] | None:
         return self._request_state(peer, self.algorithm.start(self.federation.start, self.federation.exchange), counts)

@@ -1,0 +1,130 @@
+"""What a method declares about itself: its paper, what it needs, and which wrappers of the exchange it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peerlora.topology.properties import Properties
+
+Operator = Literal["none", "product-sum", "sum-product", "both"]
+"""How a method averages adapters, in the words of arXiv 2508.01348.
+
+product-sum (PS) averages the factors and multiplies the averages.  sum-product (SP) averages the products and, where it
+sends factors on, factors the average again.  Both: one factor is common to all clients, so the two are the same.
+"""
+Wrapper = Literal["codec", "robust", "attack", "label-flip"]
+"""What may stand between a method and its exchange; attack: any that changes what is sent."""
+Sends = Literal["adapters", "models", "merges", "sums", "replicas", "layers", "pushes", "nothing", "other"]
+"""What a method's messages hold, which decides the wrappers that fit unless the method says otherwise.
+
+adapters: mixed once a round, and nothing else; any wrapper fits.  models: as they are, and clients go on from what
+arrives, so that they can attack and go on unharmed.  merges: models that receivers merge for good.  sums: shares of a
+sum, with their mass.  replicas: compressed differences.  layers: some layers, and which ones.  pushes: messages at
+times of the sender's own.  other: refused by every wrapper but flipped labels.
+"""
+
+REPLICAS = "compressed gossip keeps replicas of one set of adapters, and of nothing else"
+SGD = {"optimizer": "sgd", "lr": 0.1}
+"""The defaults of ``train`` for a method that was made for SGD."""
+
+_OWN_RULE: dict[Wrapper, str] = {
+    "codec": "it needs what each neighbour sent, and with a codec receivers know averages only",
+    "robust": "it combines what arrives by a rule of its own",
+}
+
+
+def _all(reason: str) -> dict[Wrapper, str]:
+    return {"codec": reason, "robust": reason, "attack": reason}
+
+
+REASONS: dict[Sends, dict[Wrapper, str]] = {
+    "adapters": {},
+    "models": _OWN_RULE,
+    "merges": {
+        **_OWN_RULE,
+        "attack": "an attacker would merge its own lie for good, and could not go on from the truth",
+    },
+    "sums": {
+        "codec": f"the mass has to arrive as it was sent, along with its share, and {REPLICAS}",
+        "robust": "what it mixes are shares of a sum, and a rule that leaves any out loses their mass",
+        "attack": "it sends shares of a sum, and an attack on models would leave their mass alone",
+    },
+    "replicas": {
+        "codec": "it has a codec of its own",
+        "robust": "its receivers know averages of their neighbours only, and a robust rule has to see each of them",
+        "attack": "its messages are compressed differences, no models; dec-lora with exchange.codec can be attacked",
+    },
+    "layers": _all("it sends some layers, and which ones they are"),
+    "pushes": _all("its clients keep no common rounds"),
+    "nothing": _all("it exchanges nothing"),
+    "other": _all("its exchange is more than one mixing of adapters a round"),
+}
+"""By what is sent, why a wrapper does not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method declares; the defaults are those of a method that averages factors entry by entry."""
+
+    source: str
+    """For people: the paper."""
+    trains: str = "A and B"
+    """For people: what a client trains in a round."""
+    mixes: str = "A and B"
+    """For people: what it exchanges with its neighbours."""
+    operator: Operator = "product-sum"
+    """What its exchange averages: factors, products, or nothing."""
+    sends: Sends = "other"
+    refuses: Mapping[Wrapper, str] = field(default_factory=dict)
+    """Reasons of its own, by wrapper; they replace those that follow from ``sends``."""
+    requires: Properties = Properties(row_stochastic=True, column_stochastic=True)
+    """Properties that the topology must have; checked when a run is composed."""
+    topology_reason: str | None = None
+    """Why it requires them."""
+    unequal_ranks: str | None = "it averages factors entry by entry, which needs one shape"
+    """None where clients may have different ranks, else the reason why not."""
+    train_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of ``train`` where the config does not give them."""
+    one_step: str | None = None
+    """Why it takes one local step only."""
+    sgd_only: str | None = None
+    """Why it cannot use AdamW."""
+    sgd_preferred: str | None = None
+    """Why a run with AdamW is warned."""
+    fresh_optimizer: str | None = None
+    """Why the optimiser's memory cannot outlast a round."""
+    gradients: int = 1
+    """Of a minibatch, in one local step: what a step costs on the virtual clock."""
+    own_gauge: bool = False
+    """Whether it leaves clients' factors in coordinates (gauges) of their own, so that their mean says little: where it
+    factors averaged products anew, or turns factors towards each receiver."""
+    merges_into: Literal["base", "reference"] | None = None
+    """Where a client's sum of low-rank products goes: its base model, or beside its adapters; None: it has none."""
+    newest_only: bool = False
+    """Whether of several waiting messages of one sender only the newest counts (without common rounds)."""
+    positive_vectors: tuple[str, ...] = ()
+    """Vectors of a message, by name, that a receiver refuses unless they are above zero."""
+    local_only: tuple[str, ...] = ()
+    """Vectors of the state, by name, that never leave their client."""
+
+    def refusal(self, wrapper: Wrapper) -> str | None:
+        """Why the method does not go with a wrapper; None where it does."""
+        return self.refuses.get(wrapper) or REASONS[self.sends].get(wrapper)
+
+    def not_with(self) -> dict[str, str]:
+        """What a config may ask for that the method does not go with, and why; of its topology see ``requires``."""
+        flip, attack, preferred = self.refusal("label-flip"), self.refusal("attack"), self.sgd_preferred
+        found = {
+            "exchange.codec": self.refusal("codec"),
+            "exchange.robust": self.refusal("robust"),
+            "adversary": flip or attack and f"all but label-flip: {attack}",
+            "train.local_steps > 1": self.one_step,
+            "train.optimizer=adamw": self.sgd_only or preferred and f"only warned of: {preferred}",
+        }
+        return {what: reason for what, reason in found.items() if reason}
+
+    def required(self) -> list[str]:
+        """The properties in ``requires``, in words."""
+        return [each.name.replace("_", " ") for each in fields(self.requires) if getattr(self.requires, each.name)]
