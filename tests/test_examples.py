@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peerlora import read_events
+from peerlora.plugins import METHODS, TOPOLOGIES
 from peerlora.runs.events import RoundDone
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +24,8 @@ def run(models, texts, cache, tmp_path, monkeypatch, capsys):
     def go(name, *words):
         out = tmp_path / name
         given = [models("bert"), str(texts), str(out), *TINY, *words]
+        for registry in (METHODS, TOPOLOGIES):  # what a script registers ends with it
+            monkeypatch.setattr(registry, "_plugins", dict(registry._plugins))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return out, capsys.readouterr().out
@@ -33,6 +37,7 @@ def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
     assert set(scripts) == {
         "own_data",
+        "own_method",
         "compare_topologies",
         "flower_partitioner",
         "rolora_toy",
@@ -54,6 +59,14 @@ def test_own_data_gives_folders_that_peft_loads(run, models):
     tuned = PeftModel.from_pretrained(base, str(out / "adapters" / "client-03"))
     trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
     assert trained and all(value.abs().max() > 0 for value in trained)
+
+
+def test_a_script_brings_a_method_and_a_topology_of_its_own(run):
+    out, printed = run("own_method")
+    assert printed.startswith("half-step of script own_method.py: accuracy ")
+    stored = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    assert stored["algorithm"] == {"name": "half-step", "share": 0.25}
+    assert (stored["topology"]["kind"], stored["topology"]["opposite"]) == ("ring-of-pairs", True)
 
 
 def test_topologies_are_compared_on_the_same_shards(run):

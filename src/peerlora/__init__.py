@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peerlora.algorithms import REGISTRY as REGISTRY
     from peerlora.algorithms import describe_algorithms as describe_algorithms
+    from peerlora.algorithms import register_method as register_method
     from peerlora.config.loading import load_config as load_config
     from peerlora.config.loading import schema as schema
     from peerlora.config.run import RunConfig as RunConfig
+    from peerlora.config.sections import register_partition as register_partition
+    from peerlora.config.topology import register_topology as register_topology
     from peerlora.errors import CompositionError as CompositionError
     from peerlora.errors import ConfigError as ConfigError
     from peerlora.errors import DataError as DataError
@@ -38,9 +41,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "REGISTRY": "algorithms",
     "describe_algorithms": "algorithms",
+    "register_method": "algorithms",
     "RunConfig": "config.run",
     "load_config": "config.loading",
     "schema": "config.loading",
+    "register_partition": "config.sections",
+    "register_topology": "config.topology",
     "CompositionError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

@@ -9,8 +9,9 @@ def command(json: AsJson = False) -> None:
     """List every algorithm: its paper, what it trains and mixes, what it requires of the topology.
 
     The operator says what an exchange averages: factors (product-sum), products (sum-product), both at once because a
-    factor is common to all, or nothing.  The last table says what does not go with which methods, and why: a run that
-    asks for it is refused, or warned where that is said.
+    factor is common to all, or nothing.  A method of another package has that package's name below its own.  The last
+    table says what does not go with which methods, and why: a run that asks for it is refused, or warned where that is
+    said.
     """
     from peerlora.algorithms import describe_algorithms
 
@@ -31,7 +32,8 @@ def command(json: AsJson = False) -> None:
     for name, facts in described.items():
         own = facts["settings"] | {f"train.{key}": value for key, value in facts["train"].items()}
         settings = ", ".join(f"{key}={value}" for key, value in own.items())
-        names = "\n".join([name, *(f"= {alias}" for alias in facts["aliases"])])
+        package = [] if facts["package"] == "peerlora" else [f"({facts['package']})"]
+        names = "\n".join([name, *(f"= {alias}" for alias in facts["aliases"]), *package])
         methods.add_row(names, facts["source"], facts["trains"], facts["mixes"], facts["operator"])
         topology = facts["requires"].replace("row stochastic, column stochastic", "doubly stochastic") or "-"
         asks.add_row(name, topology + ("; no common rounds" if facts["asynchronous"] else ""), settings or "-")

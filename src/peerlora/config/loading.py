@@ -14,25 +14,30 @@ from peerlora.config.sections import (
     TopologyConfig,
 )
 from peerlora.errors import ConfigError, nearest
+from peerlora.plugins import PARTITIONS, TOPOLOGIES
 
 
-def load_config(source: Path | str | dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    source: Path | str | dict[str, Any] | None = None, overrides: Sequence[str] = (), *, train_defaults: bool = True
+) -> RunConfig:
     """Read a YAML file (or a mapping), apply dotted ``key=value`` words, check everything.
 
+    Without ``train_defaults`` the method is not imported, and its own defaults of ``train`` are left out.
     Raises ConfigError with what was given, what was expected and the nearest valid key.
     """
     tree = _read(source)
     for word in overrides:
         _override(tree, word)
-    return parse(RunConfig, tree)
+    return parse(RunConfig, tree, {"train_defaults": train_defaults})
 
 
-def parse(model: type[BaseModel], tree: dict[str, Any]) -> Any:
+def parse(model: type[BaseModel], tree: dict[str, Any], context: dict[str, Any] | None = None) -> Any:
     """Validate a mapping, turning pydantic's report into one ConfigError."""
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, context=context)
     except ValidationError as report:
-        raise ConfigError("; ".join(_explain(model, error) for error in report.errors(include_url=False))) from None
+        errors = report.errors(include_url=False)
+        raise ConfigError("; ".join(_explain(model, error, tree) for error in errors)) from None
 
 
 def schema() -> dict[str, Any]:
@@ -94,17 +99,18 @@ def _number(text: str) -> Any:
         return text
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def _explain(model: type[BaseModel], error: Any, tree: dict[str, Any]) -> str:
     """One pydantic error as 'where: what was given; what was expected'."""
     where = [str(part) for part in error["loc"]]
     path = ".".join(part for part in where if not _is_tag(part))
     given = error.get("input")
     if error["type"] == "extra_forbidden":
-        known = _siblings(model, where)
+        known = _siblings(model, where, tree)
         return f"unknown key {path!r}{nearest(where[-1], known)}; expected one of {', '.join(known)}"
     if error["type"] == "union_tag_invalid":
         kind = error["ctx"]["tag"]
         known = [word.strip(" '") for word in error["ctx"]["expected_tags"].split(",")]
+        known += _PLUGINS[path].names() if path in _PLUGINS else []
         return f"{path}.kind {kind!r} is unknown{nearest(kind, known)}; expected one of {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
@@ -135,9 +141,14 @@ def _is_tag(part: str) -> bool:
     return part in _TAGS or part.startswith(("list[", "constrained-")) or part in ("int", "str", "float")
 
 
-def _siblings(model: type[BaseModel], where: list[str]) -> list[str]:
+_PLUGINS = {"topology": TOPOLOGIES, "partition": PARTITIONS}
+
+
+def _siblings(model: type[BaseModel], where: list[str], tree: dict[str, Any]) -> list[str]:
     """The keys that would have been valid where an unknown one was found."""
     node: Any = model
+    if where[0] in _PLUGINS and (plugin := _PLUGINS[where[0]].find(tree[where[0]].get("kind", ""))) is not None:
+        node, where = plugin.settings, where[1:]
     for part in where[:-1]:
         if isinstance(node, dict):
             node = node.get(part, model)

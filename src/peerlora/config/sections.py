@@ -3,11 +3,12 @@
 Importing this module is cheap (no torch), so the command line can check a config before it loads anything heavy.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-from peerlora.config.base import Positive, Rate, Section, Share
+from peerlora.config.base import Builder, Positive, Rate, Section, Share, kind_decorator, plugin_kinds
 from peerlora.config.topology import (  # noqa: F401 (all sections can be had from here)
     CompleteGraph,
     EdgesGraph,
@@ -17,6 +18,7 @@ from peerlora.config.topology import (  # noqa: F401 (all sections can be had fr
     StarGraph,
     TopologyConfig,
 )
+from peerlora.plugins import PARTITIONS, kind_flaw
 
 
 class ModelConfig(Section):
@@ -141,10 +143,32 @@ class OwnPartition(Section):
     kind: Literal["own"]
 
 
-PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition | OwnPartition,
-    Field(discriminator="kind"),
+PartitionConfig = SerializeAsAny[
+    Annotated[
+        IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition | OwnPartition,
+        Field(discriminator="kind"),
+        plugin_kinds(PARTITIONS),
+    ]
 ]
+
+
+def register_partition(name: str, settings: type[Section]) -> Callable[[Builder], Builder]:
+    """Make a partition of your own known under a name, as a decorator of the function that divides the rows.
+
+    ``function(settings, labels, clients, seed)`` returns the row numbers of every client; ``labels`` are those of all
+    training rows.  Raises ConfigError where another package has the name.
+    """
+    return kind_decorator(PARTITIONS, name, settings)
+
+
+PARTITIONS.reserve(
+    [
+        kind
+        for section in get_args(get_args(PartitionConfig)[0])
+        for kind in get_args(section.model_fields["kind"].annotation)
+    ],
+    lambda name, thing: kind_flaw(name, thing, Section),
+)
 
 
 class AlgorithmConfig(BaseModel):

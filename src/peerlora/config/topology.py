@@ -3,11 +3,13 @@
 Importing this module is cheap (no torch), so the command line can check a config before it loads anything heavy.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from peerlora.config.base import Positive, Rate, Section
+from peerlora.config.base import Builder, Positive, Rate, Section, kind_decorator, plugin_kinds
+from peerlora.plugins import TOPOLOGIES, kind_flaw
 
 Client = Annotated[int, Field(ge=0)]
 Link = tuple[Client, Client]
@@ -233,25 +235,48 @@ class MatchaGraph(WeightedGraph):
         return base
 
 
-TopologyConfig = Annotated[
-    RingGraph
-    | TorusGraph
-    | PathGraph
-    | StarGraph
-    | CompleteGraph
-    | ExponentialGraph
-    | RandomRegularGraph
-    | ErdosRenyiGraph
-    | RandomGraph
-    | EdgesGraph
-    | DirectedRingGraph
-    | DirectedExponentialGraph
-    | RandomOutGraph
-    | OnePeerGraph
-    | HypercubeGraph
-    | BaseGraph
-    | EquiStaticGraph
-    | EquiDynGraph
-    | MatchaGraph,
-    Field(discriminator="kind"),
+TopologyConfig = SerializeAsAny[
+    Annotated[
+        RingGraph
+        | TorusGraph
+        | PathGraph
+        | StarGraph
+        | CompleteGraph
+        | ExponentialGraph
+        | RandomRegularGraph
+        | ErdosRenyiGraph
+        | RandomGraph
+        | EdgesGraph
+        | DirectedRingGraph
+        | DirectedExponentialGraph
+        | RandomOutGraph
+        | OnePeerGraph
+        | HypercubeGraph
+        | BaseGraph
+        | EquiStaticGraph
+        | EquiDynGraph
+        | MatchaGraph,
+        Field(discriminator="kind"),
+        plugin_kinds(TOPOLOGIES),
+    ]
 ]
+
+
+def register_topology(name: str, settings: type[Links]) -> Callable[[Builder], Builder]:
+    """Make a topology of your own known under a name, as a decorator of the function that builds it.
+
+    ``function(settings, clients, seed)`` returns a graph (bool [client, client], ``[i, j]``: i hears from j) where the
+    settings derive from ``Graph`` or ``DirectedGraph``, or a ``WeightSequence`` where they derive from
+    ``WeightedGraph``.  Raises ConfigError where another package has the name.
+    """
+    return kind_decorator(TOPOLOGIES, name, settings)
+
+
+TOPOLOGIES.reserve(
+    [
+        kind
+        for section in get_args(get_args(TopologyConfig)[0])
+        for kind in get_args(section.model_fields["kind"].annotation)
+    ],
+    lambda name, thing: kind_flaw(name, thing, Links),
+)

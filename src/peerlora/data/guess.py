@@ -114,7 +114,8 @@ def template_config(train: str, guess: Guess) -> RunConfig:
             "topology": {"kind": "random", "p": 0.3},
             "algorithm": {"name": "adf-lora", "interval": 5},
             "eval": {"rows": 500},
-        }
+        },
+        train_defaults=False,
     )
 
 

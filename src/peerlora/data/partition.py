@@ -17,6 +17,7 @@ from peerlora.config.sections import (
 )
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError, DataError, nearest
+from peerlora.plugins import PARTITIONS
 from peerlora.randomness import numpy_generator
 
 _TRIES = 10  # draws before rows are moved by hand to clients that got none
@@ -53,6 +54,8 @@ def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed:
         raise DataError(f"{len(train)} training rows for {clients} clients; each needs at least one, use fewer clients")
     if hasattr(config, "load_partition"):
         shards = _shards_of(config, train, clients)
+    elif (plugin := PARTITIONS.find(config.kind)) is not None:
+        shards = _plugin_shards(config.kind, plugin.build(config, train.labels, clients, seed), len(train), clients)
     else:
         owner = _KINDS[config.kind](config, train, clients, numpy_generator(seed, "partition"))
         shards = _by_owner(owner, clients)
@@ -220,6 +223,19 @@ def _shards_of(partitioner: Any, train: Dataset, clients: int) -> tuple[np.ndarr
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{name} refused the data: {error}; give it a fresh partitioner that fits them") from None
     raise DataError(f"{name} makes {partitioner.num_partitions} partitions for {clients} clients; make them equal")
+
+
+def _plugin_shards(kind: str, made: Any, rows: int, clients: int) -> tuple[np.ndarray, ...]:
+    """The shards that another package's function chose."""
+    shards = tuple(np.sort(np.asarray(shard)) for shard in made)
+    if len(shards) != clients:
+        raise DataError(f"{kind} made {len(shards)} shards for {clients} clients; make one for each")
+    for shard in shards:
+        if len(shard) and (shard.dtype.kind not in "iu" or shard.ndim != 1 or shard[0] < 0 or shard[-1] >= rows):
+            raise DataError(
+                f"{kind} gave {shard.dtype} {shard.tolist()[:5]}; expected row numbers from 0 to {rows - 1}"
+            )
+    return _checked(tuple(shard.astype(np.int64) for shard in shards), kind)
 
 
 def _checked(shards: tuple[np.ndarray, ...], name: str) -> tuple[np.ndarray, ...]:

@@ -24,7 +24,9 @@ def parse_spec(words: str | Sequence[str]) -> TopologyConfig:
     kind, *settings = re.split(r"\s+(?=\w+=)", text)
     if not kind or "=" in kind:
         raise ConfigError(f"topology {text!r} names no kind; start with one, e.g. 'ring' or 'random p=0.1'")
-    return load_config({"topology": kind}, [f"topology.{setting}" for setting in settings]).topology
+    return load_config(
+        {"topology": kind}, [f"topology.{setting}" for setting in settings], train_defaults=False
+    ).topology
 
 
 def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[str, Any]:

@@ -29,7 +29,25 @@ def build_graph(config: TopologyConfig, clients: int, seed: int) -> Adjacency:
     assert config.kind in GRAPHS and isinstance(config, Graph | DirectedGraph), f"{config.kind} has no fixed graph"
     if clients == 1 and config.kind != "edges":
         return _empty(1)
-    adjacency = GRAPHS[config.kind](config, clients, seed)
+    return _connected(config, GRAPHS[config.kind](config, clients, seed))
+
+
+def plugin_graph(config: TopologyConfig, made: Any, clients: int) -> Adjacency:
+    """The graph that another package's function gave, checked; raises TopologyError for anything but a graph."""
+    directed = isinstance(config, DirectedGraph)
+    if not (directed or isinstance(config, Graph)):
+        raise TopologyError(f"{config.kind}: a graph given; its settings must derive from Graph or DirectedGraph")
+    if not (isinstance(made, np.ndarray) and made.dtype == bool and made.shape == (clients, clients)):
+        shape = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
+        raise TopologyError(f"{config.kind}: {shape} given; expected a bool array of {clients} x {clients} clients")
+    if made.diagonal().any() or not (directed or is_symmetric(made)):
+        raise TopologyError(f"{config.kind}: links of clients with themselves, or one-way links in an undirected graph")
+    return _connected(config, made)
+
+
+def _connected(config: Any, adjacency: Adjacency) -> Adjacency:
+    """The graph itself; raises TopologyError where it is disconnected without ``allow_disconnected``."""
+    clients = len(adjacency)
     if not (config.allow_disconnected or is_connected(adjacency)):
         labels = components(adjacency)
         apart = ", ".join(map(str, np.flatnonzero(labels != labels[0])[:5]))

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from peerlora.config.topology import TopologyConfig
+from peerlora.config.topology import TopologyConfig, WeightedGraph
+from peerlora.errors import TopologyError
+from peerlora.plugins import TOPOLOGIES
 from peerlora.randomness import derive, numpy_generator
 from peerlora.topology.equitopo import equidyn, equistatic
 from peerlora.topology.finite_time import base_graph, hypercube, one_peer
@@ -21,6 +23,7 @@ from peerlora.topology.graphs import (
     is_symmetric,
     out_draw,
     pair_draw,
+    plugin_graph,
 )
 from peerlora.topology.matcha import matcha
 from peerlora.topology.properties import Properties
@@ -272,7 +275,23 @@ def build_topology(config: TopologyConfig, clients: int, seed: int) -> Topology:
         return Topology(config, clients, seed, None, PLANS[config.kind](config, clients, seed))
     if config.kind == "random-out":
         check_out_degree(clients, config.degree)
+    plugin = TOPOLOGIES.find(config.kind)
+    if plugin is not None:
+        return _of_plugin(config, plugin.build(config, clients, seed), clients, seed)
     return Topology(config, clients, seed, build_graph(config, clients, seed) if config.kind in GRAPHS else None)
+
+
+def _of_plugin(config: TopologyConfig, made: Any, clients: int, seed: int) -> Topology:
+    """A topology from what another package's function gave; raises TopologyError where that is none."""
+    if not isinstance(made, WeightSequence):
+        return Topology(config, clients, seed, plugin_graph(config, made, clients))
+    if not isinstance(config, WeightedGraph):
+        raise TopologyError(f"{config.kind}: a WeightSequence given; its settings must derive from WeightedGraph")
+    W = made.W(seed, 0)
+    sums = np.concatenate([W.sum(axis=0), W.sum(axis=1)]) if W.shape == (clients, clients) else np.zeros(1)
+    if not np.allclose(sums, 1, rtol=0, atol=1e-9):
+        raise TopologyError(f"{config.kind}: W of round 0 is not doubly stochastic for {clients} clients")
+    return Topology(config, clients, seed, None, made)
 
 
 def _links(W: Matrix) -> Adjacency:

@@ -1,0 +1,84 @@
+"""What planning a run says to every method with every demand, as it was before methods declared their traits.
+
+``refusals.json``: the distinct outcomes, and per method and place the number of each demand's outcome.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
+from peerlora.algorithms.base import is_asynchronous, prepare
+from peerlora.config.loading import load_config
+from peerlora.errors import PeerloraError
+from peerlora.runtime.checks import check_composition, check_memory, check_own
+from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.site import Site
+from peerlora.runtime.plan import build_clock
+from peerlora.topology.schedule import build_topology
+
+STORED = json.loads((Path(__file__).parent / "refusals.json").read_text(encoding="utf-8"))
+CLIENTS = 6
+DEMANDS = [
+    ["topology=ring"],
+    ["topology=ring", "exchange.codec=top-k"],
+    ["topology=complete", "exchange.robust=median"],
+    ["topology=complete", "adversary.attack=sign-flip"],
+    ["topology=complete", "adversary.attack=label-flip"],
+    ["topology.kind=random", "topology.p=0.3"],
+    ["topology.kind=exponential", "topology.weights=push-sum"],
+    ["topology.kind=ring", "topology.weights=row-average"],
+    ["topology=ring", "train.local_steps=2"],
+    ["topology=ring", "train.optimizer=adamw"],
+    ["topology=ring", "train.optimizer=sgd"],
+    ["topology=ring", "train.optimizer_state=keep"],
+    ["topology=ring", "train.optimizer_state=phase"],
+    ["topology=ring", "adapter.rank=[2,2,2,2,4,4]"],
+    ["topology=ring", "clock.speed=1.0"],
+    ["topology=ring", "clock.deadline=30"],
+    ["topology=ring", "clock.away=[{client: 1, leave: 2}]"],
+    ["topology=ring", "clock.away=[{client: 1, leave: 2, unit: seconds}]"],
+    ["topology=ring", "task.kind=causal-lm"],
+    ["topology=ring", "task.kind=regression"],
+    ["topology=ring", "train.label_prior=pooled"],
+    ["topology=ring", "train.rounds=3"],
+    ["topology.kind=star", "topology.weights=laplacian"],
+]
+
+
+def planned(config, peer):
+    """What a run's plan says, in a simulation or at a peer, before any data is read."""
+    if peer:
+        check_site(config, Site(0, {i: f"s{i}" for i in range(CLIENTS)}, "l/run"))
+    check_own(config, [0] if peer else None)
+    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    check_memory(CLIENTS)
+    clock = build_clock(config, algorithm)
+    topology = build_topology(config.topology, CLIENTS, config.seed)
+    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
+    warnings = check_composition(config, algorithm, topology)
+    _, notes = prepare(algorithm, topology, config.train.rounds)
+    return {"warnings": list(warnings), "notes": list(notes), "train": config.train.model_dump(mode="json")}
+
+
+def outcome(method, demand, peer):
+    try:
+        return planned(load_config({"clients": CLIENTS}, [f"algorithm.name={method}", *demand]), peer)
+    except PeerloraError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("method", [*REGISTRY, *ALIASES])
+def test_every_demand_has_the_outcome_that_it_always_had(method):
+    for place, numbers in STORED["table"][method].items():
+        for demand, number in zip(DEMANDS, numbers, strict=True):
+            assert outcome(method, demand, place == "peer") == STORED["outcomes"][number], (demand, place)
+
+
+def test_descriptions_keep_what_they_said():
+    described = describe_algorithms()
+    assert list(described) == list(STORED["described"])
+    for method, told in STORED["described"].items():
+        assert told.items() <= described[method].items(), method
