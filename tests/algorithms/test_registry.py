@@ -1,9 +1,10 @@
+import doctest
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
+from peerlora.algorithms import ALIASES, REGISTRY, base, build_algorithm, describe_algorithms
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.runtime.checks import check_composition
@@ -17,6 +18,11 @@ def test_every_method_is_built_with_its_defaults():
         assert isinstance(build_algorithm(name, {}), kind)
     assert build_algorithm("adf-lora", {}).interval == 5
     assert build_algorithm("adf-lora", {"interval": 2}).interval == 2
+
+
+def test_the_example_in_the_contract_runs():
+    found = doctest.testmod(base)
+    assert found.attempted > 10 and found.failed == 0
 
 
 REFUSED = [

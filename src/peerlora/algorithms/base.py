@@ -94,6 +94,31 @@ class Algorithm(Method, Protocol[State]):
     """A method with rounds.  Its state is a tree whose every leaf has the leading client axis.
 
     It never loops over clients and never knows where it runs: only ``peers`` crosses clients.
+
+    A method, and one round of it on 3 clients whose A and B are one number each:
+
+    >>> from dataclasses import dataclass
+    >>> from types import SimpleNamespace
+    >>> from peerlora.algorithms.gossip import FactorGossip
+    >>> from peerlora.exchange.stacked import StackedExchange
+    >>> from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
+    >>> from peerlora.topology.describe import parse_spec
+    >>> from peerlora.topology.schedule import build_topology
+
+    >>> @dataclass(frozen=True)
+    ... class Averaging(FactorGossip):
+    ...     traits: ClassVar = Traits(source="an example", sends="adapters")
+    ...
+    ...     def round(self, t, x, learner, peers):
+    ...         return peers.mix(learner.fit(x, train="AB"))
+
+    >>> spec = AdapterSpec((LayerSpec("query", d_in=1, d_out=1),), rank=1, alpha=1.0)
+    >>> x = Adapters(spec, torch.zeros(3, 2), torch.ones(3, dtype=torch.int64))
+    >>> learner = SimpleNamespace(fit=lambda x, train: replace(x, flat=torch.tensor([[0.0, 1], [3, 1], [6, 1]])))
+    >>> peers = StackedExchange(build_topology(parse_spec("complete"), clients=3, seed=0), range(3))
+    >>> method = Averaging()
+    >>> method.model(method.round(0, method.start(x, peers), learner, peers)).flat.round().tolist()
+    [[3.0, 1.0], [3.0, 1.0], [3.0, 1.0]]
     """
 
     def start(self, x: Adapters, peers: Exchange) -> State:

@@ -14,7 +14,7 @@ from peerlora.topology.graphs import Adjacency, components, is_connected
 from peerlora.topology.schedule import Topology
 
 
-def parse_spec(words: str | Sequence[str]) -> TopologyConfig:
+def parse_spec(words: str | Sequence[str]) -> TopologyConfig | Any:
     """The topology written as a kind and its settings: ``random p=0.1``, in one string or in several.
 
     Raises ConfigError with the nearest valid word.

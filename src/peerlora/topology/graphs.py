@@ -32,7 +32,7 @@ def build_graph(config: TopologyConfig, clients: int, seed: int) -> Adjacency:
     return _connected(config, GRAPHS[config.kind](config, clients, seed))
 
 
-def plugin_graph(config: TopologyConfig, made: Any, clients: int) -> Adjacency:
+def plugin_graph(config: Any, made: Any, clients: int) -> Adjacency:
     """The graph that another package's function gave, checked; raises TopologyError for anything but a graph."""
     directed = isinstance(config, DirectedGraph)
     if not (directed or isinstance(config, Graph)):

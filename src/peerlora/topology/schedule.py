@@ -83,7 +83,7 @@ class RoundGraph:
 class Topology:
     """A graph for every round; made by ``build_topology``."""
 
-    config: TopologyConfig
+    config: TopologyConfig | Any
     clients: int
     seed: int
     graph: Adjacency | None
@@ -266,7 +266,7 @@ class Topology:
         return missing
 
 
-def build_topology(config: TopologyConfig, clients: int, seed: int) -> Topology:
+def build_topology(config: TopologyConfig | Any, clients: int, seed: int) -> Topology:
     """The topology of a run.
 
     Raises TopologyError where its graph does not exist, or is disconnected without ``allow_disconnected``.
@@ -281,7 +281,7 @@ def build_topology(config: TopologyConfig, clients: int, seed: int) -> Topology:
     return Topology(config, clients, seed, build_graph(config, clients, seed) if config.kind in GRAPHS else None)
 
 
-def _of_plugin(config: TopologyConfig, made: Any, clients: int, seed: int) -> Topology:
+def _of_plugin(config: Any, made: Any, clients: int, seed: int) -> Topology:
     """A topology from what another package's function gave; raises TopologyError where that is none."""
     if not isinstance(made, WeightSequence):
         return Topology(config, clients, seed, plugin_graph(config, made, clients))
