@@ -4,23 +4,21 @@
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
-from peerlora.algorithms.base import is_asynchronous, prepare
+from peerlora.algorithms.base import prepare
 from peerlora.config.loading import load_config
 from peerlora.errors import PeerloraError
-from peerlora.runtime.checks import check_composition, check_memory, check_own
-from peerlora.runtime.peer.checks import check_site
+from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.plan import build_clock
-from peerlora.topology.schedule import build_topology
+from peerlora.runtime.plan import plan
 
 STORED = json.loads((Path(__file__).parent / "refusals.json").read_text(encoding="utf-8"))
 CLIENTS = 6
+SITE = Site(0, {i: f"s{i}" for i in range(CLIENTS)}, "l/run")
 DEMANDS = [
     ["topology=ring"],
     ["topology=ring", "exchange.codec=top-k"],
@@ -50,17 +48,11 @@ DEMANDS = [
 
 def planned(config, peer):
     """What a run's plan says, in a simulation or at a peer, before any data is read."""
-    if peer:
-        check_site(config, Site(0, {i: f"s{i}" for i in range(CLIENTS)}, "l/run"))
-    check_own(config, [0] if peer else None)
+    found = plan_peer(config, SITE) if peer else plan(config)
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    check_memory(CLIENTS)
-    clock = build_clock(config, algorithm)
-    topology = build_topology(config.topology, CLIENTS, config.seed)
-    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
-    warnings = check_composition(config, algorithm, topology)
-    _, notes = prepare(algorithm, topology, config.train.rounds)
-    return {"warnings": list(warnings), "notes": list(notes), "train": config.train.model_dump(mode="json")}
+    _, notes = prepare(algorithm, found.topology, config.train.rounds)
+    assert found.notes[: len(notes)] == notes, "those of attackers and label counts come after the method's own"
+    return {"warnings": list(found.warnings), "notes": list(notes), "train": config.train.model_dump(mode="json")}
 
 
 def outcome(method, demand, peer):
