@@ -34,14 +34,14 @@ def build_graph(config: TopologyConfig, clients: int, seed: int) -> Adjacency:
 
 def plugin_graph(config: Any, made: Any, clients: int) -> Adjacency:
     """The graph that another package's function gave, checked; raises TopologyError for anything but a graph."""
-    directed = isinstance(config, DirectedGraph)
+    kind, directed = config.kind, isinstance(config, DirectedGraph)
     if not (directed or isinstance(config, Graph)):
-        raise TopologyError(f"{config.kind}: a graph given; its settings must derive from Graph or DirectedGraph")
+        raise TopologyError(f"{kind}: a graph given; its settings must derive from Graph or DirectedGraph")
     if not (isinstance(made, np.ndarray) and made.dtype == bool and made.shape == (clients, clients)):
         shape = f"{made.dtype} {list(made.shape)}" if isinstance(made, np.ndarray) else type(made).__name__
-        raise TopologyError(f"{config.kind}: {shape} given; expected a bool array of {clients} x {clients} clients")
+        raise TopologyError(f"{kind}: {shape} given; expected a bool array of {clients} x {clients} clients")
     if made.diagonal().any() or not (directed or is_symmetric(made)):
-        raise TopologyError(f"{config.kind}: links of clients with themselves, or one-way links in an undirected graph")
+        raise TopologyError(f"{kind}: links of clients with themselves, or one-way links in an undirected graph")
     return _connected(config, made)
 
 

@@ -283,14 +283,15 @@ def build_topology(config: TopologyConfig | Any, clients: int, seed: int) -> Top
 
 def _of_plugin(config: Any, made: Any, clients: int, seed: int) -> Topology:
     """A topology from what another package's function gave; raises TopologyError where that is none."""
+    kind = config.kind
     if not isinstance(made, WeightSequence):
         return Topology(config, clients, seed, plugin_graph(config, made, clients))
     if not isinstance(config, WeightedGraph):
-        raise TopologyError(f"{config.kind}: a WeightSequence given; its settings must derive from WeightedGraph")
+        raise TopologyError(f"{kind}: a WeightSequence given; its settings must derive from WeightedGraph")
     W = made.W(seed, 0)
     sums = np.concatenate([W.sum(axis=0), W.sum(axis=1)]) if W.shape == (clients, clients) else np.zeros(1)
     if not np.allclose(sums, 1, rtol=0, atol=1e-9):
-        raise TopologyError(f"{config.kind}: W of round 0 is not doubly stochastic for {clients} clients")
+        raise TopologyError(f"{kind}: W of round 0 is not doubly stochastic for {clients} clients")
     return Topology(config, clients, seed, None, made)
 
 
