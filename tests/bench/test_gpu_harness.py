@@ -26,6 +26,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_harness_at_toy_size(bench, cache, tmp_path, monkeypatch):
     gpu, page, out = bench("gpu"), bench("performance_page"), tmp_path / "gpu.json"
     ways = {name: way for name, way in gpu.WAYS.items() if not way.compiled}  # compiling takes a minute
@@ -42,8 +43,10 @@ def test_harness_at_toy_size(bench, cache, tmp_path, monkeypatch):
     assert "train.block" in found["failed"][0]["reason"]
     for row in found["rows"]:
         assert row["seconds"] > 0 and row["ratio"] > 0 and row["share_of_peak"] > 0
+        row |= {"ratio": 1.0, "share_of_peak": 0.1}  # what the page says of it must not depend on the machine
         assert (row["difference"] is None) == (row["variant"] == gpu.PLAIN)
         assert row["variant"] != gpu.EXACT or row["difference"] < 1e-4
+    out.write_text(json.dumps(found))
     text = page.page(tmp_path)
     assert "| stacked, one graph | 1.00 | **" in text
     assert f"- {shapes[0]}, stacked" in text and "target of 50% not reached" in text
@@ -75,6 +78,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_its_device(config, tmp_path):
     places = [tmp_path / str(place) for place in range(len(RUNS))]
     for place, (words, _) in zip(places, RUNS, strict=True):

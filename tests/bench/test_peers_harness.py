@@ -77,12 +77,10 @@ def runs(process):
 def test_a_program_that_does_not_end_is_stopped_and_says_so(tmp_path):
     from measure import measure
 
-    began = time.monotonic()
-    words = "import time; print('still here', flush=True); time.sleep(60)"
+    words = "import time; print('still here', flush=True); time.sleep(600)"  # longer than a test may take
     seen = measure([sys.executable, "-c", words], dict(os.environ), tmp_path, 2)
     assert "stopped after 2 s" in seen.ended
     assert "still here" in seen.ended
-    assert time.monotonic() - began < 20
 
 
 def test_a_failed_installation_is_a_reason_not_an_error(tmp_path, monkeypatch):

@@ -49,6 +49,7 @@ def test_every_condition_composes_to_what_it_is_named_after(study, data):
         assert name not in study.LONG or config.train.rounds == 5
 
 
+@pytest.mark.slow
 def test_a_tiny_study_end_to_end(study, data, models, cache, tmp_path, monkeypatch):
     plain = study.cell_config
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
+MOST_MODULES = 500
+"""Modules that --help may load, the standard library's among them; a heavy package loads thousands."""
 COMMANDS = ["demo", "init", "train", "methods", "topology", "show", "export", "schema"]
 
 
@@ -35,25 +36,16 @@ def test_help_of_every_command(command, cli):
     assert answer.code == 0 and f"peerlora {command}" in answer.out and "--help" in answer.out
 
 
-def test_help_takes_less_than_half_a_second_of_the_processor():
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python("-m", "peerlora", "--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 0.5
-
-
-def test_help_loads_nothing_heavy():
+def test_help_loads_nothing_heavy_and_little_else():
     code = (
         "import sys; from peerlora.cli import main; sys.argv = ['peerlora', '--help']\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pyarrow', 'networkx', 'matplotlib'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(sorted(heavy & set(sys.modules)), len(sys.modules))"
     )
-    assert python("-c", code).stdout.splitlines()[-1] == "[]"
+    heavy, modules = python("-c", code).stdout.splitlines()[-1].rsplit(maxsplit=1)
+    assert heavy == "[]" and int(modules) < MOST_MODULES
 
 
 @pytest.mark.parametrize(
@@ -183,7 +175,7 @@ def demo_words(models, texts):
     return words + ["train.rounds=2", "train.batch=4", "eval.every=1", "checkpoint.every=1"]
 
 
-def test_demo_then_show(cli, demo_words, tmp_path):
+def test_demo_then_show(drawn, cli, demo_words, tmp_path):
     out = tmp_path / "demo"
     told = last_json(cli("demo", *demo_words, "--out", out, "--json"))
     names = ["alone", "averaged once", "Dec-LoRA", "ADF-LoRA", "all data in one place"]

@@ -103,6 +103,7 @@ def test_search_needs_rows_that_are_not_reported(cli, grid_file, tmp_path):
     assert answer.code == 2 and "data.eval is null" in answer.err and "name a file in data.eval" in answer.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_the_resume_command(process, grid_file, tmp_path):
     out = tmp_path / "out"
     running = process("compare", grid_file(), "train.rounds=2000", "--out", out)

@@ -140,6 +140,7 @@ def test_a_port_that_is_taken_may_pass(cli, yaml_file, sites, tmp_path):
     assert answer.code == 1 and "cannot listen at" in answer.err
 
 
+@pytest.mark.slow
 def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS, "peer.run=old", "peer.join=60")
     process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
@@ -211,7 +212,10 @@ def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):
     assert answer.code == 1 and "PROBLEM" in answer.out
 
 
-@pytest.mark.parametrize(("extra", "code", "told"), [([], 0, "same config"), (["train.lr=0.5"], 1, "other train")])
+SAME = pytest.param([], 0, "same config", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("extra", "code", "told"), [SAME, (["train.lr=0.5"], 1, "other train")])
 def test_two_doctors_compare(cli, process, yaml_file, sites, extra, code, told):
     path = yaml_file(*WORDS)
     other = process("doctor", path, *options(sites, "a"), "--wait", "30")

@@ -123,7 +123,7 @@ def wait_for_rounds(run, count, started):
     while time.monotonic() < deadline and started.poll() is None:
         if (run / "run.json").exists() and len(of(read_events(run), RoundDone)) >= count:
             return
-        time.sleep(0.005)
+        time.sleep(0.05)
     raise AssertionError(f"no {count} rounds: {started.communicate()}")
 
 

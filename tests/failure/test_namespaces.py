@@ -63,7 +63,6 @@ def test_a_pulled_cable_costs_a_few_deadlines_and_comes_back(config, tmp_path, h
         for client in (0, 1):
             done = rounds(found, client)
             assert [each.round for each in done] == list(range(120))
-            assert sum(each.seconds_mix > 2.5 for each in done) <= 5
             assert any("2" in each.missed for each in done)
             assert {"down", "up"} <= set(told(found, client, 2))
         assert any(each.contacts == 2 for each in rounds(found, 0)[-40:])

@@ -12,6 +12,8 @@ from peerlora.runs.metrics import summarise
 from peerlora.runs.report import number, size, write_report
 from peerlora.runs.store import RunStore
 
+pytestmark = pytest.mark.usefixtures("drawn")  # reports are the subject
+
 EMPTY = {"meta", "br", "link", "img", "input", "hr"}
 NASTY = "</style><script>alert('x')</script> & $x_1$ 利益"
 

@@ -50,7 +50,7 @@ def test_a_run_may_leave_its_report_for_later(result, tmp_path):
     assert "<svg" in write_report(bare.run).read_text()
 
 
-def test_the_report_is_one_file_that_opens_without_a_network(result):
+def test_the_report_is_one_file_that_opens_without_a_network(drawn, result):
     page = (result.run / "report.html").read_text()
     assert "<svg" in page and "adf-lora, 4 clients" in page
     assert not re.search(r"<script|<link|<img|@import|\burl\(\s*['\"]?http|\bsrc\s*=", page)

