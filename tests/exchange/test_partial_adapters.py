@@ -83,7 +83,7 @@ def test_a_link_that_fails_keeps_the_balance_of_a_target():
     topology, c = build_topology(GRAPHS[1], 4, seed=1), torch.tensor([0.5, 2.0, 1.0, 30.0]).double()
     value = torch.arange(4).double()
     with exchanges(topology, deadline=1.0) as peers:
-        peers[0].protocol.transport.network.lose("site-0", "site-3")
+        peers[0].protocol.endpoint.transport.network.lose("site-0", "site-3")
 
         def one(i):
             peers[i].begin(0)

@@ -131,9 +131,15 @@ def read_header(data: bytes, most: int | None = None) -> Header:
         raise Refused("bad-header", str(error)[:200]) from None
     if msgspec.msgpack.encode(header) != data:
         raise Refused("bad-header", "not in its one canonical form")  # repeated or reordered fields, other int widths
-    if most is not None and header.length > most:
-        raise Refused("oversize", f"body of {header.length} bytes announced; at most {most}")
+    if most is not None:
+        check_length(header, most)
     return header
+
+
+def check_length(header: Header, most: int) -> None:
+    """Raise Refused where a header announces more than ``most`` bytes of body."""
+    if header.length > most:
+        raise Refused("oversize", f"body of {header.length} bytes announced; at most {most}")
 
 
 def _decode(data: bytes) -> Header:
