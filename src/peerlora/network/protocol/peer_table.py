@@ -11,7 +11,7 @@ _FOLLOW = 2  # rounds behind its neighbours from which a peer leaves rounds out;
 
 
 class PeerTable:
-    """What one peer knows of its neighbours.
+    """One peer's record of its neighbours.
 
     ``neighbours``: all peers that it may exchange with in some round; of anybody else nothing is taken, and nothing
     remembered.  ``on_change`` is called when a neighbour becomes absent or present.
