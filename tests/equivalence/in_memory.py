@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
@@ -37,17 +38,19 @@ def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
     """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round."""
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
-        made, hoods = [], []
+        made, controls = [], []
         for client, site in sites.items():
-            protocol = RoundProtocol(net.transport(site), Expected("run", "ba5e", "5bec"), deadline, largest)
-            hoods.append(PeerControl(protocol, [name for name in sites.values() if name != site], {"train": "same"}))
-            thread.ask(protocol.enter, first, True)  # as a run does: greetings say in which round a peer is
-            thread.call(hoods[-1].start())
+            others = [name for name in sites.values() if name != site]
+            endpoint = Endpoint(net.transport(site), Expected("run", "ba5e", "5bec"), others)
+            controls.append(PeerControl(endpoint, {"train": "same"}, deadline))
+            protocol = RoundProtocol(endpoint, deadline, lambda kind: largest, controls[-1])
+            thread.ask(endpoint.start_at, first)  # as a run does: handshakes say in which round a peer is
+            thread.call(controls[-1].start(protocol))
             made.append(NeighbourExchange(topology, client, sites, protocol, thread, start))
-        greeted = together([lambda control=control: thread.call(control.greet(10)) for control in hoods])
+        greeted = together([lambda control=control: thread.call(control.handshake(10)) for control in controls])
         assert all(len(each.reached) == topology.clients - 1 for each in greeted)
         yield made
-        for control in hoods:
+        for control in controls:
             thread.call(control.close())
 
 

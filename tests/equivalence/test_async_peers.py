@@ -21,7 +21,7 @@ from peerlora.runs.metrics import of
 from peerlora.runs.store import read_events
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.synchronous import train_peer
+from peerlora.runtime.peer.train import train_peer
 from peerlora.runtime.simulate import simulate
 from peerlora.train.learner import Learner
 

@@ -191,7 +191,7 @@ def between_peers(own, before, deadline=1.0, graph=("ring", {})):
             return error, 0
 
     with exchanges(plain, deadline, first=-gossip_rounds(plain)) as peers:
-        before(peers[0].protocol.transport.network)
+        before(peers[0].protocol.endpoint.transport.network)
         calls = [partial(one, peer, row) for peer, row in zip(peers, own, strict=True)]
         return tuple(zip(*together(calls), strict=True))
 

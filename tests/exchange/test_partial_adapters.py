@@ -12,7 +12,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.layer_order import depth_of, reached_layers
 from peerlora.lora.partial import REACHED, PartialAdapters
 from peerlora.network.base import Refused
-from peerlora.network.protocol.neighbour_exchange import _check
+from peerlora.network.protocol.neighbour_exchange import _decode
 from peerlora.network.protocol.wire import Header, encode_body, with_checksum
 from peerlora.topology.schedule import build_topology
 
@@ -83,7 +83,7 @@ def test_a_link_that_fails_keeps_the_balance_of_a_target():
     topology, c = build_topology(GRAPHS[1], 4, seed=1), torch.tensor([0.5, 2.0, 1.0, 30.0]).double()
     value = torch.arange(4).double()
     with exchanges(topology, deadline=1.0) as peers:
-        peers[0].protocol.transport.network.lose("site-0", "site-3")
+        peers[0].protocol.endpoint.transport.network.lose("site-0", "site-3")
 
         def one(i):
             peers[i].begin(0)
@@ -111,7 +111,7 @@ def payload(i):
 def checked(own, tensors, **options):
     body = encode_body(tensors)
     header = with_checksum(Header(run="r", kind="mix", sender="site-1"), body)
-    return _check(own, header, bytearray(body), **options)
+    return _decode(own, header, bytearray(body), **options)
 
 
 @pytest.mark.parametrize("own", range(4))
@@ -160,4 +160,4 @@ def test_a_difference_is_refused_where_values_are_exchanged():
     body = encode_body(vectors(payload(0)))
     header = with_checksum(Header(run="r", kind="mix", sender="site-1", codec="difference"), body)
     with pytest.raises(Refused, match="bad-header"):
-        _check(payload(0), header, bytearray(body))
+        _decode(payload(0), header, bytearray(body))

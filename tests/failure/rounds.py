@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.neighbour_exchange import without
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, encode_body, read_body
@@ -33,7 +34,7 @@ class Federation:
         self.took = {}  # (round, client) -> seconds of its exchange
         self.values = dict(enumerate(np.linspace(1.0, 2.0, clients)))
         self.missed, self.notices, self.reached = {}, [], {}
-        self.protocol, self.tasks = {}, {}
+        self.endpoint, self.tasks = {}, {}
 
     def start(self, client, t=0):
         """Start the process of a client in round ``t``."""
@@ -41,31 +42,31 @@ class Federation:
 
     async def peer(self, client, t):
         others = [site(j) for j in range(self.clients) if j != client]
-        protocol = RoundProtocol(
-            self.network.transport(site(client)), Expected("run", "ba5e", "5bec"), self.deadline, 1 << 12, self.rounds
-        )
-        self.protocol[client] = protocol
-        control = PeerControl(protocol, others, {})
-        await control.start()
-        protocol.enter(t, first=True)
-        protocol.apart = t > 0  # it goes on from a checkpoint
-        self.reached[client] = (await control.greet(5.0)).reached
+        transport = self.network.transport(site(client))
+        endpoint = Endpoint(transport, Expected("run", "ba5e", "5bec"), others, self.rounds)
+        control = PeerControl(endpoint, {}, self.deadline)
+        protocol = RoundProtocol(endpoint, self.deadline, lambda kind: 1 << 12, control)
+        self.endpoint[client] = endpoint
+        await control.start(protocol)
+        endpoint.start_at(t)
+        endpoint.peers.isolated = t > 0  # it goes on from a checkpoint
+        self.reached[client] = (await control.handshake(5.0)).reached
         loop = asyncio.get_running_loop()
         try:
             while t < self.rounds:
-                called = protocol.called(t)
+                called = endpoint.peers.round_to_follow(t)
                 if called:
                     t = min(called[0], self.rounds - 1)
-                protocol.enter(t)
+                endpoint.enter(t)
                 await asyncio.sleep(self.seconds[client])
                 began = loop.time()
                 await self.exchange(client, t, protocol)
                 self.took[t, client] = loop.time() - began
                 t += 1
-            protocol.enter(self.rounds)
+            endpoint.enter(self.rounds)
             await asyncio.sleep(3 * self.deadline)  # an evaluation, during which others may still ask
         finally:
-            self.notices += [(client, *notice[1:]) for notice in protocol.notices]
+            self.notices += [(client, *notice[1:]) for notice in endpoint.events.waiting]
             if asyncio.current_task().cancelling() == 0:
                 await control.close()
 
@@ -73,8 +74,9 @@ class Federation:
         graph = self.topology.at(t)
         names = {site(j): j for j in graph.neighbours(client)}
         value = torch.tensor(self.values[client], dtype=torch.float64)
-        outcome = await protocol.meet(tuple(names), encode_body({"x": value}), lambda h, b: read_body(h, b, SCHEMA))
-        got = {names[peer]: float(found["x"]) for peer, found in outcome.got.items()}
+        body = encode_body({"x": value})
+        outcome = await protocol.exchange(tuple(names), body, lambda h, b: read_body(h, b, SCHEMA), self.deadline)
+        got = {names[peer]: float(found["x"]) for peer, found in outcome.received.items()}
         self.missed[t, client] = {names[peer]: reason for peer, reason in outcome.missing.items()}
         row = without(graph, [(client, names[peer]) for peer in outcome.missing]).W[client]
         self.values[client] = sum(row[j] * x for j, x in (got | {client: self.values[client]}).items())

@@ -8,6 +8,7 @@ from rounds import DEADLINE, Federation, run, site
 
 from peerlora.config.sections import CompleteGraph, PathGraph, RandomGraph, RingGraph
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, encode_header
 from peerlora.network.transport.memory import MemoryNetwork, MemoryTransport
@@ -31,7 +32,7 @@ def test_undisturbed_every_edge_is_used_and_the_mean_stays(graph):
         assert np.allclose(found.W(t), found.topology.at(t).W)
     assert np.mean(list(found.values.values())) == pytest.approx(1.5, abs=1e-12)
     assert all(len(reached) == 3 for reached in found.reached.values())
-    assert not any(each.apart for each in found.protocol.values())  # so nobody would take over a state
+    assert not any(each.peers.isolated for each in found.endpoint.values())  # so nobody would take over a state
 
 
 def test_different_speeds_within_the_deadline_cost_nothing():
@@ -115,7 +116,7 @@ def test_a_peer_that_ran_ahead_alone_waits_and_takes_nobody_with_it():
         for other in (0, 1, 3):
             found.network.cut(site(2), site(other), True)
         await asyncio.sleep(14)
-        ahead.update({client: found.protocol[client].at.round for client in (1, 2)})
+        ahead.update({client: found.endpoint[client].at.round for client in (1, 2)})
         for other in (0, 1, 3):
             found.network.heal(site(2), site(other))
 
@@ -132,19 +133,19 @@ def test_who_was_cut_off_or_stood_still_knows_that_the_others_may_have_gone_on()
 
     async def script(found):
         await asyncio.sleep(8.5)
-        seen["before"] = {client: found.protocol[client].apart for client in range(4)}
+        seen["before"] = {client: found.endpoint[client].peers.isolated for client in range(4)}
         found.network.hang(site(2))
         await asyncio.sleep(20)
         found.network.wake(site(2))
         await asyncio.sleep(1.5)
-        seen["woken"] = {client: found.protocol[client].apart for client in range(4)}
+        seen["woken"] = {client: found.endpoint[client].peers.isolated for client in range(4)}
 
     found = Federation(RING, rounds=40)
     found.seconds[2] = 1.5
     run(found, script).check()
     assert not any(seen["before"].values())
     assert seen["woken"] == {0: False, 1: False, 2: True, 3: False}
-    assert not any(each.apart for each in found.protocol.values()) and {1, 3} <= found.used[39, 2]
+    assert not any(each.peers.isolated for each in found.endpoint.values()) and {1, 3} <= found.used[39, 2]
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -227,7 +228,7 @@ def test_a_lost_last_acknowledgement_is_found_at_the_next_contact():
     assert len(one_sided) == 1 and one_sided[0][1:] == (1, 2)
     told = [(client, detail) for client, kind, _, detail in found.notices if kind == "half-used"]
     assert told and all(f"round {one_sided[0][0]}:" in detail for _, detail in told)
-    assert sum(each.half_used for each in found.protocol.values()) == len(told)
+    assert sum(each.history.one_sided for each in found.endpoint.values()) == len(told)
     assert alone(found, 0, 1, 2)
 
 
@@ -253,19 +254,19 @@ def test_who_has_greeted_and_is_gone_again_is_not_waited_for():
 
     async def main():
         network = MemoryNetwork([site(0), site(1)])
-        hoods = []
+        controls, endpoints = [], []
         for client in (0, 1):
             expected = Expected("run", "ba5e", "5bec")
-            protocol = RoundProtocol(network.transport(site(client)), expected, DEADLINE, 99, 8)
-            hoods.append(PeerControl(protocol, [site(1 - client)], {}))
-            await hoods[client].start()
-        quick, slow = hoods
-        assert (await quick.greet(100)).reached == {site(1)}
+            endpoints.append(Endpoint(network.transport(site(client)), expected, [site(1 - client)], 8))
+            controls.append(PeerControl(endpoints[client], {}, DEADLINE))
+            await controls[client].start(RoundProtocol(endpoints[client], DEADLINE, lambda kind: 99, controls[client]))
+        quick, slow = controls
+        assert (await quick.handshake(100)).reached == {site(1)}
         await quick.close()
         began = asyncio.get_running_loop().time()
-        assert (await slow.greet(100)).reached == {site(0)}
+        assert (await slow.handshake(100)).reached == {site(0)}
         assert asyncio.get_running_loop().time() - began < 1
-        assert slow.protocol.absent == {site(0)}  # so no exchange waits for it either
+        assert endpoints[1].peers.absent == {site(0)}  # so no exchange waits for it either
         await slow.close()
 
     virtual_run(main())
@@ -295,15 +296,15 @@ def test_an_edge_is_given_up_when_half_of_it_has_been_there_for_some_time(messag
         network = MemoryNetwork([site(0), site(1)])
         transports = [SlowToAnswer(network, each) for each in sorted(network.sites)]
         transports[0].seconds = acknowledged * DEADLINE
-        own, other = (RoundProtocol(each, Expected("run", "ba5e", "5bec"), DEADLINE, 99) for each in transports)
-        own.neighbours = frozenset([site(1)])
+        other, endpoint = (Endpoint(each, Expected("run", "ba5e", "5bec"), [site(1)]) for each in transports[::-1])
+        own = RoundProtocol(endpoint, DEADLINE, lambda kind: 99)
         header, clock = encode_header(other.header("mix")), asyncio.get_running_loop().time
         began = clock()
-        meeting = asyncio.create_task(own.meet([site(1)], b"", lambda header, body: "theirs"))
+        exchange = asyncio.create_task(own.exchange([site(1)], b"", lambda header, body: "theirs", DEADLINE))
         await asyncio.sleep(message * DEADLINE)
         await own.deliver(site(1), header, bytearray())
-        outcome = await meeting
-        assert outcome.got == ({site(1): "theirs"} if counts else {})
+        outcome = await exchange
+        assert outcome.received == ({site(1): "theirs"} if counts else {})
         assert clock() - began == pytest.approx(took * DEADLINE)
 
     virtual_run(main())

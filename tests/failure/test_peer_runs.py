@@ -19,7 +19,7 @@ from peerlora.runs.metrics import of, summarise
 from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.synchronous import train_peer
+from peerlora.runtime.peer.train import train_peer
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 

@@ -12,9 +12,11 @@ from peerlora.exchange.payload import vectors
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import REASONS, Refused
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_limiter import EventLimiter
 from peerlora.network.protocol.link_history import ExchangeStep
-from peerlora.network.protocol.neighbour_exchange import _check
+from peerlora.network.protocol.neighbour_exchange import _decode
+from peerlora.network.protocol.peer_table import PeerTable
 from peerlora.network.protocol.pending_exchange import PendingExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, largest_body, with_checksum
@@ -35,7 +37,7 @@ def changed(**tensors):
     return {**{name: value.clone() for name, value in vectors((OWN,)).items()}, **tensors}
 
 
-def attack(*messages, meeting=True, linked=True):
+def attack(*messages, exchange=True, linked=True):
     """What an honest peer in round 3 answers to each message of a member, and what it then made of its exchange.
 
     Unless ``linked``, the member is on the list but no neighbour in the run's graph.
@@ -44,23 +46,23 @@ def attack(*messages, meeting=True, linked=True):
     async def main():
         network = MemoryNetwork(["alice", "bob", "mallory"])
         transports = {name: network.transport(name) for name in ("alice", "bob", "mallory")}
-        peers = {
-            name: RoundProtocol(transports[name], EXPECTED, 10.0, largest_body(OWN.message())) for name in transports
-        }
-        peers["alice"].rounds = 12
+        peers, endpoints, largest = {}, {}, largest_body(OWN.message())
         for name in ("alice", "bob"):
             others = [other for other in transports if other != name and (linked or other != "mallory")]
-            await PeerControl(peers[name], others, {"train": "same"}).start()
-            peers[name].enter(3)
-        peers["mallory"].neighbours = frozenset(["alice", "bob"])
-        peers["mallory"].enter(2)  # so that what is sent to it waits, and is waited for
-        await transports["mallory"].start(peers["mallory"])
+            endpoint = Endpoint(transports[name], EXPECTED, others, *([12] if name == "alice" else []))
+            control = PeerControl(endpoint, {"train": "same"}, 10.0)
+            peers[name], endpoints[name] = RoundProtocol(endpoint, 10.0, lambda kind: largest, control), endpoint
+            await control.start(peers[name])
+            endpoint.enter(3)
+        mallory = Endpoint(transports["mallory"], EXPECTED, ["alice", "bob"])
+        mallory.enter(2)  # so that what is sent to it waits, and is waited for
+        await transports["mallory"].start(RoundProtocol(mallory, 10.0, lambda kind: largest))
         await asyncio.sleep(5)
         body = encode_body(vectors((OWN,)))
-        check = partial(_check, (OWN,))
+        check = partial(_decode, (OWN,))
         also = ["mallory"] if linked else []
-        calls = [asyncio.create_task(peers[name].meet([other, *also], body, check))
-                 for name, other in (("alice", "bob"), ("bob", "alice"))] if meeting else []  # fmt: skip
+        calls = [asyncio.create_task(peers[name].exchange([other, *also], body, check, 10.0))
+                 for name, other in (("alice", "bob"), ("bob", "alice"))] if exchange else []  # fmt: skip
         await asyncio.sleep(0)
         answers = []
         for head, content in messages:
@@ -71,7 +73,7 @@ def attack(*messages, meeting=True, linked=True):
                 answers.append(refusal.reason)
         outcomes = [await call for call in calls]
         await network.close()
-        return answers, outcomes, peers["alice"]
+        return answers, outcomes, endpoints["alice"]
 
     return virtual_run(main())
 
@@ -124,9 +126,9 @@ def test_poison_is_refused_by_name_and_the_others_go_on(what):
     message, reason = POISON[what]
     answers, (alice, bob), _ = attack(message)
     assert answers == [reason]
-    assert set(alice.got) == {"bob"} and set(bob.got) == {"alice"} and set(alice.missing) == {"mallory"}
+    assert set(alice.received) == {"bob"} and set(bob.received) == {"alice"} and set(alice.missing) == {"mallory"}
     for name, value in vectors((OWN,)).items():
-        assert torch.equal(alice.got["bob"][name], value)
+        assert torch.equal(alice.received["bob"][name], value)
 
 
 def test_after_poison_the_same_member_can_still_send_a_good_message():
@@ -138,10 +140,10 @@ def test_after_poison_the_same_member_can_still_send_a_good_message():
 def test_another_config_is_refused_by_section():
     facts = {"setting train": "other", "answer": 0}
     answers, _, alice = attack(
-        (encode_header(with_checksum(header(kind="hello", facts=facts), b"")), b""), meeting=False
+        (encode_header(with_checksum(header(kind="hello", facts=facts), b"")), b""), exchange=False
     )
     assert answers == ["wrong-config"]
-    assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.notices)
+    assert any(notice.kind == "refused" and "other train" in notice.detail for notice in alice.events.waiting)
 
 
 def hello(setting, answer=0):
@@ -151,7 +153,7 @@ def hello(setting, answer=0):
 def test_from_who_has_other_settings_no_message_is_taken_until_a_greeting_agrees():
     answers, (alice, bob), seen = attack(hello("other"), packed(changed()), hello("same"), packed(changed()))
     assert answers == ["wrong-config", "wrong-config", "taken", "late"]  # nobody waited for it in this exchange
-    assert set(alice.got) == {"bob"} and set(bob.got) == {"alice"} and not seen.disagreeing
+    assert set(alice.received) == {"bob"} and set(bob.received) == {"alice"} and not seen.peers.mismatched
 
 
 @pytest.mark.parametrize("greeting", ["there", "here"])
@@ -160,22 +162,23 @@ def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
 
     async def main():
         network = MemoryNetwork(["alice", "bob", "carol"])
-        hoods = {}
+        controls, peers = {}, {}
         for name, setting in (("alice", "same"), ("bob", "same"), ("carol", "other")):
-            protocol = RoundProtocol(network.transport(name), EXPECTED, 10.0, 1 << 12)
             others = [other for other in ("alice", "bob", "carol") if other != name]
-            hoods[name] = PeerControl(protocol, others, {"train": setting})
-            await hoods[name].start()
+            endpoint = Endpoint(network.transport(name), EXPECTED, others)
+            controls[name] = PeerControl(endpoint, {"train": setting}, 10.0)
+            peers[name] = RoundProtocol(endpoint, 10.0, lambda kind: 1 << 12, controls[name])
+            await controls[name].start(peers[name])
         await asyncio.sleep(5)
         if greeting == "there":
-            await hoods["carol"].greet(5.0)
+            await controls["carol"].handshake(5.0)
         else:
-            await asyncio.gather(*(hoods[name].greet(5.0) for name in ("alice", "bob")))
+            await asyncio.gather(*(controls[name].handshake(5.0) for name in ("alice", "bob")))
         began = asyncio.get_running_loop().time()
         outcomes = await asyncio.gather(
             *(
-                control.protocol.meet(control.peers, GOOD, partial(_check, (OWN,)))
-                for name, control in hoods.items()
+                protocol.exchange(protocol.endpoint.peers.neighbours, GOOD, partial(_decode, (OWN,)), 10.0)
+                for name, protocol in peers.items()
                 if name != "carol"
             )
         )
@@ -185,7 +188,7 @@ def test_who_has_other_settings_is_left_out_of_exchanges(greeting):
 
     outcomes, took = virtual_run(main())
     assert [outcome.missing for outcome in outcomes] == [{"carol": "wrong-config"}] * 2
-    assert [set(outcome.got) for outcome in outcomes] == [{"bob"}, {"alice"}] and took < 1
+    assert [set(outcome.received) for outcome in outcomes] == [{"bob"}, {"alice"}] and took < 1
 
 
 def test_a_smaller_rank_is_a_neighbours_own_affair():
@@ -201,9 +204,9 @@ HALF_USED = packed({}, kind="hello", round=9, facts={"last": "0.0+ 1.0+", "answe
 def test_a_member_that_is_no_neighbour_leaves_no_trace(message):
     """The list names no edges, so the transport lets it through; the run's graph has no link with it."""
     answers, (_, bob), alice = attack(message, message, linked=False)
-    assert answers == ["not-a-neighbour"] * 2 and set(bob.got) == {"alice"}
-    assert "mallory" not in alice.heard and not alice.half_used
-    assert all(notice.peer == "bob" for notice in alice.notices)
+    assert answers == ["not-a-neighbour"] * 2 and set(bob.received) == {"alice"}
+    assert "mallory" not in alice.peers.last_step and not alice.history.one_sided
+    assert all(notice.peer == "bob" for notice in alice.events.waiting)
 
 
 FUTURE = {"facts": {"answer": 0, "setting train": "same"}}
@@ -222,14 +225,14 @@ FUTURE = {"facts": {"answer": 0, "setting train": "same"}}
     ],
 )
 def test_what_is_refused_leaves_no_trace(message, reason):
-    answers, _, alice = attack(message, meeting=False)
-    assert answers == [reason] and "mallory" not in alice.heard
-    assert alice.called(0) is None or alice.called(0)[1] != "mallory"
+    answers, _, alice = attack(message, exchange=False)
+    assert answers == [reason] and "mallory" not in alice.peers.last_step
+    assert alice.peers.round_to_follow(0) is None or alice.peers.round_to_follow(0)[1] != "mallory"
 
 
 def test_a_round_that_the_run_has_is_heard_of():
-    answers, _, alice = attack(packed({}, kind="hello", round=12, **FUTURE), meeting=False)
-    assert answers == ["taken"] and alice.heard["mallory"] == 12
+    answers, _, alice = attack(packed({}, kind="hello", round=12, **FUTURE), exchange=False)
+    assert answers == ["taken"] and alice.peers.last_step["mallory"].round == 12
 
 
 @pytest.mark.parametrize(
@@ -245,25 +248,25 @@ def test_a_round_that_the_run_has_is_heard_of():
     ],
 )
 def test_one_neighbour_of_several_that_claims_a_later_round_takes_nobody_along(rounds, to):
-    fresh = RoundProtocol(MemoryNetwork([]).transport("me"), EXPECTED, 1.0, 0)
-    fresh.heard = {f"peer-{place}": round for place, round in enumerate(rounds)}
-    called = fresh.called(0)
+    fresh = PeerTable([])
+    fresh.last_step = {f"peer-{place}": ExchangeStep(round) for place, round in enumerate(rounds)}
+    called = fresh.round_to_follow(0)
     assert (called and called[0]) == to
 
 
 def test_equal_refusals_are_told_once_in_a_round_and_counted():
     messages = [POISON["another run"][0]] * 50 + [POISON["no header"][0]] * 3
-    answers, _, alice = attack(*messages, meeting=False)
+    answers, _, alice = attack(*messages, exchange=False)
     assert answers == ["wrong-run"] * 50 + ["bad-header"] * 3
-    told = [notice.detail for notice in alice.notices if ", here" in notice.detail]
+    told = [notice.detail for notice in alice.events.waiting if ", here" in notice.detail]
     assert [detail.partition(",")[0] for detail in told] == ["wrong-run", "bad-header"]
     alice.enter(4)
-    assert [notice.detail for notice in alice.notices if ", here: " in notice.detail][2:] == [
+    assert [notice.detail for notice in alice.events.waiting if ", here: " in notice.detail][2:] == [
         "wrong-run, here: 49 more in round 3",
         "bad-header, here: 2 more in round 3",
     ]
     alice.enter(5)
-    assert not any("more in round 4" in notice.detail for notice in alice.notices)
+    assert not any("more in round 4" in notice.detail for notice in alice.events.waiting)
 
 
 def test_what_one_neighbour_causes_in_a_round_is_bounded():
@@ -289,11 +292,14 @@ def test_invented_exchanges_are_no_half_used_edges():
 
     async def main():
         network = MemoryNetwork(["alice", "mallory"])
-        alice, mallory = (RoundProtocol(network.transport(name), EXPECTED, 1.0, 99) for name in ("alice", "mallory"))
-        await PeerControl(alice, ["mallory"], {"train": "same"}).start()
-        await mallory.transport.start(mallory)
+        alice, mallory = (Endpoint(network.transport(each), EXPECTED, other) for each, other in
+                          (("alice", ["mallory"]), ("mallory", [])))  # fmt: skip
+        control = PeerControl(alice, {"train": "same"}, 1.0)
+        protocol = RoundProtocol(alice, 1.0, lambda kind: 99, control)
+        await control.start(protocol)
+        await mallory.transport.start(RoundProtocol(mallory, 1.0, lambda kind: 99))
         await asyncio.sleep(5)
-        await alice.meet(["mallory"], b"", lambda header, body: body)  # round 0, and mallory refuses
+        await protocol.exchange(["mallory"], b"", lambda header, body: body, 1.0)  # round 0, and mallory refuses
         alice.enter(3)
         for head, _ in claims * 3:
             await mallory.transport.send("alice", head, b"", deadline=5.0)
@@ -301,18 +307,22 @@ def test_invented_exchanges_are_no_half_used_edges():
         return alice
 
     alice = virtual_run(main())
-    assert alice.half_used == 1
-    assert [notice.detail for notice in alice.notices if notice.kind == "half-used"] == ["round 0: used there only"]
+    assert alice.history.one_sided == 1
+    assert [notice.detail for notice in alice.events.waiting if notice.kind == "half-used"] == [
+        "round 0: used there only"
+    ]
 
 
 @pytest.mark.parametrize("met", [False, True])
 def test_a_process_that_goes_on_hears_of_what_it_died_in_but_of_no_more_than_a_message_tells(met):
-    alice = RoundProtocol(MemoryNetwork([]).transport("alice"), EXPECTED, 1.0, 0)
-    alice.enter(8, first=True)  # its checkpoint
+    alice = Endpoint(MemoryNetwork([]).transport("alice"), EXPECTED, [])
+    protocol = RoundProtocol(alice, 1.0, lambda kind: 0)
+    alice.start_at(8)  # its checkpoint
     alice.enter(12)
     if met:
-        alice._close(ExchangeStep(12), PendingExchange(["mallory"], ["mallory"], lambda header, body: body, False))
+        pending = PendingExchange(["mallory"], ["mallory"], lambda header, body: body, False, 1.0)
+        protocol._close(ExchangeStep(12), pending)
         alice.enter(20)
     for last in ("7.0+ 8.0+ 9.0- 10.0+", " ".join(f"11.{number}+" for number in range(16)), "15.0+ 15.1+"):
-        alice._note("mallory", header(kind="hello", facts={"last": last}))
-    assert alice.half_used == 8
+        protocol._note("mallory", header(kind="hello", facts={"last": last}))
+    assert alice.history.one_sided == 8

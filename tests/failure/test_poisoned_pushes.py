@@ -1,4 +1,4 @@
-"""A member that sends letters that no honest peer sends: refused by name, and nothing changes."""
+"""A member that sends messages that no honest peer sends: refused by name, and nothing changes."""
 
 import asyncio
 from functools import partial
@@ -10,8 +10,11 @@ from peerlora.algorithms import build_algorithm
 from peerlora.exchange.mailbox import Mailboxes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
+from peerlora.network.protocol.admission import PushOnlyAdmission
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.push_messages import PushFormat, SequenceNumbers
-from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushOnlyProtocol, PushService
+from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushService
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.send_queue import SendQueue
 from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, with_checksum
 from peerlora.network.transport.memory import MemoryNetwork
@@ -37,23 +40,25 @@ class Peer:
         self.transport = network.transport(SITES[client])
         others = {other: site for other, site in SITES.items() if other != client}
         algorithm = build_algorithm(method, {})
-        form = PushFormat(SITES[client], EXPECTED, JOBS, partial(algorithm.incoming, X), partial(algorithm.flaw, X))
-        self.outbox = SendQueue(self.transport, deadline, 1 if algorithm.traits.newest_only else MOST)
-        self.mail = PeerMailbox(
-            Mailboxes(GRAPH, 0, algorithm.traits.newest_only), client, others, form, self.outbox.put
+        format = PushFormat(SITES[client], EXPECTED, JOBS, partial(algorithm.incoming, X), partial(algorithm.flaw, X))
+        self.queue = SendQueue(self.transport, deadline, 1 if algorithm.traits.newest_only else MOST)
+        self.mailbox = PeerMailbox(
+            Mailboxes(GRAPH, 0, algorithm.traits.newest_only), client, others, format, self.queue.put
         )
-        self.protocol = PushOnlyProtocol(self.transport, EXPECTED, deadline, 0)
-        self.control = PushService(self.protocol, list(others.values()), {"train": "same"}, self.mail, self.outbox)
+        self.endpoint = Endpoint(self.transport, EXPECTED, list(others.values()))
+        self.control = PushService(self.endpoint, {"train": "same"}, deadline, self.mailbox, self.queue)
+        admission = PushOnlyAdmission(self.endpoint)
+        self.protocol = RoundProtocol(self.endpoint, deadline, lambda kind: 0, self.control, admission)
 
     async def start(self):
-        await self.control.start()
+        await self.control.start(self.protocol)
         self.control.open()
 
     def polled(self):
-        return self.mail.post.poll(self.mail.client)
+        return self.mailbox.mailboxes.poll(self.mailbox.client)
 
 
-def letter(tensors, number=1, version=3, born=10, seen=0, **changes):
+def push(tensors, number=1, version=3, born=10, seen=0, **changes):
     body = encode_body(tensors)
     own = {"run": "run", "kind": "push", "round": version, "step": number, "sender": "mallory", "base": "ba5e"}
     own |= {"spec": "5bec", "facts": {"born": born, "seen": seen}} | changes
@@ -89,39 +94,39 @@ def changed(**tensors):
 
 TWOS = torch.full((4,), 2, dtype=torch.uint8).view(torch.bool)
 POISON = {
-    "another's name": (letter(AEDFL, sender="bob"), "wrong-sender"),
-    "another run": (letter(AEDFL, run="other"), "wrong-run"),
-    "another base model": (letter(AEDFL, base="0bad"), "wrong-base"),
-    "another adapter": (letter(AEDFL, spec="0bad"), "wrong-spec"),
-    "more jobs than there are": (letter(AEDFL, version=JOBS + 1), "bad-header"),
-    "a version seen that never was": (letter(AEDFL, seen=JOBS + 1), "bad-header"),
-    "a negative version seen": (letter(AEDFL, seen=-1), "bad-header"),
-    "born never": (letter(AEDFL, facts={"seen": 0}), "bad-header"),
-    "born too late for a number": (letter(AEDFL, born=2**60), "bad-header"),
-    "a word for a number": (letter(AEDFL, facts={"seen": "0", "born": 1}), "bad-header"),
-    "a vector more": (letter(changed(extra=torch.zeros(1))), "unknown-vector"),
-    "a vector less": (letter(changed(scores=None)), "bad-body"),
-    "another dtype": (letter(changed(scores=torch.zeros(4, dtype=torch.float64))), "bad-body"),
-    "another shape": (letter(changed(scores=torch.zeros(2, 2))), "bad-body"),
-    "values without a place": (letter(changed(values=torch.zeros(32))), "bad-body"),
-    "values in a square": (letter(changed(values=torch.zeros(2, 2))), "bad-body"),
-    "more values than there are": (letter(changed(values=torch.zeros(SPEC.parameters + 1))), "bad-body"),
-    "half truths": (letter(changed(held=TWOS)), "bad-body"),
-    "not a number": (letter(changed(scores=torch.full((4,), float("nan")))), "not-finite"),
-    "infinity": (letter(changed(values=AEDFL["values"] + float("inf"))), "not-finite"),
-    "a body beyond all bounds": (letter({"values": torch.zeros(1 << 20)}), "oversize"),
-    "no body": (letter({}), "bad-body"),
-    "an exchange": (letter(AEDFL, kind="mix"), "unexpected"),
-    "an exchange of nothing": (letter({}, kind="mix"), "unexpected"),
-    "a state that nobody asked for": (letter(AEDFL, kind="state"), "unexpected"),
-    "a greeting with a body": (letter(AEDFL, kind="hello"), "oversize"),
+    "another's name": (push(AEDFL, sender="bob"), "wrong-sender"),
+    "another run": (push(AEDFL, run="other"), "wrong-run"),
+    "another base model": (push(AEDFL, base="0bad"), "wrong-base"),
+    "another adapter": (push(AEDFL, spec="0bad"), "wrong-spec"),
+    "more jobs than there are": (push(AEDFL, version=JOBS + 1), "bad-header"),
+    "a version seen that never was": (push(AEDFL, seen=JOBS + 1), "bad-header"),
+    "a negative version seen": (push(AEDFL, seen=-1), "bad-header"),
+    "born never": (push(AEDFL, facts={"seen": 0}), "bad-header"),
+    "born too late for a number": (push(AEDFL, born=2**60), "bad-header"),
+    "a word for a number": (push(AEDFL, facts={"seen": "0", "born": 1}), "bad-header"),
+    "a vector more": (push(changed(extra=torch.zeros(1))), "unknown-vector"),
+    "a vector less": (push(changed(scores=None)), "bad-body"),
+    "another dtype": (push(changed(scores=torch.zeros(4, dtype=torch.float64))), "bad-body"),
+    "another shape": (push(changed(scores=torch.zeros(2, 2))), "bad-body"),
+    "values without a place": (push(changed(values=torch.zeros(32))), "bad-body"),
+    "values in a square": (push(changed(values=torch.zeros(2, 2))), "bad-body"),
+    "more values than there are": (push(changed(values=torch.zeros(SPEC.parameters + 1))), "bad-body"),
+    "half truths": (push(changed(held=TWOS)), "bad-body"),
+    "not a number": (push(changed(scores=torch.full((4,), float("nan")))), "not-finite"),
+    "infinity": (push(changed(values=AEDFL["values"] + float("inf"))), "not-finite"),
+    "a body beyond all bounds": (push({"values": torch.zeros(1 << 20)}), "oversize"),
+    "no body": (push({}), "bad-body"),
+    "an exchange": (push(AEDFL, kind="mix"), "unexpected"),
+    "an exchange of nothing": (push({}, kind="mix"), "unexpected"),
+    "a state that nobody asked for": (push(AEDFL, kind="state"), "unexpected"),
+    "a greeting with a body": (push(AEDFL, kind="hello"), "oversize"),
 }
 
 
 @pytest.mark.parametrize("what", POISON)
-def test_poison_is_refused_by_name_and_a_good_letter_is_taken_after_it(what):
+def test_poison_is_refused_by_name_and_a_good_one_is_taken_after_it(what):
     message, reason = POISON[what]
-    answers, alice = attack("aedfl", message, letter(AEDFL))
+    answers, alice = attack("aedfl", message, push(AEDFL))
     assert answers == [reason, "taken"]
     (found,) = alice.polled()
     assert (found.sender, found.version, found.seen) == (2, 3, 0)
@@ -130,44 +135,44 @@ def test_poison_is_refused_by_name_and_a_good_letter_is_taken_after_it(what):
 
 def test_questions_and_answers_are_told_apart_by_name():
     mixed = {**QUESTION, **ANSWER}
-    answers, alice = attack("ad-psgd", letter(QUESTION), letter(ANSWER, 2), letter(mixed, 3), letter(AEDFL, 3))
+    answers, alice = attack("ad-psgd", push(QUESTION), push(ANSWER, 2), push(mixed, 3), push(AEDFL, 3))
     assert answers[:2] == ["taken", "taken"] and set(answers[2:]) <= {"unknown-vector", "oversize"}
     assert [set(each.payload) for each in alice.polled()] == [{"x"}, {"d"}]
 
 
 def test_nothing_is_taken_twice():
-    first = letter(AEDFL, number=5)
-    answers, alice = attack("aedfl", first, first, letter(AEDFL, 4), letter(AEDFL, 6), letter(AEDFL, 7, born=9))
+    first = push(AEDFL, number=5)
+    answers, alice = attack("aedfl", first, first, push(AEDFL, 4), push(AEDFL, 6), push(AEDFL, 7, born=9))
     assert answers == ["taken", "replay", "replay", "taken", "replay"]
     assert len(alice.polled()) == 1
 
 
 def test_a_sender_that_began_again_counts_anew():
-    """Its version goes back to a checkpoint: without more ado its letters would be older than what is known."""
-    answers, alice = attack("aedfl", letter(AEDFL, 9, version=12), letter(AEDFL, 1, version=7, born=11))
+    """Its version goes back to a checkpoint: without more ado its messages would be older than what is known."""
+    answers, alice = attack("aedfl", push(AEDFL, 9, version=12), push(AEDFL, 1, version=7, born=11))
     assert answers == ["taken", "taken"]
     assert [each.version for each in alice.polled()] == [7]
-    assert alice.mail.post.known[0, 2] == 7
+    assert alice.mailbox.mailboxes.known[0, 2] == 7
 
 
 def test_memory_is_bounded():
-    many = [letter(QUESTION, number) for number in range(1, MOST + 3)]
+    many = [push(QUESTION, number) for number in range(1, MOST + 3)]
     answers, alice = attack("ad-psgd", *many)
     assert answers == ["taken"] * MOST + ["late", "late"]
     assert len(alice.polled()) == MOST
-    answers, alice = attack("aedfl", *(letter(AEDFL, number) for number in range(1, MOST + 3)))
+    answers, alice = attack("aedfl", *(push(AEDFL, number) for number in range(1, MOST + 3)))
     assert set(answers) == {"taken"} and len(alice.polled()) == 1
 
 
-def test_who_runs_with_other_settings_sends_no_letters():
+def test_who_runs_with_other_settings_sends_no_messages():
     def disagree(alice):
-        alice.control.disagrees("mallory", Refused("wrong-config", "other train"))
+        alice.endpoint.peers.record_refusal("mallory", Refused("wrong-config", "other train"))
 
-    assert attack("aedfl", letter(AEDFL), before=disagree)[0] == ["wrong-config"]
+    assert attack("aedfl", push(AEDFL), before=disagree)[0] == ["wrong-config"]
 
 
-def test_when_all_jobs_are_done_letters_are_late():
-    assert attack("aedfl", letter(AEDFL), before=lambda alice: setattr(alice.mail, "over", True))[0] == ["late"]
+def test_when_all_jobs_are_done_messages_are_late():
+    assert attack("aedfl", push(AEDFL), before=lambda alice: setattr(alice.mailbox, "closed", True))[0] == ["late"]
 
 
 def test_duplicates_on_the_way_are_taken_once():
@@ -178,13 +183,13 @@ def test_duplicates_on_the_way_are_taken_once():
             await peer.start()
         await asyncio.sleep(5)
         network.repeat("bob", "alice", 3)
-        with bob.mail.lock:
-            bob.mail.box().push(QUESTION, [0])
-            bob.mail.dispatch()
-        await bob.outbox.flush(5)
+        with bob.mailbox.lock:
+            bob.mailbox.mailbox().push(QUESTION, [0])
+            bob.mailbox.dispatch()
+        await bob.queue.flush(5)
         found = alice.polled()
         await network.close()
-        return found, bob.outbox.sent()
+        return found, bob.queue.sent()
 
     found, sent = virtual_run(main())
     assert len(found) == 1 and not sent.failed and sent.total == sent.largest == len(encode_body(QUESTION))
@@ -192,7 +197,7 @@ def test_duplicates_on_the_way_are_taken_once():
 
 def test_numbers_grow_from_process_to_process_though_the_clock_is_set_back():
     first, second = SequenceNumbers(), SequenceNumbers()
-    first.born = second.born + 10**9
+    first.started = second.started + 10**9
     first.newest[3] = (5, 6)
-    second.load_state_dict({name: value for name, value in first.saved().items()})
-    assert second.born > first.born and second.newest == {3: (5, 6)}
+    second.load_state_dict({name: value for name, value in first.state_dict().items()})
+    assert second.started > first.started and second.newest == {3: (5, 6)}

@@ -31,7 +31,9 @@ def command(
 
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
     from peerlora.config.loading import load_config
+    from peerlora.network.transport import quiet_grpc
 
+    quiet_grpc()
     wanted = load_config(config, words or [])
     with Progress() as progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
         from peerlora.runtime.peer.run import run_peer

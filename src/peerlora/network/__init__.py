@@ -1,1 +1,1 @@
-"""Real peers: messages, bytes, and who is who."""
+"""Communication of real peers: messages, transports and identities."""

@@ -1,4 +1,4 @@
-"""The byte contract: a transport knows who talks, and bytes; never what tensors mean."""
+"""Contract of a transport: it carries bytes between authenticated peers and knows nothing of tensors."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Literal, Protocol, runtime_checkable
 from peerlora.errors import PeerloraError
 
 PeerId = str
-"""A site's name, always taken from the authenticated channel, never from a message."""
+"""Name of a site, always taken from the authenticated channel, never from a message."""
 
 HEADER_BYTES = 64 * 1024
-"""The largest header that anybody accepts."""
+"""Bytes of the largest header that a receiver accepts."""
 
 
 REASONS = {
     "not-a-member": "the certificate's key is not on the current member list",
-    "not-a-neighbour": "the member list names the edges, and this is none of them; or it is none of the run's graph",
-    "list-expired": "the member list is out of date, so nobody is admitted by it",
+    "not-a-neighbour": "the edge is not among those that the member list names, or not in the run's graph",
+    "list-expired": "the member list has expired, so it admits nobody",
     "tls-failed": "no certificate, one of another CA, an expired one, or no TLS at all",
     "certificate-expired": "the certificate expired while the connection stood",
     "old-tls": "a TLS version before 1.3",
-    "no-session": "a message outside the edge's session, or of one that another has replaced",
+    "no-session": "a message outside the edge's session, or of a session that another has replaced",
     "too-many": "more calls at once than one member may have",
     "replaced": "another process of the same site has opened a newer session",
-    "wrong-proof": "the side that was dialled does not hold the key that the member list names",
+    "wrong-proof": "the dialled side does not hold the key that the member list names",
     "wrong-sender": "the message claims another name than the channel proved",
     "wrong-run": "the message belongs to another run",
     "wrong-base": "the sender trains another base model",
@@ -34,28 +34,28 @@ REASONS = {
     "late": "the round is over here",
     "from-the-future": "the round is further ahead than any honest peer can be",
     "replay": "this message was taken before",
-    "unexpected": "no message of this kind is waited for from this peer",
+    "unexpected": "no message of this kind is expected from this peer",
     "oversize": "more bytes announced or sent than this message may have",
     "bad-header": "the header cannot be read, or has unknown fields or impossible values",
     "bad-body": "the body is damaged, or its names, shapes or dtypes are not those expected",
-    "no-replica": "the difference builds on a replica that the receiver does not have; all of it is sent instead",
+    "no-replica": "the difference builds on a replica that the receiver does not have; a full one is sent instead",
     "unknown-vector": "the body holds a vector that the method's message does not name",
     "not-finite": "the body holds NaN or infinite values",
-    "bad-frame": "the pieces of a message break the transport's rules, or some are missing",
-    "internal": "the receiver failed on this message; its log says how",
+    "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
+    "internal": "the receiver failed on this message; see its log",
     "unknown-reason": "the other side gave a reason that is not in this list",
 }
-"""Every reason for a refusal, and what it means."""
+"""Reasons of refusals, and their meanings."""
 
 
 class TransportError(PeerloraError):
-    """A message did not get through, or the port cannot be had; this may pass."""
+    """A message was not delivered, or the port cannot be opened; trying again may help."""
 
     exit_code = 1
 
 
 class Refused(TransportError):
-    """The receiver said no.  ``reason`` is a word of ``REASONS``, such as ``not-a-member`` or ``wrong-run``."""
+    """The receiver refused.  ``reason`` is a key of ``REASONS``, such as ``not-a-member`` or ``wrong-run``."""
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in REASONS, reason
@@ -73,7 +73,7 @@ class DeadlineMissed(TransportError):
 
 @dataclass(frozen=True)
 class PeerEvent:
-    """Something that happened to an edge."""
+    """Change of an edge's state, or a refusal on it."""
 
     kind: Literal["up", "suspect", "down", "refused"]
     peer: PeerId
@@ -83,24 +83,24 @@ class PeerEvent:
 
 @runtime_checkable
 class Receiver(Protocol):
-    """What a transport hands messages to.  It runs on the transport's event loop."""
+    """Takes the messages of a transport, on the transport's event loop."""
 
     def admit(self, peer: PeerId, header: bytes) -> int:
-        """The bytes of body that may follow, from the header alone; raises Refused before any body is read."""
+        """Decide by the header alone how many bytes of body may follow; raises Refused before any body is read."""
         ...
 
     async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
         """Take a complete message.  Returning acknowledges it, raising Refused tells the sender why not.
 
         Awaiting here is back-pressure: the sender's call stays open, and no more than one message per edge is held.
-        It is cancelled when the sender gave up or went away meanwhile: what was not returned from was not taken.
+        It is cancelled when the sender gives up or goes away meanwhile; the message then counts as not taken.
         """
         ...
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """One peer's end of all its edges."""
+    """One peer's connections to its neighbours."""
 
     me: PeerId
 
@@ -117,7 +117,7 @@ class Transport(Protocol):
         ...
 
     def events(self) -> AsyncIterator[PeerEvent]:
-        """What happens to the edges, for as long as the transport is open; bounded, the oldest go first."""
+        """Iterate over the edges' events while the transport is open; bounded, the oldest are dropped first."""
         ...
 
     async def close(self) -> None:

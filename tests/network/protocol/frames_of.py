@@ -7,6 +7,7 @@ import torch
 
 from peerlora.network.base import Refused
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.link_history import ExchangeStep
 from peerlora.network.protocol.pending_exchange import PendingExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
@@ -59,13 +60,14 @@ class Anybody:
 
 
 class Site:
-    """A receiver as a run has it, which waits for ABOUT: the end of an edge, and behind it a rendezvous."""
+    """A receiver as a run has it, which waits for ABOUT: the end of an edge, and behind it a round protocol."""
 
     def __init__(self):
         self.ends = LinkTable("b", Anybody())
         transport = MemoryNetwork(["a", "b"]).transport("b")
-        self.protocol = RoundProtocol(transport, EXPECTED, 1.0, largest_body(SCHEMA), ABOUT.round + 1)
-        PeerControl(self.protocol, ["a"], {})
+        self.endpoint = Endpoint(transport, EXPECTED, ["a"], ABOUT.round + 1)
+        control = PeerControl(self.endpoint, {}, 1.0)
+        self.protocol = RoundProtocol(self.endpoint, 1.0, lambda kind: largest_body(SCHEMA), control)
         self.ends.receiver = self.protocol
 
     def _check(self, header, body):
@@ -74,10 +76,10 @@ class Site:
         return read_body(header, body, SCHEMA)
 
     def _begin(self):
-        own = self.protocol
+        own = self.endpoint
         own.at = ExchangeStep(ABOUT.round, ABOUT.step)
-        self.meeting = own._open = PendingExchange(["a"], ["a"], self._check, False)
-        for memory in (own.heard, own._seen, own._edges._claims, own.notices, self.ends._events):
+        self.pending = self.protocol._open = PendingExchange(["a"], ["a"], self._check, False, 1.0)
+        for memory in (own.peers.last_step, own.history._claims, own.events.waiting, self.ends._events):
             memory.clear()
 
     async def take(self, pieces):
@@ -86,8 +88,9 @@ class Site:
         try:
             return await self._take(pieces)
         except Refused:
-            assert not self.meeting.got and not self.protocol.half_used and not self.protocol.disagreeing
-            assert max(self.protocol.heard.values(), default=0) <= self.protocol.rounds
+            peers, history = self.endpoint.peers, self.endpoint.history
+            assert not self.pending.received and not history.one_sided and not peers.mismatched
+            assert max((step.round for step in peers.last_step.values()), default=0) <= self.endpoint.rounds
             raise
 
     async def _take(self, pieces):
@@ -98,7 +101,7 @@ class Site:
             return next(left, None)
 
         await self.ends.take("a", header, length, read)
-        return self.meeting.got["a"]
+        return self.pending.received["a"]
 
 
 def take(pieces):

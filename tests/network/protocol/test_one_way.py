@@ -11,6 +11,7 @@ from in_memory import exchanges, names, together
 from peerlora.config.loading import load_config
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.neighbour_exchange import without
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Expected, encode_body, read_body
@@ -67,7 +68,7 @@ def test_what_is_not_acknowledged_stays_with_the_sender():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
         found.round()
-        found.peers[0].protocol.transport.network.lose("site-0", "site-2")
+        found.peers[0].protocol.endpoint.transport.network.lose("site-0", "site-2")
         assert found.round() == [{2: "no acknowledgement"}, {}, {0: "no message"}, {}]
         assert float(found.w.sum()) == pytest.approx(4, abs=1e-14)
         assert float(found.u.sum()) == pytest.approx(9.5, abs=1e-14)
@@ -80,14 +81,14 @@ def test_what_is_not_acknowledged_stays_with_the_sender():
 def test_a_lost_acknowledgement_doubles_a_share_and_is_told():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
-        network = peers[0].protocol.transport.network
+        network = peers[0].protocol.endpoint.transport.network
         network.lose("site-0", "site-2", what="ack")
         assert found.round() == [{2: "no acknowledgement"}, {}, {}, {}]
         assert float(found.w.sum()) == pytest.approx(4 + 1 / 3, abs=1e-14)
         for _ in range(3):
             found.round()
         assert float(found.w.sum()) == pytest.approx(4 + 1 / 3, abs=1e-12)
-        told = [notice for notice in peers[2].protocol.notices if notice.kind == "half-used"]
+        told = [notice for notice in peers[2].protocol.endpoint.events.waiting if notice.kind == "half-used"]
         assert [(notice.peer, notice.detail) for notice in told] == [("site-0", "round 0: used here only")]
         assert (found.u / found.w).min() > 1 and (found.u / found.w).max() < 4
 
@@ -95,7 +96,7 @@ def test_a_lost_acknowledgement_doubles_a_share_and_is_told():
 def test_a_peer_that_is_cut_off_keeps_what_it_has():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)
-        network = peers[0].protocol.transport.network
+        network = peers[0].protocol.endpoint.transport.network
         found.round()
         network.split(["site-2"])
         for _ in range(4):
@@ -118,33 +119,34 @@ ROUNDS, DEADLINE = 25, 5.0
 async def handing(network, client, mass, graph):
     """One peer's rounds of handing on one number."""
     sites = names(4)
-    protocol = RoundProtocol(network.transport(sites[client]), Expected("run", "ba5e", "5bec"), DEADLINE, 1 << 12)
-    control = PeerControl(protocol, [site for site in sites.values() if site != sites[client]], {})
-    await control.start()
-    await control.greet(DEADLINE)
+    others = [site for site in sites.values() if site != sites[client]]
+    endpoint = Endpoint(network.transport(sites[client]), Expected("run", "ba5e", "5bec"), others)
+    control = PeerControl(endpoint, {}, DEADLINE)
+    protocol = RoundProtocol(endpoint, DEADLINE, lambda kind: 1 << 12, control)
+    await control.start(protocol)
+    await control.handshake(DEADLINE)
     numbers = {site: j for j, site in sites.items()}
     t, used = 0, 0
     while t < ROUNDS:
-        called = protocol.called(t)
+        called = endpoint.peers.round_to_follow(t)
         t = min(called[0], ROUNDS - 1) if called else t
-        protocol.enter(t)
+        endpoint.enter(t)
         await asyncio.sleep(0.3 * client)
         planned = graph.at(t)
         senders, receivers = planned.neighbours(client), planned.receivers(client)
         value = encode_body({"u": torch.tensor(mass[client], dtype=torch.float64)})
-        outcome = await protocol.meet(
-            [sites[j] for j in receivers], value, lambda h, b: read_body(h, b, SCHEMA), [sites[j] for j in senders]
-        )
-        got = {numbers[peer]: float(found["u"]) for peer, found in outcome.got.items()}
-        taken = {numbers[peer] for peer in outcome.taken}
+        to, by = ([sites[j] for j in clients] for clients in (receivers, senders))
+        outcome = await protocol.exchange(to, value, lambda h, b: read_body(h, b, SCHEMA), DEADLINE, by)
+        got = {numbers[peer]: float(found["u"]) for peer, found in outcome.received.items()}
+        taken = {numbers[peer] for peer in outcome.delivered}
         missing = [(client, j) for j in senders if j not in got] + [(j, client) for j in receivers if j not in taken]
         row = without(planned, missing, one_way=True).W[client]
         mass[client] = sum(row[j] * x for j, x in (got | {client: mass[client]}).items())
         t, used = t + 1, used + len(got)
-    protocol.enter(ROUNDS)
+    endpoint.enter(ROUNDS)
     await asyncio.sleep(3 * DEADLINE)
     await control.close()
-    return protocol.half_used, used
+    return endpoint.history.one_sided, used
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -162,10 +164,10 @@ def test_no_share_ever_vanishes(graph, what, seed):
         await network.close()
         return zip(*found, strict=True)
 
-    half_used, used = virtual_run(main())
+    one_sided, used = virtual_run(main())
     assert min(used) >= 5
     if what == "message":
-        assert sum(mass.values()) == pytest.approx(4, abs=1e-12) and not any(half_used)
+        assert sum(mass.values()) == pytest.approx(4, abs=1e-12) and not any(one_sided)
     else:
-        assert sum(mass.values()) > 4 - 1e-12 and any(half_used)
+        assert sum(mass.values()) > 4 - 1e-12 and any(one_sided)
     assert min(mass.values()) > 0 and np.isfinite(sum(mass.values()))

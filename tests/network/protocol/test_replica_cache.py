@@ -16,7 +16,7 @@ from peerlora.exchange.replicas import Difference
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
-from peerlora.network.protocol.replica_cache import ReplicaCache, fingerprint, letter_of
+from peerlora.network.protocol.replica_cache import ReplicaCache, fingerprint, outgoing
 from peerlora.network.protocol.wire import Header, encode_body, with_checksum
 from peerlora.topology.schedule import build_topology
 
@@ -46,7 +46,7 @@ class Gossip:
     def __init__(self, peers, kind):
         self.inner, self.x = peers, [adapters().rows([i]) for i in range(4)]
         self.peers = [wrapped(each, kind, start().rows([i])) for i, each in enumerate(peers)]
-        self.network, self.t = peers[0].protocol.transport.network, 0
+        self.network, self.t = peers[0].protocol.endpoint.transport.network, 0
 
     def round(self, blocks=None):
         """Everybody's missed links, and how many whole replicas each sent."""
@@ -75,7 +75,7 @@ class Gossip:
     def check_copies(self):
         for i, exchange in enumerate(self.inner):
             for j in RING.at(0).neighbours(i):
-                assert torch.equal(exchange.copies.of(f"site-{j}"), self.peers[j].known.xhat), (i, j)
+                assert torch.equal(exchange.replicas.of(f"site-{j}"), self.peers[j].known.xhat), (i, j)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +136,7 @@ def test_whatever_messages_are_lost_the_mean_stays_and_those_who_met_know_each_o
             for i, exchange in enumerate(peers):
                 assert all((i in missed[j]) == (j in missed[i]) for j in RING.at(0).neighbours(i))
                 for j in set(RING.at(0).neighbours(i)) - set(missed[i]):
-                    assert torch.equal(exchange.copies.of(f"site-{j}"), found.peers[j].known.xhat), (i, j)
+                    assert torch.equal(exchange.replicas.of(f"site-{j}"), found.peers[j].known.xhat), (i, j)
         assert 0 < lost < 15 * 8
 
 
@@ -146,7 +146,7 @@ def test_a_peer_that_starts_again_gets_whole_replicas_and_sends_its_own():
         found.round()
         saved, x = found.peers[2].state_dict(), found.x[2]
         found.round()
-        peers[2].copies = ReplicaCache(start().flat[:1])  # a new process, with the checkpoint of a round before
+        peers[2].replicas = ReplicaCache(start().flat[:1])  # a new process, with the checkpoint of a round before
         found.peers[2].load_state_dict(saved)
         found.x[2] = x
         assert found.round() == ([{}] * 4, [0, 1, 2, 1])
@@ -157,9 +157,9 @@ def test_a_replica_that_changes_elsewhere_is_found_by_its_bits():
     with exchanges(RING, start=start()) as peers:
         found = Gossip(peers, "cast")
         found.round()
-        of = peers[1].copies.of("site-0").clone()
+        of = peers[1].replicas.of("site-0").clone()
         of[0, 3] += 1e-12
-        peers[1].copies.take("site-0", torch.arange(of.shape[1]), of)
+        peers[1].replicas.put("site-0", torch.arange(of.shape[1]), of)
         assert found.round()[1] == [1, 0, 0, 0]
         found.check_copies()
 
@@ -186,9 +186,9 @@ def difference(kind):
 
 def received(sent, copies, tensors, codec="difference", **facts):
     body = encode_body(tensors) if isinstance(tensors, dict) else tensors
-    facts = facts or letter_of(sent)["facts"]
+    facts = facts or outgoing(sent).facts
     header = with_checksum(Header(run="r", kind="mix", sender="site-1", codec=codec, facts=facts), body)
-    return copies.check(sent, header, bytearray(body))
+    return copies.decode(sent, header, bytearray(body))
 
 
 def values(sent):
@@ -198,10 +198,10 @@ def values(sent):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_good_difference_and_a_whole_replica_give_the_same(kind):
     sent, copies = difference(kind)
-    letter = letter_of(sent)
-    after = received(sent, copies, letter["body"])
+    message = outgoing(sent)
+    after = received(sent, copies, message.body)
     assert torch.equal(after, sent.after)
-    assert torch.equal(received(sent, copies, letter["whole"](), "identity"), sent.after)
+    assert torch.equal(received(sent, copies, message.full_replica(), "identity"), sent.after)
 
 
 def at(name, place, value):
@@ -245,7 +245,7 @@ def test_poison_is_refused_by_name(what):
     kind, change, reason = POISON[what]
     sent, copies = difference(kind)
     if reason is None:
-        copies.take("site-1", torch.tensor([3]), torch.tensor([[1.7e308]]).double())
+        copies.put("site-1", torch.tensor([3]), torch.tensor([[1.7e308]]).double())
         sent = replace(sent, before=copies.of("site-1"))
         reason = "not-finite"
     with pytest.raises(Refused) as refusal:

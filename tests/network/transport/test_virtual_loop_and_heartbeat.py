@@ -44,20 +44,20 @@ def test_what_would_wait_for_ever_is_told():
 
 
 def test_health_by_missed_beats():
-    pulse = Heartbeat(Timing(beat=2, suspect=3, down=5), 100)
+    heartbeat = Heartbeat(Timing(beat=2, suspect=3, down=5), 100)
     seen = []
     for now in range(101, 112):
-        seen.append(pulse.health(now))
+        seen.append(heartbeat.health(now))
     assert seen == ["alive"] * 5 + ["suspect"] * 4 + ["down"] * 2
-    pulse.heard(111)
-    assert pulse.health(112) == "alive"
+    heartbeat.heard(111)
+    assert heartbeat.health(112) == "alive"
 
 
 def test_a_process_that_stood_still_does_not_blame_its_peer():
-    pulse = Heartbeat(Timing(beat=2), 0)
-    assert pulse.health(1) == "alive"
-    assert pulse.health(1000) == "alive"
-    assert [pulse.health(1000 + second) for second in (3, 6, 9, 10)] == ["alive", "suspect", "suspect", "down"]
+    heartbeat = Heartbeat(Timing(beat=2), 0)
+    assert heartbeat.health(1) == "alive"
+    assert heartbeat.health(1000) == "alive"
+    assert [heartbeat.health(1000 + second) for second in (3, 6, 9, 10)] == ["alive", "suspect", "suspect", "down"]
 
 
 def test_the_wait_before_dialling_grows_to_a_limit():

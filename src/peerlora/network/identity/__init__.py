@@ -1,1 +1,1 @@
-"""Who is who: keys, certificates and the signed member list."""
+"""Identities of sites: keys, certificates and the signed member list."""

@@ -1,7 +1,7 @@
-"""A small certificate authority and list signer, for consortia that have none.  Keep its folder offline.
+"""Small certificate authority and list signer, for consortia that have none.  Keep its folder offline.
 
 ca-key.pem     P-256: signs the sites' certificates          list-key.pem   Ed25519: signs the member list
-trust.pem      what every site gets: the root certificate and the list signer's public key
+trust.pem      for every site: the root certificate and the list signer's public key
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from peerlora.network.identity.key_files import PRIVATE, read_private, read_publ
 from peerlora.network.identity.members import MemberList, add_member, new_list, sign_list, write_list
 
 DAYS = (30, 90)
+"""Days, shortest and longest, that a site's certificate may be valid."""
 ROOT_DAYS = 5 * 365
-_EARLY = timedelta(minutes=5)  # clocks of sites differ
+"""Days that the root certificate is valid."""
+_EARLY = timedelta(minutes=5)  # validity begins so long before now, since clocks of sites differ
 
 
 def new_authority(folder: Path, name: str, now: datetime | None = None) -> None:
-    """Make the keys and the root certificate of a consortium; raises IdentityError where there are some."""
+    """Create the keys and the root certificate of a consortium; raises IdentityError where there are some."""
     now = now or datetime.now(UTC)
     key, pem = new_key()
     signer = Ed25519PrivateKey.generate()
@@ -62,7 +64,7 @@ def new_authority(folder: Path, name: str, now: datetime | None = None) -> None:
 
 
 def _usage(signing: bool) -> x509.KeyUsage:
-    """A leaf's usage (``signing`` messages) or a root's (signing certificates)."""
+    """Key usage of a leaf (``signing`` messages) or of a root (signing certificates)."""
     others = dict.fromkeys(
         ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only"), False
     )
@@ -72,27 +74,27 @@ def _usage(signing: bool) -> x509.KeyUsage:
 
 
 def sign_request(authority: Path, pem: bytes, days: int = 60, now: datetime | None = None) -> tuple[str, str, bytes]:
-    """Make a leaf certificate of a request: the site, its key's fingerprint, and the certificate (PEM).
+    """Sign a request: the site, its key's fingerprint, and the leaf certificate (PEM).
 
-    ``days``: how long it is valid, 30 to 90.  Only the site's name and key are taken from the request; whether they
-    belong together must be asked of the site, on another way than the request came.  Raises IdentityError.
+    ``days``: how long it is valid, 30 to 90.  Only the site's name and key are taken from the request; verify with the
+    site, over another channel than the request's, that they belong together.  Raises IdentityError.
     """
     if not DAYS[0] <= days <= DAYS[1]:
         raise IdentityError(
             f"{days} days given; expected {DAYS[0]} to {DAYS[1]}, renewals keep a lost key's harm short"
         )
     try:
-        asked = x509.load_pem_x509_csr(pem)
+        csr = x509.load_pem_x509_csr(pem)
     except ValueError:
         raise IdentityError("the request is not readable; expected PEM by `peerlora identity request`") from None
-    if not asked.is_signature_valid:
+    if not csr.is_signature_valid:
         raise IdentityError("the request is not signed by its own key; it was changed on its way")
-    key, site = p256(asked.public_key(), "the request"), site_of(asked.extensions, "the request")
+    key, site = p256(csr.public_key(), "the request"), site_of(csr.extensions, "the request")
     return site, fingerprint_of(key), issue(authority, key, site, timedelta(days=days), now)
 
 
 def issue(authority: Path, key: object, site: str, valid: timedelta, now: datetime | None = None) -> bytes:
-    """The certificate (PEM) of a site's public key, valid from ``now``."""
+    """Issue a certificate (PEM) for a site's public key, valid from ``now``."""
     now = now or datetime.now(UTC)
     root = read_certificates(read_public(authority / "trust.pem", "an authority's trust.pem"), "trust.pem")[0]
     signer, public = read_key(authority / "ca-key.pem"), p256(key, "the request")
@@ -113,7 +115,7 @@ def issue(authority: Path, key: object, site: str, valid: timedelta, now: dateti
 
 
 def list_signer(authority: Path) -> Ed25519PrivateKey:
-    """The key that signs member lists; raises IdentityError."""
+    """Load the key that signs member lists; raises IdentityError."""
     path = authority / "list-key.pem"
     try:
         key = serialization.load_pem_private_key(read_private(path), None)
@@ -133,11 +135,11 @@ def throwaway(
     days: int = 30,
     edges: Iterable[tuple[str, str]] | None = None,
 ) -> MemberList:
-    """Identities and a signed list for a federation on one machine, in ``folder``.
+    """Create identities and a signed list for a federation on one machine, in ``folder``.
 
     ``folder/authority``, ``folder/SITE`` for every site (in the order of their client numbers) and
-    ``folder/members.json``.  ``addresses``: site -> host:port, or None for one that only dials.  ``edges``: who may
-    talk to whom; None: everybody to everybody.
+    ``folder/members.json``.  ``addresses``: site -> host:port, or None for one that only dials.  ``edges``: pairs of
+    sites that may talk; None: all pairs.
     """
     authority, members = folder / "authority", new_list(name)
     new_authority(authority, name)

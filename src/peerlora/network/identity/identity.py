@@ -1,10 +1,10 @@
-"""Who a site is: its key, its certificate, and whom it trusts.
+"""Identity of a site: its key, its certificate, and the roots that it trusts.
 
 key.pem            P-256, readable by its owner alone; it never leaves the site
 site.json          the site's name
 certificate.pem    the leaf that a consortium's CA made of the request, with intermediates after it, if any
 trust.pem          the root certificates and the public key of the member list's signer, one file from the consortium
-lists.json         the newest version seen of every member list, so that an older one is not taken again
+lists.json         the newest version seen of every member list, so that an older one is not accepted again
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ class Identity:
     certificate: bytes = field(repr=False)
     """PEM, with intermediates."""
     roots: bytes = field(repr=False)
-    """PEM of every certificate authority that is trusted."""
+    """PEM of all trusted root certificates."""
     signers: tuple[bytes, ...] = field(repr=False)
-    """Ed25519 public keys (32 bytes each) of those who may sign a member list."""
+    """Ed25519 public keys (32 bytes each) that may sign a member list."""
     fingerprint: str
-    """SHA-256 of the public key, hexadecimal: what the member list names."""
+    """SHA-256 of the public key, hexadecimal; the member list holds it."""
     expires: datetime
 
 
 def check_site(name: str) -> str:
-    """The name, if a certificate can carry it; raises IdentityError."""
+    """Return the name if a certificate can carry it; raises IdentityError."""
     if not SITE.fullmatch(name):
         raise IdentityError(f"site {name!r} given; expected 1 to 63 of a-z, 0-9 and inner hyphens, such as hospital-a")
     return name
 
 
 def host_name(site: str) -> str:
-    """The name by which TLS checks that the certificate of the side dialled is the site's; not in any DNS."""
+    """Host name by which TLS checks the certificate of the dialled site; not in any DNS."""
     return f"{site}.peerlora.internal"
 
 
 def site_uri(site: str) -> str:
-    """The name of a site as a URI, for a certificate's subject alternative names."""
+    """URI of a site, for a certificate's subject alternative names."""
     return f"spiffe://peerlora.internal/site/{site}"
 
 
@@ -71,36 +71,36 @@ def fingerprint_of(key: ec.EllipticCurvePublicKey) -> str:
 
 
 def certificate_fingerprint(pem: bytes) -> str:
-    """The key's fingerprint of the first certificate in ``pem``; raises IdentityError."""
+    """Fingerprint of the key in the first certificate of ``pem``; raises IdentityError."""
     return fingerprint_of(p256(read_certificates(pem, "a certificate")[0].public_key(), "the certificate"))
 
 
 def certificate_site(pem: bytes) -> str:
-    """The site that the first certificate in ``pem`` names; raises IdentityError."""
+    """Site named by the first certificate of ``pem``; raises IdentityError."""
     return site_of(read_certificates(pem, "a certificate")[0].extensions, "the certificate")
 
 
 def p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
-    """The key, if it is a public P-256 key; raises IdentityError."""
+    """Return the key if it is a public P-256 key; raises IdentityError."""
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError(f"{what} holds another kind of key; expected P-256 (prime256v1)")
     return key
 
 
 def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
-    """A P-256 key, and the same as PEM."""
+    """Generate a P-256 key; also returns it as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     return key, private_pem(key)
 
 
 def private_pem(key: PrivateKeyTypes) -> bytes:
-    """A private key as unencrypted PKCS#8 PEM: its file is what keeps it."""
+    """Encode a private key as unencrypted PKCS#8 PEM; the mode of its file protects it."""
     pkcs8 = serialization.PrivateFormat.PKCS8
     return key.private_bytes(serialization.Encoding.PEM, pkcs8, serialization.NoEncryption())
 
 
 def new_identity(folder: Path, site: str) -> str:
-    """Make a site's key and name in ``folder``; the key's fingerprint.  Raises IdentityError where there is one."""
+    """Create a site's key and name in ``folder``; the key's fingerprint.  Raises IdentityError where there is one."""
     check_site(site)
     key, pem = new_key()
     write_new(folder / "key.pem", pem, PRIVATE)
@@ -109,7 +109,7 @@ def new_identity(folder: Path, site: str) -> str:
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The P-256 key in a private file; raises IdentityError."""
+    """Read the P-256 key in a private file; raises IdentityError."""
     try:
         key = serialization.load_pem_private_key(read_private(path), None)
     except (ValueError, TypeError):
@@ -120,7 +120,7 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def read_site(folder: Path) -> str:
-    """The site's name; raises IdentityError."""
+    """Read the site's name; raises IdentityError."""
     text = read_public(folder / "site.json", "a folder made by `peerlora identity new`")
     try:
         return check_site(json.loads(text)["site"])
@@ -129,20 +129,20 @@ def read_site(folder: Path) -> str:
 
 
 def request(folder: Path) -> bytes:
-    """A certificate request (PEM) for the site of ``folder``, signed by its key."""
+    """Create a certificate request (PEM) for the site of ``folder``, signed by its key."""
     key, site = read_key(folder / "key.pem"), read_site(folder)
     names = x509.SubjectAlternativeName([x509.DNSName(host_name(site)), x509.UniformResourceIdentifier(site_uri(site))])
-    made = x509.CertificateSigningRequestBuilder().subject_name(common_name(site)).add_extension(names, critical=False)
-    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    csr = x509.CertificateSigningRequestBuilder().subject_name(common_name(site)).add_extension(names, critical=False)
+    return csr.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def common_name(name: str) -> x509.Name:
-    """A subject of one field."""
+    """Subject with a common name only."""
     return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
 
 
 def site_of(names: x509.Extensions, what: str) -> str:
-    """The one site that subject alternative names give; raises IdentityError."""
+    """Site that the subject alternative names give; raises IdentityError unless it is exactly one."""
     try:
         found = names.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -158,7 +158,7 @@ def site_of(names: x509.Extensions, what: str) -> str:
 
 
 def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
-    """Every certificate in ``pem``; raises IdentityError where there is none."""
+    """Parse all certificates in ``pem``; raises IdentityError where there is none."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError:
@@ -166,7 +166,7 @@ def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
 
 
 def read_trust(pem: bytes, what: str) -> tuple[list[x509.Certificate], tuple[bytes, ...]]:
-    """Root certificates and the signers' Ed25519 keys of a trust file; raises IdentityError."""
+    """Parse a trust file: root certificates and the signers' Ed25519 keys; raises IdentityError."""
     roots = read_certificates(pem, what)
     blocks = re.findall(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n?", pem, re.DOTALL)
     try:
@@ -179,7 +179,7 @@ def read_trust(pem: bytes, what: str) -> tuple[list[x509.Certificate], tuple[byt
 
 
 def load_identity(folder: Path, now: datetime | None = None) -> Identity:
-    """A site's identity, with everything about it checked that can be checked alone.
+    """Load a site's identity, with every check that needs no other site.
 
     Raises IdentityError: a file is missing, the key is open to others, the certificate is of another key, site or CA,
     or not valid at ``now``.

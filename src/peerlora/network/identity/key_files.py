@@ -1,4 +1,4 @@
-"""Files that hold keys and lists: made whole or not at all, private where they must be, no key ever overwritten."""
+"""Files of keys and lists: written atomically, private where they must be, keys never overwritten."""
 
 import os
 import stat
@@ -23,13 +23,13 @@ def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
 
 
 def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
-    """Replace a file at once: whoever reads finds the old or the new one."""
+    """Replace a file atomically: a reader finds the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.replace(_temporary(path, data, mode), path)
 
 
 def read_private(path: Path) -> bytes:
-    """A key's bytes; raises IdentityError where other users may read or change the file."""
+    """Read a key; raises IdentityError where other users may read or change the file."""
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
@@ -41,7 +41,7 @@ def read_private(path: Path) -> bytes:
 
 
 def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
-    """The bytes of a file of at most ``most`` bytes; raises IdentityError saying ``what`` it should have been."""
+    """Read a file of at most ``most`` bytes; raises IdentityError that names ``what`` was expected."""
     try:
         with open(path, "rb") as file:
             data = file.read(most + 1)
@@ -53,7 +53,7 @@ def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
 
 
 def _temporary(path: Path, data: bytes, mode: int) -> str:
-    """A finished file beside ``path``; private from its first moment."""
+    """Write a temporary file beside ``path``, private from its creation; its name."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(number, "wb") as file:
         os.fchmod(number, mode)

@@ -1,8 +1,8 @@
-"""The signed list of a consortium's members: who may take part, by which key, and at which address.
+"""Signed list of a consortium's members, with key and address.
 
 One JSON file: ``{"list": {...}, "signature": "..."}``.  The signature (Ed25519) covers the list's values in one
-canonical form, so the file may be laid out for reading.  A list that was edited has no signature until it is signed
-again, as the next version.  A site keeps its client number for ever: in all versions, and when it comes back.
+canonical form, so the file may be formatted for reading.  An edited list has no signature until it is signed again, as
+the next version.  A site keeps its client number for ever: in all versions, and when it returns.
 """
 
 from __future__ import annotations
@@ -25,41 +25,42 @@ from peerlora.errors import IdentityError, nearest
 from peerlora.network.identity.identity import SITE, check_site
 from peerlora.network.identity.key_files import read_public, write_over
 
-_DOMAIN = b"peerlora member list 1\n"  # this key's signature under anything else is none under a list
+_DOMAIN = b"peerlora member list 1\n"  # prefix of the signed bytes: a signature over anything else does not fit a list
 MOST = 10_000
+"""Members, at most, of a list."""
 Site = Annotated[str, Meta(pattern=f"^{SITE.pattern}$")]
 Number = Annotated[int, Meta(ge=0, lt=MOST)]
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One site."""
+    """Member of a list: one site."""
 
     site: Site
     client: Number
-    """Its number in the run, from 0; never given to another site."""
+    """Client number in the run, from 0; never given to another site."""
     fingerprint: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of its public key."""
     address: Annotated[str, Meta(max_length=300)] | None = None
-    """host:port where others can dial it; None for a site that only dials."""
+    """host:port that others dial; None for a site that only dials."""
 
 
 class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One version of the list."""
+    """One version of a member list."""
 
     name: Annotated[str, Meta(min_length=1, max_length=100)]
     version: Annotated[int, Meta(ge=0, le=2**53)] = 0
-    """Of the last signing; 0 for never."""
+    """Version of the last signature; 0 for none."""
     issued: datetime | None = None
     expires: datetime | None = None
     members: Annotated[list[Member], Meta(max_length=MOST)] = []
     former: dict[Site, Number] = {}
-    """Client numbers of sites that were removed."""
+    """Client numbers of removed sites."""
     edges: list[tuple[Site, Site]] | None = None
-    """Who may talk to whom; None: everybody to everybody."""
+    """Pairs of sites that may talk; None: all pairs."""
     format: Literal[1] = 1
 
     def member(self, site: str) -> Member:
-        """The member of this name; raises IdentityError naming the nearest."""
+        """Member of this name; raises IdentityError that names the nearest."""
         for member in self.members:
             if member.site == site:
                 return member
@@ -73,12 +74,12 @@ class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return one != other and (self.edges is None or (one, other) in self.edges or (other, one) in self.edges)
 
     def expired(self, now: datetime) -> bool:
-        """Whether nobody is admitted by this list any more."""
+        """Whether this list admits nobody any more."""
         return self.expires is None or now >= self.expires
 
 
 class SignedList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the file holds."""
+    """Content of a list file."""
 
     list: MemberList
     signature: Annotated[str, Meta(max_length=200)] | None = None
@@ -86,16 +87,16 @@ class SignedList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def new_list(name: str) -> MemberList:
-    """An empty draft."""
+    """Create an empty draft."""
     return _checked(MemberList(name))
 
 
 def add_member(
     members: MemberList, site: str, fingerprint: str, address: str | None = None, neighbours: tuple[str, ...] = ()
 ) -> MemberList:
-    """The list with one more site; with ``neighbours``, edges to them, and from then on only named edges exist.
+    """Add a site; with ``neighbours``, edges to them, and from then on only named edges exist.
 
-    A site that comes back gets its old client number.  Raises IdentityError.
+    A site that returns gets its old client number.  Raises IdentityError.
     """
     check_site(site)
     if any(member.site == site for member in members.members):
@@ -113,7 +114,7 @@ def add_member(
 
 
 def remove_member(members: MemberList, site: str) -> MemberList:
-    """The list without a site and its edges; its client number stays taken.  Raises IdentityError."""
+    """Remove a site and its edges; its client number stays reserved.  Raises IdentityError."""
     gone = members.member(site)
     edges = None if members.edges is None else [edge for edge in members.edges if site not in edge]
     kept = [member for member in members.members if member.site != site]
@@ -121,7 +122,7 @@ def remove_member(members: MemberList, site: str) -> MemberList:
 
 
 def link_members(members: MemberList, one: str, other: str) -> MemberList:
-    """The list with an edge more; raises IdentityError where the two may talk already."""
+    """Add an edge; raises IdentityError where the two may talk already."""
     _known(members, one, other)
     if members.edges is None:
         raise IdentityError(
@@ -134,7 +135,7 @@ def link_members(members: MemberList, one: str, other: str) -> MemberList:
 
 
 def unlink_members(members: MemberList, one: str, other: str) -> MemberList:
-    """The list with an edge less; where it named none, with all edges but this one.  Raises IdentityError."""
+    """Remove an edge; where the list named none, all edges but this one remain.  Raises IdentityError."""
     _known(members, one, other)
     sites = [member.site for member in members.members]
     edges = list(itertools.combinations(sites, 2)) if members.edges is None else members.edges
@@ -150,7 +151,7 @@ def _known(members: MemberList, one: str, other: str) -> None:
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[v6]:port``; raises IdentityError."""
+    """Parse ``host:port`` or ``[v6]:port``; raises IdentityError."""
     found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
     if not found or not 0 < int(found[2]) < 65536:
         raise IdentityError(f"address {address!r} given; expected host:port, such as peer.hospital-a.example:7443")
@@ -158,7 +159,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def sign_list(members: MemberList, key: Ed25519PrivateKey, valid: timedelta, now: datetime | None = None) -> SignedList:
-    """The next version of the list, signed, valid for ``valid`` from ``now``."""
+    """Sign the next version of the list, valid for ``valid`` from ``now``."""
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     if not members.members:
         raise IdentityError("the member list is empty; add its sites first: peerlora members add")
@@ -171,7 +172,7 @@ def sign_list(members: MemberList, key: Ed25519PrivateKey, valid: timedelta, now
 def verify_list(
     signed: SignedList, signers: tuple[bytes, ...], now: datetime | None = None, what: str = ""
 ) -> MemberList:
-    """The list, if one of ``signers`` (Ed25519 public keys) signed it and it is in force at ``now``.
+    """Return the list if one of ``signers`` (Ed25519 public keys) signed it and it is valid at ``now``.
 
     Raises IdentityError.
     """
@@ -198,13 +199,13 @@ def _signed_by(signer: bytes, signed: SignedList) -> bool:
 
 
 def canonical(members: MemberList) -> bytes:
-    """The bytes that are signed: the same however the file is laid out."""
+    """Encode the bytes to sign: the same for every layout of the file."""
     tree = msgspec.to_builtins(members)
     return _DOMAIN + json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def _checked(members: MemberList) -> MemberList:
-    """The list, if its parts fit together; raises IdentityError."""
+    """Return the list if its parts are consistent; raises IdentityError."""
     try:
         members = msgspec.convert(msgspec.to_builtins(members), MemberList)
     except msgspec.ValidationError as error:
@@ -227,7 +228,7 @@ def _checked(members: MemberList) -> MemberList:
 
 
 def read_list(path: Path) -> SignedList:
-    """The file as it stands, signed or not; raises IdentityError where it is no member list."""
+    """Read a list file, signed or not; raises IdentityError where it is no member list."""
     try:
         signed = msgspec.json.decode(read_public(path, "a member list"), type=SignedList)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -236,10 +237,10 @@ def read_list(path: Path) -> SignedList:
 
 
 def write_list(path: Path, signed: SignedList) -> None:
-    """Replace the file at once."""
+    """Write a list file atomically."""
     write_over(path, msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n")
 
 
 def load_members(path: Path, signers: tuple[bytes, ...], now: datetime | None = None) -> MemberList:
-    """The verified list of a file; raises IdentityError."""
+    """Read and verify a list file; raises IdentityError."""
     return verify_list(read_list(path), signers, now, str(path))

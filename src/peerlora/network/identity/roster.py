@@ -1,4 +1,4 @@
-"""What one site goes by while it runs: the newest member list that it has seen, asked at every message."""
+"""Roster of a running site: the newest member list that it has seen, checked at every message."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from peerlora.network.identity.members import MemberList, canonical
 
 
 def utc_now() -> datetime:
-    """The time by which lists and certificates expire."""
+    """Now, for the expiry of lists and certificates."""
     return datetime.now(UTC)
 
 
 class Roster:
-    """The current list, seen by the site ``me``, whose key has ``fingerprint``.
+    """The current list, for the site ``me``, whose key has ``fingerprint``.
 
-    ``folder``: the identity's folder, which remembers the newest version across restarts.  Raises IdentityError when
+    ``folder``: the identity's folder, which stores the newest version across restarts.  Raises IdentityError when
     the site is not on the list under its key, or the list is older than one seen before.
     """
 
@@ -36,22 +36,22 @@ class Roster:
     ):
         self.me, self.fingerprint, self.folder, self.clock = me, fingerprint, folder, clock
         self._only: frozenset[PeerId] | None = None
-        self.members = self._taken(members, None)
+        self.members = self._accept(members, None)
 
     def keep_to(self, sites: Iterable[PeerId]) -> None:
-        """Of all who may talk to this site by the list, dial and admit these alone: its neighbours in a run."""
+        """Of all members that may talk to this site, dial and admit only these: its neighbours in a run."""
         self._only = frozenset(sites)
 
     def replace(self, members: MemberList) -> None:
-        """Go by a newer list from now on; raises IdentityError for an older one, or for one of another consortium."""
-        self.members = self._taken(members, self.members)
+        """Replace the list by a newer one; raises IdentityError for an older one, or for one of another consortium."""
+        self.members = self._accept(members, self.members)
 
     def knows(self, fingerprint: str) -> bool:
         """Whether this is a member's key."""
         return fingerprint in self._sites
 
     def admit(self, fingerprint: str) -> PeerId:
-        """The site whose key this is; raises Refused unless it may talk to this one now."""
+        """Find the site with this key; raises Refused unless it may talk to this one now."""
         found = self._sites.get(fingerprint)
         if found is None:
             raise Refused("not-a-member", f"key {fingerprint[:16]}")
@@ -68,18 +68,18 @@ class Roster:
             raise Refused("not-a-neighbour", site)
 
     def others(self) -> list[PeerId]:
-        """Every member that may talk to this one; those that it is kept to, if it is."""
+        """All members that may talk to this one, of those given to ``keep_to``."""
         return [member.site for member in self.members.members if self._linked(member.site)]
 
     def _linked(self, site: PeerId) -> bool:
         return self.members.linked(self.me, site) and (self._only is None or site in self._only)
 
     def dials(self, site: PeerId) -> bool:
-        """Whether this end of an edge is the one that dials: where both can be dialled, the one named first."""
+        """Whether this end of an edge dials: where both can be dialled, the one first in the alphabet does."""
         mine, theirs = self.members.member(self.me).address, self.members.member(site).address
         return theirs is not None and (mine is None or self.me < site)
 
-    def _taken(self, members: MemberList, before: MemberList | None) -> MemberList:
+    def _accept(self, members: MemberList, before: MemberList | None) -> MemberList:
         own = members.member(self.me)
         if own.fingerprint != self.fingerprint:
             raise IdentityError(
@@ -87,7 +87,7 @@ class Roster:
                 f"{self.fingerprint[:16]}; have the list changed, or use the right folder"
             )
         digest = hashlib.sha256(canonical(members)).hexdigest()
-        seen = self._seen()
+        seen = self._read_seen()
         if before is not None:
             seen |= {before.name: {"version": before.version, "sha256": hashlib.sha256(canonical(before)).hexdigest()}}
             if before.name != members.name:
@@ -110,8 +110,8 @@ class Roster:
         self._sites = {member.fingerprint: member.site for member in members.members}
         return members
 
-    def _seen(self) -> dict:
-        """The newest version seen of every list, by its name."""
+    def _read_seen(self) -> dict:
+        """Newest version seen of every list, by its name."""
         if self.folder is None or not (self.folder / "lists.json").is_file():
             return {}
         try:

@@ -1,1 +1,1 @@
-"""The messages of real peers: what a round, a push or a handshake consists of, and every check before use."""
+"""Messages of real peers: rounds, pushes and handshakes, and every check before use."""

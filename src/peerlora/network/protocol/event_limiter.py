@@ -1,4 +1,4 @@
-"""What the user hears about neighbours, and how much of it one neighbour may cause."""
+"""Rate limit of the events about neighbours that reach the user."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from peerlora.network.base import PeerId
 
-_WAITING = 10_000  # notices that nobody fetched; the oldest go first
-_EACH = 16  # notices that one neighbour may cause in a round; what goes beyond is counted
+_QUEUE = 10_000  # events that wait to be fetched; beyond, the oldest are dropped
+_PER_ROUND = 16  # events that one neighbour may cause in a round; beyond, they are counted
 
 
 class NeighbourEvent(NamedTuple):
-    """Something that the user should hear about a neighbour."""
+    """An event about a neighbour that the user should see."""
 
     time: str
     """ISO 8601, UTC."""
@@ -24,33 +24,34 @@ class NeighbourEvent(NamedTuple):
 
 
 class EventLimiter:
-    """Notices that wait for whoever tells the user.
+    """Queue of events, of which one neighbour can cause only so many.
 
-    Of one neighbour a refusal is told once in a round, whatever its details, and other things up to a bound; what went
-    untold is told as a number when the round is over.  So a neighbour that sends rubbish without end fills no disk.
+    At most one refusal event per neighbour, round and reason, and ``_PER_ROUND`` events in all; when the round is over
+    one event gives the number of those left out.  So a neighbour that keeps sending invalid messages fills no disk.
     """
 
     def __init__(self):
-        self.waiting: deque[NeighbourEvent] = deque(maxlen=_WAITING)
-        self._told: dict[PeerId, Counter[str]] = {}
-        self._untold: dict[PeerId, Counter[tuple[str, str]]] = {}
+        self.waiting: deque[NeighbourEvent] = deque(maxlen=_QUEUE)
+        self._passed: dict[PeerId, Counter[str]] = {}
+        self._left_out: dict[PeerId, Counter[tuple[str, str]]] = {}
 
     def add(self, kind: str, peer: PeerId, detail: str) -> None:
-        """Note something."""
-        told, word = self._told.setdefault(peer, Counter()), detail.partition(":")[0] if kind == "refused" else ""
-        again = bool(word) and word in told
-        if again or told.total() >= _EACH:
-            self._untold.setdefault(peer, Counter())[kind, word if again else ""] += 1
+        """Queue an event, or count it where the neighbour has caused too many."""
+        reason = detail.partition(":")[0] if kind == "refused" else ""
+        passed = self._passed.setdefault(peer, Counter())
+        repeated = bool(reason) and reason in passed
+        if repeated or passed.total() >= _PER_ROUND:
+            self._left_out.setdefault(peer, Counter())[kind, reason if repeated else ""] += 1
             return
-        told[word] += 1
+        passed[reason] += 1
         self._put(kind, peer, detail)
 
     def next_round(self, round: int) -> None:
-        """Say how much went untold in ``round``, which is over."""
-        for peer, untold in self._untold.items():
-            for (kind, word), count in untold.items():
-                self._put(kind, peer, f"{word and word + ': '}{count} more in round {round}")
-        self._told, self._untold = {}, {}
+        """Queue the numbers of events left out in ``round``, which is over."""
+        for peer, left_out in self._left_out.items():
+            for (kind, reason), count in left_out.items():
+                self._put(kind, peer, f"{reason and reason + ': '}{count} more in round {round}")
+        self._passed, self._left_out = {}, {}
 
     def _put(self, kind: str, peer: PeerId, detail: str) -> None:
         self.waiting.append(NeighbourEvent(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
-_OFF_LOOP = 1 << 18  # bytes from which looking at a message would hold up all others
+_OFF_LOOP = 1 << 18  # bytes of a message from which decoding it would block the event loop too long
 
 
 class EventLoopThread:
@@ -20,11 +20,11 @@ class EventLoopThread:
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
-        """What the coroutine returns, or raises."""
+        """Run a coroutine in the thread and return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def ask(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
-        """What a function returns that must be called there."""
+        """Call a function in the thread, between two steps of its coroutines, and return its result."""
 
         async def asked() -> Answer:
             return function(*arguments)
@@ -32,7 +32,7 @@ class EventLoopThread:
         return self.call(asked())
 
     def close(self) -> None:
-        """End all that still runs there, and the thread."""
+        """Cancel all tasks and end the thread."""
         if self._thread.is_alive():
             self.call(_end_all())
             self.loop.call_soon_threadsafe(self.loop.stop)
@@ -46,6 +46,22 @@ class EventLoopThread:
         self.close()
 
 
+class Signal:
+    """Wakes all tasks that wait for a change."""
+
+    def __init__(self):
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake every waiting task."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Wait for the next ``notify``."""
+        await self._event.wait()
+
+
 async def _end_all() -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
@@ -55,5 +71,5 @@ async def _end_all() -> None:
 
 
 async def run_off_loop(size: int, work: Callable[..., Answer], *arguments: Any) -> Answer:
-    """What ``work`` returns on a message of ``size`` bytes; for a large one it leaves the event loop to others."""
+    """Run ``work`` on a message of ``size`` bytes, a large one in another thread, and return its result."""
     return await asyncio.to_thread(work, *arguments) if size >= _OFF_LOOP else work(*arguments)

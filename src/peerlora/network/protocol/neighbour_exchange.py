@@ -1,9 +1,10 @@
-"""The exchange of a real peer: one client, whose neighbours are somewhere else."""
+"""Exchange of a real peer: one client held here, whose neighbours are other processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.pending_exchange import Decoder, OutgoingMessage
-from peerlora.network.protocol.replica_cache import ReplicaCache, letter_of
+from peerlora.network.protocol.replica_cache import ReplicaCache, outgoing
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.wire import Header, encode_body, read_claimed
 from peerlora.topology.schedule import RoundGraph, Topology
@@ -35,9 +36,9 @@ Tree = TypeVar("Tree")
 class NeighbourExchange(PlainExchange):
     """Sends the own row, collects the neighbours' until the deadline, and combines them by the own row of W.
 
-    What is summed, is summed in the order of client numbers.  The weight of an edge that does not count goes to the
-    diagonal of both its ends, so W stays doubly stochastic; where links go one way, it stays with the sender, who keeps
-    what was not acknowledged, so columns keep their sums.
+    Sums run in the order of client numbers.  The weight of a link that is not used goes to the diagonal of both its
+    ends, so W stays doubly stochastic; where links go one way, it stays with the sender, who keeps what was not
+    acknowledged, so columns keep their sums.
 
     ``names``: client -> peer, for all neighbours of the run.  ``start``: the adapters with which all clients begin;
     compressed gossip builds on them.  ``positive_vectors``: names of those that are refused unless they are above zero.
@@ -56,15 +57,25 @@ class NeighbourExchange(PlainExchange):
         self.topology, self.names = topology, names
         self.clients: Sequence[int] = [client]
         self.protocol, self.thread = protocol, thread
-        self.copies = None if start is None else ReplicaCache(start.flat[:1])
+        self.replicas = None if start is None else ReplicaCache(start.flat[:1])
+        self._deadline = protocol.deadline
         self.positive_vectors, self.one_way = tuple(positive_vectors), not topology.properties.symmetric
         self._set(0)
 
     def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
         """Begin a round, here and for the messages of neighbours."""
         self._set(t, absent)
-        self.thread.loop.call_soon_threadsafe(self.protocol.enter, t)
+        self.thread.loop.call_soon_threadsafe(self.protocol.endpoint.enter, t)
         return self.stats
+
+    @contextmanager
+    def extended_deadline(self, seconds: float) -> Iterator[None]:
+        """Within the block an exchange waits up to ``seconds`` for neighbours."""
+        before, self._deadline = self._deadline, seconds
+        try:
+            yield
+        finally:
+            self._deadline = before
 
     def _set(self, t: int, absent: Sequence[int] = ()) -> None:
         self.t, self.graph = t, self.topology.at(t, absent)
@@ -73,33 +84,32 @@ class NeighbourExchange(PlainExchange):
     def mix(self, x: Tree, target: str | None = None) -> Tree:
         """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``; W for the leaf ``target`` where one is named."""
         began = time.perf_counter()
-        (met,), W = self._meet((x,), target)
+        (met,), W = self._collect((x,), target)
         others = leaves(met, (Adapters, Tensor))
         mixed = tree_map(lambda name, leaf: self._leaf(leaf, others[name], W), x, leaf=(Adapters, Tensor))
         self.stats.seconds += time.perf_counter() - began
         return mixed
 
     def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
-        """``sum_j W_ij xhat_j``, with the own copies of the neighbours' replicas; see ``ReplicaCache``."""
-        assert self.copies is not None, "compressed gossip builds on the common start"
+        """``sum_j W_ij xhat_j``, with the cached replicas of the neighbours; see ``ReplicaCache``."""
+        assert self.replicas is not None, "compressed gossip builds on the common start"
         began = time.perf_counter()
-        letter = OutgoingMessage(**letter_of(sent))
-        reached = self._post(letter, partial(self.copies.check, sent))
-        for j, after in reached.items():
-            self.copies.take(self.names[j], sent.places, after)
-        reached[self.clients[0]] = sent.after
-        senders = sorted(reached)
-        rows = torch.cat([reached[j] for j in senders])
+        received = self._exchange(outgoing(sent), partial(self.replicas.decode, sent))
+        for j, after in received.items():
+            self.replicas.put(self.names[j], sent.places, after)
+        received[self.clients[0]] = sent.after
+        senders = sorted(received)
+        rows = torch.cat([received[j] for j in senders])
         self.stats.sent, self.stats.received = x, _replicas(x, rows)
         mixed = operator(self.graph.W[self.clients][:, senders], rows) @ rows
         self.stats.seconds += time.perf_counter() - began
         return mixed
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
-        """``x_i <- rule(what reached i)``; without any contact ``x`` stays as it is."""
+        """``x_i <- rule(x_j of all senders j)``; without any contact ``x`` stays as it is."""
         began = time.perf_counter()
         sent = x.only("AB") if x.spec.private_head else x
-        (met, *parts), W = self._meet((x, *([x.merged] if merged else [])))
+        (met, *parts), W = self._collect((x, *([x.merged] if merged else [])))
         self.stats.sent, self.stats.received = x, met
         others = met.only("AB") if x.spec.private_head else met
         combined, measured = apply_rule(sent, replace(others, merged=parts[0] if parts else None), W, rule)
@@ -116,23 +126,23 @@ class NeighbourExchange(PlainExchange):
         rows = others.flat[:, x.spec.shared]
         return x.sharing(operator(W, rows) @ rows)
 
-    def _meet(self, payload: Payload, target: str | None = None) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
-        """The payloads of all whose edge counts, and the own row of W for them."""
+    def _collect(self, payload: Payload, target: str | None = None) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
+        """Exchange a payload: those of all senders whose link is used, and the own row of W for them."""
         own = vectors(payload)
         positive = [name for name in (*self.positive_vectors, target) if name in own]
-        reached = self._post(
+        received = self._exchange(
             OutgoingMessage(encode_body(own)),
-            partial(_check, payload, positive=positive),
+            partial(_decode, payload, positive=positive),
             None if target is None else (target, own[target]),
         )
-        reached[self.clients[0]] = own
-        senders = sorted(reached)
-        return everybody(payload, [reached[j] for j in senders]), self.graph.W[self.clients][:, senders]
+        received[self.clients[0]] = own
+        senders = sorted(received)
+        return everybody(payload, [received[j] for j in senders]), self.graph.W[self.clients][:, senders]
 
-    def _post(
-        self, letter: OutgoingMessage, check: Decoder, target: tuple[str, Tensor] | None = None
+    def _exchange(
+        self, message: OutgoingMessage, decode: Decoder, target: tuple[str, Tensor] | None = None
     ) -> dict[int, Any]:
-        """By client, what ``check`` made of the messages whose edge counts; the graph and W are then those of these.
+        """Exchange a message: by client, the decoded ones of used links, to which the round's graph and W are set.
 
         ``target``: the vector for which W is weighted, by name, and this client's own value.
         """
@@ -140,33 +150,35 @@ class NeighbourExchange(PlainExchange):
         senders, receivers = planned.neighbours(me), planned.receivers(me)
         numbers = {self.names[j]: j for j in [*senders, *receivers] if j in self.names}
         to, by = ([self.names[j] for j in clients if j in self.names] for clients in (receivers, senders))
-        outcome = self.thread.call(self.protocol.meet(to, letter, check, by if self.one_way else None))
+        result = self.thread.call(
+            self.protocol.exchange(to, message, decode, self._deadline, by if self.one_way else None)
+        )
         stats = self.stats
-        stats.missing |= {numbers[peer]: reason for peer, reason in outcome.missing.items()}
+        stats.missing |= {numbers[peer]: reason for peer, reason in result.missing.items()}
         stats.missing |= {j: "not on the member list" for j in [*senders, *receivers] if j not in self.names}
-        reached = {numbers[peer]: found for peer, found in outcome.got.items()}
-        taken = {numbers[peer] for peer in outcome.taken}
+        received = {numbers[peer]: values for peer, values in result.received.items()}
+        delivered = {numbers[peer] for peer in result.delivered}
         if target:
             name, own = target
-            others = {j: float(found[name]) for j, found in reached.items()}
+            others = {j: float(values[name]) for j, values in received.items()}
             planned = replace(planned, W=self._weighted(planned, {**others, me: float(own)}))
-        missing = [(me, j) for j in senders if j not in reached] + [(j, me) for j in receivers if j not in taken]
+        missing = [(me, j) for j in senders if j not in received] + [(j, me) for j in receivers if j not in delivered]
         self.graph = without(planned, missing, self.one_way)
-        stats.bytes_per_edge += len(letter.body)
-        stats.bytes_sent += len(letter.body) * len(taken) + sum(outcome.whole.values())
-        if outcome.whole:
-            stats.measures["whole_replicas"] = torch.tensor([float(len(outcome.whole))])
-        return reached
+        stats.bytes_per_edge += len(message.body)
+        stats.bytes_sent += len(message.body) * len(delivered) + sum(result.full_replicas.values())
+        if result.full_replicas:
+            stats.measures["whole_replicas"] = torch.tensor([float(len(result.full_replicas))])
+        return received
 
     def _weighted(self, planned: RoundGraph, known: Mapping[int, float]) -> Matrix:
         """W whose own row has Metropolis-Hastings weights for the known c; the other rows have no meaning."""
-        c = np.ones(len(planned.W))  # where c is unknown the link does not count
+        c = np.ones(len(planned.W))  # where c is unknown the link is not used
         c[list(known)] = list(known.values())
         return self.topology.aimed(planned.adjacency, c)
 
 
-def _check(payload: Payload, header: Header, body: bytearray, positive: Collection[str] = ()) -> dict[str, Tensor]:
-    """A neighbour's vectors, which have the names, shapes and dtypes that this client's own exchange asks for."""
+def _decode(payload: Payload, header: Header, body: bytearray, positive: Collection[str] = ()) -> dict[str, Tensor]:
+    """Decode a neighbour's vectors, with the names, shapes and dtypes that this client's own ``payload`` asks for."""
     if header.codec != "identity":
         raise Refused("bad-header", f"codec {header.codec} where values are exchanged as they are")
     found = read_claimed(header, body, widest(payload), partial(expected, payload))
@@ -188,7 +200,7 @@ def _replicas(x: Adapters, rows: Float[Tensor, "sender scalar"]) -> Adapters:
 def without(graph: RoundGraph, missing: list[tuple[int, int]], one_way: bool = False) -> RoundGraph:
     """A round's graph without some links (receiver, sender), whose weight goes to the diagonal of both ends.
 
-    With ``one_way`` the other way of a link stays, and the weight goes to the sender.
+    With ``one_way`` a link's other direction stays, and the weight goes to the sender.
     """
     if not missing:
         return graph

@@ -1,4 +1,4 @@
-"""One exchange between a peer and its neighbours: what is sent, how far it has come, what comes of it."""
+"""Bookkeeping of one exchange between a peer and its neighbours: message, progress, result."""
 
 from __future__ import annotations
 
@@ -10,90 +10,91 @@ from peerlora.network.base import PeerId
 from peerlora.network.protocol.wire import Header
 
 Decoder = Callable[[Header, bytearray], Any]
-"""Turns a message's body into what is used of it; raises Refused.  It may run in another thread."""
+"""Decodes a message's body into the values that are used; raises Refused.  It may run in another thread."""
 
 
 class OutgoingMessage(NamedTuple):
-    """What a peer sends in one exchange, the same to everybody."""
+    """The message that a peer sends to all neighbours in one exchange."""
 
     body: bytes
     codec: Literal["identity", "difference"] = "identity"
     facts: Mapping[str, str] = {}
     """For the header."""
-    whole: Callable[[], bytes] | None = None
-    """Of a difference: makes the body that those get who do not have what it builds on (``no-replica``)."""
+    full_replica: Callable[[], bytes] | None = None
+    """Of a difference: encodes the body for receivers that lack the replica it builds on (``no-replica``)."""
 
 
 class ExchangeResult(NamedTuple):
-    """What came of one exchange."""
+    """Result of one exchange."""
 
-    got: dict[PeerId, Any]
-    """What was made of the messages of those whose edge counts."""
-    taken: set[PeerId]
-    """Those to whom the edge counts: the same, unless links go one way."""
+    received: dict[PeerId, Any]
+    """Decoded messages of the neighbours whose link is used."""
+    delivered: set[PeerId]
+    """Neighbours that use the own message: the same, unless links go one way."""
     missing: dict[PeerId, str]
     """The other neighbours, and why."""
-    whole: dict[PeerId, int]
-    """Those who got all in place of a difference, and its bytes."""
+    full_replicas: dict[PeerId, int]
+    """Neighbours that were sent a full replica in place of a difference, and its bytes."""
 
 
 @dataclass
 class PendingExchange:
-    """One exchange that is going on."""
+    """One exchange in progress; ``deadline`` in seconds."""
 
     receivers: Collection[PeerId]
     senders: Collection[PeerId]
-    check: Decoder
+    decode: Decoder
     one_way: bool
-    """Whether each way of a link counts by itself."""
-    got: dict[PeerId, Any] = field(default_factory=dict)
+    """Whether each direction of a link is used by itself."""
+    deadline: float
+    received: dict[PeerId, Any] = field(default_factory=dict)
     acknowledged: set[PeerId] = field(default_factory=set)
     failed: dict[PeerId, str] = field(default_factory=dict)
     behind: set[PeerId] = field(default_factory=set)
-    """Those who were not yet so far when they last answered."""
-    whole: dict[PeerId, int] = field(default_factory=dict)
-    """Bytes of what was sent again as a whole."""
+    """Neighbours that had not reached this round when they last answered."""
+    full_replicas: dict[PeerId, int] = field(default_factory=dict)
+    """Bytes of the full replicas that were sent after a refused difference."""
 
     @property
     def peers(self) -> list[PeerId]:
-        """Everybody who is sent to or heard from."""
+        """All receivers and senders, each once."""
         return list(dict.fromkeys([*self.receivers, *self.senders]))
 
-    def heard(self, peer: PeerId) -> bool:
-        """Whether nothing is missing that this peer should send."""
-        return peer in self.got or peer not in self.senders
+    def complete(self, peer: PeerId) -> bool:
+        """Whether no message of this peer is missing."""
+        return peer in self.received or peer not in self.senders
 
-    def counts(self, peer: PeerId) -> bool:
-        """Whether the edge counts, each way that it goes."""
-        return self.heard(peer) and (peer in self.acknowledged or peer not in self.receivers)
+    def used(self, peer: PeerId) -> bool:
+        """Whether the link is used, in each direction that it has."""
+        return self.complete(peer) and (peer in self.acknowledged or peer not in self.receivers)
 
-    def half(self, peer: PeerId) -> bool:
-        """Whether one of the two messages of an edge came across and the other did not."""
-        return not self.one_way and (peer in self.got) != (peer in self.acknowledged)
+    def one_sided(self, peer: PeerId) -> bool:
+        """Whether one of a link's two messages came across and the other has not yet."""
+        return not self.one_way and (peer in self.received) != (peer in self.acknowledged)
 
-    def quiet(self, peer: PeerId) -> bool:
+    def silent(self, peer: PeerId) -> bool:
         """Whether neither a message nor, where links go both ways, an acknowledgement came."""
-        return peer not in self.got and (self.one_way or peer not in self.acknowledged)
+        return peer not in self.received and (self.one_way or peer not in self.acknowledged)
 
     def settled(self, peer: PeerId, passed: bool) -> bool:
-        """Whether nothing is to be waited for; where both ways count together, one failure settles both.
+        """Whether nothing more can come; where both directions are used together, one failure settles both.
 
-        ``passed``: the peer was heard to be in a later exchange, so its message of this one will never come.
+        ``passed``: the peer is known to be in a later exchange, so its message of this one will never come.
         """
-        if self.counts(peer):
+        if self.used(peer):
             return True
         sent = peer in self.acknowledged or peer not in self.receivers
-        return (peer in self.failed or sent and passed) and (self.heard(peer) or passed or not self.one_way)
+        return (peer in self.failed or sent and passed) and (self.complete(peer) or passed or not self.one_way)
 
-    def used(self) -> tuple[dict[PeerId, Any], set[PeerId]]:
-        """What counts of what came, and with whom the own message counts."""
+    def outcome(self) -> tuple[dict[PeerId, Any], set[PeerId]]:
+        """The received messages that are used, and the neighbours that use the own one."""
         if self.one_way:
-            return dict(self.got), set(self.acknowledged)
-        both = [peer for peer in self.peers if self.counts(peer)]
-        return {peer: self.got[peer] for peer in both}, set(both)
+            return dict(self.received), set(self.acknowledged)
+        both = [peer for peer in self.peers if self.used(peer)]
+        return {peer: self.received[peer] for peer in both}, set(both)
 
     def reason(self, peer: PeerId, absent: bool, passed: bool) -> str:
-        """Why an edge does not count."""
-        quiet = "no acknowledgement" if self.heard(peer) else "ahead" if passed else "no message"
-        quiet = "behind" if peer in self.behind else quiet
-        return self.failed.get(peer, "absent" if absent else quiet)
+        """Why a link is not used."""
+        silence = "no acknowledgement" if self.complete(peer) else "ahead" if passed else "no message"
+        silence = "behind" if peer in self.behind else silence
+        return self.failed.get(peer, "absent" if absent else silence)

@@ -1,10 +1,10 @@
-"""Messages of methods without common rounds, as they cross between real peers.
+"""Messages of methods without common rounds, as real peers send them.
 
-A letter's header has the kind ``push``.  Its round is the sender's version, the number of jobs it has done.  Its step
-is the letter's number, which grows within one process of the sender; ``born``, the moment (microseconds) in which that
-process began, grows from process to process.  So nothing that was taken once is taken again, and a sender that went
-back to a checkpoint is told from an old letter.  ``seen`` is the newest version of the receiver that the sender knew
-when its latest job began.
+The header of such a message has the kind ``push``.  Its round is the sender's version, the number of jobs it has done.
+Its step is a sequence number, which grows within one process of the sender; the fact ``born``, the moment
+(microseconds) in which that process started, grows from process to process.  So no message is taken twice, and a sender
+that went back to a checkpoint is told apart from an old message.  The fact ``seen`` is the newest version of the
+receiver that the sender knew when its latest job began.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peerlora.network.protocol.wire import (
     with_checksum,
 )
 
-_LARGEST = 2**53  # what a header's numbers may be
+_LARGEST = 2**53  # the largest number that a header can hold
 
 
 class PushMessage(NamedTuple):
@@ -41,19 +41,20 @@ class PushMessage(NamedTuple):
 
 
 class PushStamp(NamedTuple):
-    """What a letter's header says beside what all headers say."""
+    """The fields of a header that only a ``push`` has."""
 
-    born: int
+    started: int
+    """Microseconds since 1970 in which the sender's process started; the fact ``born``."""
     number: int
     version: int
     seen: int
 
 
 class PushFormat:
-    """What letters look like, going out and coming in.
+    """Encoder and decoder of messages.
 
-    ``versions``: the most jobs that a client does.  ``incoming``: from the shapes that a letter claims to what it must
-    hold.  ``flaw``: what is wrong with one of that form.
+    ``versions``: the most jobs that a client does.  ``incoming``: from the shapes that a message claims to its schema.
+    ``flaw``: why a message of that schema is invalid; None for a valid one.
     """
 
     def __init__(
@@ -68,31 +69,31 @@ class PushFormat:
         self.largest = largest_body(incoming({}))
         """Bytes of the largest body."""
 
-    def written(self, payload: Vectors, to: Mapping[PeerId, PushStamp]) -> list[PushMessage]:
-        """The same vectors to some neighbours."""
+    def encode(self, payload: Vectors, to: Mapping[PeerId, PushStamp]) -> list[PushMessage]:
+        """Encode the same vectors for some neighbours."""
         body = encode_body(payload)
         common = with_checksum(Header(kind="push", sender=self.me, **vars(self.expected)), body)
-        letters = []
+        messages = []
         for peer, stamp in to.items():
-            facts: dict[str, int | str] = {"born": stamp.born, "seen": stamp.seen}
-            own = msgspec.structs.replace(common, round=stamp.version, step=stamp.number, facts=facts)
-            letters.append(PushMessage(peer, encode_header(own), body))
-        return letters
+            facts: dict[str, int | str] = {"born": stamp.started, "seen": stamp.seen}
+            header = msgspec.structs.replace(common, round=stamp.version, step=stamp.number, facts=facts)
+            messages.append(PushMessage(peer, encode_header(header), body))
+        return messages
 
     def stamp(self, header: Header) -> PushStamp:
-        """What a header says; raises Refused for numbers that no honest peer gives."""
+        """Decode the stamp of a header; raises Refused for numbers that no honest peer gives."""
         facts = {name: header.facts.get(name) for name in ("born", "seen")}
         for name, value in facts.items():
             if type(value) is not int or not 0 <= value <= _LARGEST:
                 raise Refused("bad-header", f"{name} is {value!r:.40}, expected a whole number of at least 0")
-        stamp = PushStamp(number=header.step, version=header.round, **facts)  # pyright: ignore[reportArgumentType]
+        stamp = PushStamp(facts["born"], header.step, header.round, facts["seen"])  # pyright: ignore[reportArgumentType]
         for name, value in (("round", stamp.version), ("seen", stamp.seen)):
             if value > self.versions:
                 raise Refused("bad-header", f"{name} is {value}, but clients of this run do {self.versions} jobs")
         return stamp
 
-    def read(self, client: int, header: Header, body: bytearray) -> Message:
-        """The message of the client that sent this; raises Refused."""
+    def decode(self, client: int, header: Header, body: bytearray) -> Message:
+        """Decode a message of ``client``; raises Refused."""
         payload = read_claimed(header, body, self.incoming({}), self.incoming)
         flaw = self.flaw(payload)
         if flaw:
@@ -102,34 +103,34 @@ class PushFormat:
 
 
 class SequenceNumbers:
-    """The own letters' numbers, and the newest that came from each neighbour."""
+    """Sequence numbers of the own messages, and the newest received from each neighbour."""
 
     def __init__(self):
-        self.born, self.count = time.time_ns() // 1000, 0
+        self.started, self.count = time.time_ns() // 1000, 0
         self.newest: dict[int, tuple[int, int]] = {}
-        """Client -> (born, number) of the newest letter that was taken."""
+        """Client -> (start of its process, number) of the newest message that was taken."""
 
     def next(self) -> int:
-        """The number of one more letter."""
+        """The number of one more message."""
         self.count += 1
         return self.count
 
     def check(self, client: int, stamp: PushStamp) -> None:
-        """Raise Refused for a letter that is not newer than all that were taken from this client."""
-        if (stamp.born, stamp.number) <= self.newest.get(client, (-1, -1)):
-            raise Refused("replay", f"letter {stamp.number}")
+        """Raise Refused for a message that is not newer than all that were taken from this client."""
+        if (stamp.started, stamp.number) <= self.newest.get(client, (-1, -1)):
+            raise Refused("replay", f"message {stamp.number}")
 
     def note(self, client: int, stamp: PushStamp) -> bool:
-        """A letter is taken; whether it is the first of a sender's later process."""
+        """Record a message that is taken; whether it is the first of a later process of its sender."""
         before = self.newest.get(client)
-        self.newest[client] = stamp.born, stamp.number
-        return before is not None and before[0] < stamp.born
+        self.newest[client] = stamp.started, stamp.number
+        return before is not None and before[0] < stamp.started
 
-    def saved(self) -> dict[str, Any]:
-        """Everything, as JSON knows it."""
-        return {"born": self.born, "newest": sorted((client, *each) for client, each in self.newest.items())}
+    def state_dict(self) -> dict[str, Any]:
+        """All numbers, as JSON holds them."""
+        return {"born": self.started, "newest": sorted((client, *each) for client, each in self.newest.items())}
 
     def load_state_dict(self, facts: Mapping[str, Any]) -> None:
-        """Go on in a later process, also where the clock was set back meanwhile."""
-        self.born = max(self.born, facts["born"] + 1)
-        self.newest = {client: (born, number) for client, born, number in facts["newest"]}
+        """Continue in a later process, also where the clock was set back meanwhile."""
+        self.started = max(self.started, facts["born"] + 1)
+        self.newest = {client: (started, number) for client, started, number in facts["newest"]}

@@ -1,11 +1,11 @@
-"""One message as bytes: a strict header (msgpack) and a safetensors body, and every check before anything is used.
+"""Wire format of a message: a strict header (msgpack) and a safetensors body, and every check before use.
 
-Needs msgspec (``pip install peerlora[peer]``).  What a message may hold is in schema.py.
+Needs msgspec (``pip install peerlora[peer]``).  Schemas of messages are in ``exchange/schema.py``.
 
-A receiver asks, in this order: ``read_header`` (is it a header at all?), ``Expected.check`` (of this run, this base
-model, this adapter, by the peer that the channel says?), whatever its rounds say (late, from-the-future, replay), and
-only then lets the body come, which ``read_body`` compares with the schema.  Nothing is ever unpickled.  Each refusal
-is a ``Refused`` whose reason is one of ``transport.base.REASONS``.
+A receiver checks in this order: ``read_header`` (is it a header at all?), ``Expected.check`` (of this run, this base
+model, this adapter, by the peer that the channel names?), ``admission`` (late, from-the-future, replay), and only then
+admits the body, which ``read_body`` compares with the schema.  Nothing is ever unpickled.  Each refusal is a
+``Refused`` whose reason is one of ``network.base.REASONS``.
 """
 
 from __future__ import annotations
@@ -40,41 +40,41 @@ Fact = int | Annotated[str, Meta(max_length=1024)]
 NAMES = {dtype: name for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16))}
 NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}
 NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
-_SLACK = 64  # bytes per vector by which another version of safetensors may pad its own header
+_SLACK = 64  # bytes per vector, at most, by which another version of safetensors pads its header
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What stands before a body; at most ``HEADER_BYTES`` when encoded, unknown fields are refused."""
+    """Header of a message; at most ``HEADER_BYTES`` when encoded, unknown fields are refused."""
 
     version: Literal[1] = VERSION
     run: Word
-    """The run's id: equal on all peers of one run, different for the next run."""
+    """Id of the run: equal on all peers of one run, different for the next run."""
     kind: Kind
-    """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside the order of
-    rounds; ``hello`` and ``bye`` at the ends of a contact."""
+    """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside of rounds;
+    ``hello``: handshake and probe; ``bye``: reserved."""
     round: Round = 0
-    """Below 0 in what clients agree on before the first round."""
+    """Below 0 before the first round, while clients sum label counts."""
     step: Whole = 0
-    """Which exchange within the round, from 0."""
+    """Number of the exchange within the round, from 0."""
     sender: Word
-    """What the sender calls itself; only ever compared with what the channel says."""
+    """Name that the sender claims; only ever compared with the name that the channel proved."""
     base: Hash = ""
     """Hash of the base model."""
     spec: Hash = ""
     """Hash of the adapter's spec."""
     codec: Literal["identity", "difference"] = "identity"
-    """``difference``: not values, but what a codec made of a difference; ``facts`` name the replica it builds on."""
+    """``difference``: the body holds an encoded difference, not values; ``facts`` name the replica it builds on."""
     length: Whole = 0
     """Bytes of body; set by ``pack``."""
     sha256: Hash = ""
     """Of the body, hexadecimal; set by ``pack``."""
     facts: Annotated[dict[Annotated[str, Meta(max_length=64)], Fact], Meta(max_length=64)] = {}
-    """Whatever a kind has to say beside vectors, such as the last finished round."""
+    """Facts of a kind beside vectors, such as the outcomes of the last exchanges."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What every message of a run agrees with."""
+    """Facts that every message of a run must agree with."""
 
     run: str
     base: str
@@ -94,35 +94,35 @@ class Expected:
 
 
 def pack(header: Header, tensors: Mapping[str, Tensor]) -> tuple[bytes, bytes]:
-    """The bytes of a message: header, with the body's length and hash filled in, and body (empty for no tensors)."""
+    """Encode a message: header, with the body's length and hash filled in, and body (empty for no tensors)."""
     body = encode_body(tensors)
     return encode_header(with_checksum(header, body)), body
 
 
 def encode_body(tensors: Mapping[str, Tensor]) -> bytes:
-    """The vectors as safetensors; nothing for no vectors."""
+    """Encode vectors as safetensors; nothing for no vectors."""
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}) if tensors else b""
 
 
 def with_checksum(header: Header, body: bytes) -> Header:
-    """The header with the body's length and hash."""
+    """Add the body's length and hash to a header."""
     return msgspec.structs.replace(header, length=len(body), sha256=hashlib.sha256(body).hexdigest())
 
 
 def encode_header(header: Header) -> bytes:
-    """The bytes of a header."""
+    """Encode a header."""
     encoded = msgspec.msgpack.encode(header)
-    _decode(encoded)  # a header that the receiver would refuse is our mistake, and shows here
+    _decode(encoded)  # a header that the receiver would refuse is a fault of this code, and fails here
     return encoded
 
 
 def largest_body(schema: Schema) -> int:
-    """The most bytes that a body of this schema may have; none for an empty schema."""
+    """Upper bound in bytes of a body of this schema; 0 for an empty schema."""
     return encoded_bytes(schema) + _SLACK * (1 + len(schema)) if schema else 0
 
 
 def read_header(data: bytes, most: int | None = None) -> Header:
-    """The header, or Refused: ``oversize`` past HEADER_BYTES or ``most`` bytes of body, else ``bad-header``."""
+    """Decode a header; Refused is ``oversize`` past HEADER_BYTES or ``most`` bytes of body, else ``bad-header``."""
     if len(data) > HEADER_BYTES:
         raise Refused("oversize", f"header of {len(data)} bytes; at most {HEADER_BYTES}")
     try:
@@ -131,9 +131,15 @@ def read_header(data: bytes, most: int | None = None) -> Header:
         raise Refused("bad-header", str(error)[:200]) from None
     if msgspec.msgpack.encode(header) != data:
         raise Refused("bad-header", "not in its one canonical form")  # repeated or reordered fields, other int widths
-    if most is not None and header.length > most:
-        raise Refused("oversize", f"body of {header.length} bytes announced; at most {most}")
+    if most is not None:
+        check_length(header, most)
     return header
+
+
+def check_length(header: Header, most: int) -> None:
+    """Raise Refused where a header announces more than ``most`` bytes of body."""
+    if header.length > most:
+        raise Refused("oversize", f"body of {header.length} bytes announced; at most {most}")
 
 
 def _decode(data: bytes) -> Header:
@@ -141,7 +147,7 @@ def _decode(data: bytes) -> Header:
 
 
 def message_facts(data: bytes) -> dict[str, int | str]:
-    """What an audit log says about a message, from its header; nothing for a header that cannot be read."""
+    """Facts of a message for an audit log, from its header; none for a header that cannot be decoded."""
     try:
         header = read_header(data)
     except Refused:
@@ -150,10 +156,10 @@ def message_facts(data: bytes) -> dict[str, int | str]:
 
 
 def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Schema) -> dict[str, Tensor]:
-    """The vectors of a body whose names, shapes and dtypes are exactly those of ``schema``, all finite.
+    """Decode a body whose names, shapes and dtypes must be exactly those of ``schema``, all values finite.
 
-    They are views of ``body`` where it can be written to.  Hashing takes a millisecond per MB: keep it off an event
-    loop.  Raises Refused: ``oversize``, ``bad-body``, ``unknown-vector``, ``not-finite``.
+    The vectors are views of ``body`` where it can be written to.  Hashing takes a millisecond per MB: keep it off an
+    event loop.  Raises Refused: ``oversize``, ``bad-body``, ``unknown-vector``, ``not-finite``.
     """
     view = memoryview(body).cast("B")
     if len(view) > largest_body(schema):
@@ -165,10 +171,9 @@ def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Sche
 def read_claimed(
     header: Header, body: bytes | bytearray | memoryview, widest: Schema, schema: Callable[[Shapes], Schema]
 ) -> dict[str, Tensor]:
-    """The same where what is expected depends on the shapes that the body claims for its vectors.
+    """Decode a body whose schema depends on the shapes that it claims for its vectors; see ``read_body``.
 
-    ``widest``: the longest list of vectors that it could have.  ``schema``: from the shapes claimed to what it must
-    hold.
+    ``widest``: the schema with the most vectors that it could have.  ``schema``: from the claimed shapes to the schema.
     """
     view = memoryview(body).cast("B")
     _complete(header, view)
@@ -179,7 +184,7 @@ def read_claimed(
 
 
 def _complete(header: Header, view: memoryview) -> None:
-    """Raise Refused unless the bytes are those that the header announced; before anything in them is looked at."""
+    """Raise Refused unless the bytes are those that the header announced; called before any of them is parsed."""
     if len(view) != header.length:
         raise Refused("bad-body", f"{len(view)} bytes came, {header.length} were announced")
     if not hmac.compare_digest(hashlib.sha256(view).hexdigest(), header.sha256):
@@ -187,7 +192,7 @@ def _complete(header: Header, view: memoryview) -> None:
 
 
 def _vectors(view: memoryview, schema: Schema) -> dict[str, Tensor]:
-    """The vectors of a body whose bytes are complete."""
+    """Decode the vectors of a body whose bytes are complete."""
     if not schema:
         return {}
     start, entries = _entries(view, schema)
@@ -197,12 +202,12 @@ def _vectors(view: memoryview, schema: Schema) -> dict[str, Tensor]:
         if not _finite(vector):
             raise Refused("not-finite", name)
         if vector.dtype == torch.bool and vector.numel() and vector.view(torch.uint8).max() > 1:
-            raise Refused("bad-body", f"{name} has truth values other than 0 and 1")  # they would count as they please
+            raise Refused("bad-body", f"{name} has truth values other than 0 and 1")  # they would act as weights
     return vectors
 
 
 def _claimed(view: memoryview, widest: Schema) -> Shapes:
-    """The shapes that a body claims for its vectors, unchecked: what its schema may depend on, never what is used."""
+    """The shapes that a body claims for its vectors, unchecked: a schema may depend on them, nothing else."""
     try:
         size = _header_size(view, widest)
         entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
@@ -212,7 +217,7 @@ def _claimed(view: memoryview, widest: Schema) -> Shapes:
 
 
 def _header_size(view: memoryview, schema: Schema) -> int:
-    """The length of the JSON that opens a body; raises Refused beyond what vectors of a schema need."""
+    """Length of the JSON at the start of a body; raises Refused beyond what vectors of a schema need."""
     size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
     most = largest_body(schema) - sum(_bytes(*wanted) for wanted in schema.values())
     if not 0 <= size <= min(len(view), most) - 8 or size % 8:
@@ -221,7 +226,7 @@ def _header_size(view: memoryview, schema: Schema) -> int:
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One vector in the JSON that opens a safetensors file."""
+    """Entry of one vector in the JSON header of a safetensors file."""
 
     dtype: str
     shape: Annotated[list[Whole], Meta(max_length=8)]
@@ -229,9 +234,9 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _entries(view: memoryview, schema: Schema) -> tuple[int, dict[str, _Entry]]:
-    """Where the data start and what lies where, read by ourselves: bounded, gapless, and nothing but the schema.
+    """Parse the safetensors header: where the data start, and each vector's entry; no gaps, exactly the schema.
 
-    The file's own library never sees a received byte, so two readers cannot disagree about it.
+    The safetensors library never sees a received byte, so two parsers cannot disagree about it.
     """
     size, data = _header_size(view, schema), sum(_bytes(*wanted) for wanted in schema.values())
     try:

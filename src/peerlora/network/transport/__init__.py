@@ -1,11 +1,11 @@
-"""How bytes travel between real peers."""
+"""Transports that carry bytes between real peers."""
 
 import os
 
 
 def quiet_grpc() -> None:
-    """Keep gRPC's own notes on closed connections off the terminal; to be called before it is first imported.
+    """Keep gRPC's own log lines about closed connections off the terminal; call it before gRPC is first imported.
 
-    Whatever matters of them is in a transport's events.  Who has set GRPC_VERBOSITY gets what was asked for.
+    A transport's events report all that matters of them.  A GRPC_VERBOSITY that is set already is kept.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

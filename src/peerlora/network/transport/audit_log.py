@@ -1,4 +1,4 @@
-"""The audit log: who sent what size and hash, who was refused and why; JSON lines, bounded by rotation."""
+"""Audit log of messages, with size and hash, and of refusals; JSON lines, bounded by rotation."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from pathlib import Path
 from typing import IO, Any
 
 Describe = Callable[[bytes], Mapping[str, Any]]
-"""What a header says, for the log; must not raise."""
+"""Extracts the facts of a header for the log; must not raise."""
 
 
 class AuditLog:
-    """Appends to ``path``, which others cannot read; None for no log.
+    """Appends to ``path``, which other users cannot read; None for no log.
 
     A file that would pass ``most`` bytes becomes ``path.1``, that one ``path.2``, and so on; of these, ``keep`` stay.
-    ``describe`` may add to a message's line what its header says, such as the body's SHA-256; a transport itself
-    knows bytes only, and logs the header's.  A file that cannot be written, as on a full disk, never holds up what is
-    logged: a warning tells it once, lines are missing until it can be written again.
+    ``describe`` adds facts of its header to a message's line, such as the body's SHA-256; a transport itself knows
+    bytes only, and logs the header's hash.  A file that cannot be written, as on a full disk, delays no message: one
+    warning is given, and lines are missing until the file can be written again.
     """
 
     def __init__(self, path: Path | None, describe: Describe | None = None, most: int = 10_000_000, keep: int = 5):
         self.path, self.describe, self.most, self.keep = path, describe, most, keep
         self._file: IO[bytes] | None = None
-        self._on, self._told = path is not None, False
+        self._on, self._warned = path is not None, False
         if self._on:
             self._try(b"")
 
-    def message(self, what: str, peer: str, header: bytes, size: int) -> None:
-        """A message was ``sent``, ``received``, or went ``unanswered``; ``size``: bytes of body."""
+    def message(self, event: str, peer: str, header: bytes, size: int) -> None:
+        """Log a message that was ``sent``, ``received``, or went ``unanswered``; ``size``: bytes of body."""
         if self._on:
-            self._write({"event": what, "peer": peer, "bytes": size} | self._about(header))
+            self._write({"event": event, "peer": peer, "bytes": size} | self._about(header))
 
     def refused(self, peer: str, reason: str, detail: str, side: str, header: bytes = b"") -> None:
-        """A message or session was refused ``here`` or ``there``."""
+        """Log a message or session that was refused ``here`` or ``there``."""
         if self._on:
             line = {"event": "refused", "peer": peer, "reason": reason, "detail": detail[:500], "side": side}
             self._write(line | self._about(header))
 
     def event(self, kind: str, peer: str, detail: str) -> None:
-        """An edge came up or went down."""
+        """Log that an edge came up or went down."""
         if self._on:
             self._write({"event": kind, "peer": peer} | ({"detail": detail[:500]} if detail else {}))
 
     def close(self) -> None:
-        """Let go of the file; what comes later is not logged."""
+        """Close the file; later messages are not logged."""
         self._on = False
-        self._let_go()
+        self._close_file()
 
     def _about(self, header: bytes) -> dict[str, Any]:
         if not header:
             return {}
-        said = dict(self.describe(header)) if self.describe else {}
-        return {"header_sha256": hashlib.sha256(header).hexdigest()} | said
+        facts = dict(self.describe(header)) if self.describe else {}
+        return {"header_sha256": hashlib.sha256(header).hexdigest()} | facts
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._try((json.dumps({"time": datetime.now(UTC).isoformat()} | dict(line)) + "\n").encode())
@@ -67,23 +67,23 @@ class AuditLog:
         try:
             self._append(data)
         except OSError as error:
-            self._let_go()
-            if not self._told:
+            self._close_file()
+            if not self._warned:
                 logging.getLogger(__name__).warning("the audit log has lines missing from now on: %s", error)
-            self._told = True
+            self._warned = True
 
     def _append(self, data: bytes) -> None:
-        file = self._opened()
+        file = self._open_file()
         if file.tell() + len(data) > self.most and file.tell():
-            self._let_go()
+            self._close_file()
             self._rotate()
-            file = self._opened()
+            file = self._open_file()
         before = file.tell()
         if file.write(data) < len(data):
-            file.truncate(before)  # half a line, which the next one would go on with
+            file.truncate(before)  # the next line would continue the incomplete one
             raise OSError(errno.ENOSPC, "a line was cut off", str(self.path))
 
-    def _opened(self) -> IO[bytes]:
+    def _open_file(self) -> IO[bytes]:
         assert self.path is not None
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class AuditLog:
             self._file = open(os.open(self.path, flags, 0o600), "ab", buffering=0)
         return self._file
 
-    def _let_go(self) -> None:
+    def _close_file(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -101,8 +101,8 @@ class AuditLog:
         path = self.path
         assert path is not None
 
-        def old(number: int) -> Path:
+        def numbered(number: int) -> Path:
             return path.with_name(f"{path.name}.{number}") if number else path
 
         for number in range(self.keep - 1, -1, -1):
-            os.replace(old(number), old(number + 1)) if old(number).exists() else None
+            os.replace(numbered(number), numbered(number + 1)) if numbered(number).exists() else None

@@ -1,4 +1,4 @@
-"""The end of an edge that dials: opens the session, sends over it, and takes what the other side sends back over it."""
+"""Dialling end of an edge: opens the session, sends over it, and takes the other side's messages over it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peerlora.network.transport.links import Link, LinkTable, Read
 
 
 class DialledLink(Link):
-    """A session seen from the side that dialled."""
+    """Session seen from the dialling side."""
 
     def __init__(self, channel: aio.Channel, token: bytes):
         super().__init__()
@@ -41,7 +41,7 @@ class DialledLink(Link):
 
 
 def failure(error: aio.AioRpcError) -> Refused | PeerDown:
-    """What a call's failure means: the other side refused, or is gone."""
+    """Translate a failed call: the other side refused, or is gone."""
     for key, value in error.trailing_metadata() or ():
         if key == frames.ANSWER_KEY and isinstance(value, bytes):
             return frames.read_refusal(value)
@@ -51,26 +51,26 @@ def failure(error: aio.AioRpcError) -> Refused | PeerDown:
 async def dial_for_ever(
     ends: LinkTable, roster: Roster, identity: Callable[[], Identity], peer: PeerId, timing: Timing
 ) -> None:
-    """Keep a session with ``peer`` for as long as it is a member: open it, and again whenever it ended."""
+    """Keep a session with ``peer`` while it is a member: open it, and again whenever it ends."""
     wait: float | None = None
     while True:
         side = "here"
         try:
             roster.check(peer)
             side = "there"
-            stood = await _one_session(ends, roster, identity(), peer, timing)
-            wait = timing.next_wait(None if stood else wait)
+            opened = await _one_session(ends, roster, identity(), peer, timing)
+            wait = timing.next_wait(None if opened else wait)
         except Refused as refusal:
             ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
             wait = timing.refused
-        except Exception:  # a mistake of ours must not cost the edge for the rest of the run
+        except Exception:  # a fault of this code must not cost the edge for the rest of the run
             logging.getLogger(__name__).exception("dialling %s failed here", peer)
             wait = timing.refused
         await asyncio.sleep(wait)
 
 
 async def _one_session(ends: LinkTable, roster: Roster, identity: Identity, peer: PeerId, timing: Timing) -> bool:
-    """One channel and one session, to its end; whether it ever stood.  Raises Refused."""
+    """Run one channel and one session to its end; whether it was ever open.  Raises Refused."""
     member = roster.members.member(peer)
     assert member.address is not None
     credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
@@ -126,7 +126,7 @@ async def _reason(call: Any) -> Refused | PeerDown:
 
 
 async def _take_all(ends: LinkTable, peer: PeerId, link: DialledLink) -> None:
-    """Take messages of the other side, one call each, one after the other."""
+    """Take messages of the other side one after the other, one call each."""
     while link.open:
         call = link.take(metadata=link.metadata)
         task = asyncio.ensure_future(_take_one(ends, peer, call))
@@ -137,7 +137,7 @@ async def _take_all(ends: LinkTable, peer: PeerId, link: DialledLink) -> None:
             await give_up(task)
             call.cancel()
         if not task.cancelled() and task.exception() is not None:
-            await asyncio.sleep(0.05)  # the session's end comes next; don't spin until then
+            await asyncio.sleep(0.05)  # seconds: the session is about to end; don't spin until then
 
 
 def _canceller(task: asyncio.Future) -> Callable[[Any], None]:
@@ -163,9 +163,9 @@ async def live(
     write: Callable[[bytes], Awaitable[Any]],
     read: Read,
 ) -> str:
-    """Send and hear heartbeats until the session ends; why it did."""
+    """Send and receive heartbeats until the session ends; return why it did."""
     loop = asyncio.get_running_loop()
-    pulse = Heartbeat(timing, loop.time())
+    heartbeat = Heartbeat(timing, loop.time())
 
     async def beat() -> None:
         while True:
@@ -174,10 +174,10 @@ async def live(
 
     async def hear() -> None:
         while await read() is not None:
-            pulse.heard(loop.time())
+            heartbeat.heard(loop.time())
 
     hearing = asyncio.ensure_future(hear())
-    watching = asyncio.ensure_future(watch(pulse, lambda health: ends.health(peer, health)))
+    watching = asyncio.ensure_future(watch(heartbeat, lambda health: ends.health(peer, health)))
     beating = asyncio.ensure_future(beat())
     try:
         await asyncio.wait({hearing, watching, beating, link.ended}, return_when=asyncio.FIRST_COMPLETED)

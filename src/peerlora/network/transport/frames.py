@@ -1,4 +1,4 @@
-"""The bytes of gRPC messages: how a message is cut, how a refusal is told, and the settings that both ends share."""
+"""Framing of messages in gRPC: chunks, encoded refusals, and the settings that both ends share."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from peerlora.network.transport.links import CHUNK, LinkTable, Read
 SERVICE = "peerlora.Peer"
 SEND, TAKE, SESSION = "Send", "Take", "Session"
 NONCE_KEY, TOKEN_KEY, ANSWER_KEY = "nonce2-bin", "session-bin", "refusal-bin"
-"""Metadata: the dialler's nonce (with the version of these frames), the session's token, why a call was refused."""
+"""Metadata: the dialler's nonce (its name holds the version of these frames), the session's token, a refusal."""
 BEAT = b"."
 ACCEPTED = b""
 OVERRUN = 16
-"""Pieces that an honest sender may still have on its way when its message was answered early."""
+"""Chunks, at most, that an honest sender has in flight when its message is answered early."""
 
 
-def pieces(header: bytes, body: memoryview) -> Iterator[bytes]:
-    """A message's gRPC messages: the body's length (8 bytes) and the header, then the body in chunks."""
+def chunks(header: bytes, body: memoryview) -> Iterator[bytes]:
+    """Split a message into gRPC messages: the body's length (8 bytes) and the header, then the body in chunks."""
     yield len(body).to_bytes(8, "big") + header
     for start in range(0, len(body), CHUNK):
         yield bytes(body[start : start + CHUNK])
 
 
 def opening(first: bytes | None) -> tuple[int, bytes]:
-    """Length of the body and header, from the first piece; raises Refused."""
+    """Decode the first chunk: length of the body, and header; raises Refused."""
     if first is None or not 8 < len(first) <= 8 + HEADER_BYTES:
         raise Refused("bad-frame", "a message starts with its length and header")
     return int.from_bytes(first[:8], "big"), first[8:]
 
 
 async def say(header: bytes, body: memoryview, write: Callable[[bytes], Awaitable[Any]], read: Read) -> None:
-    """Write a message and read the answer; stops writing when the answer comes early.  Raises Refused or PeerDown."""
+    """Write a message and read the answer; stop writing when the answer comes early.  Raises Refused or PeerDown."""
     answer = asyncio.ensure_future(read())
     try:
         try:
-            for piece in pieces(header, body):
+            for chunk in chunks(header, body):
                 if answer.done():
                     break
-                await write(piece)
+                await write(chunk)
         except (aio.AioRpcError, asyncio.InvalidStateError, PeerDown):
-            pass  # the call is over; the answer, if there was one, says why
+            pass  # the call is over; the answer, if there is one, gives the reason
         data = await answer
     finally:
         await give_up(answer)
@@ -58,7 +58,7 @@ async def say(header: bytes, body: memoryview, write: Callable[[bytes], Awaitabl
 
 
 async def hear(ends: LinkTable, peer: PeerId, write: Callable[[bytes], Awaitable[Any]], read: Read) -> None:
-    """Read a message, have it taken, write the answer; what the sender still had on its way is thrown away."""
+    """Read a message, have it taken, write the answer; chunks that are still in flight are discarded."""
     first = await read()
     if first is None:
         raise PeerDown("the call ended without a message")
@@ -73,27 +73,27 @@ async def hear(ends: LinkTable, peer: PeerId, write: Callable[[bytes], Awaitable
 
 
 async def throw_away(read: Read) -> None:
-    """Read what an honest sender may still have on its way, and no more."""
+    """Discard the chunks that an honest sender may still have in flight, and no more."""
     for _ in range(OVERRUN):
         if await read() is None:
             return
 
 
 def reader(call: Any) -> Read:
-    """``call.read``, with None where it has no more."""
+    """Wrap ``call.read``: None at the end of the call."""
 
     async def read() -> bytes | None:
         try:
-            piece = await call.read()
+            chunk = await call.read()
         except aio.InternalError:  # an answering side's call that is over
             return None
-        return piece if isinstance(piece, bytes) else None
+        return chunk if isinstance(chunk, bytes) else None
 
     return read
 
 
 def writer(context: Any) -> Callable[[bytes], Awaitable[None]]:
-    """``context.write`` of an answering side, with PeerDown where the call is over."""
+    """Wrap ``context.write`` of an answering side: PeerDown where the call is over."""
 
     async def write(data: bytes) -> None:
         try:
@@ -105,22 +105,22 @@ def writer(context: Any) -> Callable[[bytes], Awaitable[None]]:
 
 
 def refusal_bytes(refusal: Refused) -> bytes:
-    """A refusal for the other side; at most about 300 bytes."""
+    """Encode a refusal for the other side; at most about 300 bytes."""
     return msgspec.msgpack.encode((refusal.reason, refusal.detail[:200]))
 
 
 def read_refusal(data: bytes) -> Refused:
-    """What the other side refused for; it is not trusted to use the list's words, nor to be brief."""
+    """Decode a refusal of the other side, which may use unknown reasons or be too long."""
     try:
         reason, detail = msgspec.msgpack.decode(data[:4096], type=tuple[str, str])
     except (msgspec.MsgspecError, ValueError):
         return Refused("unknown-reason")
-    detail = "".join(letter for letter in detail[:200] if letter.isprintable())
+    detail = "".join(character for character in detail[:200] if character.isprintable())
     return Refused(reason, detail) if reason in REASONS else Refused("unknown-reason", detail)
 
 
 def options(timing: Timing) -> list[tuple[str, int]]:
-    """gRPC's settings at both ends."""
+    """Settings of gRPC at both ends."""
     return [
         ("grpc.so_reuseport", 0),  # else two processes may share a port unnoticed
         ("grpc.max_receive_message_length", CHUNK + HEADER_BYTES),
@@ -136,7 +136,7 @@ def options(timing: Timing) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 4000),
         ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.enable_http_proxy", 0),  # else the environment decides where the bytes go
+        ("grpc.enable_http_proxy", 0),  # else an environment variable could redirect the connection
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),  # one channel, one connection, for one edge
     ]

@@ -1,4 +1,4 @@
-"""The transport between real peers: gRPC over TCP with mutual TLS 1.3; needs ``pip install peerlora[peer]``.
+"""Transport between real peers: gRPC over TCP with mutual TLS 1.3; needs ``pip install peerlora[peer]``.
 
 One edge has one connection, opened by whichever end can dial.  Over it go a session (heartbeats both ways), one
 client-streaming call for each message of the dialler, and for each message of the other side one call that the dialler
@@ -23,7 +23,7 @@ from peerlora.network.transport.listener import Listener
 
 
 class GrpcTransport:
-    """One peer's end of all its edges; see Transport.
+    """One peer's connections over gRPC; see Transport.
 
     ``listen``: host:port to open; None takes the port of the own address on the member list, on all of the machine's
     addresses, and opens none for a site without address.
@@ -50,11 +50,11 @@ class GrpcTransport:
 
     @property
     def port(self) -> int:
-        """The port that was opened; 0 for none."""
+        """Number of the open port; 0 for none."""
         return self._listener.port
 
     async def start(self, receiver: Receiver) -> None:
-        """Open the port and dial; raises TransportError where the port cannot be had."""
+        """Open the port and dial; raises TransportError where the port cannot be opened."""
         self.ends.receiver = receiver
         if self.listen is not None:
             await self._listener.start(self.listen)
@@ -76,7 +76,7 @@ class GrpcTransport:
         return self.ends.events()
 
     async def update(self, members: MemberList) -> None:
-        """Go by a newer member list: sessions of whoever is off it end at once.  Raises IdentityError."""
+        """Replace the member list by a newer one; sessions of removed members end at once.  Raises IdentityError."""
         before = {member.site: member for member in self.roster.members.members}
         self.roster.replace(members)
         stays = {peer for peer in self.roster.others() if self.roster.members.member(peer) == before.get(peer)}
@@ -88,7 +88,7 @@ class GrpcTransport:
         self._dial()
 
     async def renew(self, identity: Identity) -> None:
-        """Use a renewed certificate from now on; sessions are opened again with it.  Best between two rounds."""
+        """Replace the certificate by a renewed one and reopen the sessions with it.  Best between two rounds."""
         if (identity.site, identity.fingerprint) != (self.me, self.roster.fingerprint):
             raise IdentityError("a renewed certificate must be of the same site and key; a new key needs a new list")
         self.identity = identity

@@ -1,4 +1,4 @@
-"""What all transports do alike: one end of an edge, order of sending, taking a message in, telling what happened."""
+"""Common part of all transports: sessions per edge, order of sending, reception of a message, events."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Health, Session
 
 CHUNK = 1 << 20
-"""Bytes of a piece of a body."""
+"""Bytes of one chunk of a body."""
 EVENTS = 1000
+"""Events that wait to be read; beyond, the oldest are dropped."""
 REPLACED = "replaced by a new session"
 
 Read = Callable[[], Awaitable[bytes | None]]
-"""The next piece of a message; None when there are no more."""
+"""Reads the next chunk of a message; None after the last."""
 
 
 class Link(Session, ABC):
-    """A session that can carry messages."""
+    """Session that carries messages."""
 
     @abstractmethod
     async def push(self, header: bytes, body: memoryview) -> None:
-        """Carry one message to the other side and wait for its answer; raises Refused or PeerDown."""
+        """Send one message and wait for the answer; raises Refused or PeerDown."""
 
 
 class Guard(Protocol):
-    """Who may talk now."""
+    """Access control of a transport."""
 
     def check(self, site: PeerId) -> None:
         """Raise Refused unless ``site`` may talk to this one."""
@@ -48,18 +49,18 @@ class Guard(Protocol):
 
 
 class PeerLinks:
-    """One end of the way to a neighbour."""
+    """This peer's end of the edge to one neighbour."""
 
     def __init__(self, peer: PeerId):
         self.peer = peer
         self.link: Link | None = None
         self.sending, self.taking = asyncio.Lock(), asyncio.Lock()
-        self.told = False
-        """Whether it was told that there is no session."""
+        self.reported_down = False
+        """Whether the lack of a session was reported since the last one."""
 
 
 class LinkTable:
-    """One site's ends of all its edges, whatever carries the bytes."""
+    """One site's ends of all its edges, for every transport."""
 
     def __init__(self, me: PeerId, guard: Guard, audit: AuditLog | None = None):
         self.me, self.guard, self.audit = me, guard, audit or AuditLog(None)
@@ -67,14 +68,14 @@ class LinkTable:
         self.closed = False
         self.edges: dict[PeerId, PeerLinks] = {}
         self._events: deque[PeerEvent] = deque(maxlen=EVENTS)
-        self._news = asyncio.Event()
+        self._queued = asyncio.Event()
 
     def edge(self, peer: PeerId) -> PeerLinks:
         """The edge to ``peer``."""
         return self.edges.setdefault(peer, PeerLinks(peer))
 
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
-        """See Transport.send.  Without a session it raises PeerDown at once; wait for the event ``up`` before."""
+        """See Transport; without a session it raises PeerDown at once."""
         if len(header) > HEADER_BYTES:
             raise TransportError(f"header of {len(header)} bytes given; at most {HEADER_BYTES}")
         view = memoryview(body).cast("B")
@@ -94,7 +95,7 @@ class LinkTable:
             self.audit.message("unanswered", to, header, len(view))
             raise
         except Refused as refusal:
-            if refusal.reason == "no-session":  # it ended while the message was on its way
+            if refusal.reason == "no-session":  # it ended while the message was in flight
                 raise PeerDown(f"{to} has ended the session") from None
             self.refused(to, refusal, "there", header)
             raise
@@ -107,7 +108,7 @@ class LinkTable:
         await link.during(link.push(header, body))
 
     async def take(self, peer: PeerId, header: bytes, length: int, read: Read) -> None:
-        """Take one message in; returns when the receiver has it.  Raises Refused, told here as well."""
+        """Receive one message and hand it over; raises Refused, and reports it here as well."""
         try:
             async with self.edge(peer).taking:
                 await self._take(peer, header, length, read)
@@ -133,58 +134,58 @@ class LinkTable:
         await self.receiver.deliver(peer, header, await _assemble(length, read))
 
     def opened(self, peer: PeerId, link: Link) -> None:
-        """A session stands; one with the same peer that stood before is replaced by it."""
+        """Register a new session, which replaces an earlier one with the same peer."""
         edge = self.edge(peer)
-        old, edge.link, edge.told = edge.link, link, False
+        old, edge.link, edge.reported_down = edge.link, link, False
         if old is not None:
             old.end(REPLACED)
-            self.tell(PeerEvent("down", peer, REPLACED))
-        self.tell(PeerEvent("up", peer))
+            self.report(PeerEvent("down", peer, REPLACED))
+        self.report(PeerEvent("up", peer))
 
     def lost(self, peer: PeerId, link: Link, why: str) -> None:
-        """A session ended."""
+        """End a session and report it."""
         link.end(why)
         edge = self.edge(peer)
         if edge.link is link:
             edge.link = None
-            self.tell(PeerEvent("down", peer, why))
+            self.report(PeerEvent("down", peer, why))
 
     def unreachable(self, peer: PeerId, why: str) -> None:
-        """No session could be opened; told once until one stood again."""
+        """Report that no session could be opened; once until the next one is."""
         edge = self.edge(peer)
-        if edge.link is None and not edge.told:
-            self.tell(PeerEvent("down", peer, why))
-            edge.told = True
+        if edge.link is None and not edge.reported_down:
+            self.report(PeerEvent("down", peer, why))
+            edge.reported_down = True
 
     def health(self, peer: PeerId, health: Health) -> None:
-        """Tell that an edge became suspect, or recovered; DOWN is told when the session ends."""
+        """Report that an edge became suspect, or recovered; DOWN is reported when the session ends."""
         if health != "down":
-            self.tell(PeerEvent("suspect" if health == "suspect" else "up", peer))
+            self.report(PeerEvent("suspect" if health == "suspect" else "up", peer))
 
     def refused(self, peer: PeerId, refusal: Refused, side: str, header: bytes = b"") -> None:
-        """Tell that ``side`` (here or there) refused."""
+        """Report that ``side`` (here or there) refused."""
         detail = f"{refusal.reason}, {side}" + (f": {refusal.detail}" if refusal.detail else "")
         self._put(PeerEvent("refused", peer, detail))
         self.audit.refused(peer, refusal.reason, refusal.detail, side, header)
 
-    def tell(self, event: PeerEvent) -> None:
-        """Put an event where ``events`` finds it."""
+    def report(self, event: PeerEvent) -> None:
+        """Queue an event and log it."""
         self.audit.event(event.kind, event.peer, event.detail)
         self._put(event)
 
     def _put(self, event: PeerEvent) -> None:
         self._events.append(event)
-        self._news.set()
+        self._queued.set()
 
     async def events(self) -> AsyncIterator[PeerEvent]:
-        """See Transport.events; for one listener."""
+        """See Transport; for one listener."""
         while True:
             while self._events:
                 yield self._events.popleft()
             if self.closed:
                 return
-            self._news.clear()
-            await self._news.wait()
+            self._queued.clear()
+            await self._queued.wait()
 
     def shut(self) -> None:
         """End all sessions and the events."""
@@ -192,16 +193,16 @@ class LinkTable:
         for edge in self.edges.values():
             if edge.link is not None:
                 edge.link.end(f"{self.me} is closing")
-        self._news.set()
+        self._queued.set()
 
 
 async def _assemble(length: int, read: Read) -> bytearray:
-    """A body of exactly ``length`` bytes from its pieces."""
+    """Read a body of exactly ``length`` bytes from its chunks."""
     body, filled = bytearray(length), 0
     while filled < length:
-        piece = await read()
-        if piece is None or not 0 < len(piece) <= min(CHUNK, length - filled):
+        chunk = await read()
+        if chunk is None or not 0 < len(chunk) <= min(CHUNK, length - filled):
             raise Refused("bad-frame", f"broken after {filled} of {length} bytes")
-        body[filled : filled + len(piece)] = piece
-        filled += len(piece)
+        body[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
     return body

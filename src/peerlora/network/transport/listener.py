@@ -1,4 +1,4 @@
-"""The end of an edge that is dialled: one port, mutual TLS 1.3, the member list asked on every call."""
+"""Dialled end of an edge: one port, mutual TLS 1.3, every call checked against the member list."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from peerlora.network.transport.links import REPLACED, Link, LinkTable
 
 Got = TypeVar("Got")
 STRANGER = "unknown"
-"""What events and the audit log call somebody who has no name here."""
+"""Name of an unauthenticated caller in events and the audit log."""
 CALLS = 8
-"""Calls that one key may have open at once; an honest dialler has three, and some that it just gave up."""
+"""Calls that one key may have open at once; an honest dialler has three, and some just cancelled."""
 
 
 class AnsweredLink(Link):
-    """A session seen from the side that was dialled: it sends over calls that the dialler keeps open for it."""
+    """Session seen from the dialled side: it sends over calls that the dialler keeps open for it."""
 
     def __init__(self, token: bytes, connection: str):
         super().__init__()
@@ -42,7 +42,7 @@ class AnsweredLink(Link):
         self.ways: asyncio.Queue[_Way] = asyncio.Queue()
 
     async def push(self, header: bytes, body: memoryview) -> None:
-        """Use up one call of the dialler's: write the message, read the answer."""
+        """Use up one call of the dialler: write the message, read the answer."""
         way = await self.ways.get()
         while way.over.done():
             way = await self.ways.get()
@@ -53,7 +53,7 @@ class AnsweredLink(Link):
 
 
 class _Way(Session):
-    """One call of the dialler's, over which one message may go back."""
+    """One call of the dialler, over which one message can be sent back."""
 
     def __init__(self, context: Any):
         super().__init__()
@@ -61,19 +61,19 @@ class _Way(Session):
 
 
 class Caller(NamedTuple):
-    """Whose certificate a call came with."""
+    """Certificate of a call's sender."""
 
     fingerprint: str
     expires: datetime
 
     @property
     def name(self) -> str:
-        """What it is called where it has no name."""
+        """Name for events, where the key is not on the member list."""
         return f"{STRANGER} {self.fingerprint[:16]}"
 
 
 class Listener:
-    """The port."""
+    """Server on one port."""
 
     def __init__(self, ends: LinkTable, roster: Roster, identity: Callable[[], Identity], timing: Timing):
         self.ends, self.roster, self.identity, self.timing = ends, roster, identity, timing
@@ -86,7 +86,7 @@ class Listener:
         self._calls: Counter[str] = Counter()
 
     async def start(self, address: str) -> None:
-        """Open the port; raises TransportError where it cannot be had."""
+        """Open the port; raises TransportError where that fails."""
         server = aio.server(
             options=frames.options(self.timing), maximum_concurrent_rpcs=CALLS * len(self.roster.members.members) + 32
         )
@@ -114,7 +114,7 @@ class Listener:
             await self._server.stop(0)
 
     def _shake(self) -> grpc.ServerCertificateConfiguration:
-        """gRPC asks this at every new connection, from its own threads: which certificate to show."""
+        """Choose the certificate to show; gRPC calls this at every new connection, from its own threads."""
         self._strangers.began()
         if self.identity() is not self._shown:
             self._shown = self.identity()
@@ -129,10 +129,10 @@ class Listener:
 
     @contextmanager
     def _calling(self, context: Any) -> Iterator[Caller]:
-        """Whose call this is, while it lasts; raises Refused, told here, for everybody whose key is not on the list.
+        """Authenticate the caller and count its calls; raises Refused, and reports it, for a key not on the list.
 
-        Who is refused here is to be cut off at once: all calls together are limited, and none of that room must go to
-        strangers, or more than its share to one member.
+        A refused call is aborted at once: the number of all calls is limited, so none may go to strangers, nor more
+        than its share to one member.
         """
         self._strangers.passed(context.peer())
         try:
@@ -157,7 +157,7 @@ class Listener:
         return refusal
 
     def _admitted(self, caller: Caller) -> PeerId:
-        """The member that calls; raises Refused, told here, unless it may talk to this site now."""
+        """The calling member; raises Refused, and reports it, unless it may talk to this site now."""
         try:
             if self.roster.clock() > caller.expires:  # a connection may outlive it
                 raise Refused("certificate-expired", f"on {caller.expires:%Y-%m-%d}")
@@ -166,18 +166,18 @@ class Listener:
             raise self._refused(caller.name, refusal) from None
 
     def _in_session(self, caller: Caller, context: Any) -> tuple[PeerId, AnsweredLink]:
-        """The caller and the session that its call belongs to; raises Refused, told here."""
+        """The caller and the session that its call belongs to; raises Refused, and reports it."""
         peer = self._admitted(caller)
         link, token = self.ends.edge(peer).link, _metadata(context, frames.TOKEN_KEY)
         if isinstance(link, AnsweredLink) and link.open and link.connection == context.peer():
             if hmac.compare_digest(link.token, token):
                 return peer, link
-        refusal = Refused("no-session")  # not told as an event: it happens to honest peers whenever a session ends
+        refusal = Refused("no-session")  # no event: it happens to honest peers whenever a session ends
         self.ends.audit.refused(peer, refusal.reason, "", "here")
         raise refusal
 
     async def _send(self, requests: Any, context: Any) -> None:
-        """A member's message."""
+        """Handle a member's message."""
         try:
             with self._calling(context) as caller:
                 await self._receive(caller, context)
@@ -185,9 +185,9 @@ class Listener:
             await _abort(context, refusal)
 
     async def _receive(self, caller: Caller, context: Any) -> None:
-        """Take a message in.  A refusal is an answer like any: a failed call would hide it from a busy sender."""
+        """Receive a message.  A refusal is an ordinary answer: a sender that still writes misses a failed call."""
         read, write = frames.reader(context), frames.writer(context)
-        with suppress(PeerDown):  # nobody is left to be answered
+        with suppress(PeerDown):  # the sender is gone, so there is nobody to answer
             try:
                 peer, link = self._in_session(caller, context)
                 await link.during(frames.hear(self.ends, peer, write, read))
@@ -198,7 +198,7 @@ class Listener:
                 await _within(self.timing.handshake, lambda: frames.throw_away(read))
 
     async def _take(self, requests: Any, context: Any) -> None:
-        """A member's offer to take our next message for it."""
+        """Handle a member's offer to take the next message for it."""
         try:
             with self._calling(context) as caller:
                 await self._wait_to_send(self._in_session(caller, context)[1], context)
@@ -215,7 +215,7 @@ class Listener:
             way.end("the dialler gave its call up")
 
     async def _session(self, requests: Any, context: Any) -> None:
-        """A member's session; lives as long as this call."""
+        """Handle a member's session, which lasts as long as this call."""
         try:
             with self._calling(context) as caller:
                 await self._live(self._admitted(caller), caller.fingerprint, context)
@@ -223,11 +223,11 @@ class Listener:
             await _abort(context, refusal)
 
     async def _live(self, peer: PeerId, fingerprint: str, context: Any) -> None:
-        """A session from its opening to its end; raises Refused where it is refused, or replaced by another."""
+        """Run a session from its opening to its end; raises Refused where it is refused, or replaced by another."""
         try:
-            token = await self._greet(peer, fingerprint, context)
+            token = await self._open_session(peer, fingerprint, context)
         except PeerDown:
-            return  # it went away before our proof had reached it
+            return  # it went away before the proof had reached it
         link, why = AnsweredLink(token, context.peer()), "the connection broke"
         self.ends.opened(peer, link)
         try:
@@ -239,8 +239,8 @@ class Listener:
         if why == REPLACED:
             raise Refused("replaced")
 
-    async def _greet(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
-        """Prove who we are; the token of the new session.  Raises Refused, told here."""
+    async def _open_session(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
+        """Prove this site's identity; the token of the new session.  Raises Refused, and reports it."""
         nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
         refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
         if len(nonce) == NONCE:
@@ -266,13 +266,13 @@ async def _within(seconds: float, do: Callable[[], Awaitable[Got]]) -> Got | Non
 
 
 async def _abort(context: Any, refusal: Refused) -> None:
-    """End a call with a refusal that the caller can read."""
+    """Abort a call with a refusal that the caller can read."""
     answer = ((frames.ANSWER_KEY, frames.refusal_bytes(refusal)),)
     await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(refusal)[:300], answer)
 
 
 def _caller(shown: dict[str, list[bytes]]) -> Caller:
-    """What TLS knows of a caller; raises Refused."""
+    """Read a caller's certificate from its TLS connection; raises Refused."""
     if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
         raise Refused("old-tls", b"".join(shown.get("ssl_tls_version", [])).decode(errors="replace"))
     try:
@@ -291,9 +291,9 @@ def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
 
 
 class Handshakes:
-    """Counts connections that began and never came to a call: whoever could not pass TLS.
+    """Counts connections that started and never made a call, because their TLS handshake failed.
 
-    gRPC tells neither who they were nor what was wrong with them.
+    gRPC reports neither their certificates nor what was wrong with them.
     """
 
     def __init__(self, limit: float):
@@ -302,11 +302,11 @@ class Handshakes:
         self._known: OrderedDict[str, None] = OrderedDict()
 
     def began(self) -> None:
-        """A connection started; called from gRPC's own threads."""
+        """Note that a connection started; called from gRPC's own threads."""
         self._began.append(monotonic())
 
     def passed(self, address: str) -> None:
-        """A call came over the connection from ``address``."""
+        """Note a call over the connection from ``address``."""
         if address in self._known:
             return
         self._known[address] = None
@@ -316,7 +316,7 @@ class Handshakes:
             self._began.popleft()
 
     def failed(self) -> int:
-        """How many have failed since the last question."""
+        """How many have failed since the last call."""
         count = 0
         while self._began and monotonic() - self._began[0] > self.limit:
             self._began.popleft()

@@ -1,8 +1,8 @@
-"""The in-process twin of the real transport: every test of what networks do runs on it too.
+"""In-memory twin of the real transport, for tests of network failures.
 
-All peers live on one event loop.  Under ``clock.virtual_run`` nothing sleeps and everything is reproducible.  Between
-two sites a session stands once each hears the other's heartbeats; it falls as a real one does: at once when a process
-dies (the other side's kernel says so), after missed heartbeats when a link is cut or a process hangs.
+All peers live on one event loop.  Under ``virtual_loop.virtual_run`` nothing sleeps and everything is reproducible.  A
+session between two sites is open once each receives the other's heartbeats; it ends as a real one does: at once when a
+process dies (the other side's kernel says so), after missed heartbeats when a link is cut or a process hangs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ What = Literal["message", "ack"]
 
 
 class MemoryNetwork:
-    """A network of ``sites``, by default everybody with everybody, on which tests make things go wrong.
+    """Network of ``sites``, by default a complete graph, with faults that tests inject.
 
     Delays are seconds one way.  Everything random comes from ``seed``.
     """
@@ -47,27 +47,27 @@ class MemoryNetwork:
         self._tasks: set[asyncio.Task] = set()
 
     def transport(self, site: PeerId, audit: AuditLog | None = None) -> MemoryTransport:
-        """A transport for ``site``: of its first process, or of the one after a crash."""
+        """Create a transport for ``site``: of its first process, or of the one after a crash."""
         return MemoryTransport(self, site, audit)
 
     def delay(self, one: PeerId, other: PeerId, seconds: float) -> None:
-        """From now on everything between the two takes this long, each way."""
+        """Set the delay between two sites, each way, from now on."""
         self._delay[one, other] = self._delay[other, one] = seconds
 
     def loss(self, source: PeerId, target: PeerId, probability: float, what: What = "message") -> None:
-        """From now on messages from ``source`` to ``target`` (or the acks that answer them) vanish at random."""
+        """Drop messages from ``source`` to ``target`` (or the acks that answer them) at random from now on."""
         self._loss[source, target, what] = probability
 
     def lose(self, source: PeerId, target: PeerId, times: int = 1, what: What = "message") -> None:
-        """The next ``times`` messages from ``source`` to ``target``, or the acks that answer them, vanish."""
+        """Drop the next ``times`` messages from ``source`` to ``target``, or the acks that answer them."""
         self._lost[source, target, what] += times
 
     def repeat(self, source: PeerId, target: PeerId, times: int = 1) -> None:
-        """The next ``times`` messages from ``source`` to ``target`` arrive twice."""
+        """Deliver the next ``times`` messages from ``source`` to ``target`` twice."""
         self._twice[source, target] += times
 
     def cut(self, source: PeerId, target: PeerId, both: bool = True) -> None:
-        """Nothing from ``source`` reaches ``target`` any more; with ``both``, nor the other way."""
+        """Deliver nothing from ``source`` to ``target`` any more; with ``both``, nor the other way."""
         self._cut |= {(source, target), (target, source)} if both else {(source, target)}
 
     def heal(self, one: PeerId, other: PeerId) -> None:
@@ -94,7 +94,7 @@ class MemoryNetwork:
         self._awake.setdefault(site, asyncio.Event()).clear()
 
     def wake(self, site: PeerId) -> None:
-        """Let a stopped process go on."""
+        """Let a stopped process continue."""
         self._awake.pop(site, asyncio.Event()).set()
 
     def expel(self, site: PeerId) -> None:
@@ -122,7 +122,7 @@ class MemoryNetwork:
         return one != other
 
     async def carry(self, source: PeerId, target: PeerId) -> None:
-        """Wait as long as something takes from ``source`` to ``target``; for ever where it never arrives."""
+        """Wait for the delay from ``source`` to ``target``; for ever where nothing arrives."""
         await self.awake(source)
         await asyncio.sleep(self._delay[source, target])
         if (source, target) in self._cut:
@@ -130,7 +130,7 @@ class MemoryNetwork:
         await self.awake(target)
 
     async def message(self, source: PeerId, target: PeerId, what: What) -> None:
-        """``carry`` for a message of ``source`` or the ack that it gets; some are lost."""
+        """``carry`` for a message of ``source`` or its ack; some are lost."""
         key = (source, target, what)
         lost = self._lost[key] > 0 or self._draw.random() < self._loss[key]
         self._lost[key] -= self._lost[key] > 0
@@ -139,7 +139,7 @@ class MemoryNetwork:
             await asyncio.get_running_loop().create_future()
 
     def copies(self, source: PeerId, target: PeerId) -> int:
-        """How often the next message arrives."""
+        """How many times the next message arrives."""
         twice = self._twice[source, target] > 0
         self._twice[source, target] -= twice
         return 1 + twice
@@ -157,13 +157,13 @@ class MemoryNetwork:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End what is still on its way."""
+        """Close all transports and drop what is in flight."""
         for transport in list(self.live.values()):
             await transport.close()
         await give_up(*self._tasks)
 
     def reset(self, dead: MemoryTransport, why: str) -> None:
-        """Let the machine of a process that is gone say so to all its neighbours."""
+        """Notify all neighbours of a process that it has ended, as its machine would."""
         for peer in list(dead.ends.edges):
             self.later(dead.me, peer, _resetter(dead, why))
 
@@ -178,12 +178,12 @@ def _resetter(theirs: MemoryTransport, why: str) -> Callable[[MemoryTransport], 
 
 
 class _MemoryLink(Link):
-    """A session between two processes."""
+    """Session between two processes."""
 
     def __init__(self, network: MemoryNetwork, mine: MemoryTransport, theirs: MemoryTransport):
         super().__init__()
         self.network, self.mine, self.theirs = network, mine, theirs
-        self.pulse = Heartbeat(network.timing, asyncio.get_running_loop().time())
+        self.heartbeat = Heartbeat(network.timing, asyncio.get_running_loop().time())
 
     async def push(self, header: bytes, body: memoryview) -> None:
         """Carry one message, and its answer back."""
@@ -213,7 +213,7 @@ def _reader(pieces: Iterator[bytes]) -> Read:
 
 
 class MemoryTransport:
-    """One process on a MemoryNetwork; see Transport."""
+    """Transport of one process on a MemoryNetwork; see Transport."""
 
     def __init__(self, network: MemoryNetwork, me: PeerId, audit: AuditLog | None = None):
         self.network, self.me = network, me
@@ -227,7 +227,7 @@ class MemoryTransport:
         self.network.check(self.me, site)
 
     async def start(self, receiver: Receiver) -> None:
-        """Join; another living process of the same site is replaced."""
+        """Join the network; another living process of the same site is replaced."""
         if self.me in self.network.live:
             self.network.crash(self.me)
         self.ends.receiver = receiver
@@ -253,7 +253,7 @@ class MemoryTransport:
         await give_up(*self._tasks.values(), *self._watches)
 
     def die(self, why: str) -> None:
-        """End everything without telling anybody."""
+        """End all sessions and tasks without notifying anybody."""
         for edge in self.ends.edges.values():
             if edge.link is not None:
                 edge.link.end(why)
@@ -262,7 +262,7 @@ class MemoryTransport:
             task.cancel()
 
     def reset(self, theirs: MemoryTransport, why: str) -> None:
-        """The other side's machine says that its process ended the session."""
+        """End a session because the other side's process has ended."""
         link = self._link(theirs.me)
         if link is not None and link.theirs is theirs:
             self.ends.lost(theirs.me, link, why)
@@ -274,12 +274,12 @@ class MemoryTransport:
             await asyncio.sleep(self.network.timing.beat)
 
     def _beat(self, peer: PeerId) -> None:
-        """Send a heartbeat, which says whose heartbeats are heard here."""
+        """Send a heartbeat, which names the process whose heartbeats arrive here."""
         hears = self._hears.get(peer)
         self.network.later(self.me, peer, lambda live: live.heard(self, hears))
 
     def heard(self, theirs: MemoryTransport, hears: MemoryTransport | None) -> None:
-        """A heartbeat of the process ``theirs`` came, which hears that of ``hears``."""
+        """Take a heartbeat of the process ``theirs``, which receives those of ``hears``."""
         peer, link = theirs.me, self._link(theirs.me)
         try:
             self.check(peer)
@@ -288,12 +288,12 @@ class MemoryTransport:
             self.network.later(self.me, peer, _refuser(self.me, refusal))
             return
         if self.network.live.get(peer) is not theirs:
-            return  # it was sent by a process that died since
+            return  # its sender has died since
         if self._hears.get(peer) is not theirs:
             self._hears[peer] = theirs
             self._beat(peer)
         if link is not None and link.theirs is theirs:
-            link.pulse.heard(asyncio.get_running_loop().time())
+            link.heartbeat.heard(asyncio.get_running_loop().time())
             if hears is not self:
                 self.ends.lost(peer, link, "ended by the other side")
         elif hears is self:
@@ -308,7 +308,7 @@ class MemoryTransport:
 
     async def _watch(self, peer: PeerId, link: _MemoryLink) -> None:
         watching = asyncio.ensure_future(
-            watch(link.pulse, lambda health: self.ends.health(peer, health), lambda: self.network.awake(self.me))
+            watch(link.heartbeat, lambda health: self.ends.health(peer, health), lambda: self.network.awake(self.me))
         )
         await asyncio.wait({watching, link.ended}, return_when=asyncio.FIRST_COMPLETED)
         await give_up(watching)

@@ -1,4 +1,4 @@
-"""Takes a renewed certificate and a new member list up while a peer runs."""
+"""Reload of the certificate and of the member list while a peer runs."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Stamps = dict[Path, tuple[int, int]]
 
 
 class ReloadedFiles:
-    """Files that are taken up together when one of them is replaced."""
+    """Files that are reloaded together when one of them is replaced."""
 
     def __init__(self, files: list[Path], apply: Callable[[], Awaitable[None]]):
         self.files, self.apply = files, apply
         self._seen: Stamps | None = None
-        self._told = ""
+        self._failure = ""
 
-    async def look(self) -> None:
-        """Take up what is new, and try again at the next look where that failed; each failure is told once."""
+    async def check(self) -> None:
+        """Reload changed files; a failure is logged once and tried again at the next call."""
         now = _stamps(self.files)
         if now == self._seen:
             return
         try:
             await self.apply()
-        except Exception as error:  # whatever it is: the look after it must come
-            told = str(error) or repr(error)
-            if told != self._told:
-                logging.getLogger(__name__).warning("not taken up: %s", told)
-            self._told = told
+        except Exception as error:  # of any kind: the next call must still try
+            failure = str(error) or repr(error)
+            if failure != self._failure:
+                logging.getLogger(__name__).warning("not taken up: %s", failure)
+            self._failure = failure
         else:
-            self._seen, self._told = now, ""
+            self._seen, self._failure = now, ""
 
 
 async def reload_on_change(transport: GrpcTransport, folder: Path, members: Path, every: float = 10.0) -> None:
-    """Look at the identity's ``folder`` and at the list ``members`` every so many seconds; runs until cancelled.
+    """Check the identity's ``folder`` and the list ``members`` every ``every`` seconds; runs until cancelled.
 
-    What cannot be used (half copied, expired, not signed, older) changes nothing; it is told once, as a warning, and
-    tried again at every look.  The list does not wait for the certificate: a removal must hold whatever else is wrong.
+    A file that cannot be used (half copied, expired, not signed, older) changes nothing; one warning is logged, and it
+    is tried again at every check.  The list does not wait for the certificate: a removal must hold in any case.
     """
 
     async def certificate() -> None:
@@ -59,12 +59,12 @@ async def reload_on_change(transport: GrpcTransport, folder: Path, members: Path
     others = ReloadedFiles([members], listed)
     while True:
         await asyncio.sleep(every)
-        await own.look()
-        await others.look()
+        await own.check()
+        await others.check()
 
 
 def _stamps(files: list[Path]) -> Stamps:
-    """What changes when a file is replaced."""
+    """Modification time and inode of each file: these change when it is replaced."""
     found = {}
     for path in files:
         try:

@@ -1,7 +1,7 @@
-"""A virtual clock for asyncio: waiting costs no time, and the same program always runs in the same order.
+"""Virtual clock for asyncio: waiting costs no time, and the same program always runs in the same order.
 
-``virtual_run(main())`` is ``asyncio.run`` on a loop whose clock jumps to the next timer whenever nothing is left to
-do.  Work for other threads is done at once in this one, since a jumping clock cannot wait for them.
+``virtual_run(main())`` is ``asyncio.run`` on a loop whose clock jumps to the next timer whenever no task is ready.
+Work for other threads runs at once in this one, since a jumping clock cannot wait for them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Got = TypeVar("Got")
 
 
 class _Jump(selectors.DefaultSelector):
-    """Never waits: moves the clock by the time that it should have waited."""
+    """Selector that never waits: it advances the clock by the timeout instead."""
 
     now = 0.0
 
     def select(self, timeout: float | None = None) -> list:
-        """What is ready; with a timeout, the clock is that much later."""
+        """The ready files; where there are none, the clock advances by the timeout."""
         ready = super().select(0)
         if ready:
             return ready
@@ -31,7 +31,7 @@ class _Jump(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop on a virtual clock, which starts at 0 seconds."""
+    """Event loop on a virtual clock, which starts at 0 seconds."""
 
     def __init__(self) -> None:
         self._jump = _Jump()

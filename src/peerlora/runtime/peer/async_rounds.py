@@ -43,7 +43,7 @@ class PeerAsyncRounds:
         """While a job is going on, the client's state, which letters change."""
         self.news = False
         """Whether a letter has come that the method was not told of."""
-        mail.arrived = self._arrived
+        mail.on_arrival = self._arrived
 
     def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Job ``t`` of this client: begin, K local steps, push."""
@@ -72,12 +72,12 @@ class PeerAsyncRounds:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The mailbox."""
-        return self.mail.saved()
+        return self.mail.state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
         """Restore it."""
         self.mail.load_state_dict(tensors, facts)
-        self.news = self.mail.waiting
+        self.news = self.mail.has_messages
 
     def _begin(self, state: Any) -> tuple[int, Adapters, Bool[Tensor, "client parameter"] | None]:
         """The job's number, where it begins, and what it may change."""
@@ -85,19 +85,19 @@ class PeerAsyncRounds:
             self.state = state
             self._listen()
             self._let(self.algorithm.before_job)
-            self.mail.post.begin_job(self.mail.client)
-            job = self.mail.post.versions[self.mail.client]
+            self.mail.mailboxes.begin_job(self.mail.client)
+            job = self.mail.mailboxes.versions[self.mail.client]
             return job, self.algorithm.model(self.state), self.algorithm.coordinates(self.state)
 
     def _end(self, start: Adapters, trained: Adapters) -> tuple[Any, dict[str, float], list[tuple[int, int]]]:
         """The state after the job, and what the post tells of the time since the one before."""
         with self.mail.lock:
-            post = self.mail.post
+            post = self.mail.mailboxes
             post.end_job(self.mail.client)
             self._let(lambda state, mail: self.algorithm.on_job(state, start, trained, mail))
             told = self.state, post.measures(), sorted(post.used)
             self.state = None
-            self.mail.over = post.versions[self.mail.client] >= self.jobs
+            self.mail.closed = post.versions[self.mail.client] >= self.jobs
             post.begin_round()
             return told
 
@@ -115,5 +115,5 @@ class PeerAsyncRounds:
 
     def _let(self, hook: Callable[[Any, Any], Any]) -> None:
         """Let the method change the state and push; the lock is held."""
-        self.state = hook(self.state, self.mail.box())
+        self.state = hook(self.state, self.mail.mailbox())
         self.mail.dispatch()

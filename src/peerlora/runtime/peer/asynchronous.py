@@ -13,9 +13,12 @@ from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.exchange.mailbox import Mailboxes
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.network.base import PeerId, Transport
+from peerlora.network.protocol.admission import PushOnlyAdmission
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.push_messages import PushFormat, PushMessage
-from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushOnlyProtocol, PushService
+from peerlora.network.protocol.push_service import MOST, PeerMailbox, PushService
+from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.send_queue import SendQueue, SendStats
 from peerlora.runs.events import Event
 from peerlora.runs.store import RunStore
@@ -55,9 +58,9 @@ class AsynchronousPeer(PeerParticipation):
         self.mailbox = PeerMailbox(mailboxes, site.client, neighbours, form, self._send, config.device)
         self.failed: dict[PeerId, str] = {}
         """Neighbours that no message reached in the latest round, and why."""
-        protocol = PushOnlyProtocol(transport, expected, seconds, 0, config.train.rounds)
-        names = list(neighbours.values())
-        control = PushService(protocol, names, section_hashes(config), self.mailbox, self.send_queue)
+        endpoint = Endpoint(transport, expected, list(neighbours.values()), config.train.rounds)
+        control = PushService(endpoint, section_hashes(config), seconds, self.mailbox, self.send_queue)
+        protocol = RoundProtocol(endpoint, seconds, lambda kind: 0, control, PushOnlyAdmission(endpoint))
         super().__init__(replace(federation, clock=None), site, thread, protocol, control)
         jobs = config.train.rounds
         self.rounds = PeerAsyncRounds(algorithm, federation.learner, self.mailbox, jobs, self._sent)
@@ -88,7 +91,7 @@ class AsynchronousPeer(PeerParticipation):
     def leave(self, state: State) -> Sequence[Event]:
         """Refuse further messages: all jobs are done."""
         with self.mailbox.lock:
-            self.mailbox.over = True
+            self.mailbox.closed = True
         self.enter_round(self.config.train.rounds)
         return self.neighbour_events()
 

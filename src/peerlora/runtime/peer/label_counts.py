@@ -71,13 +71,9 @@ class StartupSum:
         return checked_total(found[COUNTS], own, peer)
 
     def _gossiped(self, own: Tensor) -> Tensor:
-        protocol = self.exchange.protocol
-        deadline, patience = protocol.deadline, max(self.join, protocol.deadline)
-        self.thread.ask(setattr, protocol, "deadline", patience)  # a neighbour may itself still wait for its neighbours
-        try:
+        patience = max(self.join, self.exchange.protocol.deadline)  # a neighbour may itself still wait for neighbours
+        with self.exchange.extended_deadline(patience):
             total, self.bytes_sent = network_sum(own, self.exchange, self.exchange.topology)
-        finally:
-            self.thread.ask(setattr, protocol, "deadline", deadline)
         return total
 
 
@@ -102,10 +98,10 @@ def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> l
 
     Raises NotNow unless all answer.
     """
-    greeted = thread.call(control.greet(join))
+    greeted = thread.call(control.handshake(join))
     missing = [
         f"{peer} ({greeted.refused.get(peer, f'not there after {join:g} s')})"
-        for peer in sorted(control.peers)
+        for peer in sorted(control.endpoint.peers.neighbours)
         if peer not in greeted.reached
     ]
     if missing:
@@ -113,7 +109,7 @@ def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> l
             f"train.label_prior=pooled sums label counts over the network before round 0, and {', '.join(missing)} "
             "does not take part; start all sites within peer.join seconds of each other, or use label_prior=uniform"
         )
-    return sorted(peer for peer, round in control.protocol.heard.items() if round >= 0)
+    return sorted(peer for peer, step in control.endpoint.peers.last_step.items() if step.round >= 0)
 
 
 def checked_total(total: Tensor, own: Tensor, peer: PeerId) -> Tensor:

@@ -37,7 +37,7 @@ class PeerParticipation:
         self.done = 0
 
     def __enter__(self) -> Self:
-        self.thread.call(self.control.start())
+        self.thread.call(self.control.start(self.protocol))
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -49,8 +49,8 @@ class PeerParticipation:
         Raises RunError where all refuse, NotNow where all of them are in another run.
         """
         self.done = done
-        self.thread.ask(self.protocol.enter, done, True)
-        found = self.thread.call(self.control.greet(seconds))
+        self.thread.ask(self.protocol.endpoint.start_at, done)
+        found = self.thread.call(self.control.handshake(seconds))
         events = self.neighbour_events()
         self._require_some(found)
         events += [
@@ -66,11 +66,11 @@ class PeerParticipation:
     def enter_round(self, t: int) -> None:
         """Refuse messages of earlier rounds from now on."""
         self.done = t
-        self.thread.ask(self.protocol.enter, t)
+        self.thread.ask(self.protocol.endpoint.enter, t)
 
     def neighbour_events(self) -> list[Event]:
         """Take what the network noted about neighbours since the last call."""
-        notices, events = self.protocol.notices, []
+        notices, events = self.protocol.endpoint.events.waiting, []
         while notices:
             at, kind, peer, detail = notices.popleft()
             events.append(NeighbourChanged(at, self.done, self.numbers[peer], kind, detail))

@@ -17,6 +17,7 @@ from peerlora.network.base import PeerId, TransportError
 from peerlora.network.identity.members import check_address
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.control import HandshakeResult, PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.transport.grpc import GrpcTransport
@@ -90,15 +91,15 @@ def examine(
     neighbours = site.neighbours(federation.topology)
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
-        protocol = RoundProtocol(transport, expected, wait, 0)
-        control = PeerControl(protocol, list(neighbours.values()), section_hashes(config))
+        endpoint = Endpoint(transport, expected, list(neighbours.values()))
+        control = PeerControl(endpoint, section_hashes(config), wait)
         try:
-            thread.call(control.start())
+            thread.call(control.start(RoundProtocol(endpoint, wait, lambda kind: 0, control)))
         except TransportError as error:
             yield Finding("problem", str(error), "stop what uses the port (a running peer?), or change the address")
             return
         try:
-            greeted = thread.call(control.greet(wait))
+            greeted = thread.call(control.handshake(wait))
             yield from _about_neighbours(roster, greeted, neighbours, control.skew, thread)
             thread.call(asyncio.sleep(_LINGER))
         finally:

@@ -15,11 +15,12 @@ from peerlora.exchange.schema import Schema
 from peerlora.lora.diagnostics import neighbourhood
 from peerlora.network.base import PeerId, Refused, Transport
 from peerlora.network.protocol.control import PeerControl
+from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
-from peerlora.network.protocol.wire import read_claimed
+from peerlora.network.protocol.wire import Kind, read_claimed
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, opening_state
@@ -53,14 +54,14 @@ class SynchronousPeer(PeerParticipation):
         self.blocks = exchanged_blocks(self.sends, federation.start.spec)
         self.local_only = federation.algorithm.traits.local_only
         self.largest = largest_message(federation, self.sends)
+        self._bounds: dict[Kind, int] = {"mix": self.largest, "state": 0}
         self._shared: dict[str, Tensor] | None = None
-        protocol = RoundProtocol(
-            transport, expected_of(federation, site), config.peer.deadline, self.largest, config.train.rounds
-        )
-        neighbours = site.neighbours(federation.topology)
+        neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
+        endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
         control = PeerControl(
-            protocol, list(neighbours.values()), section_hashes(config), snapshot=lambda: self._shared
+            endpoint, section_hashes(config), deadline, lambda: self._shared, lambda kind: self._bounds[kind]
         )
+        protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
         self.exchange = NeighbourExchange(
             federation.topology,
             site.client,
@@ -79,7 +80,7 @@ class SynchronousPeer(PeerParticipation):
     def __enter__(self) -> Self:
         if self.config.train.label_prior == "pooled" and self.label_counts.total is None:
             first = -gossip_rounds(self.exchange.topology)
-            self.protocol.enter(first, True)  # neighbours hear from the first greeting on which round this is
+            self.protocol.endpoint.start_at(first)  # neighbours hear from the first handshake on which round this is
         return super().__enter__()
 
     def start(self) -> Opening:
@@ -96,7 +97,7 @@ class SynchronousPeer(PeerParticipation):
         """Return the next round; of a peer that fell behind, the one in which its neighbours are."""
         self.publish_state(t, state)
         self._events += self.neighbour_events()
-        ahead = self.thread.ask(self.protocol.called, t) if self.sends else None
+        ahead = self.thread.ask(self.protocol.endpoint.peers.round_to_follow, t) if self.sends else None
         if ahead is not None:
             t, state = self._catch_up(t, state, *ahead)
         return t, state, self._take_events()
@@ -122,7 +123,7 @@ class SynchronousPeer(PeerParticipation):
         """Hold what neighbours may have of the state for when they ask; no tensor of it is ever changed in place."""
         shared = exportable(state, self.blocks, self.local_only) if self.sends else {}
         self._shared = (shared | self.label_counts.vectors) or None
-        self.protocol.largest = max(self.largest, self._state_bytes(state) if self.sends else 0)
+        self._bounds["mix"] = max(self.largest, self._state_bytes(state) if self.sends else 0)
         self.done = done
 
     def _catch_up(self, t: int, state: State, round: int, peer: PeerId) -> tuple[int, State]:
@@ -131,12 +132,12 @@ class SynchronousPeer(PeerParticipation):
         How many follows from the neighbours' messages, not from what comes with the state.
         """
         adopted = None
-        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.protocol.apart):
+        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.protocol.endpoint.peers.isolated):
             adopted = self._adopted(peer, state)
         if adopted is None:  # without a state of the end, the last round must still be trained
             to = min(round, self.config.train.rounds - 1)
         else:  # the request took time, so ask again which round it is
-            again = self.thread.ask(self.protocol.called, t)
+            again = self.thread.ask(self.protocol.endpoint.peers.round_to_follow, t)
             to, state = max(round, again[0]) if again else round, adopted
         self._events.append(CaughtUp(now(), t, to, self.numbers[peer], adopted is not None))
         self.publish_state(to, state)
@@ -157,8 +158,8 @@ class SynchronousPeer(PeerParticipation):
 
     def _request_state(self, peer: PeerId, like: State, counts: Schema) -> dict[str, Tensor] | None:
         """The vectors of a neighbour's state that looks like ``like`` and comes with label counts."""
-        self.control.largest_state = self._state_bytes(like, counts)
-        reply = self.thread.call(self.control.pull(peer, self.config.peer.deadline))
+        self._bounds["state"] = self._state_bytes(like, counts)
+        reply = self.thread.call(self.control.request_state(peer, self.config.peer.deadline))
         if reply is None:
             return None
 
