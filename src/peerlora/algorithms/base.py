@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 State = TypeVar("State")
 
@@ -205,9 +203,3 @@ def requirement(algorithm: Algorithm[Any]) -> Properties:
 def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
     """The method that runs, with its notes; most methods are ready as they are."""
     return algorithm.prepared(topology, rounds) if isinstance(algorithm, Configurable) else (algorithm, ())
-
-
-def part(x: Adapters, *blocks: str) -> Adapters:
-    """Some blocks alone ("A", "B", "head"), as a copy: what a method mixes that keeps a factor at home."""
-    spec = replace(x.spec, blocks=blocks)
-    return replace(x, spec=spec, flat=torch.cat([x.flat[:, x.spec.columns(block)] for block in blocks], dim=1))

@@ -126,7 +126,7 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
         if after.merged is None or before.merged is after.merged:
             weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
             continue
-        earlier, unit = (before.merged or before.mergeable().merged), after.spec.alpha / after.spec.rank
+        earlier, unit = (before.merged or before.with_empty_merges().merged), after.spec.alpha / after.spec.rank
         assert earlier is not None  # mergeable() gives one
         was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
         now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
@@ -136,7 +136,7 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
 
 def before_exchange(after: Adapters, sent: Adapters) -> Adapters:
     """The clients just before an exchange: what they sent, and, where that was one factor, the other as it still is."""
-    return sent if {"A", "B"} <= set(sent.spec.blocks) else after.merge(sent)
+    return sent if {"A", "B"} <= set(sent.spec.blocks) else after.with_blocks(sent)
 
 
 def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None) -> float:

@@ -1,4 +1,4 @@
-"""How strange a client's own rows look to its model: scores per row without a gradient, and weights from them."""
+"""Out-of-distribution scores of a client's own rows under its model, without a gradient, and weights from them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _loss_per_row(task: Task, logits: Tensor, batch: Batch) -> Float[Tensor, " r
 
 def score_shards(
     shards: Shards, rows_per_batch: int, tokens: int, forward: Callable[[list[int], list[np.ndarray]], Tensor]
-) -> Float[Tensor, "client place"]:
-    """What ``forward`` gives for every row of every client's shard, by its place there; NaN where a shard has ended.
+) -> Float[Tensor, "client row"]:
+    """Scores by ``forward`` of every row of every client's shard, by its place there; NaN where a shard has ended.
 
     ``forward``: clients and rows of each -> [client, row], filled up for clients with fewer rows.
     """
@@ -68,7 +68,7 @@ def _parts(clients: Sequence[int], size: int) -> list[list[int]]:
     return [list(clients[start : start + size]) for start in range(0, len(clients), size)]
 
 
-def ranks(scores: Float[Tensor, "client place"]) -> Float[Tensor, "client place"]:
+def ranks(scores: Float[Tensor, "client row"]) -> Float[Tensor, "client row"]:
     """Each row's rank among its client's, between 0 and 1; equal scores share the middle of their ranks."""
     order = scores.nan_to_num(float("inf")).contiguous()
     ascending = order.sort(1).values
@@ -78,9 +78,9 @@ def ranks(scores: Float[Tensor, "client place"]) -> Float[Tensor, "client place"
     return torch.where(scores.isnan(), scores, (below + upto) / (2 * rows))
 
 
-def emphasis(
-    scores: Float[Tensor, "client place"], alpha: float, q: float, tau: float, hard: bool
-) -> Float[Tensor, "client place"]:
+def row_weights(
+    scores: Float[Tensor, "client row"], alpha: float, q: float, tau: float, hard: bool
+) -> Float[Tensor, "client row"]:
     """``v = 1 + alpha sigmoid((r - q) / tau)`` with the rank r of a row's score; hard: ``1 + alpha`` where r > q."""
     r = ranks(scores)
     return 1 + alpha * ((r > q).to(r.dtype) if hard else torch.sigmoid((r - q) / tau))
