@@ -20,7 +20,7 @@ from peerlora.runtime.simulate import simulate
 from peerlora.train import loss_rules
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 from peerlora.train.loss_rules import LabelPrior, offsets
-from peerlora.train.tasks import TASKS
+from peerlora.train.tasks import task
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -91,7 +91,7 @@ def best_logits(rows, rule):
 
     def loss(free):
         logits = torch.stack([torch.zeros_like(free), free], 1)[features]
-        return TASKS["classification"].losses(*rule(logits, batch, [0])).sum()
+        return task("classification").losses(*rule(logits, batch, [0])).sum()
 
     free = torch.zeros(2, dtype=torch.float64)
     for _ in range(50):

@@ -11,7 +11,7 @@ from peerlora.runtime.compose import compose
 from peerlora.train.base import LocalPlan
 from peerlora.train.loss_rules import weigh_rows
 from peerlora.train.row_scores import energy, measure, ranks, row_weights
-from peerlora.train.tasks import TASKS
+from peerlora.train.tasks import task
 
 nan = float("nan")
 SCORES = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
@@ -32,8 +32,8 @@ def test_energy_moves_with_a_shift_and_ranks_do_not():
 
 def test_other_scores_by_hand():
     logits = double([0.0, 0.0], [100.0, 0.0]).log_softmax(1)
-    assert measure("max-softmax", TASKS["classification"])(logits, None).tolist() == pytest.approx([0.5, 0])
-    assert measure("entropy", TASKS["classification"])(logits, None).tolist() == pytest.approx([np.log(2), 0])
+    assert measure("max-softmax", task("classification"))(logits, None).tolist() == pytest.approx([0.5, 0])
+    assert measure("entropy", task("classification"))(logits, None).tolist() == pytest.approx([np.log(2), 0])
 
 
 def test_ranks_by_hand():

@@ -108,7 +108,7 @@ class Algorithm(Method, Protocol[State]):
     ...     traits: ClassVar = Traits(source="an example", sends="adapters")
     ...
     ...     def round(self, t, x, learner, peers):
-    ...         return peers.mix(learner.fit(x, train="AB"))
+    ...         return peers.mix(learner.fit(x, "AB"))
 
     >>> spec = AdapterSpec((LayerSpec("query", d_in=1, d_out=1),), rank=1, alpha=1.0)
     >>> x = Adapters(spec, torch.zeros(3, 2), torch.ones(3, dtype=torch.int64))

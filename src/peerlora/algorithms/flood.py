@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlora.algorithms.gossip import IN_TURN, Stateful
 from peerlora.algorithms.traits import REPLICAS, Traits
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
@@ -119,7 +120,7 @@ class FLood(Stateful):
 
     def check_task(self, kind: str) -> None:
         """Raise CompositionError for a score that the task has no logits for."""
-        if kind != "classification" and self.score not in ("auto", "nll"):
+        if not task_kind(kind).has_classes and self.score not in ("auto", "nll"):
             raise CompositionError(
                 f"flood: algorithm.score={self.score} needs class logits, task.kind={kind} has none; use score=nll"
             )
@@ -157,7 +158,7 @@ class FLood(Stateful):
 
     def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client row"]:
         """E of every client's own rows."""
-        usual = "energy" if learner.task.metric == "accuracy" else "nll"
+        usual = "energy" if learner.task.kind.has_classes else "nll"
         chosen = usual if self.score == "auto" else self.score
         return learner.score(x, measure(chosen, learner.task, self.temperature))
 

@@ -34,7 +34,7 @@ from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
 from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import LabelPrior
-from peerlora.train.tasks import TASKS
+from peerlora.train.tasks import task
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def assemble(
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
     learner = StackedLearner(
-        model, TASKS[config.task.kind], shards, config.train, resources.tokenizer.pad_token_id, graph
+        model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)

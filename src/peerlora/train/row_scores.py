@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.data.batches import Batch, Shards
-from peerlora.train.tasks import CausalLM, Task
+from peerlora.train.tasks import Task
 
 Measure = Callable[[Tensor, Batch], Tensor]
 """Logits and batch -> one number [client*row], larger for rows that look more out of distribution."""
@@ -33,13 +33,7 @@ def measure(score: str, task: Task, temperature: float = 1.0) -> Measure:
     if score == "entropy":
         return lambda logits, batch: torch.special.entr(logits.softmax(1)).sum(1)
     assert score == "nll"
-    return lambda logits, batch: _loss_per_row(task, logits, batch)
-
-
-def _loss_per_row(task: Task, logits: Tensor, batch: Batch) -> Float[Tensor, " row"]:
-    """Of language models, per token."""
-    loss, other = task.outcomes(logits, batch).unbind(1)
-    return loss / other if isinstance(task, CausalLM) else loss
+    return task.row_losses
 
 
 def score_shards(
