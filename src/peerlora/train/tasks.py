@@ -132,7 +132,7 @@ class CausalLM:
         return (each * known).sum(1), known.sum(1)
 
 
-def _weighted(row_losses: Float[Tensor, " client*row"], batch: Batch) -> Float[Tensor, " client"]:
+def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:
     return (row_losses.view_as(batch.weights) * batch.weights).sum(1)
 
 
