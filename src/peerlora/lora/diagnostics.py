@@ -13,10 +13,10 @@ from peerlora.lora import merged
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.product import cross_term2, deviation, norms2
 
-_RECEIVERS = 32  # beyond this many clients the local cross-term is averaged over an even sample of receivers
-_CLIENTS = 64  # looked at at once, where each is looked at alone: 2.5 times as fast as 1000 at once
-_SENDERS = 256  # whose factors are gathered at once, for some receivers: 50 MB at width 384 and rank 8, in fp64
-_COLUMNS, _SCALARS = 32, 2**19  # of the part of everybody's products that is looked at at once: 4 MB fit a cache
+_RECEIVERS = 32  # clients, beyond which the local cross-term is averaged over an even sample of receivers
+_CLIENTS = 64  # clients in one piece, where each is computed alone: 2.5 times as fast as 1000 at once
+_SENDERS = 256  # senders whose factors are gathered at once, for some receivers: 50 MB at width 384 and rank 8, in fp64
+_COLUMNS, _SCALARS = 32, 2**19  # columns and scalars of all clients' products in one piece: 4 MB fit a cache
 
 LeftFactors = Float[Tensor, "client d_out rank"]
 RightFactors = Float[Tensor, "client rank d_in"]

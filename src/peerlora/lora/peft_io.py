@@ -43,7 +43,7 @@ def export_adapter(
     """Write row ``client`` of ``x`` as a folder that ``PeftModel.from_pretrained`` loads.
 
     What the client has merged becomes part of the adapter, whose rank grows.  ``rank``: the best approximation of at
-    most this rank instead; what it leaves out is told in the card.
+    most this rank instead; the card says what it leaves out.
     """
     from peft import LoraConfig
 
