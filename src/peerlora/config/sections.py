@@ -55,7 +55,7 @@ def _known_kind(name: Any) -> str:
 class TaskConfig(Section):
     """What is learned from the data."""
 
-    kind: Annotated[str, BeforeValidator(_known_kind), Field(examples=[*KINDS])] = "classification"
+    kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
     """What is learned: classification, regression or causal-lm."""
     labels: list[str] | None = None
     """Class names in order of their ids; null: read from the data."""
