@@ -127,7 +127,7 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
             weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
             continue
         earlier, unit = (before.merged or before.with_empty_merges().merged), after.spec.alpha / after.spec.rank
-        assert earlier is not None  # mergeable() gives one
+        assert earlier is not None  # with_empty_merges() gives one
         was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
         now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
         weak += float(merged.distances2(was, now).mean()) / unit**2
