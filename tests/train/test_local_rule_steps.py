@@ -76,7 +76,7 @@ def test_a_look_elsewhere_leaves_x_as_it_was_to_the_bit(quadratic):
 def test_the_ascent_step_has_length_rho_over_all_active_blocks(quadratic):
     H, x = quadratic
     step, moved = quadratic_step(H, x), []
-    watched = replace(step, here=lambda: moved.append(x.clone()) or step.here())
+    watched = replace(step, closure=lambda: moved.append(x.clone()) or step.closure())
     Ascent(0.3)(watched)
     assert (moved[1] - moved[0]).norm(dim=1) == pytest.approx([0.3] * 3, rel=1e-12)
 
@@ -93,7 +93,7 @@ def test_on_a_quadratic_the_second_gradient_is_known(quadratic, alpha):
 @pytest.mark.parametrize(("rho", "alpha"), [(0.0, 1.0), (0.5, 0.0)])
 def test_no_second_look_where_it_would_not_count(quadratic, rho, alpha):
     step, looks = quadratic_step(*quadratic), []
-    found = Ascent(rho, alpha)(replace(step, here=lambda: looks.append(1) or step.here()))
+    found = Ascent(rho, alpha)(replace(step, closure=lambda: looks.append(1) or step.closure()))
     assert torch.equal(together(found), together(step.gradient())) and len(looks) == 1
 
 
@@ -108,7 +108,7 @@ def test_the_terms_of_dual_prox_are_added_to_the_gradient(quadratic):
     step = quadratic_step(H, x)
     x += 1  # it has moved since the round began
     offset = torch.arange(24, dtype=torch.float64).view(6, 4)
-    step = replace(step, clients=slice(2, 5))
+    step = replace(step, clients=[2, 3, 4])
     pull = torch.arange(6, dtype=torch.float64)[:, None]
     expected = torch.einsum("cij,cj->ci", H, x) + offset[2:5] + pull[2:5]
     assert torch.allclose(together(DualProx(offset, pull).gradient(step)), expected)
@@ -155,7 +155,7 @@ def test_a_rule_sees_where_the_round_began_and_whose_rows_it_has(config, block):
         assert torch.equal(now[:, x.spec.columns("A")], start[:, x.spec.columns("A")])
     firsts = [now for step, now, start, _ in spy.seen if torch.equal(now, start)]
     assert sum(len(now) for now in firsts) == 4 and len(spy.seen) == 3 * len(firsts)
-    assert [step.clients.stop for step, *_ in spy.seen][-1] == 4
+    assert [step.clients[-1] for step, *_ in spy.seen][-1] == 3
 
 
 def test_a_step_under_a_rule_is_the_optimisers_on_the_corrected_gradient(config):
