@@ -95,8 +95,9 @@ class Algorithm(Method, Protocol[State]):
 
     A method, and one round of it on 3 clients whose A and B are one number each:
 
-    >>> from dataclasses import dataclass
+    >>> from dataclasses import dataclass, replace
     >>> from types import SimpleNamespace
+    >>> import torch
     >>> from peerlora.algorithms.gossip import FactorGossip
     >>> from peerlora.exchange.stacked import StackedExchange
     >>> from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
