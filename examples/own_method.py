@@ -28,7 +28,7 @@ class HalfStep(FactorGossip):
 
     def round(self, t, x, learner, peers):
         """One round."""
-        x = learner.fit(x, train="AB")
+        x = learner.fit(x, "AB")
         return replace(x, flat=x.flat.lerp(peers.mix(x).flat, self.share))
 
 

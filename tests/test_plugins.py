@@ -39,7 +39,7 @@ class Lazy(FactorGossip):
     word: str = "some"
     traits: ClassVar = Traits(source="nowhere", train_defaults=SGD)
     def round(self, t, x, learner, peers):
-        return peers.mix(learner.fit(x, train="AB"))
+        return peers.mix(learner.fit(x, "AB"))
 
 class Wheel(Graph):
     kind: Literal["wheel"]

@@ -46,17 +46,17 @@ def rac(x, learner, topology, rounds, chain, settle, side):
     bases = [no_base(client) for client in clients]
     active, frozen = ("B", "A") if side == "right" else ("A", "B")
     for t in range(rounds):
-        learner.begin(t)
-        block, place = divmod(t, chain + settle)
-        if place == 0:
-            drawn = fresh(x.spec, topology.seed, t, "frozen factor", frozen)
-            for client, base in zip(clients, bases, strict=True):
-                for n in base:
-                    base[n] += client.product(n) if block > 0 else 0
-                    getattr(client, frozen)[n] = drawn[n].copy()
-                    getattr(client, active)[n][:] = 0
-        if place < chain:
-            clients = plain.taken_apart(learner.fit(as_adapters(x, clients, bases), active))
+        with learner.round(t):
+            block, place = divmod(t, chain + settle)
+            if place == 0:
+                drawn = fresh(x.spec, topology.seed, t, "frozen factor", frozen)
+                for client, base in zip(clients, bases, strict=True):
+                    for n in base:
+                        base[n] += client.product(n) if block > 0 else 0
+                        getattr(client, frozen)[n] = drawn[n].copy()
+                        getattr(client, active)[n][:] = 0
+            if place < chain:
+                clients = plain.taken_apart(learner.fit(as_adapters(x, clients, bases), active))
         W, mixed = topology.at(t).W, []
         for i, client in enumerate(clients):
             own = client.cut(client.rank)
@@ -76,8 +76,8 @@ def merge_received(receive):
         clients, states = plain.taken_apart(x), []
         bases = [no_base(client) for client in clients]
         for t in range(rounds):
-            learner.begin(t)
-            trained = plain.taken_apart(learner.fit(as_adapters(x, clients, bases), "AB"))
+            with learner.round(t):
+                trained = plain.taken_apart(learner.fit(as_adapters(x, clients, bases), "AB"))
             W, clients = topology.at(t).W, []
             for i, client in enumerate(trained):
                 if alone(W, i):
@@ -135,8 +135,8 @@ def fedhl(x, learner, topology, rounds, weighting="squared", cap=2.0, growth=4):
     clients, states, bound = plain.taken_apart(x), [], growth * x.spec.rank
     references = [{n: Best(client.product(n)) for n in client.A} for client in clients]
     for t in range(rounds):
-        learner.begin(t)
-        trained = plain.taken_apart(learner.fit(as_adapters(x, clients), "AB"))
+        with learner.round(t):
+            trained = plain.taken_apart(learner.fit(as_adapters(x, clients), "AB"))
         error = np.array(
             [sum(F.tail(c.rank) for F in own.values()) for c, own in zip(trained, references, strict=True)]
         )

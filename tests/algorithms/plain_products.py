@@ -1,5 +1,6 @@
 """The product methods once more, as a reader of the papers would write them: one client at a time, dense matrices."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,7 +39,7 @@ def taken_apart(x):
     for i, r in enumerate(x.ranks.tolist()):
         B = {n: B[i, :, :r].double().numpy().copy() for n, B in x.B.items()}
         A = {n: A[i, :r].double().numpy().copy() for n, A in x.A.items()}
-        clients.append(Client(B, A, x.only("head").flat[i].double().numpy().copy(), x.spec.alpha))
+        clients.append(Client(B, A, x.select("head").flat[i].double().numpy().copy(), x.spec.alpha))
     return clients
 
 
@@ -149,9 +150,9 @@ def run_plain(x, learner, topology, rule, rounds, local=lambda before, client: c
     """The state after every round."""
     states = []
     for t in range(rounds):
-        learner.begin(t)
-        before = taken_apart(x)
-        trained = [local(*pair) for pair in zip(before, taken_apart(learner.fit(x, "AB")), strict=True)]
+        with learner.round(t):
+            before = taken_apart(x)
+            trained = [local(*pair) for pair in zip(before, taken_apart(learner.fit(x, "AB")), strict=True)]
         W, after = topology.at(t).W, []
         for i, client in enumerate(trained):
             alone = np.count_nonzero(W[i]) == 1
@@ -169,8 +170,10 @@ class Drift:
     def __init__(self, clients, size=0.3):
         self.clients, self.size, self.t = list(clients), size, 0
 
-    def begin(self, t):
+    @contextmanager
+    def round(self, t):
         self.t = t
+        yield
 
     def fit(self, x, train):
         flat = x.flat.clone()

@@ -12,6 +12,7 @@ from peerlora.config.sections import TopologyConfig, TrainConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.topology.schedule import build_topology
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import LocalStep
 from peerlora.train.optim import Moments, step
 from peerlora.tree import leaves, tree_map
@@ -33,9 +34,9 @@ class Quadratics:
         self.settings = TrainConfig(**{"optimizer": "sgd", "lr": 0.1, "local_steps": 1, **train})
         self.noise, self.draw, self.looks = noise, np.random.default_rng(seed), 0
 
-    def fit(self, x, train, rule=None):
-        blocks = x.spec.trained(train)
-        active = {block: x.spec.columns(block) for block in blocks if x.spec.columns(block).stop}
+    def fit(self, x, plan):
+        plan = LocalPlan.of(plan)
+        active = {block: x.spec.columns(block) for block in plan.trained(x.spec) if x.spec.columns(block).stop}
         flat, moments = x.flat.clone(), Moments.fresh(x.flat, x.spec.blocks)
         for _ in range(self.settings.local_steps):
             noise = torch.from_numpy(self.noise * self.draw.normal(size=flat.shape))
@@ -45,8 +46,8 @@ class Quadratics:
                 g = torch.einsum("cij,cj->ci", self.H, flat) - self.r + noise
                 return {block: g[:, columns].clone() for block, columns in active.items()}
 
-            at = LocalStep(flat, x.flat, active, slice(0, x.clients), here)
-            step(self.settings, flat, here() if rule is None else rule.gradient(at), moments, active)
+            at = LocalStep(flat, x.flat, active, list(range(x.clients)), here)
+            step(self.settings, flat, here() if plan.rule is None else plan.rule.gradient(at), moments, active)
         return Adapters(x.spec, flat, x.ranks)
 
     @property

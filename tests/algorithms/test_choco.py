@@ -33,8 +33,8 @@ def test_the_message_is_what_is_sent(config, head):
     federation = compose(config("bert", "algorithm.name=choco", "algorithm.share=0.25", f"adapter.head={head}"))
     learner, peers, algorithm = federation.learner, federation.exchange, federation.algorithm
     state = algorithm.start(federation.start, peers)
-    learner.begin(0)
-    algorithm.round(0, state, learner, peers)
+    with learner.round(0):
+        algorithm.round(0, state, learner, peers)
     assert peers.stats.bytes_per_edge == encoded_bytes(algorithm.message(federation.start))
     assert peers.stats.sent is not None
 

@@ -30,9 +30,9 @@ def run(federation, rounds=3):
     algorithm, peers, states = federation.algorithm, federation.exchange, []
     state = opening_state(federation)
     for t in range(rounds):
-        federation.learner.begin(t)
-        peers.begin(t)
-        state = algorithm.round(t, state, federation.learner, peers)
+        with federation.learner.round(t):
+            peers.begin(t)
+            state = algorithm.round(t, state, federation.learner, peers)
         states.append(algorithm.model(state))
     return states
 

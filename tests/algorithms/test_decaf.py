@@ -87,7 +87,7 @@ def test_by_hand_ranks_one_and_two_count_with_their_scaling():
 def test_before_anything_was_trained_the_exchange_changes_nothing(name, ranks):
     x, peers, idle = start(ranks), exchange(GRAPHS[0]), SimpleNamespace(fit=lambda x, train: x)
     found = build_algorithm(name, {}).round(0, x, idle, peers)
-    assert torch.equal(found.flat, x.flat) and found.only("A").flat.any()
+    assert torch.equal(found.flat, x.flat) and found.select("A").flat.any()
     assert not peers.stats.measures["truncation_tail"].any()
 
 
@@ -99,8 +99,8 @@ def test_the_cycle_is_the_paper_s_whatever_it_starts_with():
         peers.begin(max(0, t - 1))  # the graph that we use at the end of round t - 1
         x = peers.combine(x, averaged_products)
         if t < 3:
-            learner.begin(t)
-            x = learner.fit(x, "AB")
+            with learner.round(t):
+                x = learner.fit(x, "AB")
     assert torch.equal(run(algorithm, start(), exchange(GRAPHS[3]), 3)[-1].flat, x.flat)
 
 
@@ -153,7 +153,7 @@ def test_on_the_complete_graph_it_is_flexlora_with_a_server(name, ranks):
         seen.append(learner.fit(x, train))
         return seen[-1]
 
-    both = SimpleNamespace(begin=learner.begin, fit=fit)
+    both = SimpleNamespace(round=learner.round, fit=fit)
     states = run(build_algorithm(name, {}), start(ranks), exchange(GRAPHS[2]), learner=both)
     for trained, found in zip(seen, states, strict=True):
         sent, head = served(trained)
@@ -174,8 +174,8 @@ def test_it_learns_on_a_real_model(config):
     losses = []
     state = federation.algorithm.start(federation.start, federation.exchange)
     for t in range(10):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
-        losses.append(float(federation.learner.losses.mean()))
+        with federation.learner.round(t) as trained:
+            federation.exchange.begin(t)
+            state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+            losses.append(float(trained.losses.mean()))
     assert losses[-1] < 0.7 * losses[0]

@@ -7,7 +7,7 @@ import torch
 from test_limits import ALONE, COMPLETE, ROUNDS, assert_same, noisy, run, trained_and_averaged, words
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
-from peerlora.algorithms.base import Configurable, part, prepare
+from peerlora.algorithms.base import Configurable, prepare
 from peerlora.data.batches import Shards
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
@@ -88,27 +88,27 @@ def test_what_is_not_sent_stays_at_home(config, method):
     federation = compose(config("bert", *words(method)))
     x = noisy(federation.start)
     for t in range(2):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        fitted = federation.learner.fit(x, trained(method, t))
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            fitted = federation.learner.fit(x, trained(method, t))
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
         kept = "A" if sent(method, t) == "B" else "B"
-        assert torch.equal(x.only(kept).flat, fitted.only(kept).flat)
-        mixed = federation.exchange.mix(part(fitted, sent(method, t), "head"))
-        assert torch.equal(part(x, sent(method, t), "head").flat, mixed.flat)
+        assert torch.equal(x.select(kept).flat, fitted.select(kept).flat)
+        mixed = federation.exchange.mix(fitted.select(sent(method, t), "head"))
+        assert torch.equal(x.select(sent(method, t), "head").flat, mixed.flat)
 
 
 def test_ffa_lora_has_no_cross_term_in_any_round_and_mixes_products_exactly(config):
     federation = compose(config("bert", *words("ffa-lora")))
     x = federation.start
     for t in range(ROUNDS):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        fitted = federation.learner.fit(x, "B")
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            fitted = federation.learner.fit(x, "B")
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
         found = diagnose(x, federation.exchange.stats.sent, federation.exchange.graph.W)
         assert found.cross_term == 0 and found.local_cross_term < 1e-15
-        assert torch.equal(x.only("A").flat, federation.start.only("A").flat)
+        assert torch.equal(x.select("A").flat, federation.start.select("A").flat)
         W = torch.from_numpy(federation.exchange.graph.W)
         for layer in x.A:
             products = torch.tensordot(W, fitted.B[layer] @ fitted.A[layer], 1)
@@ -119,9 +119,9 @@ def test_active_only_mixing_loses_products_once_frozen_factors_differ(config):
     federation = compose(config("bert", *words("rolora", interval=2), "topology.kind=path"))
     state, lost = federation.start, []
     for t in range(6):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
         found = diagnose(state, federation.exchange.stats.sent, federation.exchange.graph.W)
         lost.append(found.local_cross_term)
     assert max(lost[:2]) < 1e-15  # A is common
@@ -152,7 +152,7 @@ def test_a_head_that_is_not_mixed_stays_where_training_left_it(config, method, h
     federation = compose(config("bert", *words(method), f"adapter.head={head}", *COMPLETE))
     fitted = federation.learner.fit(federation.start, trained(method, 0))
     x = federation.algorithm.round(0, federation.start, federation.learner, federation.exchange)
-    assert torch.equal(x.only("head").flat, fitted.only("head").flat)
+    assert torch.equal(x.select("head").flat, fitted.select("head").flat)
 
 
 # --- bytes
@@ -197,13 +197,13 @@ def test_one_factor_of_square_layers_is_half_of_both(config):
 
 def test_a_part_is_a_copy_of_some_blocks(config):
     x = noisy(compose(config("bert", "algorithm.name=local")).start)
-    both = part(x, "B", "head")
-    assert torch.equal(both.only("B").flat, x.only("B").flat)
-    assert torch.equal(both.only("head").flat, x.only("head").flat)
+    both = x.select("B", "head")
+    assert torch.equal(both.select("B").flat, x.select("B").flat)
+    assert torch.equal(both.select("head").flat, x.select("head").flat)
     before = x.flat.clone()
     both.flat.zero_()
     assert torch.equal(x.flat, before)
-    assert torch.equal(x.merge(part(replace(x, flat=-x.flat), "A")).only("A").flat, -x.only("A").flat)
+    assert torch.equal(x.with_blocks(replace(x, flat=-x.flat).select("A")).select("A").flat, -x.select("A").flat)
 
 
 @pytest.mark.parametrize(("alias", "meant"), ALIASES.items())

@@ -152,9 +152,9 @@ def run(config, rounds=3):
     federation = compose(config)
     state = opening_state(federation)
     for t in range(rounds):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
     return federation, federation.algorithm.model(state)
 
 
@@ -212,9 +212,9 @@ def test_scoring_every_few_rounds_scores_less_often(config, words, scorings):
     federation.learner.score = lambda *words: calls.append(1) or score(*words)
     state = opening_state(federation)
     for t in range(5):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
     assert len(calls) == scorings and state.scores.shape[0] == 4
     assert bool((state.c != 1).all()) == ("beta=0.0" not in words), "the confidence of the last scoring is kept"
 

@@ -37,10 +37,10 @@ def both_ways(algorithm, state, graph, t, seed, spread):
     found = []
     for gauge in (lambda x: x, lambda x: turned(x, seed, spread)):
         learner, peers = Drift(range(4)), exchange(graph)
-        learner.begin(t)
-        peers.begin(t)
-        sender = SimpleNamespace(fit=lambda x, train, gauge=gauge, learner=learner: gauge(learner.fit(x, train)))
-        found.append(algorithm.round(t, state, sender, peers))
+        with learner.round(t):
+            peers.begin(t)
+            sender = SimpleNamespace(fit=lambda x, train, gauge=gauge, learner=learner: gauge(learner.fit(x, train)))
+            found.append(algorithm.round(t, state, sender, peers))
     return found
 
 

@@ -104,11 +104,11 @@ def history(folder, method):
     if method in APART:
         return apart(federation, state)
     for t in range(federation.config.train.rounds):
-        learner.begin(t)
-        peers.begin(t)
-        state = algorithm.round(t, state, learner, peers)
-        found = agreement(algorithm.model(state))
-        line = {"loss": learner.losses.tolist(), **vars(found)}
+        with learner.round(t) as trained:
+            peers.begin(t)
+            state = algorithm.round(t, state, learner, peers)
+            found = agreement(algorithm.model(state))
+            line = {"loss": trained.losses.tolist(), **vars(found)}
         lost = (
             local_cross_term(peers.stats.sent, peers.graph.W, algorithm.model(state))
             if peers.stats.sent is not None

@@ -66,7 +66,7 @@ def test_a_head_follows_the_same_weights():
     x = trained(UNEQUAL)
     found = exchange(GRAPHS[2]).combine(x, norm_weighted_average)
     v = sizes(x) / sizes(x).sum()
-    assert torch.allclose(found.only("head").flat, (v @ x.only("head").flat).expand(4, -1), rtol=0, atol=1e-13)
+    assert torch.allclose(found.select("head").flat, (v @ x.select("head").flat).expand(4, -1), rtol=0, atol=1e-13)
 
 
 # --- the tail

@@ -26,9 +26,9 @@ def run(federation, rounds=ROUNDS, x=None):
     """The state after every round."""
     states = [federation.algorithm.start(federation.start if x is None else x, federation.exchange)]
     for t in range(rounds):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        states.append(federation.algorithm.round(t, states[-1], federation.learner, federation.exchange))
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            states.append(federation.algorithm.round(t, states[-1], federation.learner, federation.exchange))
     return states[1:]
 
 
@@ -36,8 +36,8 @@ def trained_and_averaged(federation, active, averaged, rounds=ROUNDS):
     """A server's loop: all train ``active(t)``, then the blocks of ``averaged(t)`` become their mean."""
     x, states = federation.start, []
     for t in range(rounds):
-        federation.learner.begin(t)
-        x = federation.learner.fit(x, active(t))
+        with federation.learner.round(t):
+            x = federation.learner.fit(x, active(t))
         flat = x.flat.clone()
         for block in averaged(t):
             columns = x.spec.columns(block)
@@ -70,7 +70,7 @@ def test_adf_lora_that_never_switches_on_the_complete_graph_is_ffa_lora(config):
     found = run(federation)
     assert_same(found, trained_and_averaged(compose(chosen), lambda t: "B", lambda t: ("B", "head")))
     for x in found:
-        assert torch.equal(x.only("A").flat, federation.start.only("A").flat), (
+        assert torch.equal(x.select("A").flat, federation.start.select("A").flat), (
             "A is neither trained nor moved by mixing"
         )
         assert agreement(x).cross_term == 0
@@ -79,7 +79,7 @@ def test_adf_lora_that_never_switches_on_the_complete_graph_is_ffa_lora(config):
 def test_a_common_frozen_factor_stays_common_on_any_graph_up_to_rounding(config):
     federation = compose(config("bert", *words("adf-lora", interval=20)))
     for x in run(federation, 20):
-        assert (x.only("A").flat - federation.start.only("A").flat).abs().max() < 1e-14
+        assert (x.select("A").flat - federation.start.select("A").flat).abs().max() < 1e-14
         assert agreement(x).cross_term < 1e-14
     assert agreement(x).consensus_B > 1e-6
 
@@ -156,8 +156,8 @@ def test_only_the_active_factor_trains(config):
     before = noisy(federation.start)
     for t, x in enumerate(run(federation, x=before)):
         frozen = "AABB"[t]
-        assert torch.equal(x.only(frozen).flat, before.only(frozen).flat)
-        assert not torch.equal(x.only("BBAA"[t]).flat, before.only("BBAA"[t]).flat)
+        assert torch.equal(x.select(frozen).flat, before.select(frozen).flat)
+        assert not torch.equal(x.select("BBAA"[t]).flat, before.select("BBAA"[t]).flat)
         before = x
 
 
@@ -216,6 +216,6 @@ def test_a_head_that_is_not_mixed_stays_where_training_left_it(config, head):
     federation = compose(config("bert", *words("dec-lora"), f"adapter.head={head}", *COMPLETE))
     x = run(federation, 1)[0]
     trained = compose(config("bert", *words("local"), f"adapter.head={head}")).learner.fit(federation.start, "AB")
-    assert isinstance(x, Adapters) and torch.equal(x.only("head").flat, trained.only("head").flat)
-    assert (x.only("head").flat.shape[1] == 0) == (head == "frozen")
+    assert isinstance(x, Adapters) and torch.equal(x.select("head").flat, trained.select("head").flat)
+    assert (x.select("head").flat.shape[1] == 0) == (head == "frozen")
     assert agreement(x).consensus_B < 1e-28

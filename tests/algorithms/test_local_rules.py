@@ -18,6 +18,7 @@ from peerlora.algorithms.k_gt import KGT
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.network.protocol.wire import encoded_bytes
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import DualProx
 
 RING4 = {"kind": "ring", "weights": "uniform"}  # every weight 1/3: eigenvalues 1, 1/3, 1/3, -1/3
@@ -237,9 +238,9 @@ def test_the_two_identities_of_dfedadmm(seed, steps, penalty, lr, method, interv
     algorithm = build_algorithm(method, {"penalty": penalty, "interval": interval})
 
     class Watched(Quadratics):
-        def fit(self, x, train, rule=None):
+        def fit(self, x, plan):
             gradients.clear()
-            oracle = rule.oracle
+            oracle = plan.rule.oracle
 
             def watch(step):
                 found = oracle(step)
@@ -249,7 +250,7 @@ def test_the_two_identities_of_dfedadmm(seed, steps, penalty, lr, method, interv
                 gradients.append(row)
                 return found
 
-            return super().fit(x, train, replace(rule, oracle=watch))
+            return super().fit(x, replace(plan, rule=replace(plan.rule, oracle=watch)))
 
     learner.__class__ = Watched
     peers, alone = exchange("ring", 4), exchange(ALONE, 4)
@@ -271,7 +272,7 @@ def test_the_dual_persists_and_is_the_local_gradient_where_it_ends():
     b, a = drawn()
     learner = curvatures(a, b, local_steps=5)
     algorithm, states = run("fedspeed", PENALTY | {"rho": 0.0}, learner, exchange("ring", 6), adapters(6), 100)
-    x_K = learner.fit(states[-1].x, "AB", DualProx(-states[-1].dual, 10.0)).flat
+    x_K = learner.fit(states[-1].x, LocalPlan("AB", DualProx(-states[-1].dual, 10.0))).flat
     gradient = torch.einsum("cij,cj->ci", learner.H, x_K) - learner.r
     assert (gradient - states[-1].dual).abs().max() < 1e-3 < states[-1].dual.abs().max()
 
@@ -424,8 +425,10 @@ def test_without_links_what_agrees_with_nobody_is_plain_training(method):
 
 def test_an_infinite_lambda_leaves_the_local_steps_of_dfedavg():
     x, plain = noisy(adapters(5, 2, 2)), coupled(5, 4, local_steps=3)
-    assert torch.equal(plain.fit(x, "AB", DualProx(torch.zeros_like(x.flat), 0.0)).flat, plain.fit(x, "AB").flat)
-    nearly = plain.fit(x, "AB", DualProx(torch.zeros_like(x.flat), 1e-12)).flat
+    assert torch.equal(
+        plain.fit(x, LocalPlan("AB", DualProx(torch.zeros_like(x.flat), 0.0))).flat, plain.fit(x, "AB").flat
+    )
+    nearly = plain.fit(x, LocalPlan("AB", DualProx(torch.zeros_like(x.flat), 1e-12))).flat
     assert (nearly - plain.fit(x, "AB").flat).abs().max() < 1e-11
 
 
@@ -517,7 +520,7 @@ def test_under_adamw_k_gt_by_mean_gradients_has_less_bias_than_by_displacements(
         tail[name] = [algorithm.model(state).flat for state in states]
     c, at, tail["displacement"] = torch.zeros_like(x.flat), x, []
     for _ in range(60):
-        after = learner.fit(at, "AB", DualProx(c))
+        after = learner.fit(at, LocalPlan("AB", DualProx(c)))
         z = (at.flat - after.flat) / (2 * 0.05)
         c, at = c - z + peers.mix(z), peers.mix(after)
         tail["displacement"].append(at.flat)

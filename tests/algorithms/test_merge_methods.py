@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -188,7 +189,7 @@ def test_the_exchange_is_exact_gossip_of_products(name, graph):
         seen.append(learner.fit(x, train))
         return seen[-1]
 
-    states = run(algorithm, start(), peers, 4, SimpleNamespace(begin=learner.begin, fit=fit))
+    states = run(algorithm, start(), peers, 4, SimpleNamespace(round=learner.round, fit=fit))
     for t, (trained, after) in enumerate(zip(seen, states, strict=True)):
         W = torch.from_numpy(peers.topology.at(t).W)
         for n, whole in models(trained).items():
@@ -213,7 +214,7 @@ def test_random_projections_are_isotropic():
 
 def test_a_new_block_draws_a_new_factor_the_same_for_all_and_every_run():
     states = run(build_algorithm("rac-lora", {"chain": 1, "settle": 0}), start(), exchange(RING), 3)
-    factors = [state.only("A").flat for state in states]
+    factors = [state.select("A").flat for state in states]
     assert all(torch.equal(A, A[:1].expand_as(A)) for A in factors)
     assert not torch.equal(factors[0], factors[1]) and not torch.equal(factors[1], factors[2])
     again = run(build_algorithm("rac-lora", {"chain": 1, "settle": 0}), start(), exchange(RING), 3)
@@ -227,7 +228,7 @@ def merged_any(x):
 def test_what_is_merged_too_early_stays_for_good_and_mixing_first_prevents_it():
     drift, left = Drift(range(4)), {}
     for settle in (0, 12):
-        once = SimpleNamespace(begin=lambda t: None, fit=lambda x, train: x if merged_any(x) else drift.fit(x, train))
+        once = SimpleNamespace(round=nullcontext, fit=lambda x, train: x if merged_any(x) else drift.fit(x, train))
         algorithm, peers = build_algorithm("rac-lora", {"chain": 1, "settle": settle}), exchange(RING)
         apart = [diagnose(x, None, peers.graph.W).consensus_product for x in run(algorithm, start(), peers, 30, once)]
         assert apart[settle] == pytest.approx(apart[0] / 9**settle, rel=1e-6)  # rho = 1/3, squared, per round
@@ -242,10 +243,10 @@ def test_the_disagreement_that_reached_a_client_is_measured(graph, side):
     learner, peers = Drift(range(4)), exchange(graph)
     algorithm = build_algorithm("rac-lora", {"chain": 3, "settle": 0, "side": side})
     x = run(algorithm, start(), peers, 2, learner)[-1]
-    learner.begin(2)
-    peers.begin(2)
-    trained, W = learner.fit(x, algorithm.active), torch.from_numpy(peers.topology.at(2).W)
-    algorithm.round(2, x, learner, peers)
+    with learner.round(2):
+        peers.begin(2)
+        trained, W = learner.fit(x, algorithm.active), torch.from_numpy(peers.topology.at(2).W)
+        algorithm.round(2, x, learner, peers)
     expected = torch.zeros(4, dtype=torch.float64)
     for P in models(replace(trained, merged=None)).values():
         mean = torch.einsum("ij,jok->iok", W, P)
@@ -281,7 +282,7 @@ def test_clients_that_never_all_meet_settle_as_long_as_it_goes():
 @pytest.mark.parametrize("name", METHODS)
 def test_an_adapter_that_a_run_starts_from_is_kept(name):
     x = replace(start(), flat=Drift([0] * 4).fit(start(), "AB").flat)
-    idle = SimpleNamespace(begin=lambda t: None, fit=lambda x, train: x)
+    idle = SimpleNamespace(round=nullcontext, fit=lambda x, train: x)
     algorithm = build_algorithm(name, {"chain": 1, "settle": 0} if name == "rac-lora" else {})
     for state in run(algorithm, x, exchange(RING), 3, idle):
         for n, W in models(algorithm.model(state)).items():
@@ -330,7 +331,7 @@ def settled(x, graph, columns, growth=4, apart=0.0):
 @pytest.mark.parametrize("ranks", [(4, 4, 4, 4), UNEQUAL, (1, 1, 1, 1)])
 def test_what_nobody_changed_stays_although_ranks_truncate_it(ranks):
     algorithm, state, peers, dense = settled(start(ranks), COMPLETE, 6)
-    idle = SimpleNamespace(begin=lambda t: None, fit=lambda x, train: x)
+    idle = SimpleNamespace(round=nullcontext, fit=lambda x, train: x)
     for t in range(3):
         state = algorithm.round(t, state, idle, peers)
         for n, W in parts(state)[1].items():
@@ -465,9 +466,9 @@ def test_a_private_head_stays_at_home(config, name):
         heads.append(learner.fit(x, train))
         return heads[-1]
 
-    both = SimpleNamespace(begin=learner.begin, fit=fit)
+    both = SimpleNamespace(round=learner.round, fit=fit)
     state = run(federation.algorithm, federation.start, federation.exchange, 2, both)[-1]
-    assert torch.equal(federation.algorithm.model(state).only("head").flat, heads[-1].only("head").flat)
+    assert torch.equal(federation.algorithm.model(state).select("head").flat, heads[-1].select("head").flat)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -592,8 +593,7 @@ class Pull:
             layer.name: size * random(4, layer.d_out, layer.d_in, seed=k) for k, layer in enumerate(SPEC.layers)
         }
 
-    def begin(self, t):
-        pass
+    round = staticmethod(nullcontext)
 
     def fit(self, x, train):
         x = replace(x, flat=x.flat.clone())
@@ -633,7 +633,7 @@ def test_merged_factors_can_be_mixed_on(side, rounds):
         )
         return seen[-1]
 
-    both = SimpleNamespace(begin=learner.begin, fit=fit)
+    both = SimpleNamespace(round=learner.round, fit=fit)
     states = run(algorithm, start(), peers, rounds + 12, both)
     for trained, after in zip(seen, states, strict=True):
         W = torch.from_numpy(peers.graph.W)
@@ -645,7 +645,7 @@ def test_merged_factors_can_be_mixed_on(side, rounds):
 
 
 def test_the_rule_of_fedhl_needs_the_references_of_others():
-    x = start().mergeable()
+    x = start().with_empty_merges()
     with pytest.raises(AssertionError):
         exchange(RING).combine(x, lambda received: corrected_reference(received, "equal", 2.0))
 

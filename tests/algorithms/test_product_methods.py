@@ -53,9 +53,9 @@ def run(algorithm, x, peers, rounds=4, learner=None):
     learner = learner or plain.Drift(peers.clients)
     state, states = algorithm.start(x, peers), []
     for t in range(rounds):
-        learner.begin(t)
-        peers.begin(t)
-        state = algorithm.round(t, state, learner, peers)
+        with learner.round(t):
+            peers.begin(t)
+            state = algorithm.round(t, state, learner, peers)
         states.append(state)
     return states
 
@@ -102,7 +102,7 @@ def test_a_real_learner_and_either_head_equal_the_plain_run(config, case, head):
     options = CASES[case][2] | {"private_head": head == "private"}
     expected = plain.run_plain(other.start, other.learner, other.topology, CASES[case][1], 3, **options)
     assert_same(found, expected, 1e-8)
-    assert (found[-1].only("B").flat - one.start.only("B").flat).abs().max() > 1e-2
+    assert (found[-1].select("B").flat - one.start.select("B").flat).abs().max() > 1e-2
 
 
 class PendingExchange:

@@ -24,7 +24,7 @@ DROPS = CHORD | {"drop_links": 0.3}
 class Still:
     """A learner that changes nothing."""
 
-    def fit(self, x, train, rule=None):
+    def fit(self, x, plan):
         return x
 
 
@@ -129,9 +129,9 @@ def test_the_message_is_what_is_sent(config, method, head):
     learner, peers, algorithm = federation.learner, federation.exchange, federation.algorithm
     state = algorithm.start(federation.start, peers)
     for t in range(3):
-        learner.begin(t)
-        peers.begin(t)
-        state = algorithm.round(t, state, learner, peers)
+        with learner.round(t):
+            peers.begin(t)
+            state = algorithm.round(t, state, learner, peers)
     size = encoded_bytes(algorithm.message(federation.start))
     assert (peers.stats.bytes_per_edge, peers.stats.bytes_sent) == (
         size,

@@ -21,6 +21,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
 from peerlora.train.backward_depth import BackwardDepth
+from peerlora.train.base import LocalPlan
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -39,9 +40,9 @@ def rounds(config, count=3):
     federation = compose(config)
     x = opening_state(federation)
     for t in range(count):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
     return federation, x
 
 
@@ -99,11 +100,12 @@ def test_inverse_chances_make_the_expected_update_the_full_one(config):
     assert q.tolist() == pytest.approx([1, 2 / 3, 1 / 3])
     factor = (1 / q).expand(4, -1)
     found = [
-        federation.learner.fit(x, "AB", reach=BackwardDepth(torch.tensor([d] * 4), factor)).flat for d in (1, 2, 3)
+        federation.learner.fit(x, LocalPlan("AB", depth=BackwardDepth(torch.tensor([d] * 4), factor))).flat
+        for d in (1, 2, 3)
     ]
     assert float((sum(found) / 3 - full).abs().max()) < 1e-12
     plain = [
-        federation.learner.fit(x, "AB", reach=BackwardDepth(torch.tensor([d] * 4), factor * 0 + 1)).flat
+        federation.learner.fit(x, LocalPlan("AB", depth=BackwardDepth(torch.tensor([d] * 4), factor * 0 + 1))).flat
         for d in (1, 2, 3)
     ]
     shrunk = x.flat + by_column(x.spec, q.expand(4, -1)) * (full - x.flat)
@@ -130,9 +132,9 @@ def test_a_cap_bounds_the_factor(config):
         seen = []
         fit = federation.learner.fit
 
-        def noting(x, train, reach, fit=fit, seen=seen):
-            seen.append(reach.factor[0])
-            return fit(x, train, reach=reach)
+        def noting(x, plan, fit=fit, seen=seen):
+            seen.append(plan.depth.factor[0])
+            return fit(x, plan)
 
         federation.learner.fit = noting
         federation.algorithm.round(0, federation.start, federation.learner, federation.exchange)
@@ -211,18 +213,18 @@ def test_rounds_run_and_the_lowest_layers_move_least_often(config, correction, i
     federation = compose(config("bert", "algorithm.name=salf", *words))
     fit, moved, depths = federation.learner.fit, [], []
 
-    def noting(x, train, reach):
-        trained = fit(x, train, reach=reach)
+    def noting(x, plan):
+        trained = fit(x, plan)
         moved.append(layers_moved(x, trained))
-        depths.append(reach.depth)
+        depths.append(plan.depth.depth)
         return trained
 
     federation.learner.fit = noting
     x = replace(federation.start, flat=federation.start.flat + 0.1)  # where B is zero, A has no gradient
     for t in range(4):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
     assert torch.equal(torch.cat(moved), reached_layers(torch.cat(depths), 3)), "what was reached moved, and no more"
     often = torch.cat(moved).sum(0).tolist()
     assert 16 == often[0] > often[1] > often[2] > 0
@@ -246,11 +248,11 @@ def test_with_the_last_step_alone_cut_the_steps_before_it_are_kept_at_home(confi
     x = replace(federation.start, flat=federation.start.flat + 0.1)
     depth = federation.algorithm.depths(3, federation.learner, federation.exchange)
     assert int(depth.min()) < 3, "somebody does not reach everything"
-    federation.learner.begin(0)
-    y = federation.algorithm.round(0, x, federation.learner, federation.exchange)
-    assert bool(layers_moved(x, y).all()), "full steps have moved every layer of everybody"
-    plain = compose(config("bert", "algorithm.name=dec-lora", "train.local_steps=2"))
-    before_last = plain.learner.fit(x, "AB").flat
+    with federation.learner.round(0):
+        y = federation.algorithm.round(0, x, federation.learner, federation.exchange)
+        assert bool(layers_moved(x, y).all()), "full steps have moved every layer of everybody"
+        plain = compose(config("bert", "algorithm.name=dec-lora", "train.local_steps=2"))
+        before_last = plain.learner.fit(x, "AB").flat
     below = ~by_column(x.spec, reached_layers(depth, 3))
     home = torch.isclose(y.flat, before_last, rtol=0, atol=1e-12)
     assert bool(home[below].all()) == (send == "reached")
@@ -268,9 +270,9 @@ def test_the_mean_over_clients_is_kept_by_every_exchange(config):
     x, fit, trained = federation.start, federation.learner.fit, []
     federation.learner.fit = lambda *words, **more: trained.append(fit(*words, **more)) or trained[-1]
     for t in range(3):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
         assert float((x.flat.mean(0) - trained[-1].flat.mean(0)).abs().max()) < 1e-12
 
 

@@ -65,8 +65,8 @@ def one_client(x, learner, rounds, after, seed):
     client, states = plain.taken_apart(x)[0], []
     base = plain_merges.no_base(client)
     for t in range(rounds):
-        learner.begin(t)
-        (trained,) = plain.taken_apart(learner.fit(plain_merges.as_adapters(x, [client], [base]), "AB"))
+        with learner.round(t):
+            (trained,) = plain.taken_apart(learner.fit(plain_merges.as_adapters(x, [client], [base]), "AB"))
         client = after(trained, base, client, t, x.spec, seed)
         states.append((plain.put_together(replace(x, merged=None), [client]), [base_of(base)]))
     return states
@@ -142,11 +142,11 @@ def test_fedhl_adds_to_a_reference_above_its_rank_what_one_client_learned(graph)
     algorithm, state, peers, F = settled(start(), graph, 6)
     for t in range(ROUNDS):
         S, learner = models(state.adapters), Drift([0] * 4)
-        learner.begin(t)
-        peers.begin(t)
-        trained = learner.fit(state.adapters, "AB")
-        F = {n: F[n][:1] + (P - S[n])[:1] for n, P in models(trained).items()}
-        state = algorithm.round(t, state, learner, peers)
+        with learner.round(t):
+            peers.begin(t)
+            trained = learner.fit(state.adapters, "AB")
+            F = {n: F[n][:1] + (P - S[n])[:1] for n, P in models(trained).items()}
+            state = algorithm.round(t, state, learner, peers)
         for n, W in parts(state)[1].items():
             U, values, V = torch.linalg.svd(F[n][0])
             best = (U[:, :4] * values[:4]) @ V[:4]

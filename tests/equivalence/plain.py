@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-from peerlora.lora.base_models import PEFT_TASKS, load_base, load_tokenizer
+from peerlora.config.task_kinds import task_kind
+from peerlora.lora.base_models import load_base, load_tokenizer
 
 
 def initial_models(config, federation):
@@ -22,7 +23,7 @@ def initial_models(config, federation):
             lora_alpha=config.adapter.alpha,
             lora_dropout=0.0,
             target_modules=config.adapter.targets,
-            task_type=PEFT_TASKS[kind],
+            task_type=task_kind(kind).peft_type,
             fan_in_fan_out="gpt2" in base.model.config.model_type,
         )
         model = get_peft_model(copy.deepcopy(base.model), lora, autocast_adapter_dtype=False).eval()

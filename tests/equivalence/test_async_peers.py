@@ -23,7 +23,7 @@ from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import train_peer
 from peerlora.runtime.simulate import simulate
-from peerlora.train.learner import Learner
+from peerlora.train.learner import StackedLearner
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -118,7 +118,7 @@ class Conductor:
         self.begins, self.training, self.ends, self.ended = (
             [threading.Semaphore(0) for _ in range(clients)] for _ in range(4)
         )
-        fit = Learner.fit
+        fit = StackedLearner.fit
 
         def held(learner, *arguments, **options):
             (client,) = learner.shards.clients
@@ -126,7 +126,7 @@ class Conductor:
             assert self.ends[client].acquire(timeout=PATIENCE)
             return fit(learner, *arguments, **options)
 
-        monkeypatch.setattr(Learner, "fit", held)
+        monkeypatch.setattr(StackedLearner, "fit", held)
 
     def listener(self, client):
         def listen(event):

@@ -15,9 +15,9 @@ ACTIVE = {"local": lambda t: "AB", "dec-lora": lambda t: "AB", "adf-lora": lambd
 def run_stacked(federation):
     state = federation.algorithm.start(federation.start, federation.exchange)
     for t in range(federation.config.train.rounds):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            state = federation.algorithm.round(t, state, federation.learner, federation.exchange)
     return federation.algorithm.model(state)
 
 

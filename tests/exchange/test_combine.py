@@ -144,8 +144,8 @@ def test_a_private_head_stays_and_is_not_shown():
         return largest(received)
 
     found = exchange().combine(x, no_head)
-    assert torch.equal(found.only("head").flat, x.only("head").flat)
-    assert torch.equal(found.only("AB").flat, exchange().combine(adapters(), largest).only("AB").flat)
+    assert torch.equal(found.select("head").flat, x.select("head").flat)
+    assert torch.equal(found.select("A", "B").flat, exchange().combine(adapters(), largest).select("A", "B").flat)
 
 
 @pytest.mark.parametrize("graph", [RING, COMPLETE, RANDOM])
@@ -156,9 +156,11 @@ def test_new_factors_leave_a_mixed_head_averaged(graph):
         return received.with_factors({n: (torch.zeros(()), torch.ones(())) for n in received.layers}, {})
 
     found = exchange(graph, t=1).combine(x, zeros)
-    assert torch.allclose(found.only("head").flat, exchange(graph, t=1).mix(x).only("head").flat, rtol=0, atol=1e-14)
+    assert torch.allclose(
+        found.select("head").flat, exchange(graph, t=1).mix(x).select("head").flat, rtol=0, atol=1e-14
+    )
     reached = exchange(graph, t=1).graph.degrees > 0
-    assert (found.only("B").flat[reached] == 0).all() and (found.only("A").flat[reached] == 1).all()
+    assert (found.select("B").flat[reached] == 0).all() and (found.select("A").flat[reached] == 1).all()
 
 
 def test_the_input_stays_as_it_was():

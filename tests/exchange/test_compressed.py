@@ -119,11 +119,11 @@ def test_blocks_that_are_mixed_alone_use_their_own_replicas():
     peers = compressed("identity", zeros(x))
     for t, blocks in enumerate(["A", "B", "A"]):
         peers.begin(t)
-        x = x.merge(peers.mix(x.only(blocks)))
+        x = x.with_blocks(peers.mix(x.select(blocks)))
     plain, other = adapters(), exchange()
     for t, blocks in enumerate(["A", "B", "A"]):
         other.begin(t)
-        plain = plain.merge(other.mix(plain.only(blocks)))
+        plain = plain.with_blocks(other.mix(plain.select(blocks)))
     assert (x.flat - plain.flat).abs().max() < 1e-14
     assert (peers.known.xhat[:, SPEC.columns("head")] == 0).all()
 
@@ -132,7 +132,7 @@ def test_a_private_head_is_left_alone():
     spec = replace(SPEC, private_head=True)
     x = adapters(spec)
     mixed = gossip(compressed("top-k", zeros(x)), x, 3)
-    assert torch.equal(mixed.only("head").flat, x.only("head").flat)
+    assert torch.equal(mixed.select("head").flat, x.select("head").flat)
 
 
 @pytest.mark.parametrize("kind", ["top-k", "qsgd"])

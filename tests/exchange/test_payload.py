@@ -25,7 +25,7 @@ def merged(x, columns=2):
         layer.name: (torch.randn(x.clients, layer.d_out, columns), torch.randn(x.clients, columns, layer.d_in))
         for layer in x.spec.layers
     }
-    x = x.mergeable()
+    x = x.with_empty_merges()
     return replace(x, merged=x.merged.plus(sums))
 
 
@@ -51,7 +51,7 @@ def test_what_all_sent_comes_together_padded(private):
     assert torch.equal(found.ranks, x.ranks)
     assert torch.equal(found.flat[:, x.spec.shared], x.flat[:, x.spec.shared])
     if private:
-        assert (found.only("head").flat == x.only("head").flat[:1]).all()
+        assert (found.select("head").flat == x.select("head").flat[:1]).all()
 
 
 def test_merged_parts_come_together_with_their_own_columns():
@@ -95,7 +95,7 @@ def test_a_state_is_taken_over_but_for_what_the_method_never_exchanges():
     own, other = adapters((3,)), adapters((3,), seed=1)
     found = adopt(own, leaves(other), {"A"})
     assert torch.equal(found.A["q"], other.A["q"])
-    assert torch.equal(found.B["q"], own.B["q"]) and torch.equal(found.only("head").flat, own.only("head").flat)
+    assert torch.equal(found.B["q"], own.B["q"]) and torch.equal(found.select("head").flat, own.select("head").flat)
     state, sent = {"x": own, "mass": torch.ones(1)}, leaves({"x": other, "mass": torch.zeros(1)})
     whole = adopt(state, sent, {"A", "B", "head"})
     assert torch.equal(whole["x"].flat, other.flat) and whole["mass"] == 0
@@ -127,7 +127,7 @@ def test_what_the_method_never_exchanges_is_not_in_what_a_neighbour_may_have(blo
 def test_a_private_head_and_another_rank_stay_at_home():
     spec = replace(SPEC, private_head=True)
     own, other = adapters((3,), spec), adapters((3,), spec, seed=1)
-    assert torch.equal(adopt(own, leaves(other), {"A", "B", "head"}).only("head").flat, own.only("head").flat)
+    assert torch.equal(adopt(own, leaves(other), {"A", "B", "head"}).select("head").flat, own.select("head").flat)
     assert adopt(own, leaves(adapters((2,), spec)), {"A", "B"}) is None
 
 

@@ -173,8 +173,8 @@ def test_blocks_alone_and_private_heads_are_left_to_the_rule_alone(kind):
     spec = AdapterSpec((LayerSpec("q", 2, 2),), 1, 1.0, (("out", (3,)),), private_head=True)
     x = drawn(6, spec=spec)
     mixed = robust(x, kind).mix(x)
-    assert torch.equal(mixed.only("head").flat, x.only("head").flat)
-    alone = robust(x, kind).mix(x.only("A"))
+    assert torch.equal(mixed.select("head").flat, x.select("head").flat)
+    alone = robust(x, kind).mix(x.select("A"))
     assert alone.spec.blocks == ("A",) and alone.flat.shape == (6, 2)
 
 

@@ -10,7 +10,7 @@ from test_peer_runs import Runs, later
 from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.errors import Stopped
 from peerlora.runs.events import Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
-from peerlora.train.learner import Learner
+from peerlora.train.learner import StackedLearner
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -64,7 +64,7 @@ def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
 
 
 def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
-    made, fit = runs("aedfl", "train.rounds=40", "topology=complete"), Learner.fit
+    made, fit = runs("aedfl", "train.rounds=40", "topology=complete"), StackedLearner.fit
 
     def slowly(learner, *arguments):
         begun = min(made.rounds[0], made.rounds[1])
@@ -72,7 +72,7 @@ def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
             time.sleep(0.01)
         return fit(learner, *arguments)
 
-    monkeypatch.setattr(Learner, "fit", slowly)
+    monkeypatch.setattr(StackedLearner, "fit", slowly)
     together([lambda client=client: made.run(client) for client in range(3)])
     largest = {
         client: max(done.measures.get("staleness_max", 0) for done in made.events(client, RoundDone))

@@ -56,24 +56,24 @@ def test_views_share_the_memory_of_the_buffer():
 
 def test_only_takes_a_copy_of_some_blocks():
     x = counted()
-    part = x.only("B")
+    part = x.select("B")
     assert torch.equal(part.flat, x.flat[:, 18:36]) and set(part.B) == {"q", "v"} and not part.A and not part.head
     part.flat.zero_()
     assert torch.equal(x.flat, counted().flat)
-    assert torch.equal(x.only("AB").flat, x.flat[:, :36]) and torch.equal(
-        x.only("head").head["out.bias"], x.head["out.bias"]
+    assert torch.equal(x.select("A", "B").flat, x.flat[:, :36]) and torch.equal(
+        x.select("head").head["out.bias"], x.head["out.bias"]
     )
 
 
-@pytest.mark.parametrize("block", ["A", "B", "AB", "head"])
-def test_only_and_merge_are_each_others_inverse(block):
+@pytest.mark.parametrize("blocks", [("A",), ("B",), ("A", "B"), ("head",)])
+def test_select_and_with_blocks_are_each_others_inverse(blocks):
     x, other = counted(), replace(counted(), flat=-1 - counted().flat)
-    merged = x.merge(other.only(block))
+    merged = x.with_blocks(other.select(*blocks))
     for name in ("A", "B", "head"):
-        source = other if name in block or name == block else x
-        assert torch.equal(merged.only(name).flat, source.only(name).flat)
-    assert torch.equal(merged.merge(x.only(block)).flat, x.flat)
-    assert torch.equal(x.flat, counted().flat), "merge changed its own object"
+        source = other if name in blocks else x
+        assert torch.equal(merged.select(name).flat, source.select(name).flat)
+    assert torch.equal(merged.with_blocks(x.select(*blocks)).flat, x.flat)
+    assert torch.equal(x.flat, counted().flat), "with_blocks changed its own object"
 
 
 def test_a_private_head_is_not_shared():
@@ -84,9 +84,9 @@ def test_a_private_head_is_not_shared():
 
 def test_factors_taken_alone_are_still_shared_where_the_head_is_private():
     private = replace(SPEC, private_head=True)
-    assert private.only("AB").shared == slice(0, 36)
-    assert private.only("A").shared == slice(0, 18)
-    assert private.only("head").shared == slice(0, 0)
+    assert private.select("A", "B").shared == slice(0, 36)
+    assert private.select("A").shared == slice(0, 18)
+    assert private.select("head").shared == slice(0, 0)
 
 
 def test_row_shapes_are_those_of_the_clients_own_rank():
@@ -159,7 +159,7 @@ def test_padding_stays_exactly_zero_through_training(config, optimizer):
     federation = compose(config("bert", "algorithm.name=local", *words, "train.lr=0.3", "train.clip=1.0"))
     x = federation.start
     for t in range(3):
-        federation.learner.begin(t)
-        x = federation.learner.fit(x, "AB")
+        with federation.learner.round(t):
+            x = federation.learner.fit(x, "AB")
     assert torch.equal(mask_ranks(x).flat, x.flat)
     assert all((x.B[layer][1] != 0).any() for layer in x.B), "nothing was trained"

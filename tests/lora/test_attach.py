@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import LayerSpec, initial_adapters
 from peerlora.lora.attach import StackedModel, find_targets
-from peerlora.lora.base_models import PEFT_TASKS, load_base
+from peerlora.lora.base_models import load_base
 from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear
 from peerlora.runtime.compose import compose
 
@@ -18,7 +19,7 @@ def base_of(models, kind, task=None):
 
 
 def found(models, kind, targets=None, task=None):
-    return find_targets(base_of(models, kind, task), PEFT_TASKS[task or TASK[kind]], targets)
+    return find_targets(base_of(models, kind, task), task_kind(task or TASK[kind]).peft_type, targets)
 
 
 def endings(targets):
@@ -125,7 +126,7 @@ def inputs():
 
 
 def attached(base, kind, **options):
-    targets = find_targets(base, PEFT_TASKS[TASK[kind]], None)
+    targets = find_targets(base, task_kind(TASK[kind]).peft_type, None)
     return StackedModel(base, targets, train_head=True, **options)
 
 

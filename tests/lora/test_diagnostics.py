@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peerlora.algorithms.base import part
 from peerlora.lora import diagnostics
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
 from peerlora.lora.diagnostics import agreement, before_exchange, diagnose, distances2, local_cross_term, mismatch
@@ -145,7 +144,7 @@ def test_local_cross_term_is_that_of_the_dense_products(route, blocks, share):
         x, W = adapters(clients, clients), row_stochastic(clients, clients, share)
         after = mixed(x, W, blocks)
         expected = dense_local_cross_term(x, W, blocks)
-        sent = part(x, *blocks, "head")
+        sent = x.select(*blocks, "head")
         assert local_cross_term(sent, W, after) == pytest.approx(expected, rel=1e-11, abs=1e-12)
 
 
@@ -154,7 +153,7 @@ def test_local_cross_term_where_receivers_are_alike(route):
     J = metropolis(complete(6))
     assert local_cross_term(x, J) == pytest.approx(agreement(x).cross_term, rel=1e-12)
     after = mixed(x, J, "B")
-    assert local_cross_term(part(x, "B"), J, after) == pytest.approx(dense_local_cross_term(x, J, "B"), rel=1e-12)
+    assert local_cross_term(x.select("B"), J, after) == pytest.approx(dense_local_cross_term(x, J, "B"), rel=1e-12)
 
 
 @pytest.mark.parametrize("apart", [1.0, 1e-4, 1e-7])
@@ -176,13 +175,13 @@ def test_a_kept_factor_that_is_common_loses_nothing(route, blocks):
     flat = x.flat.clone()
     flat[:, x.spec.columns(other)] = flat[:1, x.spec.columns(other)]
     x, W = replace(x, flat=flat), metropolis(ring(5))
-    assert local_cross_term(part(x, blocks), W, mixed(x, W, blocks)) < 1e-14
+    assert local_cross_term(x.select(blocks), W, mixed(x, W, blocks)) < 1e-14
 
 
 def test_a_factor_that_was_not_sent_has_to_come_from_somewhere():
     x = adapters()
-    assert math.isnan(local_cross_term(part(x, "B"), np.eye(4)))
-    assert torch.equal(before_exchange(mixed(x, metropolis(ring(4)), "B"), part(x, "B")).flat, x.flat)
+    assert math.isnan(local_cross_term(x.select("B"), np.eye(4)))
+    assert torch.equal(before_exchange(mixed(x, metropolis(ring(4)), "B"), x.select("B")).flat, x.flat)
     assert before_exchange(x, x) is x
 
 
@@ -192,11 +191,11 @@ def test_a_factor_that_was_not_sent_has_to_come_from_somewhere():
 def test_diagnose_puts_a_round_together():
     x, W = adapters(), metropolis(ring(4))
     after = mixed(x, W, "B")
-    found = vars(diagnose(after, part(x, "B"), W))
+    found = vars(diagnose(after, x.select("B"), W))
     assert found == {
         **vars(agreement(after)),
         **vars(mismatch(x, after)),
-        "local_cross_term": local_cross_term(part(x, "B"), W, after),
+        "local_cross_term": local_cross_term(x.select("B"), W, after),
     }
     silent = diagnose(after, None, W)
     assert (silent.weak_mismatch, silent.strong_mismatch, silent.local_cross_term) == (0, 0, 0)
@@ -205,7 +204,7 @@ def test_diagnose_puts_a_round_together():
 
 def test_clients_that_merge_are_looked_at_as_whole_models():
     x, W = adapters(), metropolis(ring(4))
-    after = x.mergeable().folded()
+    after = x.with_empty_merges().fold()
     found = diagnose(after, x, W)
     assert found.weak_mismatch == pytest.approx(0, abs=1e-9)
     assert found.consensus_product == pytest.approx(agreement(x).consensus_product)
@@ -267,6 +266,6 @@ def test_no_figure_forms_a_dense_product(clients, blocks):
     W = row_stochastic(clients, 0)
     after = mixed(x, W, blocks)
     with Shapes() as noted:
-        diagnose(after, part(x, *blocks), W)
+        diagnose(after, x.select(*blocks), W)
     dense = [shape for shape in noted.seen if math.prod(shape[-2:]) == d_out * d_in or d_out * d_in in shape]
     assert noted.seen and not dense

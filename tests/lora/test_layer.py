@@ -105,8 +105,8 @@ def fit_twice(config, *words, rounds=(0, 0), kind="bert"):
     found = []
     for t in rounds:
         federation = compose(config(kind, "train.local_steps=2", *words))
-        federation.learner.begin(t)
-        found.append(federation.learner.fit(warm(federation.start), "AB"))
+        with federation.learner.round(t):
+            found.append(federation.learner.fit(warm(federation.start), "AB"))
     return found
 
 
@@ -146,8 +146,8 @@ def test_dropout_repeats_for_the_same_round_and_differs_between_rounds(config):
     federation.learner.shards.rows = lambda client, t, steps: [federation.learner.shards.shards[client][:4]] * steps
     found = []
     for t in (0, 1):
-        federation.learner.begin(t)
-        found.append(federation.learner.fit(federation.start, "AB").flat)
+        with federation.learner.round(t):
+            found.append(federation.learner.fit(federation.start, "AB").flat)
     assert not torch.equal(found[0], found[1]), "two rounds of the same rows drew the same masks"
 
 

@@ -139,7 +139,7 @@ def with_merges(x, columns=2, seed=7):
     for k, layer in enumerate(x.spec.layers):
         left = 0.3 * random(x.clients, layer.d_out, columns, seed=seed + k)
         products[layer.name] = left, 0.3 * random(x.clients, columns, layer.d_in, seed=seed + 50 + k)
-    return replace(x, merged=x.mergeable().merged.plus(products))
+    return replace(x, merged=x.with_empty_merges().merged.plus(products))
 
 
 def test_adapters_carry_their_merges(federation):
@@ -147,8 +147,8 @@ def test_adapters_carry_their_merges(federation):
     name = next(iter(x.A))
     W = x.merged.layers[name].weight()
     assert torch.equal(x.rows([2, 1]).merged.layers[name].weight(), W[[2, 1]])
-    assert torch.equal(x.only("B").merged.layers[name].weight(), W)
-    assert torch.equal(x.merge(x.only("A")).merged.layers[name].weight(), W)
+    assert torch.equal(x.select("B").merged.layers[name].weight(), W)
+    assert torch.equal(x.with_blocks(x.select("A")).merged.layers[name].weight(), W)
     assert torch.equal(x.to("cpu").merged.layers[name].weight(), W)
     assert same(x.mean().merged.layers[name].weight(), W.mean(0, keepdim=True))
     assert x.message() == replace(x, merged=None).message()
@@ -156,19 +156,19 @@ def test_adapters_carry_their_merges(federation):
 
 def test_folding_moves_the_product_and_nothing_else(federation):
     x = with_merges(trained(federation))
-    y = x.folded()
+    y = x.fold()
     for name, A in x.A.items():
         update = x.scaling[:, None, None] * x.B[name] @ A
         assert same(y.merged.layers[name].weight(), x.merged.layers[name].weight() + update)
-    assert not y.only("B").flat.any() and torch.equal(y.only("A").flat, x.only("A").flat)
-    assert torch.equal(y.only("head").flat, x.only("head").flat)
+    assert not y.select("B").flat.any() and torch.equal(y.select("A").flat, x.select("A").flat)
+    assert torch.equal(y.select("head").flat, x.select("head").flat)
 
 
 @pytest.mark.parametrize("block", ["A", "B"])
 def test_a_factor_is_drawn_anew_for_all_alike(config, block):
     x = trained(compose(config("bert", "algorithm.name=local", "adapter.rank=[1, 3, 2, 3]")))
     y = redrawn(x, block, torch.Generator().manual_seed(4))
-    drawn, other = y.only(block), y.only("AB".replace(block, ""))
+    drawn, other = y.select(block), y.select("B" if block == "A" else "A")
     assert not other.flat.any() and torch.equal(drawn.flat[1], drawn.flat[3])
     for name in y.A:
         factor = getattr(y, block)[name]
@@ -188,9 +188,9 @@ def test_the_start_of_a_run_draws_what_it_always_drew(federation):
 @pytest.mark.parametrize("columns", [1, 2, 16])
 def test_a_checkpoint_comes_back_into_a_fresh_start(federation, columns):
     x = with_merges(trained(federation), columns)
-    back = rebuild(federation.start.mergeable(), {name: leaf.clone() for name, leaf in leaves(x).items()})
+    back = rebuild(federation.start.with_empty_merges(), {name: leaf.clone() for name, leaf in leaves(x).items()})
     assert all(torch.equal(leaf, leaves(back)[name]) for name, leaf in leaves(x).items())
-    assert leaves(federation.start.mergeable()).keys() == leaves(x).keys()
+    assert leaves(federation.start.with_empty_merges()).keys() == leaves(x).keys()
 
 
 # --- the forward passes
@@ -293,12 +293,12 @@ def test_equal_factors_on_different_bases_are_evaluated_one_by_one(federation):
 
 def test_training_sees_what_was_merged_and_never_changes_it(federation):
     x = with_merges(federation.start)
-    federation.learner.begin(0)
-    y = federation.learner.fit(x, "AB")
-    bare = federation.learner.fit(replace(x, merged=None), "AB")
-    assert y.merged is x.merged and bare.merged is None
-    assert (y.flat - bare.flat).abs().max() > 1e-4
-    federation.learner.fit(federation.start, "AB")
+    with federation.learner.round(0):
+        y = federation.learner.fit(x, "AB")
+        bare = federation.learner.fit(replace(x, merged=None), "AB")
+        assert y.merged is x.merged and bare.merged is None
+        assert (y.flat - bare.flat).abs().max() > 1e-4
+        federation.learner.fit(federation.start, "AB")
     assert all(layer.merged is None for layer in federation.model._layers.values())
 
 
@@ -338,7 +338,7 @@ def test_low_rank_merges_are_written_as_they_are(config, tmp_path):
 def test_an_adapter_that_merged_nothing_yet_is_its_factors(config, tmp_path):
     federation = compose(config("bert"))
     x = trained(federation)
-    tensors = load_file(export(federation, tmp_path, x.mergeable(), 1) / "adapter_model.safetensors")
+    tensors = load_file(export(federation, tmp_path, x.with_empty_merges(), 1) / "adapter_model.safetensors")
     for name, A in x.A.items():
         assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], A[1])
 

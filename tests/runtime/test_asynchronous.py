@@ -82,11 +82,11 @@ def test_equal_speeds_on_text_are_dec_lora(config):
     state, x = one.algorithm.start(one.start, one.exchange), other.start
     for t in range(3):
         state, told = runner.advance(t, state)
-        other.learner.begin(t)
-        other.exchange.begin(t)
-        x = other.algorithm.round(t, x, other.learner, other.exchange)
-        assert (model(one.algorithm, state) - x.flat).abs().max() < 1e-13
-        assert told.losses == pytest.approx(other.learner.losses.tolist(), rel=1e-12)
+        with other.learner.round(t) as trained:
+            other.exchange.begin(t)
+            x = other.algorithm.round(t, x, other.learner, other.exchange)
+            assert (model(one.algorithm, state) - x.flat).abs().max() < 1e-13
+            assert told.losses == pytest.approx(trained.losses.tolist(), rel=1e-12)
 
 
 def matched(states, learner, algorithm, graph):
@@ -96,8 +96,8 @@ def matched(states, learner, algorithm, graph):
     partners = algorithm.start(adapters(torch.zeros_like(learner.b)), peers).partners
     runner, x = rounds_for(algorithm, learner, graph), torch.zeros_like(learner.b)
     for t, state in enumerate(states):
-        learner.begin(t)
-        x = learner.fit(adapters(x), "AB").flat
+        with learner.round(t):
+            x = learner.fit(adapters(x), "AB").flat
         W = torch.eye(clients, dtype=torch.float64)
         for client in range(clients):
             (mine,) = np.nonzero(partners[client].numpy())
@@ -145,8 +145,8 @@ def test_ad_psgd_with_delays_loses_nothing_of_the_local_steps():
     algorithm, learner = build_algorithm("ad-psgd", {}), Quadratic(b)
     fit = learner.fit
 
-    def noted(x, train, rule=None):
-        result = fit(x, train, rule)
+    def noted(x, plan):
+        result = fit(x, plan)
         seen.extend((place, job, result.flat[place] - x.flat[place]) for place, job in learner.fits[-1][1])
         return result
 

@@ -1,5 +1,6 @@
 """Quadratic clients whose local steps can be followed by hand, and runs of them on the virtual clock."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
+from peerlora.train.base import LocalPlan, TrainStats
 from peerlora.train.local_rules import LocalStep
 
 SPEC = AdapterSpec((LayerSpec("one", 3, 2), LayerSpec("two", 2, 2)), rank=2, alpha=2.0)
@@ -35,14 +37,17 @@ class Quadratic:
         self.b, self.rate, self.noise = b, rate, noise
         self.settings = SimpleNamespace(local_steps=steps)
         self.fits = []
-        self.begin(0)
 
-    def begin(self, t, jobs=None, places=None):
+    @contextmanager
+    def round(self, t, jobs=None, clients=None, step_seconds=None):
         self.jobs = [t] * len(self.b) if jobs is None else list(jobs)
-        self.places = list(range(len(self.b))) if places is None else list(places)
-        self.losses = torch.full((len(self.b),), float("nan"))
+        self.places = list(range(len(self.b))) if clients is None else list(clients)
+        self.stats = TrainStats(torch.full((len(self.b),), float("nan")))
+        yield self.stats
 
-    def fit(self, x, train, rule=None):
+    def fit(self, x, plan):
+        plan = LocalPlan.of(plan)
+        train, rule = plan.blocks, plan.rule
         self.fits.append((train, [(place, self.jobs[place]) for place in self.places]))
         flat, start = x.flat[self.places].clone(), x.flat[self.places]
         active = {block: x.spec.columns(block) for block in train}
@@ -57,7 +62,7 @@ class Quadratic:
                 flat[:, columns] -= self.rate * found[block]
         result = x.flat.clone()
         result[self.places] = flat
-        self.losses[self.places] = (0.5 * (flat - b).square().sum(1)).float()
+        self.stats.losses[self.places] = (0.5 * (flat - b).square().sum(1)).float()
         return replace(x, flat=result)
 
     def _target(self, place):

@@ -9,6 +9,7 @@ from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.compose import compose
 from peerlora.train import learner as learner_module
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import Masked
 
 CAUSAL = ("task.kind=causal-lm", "data.label=null")
@@ -22,8 +23,8 @@ def noisy(x, size=0.1, seed=3):
 
 def run(learner, x, schedule, first=0):
     for t, train in enumerate(schedule, start=first):
-        learner.begin(t)
-        x = learner.fit(x, train)
+        with learner.round(t):
+            x = learner.fit(x, train)
     return x
 
 
@@ -48,7 +49,7 @@ def train_plainly(config, schedule):
     federation = compose(config)
     x, finished = federation.start, []
     for i in range(config.clients):
-        parameters = {b: torch.nn.Parameter(x.only(b).flat[i : i + 1].clone()) for b in ("A", "B", "head")}
+        parameters = {b: torch.nn.Parameter(x.select(b).flat[i : i + 1].clone()) for b in ("A", "B", "head")}
         optimizers, last = {}, None
         for t, train in enumerate(schedule):
             active = (*train, "head")
@@ -135,38 +136,38 @@ def test_the_frozen_factor_is_held_bit_for_bit(config, optimizer, kept):
     federation = compose(config("bert", *words))
     x = run(federation.learner, noisy(federation.start), ["AB", "AB"])
     after = run(federation.learner, x, ["B", "B"], 2)
-    assert torch.equal(after.only("A").flat, x.only("A").flat)
-    assert not torch.equal(after.only("B").flat, x.only("B").flat)
-    assert not torch.equal(after.only("head").flat, x.only("head").flat), "a head trains in every round"
+    assert torch.equal(after.select("A").flat, x.select("A").flat)
+    assert not torch.equal(after.select("B").flat, x.select("B").flat)
+    assert not torch.equal(after.select("head").flat, x.select("head").flat), "a head trains in every round"
     last = run(federation.learner, after, ["A"], 4)
-    assert torch.equal(last.only("B").flat, after.only("B").flat)
-    assert not torch.equal(last.only("A").flat, after.only("A").flat)
+    assert torch.equal(last.select("B").flat, after.select("B").flat)
+    assert not torch.equal(last.select("A").flat, after.select("A").flat)
 
 
 def test_A_has_no_gradient_while_B_is_zero(config):
     federation = compose(config("bert", "train.local_steps=1"))
     x = federation.learner.fit(federation.start, "A")
-    assert torch.equal(x.only("AB").flat, federation.start.only("AB").flat)
+    assert torch.equal(x.select("A", "B").flat, federation.start.select("A", "B").flat)
 
 
 def test_losses_are_the_means_over_the_local_steps(config):
     federation = compose(config("bert", "train.local_steps=3", "train.lr=1e-300", "train.block=3"))
     learner, x = federation.learner, noisy(federation.start)
-    learner.begin(2)
-    learner.fit(x, "B")
+    with learner.round(2) as trained:
+        learner.fit(x, "B")
     for i in range(4):
         steps = [float(loss_of(federation, x.rows([i]), i, rows)) for rows in learner.shards.rows(i, 2, 3)]
-        assert float(learner.losses[i]) == pytest.approx(np.mean(steps), rel=1e-12)
+        assert float(trained.losses[i]) == pytest.approx(np.mean(steps), rel=1e-12)
 
 
 def test_training_lowers_the_loss(config):
     federation = compose(config("bert", "train.local_steps=20", "train.lr=0.05"))
     learner = federation.learner
-    x = learner.fit(federation.start, "AB")
-    first = learner.losses.clone()
-    learner.begin(1)
-    learner.fit(x, "AB")
-    assert (learner.losses < first - 0.1).all()
+    with learner.round(0) as first:
+        x = learner.fit(federation.start, "AB")
+    with learner.round(1) as second:
+        learner.fit(x, "AB")
+    assert (second.losses < first.losses - 0.1).all()
 
 
 # --- divergence
@@ -181,10 +182,8 @@ def poisoned(x, client):
 @pytest.mark.parametrize("block", [1, 3, 4])
 def test_divergence_names_client_round_and_step(config, block):
     federation = compose(config("bert", f"train.block={block}"))
-    federation.learner.begin(7)
-    with pytest.raises(
-        DivergenceError, match=r"loss of client 2 is nan in round 8, local step 1;.*train\.lr \(now 0\.01\)"
-    ):
+    told = r"loss of client 2 is nan in round 8, local step 1;.*train\.lr \(now 0\.01\)"
+    with federation.learner.round(7), pytest.raises(DivergenceError, match=told):
         federation.learner.fit(poisoned(federation.start, 2), "AB")
 
 
@@ -307,14 +306,14 @@ def test_equal_values_at_different_ranks_are_different_models(config):
 def test_who_does_not_train_stays_and_has_no_loss(config):
     federation = compose(config("bert", "train.optimizer_state=keep"))
     learner, x = federation.learner, noisy(federation.start)
-    learner.begin(0, places=[1, 3])
-    found = learner.fit(x, "AB")
+    with learner.round(0, clients=[1, 3]) as trained:
+        found = learner.fit(x, "AB")
     assert torch.equal(found.flat[[0, 2]], x.flat[[0, 2]]) and not torch.equal(found.flat[[1, 3]], x.flat[[1, 3]])
-    assert learner.losses.isnan().tolist() == [True, False, True, False]
+    assert trained.losses.isnan().tolist() == [True, False, True, False]
     assert learner.memory is not None
     assert learner.memory.steps["A"].tolist() == [0, 2, 0, 2], "memory moves with those who train"
-    learner.begin(0, places=[])
-    assert torch.equal(learner.fit(x, "AB").flat, x.flat)
+    with learner.round(0, clients=[]):
+        assert torch.equal(learner.fit(x, "AB").flat, x.flat)
 
 
 @pytest.mark.parametrize("kept", ["round", "keep"])
@@ -328,8 +327,8 @@ def test_a_job_is_the_same_whenever_and_with_whomever_it_is_done(config, kept, b
     for t, places in enumerate([[2], [0, 2], [1, 3], [2], [3, 0, 1], [0], [3, 1]]):
         for blocks in ("B", "AB", "A"):
             now = [place for place in places if ("B", "AB", "A")[jobs[place]] == blocks]
-            apart.learner.begin(t, jobs, now)
-            x = apart.learner.fit(x, blocks)
+            with apart.learner.round(t, jobs, now):
+                x = apart.learner.fit(x, blocks)
         jobs = [job + (place in places) for place, job in enumerate(jobs)]
     assert jobs == [3, 3, 3, 3]
     assert (x.flat - expected.flat).abs().max() < 1e-12
@@ -337,8 +336,8 @@ def test_a_job_is_the_same_whenever_and_with_whomever_it_is_done(config, kept, b
 
 def test_divergence_names_the_job(config):
     federation = compose(config("bert", "train.optimizer=sgd", "train.lr=1e300"))
-    federation.learner.begin(9, [4, 6, 0, 0], [1])
-    with pytest.raises(DivergenceError, match=r"client 1 is \S+ in round 7, local step"):
+    told = r"client 1 is \S+ in round 7, local step"
+    with federation.learner.round(9, [4, 6, 0, 0], [1]), pytest.raises(DivergenceError, match=told):
         federation.learner.fit(federation.start, "AB")
 
 
@@ -349,8 +348,8 @@ def test_coordinates_that_a_mask_closes_do_not_move_under_decay(config, optimize
     x = noisy(federation.start)
     plain = federation.learner.fit(x, "AB")
     free = torch.ones_like(x.flat, dtype=torch.bool)
-    assert torch.equal(federation.learner.fit(x, "AB", Masked(free)).flat, plain.flat)
+    assert torch.equal(federation.learner.fit(x, LocalPlan("AB", Masked(free))).flat, plain.flat)
     free[1, ::2] = False
-    found = federation.learner.fit(x, "AB", Masked(free))
+    found = federation.learner.fit(x, LocalPlan("AB", Masked(free)))
     assert torch.equal(found.flat[~free], x.flat[~free])
     assert torch.equal(found.flat[0], plain.flat[0]) and not torch.equal(found.flat[1, 1::2], x.flat[1, 1::2])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peerlora.runtime.compose import compose
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import Ascent, DualProx, LocalStep, Recorded, plain
 from peerlora.train.optim import norms
 
@@ -46,7 +47,7 @@ def quadratic_step(H, x, blocks=("A", "B")):
         g = torch.einsum("cij,cj->ci", H, x)
         return {block: g[:, columns].clone() for block, columns in active.items()}
 
-    return LocalStep(x, x.clone(), active, slice(0, len(x)), here)
+    return LocalStep(x, x.clone(), active, list(range(len(x))), here)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_a_look_elsewhere_leaves_x_as_it_was_to_the_bit(quadratic):
 def test_the_ascent_step_has_length_rho_over_all_active_blocks(quadratic):
     H, x = quadratic
     step, moved = quadratic_step(H, x), []
-    watched = replace(step, here=lambda: moved.append(x.clone()) or step.here())
+    watched = replace(step, closure=lambda: moved.append(x.clone()) or step.closure())
     Ascent(0.3)(watched)
     assert (moved[1] - moved[0]).norm(dim=1) == pytest.approx([0.3] * 3, rel=1e-12)
 
@@ -92,7 +93,7 @@ def test_on_a_quadratic_the_second_gradient_is_known(quadratic, alpha):
 @pytest.mark.parametrize(("rho", "alpha"), [(0.0, 1.0), (0.5, 0.0)])
 def test_no_second_look_where_it_would_not_count(quadratic, rho, alpha):
     step, looks = quadratic_step(*quadratic), []
-    found = Ascent(rho, alpha)(replace(step, here=lambda: looks.append(1) or step.here()))
+    found = Ascent(rho, alpha)(replace(step, closure=lambda: looks.append(1) or step.closure()))
     assert torch.equal(together(found), together(step.gradient())) and len(looks) == 1
 
 
@@ -107,7 +108,7 @@ def test_the_terms_of_dual_prox_are_added_to_the_gradient(quadratic):
     step = quadratic_step(H, x)
     x += 1  # it has moved since the round began
     offset = torch.arange(24, dtype=torch.float64).view(6, 4)
-    step = replace(step, clients=slice(2, 5))
+    step = replace(step, clients=[2, 3, 4])
     pull = torch.arange(6, dtype=torch.float64)[:, None]
     expected = torch.einsum("cij,cj->ci", H, x) + offset[2:5] + pull[2:5]
     assert torch.allclose(together(DualProx(offset, pull).gradient(step)), expected)
@@ -129,13 +130,14 @@ def test_a_rule_that_changes_nothing_changes_no_bit(config, words, rule):
     federation, alone = compose(chosen), compose(chosen)
     x = noisy(federation.start)
     for train in ("AB", "B"):
-        assert torch.equal(federation.learner.fit(x, train, rule).flat, alone.learner.fit(x, train).flat)
-        assert torch.equal(federation.learner.losses, alone.learner.losses)
+        with federation.learner.round(0) as ruled, alone.learner.round(0) as plain:
+            assert torch.equal(federation.learner.fit(x, LocalPlan(train, rule)).flat, alone.learner.fit(x, train).flat)
+        assert torch.equal(ruled.losses, plain.losses)
 
 
 def test_a_rule_sees_the_minibatch_again_with_the_same_dropout(config):
     federation, spy = compose(config("bert", "adapter.dropout=0.5", "model.dropout=0.3")), Spy(looks=3)
-    federation.learner.fit(noisy(federation.start), "AB", spy)
+    federation.learner.fit(noisy(federation.start), LocalPlan("AB", spy))
     for _, _, _, (first, *others) in spy.seen:
         for other in others:
             assert all(torch.equal(first[block], other[block]) for block in first)
@@ -146,22 +148,22 @@ def test_a_rule_sees_the_minibatch_again_with_the_same_dropout(config):
 def test_a_rule_sees_where_the_round_began_and_whose_rows_it_has(config, block):
     federation, spy = compose(config("bert", "train.local_steps=3", f"train.block={block}")), Spy()
     x = noisy(federation.start)
-    federation.learner.fit(x, "B", spy)
+    federation.learner.fit(x, LocalPlan("B", spy))
     for step, now, start, (gradients,) in spy.seen:
         assert torch.equal(start, x.flat[step.clients]) and list(step.active) == list(gradients) == ["B", "head"]
         assert gradients["B"].shape == (len(now), x.spec.columns("B").stop - x.spec.columns("B").start)
         assert torch.equal(now[:, x.spec.columns("A")], start[:, x.spec.columns("A")])
     firsts = [now for step, now, start, _ in spy.seen if torch.equal(now, start)]
     assert sum(len(now) for now in firsts) == 4 and len(spy.seen) == 3 * len(firsts)
-    assert [step.clients.stop for step, *_ in spy.seen][-1] == 4
+    assert [step.clients[-1] for step, *_ in spy.seen][-1] == 3
 
 
 def test_a_step_under_a_rule_is_the_optimisers_on_the_corrected_gradient(config):
     chosen = config("bert", *SGD, "train.local_steps=1")
     federation = compose(chosen)
     x, offset, spy = noisy(federation.start), random_like(federation.start), Spy()
-    found = federation.learner.fit(x, "A", DualProx(offset, pull=3.0))
-    compose(chosen).learner.fit(x, "A", spy)
+    found = federation.learner.fit(x, LocalPlan("A", DualProx(offset, pull=3.0)))
+    compose(chosen).learner.fit(x, LocalPlan("A", spy))
     expected, columns = x.flat.clone(), {block: x.spec.columns(block) for block in ("A", "head")}
     for block, own in columns.items():
         expected[:, own] -= 0.5 * (spy.seen[0][3][0][block] + offset[:, own])
@@ -172,7 +174,7 @@ def test_clipping_sees_the_corrected_gradient(config):
     federation = compose(config("bert", *SGD, "train.local_steps=1", "train.clip=0.01"))
     x = noisy(federation.start)
     recorded = Recorded(DualProx(100 * random_like(x)), x.flat)
-    moved = (federation.learner.fit(x, "AB", recorded).flat - x.flat).norm(dim=1)
+    moved = (federation.learner.fit(x, LocalPlan("AB", recorded)).flat - x.flat).norm(dim=1)
     assert moved == pytest.approx([0.5 * 0.01] * 4, rel=1e-6)
     assert (recorded.mean.norm(dim=1) > 100).all(), "what is recorded is raw"
 
@@ -182,8 +184,8 @@ def test_the_recorded_mean_is_that_of_all_local_steps(config, optimizer):
     federation = compose(config("bert", f"train.optimizer={optimizer}", "train.local_steps=3", "train.block=3"))
     x = noisy(federation.start)
     recorded, spy = Recorded(DualProx(), x.flat), Spy()
-    after = federation.learner.fit(x, "B", recorded)
-    federation.learner.fit(x, "B", spy)
+    after = federation.learner.fit(x, LocalPlan("B", recorded))
+    federation.learner.fit(x, LocalPlan("B", spy))
     total = torch.zeros_like(x.flat)
     for step, _, _, (gradients,) in spy.seen:
         for block, g in gradients.items():
@@ -198,9 +200,9 @@ def test_the_recorded_mean_is_that_of_all_local_steps(config, optimizer):
 def test_a_frozen_block_is_held_under_any_rule(config, optimizer):
     federation = compose(config("bert", f"train.optimizer={optimizer}", "train.weight_decay=0.1"))
     x = noisy(federation.start)
-    found = federation.learner.fit(x, "B", DualProx(random_like(x), 1.0, Ascent(0.1)))
-    assert torch.equal(found.only("A").flat, x.only("A").flat)
-    assert not torch.equal(found.only("B").flat, x.only("B").flat)
+    found = federation.learner.fit(x, LocalPlan("B", DualProx(random_like(x), 1.0, Ascent(0.1))))
+    assert torch.equal(found.select("A").flat, x.select("A").flat)
+    assert not torch.equal(found.select("B").flat, x.select("B").flat)
 
 
 @pytest.mark.parametrize("train", ["AB", "A"])
@@ -210,7 +212,7 @@ def test_rules_run_on_the_speed_paths(config, train):
         federation = compose(config("bert", f"train.fast={fast}", "train.batch=[1, 3, 4, 2]"))
         x = noisy(federation.start)
         rule[fast] = Recorded(DualProx(random_like(x), 1.0, Ascent(0.1, 0.5)), x.flat)
-        found[fast] = federation.learner.fit(x, train, rule[fast])
+        found[fast] = federation.learner.fit(x, LocalPlan(train, rule[fast]))
         assert (federation.paths["packed tokens"] is None) == fast
     assert (rule[True].mean - rule[False].mean).abs().max() < 1e-10
     assert (found[True].flat - found[False].flat).abs().max() < 1e-9
@@ -222,7 +224,7 @@ def test_clients_per_graph_do_not_change_what_a_rule_does(config):
         federation = compose(config("bert", f"train.block={block}", "adapter.dropout=0.3"))
         x = noisy(federation.start)
         pull = torch.tensor([[0.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
-        found.append(federation.learner.fit(x, "AB", DualProx(random_like(x), pull, Ascent(0.1))).flat)
+        found.append(federation.learner.fit(x, LocalPlan("AB", DualProx(random_like(x), pull, Ascent(0.1)))).flat)
     assert max(float((other - found[0]).abs().max()) for other in found[1:]) < 1e-12
 
 
@@ -244,4 +246,6 @@ def test_the_rule_of_the_guide_works(config):
     federation = compose(config("bert", *SGD, "train.local_steps=1"))
     x = noisy(federation.start)
     plainly = federation.learner.fit(x, "AB").flat
-    assert torch.allclose(federation.learner.fit(x, "AB", TowardsZero(0.01)).flat, plainly - 0.5 * 0.01 * x.flat)
+    assert torch.allclose(
+        federation.learner.fit(x, LocalPlan("AB", TowardsZero(0.01))).flat, plainly - 0.5 * 0.01 * x.flat
+    )

@@ -20,7 +20,7 @@ from peerlora.runtime.simulate import simulate
 from peerlora.train import loss_rules
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 from peerlora.train.loss_rules import LabelPrior, offsets
-from peerlora.train.tasks import TASKS
+from peerlora.train.tasks import task
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -91,7 +91,7 @@ def best_logits(rows, rule):
 
     def loss(free):
         logits = torch.stack([torch.zeros_like(free), free], 1)[features]
-        return TASKS["classification"].losses(*rule(logits, batch, slice(0, 1))).sum()
+        return task("classification").losses(*rule(logits, batch, [0])).sum()
 
     free = torch.zeros(2, dtype=torch.float64)
     for _ in range(50):
@@ -124,14 +124,14 @@ def test_skewed_rows_with_the_adjusted_loss_have_the_balanced_optimum(share, mon
 def test_every_client_gets_its_own_offsets():
     rule = LabelPrior(np.array([[1, 9], [5, 5], [9, 1]]), "uniform")
     logits = torch.zeros(4, 2, dtype=torch.float64)
-    found, _ = rule(logits, toy_batch([(0, 0, 1)] * 4), slice(1, 3))
+    found, _ = rule(logits, toy_batch([(0, 0, 1)] * 4), [1, 2])
     assert torch.allclose(found[:2], torch.zeros(2, 2).double(), atol=1e-12)
     assert torch.equal(found[2], found[3]) and float(found[2, 0]) == pytest.approx(log(10 / 6))
 
 
 def test_pooled_offsets_have_to_be_agreed_first():
     with pytest.raises(AssertionError, match="agree"):
-        LabelPrior(np.array([[1, 2]]), "pooled")(torch.zeros(1, 2), toy_batch([(0, 0, 1)]), slice(0, 1))
+        LabelPrior(np.array([[1, 2]]), "pooled")(torch.zeros(1, 2), toy_batch([(0, 0, 1)]), [0])
 
 
 # --- in a run
@@ -141,9 +141,9 @@ def run(config, rounds=2):
     federation = compose(config)
     x = opening_state(federation)
     for t in range(rounds):
-        federation.learner.begin(t)
-        federation.exchange.begin(t)
-        x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
+        with federation.learner.round(t):
+            federation.exchange.begin(t)
+            x = federation.algorithm.round(t, x, federation.learner, federation.exchange)
     return federation, federation.algorithm.model(x)
 
 
@@ -201,14 +201,15 @@ def test_pooled_counts_are_summed_over_links_that_go_one_way(config, method):
     expected = LabelPrior(federation.partition.counts, "pooled")
     expected.agree(lambda own: pooled)
     logits, batch = torch.zeros(4, 3, dtype=torch.float64), toy_batch([(0, 0, 1)])
-    assert torch.equal(rule(logits, batch, slice(0, 4))[0], expected(logits, batch, slice(0, 4))[0])
+    assert torch.equal(rule(logits, batch, [0, 1, 2, 3])[0], expected(logits, batch, [0, 1, 2, 3])[0])
 
 
 def test_the_loss_of_a_step_is_cross_entropy_on_shifted_logits(config):
     federation = compose(config("bert", *SKEWED, "train.label_prior=uniform", "train.local_steps=1"))
     learner = federation.learner
-    learner.fit(federation.start, "B")
-    assert learner.losses.tolist() == pytest.approx(first_losses(federation), rel=1e-10)
+    with learner.round(0) as trained:
+        learner.fit(federation.start, "B")
+    assert trained.losses.tolist() == pytest.approx(first_losses(federation), rel=1e-10)
 
 
 def prior_batch(federation, rows):

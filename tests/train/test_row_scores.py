@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from peerlora.data.batches import collate
 from peerlora.runtime.compose import compose
-from peerlora.train.loss_rules import Emphasis
-from peerlora.train.row_scores import emphasis, energy, measure, ranks
-from peerlora.train.tasks import TASKS
+from peerlora.train.base import LocalPlan
+from peerlora.train.loss_rules import weigh_rows
+from peerlora.train.row_scores import energy, measure, ranks, row_weights
+from peerlora.train.tasks import task
 
 nan = float("nan")
 SCORES = st.lists(st.floats(-50, 50), min_size=1, max_size=12)
@@ -31,8 +32,8 @@ def test_energy_moves_with_a_shift_and_ranks_do_not():
 
 def test_other_scores_by_hand():
     logits = double([0.0, 0.0], [100.0, 0.0]).log_softmax(1)
-    assert measure("max-softmax", TASKS["classification"])(logits, None).tolist() == pytest.approx([0.5, 0])
-    assert measure("entropy", TASKS["classification"])(logits, None).tolist() == pytest.approx([np.log(2), 0])
+    assert measure("max-softmax", task("classification"))(logits, None).tolist() == pytest.approx([0.5, 0])
+    assert measure("entropy", task("classification"))(logits, None).tolist() == pytest.approx([np.log(2), 0])
 
 
 def test_ranks_by_hand():
@@ -44,14 +45,14 @@ def test_ranks_by_hand():
 @given(SCORES, st.floats(0, 5), st.floats(0, 1), st.floats(0.01, 2), st.booleans())
 def test_weights_grow_with_the_score_and_stay_within_bounds(scores, alpha, q, tau, hard):
     values = torch.tensor(scores, dtype=torch.float64)
-    v = emphasis(values[None], alpha, q, tau, hard)[0]
+    v = row_weights(values[None], alpha, q, tau, hard)[0]
     assert bool((v[values.argsort()].diff() >= -1e-12).all()) and bool(((v >= 1) & (v <= 1 + alpha)).all())
     if alpha == 0 or len(set(scores)) == 1:
         assert bool((v == v[0]).all())
 
 
 def test_the_hard_rule_lifts_the_upper_ranks():
-    v = emphasis(double([4.0, 3.0, 2.0, 1.0]), 2.0, 0.5, 1.0, True)
+    v = row_weights(double([4.0, 3.0, 2.0, 1.0]), 2.0, 0.5, 1.0, True)
     assert v[0].tolist() == [3, 3, 1, 1]
 
 
@@ -61,7 +62,7 @@ def test_weights_of_a_batch_are_shares_of_its_mean(config):
     values = torch.rand(4, max(map(len, shards.shards)), generator=torch.Generator().manual_seed(0)).double() + 1
     rows = [shards.rows(i, 0, 1)[0] for i in (1, 3)]
     batch = collate(shards.data, rows, 0, torch.float64)
-    _, found = Emphasis(values, shards)(torch.zeros(6, 3), batch, [1, 3])
+    found = weigh_rows(batch, values, shards, [1, 3])
     for place, (i, own) in enumerate(zip((1, 3), rows, strict=True)):
         v = torch.stack([values[i, list(shards.shards[i]).index(row)] for row in own])
         expected = v / v.mean() / len(own)
@@ -106,15 +107,18 @@ def test_a_row_that_alone_counts_is_the_whole_loss(config, kind, task):
         row = learner.shards.rows(i, 0, 1)[0][2]
         values[i, list(shard).index(row)] = 1.0
         chosen.append(row)
-    learner.fit(x, "B", emphasis=values)
+    with learner.round(0) as trained:
+        learner.fit(x, LocalPlan("B", row_weights=values))
     scores = learner.score(x, measure("nll", learner.task))
     for i, (shard, row) in enumerate(zip(learner.shards.shards, chosen, strict=True)):
-        assert float(learner.losses[i]) == pytest.approx(float(scores[i, list(shard).index(row)]), rel=1e-6)
+        assert float(trained.losses[i]) == pytest.approx(float(scores[i, list(shard).index(row)]), rel=1e-6)
 
 
-def test_equal_emphasis_is_the_plain_loss(config):
+def test_equal_row_weights_are_the_plain_loss(config):
     federation = compose(config("bert"))
     plain = federation.learner.fit(federation.start, "AB").flat
-    even = federation.learner.fit(federation.start, "AB", emphasis=torch.full((4, 60), 1.7, dtype=torch.float64)).flat
+    even = federation.learner.fit(
+        federation.start, LocalPlan("AB", row_weights=torch.full((4, 60), 1.7, dtype=torch.float64))
+    ).flat
     assert float((plain - even).abs().max()) < 1e-10
     assert torch.equal(federation.learner.fit(federation.start, "AB").flat, plain), "it lasts for one fit"

@@ -1,13 +1,17 @@
 """Losses and scores against hand computation."""
 
+import re
 from math import exp, log
 
 import numpy as np
 import pytest
 import torch
 
+from peerlora.config.loading import load_config
+from peerlora.config.task_kinds import KINDS
 from peerlora.data.batches import Batch
-from peerlora.train.tasks import TASKS, CausalLM, Classification, Regression
+from peerlora.errors import ConfigError
+from peerlora.train.tasks import CausalLM, Classification, Regression, task
 
 DOUBLE = torch.float64
 
@@ -24,8 +28,8 @@ def surprise(chosen, *others):
 
 
 def test_the_registry_names_what_the_config_knows():
-    assert set(TASKS) == {"classification", "regression", "causal-lm"}
-    assert [TASKS[name].higher_is_better for name in ("classification", "regression", "causal-lm")] == [
+    assert [task(name).kind.name for name in KINDS] == ["classification", "regression", "causal-lm"]
+    assert [task(name).higher_is_better for name in ("classification", "regression", "causal-lm")] == [
         True,
         True,
         False,
@@ -108,3 +112,14 @@ def test_padding_tokens_do_not_count():
     logits[1, 1] = torch.tensor([-50.0, 50.0])
     expected = CausalLM().losses(*causal_case())
     assert torch.equal(CausalLM().losses(logits, made), expected)
+
+
+def test_a_kind_and_its_task_refer_to_each_other():
+    assert all(task(kind.name).kind is kind for kind in KINDS.values())
+
+
+@pytest.mark.parametrize("given", ["clasification", 3, ["regression"]])
+def test_an_unknown_kind_is_refused_with_those_that_exist(given):
+    told = f"task.kind: {given!r} given; input should be 'classification', 'regression' or 'causal-lm'"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config({"task": {"kind": given}})

@@ -11,7 +11,7 @@ from peerlora.algorithms.traits import Traits
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class ADFLoRA(Scheduled):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round: the mixing of the frozen factor is the point."""
-        return peers.mix(learner.fit(x, train=self.active(t)))
+        return peers.mix(learner.fit(x, self.active(t)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 State = TypeVar("State")
 
@@ -97,8 +95,9 @@ class Algorithm(Method, Protocol[State]):
 
     A method, and one round of it on 3 clients whose A and B are one number each:
 
-    >>> from dataclasses import dataclass
+    >>> from dataclasses import dataclass, replace
     >>> from types import SimpleNamespace
+    >>> import torch
     >>> from peerlora.algorithms.gossip import FactorGossip
     >>> from peerlora.exchange.stacked import StackedExchange
     >>> from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -110,7 +109,7 @@ class Algorithm(Method, Protocol[State]):
     ...     traits: ClassVar = Traits(source="an example", sends="adapters")
     ...
     ...     def round(self, t, x, learner, peers):
-    ...         return peers.mix(learner.fit(x, train="AB"))
+    ...         return peers.mix(learner.fit(x, "AB"))
 
     >>> spec = AdapterSpec((LayerSpec("query", d_in=1, d_out=1),), rank=1, alpha=1.0)
     >>> x = Adapters(spec, torch.zeros(3, 2), torch.ones(3, dtype=torch.int64))
@@ -205,9 +204,3 @@ def requirement(algorithm: Algorithm[Any]) -> Properties:
 def prepare(algorithm: Algorithm[Any], topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
     """The method that runs, with its notes; most methods are ready as they are."""
     return algorithm.prepared(topology, rounds) if isinstance(algorithm, Configurable) else (algorithm, ())
-
-
-def part(x: Adapters, *blocks: str) -> Adapters:
-    """Some blocks alone ("A", "B", "head"), as a copy: what a method mixes that keeps a factor at home."""
-    spec = replace(x.spec, blocks=blocks)
-    return replace(x, spec=spec, flat=torch.cat([x.flat[:, x.spec.columns(block)] for block in blocks], dim=1))

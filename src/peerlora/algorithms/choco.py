@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import DifferenceExchange, Exchange
     from peerlora.exchange.codec import Codec
     from peerlora.exchange.schema import Schema
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)

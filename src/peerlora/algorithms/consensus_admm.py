@@ -15,11 +15,12 @@ from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import DualProx
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ConsensusADMM(Stateful):
     def round(self, t: int, state: ConsensusADMMState, learner: Learner, peers: Exchange) -> ConsensusADMMState:
         """One round."""
         rule = DualProx(state.alpha + self.rho * state.gap, 2 * self.rho * state.degree[:, None])
-        x = learner.fit(state.x, self.active(t), rule)
+        x = learner.fit(state.x, LocalPlan(self.active(t), rule))
         gap = x.flat - peers.combine(x, less_its_gap).flat
         alpha = state.alpha + self.rho * gap * self.changing(t, x)
         return ConsensusADMMState(x, alpha, gap, degrees(peers, x))

@@ -16,7 +16,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from peerlora.algorithms.traits import Traits
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,4 @@ class DecLoRA(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.mix(learner.fit(x, train="AB"))
+        return peers.mix(learner.fit(x, "AB"))

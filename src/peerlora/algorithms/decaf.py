@@ -17,7 +17,7 @@ from peerlora.topology.properties import Properties
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DeCAF(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.combine(learner.fit(x, train="AB"), averaged_products)
+        return peers.combine(learner.fit(x, "AB"), averaged_products)
 
 
 def averaged_products(received: Received) -> Combined:

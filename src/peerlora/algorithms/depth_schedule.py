@@ -14,7 +14,7 @@ from peerlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 from peerlora.algorithms.gossip import IN_TURN, Scheduled
 from peerlora.algorithms.traits import SGD, Traits
 from peerlora.errors import ConfigError
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import Ascent, DualProx, LocalRule
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DFedAvg(Scheduled):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.mix(learner.fit(x, self.active(t), self.rule()))
+        return peers.mix(learner.fit(x, LocalPlan(self.active(t), self.rule())))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class FedExLoRA(FactorGossip):
 
     def start(self, x: Adapters, peers: Exchange) -> Adapters:
         """Nothing is merged yet."""
-        return x.mergeable()
+        return x.with_empty_merges()
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.combine(learner.fit(x, train="AB"), averaged_with_residual)
+        return peers.combine(learner.fit(x, "AB"), averaged_with_residual)
 
 
 def averaged_with_residual(received: Received) -> Combined:

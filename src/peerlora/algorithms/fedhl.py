@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 _EPS = 1e-6  # as in a re-implementation
 
@@ -102,7 +102,7 @@ class FedHL(FactorGossip):
 
     def round(self, t: int, state: FedHLState, learner: Learner, peers: Exchange) -> FedHLState:
         """One round."""
-        trained = replace(learner.fit(state.adapters, train="AB"), merged=state.reference)
+        trained = replace(learner.fit(state.adapters, "AB"), merged=state.reference)
         rule = partial(corrected_reference, weighting=self.weighting, cap=self.cap)
         x = peers.combine(trained, rule, merged=True)
         assert x.merged is not None

@@ -18,7 +18,7 @@ from peerlora.topology.properties import Properties
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class FedRotLoRA(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        x = learner.fit(x, train="AB")
+        x = learner.fit(x, "AB")
         if t == 0 or self.strength == 0:
             return peers.mix(x)
         return peers.combine(x, partial(aligned_average, on=self.aligned(t), strength=self.strength))

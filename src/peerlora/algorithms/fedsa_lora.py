@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from peerlora.algorithms.base import part
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class FedSALoRA(FactorGossip):
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """A and a mixed head."""
-        return part(x, "A", "head").message()
+        return x.select("A", "head").message()
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        x = learner.fit(x, train="AB")
-        return x.merge(peers.mix(part(x, "A", "head")))
+        x = learner.fit(x, "AB")
+        return x.with_blocks(peers.mix(x.select("A", "head")))

@@ -14,11 +14,12 @@ from peerlora.algorithms.gossip import IN_TURN, Stateful
 from peerlora.algorithms.traits import SGD, Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import Ascent, DualProx, Oracle, plain
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class DFedADMM(Stateful):
     def round(self, t: int, state: DualState, learner: Learner, peers: Exchange) -> DualState:
         """One round."""
         x = state.x
-        trained = learner.fit(x, self.active(t), DualProx(-state.dual, self.penalty, self.oracle))
+        rule = DualProx(-state.dual, self.penalty, self.oracle)
+        trained = learner.fit(x, LocalPlan(self.active(t), rule))
         dual = state.dual - self.penalty * (trained.flat - x.flat)  # a block that did not train did not move
         z = torch.where(self.changing(t, x), trained.flat - dual / self.penalty, trained.flat)
         return DualState(peers.mix(replace(x, flat=z)), dual)

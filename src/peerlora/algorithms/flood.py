@@ -11,16 +11,18 @@ from torch import Tensor
 
 from peerlora.algorithms.gossip import IN_TURN, Stateful
 from peerlora.algorithms.traits import REPLICAS, Traits
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
-from peerlora.train.row_scores import emphasis, measure
+from peerlora.train.base import LocalPlan
+from peerlora.train.row_scores import measure, row_weights
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 _SELF_REPORTED = "a client says itself how much it counts, which a liar would use"
 _LARGEST = 20.0  # |exponent| of a confidence: e^20 to one is as good as ignoring a client
@@ -35,7 +37,7 @@ class FLoodState:
     """Mass of x (push-sum); sums to the sum of c."""
     c: Float[Tensor, " client"]
     """The own confidence of the last scoring; push-sum: as far as w stands for it."""
-    scores: Float[Tensor, "client place"]
+    scores: Float[Tensor, "client row"]
     """Of the own rows, where they are used for several rounds."""
 
 
@@ -118,7 +120,7 @@ class FLood(Stateful):
 
     def check_task(self, kind: str) -> None:
         """Raise CompositionError for a score that the task has no logits for."""
-        if kind != "classification" and self.score not in ("auto", "nll"):
+        if not task_kind(kind).has_classes and self.score not in ("auto", "nll"):
             raise CompositionError(
                 f"flood: algorithm.score={self.score} needs class logits, task.kind={kind} has none; use score=nll"
             )
@@ -140,8 +142,8 @@ class FLood(Stateful):
         if self.alpha:
             if due or not scores.shape[1]:
                 scores = self.scores(state.x, learner)
-            weights = emphasis(scores, self.alpha, self.q, self.tau, self.hard)
-        trained = learner.fit(state.x, self.active(t), emphasis=weights)
+            weights = row_weights(scores, self.alpha, self.q, self.tau, self.hard)
+        trained = learner.fit(state.x, LocalPlan(self.active(t), row_weights=weights))
         kept = scores if self.every > 1 else state.scores
         if not self.beta:
             return FLoodState(peers.mix(trained), state.w, state.c, kept)
@@ -154,13 +156,13 @@ class FLood(Stateful):
         """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""
         return replace(own, x=taken.x)
 
-    def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client place"]:
+    def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client row"]:
         """E of every client's own rows."""
-        usual = "energy" if learner.task.metric == "accuracy" else "nll"
+        usual = "energy" if learner.task.kind.has_classes else "nll"
         chosen = usual if self.score == "auto" else self.score
         return learner.score(x, measure(chosen, learner.task, self.temperature))
 
-    def confidence(self, scores: Float[Tensor, "client place"]) -> Float[Tensor, " client"]:
+    def confidence(self, scores: Float[Tensor, "client row"]) -> Float[Tensor, " client"]:
         """``exp(-beta mean(E) / tau_c)``."""
         return (-self.beta * scores.nanmean(1) / self.tau_c).clamp(-_LARGEST, _LARGEST).exp()
 
@@ -184,10 +186,10 @@ def push_masses(state: FLoodState, trained: Adapters, c: Float[Tensor, " client"
     x = state.x.flat
     u = scaled(state.x, state.w).flat + scaled(replace(trained, flat=trained.flat - x), now).flat
     u = u + scaled(state.x, change).flat
-    mixed = peers.mix({"x": trained.sharing(u[:, trained.spec.shared]), "c": mass})
+    mixed = peers.mix({"x": trained.with_shared(u[:, trained.spec.shared]), "c": mass})
     return FLoodState(scaled(mixed["x"], 1 / mixed["c"]), mixed["c"], now, state.scores)
 
 
 def scaled(x: Adapters, by: Float[Tensor, " client"]) -> Adapters:
     """Every client's exchanged columns times a number of its own."""
-    return x.sharing(x.flat[:, x.spec.shared] * by[:, None].to(x.flat))
+    return x.with_shared(x.flat[:, x.spec.shared] * by[:, None].to(x.flat))

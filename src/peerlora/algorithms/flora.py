@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class FLoRA(FactorGossip):
 
     def start(self, x: Adapters, peers: Exchange) -> Adapters:
         """Nothing is merged yet."""
-        return x.mergeable()
+        return x.with_empty_merges()
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
         blank = replace(x, flat=x.flat[:1], ranks=torch.tensor([x.spec.rank]), merged=None)
         fresh = redrawn(blank, "A", peers.shared_random("factors"))
-        return peers.combine(learner.fit(x, train="AB"), partial(stacked_merge, fresh=fresh))
+        return peers.combine(learner.fit(x, "AB"), partial(stacked_merge, fresh=fresh))
 
 
 def stacked_merge(received: Received, fresh: Adapters) -> Combined:

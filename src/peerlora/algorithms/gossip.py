@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlora.algorithms.base import Method
 from peerlora.errors import ConfigError
+from peerlora.lora.adapters import parse_blocks
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -67,7 +68,7 @@ class Scheduled(FactorGossip):
     def changing(self, t: int, x: Adapters) -> Bool[Tensor, " parameter"]:
         """The columns that train in round ``t``: those of the active factors and of a head."""
         mask = torch.zeros(x.spec.parameters, dtype=torch.bool, device=x.flat.device)
-        for block in x.spec.trained(self.active(t)):
+        for block in x.spec.trained(parse_blocks(self.active(t))):
             mask[x.spec.columns(block)] = True
         return mask
 

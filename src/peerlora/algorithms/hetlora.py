@@ -19,7 +19,7 @@ from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class HetLoRA(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        trained = shrink_tail(learner.fit(x, train="AB"), self.kept(x.ranks), self.penalty)
+        trained = shrink_tail(learner.fit(x, "AB"), self.kept(x.ranks), self.penalty)
         return peers.combine(self.prune(x, trained), norm_weighted_average)
 
     def kept(self, ranks: Int[Tensor, " client"]) -> Int[Tensor, " client"]:

@@ -13,12 +13,13 @@ from peerlora.algorithms.gossip import IN_TURN, Stateful
 from peerlora.algorithms.traits import REPLICAS, Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import DualProx, Recorded
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class KGT(Stateful):
         """One round."""
         x, columns = state.x, self.sent(t, state.x)
         seen = Recorded(DualProx(state.c), x.flat)
-        trained = learner.fit(x, self.active(t), seen)
+        trained = learner.fit(x, LocalPlan(self.active(t), seen))
         z = seen.mean[:, columns]
         moved = trained if self.step == 1 else replace(x, flat=x.flat.lerp(trained.flat, self.step))
         mixed = peers.mix({"x": moved, "z": z})

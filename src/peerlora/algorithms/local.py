@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Local(Method):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """K local steps."""
-        return learner.fit(x, train="AB")
+        return learner.fit(x, "AB")
 
     def model(self, x: Adapters) -> Adapters:
         """The state is the model."""

@@ -20,7 +20,7 @@ from peerlora.topology.properties import Properties
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 _STEPS = 1000  # of the descent on the cosine objective at most, as in re-implementations of the paper
 
@@ -60,7 +60,7 @@ class LoRAFAIR(FactorGossip):
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
         rule = partial(corrected_average, ridge=self.ridge, cosine=self.objective == "cosine")
-        return peers.combine(learner.fit(x, train="AB"), rule)
+        return peers.combine(learner.fit(x, "AB"), rule)
 
 
 def corrected_average(received: Received, ridge: float, cosine: bool) -> Combined:

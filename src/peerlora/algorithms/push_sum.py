@@ -13,12 +13,13 @@ from peerlora.algorithms.gossip import IN_TURN, Scheduled
 from peerlora.algorithms.traits import SGD, Traits
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
+from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import DualProx, Recorded
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PushSumState:
     @property
     def z(self) -> Adapters:
         """``u / w``; a private head is never mixed, so it has no mass."""
-        return self.u.sharing(self.u.flat[:, self.u.spec.shared] / self.w[:, None].to(self.u.flat))
+        return self.u.with_shared(self.u.flat[:, self.u.spec.shared] / self.w[:, None].to(self.u.flat))
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class SGP(Scheduled):
     def on_rejoin(self, own: PushSumState, taken: PushSumState) -> PushSumState:
         """A real peer that fell behind takes over a neighbour's model, and keeps its mass: the sum of w stays N."""
         z = taken.z
-        return replace(own, u=z.sharing(z.flat[:, z.spec.shared] * own.w[:, None].to(z.flat)))
+        return replace(own, u=z.with_shared(z.flat[:, z.spec.shared] * own.w[:, None].to(z.flat)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class PushDIGing(SGP):
         z, trains, shared = state.z, self.changing(t, state.u), state.u.spec.shared
         lacking = state.y - state.g
         seen = Recorded(DualProx(lacking), z.flat)
-        moved = replace(z, flat=state.u.flat + learner.fit(z, self.active(t), seen).flat - z.flat)
+        moved = replace(z, flat=state.u.flat + learner.fit(z, LocalPlan(self.active(t), seen)).flat - z.flat)
         y = torch.where(trains, seen.mean, state.y)
         g = torch.where(trains, seen.mean - lacking, state.g)
         mixed = peers.mix({"u": moved, "w": state.w, "y": y[:, shared]})

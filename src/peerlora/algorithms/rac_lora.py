@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.algorithms.base import part
 from peerlora.algorithms.flora import growth
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
-from peerlora.lora.adapters import redrawn
+from peerlora.lora.adapters import Block, redrawn
 from peerlora.lora.merged import Merged, Update
 from peerlora.lora.product import norms2
 from peerlora.topology.properties import Properties
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 _LEFT = 0.1  # share of the disagreement norm that may be merged, where the topology says how fast it falls
 _LONGEST = 2  # rounds without training per round with it, at most (less one, for an even number of mixings)
@@ -82,7 +81,7 @@ class RACLoRA(FactorGossip):
             )
 
     @property
-    def active(self) -> str:
+    def active(self) -> Block:
         """The factor that trains."""
         return "B" if self.side == "right" else "A"
 
@@ -118,24 +117,24 @@ class RACLoRA(FactorGossip):
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """The trained factor, a mixed head, and merged factors if they are mixed; frozen ones follow from the seed."""
         earlier = {f".{name}": (tuple(own.shape[1:]), own.dtype) for name, own in self.moving(x).items()}
-        return part(x, self.active, "head").message() | earlier
+        return x.select(self.active, "head").message() | earlier
 
     def start(self, x: Adapters, peers: Exchange) -> Adapters:
         """Nothing merged but the adapter that the run starts from, if it does."""
-        x = x.mergeable()
-        return x.folded() if x.only("B").flat.any() else x
+        x = x.with_empty_merges()
+        return x.fold() if x.select("B").flat.any() else x
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round.  A merge is made when the next block begins: until then the block's factors can be looked at."""
         block, place = divmod(t, self.period)
         if place == 0:
-            x = x.folded() if block > 0 else x
+            x = x.fold() if block > 0 else x
             x = redrawn(x, "A" if self.side == "right" else "B", peers.shared_random("frozen factor"))
         if place < self.chain:
-            x = learner.fit(x, train=self.active)
+            x = learner.fit(x, self.active)
         frozen = {name: factor[0].double() for name, factor in (x.A if self.side == "right" else x.B).items()}
-        sent = replace(part(x, self.active, "head"), merged=None)
-        x = x.merge(peers.combine(sent, partial(measured_mean, frozen=frozen)))
+        sent = replace(x.select(self.active, "head"), merged=None)
+        x = x.with_blocks(peers.combine(sent, partial(measured_mean, frozen=frozen)))
         moving = self.moving(x)
         return self.moved(x, peers.mix(moving)) if moving else x
 

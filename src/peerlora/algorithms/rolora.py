@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.base import part
 from peerlora.algorithms.traits import Traits
+from peerlora.lora.adapters import parse_blocks
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
     from peerlora.lora.adapters import Adapters
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class RoLoRA(ADFLoRA):
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """The active factor and a mixed head."""
-        return part(x, self.active(t), "head").message()
+        return x.select(*parse_blocks(self.active(t)), "head").message()
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round: the frozen factor stays at home."""
-        x = learner.fit(x, train=self.active(t))
-        return x.merge(peers.mix(part(x, self.active(t), "head")))
+        x = learner.fit(x, self.active(t))
+        return x.with_blocks(peers.mix(x.select(*parse_blocks(self.active(t)), "head")))

@@ -17,11 +17,12 @@ from peerlora.lora.layer_order import by_column, depth_of, reached_layers
 from peerlora.lora.partial import REACHED, PartialAdapters
 from peerlora.topology.properties import Properties
 from peerlora.train.backward_depth import BackwardDepth
+from peerlora.train.base import LocalPlan
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
     from peerlora.exchange.schema import Schema
-    from peerlora.train.learner import Learner
+    from peerlora.train.base import Learner
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class SALF(DepthGossip):
             return peers.mix(learner.fit(x, self.active(t)))
         q = self.chances(layers)
         factor = (1 / q).clamp_max(self.cap) if self.correction == "ipw" else torch.ones_like(q)
-        reach = BackwardDepth(depth, factor.to(x.flat).expand(x.clients, -1), self.steps == "last")
-        trained = learner.fit(x, self.active(t), reach=reach)
+        cut = BackwardDepth(depth, factor.to(x.flat).expand(x.clients, -1), self.steps == "last")
+        trained = learner.fit(x, LocalPlan(self.active(t), depth=cut))
         if self.send == "all":
             return peers.mix(trained)
         reached = reached_layers(depth, layers)
@@ -130,7 +131,7 @@ def mix_reached(x: Adapters, reached: Bool[Tensor, "client layer"], peers: Excha
     total, weight = _gathered(x, reached, peers)
     keep = by_column(x.spec, reached.to(x.flat.device))
     flat = torch.where(keep, x.flat + (total - weight * x.flat), x.flat)
-    return x.sharing(flat[:, x.spec.shared])
+    return x.with_shared(flat[:, x.spec.shared])
 
 
 def neighbourhood_mean(
@@ -147,4 +148,4 @@ def neighbourhood_mean(
     some = weight > 0
     mean = total / torch.where(some, weight, 1.0)
     flat = torch.where(some, (mean - p * before.flat) / torch.where(some, 1 - p, 1.0), before.flat)
-    return after.sharing(flat[:, after.spec.shared])
+    return after.with_shared(flat[:, after.spec.shared])

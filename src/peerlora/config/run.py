@@ -25,6 +25,7 @@ from peerlora.config.sections import (
     TopologyConfig,
     TrainConfig,
 )
+from peerlora.config.task_kinds import task_kind
 from peerlora.plugins import METHODS
 
 
@@ -90,14 +91,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
             )
-        if self.partition.kind == "own" and self.task.kind == "classification" and not self.task.labels:
+        kind = task_kind(self.task.kind)
+        if self.partition.kind == "own" and kind.has_classes and not self.task.labels:
             raise ValueError(
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"
             )
-        if self.task.kind != "causal-lm" and self.data.label is None:
+        if kind.has_label and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
-        if self.train.label_prior != "none" and self.task.kind != "classification":
+        if self.train.label_prior != "none" and not kind.has_classes:
             raise ValueError(
                 f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
                 "has none of; use train.label_prior=none"

@@ -6,9 +6,10 @@ Importing this module is cheap (no torch), so the command line can check a confi
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peerlora.config.base import Builder, Positive, Rate, Section, Share, kind_decorator, plugin_kinds
+from peerlora.config.task_kinds import KINDS, task_kind
 from peerlora.config.topology import (  # noqa: F401 (all sections can be had from here)
     CompleteGraph,
     EdgesGraph,
@@ -47,10 +48,14 @@ class AdapterConfig(Section):
     """Folder of a PEFT adapter that every client starts from; null: A random, B zero."""
 
 
+def _known_kind(name: Any) -> str:
+    return task_kind(name).name
+
+
 class TaskConfig(Section):
     """What is learned from the data."""
 
-    kind: Literal["classification", "regression", "causal-lm"] = "classification"
+    kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
     """What is learned: classification, regression or causal-lm."""
     labels: list[str] | None = None
     """Class names in order of their ids; null: read from the data."""

@@ -15,7 +15,7 @@ class Dataset:
     starts: np.ndarray
     """int64 [row + 1]; row i owns ids[starts[i]:starts[i + 1]]"""
     types: np.ndarray | None
-    """uint8 [token], token types as the tokenizer gives them (they tell a pair's halves apart); None: it gives none"""
+    """uint8 [token], the tokenizer's token types, which distinguish a pair's halves; None: it gives none"""
     labels: np.ndarray
     """int64 [row] class ids, or float32 [row] for regression, or int64 zeros for causal-lm"""
     names: tuple[str, ...]

@@ -21,7 +21,7 @@ from peerlora.plugins import PARTITIONS
 from peerlora.randomness import numpy_generator
 
 _TRIES = 10  # draws before rows are moved by hand to clients that got none
-_ROW = "peerlora_row"  # the column by which rows are told apart inside a flwr-datasets partitioner
+_ROW = "peerlora_row"  # the column that numbers rows inside a flwr-datasets partitioner
 
 
 @dataclass(frozen=True)

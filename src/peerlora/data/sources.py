@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.labels import Classes, class_ids, collected_classes, declared_classes, numbers
@@ -59,14 +60,14 @@ def load_datasets(
 
 def _read(config: RunConfig, source: str, split: str, known: Classes | None) -> _Rows:
     """One source with its labels; ``known``: the classes of the training rows, None while these are read."""
-    data, kind = config.data, config.task.kind
+    data, kind = config.data, task_kind(config.task.kind)
     table = read_table(source, split, strings=data.text)
     everything = np.arange(table.num_rows)
-    if kind == "causal-lm":
+    if not kind.has_label:
         return _Rows(source, table, np.zeros(table.num_rows, dtype=np.int64), (), everything)
     where = f"data.label={data.label} in {source}"
     column = _column(table, str(data.label), "data.label", source)
-    if kind == "regression":
+    if kind.target == "number":
         return _Rows(source, table, numbers(column, where), (), everything)
     classes = known or _declared(config, table) or collected_classes(column, where)
     if len(classes.names) < 2:
@@ -110,14 +111,15 @@ def _only(rows: _Rows, places: np.ndarray) -> _Rows:
 
 
 def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | None, kept: str | None) -> Dataset:
-    data, causal = config.data, config.task.kind == "causal-lm"
-    if causal and len(data.text) != 1:
-        raise DataError(f"data.text={data.text}: causal-lm reads one column of text; name one")
+    data, kind = config.data, task_kind(config.task.kind)
+    if len(data.text) > kind.texts:
+        raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
     texts = [_texts(rows, name) for name in data.text]
-    tokens = tokenise(texts, tokenizer, data.max_length, causal, cache)
+    predicts_tokens = kind.target == "tokens"
+    tokens = tokenise(texts, tokenizer, data.max_length, predicts_tokens, cache)
     columns = {kept: _values(rows, kept)} if kept else {}
     found = Dataset(*tokens, labels=rows.labels[rows.chosen], names=rows.names, columns=columns)
-    return _without_short(found, rows, 2 if causal else 1, drop=causal)
+    return _without_short(found, rows, kind.tokens, drop=predicts_tokens)
 
 
 def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Dataset:

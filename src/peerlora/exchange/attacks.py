@@ -165,7 +165,7 @@ class Adversarial(ExchangeWrapper):
         raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")
 
     def _sent(self, x: Adapters) -> Adapters:
-        shared, places = x.spec.shared, self.start.spec.places(x.spec)
+        shared, places = x.spec.shared, self.start.spec.columns_of(x.spec)
         scene = AttackContext(
             x.flat[:, shared],
             self.start.flat[0, places],

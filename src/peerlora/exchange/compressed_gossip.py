@@ -53,7 +53,7 @@ def compressed_gossip(
     Source: Koloskova, Stich, Jaggi 2019, arXiv 1902.00340 (memory form as in the authors' code).
     Differs: xhat starts at the common initial adapters in place of zero.
     """
-    shared, columns = x.spec.shared, whole.places(x.spec)
+    shared, columns = x.spec.shared, whole.columns_of(x.spec)
     sizes, draws = tensor_sizes(x.spec), _draws(peers)
     value, xhat, s = x.flat[:, shared], known.xhat[:, columns], known.s[:, columns]
     sent = Difference(

@@ -58,7 +58,9 @@ def expected(payload: Payload, claimed: Shapes) -> Schema:
     for name, leaf in _leaves(payload):
         if isinstance(leaf, Adapters):
             rank = min(max(1, _rank(name, leaf, claimed)), leaf.spec.rank)
-            shapes = leaf.possible(rank, {given.removeprefix(name) for given in claimed if given.startswith(name)})
+            shapes = leaf.expected_shapes(
+                rank, {given.removeprefix(name) for given in claimed if given.startswith(name)}
+            )
             found.update({name + part: (shape, leaf.flat.dtype) for part, shape in shapes.items()})
         elif isinstance(leaf, Merged):
             for layer, own in leaf.layers.items():

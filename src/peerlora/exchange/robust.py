@@ -180,7 +180,7 @@ class Robust(ExchangeWrapper):
     def mix(self, x: Any, target: str | None = None) -> Adapters:
         """``x_i <- rule(received by i)``; a payload with a target is more than adapters, and refused."""
         x = only_adapters(x, "exchange.robust")
-        base = self.start.flat[0, self.start.spec.places(x.spec)]
+        base = self.start.flat[0, self.start.spec.columns_of(x.spec)]
         return self.peers.combine(x, build_rule(self.config, base, RoundCounter(self.peers.t, self.rounds)))
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:

@@ -67,20 +67,20 @@ class StackedExchange(PlainExchange):
         began = time.perf_counter()
         self._count(x, *([x.merged] if merged else []))
         self.stats.sent = x
-        sent = x.only("AB") if x.spec.private_head else x
+        sent = x.select("A", "B") if x.spec.private_head else x
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
         everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=others)
         mixed, measured = apply_rule(sent, everybody, self.graph.W[self.clients], rule)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
-        return replace(x.merge(mixed), merged=mixed.merged)
+        return replace(x.with_blocks(mixed), merged=mixed.merged)
 
     def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
         """Of Adapters, everything but a private head."""
         if isinstance(x, Tensor):
             return self._rows(x)
         self.stats.sent = x
-        return x.sharing(self._rows(x.flat[:, x.spec.shared]))
+        return x.with_shared(self._rows(x.flat[:, x.spec.shared]))
 
     def _rows(self, x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
         everybody = self.gather(x.reshape(len(x), -1))

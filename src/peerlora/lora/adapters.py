@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,19 @@ from torch import Tensor
 
 from peerlora.lora.merged import Merged
 
-BLOCKS = ("A", "B", "head")
+Block = Literal["A", "B", "head"]
+"""A part of an adapter that trains and travels as one: the factors A of all layers, their factors B, or the head."""
+BLOCKS: tuple[Block, ...] = get_args(Block)
+
+
+def parse_blocks(blocks: str | tuple[Block, ...]) -> tuple[Block, ...]:
+    """The factors in a word such as "AB", or the blocks as given.  Raises ValueError for a word of other letters."""
+    if not isinstance(blocks, str):
+        return blocks
+    found: tuple[Block, ...] = tuple(block for block in BLOCKS if block in blocks)
+    if "".join(found) != blocks:
+        raise ValueError(f"blocks {blocks!r} given; expected A, B or AB")
+    return found
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class LayerSpec:
 class Slot:
     """Where one tensor lies in the flat buffer: columns ``start:stop``, to be seen as ``shape`` per client."""
 
-    block: str
+    block: Block
     name: str
     shape: tuple[int, ...]
     start: int
@@ -53,14 +66,15 @@ class AdapterSpec:
     alpha: float
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()
     private_head: bool = False
-    blocks: tuple[str, ...] = BLOCKS
+    blocks: tuple[Block, ...] = BLOCKS
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
         """All tensors in the order of the buffer."""
+        shapes: list[tuple[Block, str, tuple[int, ...]]]
         shapes = [("A", layer.name, (self.rank, layer.d_in)) for layer in self.layers]
-        shapes += [("B", layer.name, (layer.d_out, self.rank)) for layer in self.layers]
-        shapes += [("head", name, shape) for name, shape in self.head]
+        shapes.extend(("B", layer.name, (layer.d_out, self.rank)) for layer in self.layers)
+        shapes.extend(("head", name, shape) for name, shape in self.head)
         slots, start = [], 0
         for block, name, shape in shapes:
             if block in self.blocks:
@@ -73,14 +87,14 @@ class AdapterSpec:
         """Scalars per client, padding included."""
         return self.slots[-1].stop if self.slots else 0
 
-    def columns(self, block: str) -> slice:
+    def columns(self, block: Block) -> slice:
         """The contiguous columns of one block."""
         own = [slot for slot in self.slots if slot.block == block]
         return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
 
-    def trained(self, train: str) -> tuple[str, ...]:
-        """The blocks that change when the factors in ``train`` are trained: a head always does."""
-        return tuple(name for name in self.blocks if name in train or name == "head")
+    def trained(self, factors: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The blocks that change when these factors are trained: a head always does."""
+        return tuple(block for block in self.blocks if block in factors or block == "head")
 
     @cached_property
     def shared(self) -> slice:
@@ -88,13 +102,12 @@ class AdapterSpec:
         holds_private = self.private_head and self.columns("head").stop
         return slice(0, self.columns("head").start if holds_private else self.parameters)
 
-    def only(self, block: str) -> AdapterSpec:
-        """The layout of some blocks alone: "A", "B", "AB" or "head"."""
-        kept = ("head",) if block == "head" else tuple(block)
-        return replace(self, blocks=tuple(name for name in self.blocks if name in kept))
+    def select(self, *blocks: Block) -> AdapterSpec:
+        """The layout of some blocks alone."""
+        return replace(self, blocks=tuple(block for block in self.blocks if block in blocks))
 
-    def places(self, part: AdapterSpec) -> Int[Tensor, " column"]:
-        """Where the exchanged columns of ``part``, which holds some of these blocks, lie in this buffer."""
+    def columns_of(self, part: AdapterSpec) -> Int[Tensor, " column"]:
+        """The columns of this buffer that hold the exchanged columns of ``part``, a layout of some of these blocks."""
         columns = [self.columns(block) for block in part.blocks]
         return torch.cat([torch.arange(each.start, each.stop) for each in columns])[part.shared]
 
@@ -107,11 +120,11 @@ class AdapterSpec:
         shapes = {}
         for slot in self.slots:
             if slot.start < self.shared.stop:
-                shapes[f"{slot.block}:{slot.name}"] = cut(slot, rank)
+                shapes[f"{slot.block}:{slot.name}"] = shape_at_rank(slot, rank)
         return shapes
 
 
-def cut(slot: Slot, rank: int) -> tuple[int, ...]:
+def shape_at_rank(slot: Slot, rank: int) -> tuple[int, ...]:
     """The shape that a slot has for a client of this rank."""
     if slot.block == "A":
         return (rank, slot.shape[1])
@@ -148,7 +161,7 @@ class Adapters:
         """The trained head's tensors, by parameter name."""
         return self._views("head")
 
-    def _views(self, block: str) -> dict[str, Tensor]:
+    def _views(self, block: Block) -> dict[str, Tensor]:
         return {slot.name: self.spec.view(slot, self.flat) for slot in self.spec.slots if slot.block == block}
 
     @property
@@ -161,30 +174,30 @@ class Adapters:
         """Whether all clients here have the largest rank."""
         return bool((self.ranks == self.spec.rank).all())
 
-    def only(self, block: str) -> Adapters:
-        """The part that belongs to some blocks ("A", "B", "AB", "head"), as a copy."""
-        spec = self.spec.only(block)
+    def select(self, *blocks: Block) -> Adapters:
+        """Some blocks alone, as a copy."""
+        spec = self.spec.select(*blocks)
         parts = [self.flat[:, self.spec.columns(name)] for name in spec.blocks]
         return replace(self, spec=spec, flat=torch.cat(parts, dim=1) if parts else self.flat[:, :0])
 
-    def merge(self, part: Adapters) -> Adapters:
+    def with_blocks(self, part: Adapters) -> Adapters:
         """These adapters with the blocks of ``part`` in place of their own."""
         flat = self.flat.clone()
         for block in part.spec.blocks:
             flat[:, self.spec.columns(block)] = part.flat[:, part.spec.columns(block)]
         return replace(self, flat=flat)
 
-    def sharing(self, rows: Float[Tensor, "client shared"]) -> Adapters:
+    def with_shared(self, values: Float[Tensor, "client shared"]) -> Adapters:
         """These values in the columns that are exchanged; a private head stays."""
-        return replace(self, flat=torch.cat([rows, self.flat[:, self.spec.shared.stop :]], dim=1))
+        return replace(self, flat=torch.cat([values, self.flat[:, self.spec.shared.stop :]], dim=1))
 
     def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """What one client sends when it mixes these: name -> (shape at its real rank, dtype)."""
         shapes = self.spec.row_shapes(int(self.ranks[client]))
         return {name: (shape, self.flat.dtype) for name, shape in shapes.items()}
 
-    def possible(self, rank: int, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what another client of this rank may send, whose message has these names."""
+    def expected_shapes(self, rank: int, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what another client of this rank may send in a message with these names."""
         return self.spec.row_shapes(rank)
 
     def rows(self, clients: slice | Sequence[int]) -> Adapters:
@@ -206,14 +219,14 @@ class Adapters:
         flat = first + (self.flat - first).mean(0, keepdim=True)
         return replace(self, flat=flat, ranks=self.ranks[:1], merged=self.merged and self.merged.mean())
 
-    def mergeable(self) -> Adapters:
-        """The same with an empty ``merged``: how a method that merges begins."""
+    def with_empty_merges(self) -> Adapters:
+        """The same with an empty ``merged``: the start of a method that merges."""
         shapes = {layer.name: (layer.d_out, layer.d_in) for layer in self.spec.layers}
         return replace(self, merged=Merged.nothing(shapes, self.flat))
 
-    def folded(self) -> Adapters:
-        """The same models with every ``scaling * B A`` moved into ``merged``: B is zero after it."""
-        assert self.merged is not None, "begin with mergeable()"
+    def fold(self) -> Adapters:
+        """The same models with every ``scaling * B A`` moved into ``merged``; B becomes zero."""
+        assert self.merged is not None, "begin with with_empty_merges()"
         B = {name: self.scaling[:, None, None] * factor for name, factor in self.B.items()}
         merged = self.merged.plus({name: (B[name], A) for name, A in self.A.items()})
         flat = self.flat.clone()
@@ -249,14 +262,14 @@ def _drawn(slot: Slot, generator: torch.Generator) -> Float[Tensor, " scalar"]:
     return (torch.rand(prod(slot.shape), generator=generator, dtype=torch.float64) * 2 - 1) * bound
 
 
-def redrawn(x: Adapters, block: str, generator: torch.Generator) -> Adapters:
+def redrawn(x: Adapters, block: Block, generator: torch.Generator) -> Adapters:
     """One factor ("A" or "B") drawn anew as at the start, the same for all clients, and the other one zero."""
     flat = x.flat.clone()
     for slot in x.spec.slots:
         part = flat[:, slot.start : slot.stop]
         if slot.block == block:
             part.copy_(_drawn(slot, generator))
-        elif slot.block in "AB":
+        elif slot.block != "head":
             part.zero_()
     return mask_ranks(replace(x, flat=flat))
 

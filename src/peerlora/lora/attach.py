@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,15 @@ class StackedModel:
     def bind_adapters(self, x: Adapters) -> None:
         """Let the next forward passes use the adapters of these clients."""
         self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling, x.merged)
+
+    @contextmanager
+    def training(self, streams: list[torch.Generator]) -> Iterator[None]:
+        """Drop out in the forward passes inside, by one generator per client; evaluation drops nothing."""
+        self.step.streams = streams
+        try:
+            yield
+        finally:
+            self.step.streams = None
 
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""

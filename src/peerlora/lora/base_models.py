@@ -11,11 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from peerlora.config.task_kinds import task_kind
 from peerlora.environment import package_model
 from peerlora.errors import ModelError
 from peerlora.randomness import derive
-
-PEFT_TASKS = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,12 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_token: int, dtype: torch.dtype) -> Base:
-    """The base model for a task; a head that the weights lack is drawn from ``seed``, equal on every client."""
+    """The base model for a ``task.kind``; a head that the weights lack is drawn from ``seed``, the same for all."""
     import transformers
 
-    auto = transformers.AutoModelForCausalLM if kind == "causal-lm" else transformers.AutoModelForSequenceClassification
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if kind == "classification":
-        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    elif kind == "regression":
-        options |= {"num_labels": 1, "problem_type": "regression"}
+    task = task_kind(kind)
+    auto = getattr(transformers, task.auto_model)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **task.model_options(labels)}
     place, more = _place(source)
     with _quiet(), _named(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))

@@ -13,10 +13,10 @@ from peerlora.lora import merged
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.product import cross_term2, deviation, norms2
 
-_RECEIVERS = 32  # beyond this many clients the local cross-term is averaged over an even sample of receivers
-_CLIENTS = 64  # looked at at once, where each is looked at alone: 2.5 times as fast as 1000 at once
-_SENDERS = 256  # whose factors are gathered at once, for some receivers: 50 MB at width 384 and rank 8, in fp64
-_COLUMNS, _SCALARS = 32, 2**19  # of the part of everybody's products that is looked at at once: 4 MB fit a cache
+_RECEIVERS = 32  # clients, beyond which the local cross-term is averaged over an even sample of receivers
+_CLIENTS = 64  # clients in one piece, where each is computed alone: 2.5 times as fast as 1000 at once
+_SENDERS = 256  # senders whose factors are gathered at once, for some receivers: 50 MB at width 384 and rank 8, in fp64
+_COLUMNS, _SCALARS = 32, 2**19  # columns and scalars of all clients' products in one piece: 4 MB fit a cache
 
 LeftFactors = Float[Tensor, "client d_out rank"]
 RightFactors = Float[Tensor, "client rank d_in"]
@@ -126,8 +126,8 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
         if after.merged is None or before.merged is after.merged:
             weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
             continue
-        earlier, unit = (before.merged or before.mergeable().merged), after.spec.alpha / after.spec.rank
-        assert earlier is not None  # mergeable() gives one
+        earlier, unit = (before.merged or before.with_empty_merges().merged), after.spec.alpha / after.spec.rank
+        assert earlier is not None  # with_empty_merges() gives one
         was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
         now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
         weak += float(merged.distances2(was, now).mean()) / unit**2
@@ -136,7 +136,7 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
 
 def before_exchange(after: Adapters, sent: Adapters) -> Adapters:
     """The clients just before an exchange: what they sent, and, where that was one factor, the other as it still is."""
-    return sent if {"A", "B"} <= set(sent.spec.blocks) else after.merge(sent)
+    return sent if {"A", "B"} <= set(sent.spec.blocks) else after.with_blocks(sent)
 
 
 def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None) -> float:

@@ -1,4 +1,4 @@
-"""The layers of an adapter in the order in which a backward pass reaches them: the head first, then block by block."""
+"""The layers of an adapter in the order of a backward pass: the head first, then block by block, the last one first."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def _block_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def columns_reached(spec: AdapterSpec, blocks: Sequence[str], depth: int, by_layer: bool) -> dict[str, slice]:
-    """The columns of these blocks that the first ``depth`` layers hold, by block or ("A:2") by block and layer.
+def columns_reached(spec: AdapterSpec, blocks: Sequence[str], depth: int, per_layer_moments: bool) -> dict[str, slice]:
+    """The columns of these blocks in the first ``depth`` layers, by block or ("A:2") by block and layer.
 
     Layers lie in forward order, so in each block what a backward pass has reached is the end of it.
     """
     found: dict[str, slice] = {}
     for slot, number in zip(spec.slots, layer_numbers(spec), strict=True):
         if slot.block in blocks and number <= depth:
-            name = f"{slot.block}:{number}" if by_layer else slot.block
+            name = f"{slot.block}:{number}" if per_layer_moments else slot.block
             start = found[name].start if name in found else slot.start
             assert name not in found or found[name].stop == slot.start, "layers are not in forward order"
             found[name] = slice(start, slot.stop)
@@ -65,5 +65,5 @@ def by_column(
 
 
 def reached_layers(depth: Int[Tensor, " client"], layers: int) -> Bool[Tensor, "client layer"]:
-    """Which layers clients reach that get so deep: the first ones."""
+    """Which layers a backward pass of this depth reaches: the first ones."""
     return torch.arange(1, layers + 1, device=depth.device) <= depth[:, None]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.lora.adapters import Adapters, Slot, cut
+from peerlora.lora.adapters import Adapters, Slot, shape_at_rank
 from peerlora.lora.layer_order import by_column, layer_numbers
 
 REACHED = "reached"
@@ -34,7 +34,7 @@ class PartialAdapters(Adapters):
         layers = (self.sent[client].nonzero().flatten() + 1).tolist()
         return {name: (shape, self.flat.dtype) for name, shape in self._of(layers, int(self.ranks[client])).items()}
 
-    def possible(self, rank: int, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    def expected_shapes(self, rank: int, names: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Whole layers: those of which a client names anything."""
         return self._of(self._named(names), rank)
 
@@ -50,7 +50,7 @@ class PartialAdapters(Adapters):
 
     def _of(self, layers: Collection[int], rank: int) -> dict[str, tuple[int, ...]]:
         return {
-            f"{slot.block}:{slot.name}": cut(slot, rank)
+            f"{slot.block}:{slot.name}": shape_at_rank(slot, rank)
             for number, slot in self._numbered()
             if slot.start < self.spec.shared.stop and number in layers
         }

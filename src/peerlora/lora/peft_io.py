@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peerlora.errors import ModelError
-from peerlora.lora.adapters import Adapters, cut
+from peerlora.lora.adapters import Adapters, shape_at_rank
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.merged import whole
 from peerlora.lora.product import decompose
@@ -43,7 +43,7 @@ def export_adapter(
     """Write row ``client`` of ``x`` as a folder that ``PeftModel.from_pretrained`` loads.
 
     What the client has merged becomes part of the adapter, whose rank grows.  ``rank``: the best approximation of at
-    most this rank instead; what it leaves out is told in the card.
+    most this rank instead; the card says what it leaves out.
     """
     from peft import LoraConfig
 
@@ -103,7 +103,7 @@ def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
     Low-rank sums stay the tensors they are, side by side, while that is no larger than the layer.  A larger or dense
     one, and any that is to be cut, is factored in float64.
     """
-    own = x.rows([client]) if x.merged is not None else x.rows([client]).mergeable()
+    own = x.rows([client]) if x.merged is not None else x.rows([client]).with_empty_merges()
     merged, held = own.merged, int(own.ranks[0])
     assert merged is not None
     layers, left_out, size = {}, 0.0, 0.0
@@ -202,7 +202,7 @@ def read_adapter(folder: Path, x: Adapters, frozen_head: Mapping[str, Tensor]) -
         key = f"{_PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
         known.add(key)
         if key in tensors or slot.block != "head":
-            _check_tensor(key, tensors.get(key), cut(slot, x.spec.rank))
+            _check_tensor(key, tensors.get(key), shape_at_rank(slot, x.spec.rank))
             flat[:, slot.start : slot.stop] = tensors[key].reshape(-1).to(flat.dtype)
     unknown = [key for key in tensors if ".lora_" in key and key not in known]
     if unknown:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_COLUMNS = 64  # of a product that is looked at in strips
+_COLUMNS = 64  # columns of one strip of a product
 
 
 def sum_norm2(B: Float[Tensor, "client d_out rank"], A: Float[Tensor, "client rank d_in"]) -> Float[Tensor, ""]:

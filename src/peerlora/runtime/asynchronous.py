@@ -24,7 +24,7 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.virtual_clock import ARRIVED, BEGINS, DONE, EventQueue, ScheduledEvent, VirtualClock, seconds
-from peerlora.train.learner import Learner
+from peerlora.train.base import Learner, LocalPlan
 from peerlora.train.local_rules import Masked
 from peerlora.tree import own_copy, put_row, rows_of
 
@@ -170,9 +170,9 @@ class AsynchronousRounds:
             by_block.setdefault(self.algorithm.active(jobs[client]), []).append(client)
         free = self.algorithm.coordinates(state)
         for blocks, places in by_block.items():
-            self.learner.begin(t, jobs, places)
-            self.result.flat[places] = local_steps(self.learner, self.start, blocks, free).flat[places]
-            self.losses[places] = self.learner.losses[places].to(self.losses)
+            with self.learner.round(t, jobs, places) as trained:
+                self.result.flat[places] = local_steps(self.learner, self.start, blocks, free).flat[places]
+            self.losses[places] = trained.losses[places].to(self.losses)
         self.outstanding.clear()
         self.seconds_train += time.perf_counter() - began
 
@@ -195,5 +195,5 @@ def local_steps(
     learner: Learner, start: Adapters, blocks: str, free: Bool[Tensor, "client parameter"] | None
 ) -> Adapters:
     """A job: K local steps from ``start`` on these blocks, of which only what is ``free`` changes; None: everything."""
-    trained = learner.fit(start, blocks, None if free is None else Masked(free))
+    trained = learner.fit(start, LocalPlan(blocks, None if free is None else Masked(free)))
     return trained if free is None else replace(trained, flat=torch.where(free, trained.flat, start.flat))

@@ -32,9 +32,9 @@ from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_r
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
-from peerlora.train.learner import Learner
+from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import LabelPrior
-from peerlora.train.tasks import TASKS
+from peerlora.train.tasks import task
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Federation:
     train_data: Dataset
     eval_data: Dataset
     model: StackedModel
-    learner: Learner
+    learner: StackedLearner
     exchange: MeteredExchange
     start: Adapters
     export: ExportContext
@@ -105,7 +105,9 @@ def assemble(
     batches = [config.batches[i] for i in here]
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     graph = graph_size(model.base, paths)
-    learner = Learner(model, TASKS[config.task.kind], shards, config.train, resources.tokenizer.pad_token_id, graph)
+    learner = StackedLearner(
+        model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
+    )
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     return Federation(

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError
 from peerlora.lora.attach import StackedModel, Targets, find_targets
-from peerlora.lora.base_models import PEFT_TASKS, Base, load_base, load_tokenizer
+from peerlora.lora.base_models import Base, load_base, load_tokenizer
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
@@ -143,7 +144,8 @@ def build_model(config: RunConfig, resources: RunResources) -> tuple[StackedMode
     )
     bases.used_by(model)
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
-    export = ExportContext(source, PEFT_TASKS[config.task.kind], config.adapter.dropout, extra, tokenizer, data.names)
+    peft_type = task_kind(config.task.kind).peft_type
+    export = ExportContext(source, peft_type, config.adapter.dropout, extra, tokenizer, data.names)
     return model, export, prepared.paths | use_encoder(model, config.train.fast)
 
 
@@ -162,7 +164,7 @@ class _BaseKey(NamedTuple):
 def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:
     kind, dtype = config.task.kind, DTYPES[config.train.dtype]
     base = load_base(config.model.source, kind, names, config.seed, pad_token, dtype)
-    targets = find_targets(base.model, PEFT_TASKS[kind], config.adapter.targets)
+    targets = find_targets(base.model, task_kind(kind).peft_type, config.adapter.targets)
     base.model.to(_device(config))
     return PreparedBase(base, targets, prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast))
 

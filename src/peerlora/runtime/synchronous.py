@@ -16,7 +16,7 @@ from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.virtual_clock import VirtualClock, seconds, ticks
-from peerlora.train.learner import Learner
+from peerlora.train.base import Learner
 from peerlora.tree import held
 
 
@@ -48,11 +48,11 @@ class SynchronousRounds:
         """Round ``t``; the state is that of its end."""
         absent = self._pass_time(self.clock, t, state) if self.clock else []
         here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
-        self.learner.begin(t, self.jobs if self.clock else None, here)
-        self.learner.step_seconds = self.step_seconds if self.clock else None
         stats = self.exchange.begin(t, absent)
         began = time.perf_counter()
-        after = self.algorithm.round(t, state, self.learner, self.exchange)
+        jobs, step_seconds = (self.jobs, self.step_seconds) if self.clock else (None, None)
+        with self.learner.round(t, jobs, here, step_seconds) as trained:
+            after = self.algorithm.round(t, state, self.learner, self.exchange)
         if absent:
             after = held(state, after, absent)
         worked = time.perf_counter() - began
@@ -60,7 +60,7 @@ class SynchronousRounds:
             self.jobs[client] += 1
         graph, mixes, own = self.exchange.graph, stats.sent is not None, set(self.exchange.clients)
         return after, RoundResult(
-            losses=self.learner.losses.tolist(),
+            losses=trained.losses.tolist(),
             sent=stats.sent,
             W=graph.W if mixes else np.eye(len(graph.W)),
             edges=[edge for edge in graph.edges if own.intersection(edge)] if mixes else [],

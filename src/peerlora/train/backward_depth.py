@@ -1,4 +1,4 @@
-"""How far down each client's backward pass gets: what lies below is not in the graph, so its time is really saved."""
+"""Backward passes cut short, client by client: layers below the cut are not in the graph, so their time is saved."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.lora.adapters import AdapterSpec
+from peerlora.lora.adapters import AdapterSpec, Block
 from peerlora.lora.layer_order import by_column, columns_reached, depth_of
 
 
 @dataclass(frozen=True)
 class BackwardDepth:
-    """Of each client held here.  Parts of layers below ``depth`` do not train, and their optimiser memory is held."""
+    """Depth of each client's backward pass.  Layers below it do not train, and their optimiser memory is held."""
 
     depth: Int[Tensor, " client"]
     """Layers reached, counted from the head down (``lora.depth``); 0: none."""
     factor: Float[Tensor, "client layer"]
-    """What the cut steps have moved a layer by is multiplied by this."""
+    """Multiplies what the cut steps have moved a layer by."""
     last_only: bool = False
-    """Whether only a round's last local step is cut, or every one."""
+    """True: only a round's last local step is cut; False: every one."""
 
 
 @dataclass(frozen=True)
 class TrainableColumns:
-    """The same for a group of clients that get equally deep: which columns train in which local step."""
+    """Which columns train in which local step, for clients whose backward passes get equally deep."""
 
     full: Mapping[str, slice]
     reached: Mapping[str, slice]
@@ -48,26 +48,30 @@ class TrainableColumns:
         return torch.where(self.factor == 1, after, before + self.factor * (after - before))
 
 
-def moment_groups(spec: AdapterSpec, blocks: tuple[str, ...], by_layer: bool) -> tuple[str, ...]:
+def moment_groups(spec: AdapterSpec, blocks: tuple[Block, ...], per_layer_moments: bool) -> tuple[str, ...]:
     """The names by which an optimiser counts steps: blocks, or parts of them where layers may train unequally often."""
-    return tuple(columns_reached(spec, blocks, depth_of(spec), True)) if by_layer else blocks
+    return tuple(columns_reached(spec, blocks, depth_of(spec), True)) if per_layer_moments else blocks
 
 
-def all_columns(spec: AdapterSpec, blocks: tuple[str, ...]) -> TrainableColumns:
-    """Nothing is cut."""
+def all_columns(spec: AdapterSpec, blocks: tuple[Block, ...]) -> TrainableColumns:
+    """All columns of these blocks in every step."""
     active = {block: spec.columns(block) for block in blocks if spec.columns(block).stop}
     return TrainableColumns(active, active)
 
 
-def cut(
-    spec: AdapterSpec, blocks: tuple[str, ...], reach: BackwardDepth, clients: list[int], steps: int, by_layer: bool
+def truncated_columns(
+    spec: AdapterSpec,
+    blocks: tuple[Block, ...],
+    depth: BackwardDepth,
+    clients: list[int],
+    steps: int,
+    per_layer_moments: bool,
 ) -> TrainableColumns:
-    """For clients of one depth."""
-    depth = int(reach.depth[clients[0]])
-    factor = by_column(spec, reach.factor[clients])
+    """The columns of these blocks for clients of one depth."""
+    factor = by_column(spec, depth.factor[clients])
     return TrainableColumns(
-        columns_reached(spec, blocks, depth_of(spec), by_layer),
-        columns_reached(spec, blocks, depth, by_layer),
-        steps - 1 if reach.last_only else 0,
+        columns_reached(spec, blocks, depth_of(spec), per_layer_moments),
+        columns_reached(spec, blocks, int(depth.depth[clients[0]]), per_layer_moments),
+        steps - 1 if depth.last_only else 0,
         None if bool((factor == 1).all()) else factor,
     )

@@ -1,8 +1,9 @@
-"""Learner: K local steps for all clients held here, in shared graphs.  It owns model and data, never communicates."""
+"""Local steps and evaluation of all clients held here, in shared graphs on one frozen model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,13 +16,14 @@ from peerlora.config.sections import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
-from peerlora.lora.adapters import Adapters, AdapterSpec, Slot
+from peerlora.lora.adapters import Adapters, AdapterSpec, Block, Slot
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
-from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, cut, moment_groups
+from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
+from peerlora.train.base import LocalPlan, Scores, TrainStats
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import Gradients, LocalRule, LocalStep, Rows
-from peerlora.train.loss_rules import Emphasis, LossRule
+from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
+from peerlora.train.loss_rules import LossRule, weigh_rows
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.tasks import Task
@@ -31,19 +33,20 @@ _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no bac
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Evaluation of each client's own model."""
+class _Round:
+    """The round in progress."""
 
-    metric: Float[np.ndarray, " client"]
-    loss: Float[np.ndarray, " client"]
-    rows: int
+    jobs: Sequence[int]
+    """Of every client held here, the number that decides its draws."""
+    clients: ClientRows
+    """The clients that train."""
+    stats: TrainStats
 
 
-class Learner:
-    """Trains and evaluates the clients in ``shards`` on one shared frozen model.
+class StackedLearner:
+    """The Learner of real models: one shared frozen model whose layers hold the adapters of every client in ``shards``.
 
-    ``begin(t)`` says which round it is; ``losses`` then holds each client's mean training loss of that round.  Where
-    clients do not keep step, it also says which job of its own each client is at, and who trains at all.
+    A ``fit`` outside a round draws as in round 0.
     """
 
     def __init__(
@@ -59,102 +62,89 @@ class Learner:
         self.pad, self.graph = pad, graph
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
-        self._emphasis: tuple[LossRule, ...] = ()
         self.step_seconds: Float[Tensor, " client"] | None = None
-        """How long each client's local step takes in this round, on a virtual clock."""
-        self.begin(0)
+        """Seconds that each client's local step takes in this round, on a virtual clock."""
         self.memory: Moments | None = None
         self._trained: tuple[str, ...] = ()
+        self._round = self._begun(0, None, None)
 
-    def begin(self, t: int, jobs: Sequence[int] | None = None, places: Sequence[int] | None = None) -> None:
-        """Set the round that the next ``fit`` belongs to; a round without one has no losses.
+    def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
+        held = len(self.shards.clients)
+        return _Round(
+            [t] * held if jobs is None else list(jobs),
+            list(range(held) if clients is None else clients),
+            TrainStats(torch.full((held,), float("nan"))),
+        )
 
-        ``jobs``: per client the number that decides its draws, ``t`` for all by default.  ``places``: the clients that
-        train, by their places on the leading axis, all by default; ``fit`` leaves the others as they are.
-        """
-        self.t = t
-        self.jobs = [t] * len(self.shards.clients) if jobs is None else list(jobs)
-        self.places = None if places is None or len(places) == len(self.shards.clients) else list(places)
-        self.losses: Float[Tensor, " client"] = torch.full((len(self.shards.clients),), float("nan"))
-
-    def fit(
+    @contextmanager
+    def round(
         self,
-        x: Adapters,
-        train: str,
-        rule: LocalRule | None = None,
-        reach: BackwardDepth | None = None,
-        emphasis: Float[Tensor, "client place"] | None = None,
-    ) -> Adapters:
-        """K local steps of every client on the blocks in ``train`` ("A", "B" or "AB") and on a head that is trained.
+        t: int,
+        jobs: Sequence[int] | None = None,
+        clients: Sequence[int] | None = None,
+        step_seconds: Float[Tensor, " client"] | None = None,
+    ) -> Iterator[TrainStats]:
+        """See ``Learner``."""
+        outside = self._round
+        self._round, self.step_seconds = self._begun(t, jobs, clients), step_seconds
+        try:
+            yield self._round.stats
+        finally:
+            self._round, self.step_seconds = outside, None
 
-        ``rule`` changes the gradient of every step before it is clipped; ``reach`` cuts backward passes short;
-        ``emphasis`` says how much each row of a shard counts.  ``x`` is not changed.  Raises DivergenceError at the
-        first loss that is not finite.
-        """
-        self._emphasis = () if emphasis is None else (Emphasis(emphasis, self.shards),)
-        blocks = x.spec.trained(train)
-        by_layer = reach is not None and self.settings.optimizer_state != "round"
-        memory = self._remembered(x, blocks, by_layer)
+    def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
+        """See ``Learner``."""
+        plan = LocalPlan.of(plan)
+        blocks = plan.trained(x.spec)
+        per_layer_moments = plan.depth is not None and self.settings.optimizer_state != "round"
+        memory = self._remembered(x, blocks, per_layer_moments)
         flat = x.flat.clone()
         losses = torch.full((x.clients,), float("nan"), dtype=torch.float64)
-        for clients, cutting in self._groups(x.spec, blocks, reach, by_layer):
-            part = replace(x.rows(clients), flat=flat[clients])
-            kept = (
-                memory.rows(clients)
-                if memory
-                else Moments.fresh(part.flat, moment_groups(x.spec, x.spec.blocks, by_layer))
-            )
-            losses[clients] = self._fit_block(part, clients, cutting, kept, rule, x.flat[clients])
-            if not isinstance(clients, slice):  # then the rows are copies
-                flat[clients] = part.flat
-                if memory:
-                    memory.put(clients, kept)
-        self.losses = losses
+        for clients, columns in self._groups(x.spec, blocks, plan.depth, per_layer_moments):
+            part = replace(x.rows(_consecutive(clients)), flat=x.flat[clients])
+            moments = memory.rows(clients) if memory else _fresh(part, per_layer_moments)
+            losses[clients] = self._take_steps(part, clients, columns, moments, plan)
+            flat[clients] = part.flat
+            if memory:
+                memory.put(clients, moments)
+        self._round.stats.losses = losses
         return replace(x, flat=flat)
 
-    def _remembered(self, x: Adapters, blocks: tuple[str, ...], by_layer: bool) -> Moments | None:
+    def _remembered(self, x: Adapters, blocks: tuple[Block, ...], per_layer_moments: bool) -> Moments | None:
         """The optimiser memory to go on with; None where every round starts afresh."""
         if self.settings.optimizer_state == "round":
             return None
         switched = self.settings.optimizer_state == "phase" and blocks != self._trained
         if self.memory is None or switched:
-            self.memory = Moments.fresh(x.flat, moment_groups(x.spec, x.spec.blocks, by_layer))
+            self.memory = _fresh(x, per_layer_moments)
         self._trained = blocks
         return self.memory
 
-    def _fit_block(
-        self,
-        x: Adapters,
-        clients: Rows,
-        cut: TrainableColumns,
-        moments: Moments,
-        rule: LocalRule | None,
-        start: Float[Tensor, "client parameter"],
+    def _take_steps(
+        self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
     ) -> Float[Tensor, " client"]:
-        """All local steps of some clients, in place on ``x.flat``; returns their mean losses."""
-        self.model.step.streams = self._streams(clients)
-        steps = self.settings.local_steps
-        rows = [self.shards.rows(i, self.jobs[i], steps) for i in self._numbered(clients)]
+        """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
+        steps, start = self.settings.local_steps, x.flat.clone()
+        rows = [self.shards.rows(i, self._round.jobs[i], steps) for i in clients]
         seen, active, trained, before = [], None, [], x.flat
-        try:
+        with self.model.training(self._streams(clients)):
             for k in range(steps):
-                if cut.active(k) is not active:
-                    active = cut.active(k)
+                if columns.active(k) is not active:
+                    active = columns.active(k)
                     trained = self._bind(x, active)
-                    before = x.flat.clone() if cut.factor is not None else before
+                    before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
                 batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
                 self.model.step.extents = batch.extents
-                look = _Look(self.model, partial(self._losses, batch, clients), trained, repeats=rule is not None)
-                here = partial(_gradients, x, look, active)
-                found = here() if rule is None else rule.gradient(LocalStep(x.flat, start, active, clients, here))
+                losses_of = partial(self._losses, batch, clients, plan.row_weights)
+                closure = _Closure(self.model, losses_of, trained, repeats=plan.rule is not None)
+                at = LocalStep(x.flat, start, active, clients, partial(_gradients, x, closure, active))
+                found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
                 step(self.settings, x.flat, found, moments, active)
-                assert look.losses is not None, "a rule has to look at the minibatch"
-                seen.append(look.losses)
-        finally:
-            self.model.step.streams = None  # evaluation drops nothing
-        x.flat.copy_(cut.corrected(before, x.flat))
+                assert closure.losses is not None, "a rule has to look at the minibatch"
+                seen.append(closure.losses)
+        x.flat.copy_(columns.corrected(before, x.flat))
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
         history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
         self._require_finite(history, clients)
@@ -166,70 +156,68 @@ class Learner:
         self.model.bind(x.spec, views, x.scaling, x.merged)
         return [view for view in views if view.requires_grad]
 
-    def _losses(self, batch: Batch, clients: Rows) -> Float[Tensor, " client"]:
-        """The training losses of one step, by the task and the loss rules."""
+    def _losses(
+        self, batch: Batch, clients: ClientRows, row_weights: Float[Tensor, "client row"] | None
+    ) -> Float[Tensor, " client"]:
+        """The training losses of one step, by the task, the loss rules and the weights of rows."""
         logits = self.model(batch.inputs, batch.origin)
-        for rule in (*self.loss_rules, *self._emphasis):
+        for rule in self.loss_rules:
             logits, batch = rule(logits, batch, clients)
+        if row_weights is not None:
+            batch = weigh_rows(batch, row_weights, self.shards, clients)
         return self.task.losses(logits, batch)
 
-    def _require_finite(self, history: Float[Tensor, "step client"], clients: Rows) -> None:
+    def _require_finite(self, history: Float[Tensor, "step client"], clients: ClientRows) -> None:
         bad = (~history.isfinite()).nonzero()
         if len(bad) == 0:
             return
         k, row = bad[0].tolist()
-        place = self._numbered(clients)[row]
+        client = clients[row]
         raise DivergenceError(
-            f"the loss of client {self.shards.clients[place]} is {float(history[k, row])} in round "
-            f"{self.jobs[place] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; lower "
-            f"train.lr (now {self.settings.lr:g}) or set train.clip"
+            f"the loss of client {self.shards.clients[client]} is {float(history[k, row])} in round "
+            f"{self._round.jobs[client] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; "
+            f"lower train.lr (now {self.settings.lr:g}) or set train.clip"
         )
 
-    def _numbered(self, clients: Rows) -> list[int]:
-        return list(range(len(self.shards.clients)))[clients] if isinstance(clients, slice) else clients
-
-    def _streams(self, clients: Rows) -> list[torch.Generator]:
+    def _streams(self, clients: ClientRows) -> list[torch.Generator]:
+        """Each client's draws of dropout."""
         seed, numbers = self.shards.seed, self.shards.clients
-        places = self._numbered(clients)
-        return [torch_generator(seed, "dropout", client=numbers[i], round=self.jobs[i]) for i in places]
+        return [torch_generator(seed, "dropout", client=numbers[i], round=self._round.jobs[i]) for i in clients]
 
     def _groups(
-        self, spec: AdapterSpec, blocks: tuple[str, ...], reach: BackwardDepth | None, by_layer: bool
-    ) -> Iterator[tuple[Rows, TrainableColumns]]:
-        """The clients of each graph, and what of them trains: with ``reach``, one depth at a time."""
-        places = np.arange(len(self.shards.clients)) if self.places is None else np.array(self.places, dtype=int)
-        if reach is None:
-            for part in self._client_blocks(places):
-                yield (
-                    slice(int(part[0]), int(part[-1]) + 1) if self.places is None else part.tolist(),
-                    all_columns(spec, blocks),
-                )
+        self, spec: AdapterSpec, blocks: tuple[Block, ...], depth: BackwardDepth | None, per_layer_moments: bool
+    ) -> Iterator[tuple[ClientRows, TrainableColumns]]:
+        """The clients of each graph, and what of them trains: with ``depth``, all of a graph get equally deep."""
+        clients, steps = np.array(self._round.clients, dtype=int), self.settings.local_steps
+        if depth is None:
+            for part in self._graphs(clients):
+                yield part, all_columns(spec, blocks)
             return
-        depths = reach.depth.cpu().numpy()[places]
-        for depth in np.unique(depths):
-            for part in self._client_blocks(places[depths == depth]):
-                found = cut(spec, blocks, reach, part.tolist(), self.settings.local_steps, by_layer)
-                if found.active(0):
-                    everybody = self.places is None and len(part) == len(self.shards.clients)
-                    yield slice(0, len(part)) if everybody else part.tolist(), found
+        depths = depth.depth.cpu().numpy()[clients]
+        for each in np.unique(depths):
+            for part in self._graphs(clients[depths == each]):
+                columns = truncated_columns(spec, blocks, depth, part, steps, per_layer_moments)
+                if columns.active(0):
+                    yield part, columns
 
-    def _client_blocks(self, places: Int[np.ndarray, " place"]) -> Iterator[Int[np.ndarray, " place"]]:
+    def _graphs(self, clients: Int[np.ndarray, " client"]) -> Iterator[ClientRows]:
         """Parts of these clients, so many per graph that its activations stay in reach."""
-        if len(places) == 0:
+        if len(clients) == 0:
             return
-        most = max(self.shards.batches[i] for i in places.tolist())
+        most = max(self.shards.batches[i] for i in clients.tolist())
         largest = self.settings.block or self.graph.clients(most, self.shards.data.lengths)
-        yield from np.array_split(places, -(-len(places) // largest))
+        for part in np.array_split(clients, -(-len(clients) // largest)):
+            yield part.tolist()
 
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
-        """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
+        """See ``Learner``."""
         equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             one = self.evaluate(x.rows(slice(0, 1)), data, batch)
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
         outcomes = np.zeros((x.clients, len(data), 2))
-        for clients, rows, logits, stacked in self._everywhere(x, data, batch):
+        for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
             outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
         scores = [self.task.score(own, data.labels) for own in outcomes]
@@ -239,22 +227,22 @@ class Learner:
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
         """Every client's logits on the same rows of ``data``; not for language models."""
         found = None
-        for clients, rows, logits, _ in self._everywhere(x, data, batch):
+        for clients, rows, logits, _ in self._forward_all(x, data, batch):
             found = np.zeros((x.clients, len(data), logits.shape[1])) if found is None else found
             found[clients, rows] = logits.view(-1, len(rows), logits.shape[1]).cpu().numpy()
         assert found is not None
         return found
 
     @torch.no_grad()
-    def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client place"]:
-        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
+    def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client row"]:
+        """See ``Learner``."""
 
         def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
             return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)
 
         return score_shards(self.shards, batch, max(_EVALUATED, self.graph.tokens), forward)
 
-    def _everywhere(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
+    def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
             size = max(1, max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max())))
@@ -269,14 +257,14 @@ class Learner:
         return self.model(batch.inputs, batch.origin), batch
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved to go on: empty unless the optimiser's memory outlives a round."""
+        """See ``Learner``."""
         if self.memory is None:
             return {}
         steps = {f"steps.{block}": count for block, count in self.memory.steps.items()}
         return {"first": self.memory.first, "second": self.memory.second, **steps}
 
     def load_state_dict(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
-        """Take up what ``state`` gave; ``trained`` are the blocks of the last round."""
+        """See ``Learner``."""
         self._trained = tuple(trained)
         if saved:
             steps = {name.removeprefix("steps."): saved[name] for name in saved if name.startswith("steps.")}
@@ -284,8 +272,19 @@ class Learner:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The blocks of the last round, where the optimiser's memory outlives it."""
+        """See ``Learner``."""
         return self._trained
+
+
+def _fresh(x: Adapters, per_layer_moments: bool) -> Moments:
+    """An empty optimiser memory for these clients."""
+    return Moments.fresh(x.flat, moment_groups(x.spec, x.spec.blocks, per_layer_moments))
+
+
+def _consecutive(clients: ClientRows) -> slice | ClientRows:
+    """As a slice where they follow one another: what clients have merged is large, and a slice copies none of it."""
+    run = slice(clients[0], clients[-1] + 1)
+    return run if clients == list(range(run.start, run.stop)) else clients
 
 
 def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
@@ -301,13 +300,13 @@ def _part(slot: Slot, active: Mapping[str, slice]) -> str | None:
     return next((name for name, own in active.items() if own.start <= slot.start and slot.stop <= own.stop), None)
 
 
-class _Look:
-    """A minibatch that is looked at once or, by a rule, more often: with the same dropout every time."""
+class _Closure:
+    """Losses and gradients of one minibatch, as often as a rule asks: with the same dropout every time."""
 
     def __init__(self, model: StackedModel, losses_of: Callable[[], Tensor], trained: Sequence[Tensor], repeats: bool):
         self._losses_of, self.trained = losses_of, trained
         self.losses: Float[Tensor, " client"] | None = None
-        """Of the first look."""
+        """Of the first evaluation."""
         self._streams = model.step.streams or []
         self._dropout = [stream.get_state() for stream in self._streams] if repeats else []
 
@@ -322,9 +321,9 @@ class _Look:
         return torch.autograd.grad(losses.sum(), self.trained)  # no two clients share a parameter
 
 
-def _gradients(x: Adapters, look: _Look, active: Mapping[str, slice]) -> Gradients:
+def _gradients(x: Adapters, closure: _Closure, active: Mapping[str, slice]) -> Gradients:
     """The gradients of each active part as [client, its columns], in the order of the flat buffer."""
-    left = iter(look.gradients())
+    left = iter(closure.gradients())
     found: dict[str, list[Tensor]] = {name: [] for name in active}
     for slot in x.spec.slots:
         name = _part(slot, active)

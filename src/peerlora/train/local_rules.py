@@ -1,4 +1,4 @@
-"""Local rules: what an optimiser is given in place of the plain gradient.  A rule never owns a training loop."""
+"""Local rules change the gradient that the optimiser sees.  A rule never owns a training loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from peerlora.train.optim import norms
 
-_SMALLEST = 1e-12  # of a gradient that gives a direction
+_SMALLEST = 1e-12  # norm of a gradient that still gives a direction
 
 Gradients = dict[str, Float[Tensor, "client column"]]
 """By active block, in the order of the flat buffer."""
-Rows = slice | list[int]
-"""Places on the leading axis: a run of them, whose rows are views, or single ones, whose rows are copies."""
+ClientRows = list[int]
+"""Rows of the leading client axis; indexing a tensor with them copies."""
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class LocalStep:
     """One local step of some clients, on one minibatch of each."""
 
     x: Float[Tensor, "client parameter"]
-    """Where they are: the rows that the optimiser will change."""
+    """Their parameters now: the rows that the optimiser will change."""
     start: Float[Tensor, "client parameter"]
-    """Where they were when the round began."""
+    """Their parameters at the start of the round."""
     active: Mapping[str, slice]
     """The blocks that train, and their columns."""
-    clients: Rows
-    """Which of the clients held here they are: the rows of a rule's own state."""
-    here: Callable[[], Gradients]
+    clients: ClientRows
+    """Their rows among the clients held here: those of a rule's own state."""
+    closure: Callable[[], Gradients]
     """Gradients of the minibatch at ``x`` as it is now; the same minibatch and the same dropout at every call."""
 
     def gradient(self) -> Gradients:
-        """At ``x``."""
-        return self.here()
+        """The gradient at ``x``."""
+        return self.closure()
 
     def gradient_at(self, shift: Gradients) -> Gradients:
-        """At ``x + shift``; ``x`` is afterwards what it was, to the bit."""
+        """The gradient at ``x + shift``; restores ``x`` to the bit."""
         before = {block: self.x[:, columns].clone() for block, columns in self.active.items()}
         for block, columns in self.active.items():
             self.x[:, columns].add_(shift[block])
-        found = self.here()
+        found = self.closure()
         for block, columns in self.active.items():
             self.x[:, columns].copy_(before[block])
         return found
@@ -60,7 +60,7 @@ class LocalRule(Protocol):
 
 
 Oracle = Callable[[LocalStep], Gradients]
-"""Where a rule gets its gradient from."""
+"""Source of the gradient that a rule corrects."""
 
 
 def plain(step: LocalStep) -> Gradients:
@@ -98,11 +98,11 @@ class DualProx:
     offset: Float[Tensor, "client parameter"] | None = None
     """A dual or a correction, held by the clients here; read in active blocks only."""
     pull: float | Float[Tensor, "client 1"] = 0.0
-    """Towards where the round began."""
+    """Strength of the pull towards the start of the round."""
     oracle: Oracle = plain
 
     def gradient(self, step: LocalStep) -> Gradients:
-        """Corrected."""
+        """The corrected gradient."""
         pull = self.pull[step.clients] if isinstance(self.pull, Tensor) else self.pull
         found = self.oracle(step)
         for block, columns in step.active.items():
@@ -114,7 +114,7 @@ class DualProx:
 
 
 class Recorded:
-    """A rule whose mean over all local steps of a ``fit`` is kept: raw, before clipping and the optimiser.
+    """A rule that also averages its gradients over all local steps of a ``fit``: before clipping and the optimiser.
 
     ``mean`` is zero in blocks that did not train.
     """
@@ -124,7 +124,7 @@ class Recorded:
         self._sum, self._steps = torch.zeros_like(like), torch.zeros(len(like), 1, dtype=like.dtype, device=like.device)
 
     def gradient(self, step: LocalStep) -> Gradients:
-        """What the rule makes of it."""
+        """The rule's gradient."""
         found = self.rule.gradient(step)
         for block, columns in step.active.items():
             self._sum[step.clients, columns] += found[block]
@@ -139,7 +139,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Masked:
-    """A rule under which only some coordinates of each client train; the others stay as they were at the start."""
+    """A rule that trains only some coordinates of each client; the others stay as they were at the start."""
 
     free: Bool[Tensor, "client parameter"]
 

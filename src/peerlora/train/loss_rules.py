@@ -1,4 +1,4 @@
-"""What may stand between the logits of a training step and its losses.  Evaluation never sees it."""
+"""Changes between the logits of a training step and its losses.  Evaluation never sees them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.data.batches import Batch, Shards
-from peerlora.train.local_rules import Rows
+from peerlora.train.local_rules import ClientRows
 
 
 class LossRule(Protocol):
     """Changes logits, or how much each row counts, for the clients of one graph."""
 
-    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
+    def __call__(self, logits: Tensor, batch: Batch, clients: ClientRows) -> tuple[Tensor, Batch]:
         """The logits [client*row, ...] and the batch that the task's loss is computed from.
 
-        ``clients``: which of the clients held here the rows belong to.
+        ``clients``: the clients, by their rows on the client axis, that the batch belongs to.
         """
         ...
 
@@ -31,27 +31,22 @@ class LossRule(Protocol):
         ...
 
 
-class Emphasis:
-    """A loss rule: rows count in proportion to ``values``, and those of a batch as much together as before."""
+def weigh_rows(batch: Batch, row_weights: Float[Tensor, "client row"], shards: Shards, clients: ClientRows) -> Batch:
+    """The batch whose rows count in proportion to ``row_weights``, each client's together as much as before.
 
-    def __init__(self, values: Float[Tensor, "client place"], shards: Shards):
-        self.values, self.shards = values, shards
-
-    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
-        """The batch with other weights, which sum to 1 per client as they did."""
-        assert batch.origin is not None
-        places = list(range(len(self.shards.shards)))[clients] if isinstance(clients, slice) else clients
-        numbers = batch.origin.numbers.reshape(len(places), -1)
-        own = [np.searchsorted(self.shards.shards[i], row) for i, row in zip(places, numbers, strict=True)]
-        v = torch.stack([self.values[i, torch.from_numpy(row)] for i, row in zip(places, own, strict=True)])
-        weights = batch.weights * v.to(batch.weights)
-        return logits, replace(batch, weights=F.normalize(weights, p=1.0, dim=1))
+    ``row_weights`` has a column per place in a shard; ``clients`` are the rows of the batch's clients.
+    """
+    assert batch.origin is not None
+    numbers = batch.origin.numbers.reshape(len(clients), -1)
+    places = [np.searchsorted(shards.shards[i], own) for i, own in zip(clients, numbers, strict=True)]
+    v = torch.stack([row_weights[i, torch.from_numpy(own)] for i, own in zip(clients, places, strict=True)])
+    return replace(batch, weights=F.normalize(batch.weights * v.to(batch.weights), p=1.0, dim=1))
 
     def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
         """Need nothing: the values are the clients' own."""
 
 
-SMOOTHING = 1.0  # rows per class
+SMOOTHING = 1.0  # rows per class that every client counts beside its own
 
 
 class LabelPrior:
@@ -75,7 +70,7 @@ class LabelPrior:
         if self.target == "pooled":
             self._offsets = offsets(self.counts, sum_of(self.counts))
 
-    def __call__(self, logits: Tensor, batch: Batch, clients: Rows) -> tuple[Tensor, Batch]:
+    def __call__(self, logits: Tensor, batch: Batch, clients: ClientRows) -> tuple[Tensor, Batch]:
         """Each client's offsets on each of its rows."""
         assert self._offsets is not None, "agree() comes first"
         own = self._offsets[clients].to(logits)

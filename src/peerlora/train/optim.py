@@ -20,7 +20,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's own defaults
 
 @dataclass(frozen=True)
 class Moments:
-    """An optimiser's memory; every leaf has the leading client axis."""
+    """An optimiser's memory; every tensor has the leading client axis."""
 
     first: Float[Tensor, "client parameter"]
     """Mean of gradients (AdamW) or momentum buffer (SGD)."""
@@ -31,16 +31,16 @@ class Moments:
 
     @staticmethod
     def fresh(flat: Float[Tensor, "client parameter"], blocks: tuple[str, ...]) -> Moments:
-        """No memory yet."""
+        """An empty memory."""
         steps = {block: torch.zeros(len(flat), dtype=torch.int64, device=flat.device) for block in blocks}
         return Moments(torch.zeros_like(flat), torch.zeros_like(flat), steps)
 
-    def rows(self, clients: slice | list[int]) -> Moments:
-        """Some clients' memory: of a slice as views, else as copies."""
+    def rows(self, clients: list[int]) -> Moments:
+        """Some clients' memory, as a copy."""
         return Moments(self.first[clients], self.second[clients], {k: v[clients] for k, v in self.steps.items()})
 
     def put(self, clients: list[int], part: Moments) -> None:
-        """Write back what ``rows`` copied."""
+        """Write back a copy that ``rows`` made."""
         self.first[clients], self.second[clients] = part.first, part.second
         for block, count in self.steps.items():
             count[clients] = part.steps[block]

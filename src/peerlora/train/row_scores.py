@@ -1,4 +1,4 @@
-"""How strange a client's own rows look to its model: scores per row without a gradient, and weights from them."""
+"""Out-of-distribution scores of a client's own rows under its model, without a gradient, and weights from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.data.batches import Batch, Shards
-from peerlora.train.tasks import CausalLM, Task
+from peerlora.train.tasks import Task
 
 Measure = Callable[[Tensor, Batch], Tensor]
 """Logits and batch -> one number [client*row], larger for rows that look more out of distribution."""
@@ -33,19 +33,13 @@ def measure(score: str, task: Task, temperature: float = 1.0) -> Measure:
     if score == "entropy":
         return lambda logits, batch: torch.special.entr(logits.softmax(1)).sum(1)
     assert score == "nll"
-    return lambda logits, batch: _loss_per_row(task, logits, batch)
-
-
-def _loss_per_row(task: Task, logits: Tensor, batch: Batch) -> Float[Tensor, " row"]:
-    """Of language models, per token."""
-    loss, other = task.outcomes(logits, batch).unbind(1)
-    return loss / other if isinstance(task, CausalLM) else loss
+    return task.row_losses
 
 
 def score_shards(
     shards: Shards, rows_per_batch: int, tokens: int, forward: Callable[[list[int], list[np.ndarray]], Tensor]
-) -> Float[Tensor, "client place"]:
-    """What ``forward`` gives for every row of every client's shard, by its place there; NaN where a shard has ended.
+) -> Float[Tensor, "client row"]:
+    """Scores by ``forward`` of every row of every client's shard, by its place there; NaN where a shard has ended.
 
     ``forward``: clients and rows of each -> [client, row], filled up for clients with fewer rows.
     """
@@ -68,7 +62,7 @@ def _parts(clients: Sequence[int], size: int) -> list[list[int]]:
     return [list(clients[start : start + size]) for start in range(0, len(clients), size)]
 
 
-def ranks(scores: Float[Tensor, "client place"]) -> Float[Tensor, "client place"]:
+def ranks(scores: Float[Tensor, "client row"]) -> Float[Tensor, "client row"]:
     """Each row's rank among its client's, between 0 and 1; equal scores share the middle of their ranks."""
     order = scores.nan_to_num(float("inf")).contiguous()
     ascending = order.sort(1).values
@@ -78,9 +72,9 @@ def ranks(scores: Float[Tensor, "client place"]) -> Float[Tensor, "client place"
     return torch.where(scores.isnan(), scores, (below + upto) / (2 * rows))
 
 
-def emphasis(
-    scores: Float[Tensor, "client place"], alpha: float, q: float, tau: float, hard: bool
-) -> Float[Tensor, "client place"]:
+def row_weights(
+    scores: Float[Tensor, "client row"], alpha: float, q: float, tau: float, hard: bool
+) -> Float[Tensor, "client row"]:
     """``v = 1 + alpha sigmoid((r - q) / tau)`` with the rank r of a row's score; hard: ``1 + alpha`` where r > q."""
     r = ranks(scores)
     return 1 + alpha * ((r > q).to(r.dtype) if hard else torch.sigmoid((r - q) / tau))

@@ -1,8 +1,9 @@
-"""What is learned and how it is scored: classification, regression, causal language modelling."""
+"""Losses and metrics of the kinds of tasks: classification, regression, causal language modelling."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,18 +12,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.data.batches import Batch
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Losses per client for training, outcomes per row for scoring."""
+    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring."""
 
+    kind: ClassVar[TaskKind]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
 
     def losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " client"]:
         """Every client's mean loss over its own rows (tokens, for language models); filler rows count nothing."""
+        ...
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " client*row"]:
+        """The loss of every row alone (per token, for language models)."""
         ...
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row 2"]:
@@ -38,17 +45,21 @@ class Task(Protocol):
 class Classification:
     """Cross-entropy; accuracy."""
 
+    kind: ClassVar[TaskKind] = KINDS["classification"]
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy per client."""
-        each = F.cross_entropy(logits, batch.labels, reduction="none")
-        return (each.view_as(batch.weights) * batch.weights).sum(1)
+        return _weighted(self.row_losses(logits, batch), batch)
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy."""
+        return F.cross_entropy(logits, batch.labels, reduction="none")
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(cross-entropy, predicted class)."""
-        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        loss = self.row_losses(logits, batch)
         return torch.stack([loss, logits.argmax(1).to(loss.dtype)], dim=1)
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -60,18 +71,21 @@ class Classification:
 class Regression:
     """Squared error; Spearman's rank correlation."""
 
+    kind: ClassVar[TaskKind] = KINDS["regression"]
     metric: ClassVar[str] = "spearman"
     higher_is_better: ClassVar[bool] = True
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean squared error per client."""
-        each = (logits.squeeze(-1) - batch.labels).square()
-        return (each.view_as(batch.weights) * batch.weights).sum(1)
+        return _weighted(self.row_losses(logits, batch), batch)
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Squared error."""
+        return (logits.squeeze(-1) - batch.labels).square()
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(squared error, prediction)."""
-        predicted = logits.squeeze(-1)
-        return torch.stack([(predicted - batch.labels).square(), predicted], dim=1)
+        return torch.stack([self.row_losses(logits, batch), logits.squeeze(-1)], dim=1)
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """(Spearman correlation, mean squared error); 0 where either side is constant, since no order exists."""
@@ -86,6 +100,7 @@ class Regression:
 class CausalLM:
     """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
 
+    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
 
@@ -94,6 +109,11 @@ class CausalLM:
         loss, tokens = self._sums(logits, batch)
         real = (batch.weights / batch.weights.amax(1, keepdim=True)).to(loss.dtype)  # 1, or by a loss rule less
         return (loss.view_as(real) * real).sum(1) / (tokens.view_as(real) * real).sum(1)
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy per token."""
+        loss, tokens = self._sums(logits, batch)
+        return loss / tokens
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, number of predicted tokens)."""
@@ -112,4 +132,10 @@ class CausalLM:
         return (each * known).sum(1), known.sum(1)
 
 
-TASKS: dict[str, Task] = {"classification": Classification(), "regression": Regression(), "causal-lm": CausalLM()}
+def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:
+    return (row_losses.view_as(batch.weights) * batch.weights).sum(1)
+
+
+def task(kind: str) -> Task:
+    """The Task of this ``task.kind``."""
+    return resolve_name(task_kind(kind).task)()

@@ -53,8 +53,8 @@ class Gossip:
 
         def one(i):
             self.peers[i].begin(self.t)
-            x = self.x[i] if blocks is None else self.x[i].only(blocks)
-            self.x[i] = self.x[i].merge(self.peers[i].mix(x))
+            x = self.x[i] if blocks is None else self.x[i].select(*blocks)
+            self.x[i] = self.x[i].with_blocks(self.peers[i].mix(x))
 
         together([partial(one, i) for i in range(4)])
         self.t += 1
@@ -86,7 +86,7 @@ def test_peers_gossip_as_the_simulation_does(kind):
         found = Gossip(peers, kind)
         for t, blocks in enumerate(["AB", "A", "B", None, None]):
             stacked.begin(t)
-            x = x.merge(stacked.mix(x if blocks is None else x.only(blocks)))
+            x = x.with_blocks(stacked.mix(x if blocks is None else x.select(*blocks)))
             assert found.round(blocks) == ([{}] * 4, [0] * 4)
             assert sum(each.stats.bytes_sent for each in peers) == stacked.stats.bytes_sent
             assert {each.stats.bytes_per_edge for each in peers} == {stacked.stats.bytes_per_edge}

@@ -24,9 +24,9 @@ def trained(config, *schedule):
     federation = compose(config)
     x, losses = federation.start, []
     for t, train in enumerate(schedule or ("AB", "AB")):
-        federation.learner.begin(t)
-        x = federation.learner.fit(x, train)
-        losses.append(federation.learner.losses)
+        with federation.learner.round(t) as trained:
+            x = federation.learner.fit(x, train)
+            losses.append(trained.losses)
     scores = federation.learner.evaluate(x, federation.eval_data, 5)
     return federation, x.flat, torch.stack(losses), scores
 
@@ -82,8 +82,8 @@ def test_the_frozen_prefix_is_computed_once_per_row(config):
     asked, compute = [], encoder.prefix.compute
     encoder.prefix.compute = lambda inputs: asked.append(1) or compute(inputs)
     for t in range(6):
-        federation.learner.begin(t)
-        federation.learner.fit(federation.start, "AB")
+        with federation.learner.round(t):
+            federation.learner.fit(federation.start, "AB")
     assert 0 < len(asked) <= len(federation.train_data)
     federation.learner.evaluate(federation.start, federation.eval_data, 7)
     first = len(asked)
@@ -98,8 +98,8 @@ def test_rows_too_many_to_keep_are_computed_anew(config, monkeypatch):
     assert not federation.model.forward.prefix.holds(federation.train_data)
     y = federation.start
     for t in (0, 1):
-        federation.learner.begin(t)
-        y = federation.learner.fit(y, "AB")
+        with federation.learner.round(t):
+            y = federation.learner.fit(y, "AB")
     assert float((x - y.flat).abs().max()) < 1e-9
 
 

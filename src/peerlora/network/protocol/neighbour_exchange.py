@@ -108,14 +108,14 @@ class NeighbourExchange(PlainExchange):
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """``x_i <- rule(x_j of all senders j)``; without any contact ``x`` stays as it is."""
         began = time.perf_counter()
-        sent = x.only("AB") if x.spec.private_head else x
+        sent = x.select("A", "B") if x.spec.private_head else x
         (met, *parts), W = self._collect((x, *([x.merged] if merged else [])))
         self.stats.sent, self.stats.received = x, met
-        others = met.only("AB") if x.spec.private_head else met
+        others = met.select("A", "B") if x.spec.private_head else met
         combined, measured = apply_rule(sent, replace(others, merged=parts[0] if parts else None), W, rule)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
-        return replace(x.merge(combined), merged=combined.merged)
+        return replace(x.with_blocks(combined), merged=combined.merged)
 
     def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
         """The average of one leaf; of Adapters, of everything but a private head."""
@@ -124,7 +124,7 @@ class NeighbourExchange(PlainExchange):
             return (operator(W, rows) @ rows).view_as(x)
         self.stats.sent, self.stats.received = x, others
         rows = others.flat[:, x.spec.shared]
-        return x.sharing(operator(W, rows) @ rows)
+        return x.with_shared(operator(W, rows) @ rows)
 
     def _collect(self, payload: Payload, target: str | None = None) -> tuple[Payload, Float[np.ndarray, "1 sender"]]:
         """Exchange a payload: those of all senders whose link is used, and the own row of W for them."""

@@ -15,7 +15,7 @@ from peerlora.network.protocol.push_service import PeerMailbox
 from peerlora.network.protocol.send_queue import SendStats
 from peerlora.runtime.asynchronous import local_steps
 from peerlora.runtime.rounds import RoundResult
-from peerlora.train.learner import Learner
+from peerlora.train.base import Learner
 
 
 class PeerAsyncRounds:
@@ -51,15 +51,15 @@ class PeerAsyncRounds:
         try:
             job, start, free = self._begin(state)
             trains = time.perf_counter()
-            self.learner.begin(t, [job], [0])
-            trained = local_steps(self.learner, start, self.algorithm.active(job), free)
+            with self.learner.round(t, [job], [0]) as stats:
+                trained = local_steps(self.learner, start, self.algorithm.active(job), free)
             trained_for = time.perf_counter() - trains
             state, measures, edges = self._end(start, trained)
         finally:
             self.state = None
         sent = self.sent(t + 1 == self.jobs)
         return state, RoundResult(
-            losses=self.learner.losses.tolist(),
+            losses=stats.losses.tolist(),
             sent=None,
             W=None,
             edges=edges,

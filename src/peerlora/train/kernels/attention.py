@@ -74,11 +74,11 @@ def _heads(x: Tensor, slots: Tensor, heads: int, ended: Tensor | None = None) ->
 
 
 def _scatter(out: Tensor, slots: Tensor, ended: Tensor | None, parts: Tensor, heads: int) -> None:
-    """The way back: write each real token's numbers to its packed place."""
+    """Write each real token's numbers to its packed position: the inverse of ``_heads``."""
     rows, tokens = slots.shape
     flat = parts.view(rows, heads, tokens, -1).transpose(1, 2).reshape(rows * tokens, -1)
-    places = slots.flatten()
+    positions = slots.flatten()
     if ended is not None:
         real = (~ended).flatten().nonzero()[:, 0]
-        flat, places = flat.index_select(0, real), places.index_select(0, real)
-    out.index_copy_(0, places, flat)
+        flat, positions = flat.index_select(0, real), positions.index_select(0, real)
+    out.index_copy_(0, positions, flat)

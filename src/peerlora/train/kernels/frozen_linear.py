@@ -1,4 +1,4 @@
-"""What frozen weights allow: a lower precision, and weights re-ordered once for oneDNN.
+"""Linear layers with frozen weights: in a lower precision, and re-ordered once for oneDNN.
 
 On x86 CPUs whose vendor BLAS does not pick its widest kernels this is 1.2 to 2.3 times as fast as ``F.linear`` in fp32
 (docs/performance.md); where the operations are missing, the same layer uses ``F.linear``.

@@ -14,8 +14,8 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.layer import ClientDropout, StackedLinear
 from peerlora.train.kernels.attention import attend
 from peerlora.train.kernels.frozen_linear import FrozenLinear
-from peerlora.train.kernels.lora_linear import adapted
-from peerlora.train.kernels.packing import Places, TokenPacking
+from peerlora.train.kernels.lora_linear import lora_linear
+from peerlora.train.kernels.packing import TokenPacking, TokenPositions
 from peerlora.train.kernels.prefix_cache import PrefixCache
 
 _CLASSES = tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert"))
@@ -52,7 +52,7 @@ class PackedEncoder:
             self.prefix = PrefixCache(self._below, self.base.config.hidden_size * weight.dtype.itemsize)
 
     def prefix_unavailable(self) -> str | None:
-        """Why the blocks below the lowest adapted one are not looked up, or None."""
+        """Why the blocks below the lowest adapted one are not cached, or None."""
         if self.lowest == 0:
             return "the lowest block is adapted"
         if any(isinstance(module, ClientDropout) for module in self.base.modules()):
@@ -86,45 +86,47 @@ class PackedEncoder:
         q: Float[Tensor, "query width"],
         x: Float[Tensor, "token width"],
         packing: TokenPacking,
-        places: Places,
+        positions: TokenPositions,
     ) -> Float[Tensor, "query width"]:
-        """One transformer block for the tokens at ``places``, whose vectors are ``q``; all of ``x`` can be attended."""
+        """One transformer block for the tokens at ``positions``, whose vectors are ``q``; they attend to all ``x``."""
         own, attention = layer.attention.self, layer.attention
         c = attend(
-            self._linear(own.query, q, packing, places),
+            self._linear(own.query, q, packing, positions),
             self._linear(own.key, x, packing, packing.tokens),
             self._linear(own.value, x, packing, packing.tokens),
             packing,
             self.heads,
         )
-        y = attention.output.LayerNorm(self._residual(attention.output, c, q, packing, places))
-        z = layer.intermediate.intermediate_act_fn(self._linear(layer.intermediate.dense, y, packing, places))
-        return layer.output.LayerNorm(self._residual(layer.output, z, y, packing, places))
+        y = attention.output.LayerNorm(self._residual(attention.output, c, q, packing, positions))
+        z = layer.intermediate.intermediate_act_fn(self._linear(layer.intermediate.dense, y, packing, positions))
+        return layer.output.LayerNorm(self._residual(layer.output, z, y, packing, positions))
 
-    def _residual(self, output: Any, x: Tensor, plus: Tensor, packing: TokenPacking, places: Places) -> Tensor:
+    def _residual(
+        self, output: Any, x: Tensor, plus: Tensor, packing: TokenPacking, positions: TokenPositions
+    ) -> Tensor:
         """``dropout(dense(x)) + plus``, in one pass where nothing is dropped."""
         p = output.dropout.p if isinstance(output.dropout, ClientDropout) else 0.0
         if p == 0.0 or self.step.streams is None:
-            return self._linear(output.dense, x, packing, places, plus)
-        y = self._linear(output.dense, x, packing, places)
-        keep = self._keep(p, y, packing, places)
+            return self._linear(output.dense, x, packing, positions, plus)
+        y = self._linear(output.dense, x, packing, positions)
+        keep = self._keep(p, y, packing, positions)
         return plus + (y if keep is None else y * keep)
 
     def _linear(
-        self, linear: nn.Module, x: Tensor, packing: TokenPacking, places: Places, plus: Tensor | None = None
+        self, linear: nn.Module, x: Tensor, packing: TokenPacking, positions: TokenPositions, plus: Tensor | None = None
     ) -> Tensor:
         if isinstance(linear, StackedLinear):
             if linear.merged is not None:
-                update = places.packed(linear.merged.apply(places.by_client(x)))
+                update = positions.packed(linear.merged.apply(positions.by_client(x)))
                 plus = update if plus is None else plus + update
-            return adapted(linear, x, places, self._keep(linear.p, x, packing, places), plus)
+            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus)
         assert isinstance(linear, FrozenLinear)
         return linear(x, plus)
 
-    def _keep(self, p: float, x: Tensor, packing: TokenPacking, places: Places) -> Tensor | None:
+    def _keep(self, p: float, x: Tensor, packing: TokenPacking, positions: TokenPositions) -> Tensor | None:
         """The same draws as the padded forward's, for these tokens only."""
         keep = self.step.keep((*packing.shape, x.shape[1]), p, x)
-        return None if keep is None else keep.flatten(0, 1).index_select(0, places.padded)
+        return None if keep is None else keep.flatten(0, 1).index_select(0, positions.padded)
 
     def _head(self, x: Float[Tensor, "row 1 width"]) -> Tensor:
         if self.pooler is None:

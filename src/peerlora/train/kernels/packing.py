@@ -1,4 +1,4 @@
-"""Where the real tokens of a padded batch lie, so that products and norms run on these only."""
+"""Positions of a padded batch's real tokens, so that products and norms run on these only."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_ROWS_PER_GROUP = 16  # fewer rows make attention's batched products small; more pad further
+_ROWS_PER_GROUP = 16  # rows; fewer make attention's batched products small; more pad further
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenPositions:
     """Some tokens in packed order: those of client 0's first row, of its second row, ..., of the last client.
 
     Products per client need a rectangle, so a client with fewer tokens than another is filled up there.
     """
 
-    padded: Int[Tensor, " place"]
-    """Where each token lies in the padded [row * token]."""
+    padded: Int[Tensor, " token"]
+    """Position of each token in the padded [row * token]."""
     clients: int
     slots: Int[Tensor, "client longest"] | None
-    """The packed place of each client's tokens, for filling that of its first one; None: all have equally many."""
+    """The packed position of each client's tokens, for filling that of its first one; None: all have equally many."""
     filling: Bool[Tensor, "client longest"] | None
-    where: Int[Tensor, " place"] | None
-    """Where each token lies in the flattened rectangle."""
+    where: Int[Tensor, " token"] | None
+    """Position of each token in the flattened rectangle."""
 
     @staticmethod
-    def of(padded: Int[Tensor, " place"], counts: Int[Tensor, " client"]) -> Places:
-        """Tokens of clients that have so many each."""
+    def of(padded: Int[Tensor, " token"], counts: Int[Tensor, " client"]) -> TokenPositions:
+        """From the tokens' positions and each client's number of tokens."""
         longest = int(counts.max())
         if bool((counts == longest).all()):
-            return Places(padded, len(counts), None, None, None)
+            return TokenPositions(padded, len(counts), None, None, None)
         first = counts.cumsum(0) - counts
         steps = torch.arange(longest)
         filling = steps >= counts[:, None]
         slots = first[:, None] + steps.expand_as(filling).masked_fill(filling, 0)
-        return Places(padded, len(counts), slots, filling, (~filling).flatten().nonzero()[:, 0])
+        return TokenPositions(padded, len(counts), slots, filling, (~filling).flatten().nonzero()[:, 0])
 
-    def by_client(self, x: Float[Tensor, "place width"]) -> Float[Tensor, "client longest width"]:
+    def by_client(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "client longest width"]:
         """One rectangle of all clients' tokens; where a client has no more, its first one again."""
         if self.slots is None:
             return x.reshape(self.clients, -1, x.shape[-1])
@@ -49,8 +49,8 @@ class Places:
         """Zeros, in place, where a client has no more tokens; on narrow rectangles, since it costs a pass."""
         return x if self.filling is None else x.masked_fill_(self.filling[..., None], 0.0)
 
-    def packed(self, x: Float[Tensor, "client longest width"]) -> Float[Tensor, "place width"]:
-        """The way back."""
+    def packed(self, x: Float[Tensor, "client longest width"]) -> Float[Tensor, "token width"]:
+        """The packed tokens of such a rectangle: the inverse of ``by_client``."""
         flat = x.flatten(0, 1)
         return flat if self.where is None else flat.index_select(0, self.where)
 
@@ -61,7 +61,7 @@ class Group:
 
     rows: Int[Tensor, " row"]
     slots: Int[Tensor, "row token"]
-    """The packed place of each token; where a row has ended, that of its first one."""
+    """The packed position of each token; where a row has ended, that of its first one."""
     ended: Bool[Tensor, "row 1 token"] | None
     """True where a row has ended; None where no row has."""
 
@@ -72,11 +72,11 @@ class TokenPacking:
 
     shape: tuple[int, int]
     """Rows and tokens of the padded batch."""
-    tokens: Places
-    pooled: Places
+    tokens: TokenPositions
+    pooled: TokenPositions
     """Each row's first token only."""
     first: Int[Tensor, " row"]
-    """The packed place of each row's first token."""
+    """The packed position of each row's first token."""
     groups: list[Group]
 
     @staticmethod
@@ -86,12 +86,12 @@ class TokenPacking:
         lengths = mask.sum(1)
         ends = lengths.cumsum(0)
         first = ends - lengths
-        tokens = Places.of(mask.flatten().nonzero()[:, 0], lengths.view(clients, -1).sum(1))
-        pooled = Places.of(torch.arange(rows) * width, torch.full((clients,), rows // clients))
+        tokens = TokenPositions.of(mask.flatten().nonzero()[:, 0], lengths.view(clients, -1).sum(1))
+        pooled = TokenPositions.of(torch.arange(rows) * width, torch.full((clients,), rows // clients))
         return TokenPacking((rows, width), tokens, pooled, first, _groups(lengths, first))
 
     def scores_bias(self, group: Group, dtype: torch.dtype) -> Float[Tensor, "row 1 token"] | None:
-        """What is added to attention scores so that ended tokens get no weight."""
+        """Bias of attention scores that gives ended tokens no weight."""
         if group.ended is None:
             return None
         return torch.zeros(group.ended.shape, dtype=dtype).masked_fill_(group.ended, torch.finfo(dtype).min)
@@ -102,8 +102,8 @@ def _groups(lengths: Int[Tensor, " row"], first: Int[Tensor, " row"]) -> list[Gr
     pieces = max(1, len(order) // _ROWS_PER_GROUP)
     found = []
     for rows in order.tensor_split(pieces):
-        places = torch.arange(int(lengths[rows[-1]]))
-        ended = places >= lengths[rows][:, None]
-        slots = first[rows][:, None] + places.expand_as(ended).masked_fill(ended, 0)
+        positions = torch.arange(int(lengths[rows[-1]]))
+        ended = positions >= lengths[rows][:, None]
+        slots = first[rows][:, None] + positions.expand_as(ended).masked_fill(ended, 0)
         found.append(Group(rows, slots, ended[:, None] if bool(ended.any()) else None))
     return found

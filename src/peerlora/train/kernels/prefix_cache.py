@@ -1,4 +1,4 @@
-"""Where only upper blocks are adapted, what lies below them never changes: computed once per row, then looked up."""
+"""Cache of the hidden states below the lowest adapted block: they never change, so each row is computed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peerlora.data.batches import Origin, collate
 from peerlora.data.dataset import Dataset
 from peerlora.environment import main_memory
 
-_SHARE = 4  # of the machine's memory: a quarter, for one data set
+_SHARE = 4  # 1 / share of the machine's memory that one data set may take
 
 
 class PrefixCache:
@@ -29,8 +29,7 @@ class PrefixCache:
 
     def holds(self, data: Dataset) -> bool:
         """Whether these rows' hidden states may be kept: they take at most a quarter of the machine's memory."""
-        there = main_memory()
-        return len(data.ids) * self.bytes_per_token <= there // _SHARE
+        return len(data.ids) * self.bytes_per_token <= main_memory() // _SHARE
 
     def __call__(self, origin: Origin) -> Float[Tensor, "token width"]:
         """The real tokens of these rows, one row after another."""
@@ -39,8 +38,8 @@ class PrefixCache:
             if id(data) not in self._kept or not self._kept[id(data)][2][row]:
                 self._compute(data, row)
         _, hidden, _ = self._kept[id(data)]
-        places = [np.arange(*data.starts[row : row + 2].tolist()) for row in numbers]
-        return hidden.index_select(0, torch.from_numpy(np.concatenate(places)))
+        positions = [np.arange(*data.starts[row : row + 2].tolist()) for row in numbers]
+        return hidden.index_select(0, torch.from_numpy(np.concatenate(positions)))
 
     @torch.no_grad()
     def _compute(self, data: Dataset, row: np.integer) -> None:

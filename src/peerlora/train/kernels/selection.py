@@ -1,4 +1,4 @@
-"""The speed paths of a run: which there are, which work here, and why the others don't."""
+"""Choice of the fast kernels that work for a model on this machine, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
 
-Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else why not
+Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else the reason why not
 
 
 def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool) -> Paths:

@@ -1,0 +1,61 @@
+"""The kinds of tasks, as far as settings, rows and base models depend on them; no torch is needed to ask.
+
+A kind's losses and metric are a ``Task`` (``train.tasks``), to which it refers by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """One ``task.kind``."""
+
+    name: str
+    target: Literal["class", "number", "tokens"]
+    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
+    task: str
+    """MODULE:CLASS of the Task with its losses and its metric."""
+    peft_type: str
+    """PEFT's task type, by which it chooses target layers and heads."""
+    auto_model: str
+    """Name of the class in ``transformers`` that loads the base model."""
+    texts: int = 2
+    """Most columns of text in a row."""
+    tokens: int = 1
+    """Fewest tokens of a row."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are classes, which have names and can be divided among clients by label."""
+        return self.target == "class"
+
+    @property
+    def has_label(self) -> bool:
+        """Whether a column of the data holds the label."""
+        return self.target != "tokens"
+
+    def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
+        if self.target == "class":
+            return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        return {"num_labels": 1, "problem_type": "regression"} if self.target == "number" else {}
+
+
+_SEQUENCE = "AutoModelForSequenceClassification"
+_KINDS = (
+    TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
+    TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
+    TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
+)
+KINDS = {kind.name: kind for kind in _KINDS}
+
+
+def task_kind(name: Any) -> TaskKind:
+    """The kind with this name.  Raises ValueError for anything else."""
+    if not isinstance(name, str) or name not in KINDS:
+        *first, last = (f"{known!r}" for known in KINDS)
+        raise ValueError(f"{name!r} given; input should be {', '.join(first)} or {last}")
+    return KINDS[name]

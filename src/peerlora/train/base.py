@@ -1,0 +1,140 @@
+"""The contract of local training: what methods and the runtime ask of the clients held here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from peerlora.lora.adapters import Adapters, AdapterSpec, Block, parse_blocks
+from peerlora.train.backward_depth import BackwardDepth
+from peerlora.train.local_rules import LocalRule
+
+if TYPE_CHECKING:
+    from peerlora.config.sections import TrainConfig
+    from peerlora.data.dataset import Dataset
+    from peerlora.train.row_scores import Measure
+    from peerlora.train.tasks import Task
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What the local steps of one ``fit`` train, and how."""
+
+    blocks: str | tuple[Block, ...]
+    """The factors that train; the word "AB" is short for ("A", "B").  A head that is not frozen trains as well."""
+    rule: LocalRule | None = None
+    """Changes the gradient of every step before it is clipped."""
+    depth: BackwardDepth | None = None
+    """Cuts backward passes short, client by client."""
+    row_weights: Float[Tensor, "client row"] | None = None
+    """How much each row of a client's shard counts in its loss, by its place in the shard."""
+
+    @classmethod
+    def of(cls, plan: LocalPlan | str) -> LocalPlan:
+        """The plan itself, or the plan that trains the blocks in a word."""
+        return cls(plan) if isinstance(plan, str) else plan
+
+    def trained(self, spec: AdapterSpec) -> tuple[Block, ...]:
+        """The blocks that change: the factors that train, and a head that is not frozen."""
+        return spec.trained(parse_blocks(self.blocks))
+
+
+@dataclass
+class TrainStats:
+    """What a round of local training measured."""
+
+    losses: Float[Tensor, " client"]
+    """Mean training loss of the last ``fit``; NaN for clients that did not train."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Evaluation of each client's own model."""
+
+    metric: Float[np.ndarray, " client"]
+    loss: Float[np.ndarray, " client"]
+    rows: int
+
+
+class Learner(Protocol):
+    """Trains and evaluates the clients held here, each on its own rows.  It owns model and data, never communicates.
+
+    The part that a method needs, for clients that each move halfway to a point of their own:
+
+    >>> import contextlib, dataclasses, torch
+    >>> from peerlora.lora.adapters import AdapterSpec, LayerSpec
+    >>> class Halfway:
+    ...     def __init__(self, targets):
+    ...         self.targets = targets
+    ...
+    ...     @contextlib.contextmanager
+    ...     def round(self, t, jobs=None, clients=None, step_seconds=None):
+    ...         self.stats = TrainStats(torch.full((len(self.targets),), float("nan")))
+    ...         yield self.stats
+    ...
+    ...     def fit(self, x, plan):
+    ...         flat = x.flat.clone()
+    ...         for block in LocalPlan.of(plan).trained(x.spec):
+    ...             flat[:, x.spec.columns(block)].lerp_(self.targets[:, x.spec.columns(block)], 0.5)
+    ...         self.stats.losses = (self.targets - flat).square().sum(1)
+    ...         return dataclasses.replace(x, flat=flat)
+    >>> spec = AdapterSpec((LayerSpec("layer", d_in=1, d_out=1),), rank=1, alpha=1.0)
+    >>> x, learner = Adapters(spec, torch.zeros(2, 2), torch.tensor([1, 1])), Halfway(torch.tensor([[4.0, 2], [0, 6]]))
+    >>> with learner.round(0) as trained:
+    ...     x = learner.fit(x, "B")
+    >>> x.flat.tolist(), trained.losses.tolist()
+    ([[0.0, 1.0], [0.0, 3.0]], [17.0, 9.0])
+    """
+
+    settings: TrainConfig
+    task: Task
+    step_seconds: Float[Tensor, " client"] | None
+    """Seconds that each client's local step takes in this round, on a virtual clock; None without one."""
+
+    def round(
+        self,
+        t: int,
+        jobs: Sequence[int] | None = None,
+        clients: Sequence[int] | None = None,
+        step_seconds: Float[Tensor, " client"] | None = None,
+    ) -> AbstractContextManager[TrainStats]:
+        """Round ``t``: what ``fit`` draws inside depends on it, and what it measures stands in the result.
+
+        ``jobs``: per client the number that decides its draws, ``t`` for all by default.  ``clients``: the rows of the
+        client axis that train, all by default; ``fit`` leaves the others as they are.
+        """
+        ...
+
+    def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
+        """The adapters after K local steps of every client; ``x`` is not changed.
+
+        Raises DivergenceError at the first loss that is not finite.
+        """
+        ...
+
+    def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client row"]:
+        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
+        ...
+
+    def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
+        ...
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The blocks of the last round, where the optimiser's memory outlives it."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved to go on: empty unless the optimiser's memory outlives a round."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
+        """Go on from what ``state_dict`` gave; ``trained`` are the blocks of the last round."""
+        ...
