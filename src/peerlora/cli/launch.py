@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.display import format_fixed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,8 +97,8 @@ def table(peers: Sequence[PeerProcess]) -> Table:
 
     made = Table("peer", "state", "round", "loss", "metric", "missed links", "starts")
     for peer in peers:
-        numbers = (str(peer.round), _number(peer.loss), _number(peer.metric), str(peer.missed), str(peer.starts))
-        made.add_row(str(peer.client), peer.state, *numbers)
+        scores = format_fixed(peer.loss), format_fixed(peer.metric)
+        made.add_row(str(peer.client), peer.state, str(peer.round), *scores, str(peer.missed), str(peer.starts))
     return made
 
 
@@ -109,12 +110,8 @@ def print_launch(summary: dict[str, Any]) -> None:
     made = Table("peer", "ended", "rounds", "metric", "missed links", "rounds left out", "starts", title_justify="left")
     for peer in summary["peers"]:
         keys = ("client", "ended", "rounds", "metric", "missed", "skipped", "starts")
-        made.add_row(*(_number(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
+        made.add_row(*(format_fixed(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
     console = Console(width=110)
     console.print(made)
-    reached = ", ".join(f"{name} {_number(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
+    reached = ", ".join(f"{name} {format_fixed(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
     console.print(f"{summary['method']}: {reached}; {summary['run']}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from peerlora.display import format_bytes, format_fixed
 from peerlora.runs.events import (
     CaughtUp,
     Evaluated,
@@ -120,7 +121,7 @@ class Progress:
             "loss": f"{mean(_told(event.loss)):.3f}",
             "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
-            "sent": megabytes(self.bytes_sent),
+            "sent": format_bytes(self.bytes_sent, fixed=True),
         }
         if self.evaluated:
             own = _told(self.evaluated.own)
@@ -149,11 +150,6 @@ def _told(values: Sequence[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
-def megabytes(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
 def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """One line per run: what it reached, what it cost, where it lies."""
     metric = rows[0][1]["metric"]
@@ -166,13 +162,13 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
         worst = reached["own_max"] if metric == "loss" else reached["own_min"]
         table.add_row(
             name,
-            _number(reached["own_mean"]),
-            _number(worst),
-            _number(reached["averaged"]),
-            _number(summary["consensus"]["product"], ".2e"),
-            megabytes(summary["bytes_sent"]),
-            _number(summary["seconds"]["total"], ".1f"),
-            *([_number(summary["virtual_seconds"], ".1f")] if timed else []),
+            format_fixed(reached["own_mean"]),
+            format_fixed(worst),
+            format_fixed(reached["averaged"]),
+            format_fixed(summary["consensus"]["product"], ".2e"),
+            format_bytes(summary["bytes_sent"], fixed=True),
+            format_fixed(summary["seconds"]["total"], ".1f"),
+            *([format_fixed(summary["virtual_seconds"], ".1f")] if timed else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 110)  # a file has no width to keep to
     console.print(table)
@@ -189,10 +185,6 @@ def _contacts(last: list[int | None]) -> str:
         met = [t for t in last if t is not None]
         return f"last contacts between round {min(met)} and {max(met)}, {len(last) - len(met)} clients never"
     return "last contact of client 0, 1, ... in round " + ", ".join("never" if t is None else str(t) for t in last)
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)
 
 
 def print_demo(report: DemoReport) -> None:

@@ -72,7 +72,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{word!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
-        value = _number(value)
+        value = _parse_number(value)
     *parents, last = key.split(".")
     for name in parents:
         below = tree.get(name)
@@ -86,7 +86,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     tree[last] = value
 
 
-def _number(text: str) -> Any:
+def _parse_number(text: str) -> Any:
     """YAML 1.1 reads 1e-3 as a string; people mean a number."""
     try:
         return float(text)

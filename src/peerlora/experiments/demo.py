@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.runs.events import Event
+from peerlora.runs.store import new_folder
 
 DEMO: dict[str, Any] = {
     "data": {"max_length": 32, "train_per_class": 250, "eval_per_class": 20},
@@ -88,7 +88,7 @@ def run_demo(
     from peerlora.runtime.resources import load_resources
     from peerlora.runtime.simulate import simulate
 
-    folder = Path(out) if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out is not None else new_folder("demo")
     require_free(folder)
     resources = load_resources(config)
     rows, shown = [], []

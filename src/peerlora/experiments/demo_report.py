@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import of, started
-from peerlora.runs.report import curves_of, graph, holdings, number, picture_html, size, write_page
+from peerlora.runs.report import curves_of, graph, holdings, picture_html, write_page
 
 HEAD = (
     "run",
@@ -82,11 +83,11 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
     scores, distance = summary.get("accuracy") or {}, summary.get("consensus") or {}
     sent = summary.get("bytes_sent")
     return [
-        *(number(scores.get(key)) for key in ("own_mean", "own_min", "own_max", "averaged")),
-        *(number(distance.get(key)) for key in ("product", "cross_term")),
-        "–" if sent is None else size(sent),
-        number((summary.get("seconds") or {}).get("total")),
-        number(summary.get("rounds")),
+        *(format_number(scores.get(key)) for key in ("own_mean", "own_min", "own_max", "averaged")),
+        *(format_number(distance.get(key)) for key in ("product", "cross_term")),
+        "–" if sent is None else format_bytes(sent),
+        format_number((summary.get("seconds") or {}).get("total")),
+        format_number(summary.get("rounds")),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
+from peerlora.display import byte_unit
 from peerlora.experiments.statistics import Outcome, measures
 from peerlora.runs import figures
 from peerlora.runs.events import Event, RoundDone
@@ -75,7 +76,7 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
     top = max(float(each.max()) for each in x.values())
     if top == 0:
         return None
-    factor, unit = figures.byte_unit(top)
+    factor, unit = byte_unit(top)
     lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
     return _lines(name, title, lines, f"{unit} sent, all clients")
 

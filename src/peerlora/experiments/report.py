@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
+from peerlora.display import format_number
 from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import apart, dataset, fits, ours, papers_for
 from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measures
 from peerlora.experiments.tables import column_names, difference, marked, notes, row_cells
-from peerlora.runs.report import number, picture_html, table_html, write_page
+from peerlora.files import atomic_file
+from peerlora.runs.report import picture_html, table_html, write_page
 
 
 def write_grid_report(
@@ -38,9 +39,8 @@ def write_grid_report(
     axis = next(iter(result.baseline), None)
     body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
     body += [_searched(searched), _grid(grid)]
-    temporary = result.folder / "report.html.tmp"
-    write_page(temporary, f"{len(result.lines)} settings compared", body)
-    os.replace(temporary, result.folder / "report.html")
+    with atomic_file(result.folder / "report.html") as temporary:
+        write_page(temporary, f"{len(result.lines)} settings compared", body)
     return result.folder / "report.html"
 
 
@@ -149,7 +149,7 @@ def _reached(runs: Sequence[Outcome]) -> str:
     if any(each.diverged for each in runs):
         return "diverged"
     known = [value for each in runs if (value := measures(each.events).get("mean client")) is not None]
-    return number(estimate(known).mean) if known else "–"
+    return format_number(estimate(known).mean) if known else "–"
 
 
 def _grid(grid: str) -> str:

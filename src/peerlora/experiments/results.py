@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from peerlora.experiments.statistics import (
     long_rows,
 )
 from peerlora.experiments.tables import csv_text, markdown
+from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.metrics import started
 
 
@@ -37,8 +37,8 @@ def write_results(
     higher = start is None or start.higher_is_better
     result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)
     write_parquet(folder / "results.parquet", outcomes, searched)
-    _replace(folder / "table.csv", csv_text(result))
-    _replace(folder / "table.md", markdown(result, searched=bool(searched)))
+    write_atomically(folder / "table.csv", csv_text(result))
+    write_atomically(folder / "table.md", markdown(result, searched=bool(searched)))
     write_grid_report(result, outcomes, searched, grid, configs, published)
     return result
 
@@ -56,12 +56,5 @@ def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Ou
     columns = {
         name: pa.array([line[name] for line in lines], kind, from_pandas=kind == pa.float64()) for name, kind in types
     }
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +16,10 @@ from peerlora.errors import CompositionError, ConfigError, DivergenceError, Peer
 from peerlora.experiments.grid import GridConfig, Trial, differences, groups, load_grid, plan, search_plan, searched_on
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Comparison, Outcome
+from peerlora.files import write_atomically
 from peerlora.runs.events import Event
 from peerlora.runs.metrics import evaluations, started
-from peerlora.runs.store import read_events, require_free
+from peerlora.runs.store import new_folder, read_events, require_free
 from peerlora.runtime.compose import compose, resolve_threads
 from peerlora.runtime.resources import BaseModelCache, RunResources, load_resources
 from peerlora.runtime.simulate import resume, simulate
@@ -60,7 +59,7 @@ class Callbacks:
 
 def start_grid(grid: GridConfig, out: Path | str | None, hooks: Callbacks) -> Comparison:
     """Run a grid in a new folder; nothing is written before every cell has been composed once."""
-    folder = Path(out) if out is not None else Path("runs") / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out is not None else new_folder("compare")
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
         grid = grid.model_copy(update={"base": {**grid.base, "threads": resolve_threads(None)}})
@@ -68,7 +67,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, hooks: Callbacks) -> Co
     check_grid(grid, shared)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "grid.yaml", grid.to_yaml())
+        write_atomically(folder / "grid.yaml", grid.to_yaml())
     except OSError as error:
         raise RunError(f"output folder {folder} cannot be written ({error.strerror}); choose another --out") from None
     return _run(grid, folder, hooks, shared)
@@ -209,7 +208,7 @@ class _Progress:
         except (Stopped, KeyboardInterrupt):
             raise self._stopped() from None
         except DivergenceError as error:
-            _write(place / "diverged.json", json.dumps({"reason": str(error)}) + "\n")
+            write_atomically(place / "diverged.json", json.dumps({"reason": str(error)}) + "\n")
         _drop_folders(place)
 
     def _stopped(self) -> Stopped:
@@ -304,10 +303,3 @@ def _results(grid: GridConfig, folder: Path, searched: Sequence[Trial], cells: S
         {cell.place: cell.config for cell in reversed(cells)},
         grid.published,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from peerlora.display import format_bytes, format_number
 from peerlora.experiments.statistics import (
     MEASURES,
     Comparison,
@@ -13,7 +14,6 @@ from peerlora.experiments.statistics import (
     Estimate,
     Line,
 )
-from peerlora.runs.report import number, size
 
 MARK = " †"
 
@@ -75,9 +75,9 @@ def _spread(name: str, known: Estimate | None) -> str:
     if known is None:
         return "–"
     if name == "bytes sent":
-        return size(known.mean)
+        return format_bytes(known.mean)
     if name == "consensus of B·A":
-        return number(float(f"{known.mean:.3g}"))
+        return format_number(float(f"{known.mean:.3g}"))
     return f"{known.mean:.3f}" + (f" ± {known.deviation:.3f}" if known.deviation is not None else "")
 
 

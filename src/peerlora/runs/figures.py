@@ -19,6 +19,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from peerlora.display import byte_unit
+
 Style = Literal["thin", "thick", "dashed", "band"]
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44aa99", "#999933", "#882255")
 MEAN, AVERAGED, CLIENT, INK, GRID = "#1f4e79", "#d1495b", "#7fa3c4", "#333333", "#e4e4e4"
@@ -170,12 +172,6 @@ def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str =
     legend = [Key(label, colour, "thick") for label, colour in zip(runs, _colours(len(runs)), strict=True)]
     legend += [Key("lowest to highest client", OTHER, "band"), Key("averaged model", INK, "dashed")]
     return Picture(title, out.getvalue(), legend)
-
-
-def byte_unit(count: float) -> tuple[float, str]:
-    """(bytes per unit, name of the unit) in which ``count`` bytes read well."""
-    units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
-    return next(((factor, unit) for factor, unit in units if count >= factor), (1.0, "bytes"))
 
 
 def _spread(axes: Any, curves: Curves) -> list[Key]:

@@ -1,12 +1,12 @@
 """Events as one long table (metrics.parquet), and the few numbers that sum a run up."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peerlora.files import atomic_file
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
 
 Row = tuple[int | None, int, str, float]  # client (None: the whole run), finished rounds, metric, value
@@ -99,10 +99,8 @@ def write_table(events: Iterable[Event], path: Path | str) -> None:
         "metric": pa.array(metrics, pa.string()),
         "value": pa.array(values, pa.float64(), from_pandas=True),
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with atomic_file(Path(path)) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:

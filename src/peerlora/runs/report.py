@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peerlora.display import Cell, format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise
 from peerlora.runs.store import read_events
@@ -12,7 +13,6 @@ from peerlora.runs.store import read_events
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Key, Picture
 
-Cell = str | int | float | None
 MANY_CONTACTS = 60  # clients in the table of last contacts
 MANY_CHANGES = 100  # of neighbours, the last ones, that are listed
 
@@ -97,28 +97,9 @@ def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
     top = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(head))
     lines = []
     for name, *cells in rows:
-        numbers = "".join(f"<td class=number>{escape(number(cell))}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{escape(number(name))}</th>{numbers}</tr>')
+        numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(format_number(name))}</th>{numbers}</tr>')
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def number(value: Cell) -> str:
-    """A number for people: four digits, thousands parted, a dash where there is none."""
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e9):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    from peerlora.runs.figures import byte_unit
-
-    factor, unit = byte_unit(count)
-    return f"{count / factor:.4g} {unit}"
 
 
 def curves_of(events: Sequence[Event], by: str = "round") -> "Curves | None":
@@ -186,7 +167,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         ("consensus distance of B", distance["B"]),
         ("consensus distance of the product B·A", distance["product"]),
         ("cross-term", distance["cross_term"]),
-        ("sent by all clients together", size(facts["bytes_sent"])),
+        ("sent by all clients together", format_bytes(facts["bytes_sent"])),
     ]
     if facts["virtual_seconds"] is not None:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
@@ -251,7 +232,8 @@ def clock_words(clock: Mapping[str, Any]) -> str:
     """A clock in one line."""
     speeds, links = clock["speed"], [each for each in clock["bandwidth"] if each is not None]
     words = [f"{clock['step']:g} s per local step", f"speeds {min(speeds):.3g} to {max(speeds):.3g}"]
-    words.append(f"uplinks {size(min(links))}/s to {size(max(links))}/s" if links else "uplinks unlimited")
+    uplinks = f"{format_bytes(min(links))}/s to {format_bytes(max(links))}/s" if links else "unlimited"
+    words.append(f"uplinks {uplinks}")
     words.append(f"delay {clock['delay']:g} s")
     words += [f"deadline {clock['deadline']:g} s"] if clock["deadline"] else []
     words += [f"{len(clock['away'])} absences"] if clock["away"] else []

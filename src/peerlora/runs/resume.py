@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import yaml
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.errors import RunError
-from peerlora.runs.store import RunStore
+from peerlora.runs.store import RunStore, new_folder
 
 _MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers meet, not what is run
 
 
 def default_folder(config: RunConfig) -> Path:
     """A new folder under runs/, named by method and time."""
-    return Path("runs") / f"{config.algorithm.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return new_folder(config.algorithm.name)
 
 
 def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | None = None) -> dict[str, Any]:

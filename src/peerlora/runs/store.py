@@ -16,12 +16,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from peerlora.display import utc_now
 from peerlora.errors import RunError
-from peerlora.files import _settle, _write_atomically
+from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.events import CheckpointSaved, Event, RunFinished, from_json, plain, to_json
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class RunStore:
             ) from None
         try:
             require_free(folder)  # again: another process may have been faster
-            _write_atomically(folder / "config.yaml", config_yaml.encode())
-            _write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
+            write_atomically(folder / "config.yaml", config_yaml)
+            write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
             return cls(folder, lock)
         except BaseException:
             lock.close()
@@ -122,7 +123,7 @@ class RunStore:
         self.emit(CheckpointSaved(round, f"checkpoints/{data.name}", checksum))
         os.fsync(self._log.fileno())  # a checkpoint whose events are lost in a power cut could not be used
         side = {"round": round, "sha256": checksum, "events_bytes": self._log_bytes()}
-        _write_atomically(data.with_suffix(".json"), _pretty(side))
+        write_atomically(data.with_suffix(".json"), _pretty(side))
         for old in self._checkpoints()[KEEP:]:
             _remove_checkpoint(old)
 
@@ -159,17 +160,17 @@ class RunStore:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Emit ``RunFinished``, with which the results are written."""
-        self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
+        self.emit(RunFinished(utc_now(), plain(summary)))
 
     def _write_results(self, summary: Mapping[str, Any]) -> None:
         from peerlora.runs.metrics import write_table
 
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
-        _write_atomically(self.folder / "summary.json", _pretty(summary))
+        write_atomically(self.folder / "summary.json", _pretty(summary))
 
     def write(self, name: str, tree: Mapping[str, Any]) -> None:
         """Write a JSON file of its own into the folder, in one step; it stays when the run is taken up again."""
-        _write_atomically(self.folder / name, _pretty(tree))
+        write_atomically(self.folder / name, _pretty(tree))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What `write` wrote; None where there is nothing.  Raises RunError where the file is damaged."""
@@ -220,6 +221,11 @@ def _require_run(folder: Path) -> None:
         )
 
 
+def new_folder(name: str) -> Path:
+    """A path under runs/, named by what is run and the local time; nothing is created."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 def require_free(folder: Path) -> None:
     """Raise RunError where ``folder`` is a file or holds something already; also asked before anything slow is done."""
     if folder.is_file() or (folder.is_dir() and any(path.name != "lock" for path in folder.iterdir())):
@@ -246,11 +252,9 @@ def _save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", facts: Mapp
 
     # Cloned because the format refuses tensors that share memory, and ours are views of one buffer.
     own = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
-    checksum = _sha256(temporary)
-    _settle(temporary, path)
-    return checksum
+    with atomic_file(path) as temporary:
+        save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
+        return _sha256(temporary)
 
 
 def _load_tensors(side: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from datetime import UTC, datetime
 from typing import NamedTuple
 
+from peerlora.display import utc_now
 from peerlora.network.base import PeerId
 
 _WAITING = 10_000  # notices that nobody fetched; the oldest go first
@@ -53,4 +53,4 @@ class EventLimiter:
         self._told, self._untold = {}, {}
 
     def _put(self, kind: str, peer: PeerId, detail: str) -> None:
-        self.waiting.append(NeighbourEvent(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, peer, detail))
+        self.waiting.append(NeighbourEvent(utc_now("milliseconds"), kind, peer, detail))

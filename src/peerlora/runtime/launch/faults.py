@@ -43,14 +43,14 @@ def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> 
     parts = found.groups()
     if kind == "cut":
         ends = int(parts[0]), int(parts[2])
-        made = Fault(kind, ends[0], float(parts[3]), _number(parts[4]), ends[1], parts[1] == "-")
+        made = Fault(kind, ends[0], float(parts[3]), _optional_seconds(parts[4]), ends[1], parts[1] == "-")
     else:
         ends = (int(parts[0]),)
-        made = Fault(kind, ends[0], float(parts[1]), _number(parts[2]))
+        made = Fault(kind, ends[0], float(parts[1]), _optional_seconds(parts[2]))
     if max(ends) >= peers or len(set(ends)) < len(ends):
         raise ConfigError(f"--{kind} {word!r} given; peers are 0 to {peers - 1}")
     return made
 
 
-def _number(word: str | None) -> float | None:
+def _optional_seconds(word: str | None) -> float | None:
     return None if word is None else float(word)

@@ -12,17 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, Stopped
+from peerlora.files import write_atomically
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import sign_list, write_list
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
-from peerlora.runs.store import require_free
+from peerlora.runs.store import new_folder, require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.tcp_relay import Relay
@@ -125,7 +125,7 @@ def launch(
     Its ``ok`` says whether all finished that were not killed for good.  ``out`` gets config.yaml, identities, a run
     folder and a log per peer.
     """
-    folder = Path(out) if out is not None else Path("runs") / f"launch-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out is not None else new_folder("launch")
     require_free(folder)
     if config.clients < 2:
         raise ConfigError("launch needs at least 2 peers; give --peers")
@@ -135,7 +135,7 @@ def launch(
     finally:
         federation.end()
     summary = federation.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -150,7 +150,7 @@ class LocalFederation:
         self.folder, self.faults = folder, list(faults)
         self.relays: dict[tuple[int, int], Relay] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        write_atomically(folder / "config.yaml", self.config.to_yaml())
         self.sites = [f"peer-{client}" for client in range(config.clients)]
         self.ports = free_ports(config.clients)
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
