@@ -17,7 +17,7 @@ from peerlora.train.row_scores import emphasis, measure
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
-    from peerlora.network.protocol.wire import Schema
+    from peerlora.exchange.schema import Schema
     from peerlora.topology.schedule import Topology
     from peerlora.train.learner import Learner
 
