@@ -21,9 +21,9 @@ def load_config(source: Path | str | dict[str, Any] | None = None, overrides: Se
 
     Raises ConfigError with what was given, what was expected and the nearest valid key.
     """
-    tree = _read(source)
+    tree = read_tree(source)
     for word in overrides:
-        _override(tree, word)
+        override(tree, word)
     return parse(RunConfig, tree)
 
 
@@ -40,7 +40,8 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-def _read(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
+def read_tree(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
+    """Read a YAML file, or copy a mapping, into a tree that may be changed; empty for None."""
     if source is None:
         return {}
     if isinstance(source, dict):
@@ -63,7 +64,8 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _override(tree: dict[str, Any], word: str) -> None:
+def override(tree: dict[str, Any], word: str) -> None:
+    """Apply one ``key=value`` word to ``tree``; raises ConfigError where it is none."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override; expected key=value, e.g. train.rounds=50")

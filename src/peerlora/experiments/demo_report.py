@@ -33,11 +33,11 @@ class ComparisonRow:
 
     name: str
     note: str
-    """What sets it apart, in a few words."""
+    """How it differs from the others, in a few words."""
     events: list[Event] | None
     """None: the run is in the table only."""
     summary: Mapping[str, Any]
-    """As ``table.summarise`` gives it; ``run`` is its folder, absolute or relative to the comparison's."""
+    """As ``metrics.summarise`` returns it; ``run`` is its folder, absolute or relative to the comparison's."""
 
 
 def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings: Sequence[str] = ()) -> Path:
@@ -61,7 +61,7 @@ def _lead(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
 
 
 def _table(folder: Path, rows: Sequence[ComparisonRow]) -> str:
-    head = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(HEAD))
+    head = "".join(f"<th{' class=number' if column else ''}>{escape(word)}</th>" for column, word in enumerate(HEAD))
     lines = []
     for row in rows:
         cells = "".join(f"<td class=number>{escape(cell)}</td>" for cell in _cells(row.summary))
@@ -93,8 +93,8 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
 
 def _pictured(rows: Sequence[ComparisonRow]) -> ComparisonRow | None:
     """The run whose data and graph are drawn: the one with the most contacts, the first of those."""
-    told = [row for row in rows if row.events and started(row.events)]
-    return max(told, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
+    drawable = [row for row in rows if row.events and started(row.events)]
+    return max(drawable, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
 
 
 def _unlike(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
@@ -146,7 +146,7 @@ def _by_round(events: Sequence[Event], name: str) -> tuple[list[int], list[float
 def _unique_names(rows: Sequence[ComparisonRow]) -> dict[str, list[Event]]:
     """Row name -> events, of the rows that have any; a name that comes twice gets its row number."""
     named: dict[str, list[Event]] = {}
-    for place, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=1):
         if row.events:
-            named[f"{row.name} (row {place})" if row.name in named else row.name] = row.events
+            named[f"{row.name} (row {number})" if row.name in named else row.name] = row.events
     return named

@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: results.parquet, table.csv, table.md, report.html."""
+"""Files of a comparison: results.parquet, table.csv, table.md, report.html."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
-from peerlora.experiments.statistics import (
-    Comparison,
-    Outcome,
-    compare,
-    long_rows,
-)
+from peerlora.experiments.statistics import Comparison, Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text, markdown
 from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.metrics import started
@@ -28,7 +23,7 @@ def write_results(
 ) -> Comparison:
     """Write every file; ``outcomes`` may be of a grid that is not finished.
 
-    ``grid`` is its YAML, ``configs`` one config per place, ``published`` the paper to put beside.
+    ``grid`` is its YAML, ``configs`` one config per setting, ``published`` the paper to compare with.
     """
     from peerlora.experiments.report import write_grid_report
 
@@ -44,7 +39,7 @@ def write_results(
 
 
 def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Outcome]) -> None:
-    """The long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
+    """Write the long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,7 +47,7 @@ def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Ou
     types = [(axis, pa.string()) for axis in axes]
     types += [("purpose", pa.string()), ("seed", pa.int64()), ("learning rate", pa.float64())]
     types += [("client", pa.int32()), ("round", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
-    lines = [*long_rows(outcomes, "report"), *long_rows(searched, "search")]
+    lines = [*to_long_rows(outcomes, "report"), *to_long_rows(searched, "search")]
     columns = {
         name: pa.array([line[name] for line in lines], kind, from_pandas=kind == pa.float64()) for name, kind in types
     }

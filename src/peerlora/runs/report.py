@@ -94,7 +94,7 @@ def picture_html(picture: "Picture") -> str:
 
 def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
     """A table whose first column names the row; numbers are set to the right."""
-    top = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(head))
+    top = "".join(f"<th{' class=number' if column else ''}>{escape(word)}</th>" for column, word in enumerate(head))
     lines = []
     for name, *cells in rows:
         numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)

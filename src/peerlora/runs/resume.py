@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,25 +42,32 @@ def stored_config(store: RunStore) -> RunConfig:
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:
     """Raise RunError, listing the differences, unless a resumed run is the run that was started."""
-    was, now = _flat(stored.model_dump(mode="json")), _flat(expected.model_dump(mode="json"))
+    was, now = stored.model_dump(mode="json"), expected.model_dump(mode="json")
     if now.get("threads") is None:
         now["threads"] = was.get("threads")
-    differences = [
-        f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(was | now)
-        if was.get(key) != now.get(key) and key not in _MAY_CHANGE
-    ]
+    changed = list_changes(was, now, ignored=_MAY_CHANGE)
     then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
     if then != given:
-        differences.append(f"partitioner: {then} then, {given} now")
-    if differences:
+        changed.append(f"partitioner: {then} then, {given} now")
+    if changed:
         raise RunError(
-            f"{store.folder} was started with another config ({'; '.join(differences)}); "
+            f"{store.folder} was started with another config ({'; '.join(changed)}); "
             "resume with the same settings, or start a new run with another --out"
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+def list_changes(was: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """List the settings that differ between two trees, one sentence each; ``ignored``: dotted keys."""
+    then, later = flatten(was), flatten(now)
+    return [
+        f"{key}: {then.get(key)!r} then, {later.get(key)!r} now"
+        for key in sorted({*then, *later})
+        if then.get(key) != later.get(key) and key not in ignored
+    ]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn a tree of settings into dotted key -> value."""
+    if isinstance(tree, Mapping) and (tree or not prefix):
+        return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): tree}
