@@ -1,5 +1,6 @@
 """How a YAML file, a mapping or words of the command line become a checked config."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -38,6 +39,19 @@ def parse(model: type[BaseModel], tree: dict[str, Any]) -> Any:
 def schema() -> dict[str, Any]:
     """The JSON schema of a config, for editors."""
     return RunConfig.model_json_schema()
+
+
+def parse_spec(words: str | Sequence[str]) -> TopologyConfig:
+    """Read a topology written as a kind and its settings: ``random p=0.1``, in one string or in several.
+
+    Raises ConfigError with the nearest valid word.
+    """
+    text = (words if isinstance(words, str) else " ".join(words)).strip()
+    # Only a blank before `key=` separates, so that `edges=[[0, 1], [1, 2]]` may hold blanks.
+    kind, *settings = re.split(r"\s+(?=\w+=)", text)
+    if not kind or "=" in kind:
+        raise ConfigError(f"topology {text!r} names no kind; start with one, e.g. 'ring' or 'random p=0.1'")
+    return load_config({"topology": kind}, [f"topology.{setting}" for setting in settings]).topology
 
 
 def read_tree(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:

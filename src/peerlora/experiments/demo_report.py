@@ -11,7 +11,7 @@ from urllib.parse import quote
 from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import of, started
-from peerlora.runs.report import curves_of, graph, holdings, picture_html, write_page
+from peerlora.runs.report import graph_picture, labels_picture, metric_curves, picture_html, write_page
 
 HEAD = (
     "run",
@@ -113,7 +113,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     from peerlora.runs import figures
 
     named = _unique_names(rows)
-    curves = {name: found for name, events in named.items() if (found := curves_of(events))}
+    curves = {name: found for name, events in named.items() if (found := metric_curves(events))}
     trained = {name: events for name, events in named.items() if of(events, RoundDone)}
     distances = {name: _by_round(events, "consensus_product") for name, events in trained.items()}
     sent = {name: _by_round(events, "bytes_sent") for name, events in trained.items()}
@@ -122,7 +122,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     if curves:
         title = f"{metric} of the clients' own models"
         pictures.append(figures.runs_figure("metric", title, curves))
-        timed = {name: found for name, events in named.items() if (found := curves_of(events, "virtual_seconds"))}
+        timed = {name: found for name, events in named.items() if (found := metric_curves(events, "virtual_seconds"))}
         if timed:
             by_time = f"{title}, by virtual seconds"
             pictures.append(figures.runs_figure("metric-time", by_time, timed, "virtual seconds"))
@@ -134,7 +134,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
         ]
     shown = _pictured(rows)
     if shown and shown.events and (start := started(shown.events)):
-        pictures += [holdings(start), graph(start, shown.events)]
+        pictures += [labels_picture(start), graph_picture(start, shown.events)]
     return [picture for picture in pictures if picture]
 
 

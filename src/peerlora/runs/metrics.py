@@ -1,4 +1,4 @@
-"""Events as one long table (metrics.parquet), and the few numbers that sum a run up."""
+"""Events as one long table (metrics.parquet), and the summary of a run."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,7 +104,7 @@ def write_table(events: Iterable[Event], path: Path | str) -> None:
 
 
 def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
-    """[client] the finished rounds at its last exchange with anybody; None: never, or links not written down."""
+    """Find per client the finished rounds at its last exchange with anybody; None: never, or links not written down."""
     last: list[int | None] = [None] * clients
     for done in of(events, RoundDone):
         for client in {client for edge in done.edges or () for client in edge}:
@@ -126,7 +126,7 @@ def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
 
 
 def summarise(events: Sequence[Event]) -> dict[str, Any]:
-    """The run in a few numbers, from whatever was written so far; None where nothing was.
+    """Summarise a run from the events so far; None where there is no value yet.
 
     Keys: method, clients, rounds (finished), metric, accuracy {own_mean, own_min, own_max, averaged}, consensus
     {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, virtual_seconds,

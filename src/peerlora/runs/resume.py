@@ -1,4 +1,4 @@
-"""What a run folder says about the run, and whether a resumed run is the same."""
+"""Facts about a run in its folder, and the check that a resumed run is the same."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import RunError
 from peerlora.runs.store import RunStore, new_folder
 
-_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers meet, not what is run
+_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers exchange, not what is trained
 
 
 def default_folder(config: RunConfig) -> Path:
-    """A new folder under runs/, named by method and time."""
+    """Return a new folder under runs/, named by method and time."""
     return new_folder(config.algorithm.name)
 
 
 def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | None = None) -> dict[str, Any]:
-    """Versions, seed and machine facts that decide a result beside the config; ``held``: the clients, if not all."""
+    """Collect versions, seed and machine that decide a result beside the config; ``held``: the clients, if not all."""
     packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -36,7 +36,7 @@ def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | 
 
 
 def stored_config(store: RunStore) -> RunConfig:
-    """The resolved config of a run folder."""
+    """Read the resolved config of a run folder."""
     return load_config(yaml.safe_load(store.config_yaml))
 
 

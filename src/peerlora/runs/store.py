@@ -1,4 +1,4 @@
-"""The run folder: what a run writes down, and how it is taken up again after it was killed at any moment.
+"""The run folder: the files of a run, and how a run killed at any moment is resumed from them.
 
     config.yaml               the resolved config                  run.json      facts: versions, seed, ...
     events.jsonl              one event a line, append only        lock          held while a process runs here
@@ -28,12 +28,12 @@ from peerlora.runs.events import CheckpointSaved, Event, RunFinished, from_json,
 if TYPE_CHECKING:
     import torch
 
-KEEP = 2  # two, so that one damaged file does not cost the run
+KEEP = 2  # checkpoints, so that one damaged file does not cost the run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load_checkpoint`` found."""
+    """One saved state of a run."""
 
     round: int
     """Finished rounds."""
@@ -59,7 +59,7 @@ class RunStore:
 
     @classmethod
     def create(cls, folder: Path | str, config_yaml: str, facts: Mapping[str, Any]) -> "RunStore":
-        """Make the folder and its parents, and write down what is run.
+        """Make the folder and its parents, and write the config and the facts of a run.
 
         Raises RunError when the folder holds something already, cannot be written, or another process is in it.
         """
@@ -83,7 +83,7 @@ class RunStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> "RunStore":
-        """Take up a run that was stopped.
+        """Open the folder of a stopped run.
 
         Raises RunError when it is not a run folder, when run.json is damaged, or another process is in it.
         """
@@ -128,7 +128,7 @@ class RunStore:
             _remove_checkpoint(old)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None when there is none, and the run starts from round 0.
+        """Load the newest checkpoint that is whole; None when there is none, and the run starts from round 0.
 
         Raises RunError when there are checkpoints but every one is damaged.
         """
@@ -146,7 +146,7 @@ class RunStore:
         return None
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
-        """Bring the folder back to the moment of ``checkpoint`` (None: to the start of the run)."""
+        """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""
         self._log.truncate(checkpoint.events_bytes if checkpoint else 0)
         (self.folder / "summary.json").unlink(missing_ok=True)
         for side in self._checkpoints():
@@ -169,11 +169,11 @@ class RunStore:
         write_atomically(self.folder / "summary.json", _pretty(summary))
 
     def write(self, name: str, tree: Mapping[str, Any]) -> None:
-        """Write a JSON file of its own into the folder, in one step; it stays when the run is taken up again."""
+        """Write a JSON file of its own into the folder, in one step; it stays when the run is resumed."""
         write_atomically(self.folder / name, _pretty(tree))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """What `write` wrote; None where there is nothing.  Raises RunError where the file is damaged."""
+        """Read a file that `write` wrote; None where there is none.  Raises RunError where the file is damaged."""
         return _read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class RunStore:
 
 
 def read_events(folder: Path | str) -> list[Event]:
-    """All events of a run folder; a last line that was cut off by a kill is left out.
+    """Read all events of a run folder; a last line that was cut off by a kill is left out.
 
     Raises RunError when it is not a run folder, or when another line is damaged.
     """
@@ -311,12 +311,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def clients_of(run: Path) -> list[int] | None:
-    """The clients that a run is of; None: all."""
+    """Return the clients that a run trains; None: all."""
     return _read_json(run / "run.json").get("held")
 
 
 def resume_command(run: Path) -> str:
-    """The command that takes an unfinished run up again."""
+    """Return the command that resumes an unfinished run."""
     if clients_of(run) is None:
         return f"peerlora train --resume {run}"
     return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {run} --resume"

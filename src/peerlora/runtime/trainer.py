@@ -212,7 +212,7 @@ class Trainer:
             warnings=list(federation.warnings),
             notes=list(federation.notes),
             paths=federation.paths,
-            clock=federation.clock.told() if federation.clock else None,
+            clock=federation.clock.describe() if federation.clock else None,
         )
         return self.participation.describe(started)
 
