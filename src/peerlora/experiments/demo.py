@@ -27,7 +27,7 @@ ROWS = {
     "alone": ("local", 5e-3),
     "Dec-LoRA": ("dec-lora", 5e-3),
     "ADF-LoRA": ("adf-lora", 5e-3),
-    "all data in one run": ("local", 5e-3),
+    "all data in one place": ("local", 5e-3),
 }
 """Row -> (algorithm, learning rate); ``bench/demo_rates.py`` searches one grid for all rows (docs/log.md)."""
 
@@ -55,8 +55,8 @@ def demo_config(overrides: Sequence[str]) -> RunConfig:
     return load_config(DEMO, overrides)
 
 
-def pooled(config: RunConfig) -> RunConfig:
-    """The same samples with all data in one run: one client whose steps take everybody's batch."""
+def pool_clients(config: RunConfig) -> RunConfig:
+    """The same samples with all data in one place: one client whose steps take everybody's batch."""
     tree = config.model_dump(mode="json")
     ranks = set(config.ranks)
     return load_config(
@@ -99,7 +99,7 @@ def run_demo(
         rows.append(Row(name, _note(name), result.summary))
         shown.append(ComparisonRow(name, _note(name), read_events(run), result.summary))
         if name == "alone":
-            rows.append(Row("averaged once", _note("averaged once"), averaged_once(result.summary, result.adapters)))
+            rows.append(Row("averaged once", _note("averaged once"), average_once(result.summary, result.adapters)))
             shown.append(ComparisonRow("averaged once", _note("averaged once"), None, rows[-1].summary))
     return DemoReport(rows, findings(rows), write_comparison(folder, shown, findings(rows)))
 
@@ -117,11 +117,11 @@ def row_config(config: RunConfig, name: str, overrides: Sequence[str]) -> RunCon
     settings.pop("name", None)
     tree["algorithm"] = {"name": method, **(settings if method == config.algorithm.name else {})}
     changed = load_config(tree)
-    return pooled(changed) if name == "all data in one run" else changed
+    return pool_clients(changed) if name == "all data in one place" else changed
 
 
-def averaged_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
-    """The row for clients that train alone and exchange everything with everybody once, at the end."""
+def average_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
+    """Make the row of clients that train alone and average all adapters once, at the end."""
     from peerlora.exchange.schema import encoded_bytes
 
     clients, reached = alone["clients"], alone["accuracy"]["averaged"]
@@ -141,7 +141,7 @@ def _note(name: str) -> str:
         "averaged once": "the same clients; all adapters are averaged once, at the end",
         "Dec-LoRA": "train both factors, mix both with the neighbours every round",
         "ADF-LoRA": "train one factor at a time, mix both with the neighbours every round",
-        "all data in one run": "one client that holds all rows: what decentralised training gives away",
+        "all data in one place": "one client that holds all rows: what decentralised training gives away",
     }[name]
 
 
@@ -154,7 +154,7 @@ def findings(rows: list[Row]) -> list[str]:
         f"Exchanging adapters took the mean client from {alone['own_mean']:.3f} (alone) to {dec['own_mean']:.3f} "
         f"(Dec-LoRA) and {adf['own_mean']:.3f} (ADF-LoRA), the worst client from {alone['own_min']:.3f} to "
         f"{dec['own_min']:.3f} and {adf['own_min']:.3f}; averaging once reached {once['averaged']:.3f}, "
-        f"all data in one run {everything['own_mean']:.3f}.",
+        f"all data in one place {everything['own_mean']:.3f}.",
         f"Dec-LoRA and ADF-LoRA differ by {gap:.3f} here.  This is one seed on one small task: no ranking of the two "
         "follows from it.  Repeat it with seed=1, seed=2, ... to see the spread.",
     ]
