@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markers import insert
 from peerlora import compose, load_config
-from peerlora.experiments.demo import ROWS, Row, averaged_once, findings
+from peerlora.experiments.demo import ROWS, Row, average_once, findings
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -22,7 +22,7 @@ def read_rows(folder: Path) -> list[Row]:
         rows.append(Row(name, "", json.loads((place / "summary.json").read_text())))
         if name == "alone":
             start = compose(load_config(place / "config.yaml")).start
-            rows.append(Row("averaged once", "", averaged_once(rows[-1].summary, start)))
+            rows.append(Row("averaged once", "", average_once(rows[-1].summary, start)))
     return rows
 
 

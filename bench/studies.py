@@ -188,8 +188,8 @@ def run(study: str, tree: Tree) -> Comparison:
     folder = PLACE / study
 
     @contextmanager
-    def watch(standing):
-        print(f"{study}: cell {standing.number} of {standing.cells}, {standing.cell}", flush=True)
+    def watch(status):
+        print(f"{study}: cell {status.number} of {status.trials}, {status.trial}", flush=True)
         yield lambda event: None
 
     if (folder / "grid.yaml").is_file():

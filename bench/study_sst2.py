@@ -19,7 +19,7 @@ from pathlib import Path
 
 from markers import insert
 from peerlora.config.loading import load_config
-from peerlora.experiments.demo import pooled
+from peerlora.experiments.demo import pool_clients
 from peerlora.runs.resume import run_facts
 from peerlora.runtime.simulate import simulate
 
@@ -54,7 +54,7 @@ def cell_config(data: Path, method: str, rate: float, seed: int, search: bool, r
         "threads": 1,
     }
     config = load_config(tree, METHODS[method])
-    return pooled(config) if method == "all data in one place" else config
+    return pool_clients(config) if method == "all data in one place" else config
 
 
 def run_cell(config) -> dict:

@@ -29,7 +29,7 @@ from markers import insert
 from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
-from peerlora.experiments.grid import load_grid, plan
+from peerlora.experiments.grid import load_grid, plan_trials
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.metrics import evaluated_within, of
 from peerlora.runs.resume import run_facts
@@ -269,7 +269,7 @@ class Run:
 def finished(name: str, data: Path, tree: Tree, rates: dict[str, float]) -> dict[str, list[Run]]:
     """Row -> its runs by seed; ``rates``: those that the search found, by row."""
     found: dict[str, list[Run]] = {}
-    for cell in plan(load_grid(tree), rates).cells:
+    for cell in plan_trials(load_grid(tree), rates).trials:
         folder = PLACE / name / cell.folder
         if (folder / "summary.json").is_file():
             events = timed(read_events(folder), cell.config)
@@ -359,7 +359,7 @@ def main() -> None:
     known = {} if condition.rates else {row["system"]: row["rate"] for row in read("label-skew")["rows"]}
     tree = grid(name, options.data, known)
     found = run(name, tree)
-    rates = {line.place: line.rate for line in found.lines} if condition.rates else {}
+    rates = {line.setting: line.rate for line in found.lines} if condition.rates else {}
     rows = table(condition, finished(name, options.data, tree, rates))
     study = {"date": str(date.today()), "condition": condition.told, "facts": run_facts(load_config(tree["base"]))}
     study |= {"grid": told(told(tree, options.data), Path.cwd()), "rows": rows}

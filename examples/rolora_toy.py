@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 
 from peerlora.algorithms import build_algorithm
+from peerlora.config.loading import parse_spec
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import AdapterSpec, LayerSpec, initial_adapters
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 CLIENTS, ROWS, D_IN, D_OUT, ROUNDS, STEPS, RATE = 10, 40, 8, 5, 60, 5, 0.1

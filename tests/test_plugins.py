@@ -12,13 +12,12 @@ from peerlora.algorithms import build_algorithm, describe_algorithms, find_metho
 from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.cli.methods import command as list_methods
 from peerlora.config.base import Section
-from peerlora.config.loading import load_config
+from peerlora.config.loading import load_config, parse_spec
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import partition
 from peerlora.errors import CompositionError, ConfigError, DataError, TopologyError
 from peerlora.plugins import METHODS, PARTITIONS, TOPOLOGIES, Registry
 from peerlora.runtime.checks import check_composition
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 SOURCE = '''

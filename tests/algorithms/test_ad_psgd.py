@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.ad_psgd import ADPSGDState, roles
+from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.runtime.compose import compose
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.graphs import components
 from peerlora.topology.schedule import build_topology
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.aedfl import AEDFLState, combined, packed
+from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError
 from peerlora.exchange.base import Message
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -15,7 +16,6 @@ from peerlora.lora.rank_components import component_norms, coordinates, largest
 from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import compose
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("one", 3, 2), LayerSpec("two", 2, 4)), rank=4, alpha=2.0, head=(("w", (2, 2)),))

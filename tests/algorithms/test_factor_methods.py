@@ -8,12 +8,12 @@ from test_limits import ALONE, COMPLETE, ROUNDS, assert_same, noisy, run, traine
 
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
 from peerlora.algorithms.base import Configurable, prepare
+from peerlora.config.loading import parse_spec
 from peerlora.data.batches import Shards
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.diagnostics import agreement, diagnose
 from peerlora.runtime.compose import compose
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.tree import leaves
 

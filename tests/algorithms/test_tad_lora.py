@@ -7,8 +7,8 @@ import pytest
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.base import prepare
+from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from peerlora.config.loading import load_config
-from peerlora.experiments.grid import load_grid, plan, search_plan
+from peerlora.experiments.grid import load_grid, plan_search, plan_trials
 from peerlora.runs.events import Evaluated, RoundDone
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -45,16 +45,16 @@ class Rates(dict):
 def test_every_condition_is_a_grid_without_a_refused_cell(systems, data):
     for name, condition in systems.CONDITIONS.items():
         grid = load_grid(systems.grid(name, data, Rates()))
-        for found in (plan(grid), search_plan(grid)):
+        for found in (plan_trials(grid), plan_search(grid)):
             assert not found.refused
-        cells = plan(grid).cells
-        assert {cell.config.seed for cell in cells} == {0, 1, 2}
-        alone = [cell.config for cell in cells if cell.labels["system"] == systems.ALONE]
+        trials = plan_trials(grid).trials
+        assert {trial.config.seed for trial in trials} == {0, 1, 2}
+        alone = [trial.config for trial in trials if trial.labels["system"] == systems.ALONE]
         assert alone and all(config.train.label_prior == "uniform" for config in alone)
         assert all(config.algorithm.name == "local" for config in alone)
-        rates = {cell.config.train.lr for cell in cells}
+        rates = {trial.config.train.lr for trial in trials}
         assert rates == ({condition.rates[0]} if condition.rates else {3e-3})
-        assert bool(search_plan(grid).cells) == bool(condition.rates)
+        assert bool(plan_search(grid).trials) == bool(condition.rates)
 
 
 def test_strangers_hold_news_under_random_labels(systems, data):

@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from peerlora.experiments.grid import load_grid, places, plan, search_plan, searched_on
+from peerlora.experiments.grid import expand_settings, load_grid, plan_search, plan_trials, search_labels
 from peerlora.experiments.presets import PRESETS, TASKS, preset
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
@@ -120,8 +120,8 @@ def test_ctrl_c_ends_with_the_resume_command(process, grid_file, tmp_path):
 def rows_counted(grid, evaluated):
     """Training rows, and rows times models evaluated, of all cells."""
     total = 0
-    for cell in [*search_plan(grid).cells, *plan(grid).cells]:
-        config = cell.config
+    for trial in [*plan_search(grid).trials, *plan_trials(grid).trials]:
+        config = trial.config
         models, seen = config.clients + 1, min(config.eval.rows, evaluated)
         total += config.train.rounds * config.train.local_steps * sum(config.batches)
         total += models * evaluated + seen + models * seen * ((config.train.rounds - 1) // config.eval.every)
@@ -137,45 +137,58 @@ def test_a_small_preset_keeps_its_promise_of_half_an_hour(name, tmp_path):
 
 
 def test_the_small_presets_have_the_intervals_and_graphs_of_the_full_ones():
-    small, full = ([plan(load_grid(preset(name, budget))).cells for name in PRESETS] for budget in ("small", "full"))
+    small, full = (
+        [plan_trials(load_grid(preset(name, budget))).trials for name in PRESETS] for budget in ("small", "full")
+    )
     for some, all_of_them in zip(small, full, strict=True):
         for wanted in (
-            lambda cell: cell.config.topology.model_dump(),
-            lambda cell: cell.config.algorithm.parameters.get("interval"),
+            lambda trial: trial.config.topology.model_dump(),
+            lambda trial: trial.config.algorithm.parameters.get("interval"),
         ):
-            assert {str(wanted(cell)) for cell in some} == {str(wanted(cell)) for cell in all_of_them}
+            assert {str(wanted(trial)) for trial in some} == {str(wanted(trial)) for trial in all_of_them}
 
 
 def test_the_full_presets_are_the_papers_protocol(tmp_path):
     adf, tad = (load_grid(preset(name, "full")) for name in ("adf-lora", "tad-lora"))
-    assert len(places(adf)) == 7 * 4 and len(places(tad)) == 4 * 7 * 4
-    assert not plan(adf).refused and not plan(tad).refused and not search_plan(adf).refused
-    for cell in plan(adf).cells:
-        train, adapter = cell.config.train, cell.config.adapter
+    assert len(expand_settings(adf)) == 7 * 4 and len(expand_settings(tad)) == 4 * 7 * 4
+    assert not plan_trials(adf).refused and not plan_trials(tad).refused and not plan_search(adf).refused
+    for trial in plan_trials(adf).trials:
+        train, adapter = trial.config.train, trial.config.adapter
         assert (train.rounds, train.local_steps, train.batch) == (150, 20, 32)
         assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.head) == (8, 16, 0.1, "frozen")
-        assert cell.config.topology.model_dump()["p"] == 0.1 and cell.config.clients == 10
-    assert {cell.config.algorithm.parameters.get("interval") for cell in plan(adf).cells} == {None, 1, 5, 10, 20}
-    assert len(search_plan(adf).cells) == (3 + 4) * 4 * 4  # methods and intervals, tasks, rates
-    assert len(search_plan(tad).cells) == 4 * 4 * 5  # methods, tasks, rates; on the first graph
-    assert all(labels["method"] in place for place, labels in searched_on(adf).items())
-    assert {labels["topology"] for labels in searched_on(tad).values()} == {"random p=0.5"}
+        assert trial.config.topology.model_dump()["p"] == 0.1 and trial.config.clients == 10
+    assert {trial.config.algorithm.parameters.get("interval") for trial in plan_trials(adf).trials} == {
+        None,
+        1,
+        5,
+        10,
+        20,
+    }
+    assert len(plan_search(adf).trials) == (3 + 4) * 4 * 4  # methods and intervals, tasks, rates
+    assert len(plan_search(tad).trials) == 4 * 4 * 5  # methods, tasks, rates; on the first graph
+    assert all(labels["method"] in setting for setting, labels in search_labels(adf).items())
+    assert {labels["topology"] for labels in search_labels(tad).values()} == {"random p=0.5"}
     assert len(TASKS["MNLI"][3]["shares"][0]) == 3
 
 
 def test_another_kind_drops_the_settings_of_the_old_one():
     base = {"topology": {"kind": "random", "p": 0.3, "weights": "laplacian"}}
     grid = load_grid({"base": base, "axes": {"topology": ["ring", {"p": 0.5}]}})
-    found = [place.tree["topology"] for place in places(grid)]
+    found = [setting.tree["topology"] for setting in expand_settings(grid)]
     assert found == [{"kind": "ring"}, {"kind": "random", "p": 0.5, "weights": "laplacian"}]
-    assert [place.name for place in places(grid)] == ["ring", "p=0.5"]
+    assert [setting.name for setting in expand_settings(grid)] == ["ring", "p=0.5"]
 
 
 def test_axes_by_setting_by_list_and_by_label():
     axes = {"topology.p": [0.5, 0.02], "method": {"ours": {"algorithm": "adf-lora"}, "theirs": "dec-lora"}}
     grid = load_grid({"base": {"topology": "random"}, "axes": axes, "seeds": [0]}, ["train.rounds=7"])
-    assert [place.name for place in places(grid)] == ["p=0.5, ours", "p=0.5, theirs", "p=0.02, ours", "p=0.02, theirs"]
-    cells = plan(grid).cells
-    assert cells[2].config.topology.model_dump()["p"] == 0.02 and cells[2].config.algorithm.name == "adf-lora"
-    assert {cell.config.train.rounds for cell in cells} == {7}
-    assert cells[0].folder == "cells/p=0.5-ours__seed-0"
+    assert [setting.name for setting in expand_settings(grid)] == [
+        "p=0.5, ours",
+        "p=0.5, theirs",
+        "p=0.02, ours",
+        "p=0.02, theirs",
+    ]
+    trials = plan_trials(grid).trials
+    assert trials[2].config.topology.model_dump()["p"] == 0.02 and trials[2].config.algorithm.name == "adf-lora"
+    assert {trial.config.train.rounds for trial in trials} == {7}
+    assert trials[0].folder == "cells/p=0.5-ours__seed-0"

@@ -126,7 +126,7 @@ def joined():
 def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):
     made = played(config, tmp_path / "out", [2, 600], Fault("stop", 1, 0.2))
     made.run(lambda peers: None, lambda: False)
-    made.end()
+    made.close()
     assert [peer.state for peer in made.peers] == ["finished", "stopped"]
     assert made.peers[1].killed and not any(peer.alive for peer in made.peers)
 
@@ -134,7 +134,7 @@ def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):
 def test_a_peer_that_is_stopped_for_a_while_goes_on(config, tmp_path):
     made = played(config, tmp_path / "out", [1, 1.5], Fault("stop", 1, 0.2, 1.0))
     made.run(lambda peers: None, lambda: False)
-    made.end()
+    made.close()
     assert [peer.state for peer in made.peers] == ["finished", "finished"]
 
 
@@ -143,7 +143,7 @@ def test_an_interrupt_reaches_every_peer_once(config, tmp_path):
     with pytest.raises(Stopped, match="checkpoint"):
         made.run(lambda peers: None, lambda: all(peer.state == "running" for peer in made.peers))
     groups = {os.getpgid(peer.process.pid) for peer in made.peers if peer.process is not None}
-    made.end()
+    made.close()
     assert len(groups | {os.getpgid(0)}) == 3  # a terminal's Ctrl-C is no signal to them
     assert [(peer.folder / "signals").read_text() for peer in made.peers] == ["1", "1"]
 
@@ -158,7 +158,7 @@ def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypat
 
     monkeypatch.setattr("peerlora.runtime.launch.processes.time.sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        made.end()
+        made.close()
     assert not any(peer.alive for peer in made.peers)
 
 

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peerlora.config.loading import parse_spec
 from peerlora.exchange.base import Message
 from peerlora.exchange.mailbox import Mailboxes
 from peerlora.network.protocol.wire import encoded_bytes
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 

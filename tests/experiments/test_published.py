@@ -5,9 +5,9 @@ import re
 import pytest
 
 from peerlora.config.loading import load_config
-from peerlora.experiments.grid import load_grid, plan
+from peerlora.experiments.grid import load_grid, plan_trials
 from peerlora.experiments.presets import preset
-from peerlora.experiments.published import apart, dataset, fits, ours, papers_for
+from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import GLUE, PAPERS
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome
@@ -55,8 +55,11 @@ def test_what_is_equal_is_not_listed_as_different(name, budget, tmp_path):
     """Also with the rows in a folder; what was not found is said to be so."""
     for data in (None, tmp_path):
         grid, paper = load_grid(preset(name, budget, data)), PAPERS[name]
-        here = [ours(cell.config, grid.search.rates, grid.seeds, paper.measure) for cell in plan(grid).cells]
-        listed = {aspect: theirs for aspect, theirs, _ in apart(paper, here)}
+        here = [
+            describe_protocol(trial.config, grid.search.rates, grid.seeds, paper.measure)
+            for trial in plan_trials(grid).trials
+        ]
+        listed = {aspect: theirs for aspect, theirs, _ in compare_protocols(paper, here)}
         assert {aspect for aspect, theirs in listed.items() if theirs != "not found"} == DIFFERENT[name, budget]
         unknown = {"training rows per client", "optimiser's memory", "round reported"}
         assert unknown <= {aspect for aspect, theirs in listed.items() if theirs == "not found"}
@@ -65,19 +68,20 @@ def test_what_is_equal_is_not_listed_as_different(name, budget, tmp_path):
 def test_what_differs_is_listed_with_both_sides():
     config = glue("SST-2", "dec-lora", topology={"kind": "ring"}, partition={"kind": "dirichlet", "concentration": 0.1})
     listed = {
-        aspect: (theirs, here) for aspect, theirs, here in apart(PAPERS["fedrot-lora"], [ours(config, [], [0], "")])
+        aspect: (theirs, here)
+        for aspect, theirs, here in compare_protocols(PAPERS["fedrot-lora"], [describe_protocol(config, [], [0], "")])
     }
     assert listed["topology"] == ("complete (a server)", "ring") and listed["weights"] == ("by rows", "metropolis")
     theirs = "; ".join(f"dirichlet, concentration {alpha}" for alpha in (0.5, 1.0, 100.0))
     assert listed["partition"] == (theirs, "dirichlet, concentration 0.1")
     assert listed["seeds"] == ("not found", "1") and listed["rank"] == ("4", "8")
-    server = ours(glue("SST-2", "fedit", topology={"kind": "complete"}), [], [0], "")
-    assert "topology" not in {aspect for aspect, _, _ in apart(PAPERS["fedrot-lora"], [server])}
+    server = describe_protocol(glue("SST-2", "fedit", topology={"kind": "complete"}), [], [0], "")
+    assert "topology" not in {aspect for aspect, _, _ in compare_protocols(PAPERS["fedrot-lora"], [server])}
 
 
 @pytest.mark.parametrize("name", ["adf-lora", "tad-lora"])
 def test_every_number_of_a_preset_has_its_place_in_the_full_one(name):
-    known = [cell.config for cell in plan(load_grid(preset(name, "full"))).cells]
+    known = [trial.config for trial in plan_trials(load_grid(preset(name, "full"))).trials]
     for number in PAPERS[name].numbers:
         for task in number.tasks:
             assert any(fits(number, config) and dataset(config) == task for config in known), number
@@ -87,7 +91,7 @@ def test_every_paper_is_whole():
     """Fractions of 1, registered methods, aspects that we can say of our runs."""
     from peerlora.algorithms import REGISTRY
 
-    here = ours(glue("SST-2", "dec-lora"), [], [0], "mean client")
+    here = describe_protocol(glue("SST-2", "dec-lora"), [], [0], "mean client")
     for paper in PAPERS.values():
         assert set(paper.protocol) <= set(here), paper.name
         assert paper.trust.endswith(".")
@@ -130,18 +134,21 @@ def test_a_grid_without_a_preset_gets_the_numbers_that_fit_it(tmp_path):
 
 
 def test_no_published_numbers_for_other_tasks_or_methods():
-    assert papers_for([load_config({})], None) == []
-    assert papers_for([glue("SST-2", "local")], None) == []
-    assert papers_for([glue("WNLI", "dec-lora")], None) == []
+    assert find_papers([load_config({})], None) == []
+    assert find_papers([glue("SST-2", "local")], None) == []
+    assert find_papers([glue("WNLI", "dec-lora")], None) == []
 
 
 def besides(method, **changes):
-    listed = {aspect: (theirs, here) for aspect, theirs, here in apart(PAPERS["adf-lora"], [own(method, **changes)])}
+    listed = {
+        aspect: (theirs, here)
+        for aspect, theirs, here in compare_protocols(PAPERS["adf-lora"], [own(method, **changes)])
+    }
     return listed.get("besides", ("nothing", "nothing"))
 
 
 def own(method, **changes):
-    return ours(glue("SST-2", method, **changes), [], [0], "mean client")
+    return describe_protocol(glue("SST-2", method, **changes), [], [0], "mean client")
 
 
 def test_what_no_paper_tells_of_is_listed():

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import peerlora.runtime.resources as resources_module
 from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
-from peerlora.experiments.grid import load_grid, places, plan, search_plan
-from peerlora.experiments.runner import Callbacks, Shared, best_rates, resume_grid, start_grid
+from peerlora.experiments.grid import expand_settings, load_grid, plan_search, plan_trials
+from peerlora.experiments.runner import Callbacks, ResourceCache, choose_rates, resume_grid, start_grid
 from peerlora.experiments.statistics import Outcome
 from peerlora.runs.events import Evaluated, RunStarted
 from peerlora.runtime.compose import compose
@@ -29,7 +29,7 @@ METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
 
 
 @contextmanager
-def unwatched(standing):
+def unwatched(status):
     yield lambda event: None
 
 
@@ -86,16 +86,16 @@ def numbers(folder):
 
 def test_a_grid_is_run_and_written_down(whole, tree):
     out = whole.folder
-    cells = sorted(path.name for path in (out / "cells").iterdir())
-    assert cells == [f"{method}__seed-{seed}" for method in ("adf-lora-interval=1", "dec-lora") for seed in (0, 1)]
-    assert all((out / "cells" / name / "summary.json").is_file() for name in cells)
-    assert [line.place for line in whole.lines] == [place.name for place in places(load_grid(tree()))]
+    trials = sorted(path.name for path in (out / "cells").iterdir())
+    assert trials == [f"{method}__seed-{seed}" for method in ("adf-lora-interval=1", "dec-lora") for seed in (0, 1)]
+    assert all((out / "cells" / name / "summary.json").is_file() for name in trials)
+    assert [line.setting for line in whole.lines] == [setting.name for setting in expand_settings(load_grid(tree()))]
     assert {path.name for path in out.iterdir()} == {
         *("cells", "grid.yaml", "results.parquet", "table.csv", "table.md", "report.html"),
     }
     table = pq.read_table(out / "results.parquet")
     assert table.column_names[:4] == ["method", "purpose", "seed", "learning rate"]
-    summary = json.loads((out / "cells" / cells[0] / "summary.json").read_text())
+    summary = json.loads((out / "cells" / trials[0] / "summary.json").read_text())
     own = [
         row["value"]
         for row in table.to_pylist()
@@ -112,11 +112,11 @@ def test_finished_cells_are_never_computed_again(whole):
 
 def test_a_cell_of_a_grid_is_the_run_alone(whole, tree, tmp_path):
     """Sharing rows between cells changes nothing, to the bit; and `peerlora export` finds what it needs."""
-    cell = plan(load_grid(tree())).cells[-1]
-    alone = simulate(cell.config, tmp_path / "alone").run
-    here, there = (run / "adapters" / "all.safetensors" for run in (whole.folder / cell.folder, alone))
-    assert here.read_bytes() == there.read_bytes(), cell.name
-    made = export_from_run(whole.folder / cell.folder, tmp_path / "adapter", 2)
+    trial = plan_trials(load_grid(tree())).trials[-1]
+    alone = simulate(trial.config, tmp_path / "alone").run
+    here, there = (run / "adapters" / "all.safetensors" for run in (whole.folder / trial.folder, alone))
+    assert here.read_bytes() == there.read_bytes(), trial.name
+    made = export_from_run(whole.folder / trial.folder, tmp_path / "adapter", 2)
     written = alone / "adapters" / "client-02" / "adapter_model.safetensors"
     assert (made / "adapter_model.safetensors").read_bytes() == written.read_bytes()
 
@@ -165,12 +165,12 @@ def test_the_same_run_twice_is_refused(tree, tmp_path):
 def test_rates_are_searched_per_method_on_rows_set_aside_from_the_training_rows(tree):
     grid = tree(search={"rates": [0.001, 0.05], "seeds": [7]}, axes={"method": METHODS, "topology": ["random", "ring"]})
     del grid["base"]["train"]["lr"]
-    searched = search_plan(load_grid(grid)).cells
-    assert [cell.place for cell in searched] == [*["adf-lora interval=1, random"] * 2, *["dec-lora, random"] * 2]
-    assert [cell.config.train.lr for cell in searched] == [0.001, 0.05] * 2
-    for cell in searched:
-        assert cell.config.data.eval is None and cell.config.data.holdout == 0.01 and cell.config.seed == 7
-        assert cell.config.train.rounds == 2
+    searched = plan_search(load_grid(grid)).trials
+    assert [trial.setting for trial in searched] == [*["adf-lora interval=1, random"] * 2, *["dec-lora, random"] * 2]
+    assert [trial.config.train.lr for trial in searched] == [0.001, 0.05] * 2
+    for trial in searched:
+        assert trial.config.data.eval is None and trial.config.data.holdout == 0.01 and trial.config.seed == 7
+        assert trial.config.train.rounds == 2
 
 
 def test_the_rate_that_was_found_is_used_wherever_the_settings_agree(tree, tmp_path):
@@ -211,7 +211,7 @@ def test_the_lowest_of_equal_rates_is_taken(tree):
     start = RunStarted("", "local", 1, 1, "accuracy", True, 0, 1, {}, {}, {}, 1, [])
     events = [start, Evaluated(1, 2, [0.5], 0.5, [1.0], 1.0, 0.1, True)]
     outcomes = [Outcome("base", {}, 0, rate, "", events) for rate in (0.1, 0.01)]
-    assert best_rates(load_grid(grid), outcomes) == {"base": 0.01}
+    assert choose_rates(load_grid(grid), outcomes) == {"base": 0.01}
 
 
 def run_alone(tree, folder):
@@ -253,7 +253,7 @@ def loads(monkeypatch):
 @pytest.mark.parametrize("kind", ["bert", "roberta"])  # heads of one module and of two
 @pytest.mark.parametrize("words", [["adapter.head=frozen"], ["train.dtype=bf16"], ["train.fast=false"]])
 def test_a_base_is_loaded_once_and_its_head_drawn_for_every_seed(kind, words, config, loads):
-    shared = Shared()
+    shared = ResourceCache()
     first = config(kind, *words)
     resources = shared.resources(first)
     for seed in (0, 1, 2, 0):
@@ -271,15 +271,15 @@ def test_a_base_whose_weights_lack_more_than_the_head_is_loaded_for_every_seed(c
     folder = shutil.copytree(models("bert"), tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     save_file({name: value for name, value in weights.items() if "pooler" not in name}, folder / "model.safetensors")
-    cells = [config("bert", f"model.source={folder}", f"seed={seed}") for seed in (0, 1)]
-    shared = Shared()
-    bases = [compose(cell, resources=shared.resources(cell)).model.detach().state_dict() for cell in cells]
+    trials = [config("bert", f"model.source={folder}", f"seed={seed}") for seed in (0, 1)]
+    shared = ResourceCache()
+    bases = [compose(trial, resources=shared.resources(trial)).model.detach().state_dict() for trial in trials]
     assert loads == [0, 1]
     assert not torch.equal(bases[0]["bert.pooler.dense.weight"], bases[1]["bert.pooler.dense.weight"])
 
 
 def test_a_head_that_is_not_what_its_seed_draws_is_loaded_anew(config, loads):
-    shared = Shared()
+    shared = ResourceCache()
     first = config("bert")
     compose(first, resources=shared.resources(first)).model.detach().classifier.weight.data.add_(1)
     other = config("bert", "seed=1")

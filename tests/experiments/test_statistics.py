@@ -14,7 +14,7 @@ from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
 from peerlora.experiments.figures import _by_p, comparison_figures
 from peerlora.experiments.results import write_results
-from peerlora.experiments.statistics import Outcome, bootstrap, compare, estimate, measures, paired
+from peerlora.experiments.statistics import Outcome, bootstrap, compare, estimate, measure_run, pair_differences
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
@@ -30,12 +30,12 @@ def events(*own, higher=True, sent=100, method="m"):
 
 def outcome(method, seed, *last, graph="ring", **changes):
     labels = {"method": method, "graph": graph}
-    told = events((0.5, 0.5), (0.6, 0.8), last) if last else []
-    return Outcome(f"{method}, {graph}", labels, seed, 0.01, f"cells/{method}-{seed}", told, **changes)
+    outcomes = events((0.5, 0.5), (0.6, 0.8), last) if last else []
+    return Outcome(f"{method}, {graph}", labels, seed, 0.01, f"cells/{method}-{seed}", outcomes, **changes)
 
 
 def test_a_run_in_numbers():
-    found = measures(events((0.9, 0.9), (0.5, 0.75), (0.25, 0.5)))
+    found = measure_run(events((0.9, 0.9), (0.5, 0.75), (0.25, 0.5)))
     assert found == {
         "mean client": 0.375,
         "worst client": 0.25,
@@ -50,17 +50,17 @@ def test_a_run_in_numbers():
 
 
 def test_where_lower_is_better_the_worst_is_the_highest_and_the_best_the_lowest():
-    found = measures(events((0.1, 0.1), (0.5, 0.75), (0.9, 1.1), higher=False))
+    found = measure_run(events((0.1, 0.1), (0.5, 0.75), (0.9, 1.1), higher=False))
     assert found["worst client"] == 1.1 and found["best round"] == 0.625 and found["mean client"] == 1.0
 
 
 def test_a_client_without_a_value_does_not_count():
-    found = measures(events((0.5, 0.5), (float("nan"), 0.5)))
+    found = measure_run(events((0.5, 0.5), (float("nan"), 0.5)))
     assert found["mean client"] == 0.5 and found["worst client"] == 0.5
 
 
 def test_a_run_that_did_not_finish_has_no_numbers():
-    assert measures([]) == {} and measures(events((0.5, 0.5))) == {}
+    assert measure_run([]) == {} and measure_run(events((0.5, 0.5))) == {}
 
 
 def test_mean_and_deviation_by_hand():
@@ -70,15 +70,15 @@ def test_mean_and_deviation_by_hand():
 
 
 def test_differences_are_paired_by_seed():
-    found = paired({0: 0.5, 1: 0.75, 2: 1.0, 9: 0.0}, {2: 0.75, 1: 0.25, 0: 0.25, 8: 1.0})
+    found = pair_differences({0: 0.5, 1: 0.75, 2: 1.0, 9: 0.0}, {2: 0.75, 1: 0.25, 0: 0.25, 8: 1.0})
     assert found is not None and found.mean == pytest.approx((0.25 + 0.5 + 0.25) / 3) and found.seeds == 3
     assert found.interval == (0.25, 0.5)  # of three values their range
-    assert paired({0: 1.0}, {1: 1.0}) is None
+    assert pair_differences({0: 1.0}, {1: 1.0}) is None
 
 
 def test_no_interval_for_fewer_than_three_seeds():
     assert bootstrap([0.1, 0.2]) is None
-    found = paired({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5})
+    found = pair_differences({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5})
     assert found is not None and found.interval is None and found.mean == 0.5
 
 
@@ -99,33 +99,35 @@ def test_the_interval_agrees_with_scipy(count):
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02 * width)
 
 
-def test_each_place_is_set_against_the_one_that_differs_in_the_baseline_axis_only():
-    told = [
+def test_each_setting_is_set_against_the_one_that_differs_in_the_baseline_axis_only():
+    outcomes = [
         outcome(method, seed, base + seed / 8, base + seed / 8, graph=graph)
         for graph, shift in (("ring", 0.0), ("path", 0.25))
         for method, base in (("a", 0.25 + shift), ("b", 0.375 - shift))
         for seed in (0, 1, 2)
     ]
-    lines = {line.place: line for line in compare(told, {"method": "a"})}
+    lines = {line.setting: line for line in compare(outcomes, {"method": "a"})}
     assert lines["b, ring"].differences["mean client"].mean == pytest.approx(0.125)
     assert lines["b, path"].differences["mean client"].mean == pytest.approx(-0.375)
     assert lines["b, ring"].differences["mean client"].interval == pytest.approx((0.125, 0.125))
     assert not lines["a, ring"].differences and not lines["a, path"].differences
     assert lines["a, ring"].estimates["mean client"].deviation == pytest.approx(0.125)
-    assert not any(line.differences for line in compare(told, {}))
+    assert not any(line.differences for line in compare(outcomes, {}))
 
 
 @pytest.fixture
 def written(tmp_path):
     """A comparison of two methods, one of whose runs diverged; and of a search."""
-    told = [
+    outcomes = [
         outcome(f"a|<i>{'b' * (method == 'b')}", seed, 0.25, 0.5 + seed / 8) for method in "ab" for seed in (0, 1, 2)
     ]
-    told.append(outcome("c", 0, diverged="the loss of client 0 is nan"))
+    outcomes.append(outcome("c", 0, diverged="the loss of client 0 is nan"))
     searched = [outcome("a|<i>", 0, 0.5, 0.5), outcome("c", 0, diverged="nan")]
     baseline = {"method": "a|<i>"}
-    config, places = load_config({}), {each.place for each in told}
-    result = write_results(tmp_path, told, searched, baseline, "base: {}\n", dict.fromkeys(places, config), "adf-lora")
+    config, settings = load_config({}), {each.setting for each in outcomes}
+    result = write_results(
+        tmp_path, outcomes, searched, baseline, "base: {}\n", dict.fromkeys(settings, config), "adf-lora"
+    )
     return tmp_path, result
 
 
@@ -183,20 +185,20 @@ def test_a_grid_without_a_finished_cell_can_be_written(tmp_path):
 
 def on_a_clock(outcome, length):
     """The same cell, its rounds so many virtual seconds long."""
-    told = []
+    outcomes = []
     for event in outcome.events:
         if isinstance(event, RoundDone):
             event = replace(event, virtual_seconds=length * (event.round + 1))
         elif isinstance(event, Evaluated):
             event = replace(event, virtual_seconds=length * event.round)
-        told.append(event)
-    return replace(outcome, events=told)
+        outcomes.append(event)
+    return replace(outcome, events=outcomes)
 
 
 def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     timed = [on_a_clock(outcome(method, 0, 0.5, 0.9), length) for method, length in (("a", 3.0), ("b", 7.0))]
-    assert [measures(each.events)["virtual seconds"] for each in timed] == [6.0, 14.0]
-    assert "virtual seconds" not in measures(outcome("a", 0, 0.5, 0.9).events)
+    assert [measure_run(each.events)["virtual seconds"] for each in timed] == [6.0, 14.0]
+    assert "virtual seconds" not in measure_run(outcome("a", 0, 0.5, 0.9).events)
 
     def titles(outcomes):
         return [picture.title for picture in comparison_figures(outcomes, "method") if "virtual" in picture.title]
@@ -206,25 +208,25 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
 
 
-def by_p(cells, axis):
+def by_p(trials, axis):
     """Title -> legend, of the figures of accuracy by p alone, since drawing takes time; ``cells``: (labels, p)."""
-    told = [replace(outcome("a", seed, 0.5, 0.9), labels=labels, p=p) for labels, p in cells for seed in (0, 1)]
-    return {picture.title: [key.label for key in picture.legend] for picture in _by_p("by p", told, axis)}
+    outcomes = [replace(outcome("a", seed, 0.5, 0.9), labels=labels, p=p) for labels, p in trials for seed in (0, 1)]
+    return {picture.title: [key.label for key in picture.legend] for picture in _by_p("by p", outcomes, axis)}
 
 
 def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_each_label():
-    cells = [
+    trials = [
         ({"method": method, "graph": graph, "task": task}, p)
         for method in ("a", "b")
         for graph, p in (("p=0.1", 0.1), ("p=0.5", 0.5), ("ring", None))
         for task in ("one", "other")
     ]
-    assert by_p(cells, "method") == {"by p, task one": ["a", "b"], "by p, task other": ["a", "b"]}
+    assert by_p(trials, "method") == {"by p, task one": ["a", "b"], "by p, task other": ["a", "b"]}
     whole = {"by p": ["a, one", "a, other", "b, one", "b, other"]}
-    assert by_p(cells, None) == by_p(cells, "graph") == whole
-    assert by_p([cell for cell in cells if cell[0]["graph"] != "p=0.5"], "method") == {}
-    told = [replace(outcome("a", 0, 0.5, 0.9), labels={"graph": str(p)}, p=p) for p in (0.1, 0.5)]
-    assert comparison_figures(told, None)[0].title == "accuracy of the mean client by p, last evaluation"
+    assert by_p(trials, None) == by_p(trials, "graph") == whole
+    assert by_p([trial for trial in trials if trial[0]["graph"] != "p=0.5"], "method") == {}
+    outcomes = [replace(outcome("a", 0, 0.5, 0.9), labels={"graph": str(p)}, p=p) for p in (0.1, 0.5)]
+    assert comparison_figures(outcomes, None)[0].title == "accuracy of the mean client by p, last evaluation"
     tied = [({"method": "a", "graph": "sparse"}, 0.1), ({"method": "b", "graph": "dense"}, 0.5)]
     assert by_p(tied, None) == {}  # no line has two values: p and the method go together
 
@@ -236,8 +238,8 @@ def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp
         "fedrot-lora"
     }
     assert {"decaf", "flexlora", "fedhl"} < expected and kept < set(REGISTRY)
-    told = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
-    write_results(tmp_path, told, [], {"method": "dec-lora"}, "", {}, None)
+    outcomes = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
+    write_results(tmp_path, outcomes, [], {"method": "dec-lora"}, "", {}, None)
     lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
     noted = {(line["method"], line["measure"]) for line in lines if "coordinates" in line["note"]}
     assert noted == {(name, "averaged model") for name in expected}
@@ -247,5 +249,5 @@ def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp
     assert (tmp_path / "table.md").read_text().count("† The mean of factors") == 1
     page = (tmp_path / "report.html").read_text()
     assert page.count("0.750 †") == len(expected) and page.count("[no interval] †") == len(expected)
-    write_results(tmp_path, told[:1], [], {}, "", {}, None)
+    write_results(tmp_path, outcomes[:1], [], {}, "", {}, None)
     assert "†" not in (tmp_path / "table.md").read_text() + (tmp_path / "report.html").read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from peerlora.algorithms import build_algorithm
+from peerlora.config.loading import parse_spec
 from peerlora.exchange.mailbox import Mailboxes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
@@ -19,7 +20,6 @@ from peerlora.network.protocol.send_queue import SendQueue
 from peerlora.network.protocol.wire import Expected, Header, encode_body, encode_header, with_checksum
 from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.network.transport.virtual_loop import virtual_run
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))

@@ -9,7 +9,7 @@ from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import figures
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
 from peerlora.runs.metrics import summarise
-from peerlora.runs.report import number, size, write_report
+from peerlora.runs.report import write_report
 from peerlora.runs.store import RunStore
 
 pytestmark = pytest.mark.usefixtures("drawn")  # reports are the subject
@@ -138,28 +138,6 @@ def test_rare_labels_are_put_together():
     counts = [[label + 1 for label in range(14)]] * 2
     legend = figures.labels_figure("a", "t", [f"l{label}" for label in range(14)], counts).legend
     assert [key.label for key in legend] == [f"l{label}" for label in range(4, 14)] + ["4 other labels"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "–"),
-        (float("nan"), "–"),
-        (0.123456, "0.1235"),
-        (1234567, "1,234,567"),
-        (1234.5, "1,234"),
-        (1e-9, "1e-09"),
-    ],
-)
-def test_numbers_for_people(value, text):
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (49_380, "49.38 kB"), (2.5e9, "2.5 GB")]
-)
-def test_bytes_for_people(count, text):
-    assert size(count) == text
 
 
 def test_a_comparison_shows_every_run_and_links_to_its_report(tmp_path, run):

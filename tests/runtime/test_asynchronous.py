@@ -11,6 +11,7 @@ from toys import Quadratic, adapters, rounds_for, run, targets
 
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
+from peerlora.config.loading import parse_spec
 from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
@@ -19,7 +20,6 @@ from peerlora.runs.metrics import of
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.tree import leaves
 
@@ -260,7 +260,7 @@ def test_a_run_that_everybody_has_left_says_so():
 def test_the_same_seed_gives_the_same_run_to_the_bit(method):
     once, again = (run(build_algorithm(method, {}), Quadratic(targets(4), noise=1.0), 6, **UNEVEN) for _ in range(2))
     assert same_states(once[1][-1], again[1][-1])
-    assert once[0].queue.listed() == again[0].queue.listed()
+    assert once[0].queue.to_list() == again[0].queue.to_list()
     assert [told.bytes_sent for told in once[2]] == [told.bytes_sent for told in again[2]]
 
 

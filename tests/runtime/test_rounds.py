@@ -7,13 +7,13 @@ from toys import Quadratic, adapters, run, targets
 
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
+from peerlora.config.loading import parse_spec
 from peerlora.errors import CompositionError, Stopped
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.metrics import evaluated_within, of
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.topology.weights import remove_links
 from peerlora.tree import held

@@ -129,7 +129,7 @@ def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, 
     queue = EventQueue()
     for event in shuffled:
         queue.add(*event)
-    assert queue.listed() == sorted(events)
+    assert queue.to_list() == sorted(events)
     taken = [queue.next() for _ in events]
     assert taken == sorted(events) and queue.moment is None
     for one, other in itertools.pairwise(taken):

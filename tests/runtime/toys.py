@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
+from peerlora.config.loading import parse_spec
 from peerlora.config.sections import ClockConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.runtime.virtual_clock import VirtualClock
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.train.base import LocalPlan, TrainStats
 from peerlora.train.local_rules import LocalStep

@@ -3,8 +3,9 @@ import math
 
 import pytest
 
+from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError
-from peerlora.topology.describe import describe, parse_spec, rounds_to_halve
+from peerlora.topology.describe import describe, rounds_to_halve
 from peerlora.topology.schedule import build_topology
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from peerlora.config.loading import parse_spec
 from peerlora.errors import TopologyError
-from peerlora.topology.describe import parse_spec
 from peerlora.topology.equitopo import equidyn, shift_basis
 from peerlora.topology.schedule import build_topology
 from peerlora.topology.weights import rho

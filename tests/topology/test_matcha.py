@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.topology.describe import parse_spec
+from peerlora.config.loading import parse_spec
 from peerlora.topology.graphs import complete, pair_draw, path, ring, star
 from peerlora.topology.matcha import best_weight, contraction, matcha, matchings, mean_square, probabilities
 from peerlora.topology.schedule import build_topology

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.topology.describe import parse_spec
+from peerlora.config.loading import parse_spec
 from peerlora.topology.schedule import build_topology
 from peerlora.topology.weights import long_run_rho, rho, static_rho, weights
 

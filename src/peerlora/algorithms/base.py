@@ -101,7 +101,7 @@ class Algorithm(Method, Protocol[State]):
     >>> from peerlora.algorithms.gossip import FactorGossip
     >>> from peerlora.exchange.stacked import StackedExchange
     >>> from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-    >>> from peerlora.topology.describe import parse_spec
+    >>> from peerlora.config.loading import parse_spec
     >>> from peerlora.topology.schedule import build_topology
 
     >>> @dataclass(frozen=True)

@@ -54,12 +54,12 @@ def command(
     with stop_on_interrupt() as stop:
         from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 
-        hooks = Callbacks(GridProgress(), stop)
+        callbacks = Callbacks(GridProgress(), stop)
         if resume is not None:
-            result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), hooks)
+            result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), callbacks)
         else:
             assert expected is not None
-            result = start_grid(expected, out, hooks)
+            result = start_grid(expected, out, callbacks)
     _print(result)
     if json:
         print_json(result.as_json())
@@ -94,54 +94,54 @@ def _changed(stored: GridConfig, words: Sequence[str]) -> GridConfig:
 
 
 class GridProgress:
-    """One line per cell; on a terminal the line of the current cell follows its rounds."""
+    """Prints one line per trial; on a terminal the line of the current one follows its rounds."""
 
     def __init__(self):
         from rich.console import Console
 
         self.console = Console(stderr=True)
-        self.began: tuple[float, int] | None = None  # time, and work that was done before
-        self.told: set[str] = set()
+        self.began: tuple[float, int] | None = None  # time, and the work finished before
+        self.warned: set[str] = set()
 
     @contextmanager
-    def __call__(self, standing: GridStatus) -> Iterator[Callable[[Event], None]]:
-        """Around one cell."""
+    def __call__(self, status: GridStatus) -> Iterator[Callable[[Event], None]]:
+        """Report one trial."""
         from rich.live import Live
 
-        self.began = self.began or (time.monotonic(), standing.done)
-        head = f"cell {standing.number} of {standing.cells}: {standing.cell}"
+        self.began = self.began or (time.monotonic(), status.done)
+        head = f"cell {status.number} of {status.trials}: {status.trial}"
         live = Live(console=self.console, transient=True) if self.console.is_terminal else None
         if live is None:
-            self._tell(head + self._left(standing, 0))
+            self._print_line(head + self._format_left(status, 0))
         with live or nullcontext():
-            yield lambda event: self._show(event, standing, head, live)
+            yield lambda event: self._show(event, status, head, live)
         if live is not None:
-            self._tell(head)
+            self._print_line(head)
 
-    def _show(self, event: Event, standing: GridStatus, head: str, live: Live | None) -> None:
+    def _show(self, event: Event, status: GridStatus, head: str, live: Live | None) -> None:
         from rich.text import Text
 
         from peerlora.runs.events import Resumed, RoundDone, Warned
 
-        if isinstance(event, Warned) and event.message not in self.told:  # many cells have the same shards
-            self.told.add(event.message)
-            self._tell(f"warning: {event.message}")
+        if isinstance(event, Warned) and event.message not in self.warned:  # many trials have the same shards
+            self.warned.add(event.message)
+            self._print_line(f"warning: {event.message}")
         elif isinstance(event, Resumed):
-            self._tell(f"going on after round {event.round}")
+            self._print_line(f"going on after round {event.round}")
         elif isinstance(event, RoundDone) and live is not None:
             done = event.round + 1
-            left = self._left(standing, standing.own * done // standing.rounds)
-            live.update(Text(f"{head}, round {done} of {standing.rounds}{left}"))
+            left = self._format_left(status, status.own * done // status.rounds)
+            live.update(Text(f"{head}, round {done} of {status.rounds}{left}"))
 
-    def _left(self, standing: GridStatus, own: int) -> str:
-        """Time left by the pace of this process; ``own``: work done in the current cell."""
-        now, (began, before) = standing.done + own, self.began or (0.0, 0)
+    def _format_left(self, status: GridStatus, own: int) -> str:
+        """Format the time left at the speed of this process; ``own``: work done in the current trial."""
+        now, (began, before) = status.done + own, self.began or (0.0, 0)
         if now <= before:
             return ""
-        left = (time.monotonic() - began) / (now - before) * (standing.total - now)
+        left = (time.monotonic() - began) / (now - before) * (status.total - now)
         return f" (about {left / 60:.0f} min left)" if left >= 90 else f" (about {left:.0f} s left)"
 
-    def _tell(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.display import format_fixed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,10 +48,10 @@ def command(
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
-    with Watch() as watch, stop_on_interrupt(*signals) as stopping:
+    with LaunchProgress() as progress, stop_on_interrupt(*signals) as stopping:
         from peerlora.runtime.launch.processes import launch
 
-        summary = launch(chosen, out, faults, listener=watch, stop=stopping)
+        summary = launch(chosen, out, faults, listener=progress, stop=stopping)
     print_launch(summary)
     if json:
         print_json(summary)
@@ -58,8 +59,8 @@ def command(
         raise typer.Exit(1)
 
 
-class Watch:
-    """One live table on a terminal, lines of news elsewhere; a context manager."""
+class LaunchProgress:
+    """Shows a live table on a terminal, and prints the notices of peers; a context manager."""
 
     def __init__(self):
         from rich.console import Console
@@ -67,9 +68,9 @@ class Watch:
 
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
-        self.told: dict[int, tuple[str, int]] = {}
+        self.printed: dict[int, tuple[str, int]] = {}
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LaunchProgress:
         if self.live:
             self.live.start()
         return self
@@ -79,26 +80,26 @@ class Watch:
             self.live.stop()
 
     def __call__(self, peers: Sequence[PeerProcess]) -> None:
-        """Show how the peers stand."""
+        """Show the state of the peers."""
         for peer in peers:
-            state, count = self.told.get(peer.client, ("", 0))
+            state, count = self.printed.get(peer.client, ("", 0))
             lines = [peer.state] if peer.state != state else []
-            for line in lines + peer.news[count:]:
+            for line in lines + peer.notices[count:]:
                 self.console.print(f"peer {peer.client}: {line}", highlight=False, markup=False, soft_wrap=True)
-            self.told[peer.client] = peer.state, len(peer.news)
+            self.printed[peer.client] = peer.state, len(peer.notices)
         if self.live:
-            self.live.update(table(peers))
+            self.live.update(tabulate(peers))
 
 
-def table(peers: Sequence[PeerProcess]) -> Table:
-    """How the peers stand."""
+def tabulate(peers: Sequence[PeerProcess]) -> Table:
+    """Tabulate the state of the peers."""
     from rich.table import Table
 
-    made = Table("peer", "state", "round", "loss", "metric", "missed links", "starts")
+    table = Table("peer", "state", "round", "loss", "metric", "missed links", "starts")
     for peer in peers:
-        numbers = (str(peer.round), _number(peer.loss), _number(peer.metric), str(peer.missed), str(peer.starts))
-        made.add_row(str(peer.client), peer.state, *numbers)
-    return made
+        scores = format_fixed(peer.loss), format_fixed(peer.metric)
+        table.add_row(str(peer.client), peer.state, str(peer.round), *scores, str(peer.missed), str(peer.starts))
+    return table
 
 
 def print_launch(summary: dict[str, Any]) -> None:
@@ -106,15 +107,13 @@ def print_launch(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    made = Table("peer", "ended", "rounds", "metric", "missed links", "rounds left out", "starts", title_justify="left")
+    table = Table(
+        "peer", "ended", "rounds", "metric", "missed links", "rounds left out", "starts", title_justify="left"
+    )
     for peer in summary["peers"]:
         keys = ("client", "ended", "rounds", "metric", "missed", "skipped", "starts")
-        made.add_row(*(_number(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
+        table.add_row(*(format_fixed(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
     console = Console(width=110)
-    console.print(made)
-    reached = ", ".join(f"{name} {_number(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
+    console.print(table)
+    reached = ", ".join(f"{name} {format_fixed(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
     console.print(f"{summary['method']}: {reached}; {summary['run']}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""``peerlora members``: the signed list of who takes part."""
+"""``peerlora members``: the signed list of participants."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ def new(
     if file.exists():
         raise IdentityError(f"{file} exists already; change it with `members add` and `members remove`")
     write_list(file, SignedList(new_list(name)))
-    _told(new_list(name), file, json)
+    _print(new_list(name), file, json)
 
 
 @app.command()
@@ -101,7 +101,7 @@ def _edit(file: Path, change: "Callable[[MemberList], MemberList]", json: bool) 
 
     changed = change(read_list(file).list)
     write_list(file, SignedList(changed))
-    _told(changed, file, json)
+    _print(changed, file, json)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def sign(
 
     signed = sign_list(read_list(file).list, list_signer(authority), timedelta(days=days))
     write_list(file, signed)
-    _told(signed.list, file, json)
+    _print(signed.list, file, json)
 
 
 @app.command()
@@ -135,7 +135,7 @@ def verify(
     members = load_members(file, signers)
     if not json:
         print(f"{file} is signed and in force")
-    _told(members, file, json)
+    _print(members, file, json)
 
 
 @app.command()
@@ -150,10 +150,10 @@ def show(file: File, json: AsJson = False) -> None:
             print(f"{member.client:4}  {member.site:24} {member.address or 'dials only':32} {member.fingerprint}")
         if signed.list.edges is not None:
             print("edges: " + (", ".join(f"{one}-{other}" for one, other in signed.list.edges) or "none"))
-    _told(signed.list, file, json)
+    _print(signed.list, file, json)
 
 
-def _told(members: "MemberList", file: Path, json: bool) -> None:
+def _print(members: "MemberList", file: Path, json: bool) -> None:
     """Say which list this is."""
     if json:
         import msgspec

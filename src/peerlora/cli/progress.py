@@ -1,4 +1,4 @@
-"""What people see while a run works: one live table on a terminal, plain lines elsewhere; and the tables at the end."""
+"""Progress of a run, as one live table on a terminal and plain lines elsewhere, and the tables at its end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from peerlora.display import format_bytes, format_fixed
 from peerlora.runs.events import (
     CaughtUp,
     Evaluated,
@@ -52,7 +53,7 @@ def stop_on_interrupt(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
 
 
 class Progress:
-    """Listens to a run's events; a context manager that owns the live table."""
+    """Shows a run's events; a context manager that owns the live table."""
 
     def __init__(self, title: str = ""):
         self.title = title
@@ -62,7 +63,7 @@ class Progress:
         self.evaluated: Evaluated | None = None
         self.bytes_sent = 0
         self.first_round: int | None = None
-        self.began = self.told = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -90,8 +91,8 @@ class Progress:
         elif isinstance(event, Joined):
             self._line(f"beginning with {', '.join(map(self._name, event.reached)) or 'nobody'}")
         elif isinstance(event, NeighbourChanged):
-            told = f"{self._name(event.client)}: {event.kind}" + (f" ({event.detail})" if event.detail else "")
-            self.console.print(told, highlight=False, markup=False, soft_wrap=True)
+            text = f"{self._name(event.client)}: {event.kind}" + (f" ({event.detail})" if event.detail else "")
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif isinstance(event, CaughtUp):
             how = f" with the state of {self._name(event.client)}" if event.pulled else ""
             self.console.print(f"fell behind; going on from round {event.round} to {event.to}{how}", highlight=False)
@@ -108,8 +109,8 @@ class Progress:
     def _round(self, event: RoundDone) -> None:
         if self.live:
             self.live.update(self._table(event))
-        elif time.monotonic() - self.told > 2:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.printed > 2:
+            self.printed = time.monotonic()
             self._line("  " + ", ".join(f"{name} {value}" for name, value in self._facts(event).items()))
 
     def _facts(self, event: RoundDone) -> dict[str, str]:
@@ -117,13 +118,13 @@ class Progress:
         done = event.round + 1 - (self.first_round or 0)
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
-            "loss": f"{mean(_told(event.loss)):.3f}",
+            "loss": f"{mean(_without_nan(event.loss)):.3f}",
             "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
-            "sent": megabytes(self.bytes_sent),
+            "sent": format_bytes(self.bytes_sent, fixed=True),
         }
         if self.evaluated:
-            own = _told(self.evaluated.own)
+            own = _without_nan(self.evaluated.own)
             facts["mean client"] = f"{mean(own):.3f}"
             facts["worst"] = f"{min(own):.3f}"
         if event.virtual_seconds == event.virtual_seconds:
@@ -144,18 +145,13 @@ class Progress:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _told(values: Sequence[float]) -> list[float]:
-    """Those of clients that have a value: attackers have none."""
+def _without_nan(values: Sequence[float]) -> list[float]:
+    """The values of clients that have one: attackers have none."""
     return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
-def megabytes(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
 def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """One line per run: what it reached, what it cost, where it lies."""
+    """Print one line per run: its results, its cost and its folder."""
     metric = rows[0][1]["metric"]
     table = Table(title=f"{metric} of each client's own model, and of the averaged model", title_justify="left")
     timed = any(summary.get("virtual_seconds") is not None for _, summary in rows)
@@ -166,13 +162,13 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
         worst = reached["own_max"] if metric == "loss" else reached["own_min"]
         table.add_row(
             name,
-            _number(reached["own_mean"]),
-            _number(worst),
-            _number(reached["averaged"]),
-            _number(summary["consensus"]["product"], ".2e"),
-            megabytes(summary["bytes_sent"]),
-            _number(summary["seconds"]["total"], ".1f"),
-            *([_number(summary["virtual_seconds"], ".1f")] if timed else []),
+            format_fixed(reached["own_mean"]),
+            format_fixed(worst),
+            format_fixed(reached["averaged"]),
+            format_fixed(summary["consensus"]["product"], ".2e"),
+            format_bytes(summary["bytes_sent"], fixed=True),
+            format_fixed(summary["seconds"]["total"], ".1f"),
+            *([format_fixed(summary["virtual_seconds"], ".1f")] if timed else []),
         )
     console = Console(width=None if sys.stdout.isatty() else 110)  # a file has no width to keep to
     console.print(table)
@@ -191,12 +187,8 @@ def _contacts(last: list[int | None]) -> str:
     return "last contact of client 0, 1, ... in round " + ", ".join("never" if t is None else str(t) for t in last)
 
 
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)
-
-
 def print_demo(report: DemoReport) -> None:
-    """The demo's rows and what they do and do not show."""
+    """Print the demo's rows and findings."""
     print_summary([(row.name, row.summary) for row in report.rows])
     console = Console()
     for line in report.findings:

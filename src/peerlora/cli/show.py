@@ -16,8 +16,8 @@ def command(
 ) -> None:
     """Show how a run stands: its progress, its results, its files."""
     if _holds_run(run) or not _runs_in(run):
-        told = _describe(run)
-        print_json(told) if json else _print([told], [""])
+        summary = _describe(run)
+        print_json(summary) if json else _print([summary], [""])
         return
     several = [_describe(each) for each in _runs_in(run)]
     if json:
@@ -56,18 +56,18 @@ def _describe(run: Path) -> dict[str, Any]:
     }
 
 
-def _print(told: list[dict[str, Any]], names: list[str]) -> None:
+def _print(summaries: list[dict[str, Any]], names: list[str]) -> None:
     from peerlora.cli.progress import print_summary
-    from peerlora.runs.report import speed_paths
+    from peerlora.runs.report import describe_speed_paths
 
-    begun = [(name or each["method"], each) for name, each in zip(names, told, strict=True) if each["method"]]
+    begun = [(name or each["method"], each) for name, each in zip(names, summaries, strict=True) if each["method"]]
     if begun:
         print_summary(begun)
-    for each in told:
+    for each in summaries:
         state = "finished" if each["finished"] else "not finished"
         print(f"{each['run']}: {state}, {each['rounds']} of {each['rounds_planned']} rounds")
         print(f"  holds {', '.join(each['files'])}")
-        for path in speed_paths(each["paths"]):
+        for path in describe_speed_paths(each["paths"]):
             print(f"  {path}")
         if each["resume"]:
             print(f"  go on with: {each['resume']}")

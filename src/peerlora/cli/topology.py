@@ -18,7 +18,8 @@ def command(
     json: AsJson = False,
 ) -> None:
     """Describe a topology: degree, connectivity, stochasticity, spectral gap, bytes per round."""
-    from peerlora.topology.describe import describe, parse_spec
+    from peerlora.config.loading import parse_spec
+    from peerlora.topology.describe import describe
     from peerlora.topology.schedule import build_topology
 
     topology = build_topology(parse_spec(spec), clients, seed)

@@ -1,5 +1,6 @@
 """How a YAML file, a mapping or words of the command line become a checked config."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -25,9 +26,9 @@ def load_config(
     Without ``train_defaults`` the method is not imported, and its own defaults of ``train`` are left out.
     Raises ConfigError with what was given, what was expected and the nearest valid key.
     """
-    tree = _read(source)
+    tree = read_tree(source)
     for word in overrides:
-        _override(tree, word)
+        override(tree, word)
     return parse(RunConfig, tree, {"train_defaults": train_defaults})
 
 
@@ -45,7 +46,22 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-def _read(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
+def parse_spec(words: str | Sequence[str]) -> TopologyConfig | Any:
+    """Read a topology written as a kind and its settings: ``random p=0.1``, in one string or in several.
+
+    Raises ConfigError with the nearest valid word.
+    """
+    text = (words if isinstance(words, str) else " ".join(words)).strip()
+    # Only a blank before `key=` separates, so that `edges=[[0, 1], [1, 2]]` may hold blanks.
+    kind, *settings = re.split(r"\s+(?=\w+=)", text)
+    if not kind or "=" in kind:
+        raise ConfigError(f"topology {text!r} names no kind; start with one, e.g. 'ring' or 'random p=0.1'")
+    overrides = [f"topology.{setting}" for setting in settings]
+    return load_config({"topology": kind}, overrides, train_defaults=False).topology
+
+
+def read_tree(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
+    """Read a YAML file, or copy a mapping, into a tree that may be changed; empty for None."""
     if source is None:
         return {}
     if isinstance(source, dict):
@@ -68,7 +84,8 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _override(tree: dict[str, Any], word: str) -> None:
+def override(tree: dict[str, Any], word: str) -> None:
+    """Apply one ``key=value`` word to ``tree``; raises ConfigError where it is none."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override; expected key=value, e.g. train.rounds=50")
@@ -77,7 +94,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{word!r}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
-        value = _number(value)
+        value = _parse_number(value)
     *parents, last = key.split(".")
     for name in parents:
         below = tree.get(name)
@@ -91,7 +108,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     tree[last] = value
 
 
-def _number(text: str) -> Any:
+def _parse_number(text: str) -> Any:
     """YAML 1.1 reads 1e-3 as a string; people mean a number."""
     try:
         return float(text)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from peerlora.config.run import RunConfig
 from peerlora.config.template import template_lines
 from peerlora.data.files import class_names, read_table
 from peerlora.errors import ConfigError, DataError
+from peerlora.files import write_atomically
 
 LABELS = (
     "label",
@@ -120,11 +120,9 @@ def template_config(train: str, guess: Guess) -> RunConfig:
 
 
 def _write(to: Path, text: str) -> None:
-    temporary = to.with_name(to.name + ".tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, to)
+        write_atomically(to, text)
     except OSError as error:
         raise ConfigError(f"--to {to} cannot be written ({error.strerror}); give another --to") from None
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peerlora.files import settle
+
 _FORMAT = 1  # of the cached files; raise it whenever the same texts would give other tokens
 _CHUNK = 2000  # rows at a time: enough for the tokenizer's threads, little enough to keep its Python lists small
 
@@ -119,7 +121,7 @@ def _save(tokens: Tokens, file: Path) -> None:
     try:
         with os.fdopen(handle, "wb") as part:
             part.write(save(arrays))
-        os.replace(name, file)
+        settle(Path(name), file)
     except OSError:
         Path(name).unlink(missing_ok=True)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.runs.events import Event
+from peerlora.runs.store import new_folder
 
 DEMO: dict[str, Any] = {
     "data": {"max_length": 32, "train_per_class": 250, "eval_per_class": 20},
@@ -55,7 +55,7 @@ def demo_config(overrides: Sequence[str]) -> RunConfig:
     return load_config(DEMO, overrides)
 
 
-def pooled(config: RunConfig) -> RunConfig:
+def pool_clients(config: RunConfig) -> RunConfig:
     """The same samples with all data in one place: one client whose steps take everybody's batch."""
     tree = config.model_dump(mode="json")
     ranks = set(config.ranks)
@@ -88,20 +88,18 @@ def run_demo(
     from peerlora.runtime.resources import load_resources
     from peerlora.runtime.simulate import simulate
 
-    folder = Path(out) if out is not None else Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out is not None else new_folder("demo")
     require_free(folder)
     resources = load_resources(config)
     rows, shown = [], []
     for name in ROWS:
         with listener(name) as listen:
-            place = folder / name.lower().replace(" ", "-")
-            result = simulate(
-                row_config(config, name, overrides), place, resources=resources, sinks=[listen], stop=stop
-            )
+            run = folder / name.lower().replace(" ", "-")
+            result = simulate(row_config(config, name, overrides), run, resources=resources, sinks=[listen], stop=stop)
         rows.append(Row(name, _note(name), result.summary))
-        shown.append(ComparisonRow(name, _note(name), read_events(place), result.summary))
+        shown.append(ComparisonRow(name, _note(name), read_events(run), result.summary))
         if name == "alone":
-            rows.append(Row("averaged once", _note("averaged once"), averaged_once(result.summary, result.adapters)))
+            rows.append(Row("averaged once", _note("averaged once"), average_once(result.summary, result.adapters)))
             shown.append(ComparisonRow("averaged once", _note("averaged once"), None, rows[-1].summary))
     return DemoReport(rows, findings(rows), write_comparison(folder, shown, findings(rows)))
 
@@ -119,11 +117,11 @@ def row_config(config: RunConfig, name: str, overrides: Sequence[str]) -> RunCon
     settings.pop("name", None)
     tree["algorithm"] = {"name": method, **(settings if method == config.algorithm.name else {})}
     changed = load_config(tree)
-    return pooled(changed) if name == "all data in one place" else changed
+    return pool_clients(changed) if name == "all data in one place" else changed
 
 
-def averaged_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
-    """The row for clients that train alone and exchange everything with everybody once, at the end."""
+def average_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
+    """Make the row of clients that train alone and average all adapters once, at the end."""
     from peerlora.exchange.schema import encoded_bytes
 
     clients, reached = alone["clients"], alone["accuracy"]["averaged"]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import of, started
-from peerlora.runs.report import curves_of, graph, holdings, number, picture_html, size, write_page
+from peerlora.runs.report import graph_picture, labels_picture, metric_curves, picture_html, write_page
 
 HEAD = (
     "run",
@@ -32,11 +33,11 @@ class ComparisonRow:
 
     name: str
     note: str
-    """What sets it apart, in a few words."""
+    """How it differs from the others, in a few words."""
     events: list[Event] | None
     """None: the run is in the table only."""
     summary: Mapping[str, Any]
-    """As ``table.summarise`` gives it; ``run`` is its folder, absolute or relative to the comparison's."""
+    """As ``metrics.summarise`` returns it; ``run`` is its folder, absolute or relative to the comparison's."""
 
 
 def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings: Sequence[str] = ()) -> Path:
@@ -60,7 +61,7 @@ def _lead(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
 
 
 def _table(folder: Path, rows: Sequence[ComparisonRow]) -> str:
-    head = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(HEAD))
+    head = "".join(f"<th{' class=number' if column else ''}>{escape(word)}</th>" for column, word in enumerate(HEAD))
     lines = []
     for row in rows:
         cells = "".join(f"<td class=number>{escape(cell)}</td>" for cell in _cells(row.summary))
@@ -82,18 +83,18 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
     scores, distance = summary.get("accuracy") or {}, summary.get("consensus") or {}
     sent = summary.get("bytes_sent")
     return [
-        *(number(scores.get(key)) for key in ("own_mean", "own_min", "own_max", "averaged")),
-        *(number(distance.get(key)) for key in ("product", "cross_term")),
-        "–" if sent is None else size(sent),
-        number((summary.get("seconds") or {}).get("total")),
-        number(summary.get("rounds")),
+        *(format_number(scores.get(key)) for key in ("own_mean", "own_min", "own_max", "averaged")),
+        *(format_number(distance.get(key)) for key in ("product", "cross_term")),
+        "–" if sent is None else format_bytes(sent),
+        format_number((summary.get("seconds") or {}).get("total")),
+        format_number(summary.get("rounds")),
     ]
 
 
 def _pictured(rows: Sequence[ComparisonRow]) -> ComparisonRow | None:
     """The run whose data and graph are drawn: the one with the most contacts, the first of those."""
-    told = [row for row in rows if row.events and started(row.events)]
-    return max(told, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
+    drawable = [row for row in rows if row.events and started(row.events)]
+    return max(drawable, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
 
 
 def _unlike(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
@@ -112,7 +113,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     from peerlora.runs import figures
 
     named = _unique_names(rows)
-    curves = {name: found for name, events in named.items() if (found := curves_of(events))}
+    curves = {name: found for name, events in named.items() if (found := metric_curves(events))}
     trained = {name: events for name, events in named.items() if of(events, RoundDone)}
     distances = {name: _by_round(events, "consensus_product") for name, events in trained.items()}
     sent = {name: _by_round(events, "bytes_sent") for name, events in trained.items()}
@@ -121,7 +122,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     if curves:
         title = f"{metric} of the clients' own models"
         pictures.append(figures.runs_figure("metric", title, curves))
-        timed = {name: found for name, events in named.items() if (found := curves_of(events, "virtual_seconds"))}
+        timed = {name: found for name, events in named.items() if (found := metric_curves(events, "virtual_seconds"))}
         if timed:
             by_time = f"{title}, by virtual seconds"
             pictures.append(figures.runs_figure("metric-time", by_time, timed, "virtual seconds"))
@@ -133,7 +134,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
         ]
     shown = _pictured(rows)
     if shown and shown.events and (start := started(shown.events)):
-        pictures += [holdings(start), graph(start, shown.events)]
+        pictures += [labels_picture(start), graph_picture(start, shown.events)]
     return [picture for picture in pictures if picture]
 
 
@@ -145,7 +146,7 @@ def _by_round(events: Sequence[Event], name: str) -> tuple[list[int], list[float
 def _unique_names(rows: Sequence[ComparisonRow]) -> dict[str, list[Event]]:
     """Row name -> events, of the rows that have any; a name that comes twice gets its row number."""
     named: dict[str, list[Event]] = {}
-    for place, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=1):
         if row.events:
-            named[f"{row.name} (row {place})" if row.name in named else row.name] = row.events
+            named[f"{row.name} (row {number})" if row.name in named else row.name] = row.events
     return named

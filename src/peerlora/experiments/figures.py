@@ -1,4 +1,4 @@
-"""The figures of a comparison: one line per place, mean over seeds, with a band from the lowest to the highest seed."""
+"""Figures of a comparison: one line per setting, mean over seeds, with a band from the lowest to the highest seed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
-from peerlora.experiments.statistics import Outcome, measures
+from peerlora.display import byte_unit
+from peerlora.experiments.statistics import Outcome, measure_run
 from peerlora.runs import figures
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
 from peerlora.runs.metrics import evaluations, of, started
 
-Line = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
+Curve = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
 
 
 def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
     """All figures for which there is anything to draw; ``axis`` is what the lines of one figure differ in."""
-    told = [each for each in outcomes if each.events]
-    if not told:
+    finished = [each for each in outcomes if each.events]
+    if not finished:
         return []
-    start = started(told[0].events)
+    start = started(finished[0].events)
     metric = start.metric if start else "metric"
     pictures = []
-    for number, (rest, panel) in enumerate(_panels(told, axis).items()):
+    for number, (rest, panel) in enumerate(_panels(finished, axis).items()):
         where = f", {rest}" if rest else ""
         title = f"{metric} of the mean client"
         pictures += [
@@ -35,7 +36,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
-    by_p = _by_p(f"{metric} of the mean client by p, last evaluation", told, axis)
+    by_p = _by_p(f"{metric} of the mean client by p, last evaluation", finished, axis)
     return [picture for picture in [*by_p, *pictures] if picture]
 
 
@@ -44,7 +45,7 @@ def _panels(outcomes: Sequence[Outcome], axis: str | None) -> dict[str, dict[str
     panels: dict[str, dict[str, list[Outcome]]] = {}
     for each in outcomes:
         rest = ", ".join(f"{name} {label}" for name, label in each.labels.items() if axis and name != axis)
-        line = each.labels[axis] if axis else each.place
+        line = each.labels[axis] if axis else each.setting
         panels.setdefault(rest, {}).setdefault(line, []).append(each)
     return panels
 
@@ -54,8 +55,8 @@ def _accuracy(events: Sequence[Event]) -> tuple[list[float], list[float]]:
     return [score.round for score in scores], [float(np.nanmean(score.own)) for score in scores]
 
 
-def _curves(panel: Mapping[str, Sequence[Outcome]], of_run: Any) -> dict[str, Line]:
-    """Seeds of one place evaluate in the same rounds, so they stack."""
+def _curves(panel: Mapping[str, Sequence[Outcome]], of_run: Any) -> dict[str, Curve]:
+    """Seeds of one setting evaluate in the same rounds, so they stack."""
     found = {}
     for label, runs in panel.items():
         each = [of_run(run.events) for run in runs]
@@ -75,13 +76,13 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
     top = max(float(each.max()) for each in x.values())
     if top == 0:
         return None
-    factor, unit = figures.byte_unit(top)
+    factor, unit = byte_unit(top)
     lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
     return _lines(name, title, lines, f"{unit} sent, all clients")
 
 
 def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
-    """Of the places with a clock; x is the mean over seeds, whose clients may differ in speed."""
+    """Of the settings with a clock; x is the mean over seeds, whose clients may differ in speed."""
 
     def passed(events: Sequence[Event]) -> tuple[list[float], list[float]]:
         return [], [score.virtual_seconds for score in evaluations(events)]
@@ -107,7 +108,7 @@ def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Pic
     lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for each in outcomes:
-        reached = measures(each.events).get("mean client")
+        reached = measure_run(each.events).get("mean client")
         if each.p is None or reached is None:
             continue
         rest = ", ".join(f"{name} {own}" for name, own in each.labels.items() if name not in {of_p, *lines_of})
@@ -133,9 +134,9 @@ def _axis_of_p(outcomes: Sequence[Outcome]) -> str | None:
 
 
 def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Picture:
-    with figures._drawing(name, title) as (figure, out):
-        axes = figures._axes(figure, xlabel="p: the probability that two clients meet in a round (log scale)")
-        for line, colour in zip(lines.values(), figures._colours(len(lines)), strict=True):
+    with figures.svg_figure(name, title) as (figure, out):
+        axes = figures.add_axes(figure, xlabel="p: the probability that two clients meet in a round (log scale)")
+        for line, colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
             x = sorted(line)
             axes.plot(x, [np.mean(line[p]) for p in x], "o-", color=colour, markersize=4, linewidth=1.8)
             for p in x:
@@ -148,15 +149,15 @@ def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence
     return Picture(title, out.getvalue(), _legend(lines), note)
 
 
-def _lines(name: str, title: str, lines: Mapping[str, Line], xlabel: str) -> Picture:
-    with figures._drawing(name, title, size=(7.4, 3.6)) as (figure, out):
-        axes = figures._axes(figure, xlabel=xlabel)
-        for (x, y), colour in zip(lines.values(), figures._colours(len(lines)), strict=True):
+def _lines(name: str, title: str, lines: Mapping[str, Curve], xlabel: str) -> Picture:
+    with figures.svg_figure(name, title, size=(7.4, 3.6)) as (figure, out):
+        axes = figures.add_axes(figure, xlabel=xlabel)
+        for (x, y), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
             axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.12, linewidth=0)
-            axes.plot(x, y.mean(0), color=colour, linewidth=2.0, **figures._marker(list(x)))
+            axes.plot(x, y.mean(0), color=colour, linewidth=2.0, **figures.point_markers(list(x)))
     note = "The last point is of all evaluation rows, the others of eval.rows of them where that is set."
     return Picture(title, out.getvalue(), [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")], note)
 
 
 def _legend(lines: Mapping[str, Any]) -> list[Key]:
-    return [Key(label, colour, "thick") for label, colour in zip(lines, figures._colours(len(lines)), strict=True)]
+    return [Key(label, colour, "thick") for label, colour in zip(lines, figures.line_colours(len(lines)), strict=True)]

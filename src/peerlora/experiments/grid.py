@@ -1,4 +1,4 @@
-"""A grid = one GridConfig = one YAML file: a base config, axes and seeds; and the cells that it stands for."""
+"""Grids: one YAML file with a base config, axes and seeds, and the trials that it expands to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from peerlora.config.loading import _override, _read, load_config, parse
+from peerlora.config.loading import load_config, override, parse, read_tree
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import Section
 from peerlora.errors import ConfigError, nearest
+from peerlora.runs.resume import flatten
 
 Tree = dict[str, Any]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -32,14 +33,14 @@ class SearchConfig(Section):
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the training rows that is set aside."""
     each: Annotated[list[str], Field(min_length=1)] = ["algorithm.name"]
-    """Cells that agree on these settings share a rate, searched on the first of them."""
+    """Trials that agree on these settings share a rate, searched on the first of them."""
 
 
 class GridConfig(Section):
     """Everything that decides a comparison's result."""
 
     base: dict[str, Any] = {}
-    """What all cells have in common, as for ``peerlora train``."""
+    """What all trials have in common, as for ``peerlora train``."""
     axes: dict[str, Any] = {}
     """A dotted setting -> its values, or a name of your own -> changes to the base; as a list, or as label: value."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
@@ -91,40 +92,40 @@ class Trial:
     config: RunConfig
     folder: str
     """Below the comparison's own."""
-    place: str
-    """The name of its place."""
+    setting: str
+    """The name of its setting."""
 
     @property
     def name(self) -> str:
         """For people."""
         rate = f", rate {self.config.train.lr:g}" if self.searches else ""
-        return f"{self.place}, seed {self.config.seed}{rate}"
+        return f"{self.setting}, seed {self.config.seed}{rate}"
 
     @property
     def searches(self) -> bool:
-        """Whether it is there to find a learning rate."""
+        """Whether the run serves the search of a learning rate."""
         return self.folder.startswith("search/")
 
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """The cells of a grid, and those that cannot be."""
+    """The trials of a grid, and those that are refused."""
 
-    cells: list[Trial] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
-    """(name of the cell, reason)"""
+    """(name of the trial, reason)"""
 
 
 def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()) -> GridConfig:
     """Read a grid and apply ``key=value`` words: keys of the grid (``seeds``, ``search.rates``) or of its base.
 
-    Raises ConfigError for everything that can be seen without looking at a cell.
+    Raises ConfigError for everything that can be seen without composing a trial.
     """
     if not isinstance(source, dict) and source is not None and not Path(source).is_file():
         raise ConfigError(
             f"grid file {str(source)!r} does not exist; write one (docs/comparing.md), or use --preset adf-lora"
         )
-    tree = _read(source)
+    tree = read_tree(source)
     given = [_apply(tree, word) for word in words]
     grid = parse(GridConfig, tree)
     _check_axes(grid)
@@ -137,28 +138,28 @@ def _apply(tree: Tree, word: str) -> str | None:
     key, equals, text = word.partition("=")
     if key.startswith("axes.") and equals:  # an axis may have dots in its name
         read: Tree = {}
-        _override(read, f"value={text}")
+        override(read, f"value={text}")
         tree["axes"] = {**(tree.get("axes") or {}), key.removeprefix("axes."): read["value"]}
         return None
     if key.split(".")[0] in GridConfig.model_fields and not key.startswith("base."):
-        _override(tree, word)
+        override(tree, word)
         return None
     word = word.removeprefix("base.")
     if not isinstance(tree.setdefault("base", {}), dict):
         raise ConfigError(f"base: {tree['base']!r} given; expected settings such as model:, data:, train:")
-    _override(tree["base"], word)
+    override(tree["base"], word)
     return word.partition("=")[0]
 
 
 def _check_axes(grid: GridConfig) -> None:
     levels = {name: _levels(name, values) for name, values in grid.axes.items()}
-    changed = {key for axis in levels.values() for _, change in axis for key in flat(change)}
+    changed = {key for axis in levels.values() for _, change in axis for key in flatten(change)}
     if "seed" in {*changed, *grid.base}:
         raise ConfigError("seed is set by the base or an axis; name the seeds in the grid's own seeds: [0, 1, 2]")
     taken = {"purpose", "seed", "learning rate", "client", "round", "metric", "value", "measure"}  # columns
     for axis in taken & grid.axes.keys():
         raise ConfigError(f"axes.{axis}: results.parquet has a column of this name already; name the axis otherwise")
-    if grid.search.rates and "train.lr" in {*changed, *flat(grid.base)}:
+    if grid.search.rates and "train.lr" in {*changed, *flatten(grid.base)}:
         raise ConfigError("train.lr is set, but search.rates asks to search it; drop one of them")
     for axis, label in grid.baseline.items():
         if axis not in levels:
@@ -179,7 +180,7 @@ def _check_axes(grid: GridConfig) -> None:
 def _check_overridden(grid: GridConfig, given: Sequence[str]) -> None:
     """A word that an axis overrules would be lost without a sound."""
     for axis, values in grid.axes.items():
-        changed = {key for _, change in _levels(axis, values) for key in flat(change)}
+        changed = {key for _, change in _levels(axis, values) for key in flatten(change)}
         for key in given:
             if key in changed or f"{key}.{WORDS.get(key)}" in changed:
                 raise ConfigError(f"{key} is given, but the axis {axis!r} sets it; change the axis: axes.{axis}=[...]")
@@ -244,13 +245,13 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def merged(tree: Tree, change: Tree) -> Tree:
-    """``tree`` with a change; another kind or name drops the settings of the old one, as on the command line."""
+def apply_change(tree: Tree, change: Tree) -> Tree:
+    """Return ``tree`` with a change; another kind or name drops the settings of the old one, as on the command line."""
     found = dict(tree)
     for key, value in change.items():
         below = found.get(key)
         if isinstance(value, dict) and isinstance(below, dict) and not _other_kind(below, value):
-            value = merged(below, value)
+            value = apply_change(below, value)
         found[key] = value
     return found
 
@@ -259,93 +260,76 @@ def _other_kind(was: Tree, now: Tree) -> bool:
     return any(was.get(word) not in (None, now[word]) for word in ("kind", "name") if word in now)
 
 
-def flat(tree: Any, prefix: str = "") -> Tree:
-    """Dotted key -> value."""
-    if isinstance(tree, dict) and (tree or not prefix):
-        return {name: leaf for key, value in tree.items() for name, leaf in flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): tree}
-
-
-def differences(was: Tree, now: Tree) -> list[str]:
-    """What changed between two trees, in words."""
-    then, later = flat(was), flat(now)
-    return [
-        f"{key}: {then.get(key)!r} then, {later.get(key)!r} now"
-        for key in sorted({*then, *later})
-        if then.get(key) != later.get(key)
-    ]
-
-
-def places(grid: GridConfig) -> list[Setting]:
-    """Every combination of the axes' values, the last axis running fastest."""
+def expand_settings(grid: GridConfig) -> list[Setting]:
+    """Combine the axes' values in every way, the last axis running fastest."""
     found = []
     for levels in product(*(_levels(axis, values) for axis, values in grid.axes.items())):
         tree = _written_out(grid.base)
         for _, change in levels:
-            tree = merged(tree, change)
+            tree = apply_change(tree, change)
         found.append(Setting({axis: label for axis, (label, _) in zip(grid.axes, levels, strict=True)}, tree))
     return found
 
 
-def plan(grid: GridConfig, rates: Mapping[str, float] | None = None) -> TrialPlan:
-    """The cells that are reported; ``rates``: place -> the learning rate found for it."""
-    found, same = TrialPlan(), {}
-    names = _folders([place.name for place in places(grid)])
-    for place, folder in zip(places(grid), names, strict=True):
+def plan_trials(grid: GridConfig, rates: Mapping[str, float] | None = None) -> TrialPlan:
+    """Plan the trials that are reported; ``rates``: setting -> the learning rate found for it."""
+    found, first_names = TrialPlan(), {}
+    names = _folders([setting.name for setting in expand_settings(grid)])
+    for setting, folder in zip(expand_settings(grid), names, strict=True):
         for seed in grid.seeds:
             change: Tree = {"seed": seed}
             if grid.search.rates:
-                change["train"] = {"lr": (rates or {}).get(place.name, grid.search.rates[0])}
-            _add(found, place, change, f"cells/{folder}__seed-{seed}", same)
+                change["train"] = {"lr": (rates or {}).get(setting.name, grid.search.rates[0])}
+            _add_trial(found, setting, change, f"cells/{folder}__seed-{seed}", first_names)
     return found
 
 
-def search_plan(grid: GridConfig) -> TrialPlan:
-    """The cells in which learning rates are searched: per group and rate, on rows set aside from the training rows."""
-    found, same = TrialPlan(), {}
-    first = _searched_places(grid)
-    for place, folder in zip(first.values(), _folders([place.name for place in first.values()]), strict=True):
-        if load_config(place.tree).data.eval is None:
+def plan_search(grid: GridConfig) -> TrialPlan:
+    """Plan the trials that search learning rates: per group and rate, on rows set aside from the training rows."""
+    found, first_names = TrialPlan(), {}
+    first = _searched_settings(grid)
+    for setting, folder in zip(first.values(), _folders([setting.name for setting in first.values()]), strict=True):
+        if load_config(setting.tree).data.eval is None:
             reason = "search.rates needs rows of its own, but data.eval is null, so the reported rows are training rows"
-            found.refused.append((place.name, f"{reason}; name a file in data.eval, or give train.lr and no rates"))
+            found.refused.append((setting.name, f"{reason}; name a file in data.eval, or give train.lr and no rates"))
             continue
         for rate, seed in product(grid.search.rates, grid.search.seeds):
-            run_off_loop = {"eval": None, "holdout": grid.search.holdout}
-            change = {"seed": seed, "train": {"lr": rate}, "data": run_off_loop}
-            _add(found, place, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", same)
+            holdout = {"eval": None, "holdout": grid.search.holdout}
+            change = {"seed": seed, "train": {"lr": rate}, "data": holdout}
+            _add_trial(found, setting, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", first_names)
     return found
 
 
-def searched_on(grid: GridConfig) -> dict[str, dict[str, str]]:
-    """Place -> the labels of the place that its learning rate is searched on; empty where none is searched."""
-    first = _searched_places(grid)
-    return {place.name: first[group].labels for place, group in groups(grid)} if first else {}
+def search_labels(grid: GridConfig) -> dict[str, dict[str, str]]:
+    """Setting -> the labels of the setting that its learning rate is searched on; empty where none is searched."""
+    first = _searched_settings(grid)
+    return {setting.name: first[group].labels for setting, group in rate_groups(grid)} if first else {}
 
 
-def _searched_places(grid: GridConfig) -> dict[tuple[str, ...], Setting]:
-    """The first place of every group of places that share a learning rate."""
+def _searched_settings(grid: GridConfig) -> dict[tuple[str, ...], Setting]:
+    """The first setting of every group that shares a learning rate."""
     first: dict[tuple[str, ...], Setting] = {}
-    for place, group in groups(grid) if grid.search.rates else ():
-        first.setdefault(group, place)
+    for setting, group in rate_groups(grid) if grid.search.rates else ():
+        first.setdefault(group, setting)
     return first
 
 
-def groups(grid: GridConfig) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Every place that can be, with the settings that its learning rate depends on."""
-    for place in places(grid):
+def rate_groups(grid: GridConfig) -> Iterator[tuple[Setting, tuple[str, ...]]]:
+    """Yield every valid setting with the values that its learning rate depends on."""
+    for setting in expand_settings(grid):
         try:
-            settings = load_config(place.tree).model_dump(mode="json")
+            values = load_config(setting.tree).model_dump(mode="json")
         except ConfigError:
-            continue  # the plan of reported cells says why
-        yield place, tuple(repr(_setting(settings, key)) for key in grid.search.each)
+            continue  # the plan of reported trials says why
+        yield setting, tuple(repr(_value(values, key)) for key in grid.search.each)
 
 
-def _setting(settings: Tree, key: str) -> Any:
-    node: Any = settings
+def _value(values: Tree, key: str) -> Any:
+    node: Any = values
     for part in key.split("."):
         if not isinstance(node, dict):
             return None
-        if part not in node and node is settings:
+        if part not in node and node is values:
             raise ConfigError(
                 f"search.each: no setting {key!r}{nearest(part, node)}; expected one of {', '.join(node)}"
             )
@@ -353,17 +337,17 @@ def _setting(settings: Tree, key: str) -> Any:
     return node
 
 
-def _add(found: TrialPlan, place: Setting, change: Tree, folder: str, same: dict[str, str]) -> None:
-    name = f"{place.name}, seed {change['seed']}"
+def _add_trial(found: TrialPlan, setting: Setting, change: Tree, folder: str, first_names: dict[str, str]) -> None:
+    name = f"{setting.name}, seed {change['seed']}"
     try:
-        config = load_config(merged(place.tree, change))
+        config = load_config(apply_change(setting.tree, change))
     except ConfigError as error:
         found.refused.append((name, str(error)))
         return
-    twin = same.setdefault(config.to_yaml(), name)
+    twin = first_names.setdefault(config.to_yaml(), name)
     if twin != name:
         found.refused.append((name, f"is the same run as {twin}; list each once"))
-    found.cells.append(Trial(place.labels, config, folder, place.name))
+    found.trials.append(Trial(setting.labels, config, folder, setting.name))
 
 
 def _folders(names: Sequence[str]) -> list[str]:

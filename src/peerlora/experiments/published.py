@@ -1,4 +1,4 @@
-"""Which published numbers belong beside a comparison, and how its runs were measured in the same words."""
+"""Choose the published numbers for a comparison, and describe its own runs in the papers' words."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _TASK = {task: re.compile(rf"(?<![a-z]){task.lower().replace('-', '[-_]?')}(?![a-z])") for task in GLUE}
 
 
-def papers_for(configs: Collection[RunConfig], name: str | None) -> list[Paper]:
-    """The paper of that name with all its numbers; for no name every paper, with the numbers that fit a config.
+def find_papers(configs: Collection[RunConfig], name: str | None) -> list[Paper]:
+    """Return the paper of that name with all its numbers; for no name every paper, with the numbers that fit a config.
 
     A paper whose only fitting numbers are references without clients is left out.
     """
@@ -32,7 +32,7 @@ def papers_for(configs: Collection[RunConfig], name: str | None) -> list[Paper]:
 
 
 def fits(number: Number, config: RunConfig) -> bool:
-    """Whether a run is of one of the number's tasks, by one of its methods, with the settings that it asks for."""
+    """Whether a run has one of the number's tasks, one of its methods and its settings."""
     from peerlora.algorithms import ALIASES, method_class
 
     if dataset(config) not in number.tasks:
@@ -48,8 +48,8 @@ def fits(number: Number, config: RunConfig) -> bool:
     return True
 
 
-def ours(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measure: str) -> dict[str, str]:
-    """Every aspect that protocols are compared in; ``rates``: those searched, empty where the rate was given."""
+def describe_protocol(config: RunConfig, rates: Sequence[float], seeds: Sequence[int], measure: str) -> dict[str, str]:
+    """Describe a run in every aspect of a paper's protocol; ``rates``: those searched, empty where one was given."""
     train, adapter, data = config.train, config.adapter, config.data
     graph = {key: value for key, value in config.topology.model_dump(mode="json").items() if value}
     weights = str(graph.pop("weights", "none"))
@@ -93,7 +93,7 @@ def _memory(config: RunConfig) -> str:
 
 
 def _besides(config: RunConfig) -> Iterator[str]:
-    """What no notes on a paper tell of.  The interval is left out: the numbers themselves are told apart by it."""
+    """Settings that no notes on a paper mention.  The interval is left out: it distinguishes the numbers themselves."""
     train, exchange, method = config.train, config.exchange, config.algorithm.parameters
     if train.label_prior != "none":
         yield f"loss adjusted for the label prior ({train.label_prior})"
@@ -122,8 +122,8 @@ def _method(config: RunConfig) -> Algorithm[Any]:
     return build_algorithm(config.algorithm.name, config.algorithm.parameters)
 
 
-def apart(paper: Paper, here: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
-    """(aspect, theirs, ours) where a run of ours has what the paper has not; last, what was not found there."""
+def compare_protocols(paper: Paper, here: Sequence[dict[str, str]]) -> list[tuple[str, str, str]]:
+    """List (aspect, theirs, ours) where a run of ours differs from the paper; last, what was not found there."""
     found, unknown = [], []
     for aspect, theirs in {**paper.protocol, "besides": ("nothing",)}.items():
         values = dict.fromkeys(each[aspect] for each in here)
@@ -139,7 +139,7 @@ def _key(value: str) -> str:
 
 
 def dataset(config: RunConfig) -> str:
-    """The task that a run's rows are of, as papers call it, where the source's name tells; else that name."""
+    """The task of a run's rows as papers call it, where the source's name contains it; else that name."""
     name = _name(config.data.train)
     return next((task for task, pattern in _TASK.items() if pattern.search(name.lower())), name)
 
@@ -150,7 +150,7 @@ def _name(source: str | None) -> str:
 
 
 def _last(source: str) -> str:
-    """A model's own name, whoever keeps it wherever."""
+    """A model's name without owner and folder."""
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 

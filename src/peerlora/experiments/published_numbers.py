@@ -1,8 +1,8 @@
 """What papers report: accuracies, how they were measured, and how we know.
 
-A protocol holds what is known, in the words that ``published.ours`` uses for our own runs; several values where the
-paper varies an aspect or tasks differ in it, none where it was not found.  Nothing here was read in the papers' own
-tables: each paper says where its numbers come from.
+A protocol holds what is known, in the words that ``published.describe_protocol`` uses for our own runs; several values
+where the paper varies an aspect or tasks differ in it, none where it was not found.  Nothing here was read in the
+papers' own tables: each paper says where its numbers come from.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
+from peerlora.display import format_number
 from peerlora.experiments.figures import comparison_figures
-from peerlora.experiments.published import apart, dataset, fits, ours, papers_for
+from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import Number, Paper
-from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measures
-from peerlora.experiments.tables import column_names, difference, marked, notes, row_cells
-from peerlora.runs.report import number, picture_html, table_html, write_page
+from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measure_run
+from peerlora.experiments.tables import column_names, format_difference, marker, notes, row_cells
+from peerlora.files import atomic_file
+from peerlora.runs.report import picture_html, table_html, write_page
 
 
 def write_grid_report(
@@ -24,7 +25,7 @@ def write_grid_report(
     configs: Mapping[str, RunConfig],
     published: str | None,
 ) -> Path:
-    """Write report.html; ``configs``: one per place."""
+    """Write report.html; ``configs``: one per setting."""
     seeds = sorted({each.seed for each in outcomes})
     done = sum(bool(each.events) for each in outcomes)
     text = f"{done} of {len(outcomes)} cells finished; seeds {', '.join(map(str, seeds))}."
@@ -34,13 +35,12 @@ def write_grid_report(
     body += [f'<p class="note">{escape(note)}</p>' for note in notes(result, bool(searched))]
     body += [_differences(result), _diverged([*outcomes, *searched])]
     rates = sorted({each.rate for each in searched})
-    body += [_published(result, paper, configs, rates, seeds) for paper in papers_for(configs.values(), published)]
+    body += [_published(result, paper, configs, rates, seeds) for paper in find_papers(configs.values(), published)]
     axis = next(iter(result.baseline), None)
     body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
     body += [_searched(searched), _grid(grid)]
-    temporary = result.folder / "report.html.tmp"
-    write_page(temporary, f"{len(result.lines)} settings compared", body)
-    os.replace(temporary, result.folder / "report.html")
+    with atomic_file(result.folder / "report.html") as temporary:
+        write_page(temporary, f"{len(result.lines)} settings compared", body)
     return result.folder / "report.html"
 
 
@@ -50,38 +50,38 @@ def _differences(result: Comparison) -> str:
     lines = [line for line in result.lines if line.differences]
     if not lines:
         return ""
-    rows = [[line.place, *(_apart(line, name) for name in shown)] for line in lines]
+    rows = [[line.setting, *(_difference(line, name) for name in shown)] for line in lines]
     top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
     return top + table_html(rows, ["", *shown])
 
 
-def _apart(line: Line, name: str) -> str:
-    return difference(line.differences.get(name)) + marked(line, name)
+def _difference(line: Line, name: str) -> str:
+    return format_difference(line.differences.get(name)) + marker(line, name)
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:
-    told = [f"<li>{escape(f'{each.folder}: {each.diverged}')}</li>" for each in outcomes if each.diverged]
-    return f'<h2>Runs that diverged</h2><ul class="warnings">{"".join(told)}</ul>' if told else ""
+    items = [f"<li>{escape(f'{each.folder}: {each.diverged}')}</li>" for each in outcomes if each.diverged]
+    return f'<h2>Runs that diverged</h2><ul class="warnings">{"".join(items)}</ul>' if items else ""
 
 
 def _published(
     result: Comparison, paper: Paper, configs: Mapping[str, RunConfig], rates: list[float], seeds: list[int]
 ) -> str:
-    """Theirs and ours side by side, and under them, in the same table, every aspect of the protocols that differs."""
+    """Published numbers and ours side by side, then every aspect in which the protocols differ."""
     fitting = [config for config in configs.values() if any(fits(each, config) for each in paper.numbers)]
-    here = [ours(config, rates, seeds, paper.measure) for config in fitting or configs.values()]
+    here = [describe_protocol(config, rates, seeds, paper.measure) for config in fitting or configs.values()]
     rows: list[Sequence[str]] = [
         [_numbers_name(found), f"{found.value:.4f}", _our_number(result, configs, found, paper.measure)]
         for found in paper.numbers
     ]
     rows.append(["How they were found, where the two differ or theirs was not found:", "", ""])
-    told = (
+    caution = (
         f"{paper.trust} With the differences that the table lists, a number beside another says nothing about who is "
         "right; compare the order of the methods, if anything."
     )
     top = f"<h2>Beside the published numbers: {escape(paper.name)}</h2>"
     head = ["", "published", f"ours: {result.metric or 'metric'} of the {paper.measure}"]
-    return top + table_html([*rows, *apart(paper, here)], head) + f'<p class="note">{escape(told)}</p>'
+    return top + table_html([*rows, *compare_protocols(paper, here)], head) + f'<p class="note">{escape(caution)}</p>'
 
 
 def _numbers_name(published: Number) -> str:
@@ -96,24 +96,24 @@ def _our_number(result: Comparison, configs: Mapping[str, RunConfig], published:
     """
     if not published.methods:
         return "–"
-    lines = [line for line in result.lines if measure in line.estimates and fits(published, configs[line.place])]
+    lines = [line for line in result.lines if measure in line.estimates and fits(published, configs[line.setting])]
     axes = [axis for axis in (lines[0].labels if lines else ()) if len({line.labels[axis] for line in lines}) > 1]
     axes = [axis for axis in axes if not _by_task(axis, lines, configs)]
     found: dict[tuple[str, ...], dict[str, Estimate]] = {}
     for line in lines:
-        setting = tuple(line.labels[axis] for axis in axes)
-        found.setdefault(setting, {})[dataset(configs[line.place])] = line.estimates[measure]
-    named = {setting: _over_tasks(published, known) for setting, known in found.items()}
+        own = tuple(line.labels[axis] for axis in axes)
+        found.setdefault(own, {})[dataset(configs[line.setting])] = line.estimates[measure]
+    named = {labels: _over_tasks(published, known) for labels, known in found.items()}
     if len(named) == 1:
         return next(iter(named.values()))
-    return "; ".join(f"{', '.join(setting)}: {text}" for setting, text in named.items()) or "not run"
+    return "; ".join(f"{', '.join(labels)}: {text}" for labels, text in named.items()) or "not run"
 
 
 def _by_task(axis: str, lines: Sequence[Line], configs: Mapping[str, RunConfig]) -> bool:
-    """Whether an axis says which task a run is of."""
+    """Whether the labels of an axis name the tasks."""
     tasks: dict[str, set[str]] = {}
     for line in lines:
-        tasks.setdefault(line.labels[axis], set()).add(dataset(configs[line.place]))
+        tasks.setdefault(line.labels[axis], set()).add(dataset(configs[line.setting]))
     return (
         len(tasks) > 1
         and len(tasks) == len(set.union(*tasks.values()))
@@ -129,14 +129,14 @@ def _over_tasks(published: Number, known: Mapping[str, Estimate]) -> str:
 
 
 def _searched(searched: Sequence[Outcome]) -> str:
-    """The mean client of every searched rate, and which was taken."""
+    """Mean client of every searched rate."""
     if not searched:
         return ""
     rates = sorted({each.rate for each in searched})
     rows = []
-    for place in dict.fromkeys(each.place for each in searched):
-        runs = [[each for each in searched if each.place == place and each.rate == rate] for rate in rates]
-        rows.append([place, *map(_reached, runs)])
+    for setting in dict.fromkeys(each.setting for each in searched):
+        runs = [[each for each in searched if each.setting == setting and each.rate == rate] for rate in rates]
+        rows.append([setting, *map(_reached, runs)])
     text = "Mean client by learning rate, on training rows set aside, after the same number of rounds."
     if len(rates) > 1:
         text += " A best rate at the edge of the grid may be beaten by one beyond it."
@@ -145,11 +145,11 @@ def _searched(searched: Sequence[Outcome]) -> str:
 
 
 def _reached(runs: Sequence[Outcome]) -> str:
-    """The mean client over the search's seeds, of one place and rate."""
+    """The mean client over the search's seeds, of one setting and rate."""
     if any(each.diverged for each in runs):
         return "diverged"
-    known = [value for each in runs if (value := measures(each.events).get("mean client")) is not None]
-    return number(estimate(known).mean) if known else "–"
+    known = [value for each in runs if (value := measure_run(each.events).get("mean client")) is not None]
+    return format_number(estimate(known).mean) if known else "–"
 
 
 def _grid(grid: str) -> str:

@@ -1,19 +1,14 @@
-"""What a comparison leaves in its folder: results.parquet, table.csv, table.md, report.html."""
+"""Files of a comparison: results.parquet, table.csv, table.md, report.html."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
-from peerlora.experiments.statistics import (
-    Comparison,
-    Outcome,
-    compare,
-    long_rows,
-)
+from peerlora.experiments.statistics import Comparison, Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text, markdown
+from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.metrics import started
 
 
@@ -28,7 +23,7 @@ def write_results(
 ) -> Comparison:
     """Write every file; ``outcomes`` may be of a grid that is not finished.
 
-    ``grid`` is its YAML, ``configs`` one config per place, ``published`` the paper to put beside.
+    ``grid`` is its YAML, ``configs`` one config per setting, ``published`` the paper to compare with.
     """
     from peerlora.experiments.report import write_grid_report
 
@@ -37,14 +32,14 @@ def write_results(
     higher = start is None or start.higher_is_better
     result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)
     write_parquet(folder / "results.parquet", outcomes, searched)
-    _replace(folder / "table.csv", csv_text(result))
-    _replace(folder / "table.md", markdown(result, searched=bool(searched)))
+    write_atomically(folder / "table.csv", csv_text(result))
+    write_atomically(folder / "table.md", markdown(result, searched=bool(searched)))
     write_grid_report(result, outcomes, searched, grid, configs, published)
     return result
 
 
 def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Outcome]) -> None:
-    """The long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
+    """Write the long table: axes, purpose (report or search), seed, learning rate, client, round, metric, value."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,16 +47,9 @@ def write_parquet(path: Path, outcomes: Sequence[Outcome], searched: Sequence[Ou
     types = [(axis, pa.string()) for axis in axes]
     types += [("purpose", pa.string()), ("seed", pa.int64()), ("learning rate", pa.float64())]
     types += [("client", pa.int32()), ("round", pa.int32()), ("metric", pa.string()), ("value", pa.float64())]
-    lines = [*long_rows(outcomes, "report"), *long_rows(searched, "search")]
+    lines = [*to_long_rows(outcomes, "report"), *to_long_rows(searched, "search")]
     columns = {
         name: pa.array([line[name] for line in lines], kind, from_pandas=kind == pa.float64()) for name, kind in types
     }
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)

@@ -34,10 +34,10 @@ consensus and cross-term of its last round."""
 
 @dataclass(frozen=True)
 class Outcome:
-    """One cell of a grid, as it ended."""
+    """The result of one trial of a grid."""
 
-    place: str
-    """Cells of one place differ in their seed only."""
+    setting: str
+    """Trials of one setting differ in their seed only."""
     labels: Mapping[str, str]
     """Axis -> the label of its value."""
     seed: int
@@ -49,7 +49,7 @@ class Outcome:
     p: float | None = None
     """Of a random topology: the probability that two clients meet."""
     searched_on: Mapping[str, str] | None = None
-    """The labels of the place that the rate was searched on; None where none was."""
+    """The labels of the setting that the rate was searched on; None where none was."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """One place of the grid."""
+    """The results of one setting of the grid, over its seeds."""
 
-    place: str
+    setting: str
     labels: Mapping[str, str]
     rate: float
     estimates: dict[str, Estimate]
@@ -85,17 +85,17 @@ class Line:
     method: str = ""
     """The method's own name; empty before the first run has begun."""
     searched_on: Mapping[str, str] | None = None
-    """The labels of the place that the rate was searched on; None where none was."""
+    """The labels of the setting that the rate was searched on; None where none was."""
 
     @property
     def rate_from(self) -> str:
-        """The labels in which the place that the rate was searched on differs; empty where it is this one."""
+        """The labels in which the setting that the rate was searched on differs; empty where it is this one."""
         other = self.searched_on or {}
         return ", ".join(label for axis, label in other.items() if label != self.labels[axis])
 
     @property
     def gauges_differ(self) -> bool:
-        """Whether the averaged model is a mean of factors that lie in different coordinates."""
+        """Whether the averaged model is a mean of factors in different coordinates."""
         from peerlora.algorithms import find_method
 
         kind = find_method(self.method)
@@ -104,7 +104,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a grid found and where it wrote it."""
+    """Results of a grid, and the folder with its files."""
 
     folder: Path
     lines: list[Line]
@@ -135,8 +135,8 @@ class Comparison:
         }
 
 
-def measures(events: Sequence[Event]) -> dict[str, float]:
-    """``MEASURES`` of one finished run; those that it has no number for are left out."""
+def measure_run(events: Sequence[Event]) -> dict[str, float]:
+    """Compute ``MEASURES`` of one finished run; those that it has no number for are left out."""
     start, scores, done = started(events), evaluations(events), of(events, RoundDone)
     if start is None or not scores or not done:
         return {}
@@ -166,24 +166,26 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and sample standard deviation (divisor n - 1)."""
+    """Compute mean and sample standard deviation (divisor n - 1)."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Estimate(float(np.mean(values)), deviation, len(values))
 
 
-def paired(own: Mapping[int, float], base: Mapping[int, float], resamples: int = RESAMPLES) -> Difference | None:
-    """The difference over the seeds that both have; None where there is no such seed.
+def pair_differences(
+    own: Mapping[int, float], base: Mapping[int, float], resamples: int = RESAMPLES
+) -> Difference | None:
+    """Average the difference over the seeds that both have; None where there is no such seed.
 
-    Pairing takes out what a seed does to both: its shards, its graphs, its start.
+    Pairing removes what a seed does to both: its shards, its graphs, its start.
     """
-    apart = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-    if not apart:
+    gaps = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+    if not gaps:
         return None
-    return Difference(float(np.mean(apart)), bootstrap(apart, resamples), len(apart))
+    return Difference(float(np.mean(gaps)), bootstrap(gaps, resamples), len(gaps))
 
 
 def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean over seeded resamples; None for fewer than 3 values.
+    """Compute the 95 % percentile interval of the mean over seeded resamples; None for fewer than 3 values.
 
     Of 3 values it is their range, since one resample in 27 is the lowest value three times.
     """
@@ -195,27 +197,26 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[floa
 
 
 def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples: int = RESAMPLES) -> list[Line]:
-    """One line per place, in the order given; each against the place that differs in the baseline's axis only."""
+    """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for each in outcomes:
-        found.setdefault(each.place, {})[each.seed] = measures(each.events)
-    places = {each.place: each for each in reversed(outcomes)}
+        found.setdefault(each.setting, {})[each.seed] = measure_run(each.events)
+    first = {each.setting: each for each in reversed(outcomes)}
     lines = []
-    for place, runs in found.items():
-        told = places[place]
-        other = next((name for name, each in places.items() if each.labels == {**told.labels, **baseline}), None)
-        base = found[other] if baseline and other not in (None, place) else {}
-        estimates = {name: estimate(own) for name in MEASURES if (own := list(_by_seed(runs, name).values()))}
+    for setting, runs in found.items():
+        own = first[setting]
+        other = next((name for name, each in first.items() if each.labels == {**own.labels, **baseline}), None)
+        base = found[other] if baseline and other not in (None, setting) else {}
+        estimates = {name: estimate(values) for name in MEASURES if (values := list(_by_seed(runs, name).values()))}
         differences = {
-            name: apart
+            name: gap
             for name in MEASURES
-            if (apart := paired(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
+            if (gap := pair_differences(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
         }
-        diverged = sum(each.diverged is not None for each in outcomes if each.place == place)
-        starts = [started(each.events) for each in outcomes if each.place == place]
+        diverged = sum(each.diverged is not None for each in outcomes if each.setting == setting)
+        starts = [started(each.events) for each in outcomes if each.setting == setting]
         method = next((start.method for start in starts if start is not None), "")
-        shown = Line(place, told.labels, told.rate, estimates, differences, diverged, method, told.searched_on)
-        lines.append(shown)
+        lines.append(Line(setting, own.labels, own.rate, estimates, differences, diverged, method, own.searched_on))
     return lines
 
 
@@ -223,8 +224,8 @@ def _by_seed(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, fl
     return {seed: run[name] for seed, run in runs.items() if name in run}
 
 
-def long_rows(outcomes: Sequence[Outcome], purpose: str) -> Iterator[dict[str, Any]]:
-    """Every number of every run, with the axes' labels, the seed and the learning rate beside it."""
+def to_long_rows(outcomes: Sequence[Outcome], purpose: str) -> Iterator[dict[str, Any]]:
+    """Yield every number of every run, with the axes' labels, the seed and the learning rate beside it."""
     for each in outcomes:
         known = {**each.labels, "purpose": purpose, "seed": each.seed, "learning rate": each.rate}
         for client, round, metric, value in rows(each.events):

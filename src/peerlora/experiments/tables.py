@@ -6,14 +6,8 @@ import csv
 import io
 from typing import Any
 
-from peerlora.experiments.statistics import (
-    MEASURES,
-    Comparison,
-    Difference,
-    Estimate,
-    Line,
-)
-from peerlora.runs.report import number, size
+from peerlora.display import format_bytes, format_number
+from peerlora.experiments.statistics import MEASURES, Comparison, Difference, Estimate, Line
 
 MARK = " †"
 
@@ -28,7 +22,7 @@ SHOWN = ("mean client", "worst client", "averaged model", "best round", "consens
 
 
 def csv_text(result: Comparison) -> str:
-    """One line per place and measure, numbers in full."""
+    """Write one CSV line per setting and measure, numbers in full."""
     axes = list(result.lines[0].labels) if result.lines else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -36,11 +30,11 @@ def csv_text(result: Comparison) -> str:
     writer.writerow([*axes, *head, "rate of", "note"])
     for line in result.lines:
         for name in MEASURES:
-            known, apart = line.estimates.get(name), line.differences.get(name)
-            low, high = (apart and apart.interval) or (None, None)
-            numbers = [known and known.mean, known and known.deviation, apart and apart.mean, low, high]
+            known, gap = line.estimates.get(name), line.differences.get(name)
+            low, high = (gap and gap.interval) or (None, None)
+            numbers = [known and known.mean, known and known.deviation, gap and gap.mean, low, high]
             shown = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
-            note = MARKED if marked(line, name) else ""
+            note = MARKED if marker(line, name) else ""
             writer.writerow([*line.labels.values(), repr(line.rate), *shown, line.diverged, line.rate_from, note])
     return out.getvalue()
 
@@ -55,18 +49,18 @@ def column_names(result: Comparison) -> list[str]:
 
 def row_cells(result: Comparison, line: Line) -> list[str]:
     """One line of the table for people."""
-    known = [_spread(name, line.estimates.get(name)) + marked(line, name) for name in SHOWN]
+    known = [_spread(name, line.estimates.get(name)) + marker(line, name) for name in SHOWN]
     if result.baseline:
         base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
-        known.insert(1, "baseline" if base else difference(line.differences.get("mean client")))
+        known.insert(1, "baseline" if base else format_difference(line.differences.get("mean client")))
     seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
-    told = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
+    counted = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
     rate = f"{line.rate:g}" + (f" (of {line.rate_from})" if line.rate_from else "")
-    return [*line.labels.values(), rate, told, *known]
+    return [*line.labels.values(), rate, counted, *known]
 
 
-def marked(line: Line, name: str) -> str:
-    """The sign behind a measure that says little about this line's method, else nothing."""
+def marker(line: Line, name: str) -> str:
+    """The sign behind a measure that says little about this line's method; empty for the others."""
     known = name == "averaged model" and name in line.estimates
     return MARK if known and line.gauges_differ else ""
 
@@ -75,45 +69,47 @@ def _spread(name: str, known: Estimate | None) -> str:
     if known is None:
         return "–"
     if name == "bytes sent":
-        return size(known.mean)
+        return format_bytes(known.mean)
     if name == "consensus of B·A":
-        return number(float(f"{known.mean:.3g}"))
+        return format_number(float(f"{known.mean:.3g}"))
     return f"{known.mean:.3f}" + (f" ± {known.deviation:.3f}" if known.deviation is not None else "")
 
 
-def difference(apart: Difference | None) -> str:
+def format_difference(gap: Difference | None) -> str:
     """``+0.012 [-0.003, +0.020]``."""
-    if apart is None:
+    if gap is None:
         return "–"
-    low, high = apart.interval or (None, None)
+    low, high = gap.interval or (None, None)
     span = f"[{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else "[no interval]"
-    return f"{apart.mean:+.3f} {span}"
+    return f"{gap.mean:+.3f} {span}"
 
 
 def notes(result: Comparison, searched: bool) -> list[str]:
     """How to read the table, in sentences."""
     better = "higher" if result.higher_is_better else "lower"
-    told = [
+    sentences = [
         f"{result.metric or 'metric'} ({better} is better): mean over seeds ± standard deviation over seeds (divisor "
         "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows; the best round "
         "is the best mean client of any evaluation, chosen on the rows it is reported on, so it flatters."
     ]
-    if any(marked(line, name) for line in result.lines for name in SHOWN):
-        told.append(MARKED)
+    if any(marker(line, name) for line in result.lines for name in SHOWN):
+        sentences.append(MARKED)
     if result.baseline:
-        told.append(
+        sentences.append(
             f"Differences are paired by seed. In brackets: 95 % percentile bootstrap interval over seeds, "
             f"{result.resamples:,} resamples, seeded; for 3 seeds it is simply their range, for fewer it is not given."
         )
     if searched:
-        told.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
+        sentences.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
     if any(line.rate_from for line in result.lines):
-        told.append("A rate 'of' another setting was searched there: both agree on what search.each of the grid names.")
-    return told
+        sentences.append(
+            "A rate 'of' another setting was searched there: both agree on what search.each of the grid names."
+        )
+    return sentences
 
 
 def markdown(result: Comparison, searched: bool) -> str:
-    """table.md."""
+    """Write the table and its notes as Markdown."""
     top = [_escaped(word) for word in column_names(result)]
     lines = ["| " + " | ".join(top) + " |", "|" + " --- |" * len(top)]
     lines += ["| " + " | ".join(_escaped(cell) for cell in row_cells(result, line)) + " |" for line in result.lines]

@@ -1,4 +1,4 @@
-"""What a run tells the world: typed, versioned events, one JSON line each.
+"""Typed, versioned events of a run, one JSON line each.
 
 Report, metrics and resume read these and nothing else.  Rounds are counted in two ways, as everywhere in the
 project: ``RoundDone.round`` is the index of the round (from 0); all others give the number of finished rounds.
@@ -16,7 +16,7 @@ from peerlora.errors import RunError
 
 @dataclass(frozen=True)
 class RunStarted:
-    """First event of every run: what is run, and on whom."""
+    """First event of every run: its settings and clients."""
 
     version: ClassVar[int] = 1
     time: str
@@ -40,7 +40,7 @@ class RunStarted:
     paths: dict[str, str | None] = field(default_factory=dict)
     """Speed paths: null where one is used, else why not."""
     notes: list[str] = field(default_factory=list)
-    """What the method has to say about this run: what it chose, and why."""
+    """Notes of the method about this run: what it chose, and why."""
     clock: dict[str, Any] | None = None
     """Virtual time: the settings, and every client's speed and bandwidth in bytes per second (null: unlimited)."""
     held: list[int] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """The run can be taken up again from here."""
+    """A checkpoint was saved, from which the run can resume."""
 
     version: ClassVar[int] = 1
     round: int
@@ -126,7 +126,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run was taken up again after ``round`` finished rounds."""
+    """The run was resumed after ``round`` finished rounds."""
 
     version: ClassVar[int] = 1
     time: str
@@ -143,7 +143,7 @@ class Warned:
 
 @dataclass(frozen=True)
 class Joined:
-    """A real peer greeted its neighbours and begins its rounds."""
+    """A real peer finished its handshakes and begins its rounds."""
 
     version: ClassVar[int] = 1
     time: str

@@ -19,6 +19,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from peerlora.display import byte_unit
+
 Style = Literal["thin", "thick", "dashed", "band"]
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44aa99", "#999933", "#882255")
 MEAN, AVERAGED, CLIENT, INK, GRID = "#1f4e79", "#d1495b", "#7fa3c4", "#333333", "#e4e4e4"
@@ -61,13 +63,15 @@ class Curves:
 
 def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round") -> Picture:
     """Every client thin (quantile bands above 50 clients), their mean thick, the averaged model dashed."""
-    with _drawing(name, title) as (figure, out):
-        axes = _axes(figure, xlabel=xlabel)
+    with svg_figure(name, title) as (figure, out):
+        axes = add_axes(figure, xlabel=xlabel)
         legend = _spread(axes, curves)
-        axes.plot(curves.rounds, _mean(curves.clients), color=MEAN, linewidth=2.2, **_marker(curves.rounds))
+        axes.plot(curves.rounds, _mean(curves.clients), color=MEAN, linewidth=2.2, **point_markers(curves.rounds))
         legend.append(Key("mean over clients", MEAN, "thick"))
         if curves.averaged is not None:
-            axes.plot(curves.rounds, curves.averaged, "--", color=AVERAGED, linewidth=2.2, **_marker(curves.rounds))
+            axes.plot(
+                curves.rounds, curves.averaged, "--", color=AVERAGED, linewidth=2.2, **point_markers(curves.rounds)
+            )
             legend.append(Key("averaged model", AVERAGED, "dashed"))
     return Picture(title, out.getvalue(), legend)
 
@@ -77,18 +81,18 @@ def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], S
     values = {label: np.asarray(line[1], float) for label, line in lines.items()}
     zeros = any((each == 0).any() for each in values.values())
     positive = any((each > 0).any() for each in values.values())
-    with _drawing(name, title) as (figure, out):
-        axes = _axes(figure, "log scale")
-        for (label, each), colour in zip(values.items(), _colours(len(values)), strict=True):
+    with svg_figure(name, title) as (figure, out):
+        axes = add_axes(figure, "log scale")
+        for (label, each), colour in zip(values.items(), line_colours(len(values)), strict=True):
             rounds = lines[label][0]
-            axes.plot(rounds, np.where(each > 0, each, np.nan), color=colour, linewidth=1.8, **_marker(rounds))
+            axes.plot(rounds, np.where(each > 0, each, np.nan), color=colour, linewidth=1.8, **point_markers(rounds))
         if positive:
             axes.set_yscale("log")
         else:
             axes.set_yticks([])
             word = "all values are zero" if zeros else "not known"
             axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color=INK)
-    legend = [Key(label, colour, "thick") for label, colour in zip(values, _colours(len(values)), strict=True)]
+    legend = [Key(label, colour, "thick") for label, colour in zip(values, line_colours(len(values)), strict=True)]
     note = "Zeros are not drawn: a log scale has no place for them." if zeros else ""
     return Picture(title, out.getvalue(), legend, note)
 
@@ -102,8 +106,8 @@ def labels_figure(name: str, title: str, names: Sequence[str], counts: Sequence[
     if len(kept) < table.shape[1]:
         rest = shown.sum(1) - shown[:, kept].sum(1)
         parts.append((f"{table.shape[1] - len(kept)} other labels", rest, OTHER))
-    with _drawing(name, title) as (figure, out):
-        axes = _axes(figure, "rows", "client")
+    with svg_figure(name, title) as (figure, out):
+        axes = add_axes(figure, "rows", "client")
         bottom = np.zeros(len(shown))
         for _, height, colour in parts:
             axes.bar(range(len(shown)), height, bottom=bottom, color=colour, width=0.8, linewidth=0)
@@ -122,7 +126,7 @@ def graph_figure(name: str, title: str, clients: int, uses: Mapping[tuple[int, i
     spots = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     share = np.array([count for _, count in busiest], float) / max(most, 1)
     linked = np.isin(np.arange(clients), [client for link in uses for client in link])
-    with _drawing(name, title, size=(4.6, 4.6)) as (figure, out):
+    with svg_figure(name, title, size=(4.6, 4.6)) as (figure, out):
         axes = figure.add_subplot()
         axes.set(xlim=(-1.22, 1.22), ylim=(-1.22, 1.22), aspect="equal")
         axes.axis("off")
@@ -148,41 +152,35 @@ def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int],
     totals = {label: np.cumsum(np.asarray(line[1], float)) for label, line in lines.items()}
     top = max((each[-1] for each in totals.values() if len(each)), default=0.0)
     factor, unit = byte_unit(top)
-    with _drawing(name, title, size=(7.4, 2.4)) as (figure, out):
-        axes = _axes(figure, f"{unit} sent, all clients")
-        for (label, total), colour in zip(totals.items(), _colours(len(totals)), strict=True):
-            axes.plot(lines[label][0], total / factor, color=colour, linewidth=1.8, **_marker(lines[label][0]))
+    with svg_figure(name, title, size=(7.4, 2.4)) as (figure, out):
+        axes = add_axes(figure, f"{unit} sent, all clients")
+        for (label, total), colour in zip(totals.items(), line_colours(len(totals)), strict=True):
+            axes.plot(lines[label][0], total / factor, color=colour, linewidth=1.8, **point_markers(lines[label][0]))
         axes.set_ylim(bottom=0)
-    legend = [Key(label, colour, "thick") for label, colour in zip(totals, _colours(len(totals)), strict=True)]
+    legend = [Key(label, colour, "thick") for label, colour in zip(totals, line_colours(len(totals)), strict=True)]
     return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
 
 
 def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str = "round") -> Picture:
     """Several runs: mean over clients, a band from the lowest to the highest client, the averaged model dashed."""
-    with _drawing(name, title, size=(7.4, 3.8)) as (figure, out):
-        axes = _axes(figure, xlabel=xlabel)
-        for curves, colour in zip(runs.values(), _colours(len(runs)), strict=True):
+    with svg_figure(name, title, size=(7.4, 3.8)) as (figure, out):
+        axes = add_axes(figure, xlabel=xlabel)
+        for curves, colour in zip(runs.values(), line_colours(len(runs)), strict=True):
             low, high = _quantiles(curves.clients, 0.0, 1.0)
             axes.fill_between(curves.rounds, low, high, color=colour, alpha=0.12, linewidth=0)
-            axes.plot(curves.rounds, _mean(curves.clients), color=colour, linewidth=2.2, **_marker(curves.rounds))
+            axes.plot(curves.rounds, _mean(curves.clients), color=colour, linewidth=2.2, **point_markers(curves.rounds))
             if curves.averaged is not None:
                 axes.plot(curves.rounds, curves.averaged, "--", color=colour, linewidth=1.4)
-    legend = [Key(label, colour, "thick") for label, colour in zip(runs, _colours(len(runs)), strict=True)]
+    legend = [Key(label, colour, "thick") for label, colour in zip(runs, line_colours(len(runs)), strict=True)]
     legend += [Key("lowest to highest client", OTHER, "band"), Key("averaged model", INK, "dashed")]
     return Picture(title, out.getvalue(), legend)
-
-
-def byte_unit(count: float) -> tuple[float, str]:
-    """(bytes per unit, name of the unit) in which ``count`` bytes read well."""
-    units = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
-    return next(((factor, unit) for factor, unit in units if count >= factor), (1.0, "bytes"))
 
 
 def _spread(axes: Any, curves: Curves) -> list[Key]:
     """Draw the clients behind their mean."""
     clients = curves.clients.shape[1]
     if clients <= MANY_LINES:
-        point = _marker(curves.rounds) and {"marker": "o", "markersize": 2.0}
+        point = point_markers(curves.rounds) and {"marker": "o", "markersize": 2.0}
         axes.plot(curves.rounds, curves.clients, color=CLIENT, linewidth=0.8, alpha=0.7, **point)
         return [Key("one client", CLIENT, "thin")] if clients > 1 else []
     for low, high, alpha in ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35)):
@@ -204,11 +202,12 @@ def _quantiles(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.array(pairs).reshape(-1, 2).T
 
 
-def _colours(count: int) -> list[str]:
-    return [PALETTE[place % len(PALETTE)] for place in range(count)]
+def line_colours(count: int) -> list[str]:
+    """Return the colours of so many lines; the palette repeats."""
+    return [PALETTE[number % len(PALETTE)] for number in range(count)]
 
 
-def _marker(rounds: Sequence[float]) -> dict[str, Any]:
+def point_markers(rounds: Sequence[float]) -> dict[str, Any]:
     """Points as well as lines where there are few, so that a single round can be seen."""
     return {"marker": "o", "markersize": 3.5} if len(rounds) <= 25 else {}
 
@@ -221,7 +220,8 @@ def _widen(figure: Figure) -> None:
             axes.set_xlim(low - 1, high + 1)
 
 
-def _axes(figure: Figure, ylabel: str = "", xlabel: str = "round") -> Any:
+def add_axes(figure: Figure, ylabel: str = "", xlabel: str = "round") -> Any:
+    """Add axes in the style of the reports."""
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
@@ -235,7 +235,7 @@ def _axes(figure: Figure, ylabel: str = "", xlabel: str = "round") -> Any:
 
 
 @contextmanager
-def _drawing(name: str, title: str, size: tuple[float, float] = (7.4, 3.2)) -> Any:
+def svg_figure(name: str, title: str, size: tuple[float, float] = (7.4, 3.2)) -> Any:
     """A figure to draw on (inches) and the buffer that holds its SVG afterwards."""
     style: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 9.0, "font.family": ["DejaVu Sans"]}
     with matplotlib.rc_context(style):

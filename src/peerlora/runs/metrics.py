@@ -1,12 +1,12 @@
-"""Events as one long table (metrics.parquet), and the few numbers that sum a run up."""
+"""Events as one long table (metrics.parquet), and the summary of a run."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peerlora.files import atomic_file
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
 
 Row = tuple[int | None, int, str, float]  # client (None: the whole run), finished rounds, metric, value
@@ -99,14 +99,12 @@ def write_table(events: Iterable[Event], path: Path | str) -> None:
         "metric": pa.array(metrics, pa.string()),
         "value": pa.array(values, pa.float64(), from_pandas=True),
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with atomic_file(Path(path)) as temporary:
+        pq.write_table(pa.table(columns), temporary)
 
 
 def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
-    """[client] the finished rounds at its last exchange with anybody; None: never, or links not written down."""
+    """Find per client the finished rounds at its last exchange with anybody; None: never, or links not written down."""
     last: list[int | None] = [None] * clients
     for done in of(events, RoundDone):
         for client in {client for edge in done.edges or () for client in edge}:
@@ -128,7 +126,7 @@ def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
 
 
 def summarise(events: Sequence[Event]) -> dict[str, Any]:
-    """The run in a few numbers, from whatever was written so far; None where nothing was.
+    """Summarise a run from the events so far; None where there is no value yet.
 
     Keys: method, clients, rounds (finished), metric, accuracy {own_mean, own_min, own_max, averaged}, consensus
     {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, virtual_seconds,

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peerlora.display import Cell, format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise
 from peerlora.runs.store import read_events
@@ -12,7 +13,6 @@ from peerlora.runs.store import read_events
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Key, Picture
 
-Cell = str | int | float | None
 MANY_CONTACTS = 60  # clients in the table of last contacts
 MANY_CHANGES = 100  # of neighbours, the last ones, that are listed
 
@@ -60,7 +60,7 @@ def write_report(folder: Path | str) -> Path:
     events = read_events(folder)
     config = (folder / "config.yaml").read_text(encoding="utf-8")
     start = started(events)
-    title = f"{start.method}, {_who(start)}" if start else "A run that has not started"
+    title = f"{start.method}, {_subject(start)}" if start else "A run that has not started"
     body = [_lead(start, events), _warnings(start, events)]
     if start:
         body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
@@ -80,7 +80,7 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
 
 
 def picture_html(picture: "Picture") -> str:
-    """A figure with title, legend and note."""
+    """Render a figure with title, legend and note."""
     legend = "".join(f"<span>{_swatch(key)}{escape(key.label)}</span>" for key in picture.legend)
     shape = ' class="square"' if picture.square else ""
     return (
@@ -93,36 +93,17 @@ def picture_html(picture: "Picture") -> str:
 
 
 def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
-    """A table whose first column names the row; numbers are set to the right."""
-    top = "".join(f"<th{' class=number' if place else ''}>{escape(word)}</th>" for place, word in enumerate(head))
+    """Render a table whose first column names the row; numbers are set to the right."""
+    top = "".join(f"<th{' class=number' if column else ''}>{escape(word)}</th>" for column, word in enumerate(head))
     lines = []
     for name, *cells in rows:
-        numbers = "".join(f"<td class=number>{escape(number(cell))}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{escape(number(name))}</th>{numbers}</tr>')
+        numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(format_number(name))}</th>{numbers}</tr>')
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def number(value: Cell) -> str:
-    """A number for people: four digits, thousands parted, a dash where there is none."""
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e9):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    from peerlora.runs.figures import byte_unit
-
-    factor, unit = byte_unit(count)
-    return f"{count / factor:.4g} {unit}"
-
-
-def curves_of(events: Sequence[Event], by: str = "round") -> "Curves | None":
-    """The metric of every client and of the averaged model; None before the first evaluation.
+def metric_curves(events: Sequence[Event], by: str = "round") -> "Curves | None":
+    """Collect the metric of every client and of the averaged model; None before the first evaluation.
 
     ``by``: "round", or "virtual_seconds", of which a run without a clock has none.
     """
@@ -137,8 +118,8 @@ def curves_of(events: Sequence[Event], by: str = "round") -> "Curves | None":
     return Curves([getattr(score, by) for score in scores], own, [score.averaged for score in scores])
 
 
-def holdings(start: RunStarted) -> "Picture | None":
-    """Who holds which labels; None when the partition does not say."""
+def labels_picture(start: RunStarted) -> "Picture | None":
+    """Draw the labels of every client; None when the partition does not say."""
     from peerlora.runs.figures import labels_figure
 
     names, counts = start.partition.get("names"), start.partition.get("counts")
@@ -146,8 +127,8 @@ def holdings(start: RunStarted) -> "Picture | None":
     return labels_figure("labels", "Who holds which labels", names, counts) if names and counts and whole else None
 
 
-def graph(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
-    """Who exchanged with whom; None for one client, or when no round wrote its links down."""
+def graph_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
+    """Draw the links that were used; None for one client, or when no round wrote its links down."""
     from peerlora.runs.figures import graph_figure
 
     uses, rounds = link_uses(events), len(of(events, RoundDone))
@@ -172,7 +153,7 @@ def _warnings(start: RunStarted | None, events: Sequence[Event]) -> str:
 
 
 def _headline(start: RunStarted, events: Sequence[Event]) -> str:
-    """The numbers that most people look for, as a small table."""
+    """The main results as a small table."""
     facts = summarise(events)
     scores, distance, seconds = facts["accuracy"], facts["consensus"], facts["seconds"]
     last = evaluations(events)[-1:]
@@ -186,7 +167,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         ("consensus distance of B", distance["B"]),
         ("consensus distance of the product B·A", distance["product"]),
         ("cross-term", distance["cross_term"]),
-        ("sent by all clients together", size(facts["bytes_sent"])),
+        ("sent by all clients together", format_bytes(facts["bytes_sent"])),
     ]
     if facts["virtual_seconds"] is not None:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
@@ -195,7 +176,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
     return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
 
 
-def _who(start: RunStarted) -> str:
+def _subject(start: RunStarted) -> str:
     if not start.held:
         return f"{start.clients} clients"
     (me,) = start.held
@@ -203,7 +184,7 @@ def _who(start: RunStarted) -> str:
 
 
 def _neighbours(events: Sequence[Event]) -> str:
-    """A real peer's neighbours: how often it met them, why not, and what happened to them last."""
+    """A real peer's neighbours: rounds exchanged, reasons for missed ones, and the latest changes."""
     from peerlora.runs.peer_summary import left_out, neighbours
 
     known, skipped = neighbours(events), left_out(events)
@@ -218,11 +199,11 @@ def _neighbours(events: Sequence[Event]) -> str:
         f"<li>{escape(f'{change.time}, round {change.round}: {site} {change.kind} {change.detail}')}</li>"
         for site, change in changes[-MANY_CHANGES:]
     )
-    told = "This peer knows its neighbourhood only: consensus distances are those of who met, before they mixed."
+    lead = "This peer knows its neighbourhood only: consensus distances are those of who met, before they mixed."
     if skipped:
-        told += f" It had fallen behind and left out {skipped} rounds."
+        lead += f" It had fallen behind and left out {skipped} rounds."
     listed = f"<details><summary>What happened to them</summary><ul>{lines}</ul></details>" if changes else ""
-    return f"<h2>Neighbours</h2><p>{escape(told)}</p>{table_html(rows, head)}{listed}"
+    return f"<h2>Neighbours</h2><p>{escape(lead)}</p>{table_html(rows, head)}{listed}"
 
 
 def _reasons(missed: Mapping[str, int]) -> str:
@@ -230,7 +211,7 @@ def _reasons(missed: Mapping[str, int]) -> str:
 
 
 def _contacts(start: RunStarted, events: Sequence[Event]) -> str:
-    """The round of every client's last exchange; for many clients those who waited longest."""
+    """The round of every client's last exchange; for many clients, the oldest ones."""
     if link_uses(events) is None:
         return '<p class="note">The links of each round were not written down.</p>'
     last = enumerate(summarise(events)["last_contact"])
@@ -242,16 +223,17 @@ def _contacts(start: RunStarted, events: Sequence[Event]) -> str:
     return f"<h2>Last contact</h2><p>Client: round of its last exchange with anybody, for {some}.</p>{table}"
 
 
-def speed_paths(paths: Mapping[str, str | None]) -> list[str]:
-    """Each speed path in words: on, or why not."""
+def describe_speed_paths(paths: Mapping[str, str | None]) -> list[str]:
+    """Describe each speed path in words: on, or why not."""
     return [f"{name}: {'on' if reason is None else f'off, {reason}'}" for name, reason in paths.items()]
 
 
-def clock_words(clock: Mapping[str, Any]) -> str:
-    """A clock in one line."""
+def describe_clock(clock: Mapping[str, Any]) -> str:
+    """Describe a clock in one line."""
     speeds, links = clock["speed"], [each for each in clock["bandwidth"] if each is not None]
     words = [f"{clock['step']:g} s per local step", f"speeds {min(speeds):.3g} to {max(speeds):.3g}"]
-    words.append(f"uplinks {size(min(links))}/s to {size(max(links))}/s" if links else "uplinks unlimited")
+    uplinks = f"{format_bytes(min(links))}/s to {format_bytes(max(links))}/s" if links else "unlimited"
+    words.append(f"uplinks {uplinks}")
     words.append(f"delay {clock['delay']:g} s")
     words += [f"deadline {clock['deadline']:g} s"] if clock["deadline"] else []
     words += [f"{len(clock['away'])} absences"] if clock["away"] else []
@@ -260,18 +242,18 @@ def clock_words(clock: Mapping[str, Any]) -> str:
 
 
 def _setting(start: RunStarted) -> str:
-    """What was run, and with which versions."""
+    """Settings and versions of the run."""
     shape = ", ".join(f"{key} {value}" for key, value in start.topology.items() if isinstance(value, str | int | float))
     rows: list[tuple[str, Cell]] = [
         ("method", start.method),
         ("clients", start.clients),
         ("rounds planned", start.rounds),
         ("topology", shape),
-        *([("virtual clock", clock_words(start.clock))] if start.clock else []),
+        *([("virtual clock", describe_clock(start.clock))] if start.clock else []),
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
         ("CPU threads", start.threads),
-        ("speed paths", "; ".join(speed_paths(start.paths))),
+        ("speed paths", "; ".join(describe_speed_paths(start.paths))),
         *(("the method says", note) for note in start.notes),
         ("versions", ", ".join(f"{name} {version}" for name, version in start.versions.items())),
     ]
@@ -286,7 +268,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
 
     done = of(events, RoundDone)
     rounds = [each.round + 1 for each in done]
-    curves, found = curves_of(events), [holdings(start), graph(start, events)]
+    curves, found = metric_curves(events), [labels_picture(start), graph_picture(start, events)]
     if done:
         loss = figures.Curves(rounds, np.array([each.loss for each in done], float))
         series = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term")
@@ -301,7 +283,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
     if curves:
         title = f"{start.metric} of every client's own model and of the averaged model"
         found.insert(0, figures.clients_figure("metric", title, curves))
-        timed = curves_of(events, "virtual_seconds")
+        timed = metric_curves(events, "virtual_seconds")
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))

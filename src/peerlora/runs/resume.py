@@ -1,10 +1,9 @@
-"""What a run folder says about the run, and whether a resumed run is the same."""
+"""Facts about a run in its folder, and the check that a resumed run is the same."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,18 @@ import yaml
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.errors import RunError
-from peerlora.runs.store import RunStore
+from peerlora.runs.store import RunStore, new_folder
 
-_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers meet, not what is run
+_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers exchange, not what is trained
 
 
 def default_folder(config: RunConfig) -> Path:
-    """A new folder under runs/, named by method and time."""
-    return Path("runs") / f"{config.algorithm.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    """Return a new folder under runs/, named by method and time."""
+    return new_folder(config.algorithm.name)
 
 
 def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | None = None) -> dict[str, Any]:
-    """Versions, seed and machine facts that decide a result beside the config; ``held``: the clients, if not all."""
+    """Collect versions, seed and machine that decide a result beside the config; ``held``: the clients, if not all."""
     packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -37,31 +36,38 @@ def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | 
 
 
 def stored_config(store: RunStore) -> RunConfig:
-    """The resolved config of a run folder."""
+    """Read the resolved config of a run folder."""
     return load_config(yaml.safe_load(store.config_yaml))
 
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:
     """Raise RunError, listing the differences, unless a resumed run is the run that was started."""
-    was, now = _flat(stored.model_dump(mode="json")), _flat(expected.model_dump(mode="json"))
+    was, now = stored.model_dump(mode="json"), expected.model_dump(mode="json")
     if now.get("threads") is None:
         now["threads"] = was.get("threads")
-    differences = [
-        f"{key}: {was.get(key)!r} then, {now.get(key)!r} now"
-        for key in sorted(was | now)
-        if was.get(key) != now.get(key) and key not in _MAY_CHANGE
-    ]
+    changed = list_changes(was, now, ignored=_MAY_CHANGE)
     then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
     if then != given:
-        differences.append(f"partitioner: {then} then, {given} now")
-    if differences:
+        changed.append(f"partitioner: {then} then, {given} now")
+    if changed:
         raise RunError(
-            f"{store.folder} was started with another config ({'; '.join(differences)}); "
+            f"{store.folder} was started with another config ({'; '.join(changed)}); "
             "resume with the same settings, or start a new run with another --out"
         )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+def list_changes(was: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """List the settings that differ between two trees, one sentence each; ``ignored``: dotted keys."""
+    then, later = flatten(was), flatten(now)
+    return [
+        f"{key}: {then.get(key)!r} then, {later.get(key)!r} now"
+        for key in sorted({*then, *later})
+        if then.get(key) != later.get(key) and key not in ignored
+    ]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn a tree of settings into dotted key -> value."""
+    if isinstance(tree, Mapping) and (tree or not prefix):
+        return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): tree}

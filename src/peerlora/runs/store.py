@@ -1,4 +1,4 @@
-"""The run folder: what a run writes down, and how it is taken up again after it was killed at any moment.
+"""The run folder: the files of a run, and how a run killed at any moment is resumed from them.
 
     config.yaml               the resolved config                  run.json      facts: versions, seed, ...
     events.jsonl              one event a line, append only        lock          held while a process runs here
@@ -16,23 +16,24 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from peerlora.display import utc_now
 from peerlora.errors import RunError
-from peerlora.files import _settle, _write_atomically
+from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.events import CheckpointSaved, Event, RunFinished, from_json, plain, to_json
 
 if TYPE_CHECKING:
     import torch
 
-KEEP = 2  # two, so that one damaged file does not cost the run
+KEEP = 2  # checkpoints, so that one damaged file does not cost the run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load_checkpoint`` found."""
+    """One saved state of a run."""
 
     round: int
     """Finished rounds."""
@@ -58,7 +59,7 @@ class RunStore:
 
     @classmethod
     def create(cls, folder: Path | str, config_yaml: str, facts: Mapping[str, Any]) -> "RunStore":
-        """Make the folder and its parents, and write down what is run.
+        """Make the folder and its parents, and write the config and the facts of a run.
 
         Raises RunError when the folder holds something already, cannot be written, or another process is in it.
         """
@@ -73,8 +74,8 @@ class RunStore:
             ) from None
         try:
             require_free(folder)  # again: another process may have been faster
-            _write_atomically(folder / "config.yaml", config_yaml.encode())
-            _write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
+            write_atomically(folder / "config.yaml", config_yaml)
+            write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
             return cls(folder, lock)
         except BaseException:
             lock.close()
@@ -82,7 +83,7 @@ class RunStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> "RunStore":
-        """Take up a run that was stopped.
+        """Open the folder of a stopped run.
 
         Raises RunError when it is not a run folder, when run.json is damaged, or another process is in it.
         """
@@ -122,12 +123,12 @@ class RunStore:
         self.emit(CheckpointSaved(round, f"checkpoints/{data.name}", checksum))
         os.fsync(self._log.fileno())  # a checkpoint whose events are lost in a power cut could not be used
         side = {"round": round, "sha256": checksum, "events_bytes": self._log_bytes()}
-        _write_atomically(data.with_suffix(".json"), _pretty(side))
+        write_atomically(data.with_suffix(".json"), _pretty(side))
         for old in self._checkpoints()[KEEP:]:
             _remove_checkpoint(old)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None when there is none, and the run starts from round 0.
+        """Load the newest checkpoint that is whole; None when there is none, and the run starts from round 0.
 
         Raises RunError when there are checkpoints but every one is damaged.
         """
@@ -145,7 +146,7 @@ class RunStore:
         return None
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
-        """Bring the folder back to the moment of ``checkpoint`` (None: to the start of the run)."""
+        """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""
         self._log.truncate(checkpoint.events_bytes if checkpoint else 0)
         (self.folder / "summary.json").unlink(missing_ok=True)
         for side in self._checkpoints():
@@ -159,20 +160,20 @@ class RunStore:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Emit ``RunFinished``, with which the results are written."""
-        self.emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
+        self.emit(RunFinished(utc_now(), plain(summary)))
 
     def _write_results(self, summary: Mapping[str, Any]) -> None:
         from peerlora.runs.metrics import write_table
 
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
-        _write_atomically(self.folder / "summary.json", _pretty(summary))
+        write_atomically(self.folder / "summary.json", _pretty(summary))
 
     def write(self, name: str, tree: Mapping[str, Any]) -> None:
-        """Write a JSON file of its own into the folder, in one step; it stays when the run is taken up again."""
-        _write_atomically(self.folder / name, _pretty(tree))
+        """Write a JSON file of its own into the folder, in one step; it stays when the run is resumed."""
+        write_atomically(self.folder / name, _pretty(tree))
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """What `write` wrote; None where there is nothing.  Raises RunError where the file is damaged."""
+        """Read a file that `write` wrote; None where there is none.  Raises RunError where the file is damaged."""
         return _read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def close(self) -> None:
@@ -195,7 +196,7 @@ class RunStore:
 
 
 def read_events(folder: Path | str) -> list[Event]:
-    """All events of a run folder; a last line that was cut off by a kill is left out.
+    """Read all events of a run folder; a last line that was cut off by a kill is left out.
 
     Raises RunError when it is not a run folder, or when another line is damaged.
     """
@@ -218,6 +219,11 @@ def _require_run(folder: Path) -> None:
         raise RunError(
             f"{folder} is not a run folder (no {' and no '.join(missing)}); give the --out of an earlier run"
         )
+
+
+def new_folder(name: str) -> Path:
+    """A path under runs/, named by what is run and the local time; nothing is created."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def require_free(folder: Path) -> None:
@@ -246,11 +252,9 @@ def _save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", facts: Mapp
 
     # Cloned because the format refuses tensors that share memory, and ours are views of one buffer.
     own = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
-    checksum = _sha256(temporary)
-    _settle(temporary, path)
-    return checksum
+    with atomic_file(path) as temporary:
+        save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
+        return _sha256(temporary)
 
 
 def _load_tensors(side: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
@@ -307,12 +311,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def clients_of(run: Path) -> list[int] | None:
-    """The clients that a run is of; None: all."""
+    """Return the clients that a run trains; None: all."""
     return _read_json(run / "run.json").get("held")
 
 
 def resume_command(run: Path) -> str:
-    """The command that takes an unfinished run up again."""
+    """Return the command that resumes an unfinished run."""
     if clients_of(run) is None:
         return f"peerlora train --resume {run}"
     return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {run} --resume"

@@ -82,7 +82,7 @@ class AsynchronousRounds:
         tensors = {f"post.{name}": leaf for name, leaf in letters.items()}
         tensors |= {"start": self.start.flat, "result": self.result.flat, "losses": self.losses}
         facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
-        return tensors, facts | {"agenda": self.queue.listed(), "post": post}
+        return tensors, facts | {"agenda": self.queue.to_list(), "post": post}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
         """Restore them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 from peerlora.config.loading import load_config
 from peerlora.errors import RunError
+from peerlora.files import atomic_file
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.peft_io import export_adapter
 from peerlora.runs.store import clients_of, resume_command
@@ -28,8 +28,8 @@ def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: d
     place = folder / "adapters"
     place.mkdir(exist_ok=True)
     tensors = {name.removeprefix("."): leaf.contiguous() for name, leaf in leaves(x).items()}
-    save_file(tensors, place / "all.safetensors.tmp")
-    os.replace(place / "all.safetensors.tmp", place / "all.safetensors")
+    with atomic_file(place / "all.safetensors") as temporary:
+        save_file(tensors, temporary)
     if x.clients > EXPORTED:
         return
     for row, client in enumerate(federation.exchange.clients):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from peerlora.display import utc_now
 from peerlora.errors import Stopped
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
@@ -181,7 +181,7 @@ class Trainer:
         self.store.rewind(checkpoint)
         if checkpoint is None:
             return 0, start
-        self._emit(Resumed(datetime.now(UTC).isoformat(timespec="seconds"), checkpoint.round))
+        self._emit(Resumed(utc_now(), checkpoint.round))
         self._emit(*map(Warned, checkpoint.notes))
 
         def part(name: str) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class Trainer:
     def _started(self) -> RunStarted:
         federation, config = self.federation, self.config
         started = RunStarted(
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=utc_now(),
             method=config.algorithm.name,
             clients=config.clients,
             rounds=config.train.rounds,
@@ -212,7 +212,7 @@ class Trainer:
             warnings=list(federation.warnings),
             notes=list(federation.notes),
             paths=federation.paths,
-            clock=federation.clock.told() if federation.clock else None,
+            clock=federation.clock.describe() if federation.clock else None,
         )
         return self.participation.describe(started)
 
@@ -222,7 +222,7 @@ class Trainer:
         self._evaluate(self.config.train.rounds, state, final=True)
         summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
         write_adapters(self.store.folder, x, self.federation, summary)
-        self._emit(RunFinished(datetime.now(UTC).isoformat(timespec="seconds"), plain(summary)))
+        self._emit(RunFinished(utc_now(), plain(summary)))
         return Result(summary, self.store.folder, lambda: x)
 
     def _emit(self, *events: Event) -> None:

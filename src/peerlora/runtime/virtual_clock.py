@@ -1,4 +1,4 @@
-"""Virtual time: how long each client computes and sends, who is there, and what happens first.
+"""Virtual time: how long each client computes and sends, when it is absent, and the order of events.
 
 Moments and durations are whole nanoseconds, so that two ways to the same moment (ten jobs of one second, one of ten)
 meet exactly and the order of events is the same on every machine.
@@ -34,32 +34,32 @@ class VirtualClock:
 
     def __init__(self, config: ClockConfig, clients: int, seed: int):
         self.config, self.clients = config, clients
-        self.speeds = _drawn(config.speed, config.speed_spread, clients, seed, "speed")
-        self.bandwidths = _drawn(config.bandwidth, config.bandwidth_spread, clients, seed, "bandwidth")
+        self.speeds = _draw(config.speed, config.speed_spread, clients, seed, "speed")
+        self.bandwidths = _draw(config.bandwidth, config.bandwidth_spread, clients, seed, "bandwidth")
         self.delay = ticks(config.delay)
         self.deadline = None if config.deadline is None else ticks(config.deadline)
         self._trace = read_trace(config.trace, clients) if config.trace else {}
 
     @property
     def interrupts(self) -> bool:
-        """Whether a synchronous round may have to do without some clients."""
+        """Whether some clients may be missing from a synchronous round."""
         return self.deadline is not None or bool(self.config.away)
 
     def compute(self, client: int, steps: int, now: int) -> int:
-        """Nanoseconds of a job of so many local steps that begins now; the speed at its beginning holds throughout."""
+        """Return the nanoseconds of so many local steps from now; the speed at the beginning holds throughout."""
         return max(1, ticks(steps * self.config.step / self._at(client, now, "speed", self.speeds[client])))
 
     def upload(self, client: int, count: int, now: int) -> int:
-        """Nanoseconds until the client's uplink has sent so many bytes; all messages of a push end together."""
+        """Return the nanoseconds until the uplink has sent ``count`` bytes; all messages of a push end together."""
         bandwidth = self._at(client, now, "bandwidth", self.bandwidths[client])
         return ticks(count / bandwidth) if np.isfinite(bandwidth) else 0
 
     def away(self, client: int, now: int, t: int) -> bool:
-        """Whether the client would begin no job now, in round ``t``."""
+        """Whether the client is absent now, in round ``t``, and begins no job."""
         return any(_covers(each, now, t) for each in self._absences(client))
 
     def back(self, client: int, now: int) -> int | None:
-        """The moment from which the client is there, which may be now; None: never.  By absences in seconds only."""
+        """Return when the client is present, now or later; None: never.  Only absences in seconds count."""
         moment = now
         while any(_covers(each, moment, -1) for each in self._absences(client)):
             ends = [each.back for each in self._absences(client) if _covers(each, moment, -1)]
@@ -68,8 +68,8 @@ class VirtualClock:
             moment = max(ticks(end) for end in ends if end is not None)
         return moment
 
-    def told(self) -> dict[str, Any]:
-        """For the first event of a run: the settings, and the speeds and bandwidths that were drawn."""
+    def describe(self) -> dict[str, Any]:
+        """Return the settings, speeds and bandwidths for the first event of a run."""
         finite = [each if np.isfinite(each) else None for each in self.bandwidths.tolist()]
         return self.config.model_dump(mode="json") | {"speed": self.speeds.tolist(), "bandwidth": finite}
 
@@ -77,14 +77,14 @@ class VirtualClock:
         return [each for each in self.config.away if each.client == client]
 
     def _at(self, client: int, now: int, column: str, otherwise: float) -> float:
-        """What the trace says of now; what it does not say stays as configured."""
+        """The trace's value at this moment; the configured one where the trace has none."""
         lines = self._trace.get(client, [])
-        place = bisect_right(lines, now, key=lambda line: line["at"]) - 1
-        return lines[place].get(column, float(otherwise)) if place >= 0 else float(otherwise)
+        line = bisect_right(lines, now, key=lambda each: each["at"]) - 1
+        return lines[line].get(column, float(otherwise)) if line >= 0 else float(otherwise)
 
 
 def ticks(seconds: float) -> int:
-    """Whole nanoseconds; ConfigError beyond what a run can hold."""
+    """Convert seconds to whole nanoseconds; raises ConfigError beyond 146 years."""
     if not seconds * SECOND < _LONGEST:
         raise ConfigError(
             f"clock: {seconds:.3g} virtual seconds at once; expected less than 146 years, check the units"
@@ -93,11 +93,11 @@ def ticks(seconds: float) -> int:
 
 
 def seconds(moment: int) -> float:
-    """For people and events."""
+    """Convert nanoseconds to seconds, for events and output."""
     return moment / SECOND
 
 
-def _drawn(
+def _draw(
     given: float | list[float] | None, spread: float, clients: int, seed: int, purpose: str
 ) -> Float[np.ndarray, " client"]:
     base = np.full(clients, np.inf) if given is None else np.broadcast_to(np.asarray(given, float), (clients,)).copy()
@@ -114,7 +114,7 @@ def _covers(absence: Absence, now: int, t: int) -> bool:
 
 
 def read_trace(path: str, clients: int) -> dict[int, list[dict[str, Any]]]:
-    """By client, in order of time: the moment ``at`` in nanoseconds and speed and bandwidth from then on.
+    """Read a trace file: per client, in order of time, the moment ``at`` (nanoseconds), speed and bandwidth from then.
 
     Raises ConfigError for a file that is missing, too large, or holds anything but positive numbers.
     """
@@ -158,39 +158,39 @@ def _trace_line(where: str, row: dict[str, str | None], clients: int) -> tuple[i
 
 
 class ScheduledEvent(NamedTuple):
-    """One event, in the order of its fields: at one moment first what ends, then what arrives, then what begins."""
+    """One event.  Events sort by their fields: at one moment first ends, then arrivals, then beginnings."""
 
     moment: int
     kind: int
     client: int
-    """To whom it happens."""
+    """The client that trains or receives."""
     number: int
-    """Tells two events of one client and moment apart: of a message, its number; of a job, 0."""
+    """Distinguishes events of one client and moment: the number of a message, 0 for a job."""
 
 
 DONE, ARRIVED, BEGINS = range(3)
 
 
 class EventQueue:
-    """What will happen, in an order that is total and the same on every machine."""
+    """Scheduled events in a total order, the same on every machine."""
 
     def __init__(self, events: Sequence[ScheduledEvent] = ()):
         self._heap = list(events)
         heapq.heapify(self._heap)
 
     def add(self, moment: int, kind: int, client: int, number: int = 0) -> None:
-        """Put down one event."""
+        """Schedule one event."""
         heapq.heappush(self._heap, ScheduledEvent(moment, kind, client, number))
 
     def next(self) -> ScheduledEvent:
-        """Take out the first."""
+        """Remove and return the first event."""
         return heapq.heappop(self._heap)
 
     @property
     def moment(self) -> int | None:
-        """When the first will be; None: nothing will happen any more."""
+        """The moment of the first event; None for an empty queue."""
         return self._heap[0].moment if self._heap else None
 
-    def listed(self) -> list[ScheduledEvent]:
-        """All of them, in order."""
+    def to_list(self) -> list[ScheduledEvent]:
+        """Return all events, in order."""
         return sorted(self._heap)

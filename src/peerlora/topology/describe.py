@@ -1,36 +1,16 @@
-"""What ``peerlora topology SPEC`` shows: a short way to write a topology, and its key figures."""
+"""Key figures of a topology, as ``peerlora topology SPEC`` prints them."""
 
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from peerlora.config.loading import load_config
-from peerlora.config.topology import TopologyConfig
-from peerlora.errors import ConfigError
 from peerlora.topology.graphs import Adjacency, components, is_connected
 from peerlora.topology.schedule import Topology
 
 
-def parse_spec(words: str | Sequence[str]) -> TopologyConfig | Any:
-    """The topology written as a kind and its settings: ``random p=0.1``, in one string or in several.
-
-    Raises ConfigError with the nearest valid word.
-    """
-    text = (words if isinstance(words, str) else " ".join(words)).strip()
-    # Only a blank before `key=` separates, so that `edges=[[0, 1], [1, 2]]` may hold blanks.
-    kind, *settings = re.split(r"\s+(?=\w+=)", text)
-    if not kind or "=" in kind:
-        raise ConfigError(f"topology {text!r} names no kind; start with one, e.g. 'ring' or 'random p=0.1'")
-    return load_config(
-        {"topology": kind}, [f"topology.{setting}" for setting in settings], train_defaults=False
-    ).topology
-
-
 def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[str, Any]:
-    """The key figures of a topology, as plain values for JSON.
+    """Compute the key figures of a topology, as plain values for JSON.
 
     Degrees, ``connected``, ``isolated``, messages, bytes and ``rho`` (beta in many papers) of a topology whose rounds
     are drawn are estimates from ``estimated_from`` draws, else over its ``period``; where that is not 1, ``connected``
@@ -71,7 +51,7 @@ def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[s
 
 
 def rounds_to_halve(rho: float) -> float | None:
-    """ln 2 / -ln rho: the rounds that halve the disagreement; 0 when one round ends it, None when it never ends."""
+    """Compute ln 2 / -ln rho: rounds that halve the disagreement; 0 when one round ends it, None when none does."""
     if rho >= 1:
         return None
     return math.log(2) / -math.log(rho) if rho > 0 else 0.0

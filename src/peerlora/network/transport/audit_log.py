@@ -9,9 +9,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
+from peerlora.display import utc_now
 
 Describe = Callable[[bytes], Mapping[str, Any]]
 """Extracts the facts of a header for the log; must not raise."""
@@ -61,7 +62,7 @@ class AuditLog:
         return {"header_sha256": hashlib.sha256(header).hexdigest()} | facts
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._try((json.dumps({"time": datetime.now(UTC).isoformat()} | dict(line)) + "\n").encode())
+        self._try((json.dumps({"time": utc_now("auto")} | dict(line)) + "\n").encode())
 
     def _try(self, data: bytes) -> None:
         try:

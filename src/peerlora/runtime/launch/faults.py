@@ -1,4 +1,4 @@
-"""Failures made on purpose, as the command line writes them: ``3@5s``, ``2@4s:3s``, ``1-2@4s:3s``, ``1>2@4s``."""
+"""Injected faults, as the command line writes them: ``3@5s``, ``2@4s:3s``, ``1-2@4s:3s``, ``1>2@4s``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LINK = re.compile(rf"(\d+)([->])(\d+)@{_SECONDS}(?::{_SECONDS})?")
 
 @dataclass(frozen=True)
 class Fault:
-    """One failure."""
+    """One fault."""
 
     kind: Literal["kill", "stop", "cut"]
-    """SIGKILL, SIGSTOP, or a link that carries nothing any more."""
+    """SIGKILL, SIGSTOP, or a link that carries nothing."""
     peer: int
     at: float
     """Seconds after round 0 began."""
@@ -31,7 +31,7 @@ class Fault:
 
 
 def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> Fault:
-    """One word of the command line; raises ConfigError."""
+    """Parse one word of the command line; raises ConfigError."""
     found = (_LINK if kind == "cut" else _ONE).fullmatch(word)
     if not found:
         forms = {
@@ -43,14 +43,14 @@ def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> 
     parts = found.groups()
     if kind == "cut":
         ends = int(parts[0]), int(parts[2])
-        made = Fault(kind, ends[0], float(parts[3]), _number(parts[4]), ends[1], parts[1] == "-")
+        fault = Fault(kind, ends[0], float(parts[3]), _optional_seconds(parts[4]), ends[1], parts[1] == "-")
     else:
         ends = (int(parts[0]),)
-        made = Fault(kind, ends[0], float(parts[1]), _number(parts[2]))
+        fault = Fault(kind, ends[0], float(parts[1]), _optional_seconds(parts[2]))
     if max(ends) >= peers or len(set(ends)) < len(ends):
         raise ConfigError(f"--{kind} {word!r} given; peers are 0 to {peers - 1}")
-    return made
+    return fault
 
 
-def _number(word: str | None) -> float | None:
+def _optional_seconds(word: str | None) -> float | None:
     return None if word is None else float(word)

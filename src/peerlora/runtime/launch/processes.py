@@ -1,4 +1,4 @@
-"""A whole federation as real processes on this machine, with throw-away identities, and failures on purpose."""
+"""A federation of real processes on this machine, with throw-away identities and injected faults."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, Stopped
+from peerlora.files import write_atomically
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import sign_list, write_list
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
-from peerlora.runs.store import require_free
+from peerlora.runs.store import new_folder, require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.tcp_relay import Relay
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.run import site_on
 
-_LOOK = 0.05  # seconds between two looks at the processes
-_PATIENCE = 30.0  # seconds for processes to end when they are asked to
+_POLL = 0.05  # seconds between two polls of the processes
+_PATIENCE = 30.0  # seconds that processes have to end after SIGTERM
 
 
 @dataclass
 class PeerProcess:
-    """One process, as far as it is seen."""
+    """One peer's process, and its progress as its events show it."""
 
     client: int
     folder: Path
@@ -43,22 +43,22 @@ class PeerProcess:
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
     killed: bool = False
-    """Whether it was killed or stopped on purpose, for good."""
+    """Whether a fault killed or stopped it for good."""
     state: str = "starting"
     round: int = 0
     """Finished rounds."""
     metric: float | None = None
     loss: float | None = None
     missed: int = 0
-    """Links that were planned and not used, over all rounds seen."""
+    """Planned links that were not used, over all rounds so far."""
     skipped: int = 0
     """Rounds left out after falling behind."""
-    news: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     _read: int = 0
 
     @property
     def log(self) -> Path:
-        """What the process printed."""
+        """The file with the process's output."""
         return self.folder.with_suffix(".log")
 
     def start(self, environment: Mapping[str, str]) -> None:
@@ -76,16 +76,16 @@ class PeerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there, stopped or not."""
+        """Whether the process exists, stopped or not."""
         return self.process is not None and self.process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process, if it is there."""
+        """Send a signal to the process, if it exists."""
         if self.process is not None and self.alive:
             self.process.send_signal(number)
 
-    def events(self) -> list[Event]:
-        """What it wrote down since the last look; a resumed run cuts its log back first."""
+    def new_events(self) -> list[Event]:
+        """Read the events since the last call; a resumed run truncates its log first."""
         path = self.folder / "events.jsonl"
         if not path.is_file():
             return []
@@ -96,8 +96,8 @@ class PeerProcess:
         self._read += len(whole) + len(newline)
         return [from_json(line.decode()) for line in whole.split(b"\n") if line.startswith(b"{")]
 
-    def see(self, event: Event) -> None:
-        """Take one event in."""
+    def record(self, event: Event) -> None:
+        """Update the progress by one event."""
         if isinstance(event, Joined):
             self.state = "running"
         elif isinstance(event, RoundDone):
@@ -107,9 +107,9 @@ class PeerProcess:
             self.metric = event.own[0]
         elif isinstance(event, CaughtUp):
             self.skipped += event.to - event.round
-            self.news.append(f"caught up from round {event.round} to {event.to}")
+            self.notices.append(f"caught up from round {event.round} to {event.to}")
         elif isinstance(event, NeighbourChanged) and event.kind != "up":
-            self.news.append(f"{event.kind}: peer {event.client} {event.detail}".strip())
+            self.notices.append(f"{event.kind}: peer {event.client} {event.detail}".strip())
 
 
 def launch(
@@ -120,12 +120,12 @@ def launch(
     listener: Callable[[Sequence[PeerProcess]], None] = lambda peers: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Run ``config.clients`` peers as processes and wait for them; the summary, also in ``summary.json``.
+    """Run ``config.clients`` peers as processes and wait for them; returns the summary, also in ``summary.json``.
 
-    Its ``ok`` says whether all finished that were not killed for good.  ``out`` gets config.yaml, identities, a run
-    folder and a log per peer.
+    Its ``ok`` is true when every peer that was not killed for good has finished.  ``out`` gets config.yaml, identities,
+    a run folder and a log per peer.
     """
-    folder = Path(out) if out is not None else Path("runs") / f"launch-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(out) if out is not None else new_folder("launch")
     require_free(folder)
     if config.clients < 2:
         raise ConfigError("launch needs at least 2 peers; give --peers")
@@ -133,9 +133,9 @@ def launch(
     try:
         federation.run(listener, stop)
     finally:
-        federation.end()
+        federation.close()
     summary = federation.summary()
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -150,7 +150,7 @@ class LocalFederation:
         self.folder, self.faults = folder, list(faults)
         self.relays: dict[tuple[int, int], Relay] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        write_atomically(folder / "config.yaml", self.config.to_yaml())
         self.sites = [f"peer-{client}" for client in range(config.clients)]
         self.ports = free_ports(config.clients)
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
@@ -160,7 +160,7 @@ class LocalFederation:
         self.thread = EventLoopThread()
         self.relayed = any(each.kind == "cut" for each in faults)
         if self.relayed:
-            self._relay()
+            self._start_relays()
         for peer in self.peers:
             peer.command = self._command(peer)
         self.began: float | None = None
@@ -172,34 +172,34 @@ class LocalFederation:
         words += ["--resume", "--listen", f"127.0.0.1:{self.ports[peer.client]}"]
         return [sys.executable, "-m", "peerlora", "peer", str(self.folder / "config.yaml"), *words]
 
-    def _relay(self) -> None:
+    def _start_relays(self) -> None:
         """Let every site dial the others through a relay of its own, which its member list names."""
         key = list_signer(self.folder / "identities" / "authority")
         pairs = [(i, j) for i in range(len(self.sites)) for j in range(len(self.sites)) if i != j]
         listens = dict(zip(pairs, free_ports(len(pairs)), strict=True))
         for i in range(len(self.sites)):
             seen = [
-                member if member.client == i else _moved(member, listens[i, member.client])
+                member if member.client == i else _with_port(member, listens[i, member.client])
                 for member in self.members.members
             ]
-            own = _with(self.members, members=seen)
+            own = _replace_fields(self.members, members=seen)
             write_list(self.folder / "identities" / f"members-{i}.json", sign_list(own, key, _validity(own)))
         for (i, j), listen in listens.items():
             self.relays[i, j] = self.thread.ask(Relay, self.ports[j])
             self.thread.call(self.relays[i, j].start(listen))
 
     def run(self, listener: Callable[[Sequence[PeerProcess]], None], stop: Callable[[], bool]) -> None:
-        """Start all, make what was asked for go wrong, and wait until all have ended."""
+        """Start all peers, inject the faults, and wait until all have ended."""
         environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads), "HF_HUB_OFFLINE": "1"}
         for peer in self.peers:
             peer.start(environment)
         due: list[tuple[float, Callable[[], None]]] = []
         while True:
             for peer in self.peers:
-                self._look(peer)
+                self._poll(peer)
             if self.began is None and any(peer.state == "running" for peer in self.peers):
                 self.began = time.monotonic()
-                due = self._plan(environment)
+                due = self._schedule_faults(environment)
             while due and time.monotonic() >= due[0][0]:
                 due.pop(0)[1]()
             listener(self.peers)
@@ -207,38 +207,38 @@ class LocalFederation:
                 raise Stopped(f"stopped; every peer keeps its checkpoint in {self.folder}")
             if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
                 return
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
 
-    def _look(self, peer: PeerProcess) -> None:
-        for event in peer.events():
-            peer.see(event)
+    def _poll(self, peer: PeerProcess) -> None:
+        for event in peer.new_events():
+            peer.record(event)
         code = peer.process.poll() if peer.process is not None else None
         if code is not None and peer.state not in ("restarting", "killed"):
             peer.state = "finished" if code == 0 else "killed" if peer.killed else f"failed ({code})"
 
-    def _plan(self, environment: Mapping[str, str]) -> list[tuple[float, Callable[[], None]]]:
-        """What to do when, in order."""
+    def _schedule_faults(self, environment: Mapping[str, str]) -> list[tuple[float, Callable[[], None]]]:
+        """List (time, action) of every fault and its end, in order of time."""
         assert self.began is not None
         due: list[tuple[float, Callable[[], None]]] = []
         for fault in self.faults:
-            begin, undo = self._acts(fault, environment)
+            begin, undo = self._actions(fault, environment)
             due.append((self.began + fault.at, begin))
             if fault.lasts is not None:
                 due.append((self.began + fault.at + fault.lasts, undo))
         return sorted(due, key=lambda item: item[0])
 
-    def _acts(self, fault: Fault, environment: Mapping[str, str]) -> tuple[Callable[[], None], Callable[[], None]]:
-        """How a failure begins, and how it is undone."""
+    def _actions(self, fault: Fault, environment: Mapping[str, str]) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The action that begins a fault, and the one that ends it."""
         peer = self.peers[fault.peer]
         if fault.kind == "cut":
             return lambda: self._cut(fault, True), lambda: self._cut(fault, False)
         if fault.kind == "stop":
-            return lambda: self._stop(peer, fault.lasts is None), lambda: self._go_on(peer)
+            return lambda: self._stop(peer, fault.lasts is None), lambda: self._continue(peer)
         return lambda: self._kill(peer, fault.lasts is not None), lambda: self._restart(peer, environment)
 
     def _kill(self, peer: PeerProcess, again: bool) -> None:
         if peer.process is None or not peer.alive:
-            return  # it has ended by itself
+            return  # it ended by itself
         peer.signal(signal.SIGKILL)
         peer.process.wait()
         peer.killed, peer.state = not again, "restarting" if again else "killed"
@@ -252,7 +252,7 @@ class LocalFederation:
             peer.signal(signal.SIGSTOP)
             peer.killed, peer.state = peer.killed or for_good, "stopped"
 
-    def _go_on(self, peer: PeerProcess) -> None:
+    def _continue(self, peer: PeerProcess) -> None:
         if peer.alive and not peer.killed:
             peer.signal(signal.SIGCONT)
             peer.state = "running"
@@ -267,10 +267,10 @@ class LocalFederation:
                 if fault.both or source == one:
                     self.thread.ask(relay.cut, forward, cut)
 
-    def end(self) -> None:
-        """End what still runs: politely, then not; at once where this is interrupted, too."""
+    def close(self) -> None:
+        """End the processes that still run, with SIGTERM and then SIGKILL; at once where this is interrupted."""
         try:
-            self._ask_to_end()
+            self._terminate()
         finally:
             for peer in self.peers:
                 if peer.process is not None and peer.alive:
@@ -280,18 +280,18 @@ class LocalFederation:
             self.thread.call(relay.close())
         self.thread.close()
 
-    def _ask_to_end(self) -> None:
-        """Every peer gets one signal, and time for its round and checkpoint; not those that were stopped for good."""
+    def _terminate(self) -> None:
+        """Send every peer one SIGTERM and wait for its round and checkpoint, except for those stopped for good."""
         asked = [peer for peer in self.peers if not peer.killed]
         for peer in asked:
             peer.signal(signal.SIGCONT)
             peer.signal(signal.SIGTERM)
         deadline = time.monotonic() + _PATIENCE
         while any(peer.alive for peer in asked) and time.monotonic() < deadline:
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
 
     def summary(self) -> dict[str, Any]:
-        """How it ended, in all and for every peer."""
+        """Summarise how the federation and every peer ended."""
         peers, reached = [], []
         for peer in self.peers:
             own = peer.folder / "summary.json"
@@ -313,11 +313,11 @@ class LocalFederation:
         }
 
 
-def _moved(member: Any, port: int) -> Any:
-    return _with(member, address=f"127.0.0.1:{port}")
+def _with_port(member: Any, port: int) -> Any:
+    return _replace_fields(member, address=f"127.0.0.1:{port}")
 
 
-def _with(struct: Any, **changes: Any) -> Any:
+def _replace_fields(struct: Any, **changes: Any) -> Any:
     from msgspec import structs
 
     return structs.replace(struct, **changes)
@@ -328,7 +328,7 @@ def _validity(members: Any) -> Any:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody uses at this moment."""
+    """Return ports of the loopback address that are free at this moment."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
+from peerlora.display import utc_now
 from peerlora.errors import NotNow, RunError
 from peerlora.lora.adapters import Adapters
 from peerlora.network.protocol.control import HandshakeResult, PeerControl
@@ -61,7 +61,7 @@ class PeerParticipation:
             events.append(Warned(f"not there after {seconds:g} s: {', '.join(away)}; beginning without"))
         if unlisted := sorted(set(range(self.config.clients)) - set(self.site.names)):
             events.append(Warned(f"not on the member list: clients {unlisted}; their links are not used"))
-        return [*events, Joined(now(), done, sorted(self.numbers[peer] for peer in found.reached))]
+        return [*events, Joined(utc_now("milliseconds"), done, sorted(self.numbers[peer] for peer in found.reached))]
 
     def enter_round(self, t: int) -> None:
         """Refuse messages of earlier rounds from now on."""
@@ -105,8 +105,3 @@ class PeerParticipation:
         raise RunError(
             f"no neighbour of {self.site.names[self.site.client]} goes along ({reasons}); see peerlora doctor"
         )
-
-
-def now() -> str:
-    """ISO 8601, UTC, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from peerlora.display import utc_now
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.exchange.payload import Shapes
 from peerlora.exchange.schema import Schema
@@ -29,7 +30,7 @@ from peerlora.runtime.participation import Opening
 from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.label_counts import StartupSum
 from peerlora.runtime.peer.message_bounds import exchanged_blocks, largest_message
-from peerlora.runtime.peer.participation import PeerParticipation, now
+from peerlora.runtime.peer.participation import PeerParticipation
 from peerlora.runtime.peer.site import Site, expected_of
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
@@ -139,7 +140,7 @@ class SynchronousPeer(PeerParticipation):
         else:  # the request took time, so ask again which round it is
             again = self.thread.ask(self.protocol.endpoint.peers.round_to_follow, t)
             to, state = max(round, again[0]) if again else round, adopted
-        self._events.append(CaughtUp(now(), t, to, self.numbers[peer], adopted is not None))
+        self._events.append(CaughtUp(utc_now("milliseconds"), t, to, self.numbers[peer], adopted is not None))
         self.publish_state(to, state)
         return to, state
 
