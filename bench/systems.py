@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from markers import insert
-from peerlora.algorithms import REGISTRY
+from peerlora.algorithms import method_class
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.experiments.grid import load_grid, plan_trials
@@ -285,7 +285,7 @@ def timed(events: Sequence[Event], config: RunConfig) -> list[Event]:
     """
     if config.clock is not None:
         return list(events)
-    step = config.train.local_steps * getattr(REGISTRY[config.algorithm.name], "gradients", 1)
+    step = config.train.local_steps * method_class(config.algorithm.name).traits.gradients
     taken = [step + done.bytes_sent / config.clients / UPLINK for done in of(events, RoundDone)]
     now = [0.0, *accumulate(taken)]
     return [replace(each, virtual_seconds=now[each.round]) if isinstance(each, Evaluated) else each for each in events]

@@ -13,7 +13,8 @@ import peerlora
 HOUSE = Path(peerlora.__file__).parent
 FLOORS = (
     ("errors", "randomness", "tree", "files", "display"),
-    ("environment", "config"),
+    ("environment", "plugins"),
+    ("config",),
     ("lora", "data", "topology", "runs"),
     ("train", "exchange"),
     ("algorithms", "network"),

@@ -68,4 +68,4 @@ def test_values_by_layer_become_values_by_column():
 def test_layers_out_of_forward_order_are_a_bug():
     names = ["layer.0.a", "layer.1.a", "layer.0.b"]
     with pytest.raises(AssertionError, match="forward order"):
-        columns_reached(spec(names), ("A",), 3, by_layer=True)
+        columns_reached(spec(names), ("A",), 3, per_layer_moments=True)

@@ -1,7 +1,4 @@
-"""One file per method.  To add one: a file, a line in ``REGISTRY``, a test, a paragraph in docs/methods.md.
-
-Other packages and scripts bring methods of their own: see ``peerlora.plugins`` and ``register_method``.
-"""
+"""One file per method, and the registry that finds it by name, also in other packages and scripts."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass

@@ -157,7 +157,7 @@ class StackedLearner:
         return [view for view in views if view.requires_grad]
 
     def _losses(
-        self, batch: Batch, clients: ClientRows, row_weights: Float[Tensor, "client row"] | None
+        self, batch: Batch, clients: ClientRows, row_weights: Float[Tensor, "everybody row"] | None
     ) -> Float[Tensor, " client"]:
         """The training losses of one step, by the task, the loss rules and the weights of rows."""
         logits = self.model(batch.inputs, batch.origin)
