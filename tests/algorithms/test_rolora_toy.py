@@ -20,7 +20,7 @@ def best_with_fixed_A():
     return float((seen @ torch.linalg.lstsq(seen, Y).solution - Y).square().sum(1).mean())
 
 
-def test_rolora_learns_the_direction_that_ffa_lora_cannot(tmp_path, capsys):
+def test_rolora_learns_the_direction_that_ffa_lora_cannot(tmp_path, capsys, drawn):
     EXAMPLE["main"](str(tmp_path / "toy.svg"))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     reached = {(method, graph): float(loss) for method, graph, loss in lines}
