@@ -1,4 +1,4 @@
-"""Methods, topologies and partitions of other packages: found by entry point, checked, and named in errors."""
+"""Methods, topologies, tasks and partitions of other packages: found by entry point, checked, and named in errors."""
 
 import sys
 from types import SimpleNamespace
@@ -13,11 +13,16 @@ from peerlora.algorithms.dec_lora import DecLoRA
 from peerlora.cli.methods import command as list_methods
 from peerlora.config.base import Section
 from peerlora.config.loading import load_config, parse_spec
+from peerlora.config.task_kinds import TaskKind, register_task
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import partition
 from peerlora.errors import CompositionError, ConfigError, DataError, TopologyError
-from peerlora.plugins import METHODS, PARTITIONS, TOPOLOGIES, Registry
+from peerlora.plugins import METHODS, PARTITIONS, TASKS, TOPOLOGIES
+from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import of
+from peerlora.runs.store import read_events
 from peerlora.runtime.checks import check_composition
+from peerlora.runtime.simulate import simulate
 from peerlora.topology.schedule import build_topology
 
 SOURCE = '''
@@ -78,7 +83,7 @@ SIX_ROWS = Dataset(np.arange(6, dtype=np.int32), np.arange(7), None, np.array([0
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What a test registers ends with it."""
-    for registry in (METHODS, TOPOLOGIES, PARTITIONS):
+    for registry in (METHODS, TOPOLOGIES, PARTITIONS, TASKS):
         monkeypatch.setattr(registry, "_plugins", dict(registry._plugins))
         monkeypatch.setattr(registry, "_scanned", False)
 
@@ -245,5 +250,44 @@ def test_what_is_no_kind_is_refused(kind, told):
         TOPOLOGIES.register("new", kind, "test_plugins")
 
 
-def test_tasks_have_a_group_of_the_same_form():
-    assert isinstance(plugins.TASKS, Registry) and plugins.TASKS.group == "peerlora.tasks"
+TASK = '''
+from peerlora.config.task_kinds import TaskKind
+from peerlora.train.tasks import Regression
+
+class Absolute(Regression):
+    """Absolute in place of squared error."""
+
+    kind = TaskKind("absolute", "number", __name__ + ":Absolute", "SEQ_CLS", "AutoModelForSequenceClassification")
+
+    def row_losses(self, logits, batch):
+        return super().row_losses(logits, batch).sqrt()
+
+ABSOLUTE = Absolute.kind
+'''
+SCORES = ["task.kind=regression", "data.label=score", "train.rounds=1", "topology=ring"]
+
+
+def test_a_task_of_an_installed_package_trains(installed, config, tmp_path):
+    installed("own_t", {"peerlora.tasks": {"absolute": "{0}:ABSOLUTE"}}, TASK)
+    plain = of(read_events(simulate(config("bert", *SCORES), tmp_path / "plain", report=False).run), RoundDone)
+    words = [*SCORES, "task.kind=absolute"]
+    own = of(read_events(simulate(config("bert", *words), tmp_path / "own", report=False).run), RoundDone)
+    assert own[0].loss != plain[0].loss and np.isfinite(own[0].loss).all()
+
+
+def test_a_task_of_a_script_is_registered_by_its_decorator():
+    from peerlora.train.tasks import Regression, task
+
+    @register_task("own-number", "number", "SEQ_CLS")
+    class Own(Regression):
+        pass
+
+    globals()["Own"] = Own
+    TASKS.register("again", TaskKind("again", "number", f"{__name__}:Own", "SEQ_CLS", "Auto"), __name__)
+    assert isinstance(task("again"), Own) and load_config({}, ["task.kind=own-number"]).task.kind == "own-number"
+    with pytest.raises(ConfigError, match="'classification' is registered twice"):
+        register_task("classification", "class", "SEQ_CLS")(Own)
+    with pytest.raises(ConfigError, match="expected a peerlora.config.task_kinds.TaskKind"):
+        TASKS.register("bad", Own, __name__)
+    with pytest.raises(ConfigError, match="'nothing' given; input should be 'classification', .*'own-number'"):
+        load_config({}, ["task.kind=nothing"])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peerlora.config.loading import schema as schema
     from peerlora.config.run import RunConfig as RunConfig
     from peerlora.config.sections import register_partition as register_partition
+    from peerlora.config.task_kinds import register_task as register_task
     from peerlora.config.topology import register_topology as register_topology
     from peerlora.errors import CompositionError as CompositionError
     from peerlora.errors import ConfigError as ConfigError
@@ -46,6 +47,7 @@ _HOMES = {
     "load_config": "config.loading",
     "schema": "config.loading",
     "register_partition": "config.sections",
+    "register_task": "config.task_kinds",
     "register_topology": "config.topology",
     "CompositionError": "errors",
     "ConfigError": "errors",

@@ -5,8 +5,13 @@ A kind's losses and metric are a ``Task`` (``train.tasks``), to which it refers 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from peerlora.plugins import TASKS
+
+Target = Literal["class", "number", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,7 @@ class TaskKind:
     """One ``task.kind``."""
 
     name: str
-    target: Literal["class", "number", "tokens"]
+    target: Target
     """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
@@ -54,8 +59,37 @@ KINDS = {kind.name: kind for kind in _KINDS}
 
 
 def task_kind(name: Any) -> TaskKind:
-    """The kind with this name.  Raises ValueError for anything else."""
-    if not isinstance(name, str) or name not in KINDS:
-        *first, last = (f"{known!r}" for known in KINDS)
+    """Find the kind with this name, here or in other packages.
+
+    Raises ValueError for an unknown one, ConfigError for a plug-in that cannot be used.
+    """
+    kind = TASKS.find(name) if isinstance(name, str) else None
+    if kind is None:
+        *first, last = (f"{known!r}" for known in (*KINDS, *TASKS.names()))
         raise ValueError(f"{name!r} given; input should be {', '.join(first)} or {last}")
-    return KINDS[name]
+    return kind
+
+
+def register_task(
+    name: str, target: Target, peft_type: str, auto_model: str = _SEQUENCE, texts: int = 2, tokens: int = 1
+) -> Callable[[type[Any]], type[Any]]:
+    """Register the Task class that this decorates (see ``train.tasks.Task``) as ``task.kind=NAME``.
+
+    The other arguments are the fields of its ``TaskKind``.  Raises ConfigError where the name is taken.
+    """
+
+    def register(task: type[Any]) -> type[Any]:
+        where = f"{task.__module__}:{task.__qualname__}"
+        TASKS.register(name, TaskKind(name, target, where, peft_type, auto_model, texts, tokens), task.__module__)
+        return task
+
+    return register
+
+
+def _flaw(name: str, thing: Any) -> str | None:
+    if not isinstance(thing, TaskKind):
+        return f"{thing!r} given; expected a peerlora.config.task_kinds.TaskKind"
+    return None if thing.name == name else f"its TaskKind is named {thing.name!r}"
+
+
+TASKS.reserve(KINDS, _flaw)
