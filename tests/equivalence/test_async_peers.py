@@ -64,7 +64,7 @@ def written_down(monkeypatch):
         monkeypatch.setattr(AsynchronousRounds, name, call)
 
     def letter(self, event):
-        receiver, message = self.post.in_flight[event.number]
+        receiver, message = self.mailboxes.in_flight[event.number]
         return ("arrived", message.sender, receiver)
 
     told("_job_done", lambda self, event: ("done", event.client))

@@ -25,15 +25,15 @@ def heard(messages):
 
 def test_a_push_goes_to_all_neighbours_or_to_some():
     made = post()
-    made.box(0).push(say(1))
-    made.box(0).push(say(2), [3])
-    first, second = made.taken()
+    made.mailbox(0).push(say(1))
+    made.mailbox(0).push(say(2), [3])
+    first, second = made.take_pushed()
     assert (first.receivers, second.receivers) == ([1, 3], [3])
     assert first.size == encoded_bytes({"x": ((1,), torch.float32)})
-    assert made.taken() == [] and made.box(1).poll() == [], "nothing arrives by itself"
+    assert made.take_pushed() == [] and made.mailbox(1).poll() == [], "nothing arrives by itself"
     for number in [*first.numbers, *second.numbers]:
         made.deliver(number)
-    assert heard(made.box(1).poll()) == [(0, 1)] and heard(made.box(3).poll()) == [(0, 2)]
+    assert heard(made.mailbox(1).poll()) == [(0, 1)] and heard(made.mailbox(3).poll()) == [(0, 2)]
     assert made.used == {(0, 1), (0, 3)}
 
 
@@ -42,11 +42,11 @@ def test_one_slot_per_sender_or_all(newest_only, expected):
     made = post(newest_only=newest_only)
     for sender, value in ((0, 1), (2, 7), (0, 2)):
         made.end_job(sender)
-        made.box(sender).push(say(value), [1])
-    for pushed in made.taken():
+        made.mailbox(sender).push(say(value), [1])
+    for pushed in made.take_pushed():
         made.deliver(*pushed.numbers)
-    assert heard(made.box(1).poll()) == expected
-    assert made.box(1).poll() == []
+    assert heard(made.mailbox(1).poll()) == expected
+    assert made.mailbox(1).poll() == []
 
 
 def test_an_older_message_that_arrives_later_counts_no_more():
@@ -54,11 +54,11 @@ def test_an_older_message_that_arrives_later_counts_no_more():
     numbers = []
     for value in (1, 2):
         made.end_job(0)
-        made.box(0).push(say(value), [1])
-        numbers += made.taken()[0].numbers
+        made.mailbox(0).push(say(value), [1])
+        numbers += made.take_pushed()[0].numbers
     for number in reversed(numbers):
         made.deliver(number)
-    assert heard(made.box(1).poll()) == [(0, 2)]
+    assert heard(made.mailbox(1).poll()) == [(0, 2)]
     assert made.known[1, 0] == 2
 
 
@@ -69,22 +69,22 @@ def test_staleness_by_hand():
         made.begin_job(client)
     for job in range(3):  # 0 does three jobs, each message there at once
         made.end_job(0)
-        made.box(0).push(say(job))
-        made.deliver(*made.taken()[0].numbers)
+        made.mailbox(0).push(say(job))
+        made.deliver(*made.take_pushed()[0].numbers)
         made.begin_job(0)
     made.end_job(1)
-    made.box(1).push(say(9))
-    made.deliver(*made.taken()[0].numbers)
-    (late,) = made.box(0).poll()
+    made.mailbox(1).push(say(9))
+    made.deliver(*made.take_pushed()[0].numbers)
+    (late,) = made.mailbox(0).poll()
     assert (late.version, late.seen, late.staleness) == (1, 0, 2)  # 0's last job began with version 2
-    (fresh,) = made.box(1).poll()
+    (fresh,) = made.mailbox(1).poll()
     assert (fresh.version, fresh.seen, fresh.staleness) == (3, 0, 0)
     assert made.staleness == [2, 0]
     made.begin_job(1)
     made.end_job(1)
-    made.box(1).push(say(10))
-    made.deliver(*made.taken()[0].numbers)
-    assert made.box(0).poll()[0].staleness == 0, "its second job began with the newest of 0"
+    made.mailbox(1).push(say(10))
+    made.deliver(*made.take_pushed()[0].numbers)
+    assert made.mailbox(0).poll()[0].staleness == 0, "its second job began with the newest of 0"
 
 
 @settings(deadline=None)
@@ -99,20 +99,20 @@ def test_whatever_happens_no_message_is_handed_out_twice(events, newest_only):
             made.begin_job(client)
             made.end_job(client)
         elif what == "push":
-            for number in made.box(client)._post.graph.neighbours(client):
-                made.box(client).push(say(pushed), [number])
+            for number in made.mailbox(client)._mailboxes.graph.neighbours(client):
+                made.mailbox(client).push(say(pushed), [number])
                 pushed += 1
-            in_flight += [number for each in made.taken() for number in each.numbers]
+            in_flight += [number for each in made.take_pushed() for number in each.numbers]
         elif what == "arrive" and in_flight:
             made.deliver(in_flight.pop(client % len(in_flight)))
         elif what == "poll":
-            found = made.box(client).poll()
+            found = made.mailbox(client).poll()
             polled += [value for _, value in heard(found)]
             assert all(each.staleness >= 0 for each in found)
             assert not newest_only or len({each.sender for each in found}) == len(found)
     assert len(polled) == len(set(polled)) <= pushed
     if not newest_only:
-        waiting = sum(map(len, made.waiting.values()))
+        waiting = sum(map(len, made.inbox.values()))
         assert len(polled) + waiting + len(in_flight) == pushed, "none is lost"
 
 
@@ -120,7 +120,7 @@ def test_draws_are_of_the_client_and_its_version():
     made = post()
 
     def draw(client):
-        return made.box(client).random("partner").integers(2**40)
+        return made.mailbox(client).random("partner").integers(2**40)
 
     first = draw(0)
     assert first == draw(0) != draw(1)
@@ -133,17 +133,17 @@ def test_what_is_saved_goes_on():
     for client in (0, 2, 1):
         made.begin_job(client)
         made.end_job(client)
-        made.box(client).push(say(client))
-    numbers = [number for each in made.taken() for number in each.numbers]
+        made.mailbox(client).push(say(client))
+    numbers = [number for each in made.take_pushed() for number in each.numbers]
     made.deliver(numbers[0])
-    tensors, facts = made.saved()
+    tensors, facts = made.state_dict()
     again = post(newest_only=False)
     again.load_state_dict(tensors, facts)
     for each in (made, again):
         for number in numbers[1:]:
             each.deliver(number)
     for client in range(4):
-        ours, theirs = again.box(client).poll(), made.box(client).poll()
+        ours, theirs = again.mailbox(client).poll(), made.mailbox(client).poll()
         assert heard(ours) == heard(theirs)
         assert [(each.version, each.seen) for each in ours] == [(each.version, each.seen) for each in theirs]
     assert again.versions == made.versions and again.count == made.count

@@ -102,8 +102,8 @@ def matched(states, learner, algorithm, graph):
         for client in range(clients):
             (mine,) = np.nonzero(partners[client].numpy())
             if len(mine):
-                runner.post.versions[client] = t + 1
-                other = int(runner.post.box(client).random("partner").choice(mine))
+                runner.mailboxes.versions[client] = t + 1
+                other = int(runner.mailboxes.mailbox(client).random("partner").choice(mine))
                 half = torch.eye(clients, dtype=torch.float64)
                 half[[client, client, other, other], [client, other, client, other]] = 0.5
                 W = half @ W
@@ -134,7 +134,7 @@ def test_ad_psgd_keeps_the_sum_but_for_local_steps_and_what_is_on_the_way(speeds
     algorithm, start = build_algorithm("ad-psgd", {}), targets(5, seed=1)
     learner = Quadratic(targets(5), rate=0.0)  # nothing but averages
     runner, states, _ = run(algorithm, learner, 4, graph, start, speed=speeds, delay=delay, bandwidth=bandwidth)
-    pending = [each.payload["d"] for _, each in runner.post.in_flight.values() if "d" in each.payload]
+    pending = [each.payload["d"] for _, each in runner.mailboxes.in_flight.values() if "d" in each.payload]
     total = model(algorithm, states[-1]).sum(0) - (torch.stack(pending).sum(0) if pending else 0)
     assert (total - start.sum(0)).abs().max() < 1e-12
 
@@ -152,9 +152,9 @@ def test_ad_psgd_with_delays_loses_nothing_of_the_local_steps():
 
     learner.fit = noted
     runner, states, _ = run(algorithm, learner, 6, **UNEVEN)
-    done = runner.post.versions
+    done = runner.mailboxes.versions
     moved = sum(change for place, job, change in seen if job < done[place])
-    pending = sum(each.payload["d"] for _, each in runner.post.in_flight.values() if "d" in each.payload)
+    pending = sum(each.payload["d"] for _, each in runner.mailboxes.in_flight.values() if "d" in each.payload)
     assert (model(algorithm, states[-1]).sum(0) - (moved + pending)).abs().max() < 1e-12
 
 
@@ -204,14 +204,14 @@ def test_a_round_is_as_many_jobs_as_there_are_clients():
     # 2, 3, 4, 6, 7 (the 9th second has the 27th).
     assert runner.virtual_seconds == 7 and runner.done == 21
     assert [sum(not math.isnan(loss) for loss in told.losses) for told in passed] == [3] * 5
-    assert runner.post.versions == [7, 7, 7, 0]
+    assert runner.mailboxes.versions == [7, 7, 7, 0]
 
 
 def test_stragglers_hold_up_the_synchronous_run_only():
     def jobs_per_second(name):
         learner = Quadratic(targets(8))
         runner, _, _ = run(build_algorithm(name, {}), learner, 20, speed=[1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1])
-        done = runner.post.versions if isinstance(runner, AsynchronousRounds) else runner.jobs
+        done = runner.mailboxes.versions if isinstance(runner, AsynchronousRounds) else runner.jobs
         return sum(done) / runner.virtual_seconds
 
     synchronous = jobs_per_second("dec-lora")
@@ -242,9 +242,9 @@ def test_who_is_away_neither_works_nor_answers():
     runner, _, _ = run(build_algorithm("ad-psgd", {}), learner, 5, away=away)
     # Jobs begin at 0, 1, 2, ...; 0 does not at 2 to 5, 1 does not from 3 on; who has begun, finishes.
     done = [job for _, jobs in learner.fits for place, job in jobs if place == 0]
-    assert done[:4] == [0, 1, 2, 3][: len(done)] and runner.post.versions[1] == 3
-    assert runner.post.versions[2] == runner.post.versions[3] == int(runner.virtual_seconds)
-    assert runner.post.versions[0] == int(runner.virtual_seconds) - 4
+    assert done[:4] == [0, 1, 2, 3][: len(done)] and runner.mailboxes.versions[1] == 3
+    assert runner.mailboxes.versions[2] == runner.mailboxes.versions[3] == int(runner.virtual_seconds)
+    assert runner.mailboxes.versions[0] == int(runner.virtual_seconds) - 4
 
 
 def test_a_run_that_everybody_has_left_says_so():

@@ -21,7 +21,8 @@ from peerlora.runs.events import Event
 from peerlora.runs.metrics import evaluations, started
 from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, require_free
-from peerlora.runtime.compose import compose, resolve_threads
+from peerlora.runtime.compose import assemble, resolve_threads
+from peerlora.runtime.plan import Plan, plan
 from peerlora.runtime.resources import BaseModelCache, RunResources, load_resources
 from peerlora.runtime.simulate import resume, simulate
 
@@ -96,17 +97,44 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
 
 
 def check_grid(grid: GridConfig, cache: ResourceCache) -> None:
-    """Compose every trial once.  Raises CompositionError that lists every refused trial with its reason."""
+    """Plan every trial, and assemble one of all those that are the same to data and model.
+
+    Raises CompositionError that lists every refused trial with its reason.
+    """
     planned, searched = plan_trials(grid), plan_search(grid)
-    refused = [*planned.refused, *searched.refused]
+    refused, assembled = [*planned.refused, *searched.refused], {}
     for trial in order_trials([*searched.trials, *planned.trials]):
-        try:
-            compose(trial.config, resources=cache.resources(trial.config))
-        except PeerloraError as error:
-            refused.append((trial.name, str(error)))
+        if reason := _refusal(trial.config, cache, assembled):
+            refused.append((trial.name, reason))
     if refused:
         count = len(planned.trials) + len(searched.trials) + len(planned.refused)
         raise CompositionError(_refusal_message(refused, count))
+
+
+def _refusal(config: RunConfig, cache: ResourceCache, assembled: dict[str, str | None]) -> str | None:
+    """Why a trial cannot run; None where it can.  ``assembled``: what came of others, by ``_assembly_key``."""
+    try:
+        planned = plan(config)
+    except PeerloraError as error:
+        return str(error)
+    key = _assembly_key(planned)
+    if key not in assembled:
+        try:
+            assemble(planned, cache.resources(config))
+            assembled[key] = None
+        except PeerloraError as error:
+            assembled[key] = str(error)
+    return assembled[key]
+
+
+def _assembly_key(planned: Plan) -> str:
+    """The settings on which `assemble` depends; a method that merges is refused where its sums don't fit."""
+    tree = planned.config.model_dump(mode="json")
+    names = ["model", "adapter", "task", "data", "partition", "clients", "exchange", "adversary", "device", "seed"]
+    if planned.algorithm.traits.merges_into:
+        names += ["algorithm", "topology"]
+    train = ("batch", "label_prior", "dtype", "fast", *(["rounds"] if planned.algorithm.traits.merges_into else []))
+    return json.dumps([{name: tree[name] for name in names}, {name: tree["train"][name] for name in train}])
 
 
 def _refusal_message(refused: Sequence[tuple[str, str]], count: int) -> str:

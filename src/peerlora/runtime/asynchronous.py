@@ -1,4 +1,4 @@
-"""Rounds of an asynchronous run: clients work, send and listen at moments of their own, on the virtual clock.
+"""Rounds of an asynchronous run: each client trains, sends and receives on its own schedule, on the virtual clock.
 
 One round is as many finished jobs as there are clients, so that a run of R rounds does the local steps of R
 synchronous rounds, whoever does them.  A job is finished when its result has been sent.  Everything of one moment
@@ -34,8 +34,8 @@ _BY_ITSELF, _AFTER_A_JOB = range(2)  # how a client comes to begin a job
 class AsynchronousRounds:
     """Advances an asynchronous run by as many jobs as there are clients.
 
-    Jobs in flight know nothing of each other.  So none is computed when it begins: the first result that is needed has
-    all jobs computed that are outstanding, those with the same active blocks in one stacked graph.
+    Jobs in flight are independent, so none is computed when it begins: the first result that is needed computes all
+    outstanding jobs, those with the same active blocks in one stacked graph.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AsynchronousRounds:
     ):
         self.algorithm, self.learner, self.clock = algorithm, learner, clock
         self.clients = clock.clients
-        self.post = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.traits.newest_only)
+        self.mailboxes = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.traits.newest_only)
         self.queue = EventQueue([ScheduledEvent(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
         self.now, self.done = 0, 0
         self.outstanding: set[int] = set()
@@ -64,7 +64,7 @@ class AsynchronousRounds:
         """Round ``t``; raises RunError when nobody is left who would ever begin a job."""
         began = time.perf_counter()
         self.sent_bytes, self.largest, self.seconds_train, self.ended = 0, 0, 0.0, []
-        self.post.begin_round()
+        self.mailboxes.begin_round()
         state = own_copy(state)
         while self.done < (t + 1) * self.clients:
             if self.queue.moment is None:
@@ -78,23 +78,23 @@ class AsynchronousRounds:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the event queue, the mailboxes, and the jobs in flight: where they began and, once computed, ended."""
         assert self.start is not None and self.result is not None
-        letters, post = self.post.saved()
-        tensors = {f"post.{name}": leaf for name, leaf in letters.items()}
+        in_flight, mailboxes = self.mailboxes.state_dict()
+        tensors = {f"post.{name}": leaf for name, leaf in in_flight.items()}
         tensors |= {"start": self.start.flat, "result": self.result.flat, "losses": self.losses}
         facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
-        return tensors, facts | {"agenda": self.queue.to_list(), "post": post}
+        return tensors, facts | {"agenda": self.queue.to_list(), "post": mailboxes}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
         """Restore them."""
-        letters = {name.removeprefix("post."): leaf for name, leaf in tensors.items() if name.startswith("post.")}
-        self.post.load_state_dict(letters, facts["post"])
+        in_flight = {name.removeprefix("post."): leaf for name, leaf in tensors.items() if name.startswith("post.")}
+        self.mailboxes.load_state_dict(in_flight, facts["post"])
         self.queue = EventQueue([ScheduledEvent(*each) for each in facts["agenda"]])
         self.now, self.done, self.outstanding = facts["now"], facts["done"], set(facts["outstanding"])
         self.losses = tensors["losses"].cpu()
         self.start, self.result = (replace(x, flat=tensors[name]) for name in ("start", "result"))
 
     def _moment(self, now: int, t: int, state: Any) -> None:
-        """Everything that happens now, in order; ``state`` changes in place."""
+        """Process all events of one moment, in order; ``state`` changes in place."""
         self.now = now
         self._prepare(self.algorithm.model(state))
         steps = {DONE: self._job_done, ARRIVED: self._arrived, BEGINS: self._begin}
@@ -103,7 +103,7 @@ class AsynchronousRounds:
             steps[event.kind](event, t, state)
 
     def _prepare(self, x: Adapters) -> None:
-        """Room for the jobs in flight."""
+        """Allocate the jobs in flight."""
         if self.start is None:
             self.start, self.result = own_copy(x), own_copy(x)
 
@@ -112,21 +112,23 @@ class AsynchronousRounds:
         if client in self.outstanding:
             self._compute(t, state)
         assert self.start is not None and self.result is not None
-        self.post.end_job(client)
-        row, box = rows_of(state, client), self.post.box(client)
-        put_row(state, client, self.algorithm.on_job(row, self.start.rows([client]), self.result.rows([client]), box))
+        self.mailboxes.end_job(client)
+        row, mailbox = rows_of(state, client), self.mailboxes.mailbox(client)
+        put_row(
+            state, client, self.algorithm.on_job(row, self.start.rows([client]), self.result.rows([client]), mailbox)
+        )
         free = self._dispatch(client)  # an upload keeps a client from its next job
         self.queue.add(free, BEGINS, client, _AFTER_A_JOB)
 
     def _arrived(self, event: ScheduledEvent, t: int, state: Any) -> None:
         client = event.client
         back = self.clock.back(client, self.now)
-        if back != self.now:  # it waits at the door; of one who never comes back nobody will know
+        if back != self.now:  # deliver when the client is back; drop if it never comes back
             if back is not None:
                 self.queue.add(back, *event[1:])
             return
-        self.post.deliver(event.number)
-        put_row(state, client, self.algorithm.on_message(rows_of(state, client), self.post.box(client)))
+        self.mailboxes.deliver(event.number)
+        put_row(state, client, self.algorithm.on_message(rows_of(state, client), self.mailboxes.mailbox(client)))
         self._dispatch(client)  # an answer is sent while the client works on
 
     def _begin(self, event: ScheduledEvent, t: int, state: Any) -> None:
@@ -139,8 +141,8 @@ class AsynchronousRounds:
             if back is not None:
                 self.queue.add(back, BEGINS, client, _BY_ITSELF)
             return
-        put_row(state, client, self.algorithm.before_job(rows_of(state, client), self.post.box(client)))
-        self.post.begin_job(client)
+        put_row(state, client, self.algorithm.before_job(rows_of(state, client), self.mailboxes.mailbox(client)))
+        self.mailboxes.begin_job(client)
         assert self.start is not None
         self.start.flat[client] = self.algorithm.model(state).flat[client]
         self.outstanding.add(client)
@@ -148,9 +150,9 @@ class AsynchronousRounds:
         self.queue.add(self.now + self.clock.compute(client, steps, self.now), DONE, client)
 
     def _dispatch(self, client: int) -> int:
-        """Put what a client has pushed on the way; returns when its uplink is free again."""
+        """Send what a client has pushed; return when its uplink is free again."""
         free = self.now
-        for pushed in self.post.taken():
+        for pushed in self.mailboxes.take_pushed():
             free += self.clock.upload(client, pushed.size * len(pushed.receivers), free)
             self._count(pushed)
             for receiver, number in zip(pushed.receivers, pushed.numbers, strict=True):
@@ -162,10 +164,10 @@ class AsynchronousRounds:
         self.largest = max(self.largest, pushed.size)
 
     def _compute(self, t: int, state: Any) -> None:
-        """All outstanding jobs."""
+        """Compute all outstanding jobs."""
         began = time.perf_counter()
         assert self.start is not None and self.result is not None
-        jobs, by_block = self.post.versions, {}
+        jobs, by_block = self.mailboxes.versions, {}
         for client in sorted(self.outstanding):
             by_block.setdefault(self.algorithm.active(jobs[client]), []).append(client)
         free = self.algorithm.coordinates(state)
@@ -182,12 +184,12 @@ class AsynchronousRounds:
             losses=[sum(own) / len(own) if own else float("nan") for own in losses],
             sent=None,
             W=None,
-            edges=sorted(self.post.used),
+            edges=sorted(self.mailboxes.used),
             bytes_per_edge=self.largest,
             bytes_sent=self.sent_bytes,
             seconds_train=self.seconds_train,
             seconds_mix=spent - self.seconds_train,
-            measures=self.post.measures(),
+            measures=self.mailboxes.measures(),
         )
 
 

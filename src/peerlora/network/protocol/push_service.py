@@ -53,16 +53,16 @@ class PeerMailbox:
 
     def mailbox(self) -> ClientMailbox:
         """The mailbox that the method sees."""
-        return self.mailboxes.box(self.client)
+        return self.mailboxes.mailbox(self.client)
 
     @property
     def has_messages(self) -> bool:
         """Whether anything has arrived that was not polled."""
-        return bool(self.mailboxes.waiting[self.client])
+        return bool(self.mailboxes.inbox[self.client])
 
     def dispatch(self) -> None:
         """Send what the method has pushed; the lock is held."""
-        for pushed in self.mailboxes.taken():
+        for pushed in self.mailboxes.take_pushed():
             stamps, payload = {}, {}
             for number in pushed.numbers:
                 receiver, message = self.mailboxes.in_flight.pop(number)
@@ -88,7 +88,7 @@ class PeerMailbox:
         if self.mailboxes.newest_only:
             return False  # a newer one replaces the older one
         with self.lock:
-            waiting = self.mailboxes.waiting[self.client]
+            waiting = self.mailboxes.inbox[self.client]
             return sum(message.sender == self.numbers[peer] for message in waiting) >= MOST
 
     def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
@@ -107,7 +107,7 @@ class PeerMailbox:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Checkpoint: counters, and messages that were not polled."""
         with self.lock:
-            tensors, facts = self.mailboxes.saved()
+            tensors, facts = self.mailboxes.state_dict()
             return tensors, {"post": facts, "numbering": self.sequence.state_dict()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

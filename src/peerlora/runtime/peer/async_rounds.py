@@ -21,11 +21,11 @@ from peerlora.train.base import Learner
 class PeerAsyncRounds:
     """Advances a client by one job, in the order that ``AsynchronousRounds`` has for each client of a simulation.
 
-    The state changes within a round only: letters that come while the client evaluates or saves wait until it begins
-    the next job, so a checkpoint holds them.  During a job they are opened as they come, and answered.
+    The state changes within a round only: messages that come while the client evaluates or saves wait until it begins
+    the next job, so a checkpoint holds them.  During a job they are taken as they come, and answered.
 
-    ``jobs``: how many the client does.  ``sent`` says what became of letters since it was last asked; when told that
-    the last job is done, it waits for what is on its way.
+    ``jobs``: how many the client does.  ``sent`` returns what became of messages since its last call; after the last
+    job it first waits for those in flight.
     """
 
     virtual_seconds = float("nan")
@@ -34,16 +34,16 @@ class PeerAsyncRounds:
         self,
         algorithm: AsynchronousAlgorithm[Any],
         learner: Learner,
-        mail: PeerMailbox,
+        mailbox: PeerMailbox,
         jobs: int,
         sent: Callable[[bool], SendStats],
     ):
-        self.algorithm, self.learner, self.mail, self.jobs, self.sent = algorithm, learner, mail, jobs, sent
+        self.algorithm, self.learner, self.mailbox, self.jobs, self.sent = algorithm, learner, mailbox, jobs, sent
         self.state: Any = None
-        """While a job is going on, the client's state, which letters change."""
+        """While a job is going on, the client's state, which received messages change."""
         self.news = False
-        """Whether a letter has come that the method was not told of."""
-        mail.on_arrival = self._arrived
+        """True after a message came of which the method does not know yet."""
+        mailbox.on_arrival = self._arrived
 
     def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Job ``t`` of this client: begin, K local steps, push."""
@@ -72,48 +72,48 @@ class PeerAsyncRounds:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The mailbox."""
-        return self.mail.state_dict()
+        return self.mailbox.state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
         """Restore it."""
-        self.mail.load_state_dict(tensors, facts)
-        self.news = self.mail.has_messages
+        self.mailbox.load_state_dict(tensors, facts)
+        self.news = self.mailbox.has_messages
 
     def _begin(self, state: Any) -> tuple[int, Adapters, Bool[Tensor, "client parameter"] | None]:
         """The job's number, where it begins, and what it may change."""
-        with self.mail.lock:
+        with self.mailbox.lock:
             self.state = state
             self._listen()
             self._let(self.algorithm.before_job)
-            self.mail.mailboxes.begin_job(self.mail.client)
-            job = self.mail.mailboxes.versions[self.mail.client]
+            self.mailbox.mailboxes.begin_job(self.mailbox.client)
+            job = self.mailbox.mailboxes.versions[self.mailbox.client]
             return job, self.algorithm.model(self.state), self.algorithm.coordinates(self.state)
 
     def _end(self, start: Adapters, trained: Adapters) -> tuple[Any, dict[str, float], list[tuple[int, int]]]:
-        """The state after the job, and what the post tells of the time since the one before."""
-        with self.mail.lock:
-            post = self.mail.mailboxes
-            post.end_job(self.mail.client)
+        """The state after the job, and the measures and links since the one before."""
+        with self.mailbox.lock:
+            mailboxes = self.mailbox.mailboxes
+            mailboxes.end_job(self.mailbox.client)
             self._let(lambda state, mail: self.algorithm.on_job(state, start, trained, mail))
-            told = self.state, post.measures(), sorted(post.used)
+            ended = self.state, mailboxes.measures(), sorted(mailboxes.used)
             self.state = None
-            self.mail.closed = post.versions[self.mail.client] >= self.jobs
-            post.begin_round()
-            return told
+            self.mailbox.closed = mailboxes.versions[self.mailbox.client] >= self.jobs
+            mailboxes.begin_round()
+            return ended
 
     def _arrived(self) -> None:
-        """A letter has come; the lock is held."""
+        """Note a received message; the lock is held."""
         self.news = True
         if self.state is not None:
             self._listen()
 
     def _listen(self) -> None:
-        """Tell the method of letters that it was not told of; the lock is held."""
+        """Let the method take messages of which it does not know yet; the lock is held."""
         if self.news:
             self.news = False
             self._let(self.algorithm.on_message)
 
     def _let(self, hook: Callable[[Any, Any], Any]) -> None:
         """Let the method change the state and push; the lock is held."""
-        self.state = hook(self.state, self.mail.mailbox())
-        self.mail.dispatch()
+        self.state = hook(self.state, self.mailbox.mailbox())
+        self.mailbox.dispatch()
