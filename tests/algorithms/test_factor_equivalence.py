@@ -9,6 +9,7 @@ import torch
 from peft import set_peft_model_state_dict
 from test_plain_loop import PendingExchange, largest_difference, run_stacked
 
+from cases import others_slow
 from peerlora.algorithms.base import prepare
 from peerlora.runtime.compose import compose
 
@@ -46,11 +47,14 @@ def mixing_only(factors):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [
-        ("bert", []),
-        ("llama", ["train.optimizer=sgd", "train.momentum=0.9", "train.lr=1.0", "train.weight_decay=0.1"]),
-        ("bert", ["adapter.head=private", "topology.kind=path"]),
-    ],
+    others_slow(
+        [
+            ("bert", ["adapter.head=private", "topology.kind=path"]),
+            ("bert", []),
+            ("llama", ["train.optimizer=sgd", "train.momentum=0.9", "train.lr=1.0", "train.weight_decay=0.1"]),
+        ],
+        [0],
+    ),
 )
 def test_stacked_run_equals_plain_peft(config, monkeypatch, kind, words, method):
     trained, mixed = METHODS[method]

@@ -692,6 +692,7 @@ def run_alone(yaml, folder):
     simulate(load_config(yaml), folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(config, tmp_path):
     chosen = settings(config, "rac-lora")
     (tmp_path / "config.yaml").write_text(chosen.to_yaml())

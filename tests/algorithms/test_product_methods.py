@@ -6,6 +6,7 @@ import plain_products as plain
 import pytest
 import torch
 
+from cases import others_slow
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.config.sections import CompleteGraph, EdgesGraph, RandomGraph, RingGraph, StarGraph
 from peerlora.errors import CompositionError, ConfigError
@@ -123,7 +124,7 @@ class PendingExchange:
 
 
 @pytest.mark.parametrize("graph", [GRAPHS[0], GRAPHS[3]], ids=["ring", "random"])
-@pytest.mark.parametrize("case", [*CASES, "lora-fair cosine"])
+@pytest.mark.parametrize("case", others_slow([*CASES, "lora-fair cosine"], CASES))
 def test_two_shards_of_two_equal_one_of_four(case, graph):
     x = start(UNEQUAL if case in ANY_RANKS else (4, 4, 4, 4))
     whole, meeting, found = run(method(case), x, exchange(graph))[-1], PendingExchange(2), {}

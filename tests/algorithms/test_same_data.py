@@ -13,6 +13,7 @@ from plain_products import Drift
 from test_merge_methods import Pull, models, parts, settled
 from test_product_methods import GRAPHS, NOBODY, exchange, run, start
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.data.batches import Shards
 from peerlora.lora.diagnostics import agreement
@@ -107,7 +108,7 @@ def federations(config, name, settings):
     return four, one
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", others_slow(CASES, ["hetlora cut", "flora", "fedhl"]))
 def test_it_is_one_client_on_a_real_model(config, case):
     settings, after = CASES[case]
     four, one = federations(config, case.split()[0], settings)

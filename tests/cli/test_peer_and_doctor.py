@@ -212,10 +212,8 @@ def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):
     assert answer.code == 1 and "PROBLEM" in answer.out
 
 
-SAME = pytest.param([], 0, "same config", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("extra", "code", "told"), [SAME, (["train.lr=0.5"], 1, "other train")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("extra", "code", "told"), [([], 0, "same config"), (["train.lr=0.5"], 1, "other train")])
 def test_two_doctors_compare(cli, process, yaml_file, sites, extra, code, told):
     path = yaml_file(*WORDS)
     other = process("doctor", path, *options(sites, "a"), "--wait", "30")

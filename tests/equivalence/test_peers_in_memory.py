@@ -11,6 +11,7 @@ import pytest
 import torch
 from in_memory import federation
 
+from cases import others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.runs.events import RoundDone, RunStarted
@@ -61,7 +62,11 @@ def check(whole, parts):
     assert moved > 1e-3, "nothing was trained"
 
 
-@pytest.mark.parametrize("method", METHODS)
+ALWAYS = ["local", "adf-lora", "fedsa-lora", "decaf", "rac-lora", "fedhl", "dfedadmm-sam", "k-gt", "salf", "choco"]
+"""One of each way in which methods use a round; the others with the slow tests."""
+
+
+@pytest.mark.parametrize("method", others_slow(METHODS, ALWAYS))
 def test_every_method_gives_what_the_simulation_gives(config, tmp_path, method):
     chosen = config("bert", *words(method))
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
@@ -81,7 +86,7 @@ SKEWED = [
 ]
 
 
-@pytest.mark.parametrize("words", [[], ["algorithm.name=local"], ["exchange.codec=top-k"]])
+@pytest.mark.parametrize("words", others_slow([[], ["algorithm.name=local"], ["exchange.codec=top-k"]], [0]))
 def test_label_counts_are_summed_over_the_network(config, tmp_path, words):
     chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", *SKEWED, "train.label_prior=pooled", *words)
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
@@ -95,30 +100,30 @@ def test_label_counts_are_summed_over_the_network(config, tmp_path, words):
         assert json.loads((part.run / "label_counts.json").read_text()) == {"total": total}
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        ["algorithm.name=hetlora", "algorithm.gamma=0.5", "adapter.rank=[3, 2, 3, 1]"],
-        ["algorithm.name=fedhl", "adapter.rank=[3, 2, 3, 1]"],
-        ["algorithm.name=rac-lora", "algorithm.chain=1", "algorithm.mix_merged=true"],
-        ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=random", "topology.p=0.5"],
-        ["algorithm.name=dec-lora", "topology.drop_links=0.3", "train.optimizer_state=keep"],
-        ["algorithm.name=dec-lora", "topology.kind=complete", "exchange.robust=median", "train.lr=0.05"],
-        ["algorithm.name=adf-lora", "exchange.robust={kind: balance, gamma: 2}", "train.lr=0.05"],
-        ["algorithm.name=salf", "algorithm.send=all"],
-        ["algorithm.name=salf", "algorithm.correction=neighbourhood", "adapter.head=private", "topology.kind=complete"],
-        ["algorithm.name=salf", "algorithm.depth=poisson", "algorithm.rate=1.0", "topology.drop_links=0.3"],
-        ["algorithm.name=flood", "algorithm.mixing=push-sum"],
-        ["algorithm.name=flood", "algorithm.mixing=renormalised", "adapter.head=private"],
-        ["algorithm.name=flood", "algorithm.beta=1.0", "topology.kind=star", "topology.drop_links=0.2"],
-        ["algorithm.name=flood", "topology.lazy=true"],
-        ["algorithm.name=choco", "algorithm.codec=qsgd", "train.lr=0.05", ROUNDED],
-        ["algorithm.name=dec-lora", "exchange.codec=cast", "adapter.head=private", "train.lr=0.05", ROUNDED],
-        ["algorithm.name=dec-lora", "exchange.codec=random-k", "topology.kind=complete", "train.lr=0.05"],
-        ["algorithm.name=fedsa-lora", "exchange.codec={kind: sign, gamma: 0.2}", "train.lr=0.05", ROUNDED],
-        ["algorithm.name=adf-lora", "algorithm.interval=1", "exchange.codec={kind: top-k, share: 0.3}"],
-    ],
-)
+OTHERS = [
+    ["algorithm.name=hetlora", "algorithm.gamma=0.5", "adapter.rank=[3, 2, 3, 1]"],
+    ["algorithm.name=fedhl", "adapter.rank=[3, 2, 3, 1]"],
+    ["algorithm.name=rac-lora", "algorithm.chain=1", "algorithm.mix_merged=true"],
+    ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=random", "topology.p=0.5"],
+    ["algorithm.name=dec-lora", "topology.drop_links=0.3", "train.optimizer_state=keep"],
+    ["algorithm.name=dec-lora", "topology.kind=complete", "exchange.robust=median", "train.lr=0.05"],
+    ["algorithm.name=adf-lora", "exchange.robust={kind: balance, gamma: 2}", "train.lr=0.05"],
+    ["algorithm.name=salf", "algorithm.send=all"],
+    ["algorithm.name=salf", "algorithm.correction=neighbourhood", "adapter.head=private", "topology.kind=complete"],
+    ["algorithm.name=salf", "algorithm.depth=poisson", "algorithm.rate=1.0", "topology.drop_links=0.3"],
+    ["algorithm.name=flood", "algorithm.mixing=push-sum"],
+    ["algorithm.name=flood", "algorithm.mixing=renormalised", "adapter.head=private"],
+    ["algorithm.name=flood", "algorithm.beta=1.0", "topology.kind=star", "topology.drop_links=0.2"],
+    ["algorithm.name=flood", "topology.lazy=true"],
+    ["algorithm.name=choco", "algorithm.codec=qsgd", "train.lr=0.05", ROUNDED],
+    ["algorithm.name=dec-lora", "exchange.codec=cast", "adapter.head=private", "train.lr=0.05", ROUNDED],
+    ["algorithm.name=dec-lora", "exchange.codec=random-k", "topology.kind=complete", "train.lr=0.05"],
+    ["algorithm.name=fedsa-lora", "exchange.codec={kind: sign, gamma: 0.2}", "train.lr=0.05", ROUNDED],
+    ["algorithm.name=adf-lora", "algorithm.interval=1", "exchange.codec={kind: top-k, share: 0.3}"],
+]
+
+
+@pytest.mark.parametrize("extra", others_slow(OTHERS, [0, 3, 9, 13, 15]))
 def test_other_ranks_heads_and_graphs(config, tmp_path, extra):
     chosen = config("bert", "train.dtype=fp32", "topology.kind=ring", "peer.deadline=60", *extra)
     check(simulated(chosen, tmp_path), federation(chosen, tmp_path))
@@ -136,7 +141,7 @@ ONE_WAY = [
 ]
 
 
-@pytest.mark.parametrize("extra", ONE_WAY)
+@pytest.mark.parametrize("extra", others_slow(ONE_WAY, [1, 4]))
 def test_links_that_go_one_way(config, tmp_path, extra):
     chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", *extra)
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)

@@ -5,6 +5,7 @@ import torch
 from plain import average, initial_models, loss_of, optimiser, state_of, trained_parameters
 from test_plain_loop import largest_difference, run_in_two_shards, run_stacked
 
+from cases import others_slow
 from peerlora.runtime.compose import compose
 
 
@@ -103,7 +104,7 @@ def schedule(words):
     return (lambda t: "BA"[t % 2]) if "algorithm.interval=1" in words else (lambda t: "AB")
 
 
-@pytest.mark.parametrize(("kind", "words"), CASES)
+@pytest.mark.parametrize(("kind", "words"), others_slow(CASES, [0]))
 def test_fedspeed_equals_a_plain_loop(config, kind, words):
     own = {"penalty": 0.7, "rho": 0.2, "alpha": 0.6}
     clip = [] if any("clip" in word for word in words) else ["train.clip=null"]
@@ -112,7 +113,7 @@ def test_fedspeed_equals_a_plain_loop(config, kind, words):
     assert largest_difference(x, run_fedspeed(chosen, compose(chosen), schedule(words), **own)) < 1e-9
 
 
-@pytest.mark.parametrize(("kind", "words"), CASES)
+@pytest.mark.parametrize(("kind", "words"), others_slow(CASES, [2]))
 def test_k_gt_equals_a_plain_loop(config, kind, words):
     chosen = config(kind, "algorithm.name=k-gt", *words)
     x = run_stacked(compose(chosen))

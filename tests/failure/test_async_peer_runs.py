@@ -119,11 +119,11 @@ def test_a_restarted_peer_goes_on_from_its_checkpoint(runs, method):
     first.join()
     assert isinstance(ended[0], Stopped)
     stopped = made.rounds[2]
-    made.slow |= {0: 1.0, 1: 1.0}  # so that they are not done while the process starts
+    made.slow |= {0: 0.5, 1: 0.5}  # so that they are not done while the process starts
     made.rounds[2] = 0
     returned, found = later(lambda: made.run(2, resume=True))
     made.until(2, stopped + 6)
-    made.slow |= {0: 0.05, 1: 0.05, 2: 0.05}
+    made.slow |= {0: 0.02, 1: 0.02, 2: 0.02}
     returned.join()
     for thread, _ in others:
         thread.join()

@@ -32,7 +32,7 @@ class Runs:
     def __init__(self, config, folder, net, thread):
         self.config, self.folder, self.net, self.thread = config, folder, net, thread
         self.dead = {client: threading.Event() for client in range(config.clients)}
-        self.slow = dict.fromkeys(range(config.clients), 0.05)
+        self.slow = dict.fromkeys(range(config.clients), 0.02)
         self.rounds = dict.fromkeys(range(config.clients), 0)
 
     def run(self, client, resume=False):
@@ -98,7 +98,7 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
     first.join()
     assert isinstance(ended[0], Stopped) and "--resume" in str(ended[0])
     made.until(0, made.rounds[2] + 5)
-    made.slow |= {0: 1.0, 1: 1.0, 2: 0.0}  # so that they are not done while the process starts
+    made.slow |= {0: 0.5, 1: 0.5, 2: 0.0}  # so that they are not done while the process starts
     back = later(lambda: (made.until(2, made.rounds[0]), made.slow.update({0: 0.0, 1: 0.0})))
     made.rounds[2] = 0
     again = made.run(2, resume=True)
@@ -162,7 +162,7 @@ def test_a_peer_returns_to_a_graph_whose_links_go_one_way(runs):
     made.dead[2].set()
     first.join()
     made.until(0, made.rounds[2] + 5)
-    made.slow |= {0: 1.0, 1: 1.0, 2: 0.0}  # so that they are not done while the process starts
+    made.slow |= {0: 0.5, 1: 0.5, 2: 0.0}  # so that they are not done while the process starts
     back = later(lambda: (made.until(2, made.rounds[0]), made.slow.update({0: 0.0, 1: 0.0})))
     made.rounds[2] = 0
     again = made.run(2, resume=True)

@@ -159,7 +159,7 @@ def test_ad_psgd_with_delays_loses_nothing_of_the_local_steps():
 
 
 def late_mean(algorithm, states):
-    return torch.stack([model(algorithm, state).mean(0) for state in states[-200:]]).mean(0)
+    return torch.stack([model(algorithm, state).mean(0) for state in states[-100:]]).mean(0)
 
 
 SPEEDS = torch.tensor([1, 0.7, 0.5, 0.3], dtype=torch.float64)
@@ -168,10 +168,10 @@ SPEEDS = torch.tensor([1, 0.7, 0.5, 0.3], dtype=torch.float64)
 def test_ad_psgd_of_uneven_speeds_comes_to_the_minimum_weighted_by_speed():
     """Everybody's steps count, and a fast client takes more of them; on f_i = |x - b_i|^2/2."""
     b, algorithm = targets(4), build_algorithm("ad-psgd", {})
-    _, states, _ = run(algorithm, Quadratic(b, rate=0.01), 800, "complete", speed=SPEEDS.tolist(), delay=0.5)
+    _, states, _ = run(algorithm, Quadratic(b, rate=0.02), 300, "complete", speed=SPEEDS.tolist(), delay=0.5)
     weighted, plain = (SPEEDS[:, None] * b).sum(0) / SPEEDS.sum(), b.mean(0)
     found = late_mean(algorithm, states)
-    assert (found - weighted).norm() < 0.02 * plain.norm() < 0.3 * plain.norm() < (found - plain).norm()
+    assert (found - weighted).norm() < 0.03 * plain.norm() < 0.3 * plain.norm() < (found - plain).norm()
     x = model(algorithm, states[-1])
     assert (x - x.mean(0)).square().sum() < 0.01 * (b - plain).square().sum()
 
@@ -179,7 +179,7 @@ def test_ad_psgd_of_uneven_speeds_comes_to_the_minimum_weighted_by_speed():
 def test_aedfl_of_uneven_speeds_agrees_on_a_point_between_the_minima():
     """Not on a known mean: rows of its weights sum to one, columns don't."""
     b, algorithm = targets(4), build_algorithm("aedfl", {"density": 1.0})
-    _, states, _ = run(algorithm, Quadratic(b, rate=0.02), 400, "complete", speed=SPEEDS.tolist(), delay=0.5)
+    _, states, _ = run(algorithm, Quadratic(b, rate=0.02), 60, "complete", speed=SPEEDS.tolist(), delay=0.5)
     x = model(algorithm, states[-1])
     assert (x - x.mean(0)).square().sum() < 0.01 * (b - b.mean(0)).square().sum()
     assert ((x >= b.min(0).values) & (x <= b.max(0).values)).all()
@@ -188,7 +188,7 @@ def test_aedfl_of_uneven_speeds_agrees_on_a_point_between_the_minima():
 def test_ad_psgd_of_equal_speeds_and_delays_comes_to_the_mean_of_the_minima():
     b = targets(4)
     algorithm = build_algorithm("ad-psgd", {})
-    _, states, _ = run(algorithm, Quadratic(b, rate=0.01), 800, "complete", delay=2.5)
+    _, states, _ = run(algorithm, Quadratic(b, rate=0.02), 300, "complete", delay=2.5)
     assert (late_mean(algorithm, states) - b.mean(0)).norm() < 0.02 * b.mean(0).norm()
     x = model(algorithm, states[-1])
     assert (x - x.mean(0)).square().sum() < 0.02 * (b - b.mean(0)).square().sum()

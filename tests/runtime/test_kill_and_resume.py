@@ -125,14 +125,20 @@ def kill_at(process, run, moment, delay):
     return process.exitcode
 
 
-@pytest.mark.parametrize("state", ["round", "keep"])
-def test_killed_at_random_moments_and_resumed(state, start, undisturbed):
+EVERYWHERE = ["folder", EVERY - 1, EVERY, ROUNDS - 2, ROUNDS - 1, "final", "adapters"]
+
+
+def also_slow(few, many, *cases):
+    """A few moments in every run of the tests, many in the slow ones."""
+    return [(case, few) for case in cases] + [pytest.param(case, many, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("state", "moments"), also_slow([ROUNDS - 2, "final"], EVERYWHERE, "round", "keep"))
+def test_killed_at_random_moments_and_resumed(state, moments, start, undisturbed):
     """Before the first checkpoint, between two, in a write, while the end is written; every kill must be a real one."""
     word = f"train.optimizer_state={state}"
     whole = undisturbed(word)
-    draw = random.Random(state)
-    moments = ["folder", draw.randint(0, EVERY - 1), draw.randint(EVERY, ROUNDS - 2), ROUNDS - 1, "final", "adapters"]
-    killed = 0
+    draw, killed = random.Random(state), 0
     for moment in moments:
         process, run = start(word)
         code = kill_at(process, run, moment, draw.uniform(0, 0.01))
@@ -149,7 +155,7 @@ def test_killed_again_and_again(start, undisturbed, processes):
     draw = random.Random(3)
     process, run = start("train.optimizer_state=keep")
     kill_at(process, run, 1, 0.0)
-    for moment in (EVERY + 1, EVERY + 2, "final"):
+    for moment in (EVERY + 1, "final"):
         again = processes.Process(target=resume, args=(run,))
         again.start()
         kill_at(again, run, moment, draw.uniform(0, 0.005))
@@ -161,11 +167,13 @@ def test_killed_again_and_again(start, undisturbed, processes):
 APART = ["topology.kind=ring", "clock.speed=[1,0.7,0.31,0.1]", "clock.delay=0.4", "clock.bandwidth=3000"]
 
 
-@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
-def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, start, undisturbed):
+@pytest.mark.parametrize(
+    ("method", "moments"), also_slow([EVERY + 1], [EVERY - 1, EVERY + 1, ROUNDS - 1], "aedfl", "ad-psgd")
+)
+def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, moments, start, undisturbed):
     words = [f"algorithm.name={method}", *APART]
     whole, draw = undisturbed(*words), random.Random(method)
-    for moment in (EVERY - 1, EVERY + 1, ROUNDS - 1):
+    for moment in moments:
         process, run = start(*words)
         kill_at(process, run, moment, draw.uniform(0, 0.01))
         resume(run)

@@ -63,7 +63,7 @@ def test_base_two_graph_of_five_by_hand():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_base_graphs_agree_within_a_short_period_for_every_number(k):
-    for clients in range(1, 100):
+    for clients in [*range(1, 40), 64, 81, 97, 99]:
         plan = base_graph(clients, k)
         assert product(plan) == pytest.approx(np.full((clients, clients), 1 / clients), abs=1e-6), clients
         assert plan.period <= 2 * math.log(clients, k + 1) + 2, clients

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from cases import others_slow
 from peerlora.runtime.compose import compose
 from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import Ascent, DualProx, LocalStep, Recorded, plain
@@ -123,7 +124,10 @@ def test_the_norm_runs_over_all_blocks():
 # --- rules in a Learner
 
 
-@pytest.mark.parametrize("words", [[], SGD, ["adapter.dropout=0.3", "model.dropout=0.2", "train.clip=0.01"]])
+REGULARISED = ["adapter.dropout=0.3", "model.dropout=0.2", "train.clip=0.01"]
+
+
+@pytest.mark.parametrize("words", others_slow([[], SGD, REGULARISED], [2]))
 @pytest.mark.parametrize("rule", [DualProx(), DualProx(oracle=Ascent(0.0)), Spy(looks=2), Spy(shift=0.7)])
 def test_a_rule_that_changes_nothing_changes_no_bit(config, words, rule):
     chosen = config("bert", *words, "train.weight_decay=0.1")

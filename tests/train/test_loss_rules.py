@@ -162,6 +162,7 @@ def test_it_works_under_every_kind_of_method_on_both_forwards(config, method, ta
         assert float((x - found[()]).abs().max()) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", REGISTRY)
 def test_it_works_under_every_method(config, tmp_path, method):
     """All start at the same function, so the loss of the first step is everybody's: the adjusted one."""

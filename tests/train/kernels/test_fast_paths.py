@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import others_slow
 from peerlora.data.batches import Shards
 from peerlora.runtime.compose import compose
 from peerlora.train.graph_size import GraphSize
@@ -187,7 +188,10 @@ TASKS = {
 
 @pytest.mark.parametrize(
     ("kind", "task"),
-    [("bert", "classification"), ("roberta", "regression"), ("llama", "causal-lm"), ("llama", "classification")],
+    others_slow(
+        [("bert", "classification"), ("roberta", "regression"), ("llama", "causal-lm"), ("llama", "classification")],
+        [2],
+    ),
 )
 def test_bf16_learns_like_fp32(config, kind, task):
     """Not the same numbers: the same learning curve."""
