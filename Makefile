@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# Every process of a test would compile the package anew where this is set.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport
 

@@ -15,6 +15,7 @@ from peerlora.errors import PeerloraError
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.plan import plan
+from peerlora.topology.schedule import Topology
 
 STORED = json.loads((Path(__file__).parent / "refusals.json").read_text(encoding="utf-8"))
 CLIENTS = 6
@@ -60,6 +61,22 @@ def outcome(method, demand, peer):
         return planned(load_config({"clients": CLIENTS}, [f"algorithm.name={method}", *demand]), peer)
     except PeerloraError as error:
         return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rho_once():
+    """Estimates of rho, which are most of a plan's time, are drawn once per topology."""
+    known, estimate = {}, Topology.rho
+
+    def rho(topology, rounds=None):
+        key = (topology.config.model_dump_json(), topology.clients, topology.seed, topology.interrupted, rounds)
+        if key not in known:
+            known[key] = estimate(topology, rounds)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Topology, "rho", rho)
+        yield
 
 
 @pytest.mark.parametrize("method", [*REGISTRY, *ALIASES])

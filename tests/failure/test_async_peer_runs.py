@@ -7,6 +7,7 @@ import torch
 from in_memory import network, one_at_a_time, together
 from test_peer_runs import Runs, later
 
+from cases import others_slow
 from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.errors import Stopped
 from peerlora.runs.events import Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
@@ -43,7 +44,7 @@ def until_met(made, client, other, method):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", others_slow(METHODS, ["ad-psgd"]))
 def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
     made = runs(method, "train.rounds=16")
     made.slow |= {1: 0.2}
@@ -81,7 +82,7 @@ def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
     assert largest[0] >= 3 and largest[1] >= 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", others_slow(METHODS, ["aedfl"]))
 def test_a_dead_peer_stops_nobody(runs, method):
     made = runs(method, "train.rounds=50", "topology=complete")
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
@@ -108,7 +109,7 @@ def test_a_dead_peer_stops_nobody(runs, method):
         assert any(done.missed == {"2": "down"} for done in made.events(0, RoundDone)[-10:])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", others_slow(METHODS, ["ad-psgd"]))
 def test_a_restarted_peer_goes_on_from_its_checkpoint(runs, method):
     made = runs(method, "train.rounds=40", "topology=complete", "checkpoint.every=3")
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]

@@ -11,6 +11,7 @@ import torch
 from in_memory import names, network, one_at_a_time, together
 from safetensors.torch import load
 
+from cases import others_slow
 from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.network.base import DeadlineMissed, PeerDown, Refused
 from peerlora.network.protocol.wire import encode_header, read_header
@@ -139,7 +140,7 @@ def test_everybody_restarts_from_the_checkpoints(runs):
     assert all(len(made.events(client, RoundDone)[-1].edges) == 2 for client in range(3))
 
 
-@pytest.mark.parametrize("words", [["algorithm.name=choco"], ["exchange.codec=top-k"]])
+@pytest.mark.parametrize("words", others_slow([["algorithm.name=choco"], ["exchange.codec=top-k"]], [0]))
 def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, words):
     made = runs("train.rounds=12", "checkpoint.every=3", *words)
     stop_and_resume_all(made)
@@ -153,6 +154,7 @@ def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, wor
         assert len(later_on[-1].edges) == 2
 
 
+@pytest.mark.slow
 def test_a_peer_returns_to_a_graph_whose_links_go_one_way(runs):
     words = ["algorithm.name=push-diging", "train.optimizer=sgd", "topology.kind=directed-ring"]
     made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *words)
@@ -186,7 +188,7 @@ def test_label_counts_are_not_summed_without_a_neighbour(runs):
     assert [result.summary["rounds"] for result in again] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("remembers", [True, False])
+@pytest.mark.parametrize("remembers", others_slow([True, False], [1]))
 def test_a_restarted_peer_knows_the_label_counts_or_asks_for_them(runs, remembers):
     made = runs("train.rounds=24", "checkpoint.every=2", *POOLED)
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
@@ -278,7 +280,7 @@ def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
     assert {event.client for event in made.events(0, NeighbourChanged)} <= {1, 3}
 
 
-@pytest.mark.parametrize("round", [4, 2**53])
+@pytest.mark.parametrize("round", others_slow([4, 2**53], [0]))
 def test_a_neighbour_that_claims_a_later_round_takes_nobody_along(runs, round):
     made = runs("train.rounds=4", "peer.pull=2", "peer.join=4")
     _, mallory = disturbed(made, (0, 1), ["site-0", "site-1"], round=round)

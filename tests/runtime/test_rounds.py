@@ -44,7 +44,7 @@ def test_a_step_with_two_gradients_takes_twice_as_long(method):
 CLOCKS = [{}, {"speed": [1, 0.5, 0.1, 2], "delay": 1.0}, {"speed": 0.1, "deadline": 1e6}]
 
 
-@pytest.mark.parametrize(("settings", "method"), zip(CLOCKS, ["adf-lora", "decaf", "rolora"], strict=True))
+@pytest.mark.parametrize(("settings", "method"), list(zip(CLOCKS, ["adf-lora", "decaf", "rolora"], strict=True)))
 def test_a_clock_that_waits_for_all_changes_no_bit(config, tmp_path, settings, method):
     words = [f"algorithm.name={method}", "topology.kind=random", "topology.p=0.6", "adapter.dropout=0.1"]
     plain = simulate(config("bert", *words), tmp_path / "plain")

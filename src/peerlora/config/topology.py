@@ -197,7 +197,7 @@ class EquiDynGraph(WeightedGraph):
     """Weight of the shift against the identity; 1 mixes badly."""
 
 
-BaseOfMatchings = Annotated[
+FixedGraph = (
     RingGraph
     | TorusGraph
     | PathGraph
@@ -206,9 +206,9 @@ BaseOfMatchings = Annotated[
     | ExponentialGraph
     | RandomRegularGraph
     | ErdosRenyiGraph
-    | EdgesGraph,
-    Field(discriminator="kind"),
-]
+    | EdgesGraph
+)
+BaseOfMatchings = Annotated[FixedGraph, Field(discriminator="kind")]
 
 
 class MatchaGraph(WeightedGraph):
@@ -237,16 +237,8 @@ class MatchaGraph(WeightedGraph):
 
 TopologyConfig = SerializeAsAny[
     Annotated[
-        RingGraph
-        | TorusGraph
-        | PathGraph
-        | StarGraph
-        | CompleteGraph
-        | ExponentialGraph
-        | RandomRegularGraph
-        | ErdosRenyiGraph
+        FixedGraph
         | RandomGraph
-        | EdgesGraph
         | DirectedRingGraph
         | DirectedExponentialGraph
         | RandomOutGraph
