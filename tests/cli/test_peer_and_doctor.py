@@ -141,6 +141,7 @@ def test_a_port_that_is_taken_may_pass(cli, yaml_file, sites, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS, "peer.run=old", "peer.join=60")
     process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
@@ -213,6 +214,7 @@ def test_doctor_without_identity(cli, yaml_file, sites, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("extra", "code", "told"), [([], 0, "same config"), (["train.lr=0.5"], 1, "other train")])
 def test_two_doctors_compare(cli, process, yaml_file, sites, extra, code, told):
     path = yaml_file(*WORDS)

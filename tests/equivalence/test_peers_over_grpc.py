@@ -49,6 +49,7 @@ def test_a_method_and_what_changes_its_messages_give_what_the_simulation_gives(c
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_every_other_method_gives_what_the_simulation_gives(config, tmp_path):
     others = [name for name in (*METHODS, *OTHER) if name not in ("adf-lora", "compressed")]
     compare(config, tmp_path, others)

@@ -50,6 +50,7 @@ def hosts():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_pulled_cable_costs_a_few_deadlines_and_comes_back(config, tmp_path, hosts):
     chosen = config("bert", *WORDS, "peer.deadline=3", "train.rounds=120", "train.local_steps=40")
     with Processes({"run": chosen}, tmp_path, hosts) as found:

@@ -63,6 +63,7 @@ def kill_and_restart(processes, client):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_process_is_missed_and_takes_part_again(processes):
     found = processes("train.rounds=40", "train.local_steps=40")
     kill_and_restart(found, 2)
@@ -78,6 +79,7 @@ def test_a_killed_process_is_missed_and_takes_part_again(processes):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_stopped_process_is_missed_and_takes_part_again(processes):
     found = processes("train.rounds=60", "train.local_steps=40")
     until(found, 2, 4)
@@ -93,6 +95,7 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
     # Without a checkpoint it comes back with the common start as its replica, wherever it was killed.
     found = processes("train.rounds=120", "train.local_steps=40", "exchange.codec=top-k", "checkpoint.every=1000")
@@ -103,6 +106,7 @@ def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(pro
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_everybody_is_killed_and_goes_on(processes):
     found = processes("train.rounds=40", "train.local_steps=20")
     until(found, 0, 7)
@@ -119,6 +123,7 @@ def test_everybody_is_killed_and_goes_on(processes):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_removed_member_is_left_out_by_peers_that_run(processes):
     """Everybody's list is replaced while they train; nobody is restarted."""
     found = processes("train.rounds=5000", "train.local_steps=20")
