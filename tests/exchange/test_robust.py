@@ -162,6 +162,49 @@ def test_values_that_are_not_finite_contribute_nothing(kind, topology, bad):
         assert mixed[0].numpy() == pytest.approx(np.median(x.flat[others].numpy(), axis=0))
 
 
+HUGE = {
+    **{f"{size:g}": [size] * 4 for size in (1e6, 1e18, 2e19, 3e38)},
+    **{f"-{size:g}": [-size] * 4 for size in (1e6, 1e18, 2e19, 3e38)},
+    "one coordinate": [0.5, 3e38, 0.5, 0.5],
+    "both signs": [3e38, -3e38, 3e38, -3e38],
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_one_client_of_huge_values_does_not_carry_the_others_away(kind):
+    others, own = [i for i in range(8) if i != 2], {"smoothing": 1e-6} if kind == "rfa" else {}
+    for topology in ("complete", "exponential"):
+        for told, values in HUGE.items():
+            x = drawn(8)
+            x = replace(x, flat=x.flat.float())
+            x.flat[2] = torch.tensor(values)
+            mixed = robust(x, kind, topology, **own).mix(x).flat[others]
+            widest = (x.flat[others].amax(0) - x.flat[others].amin(0)).norm()
+            assert mixed.dtype == torch.float32 and mixed.isfinite().all(), told
+            assert (mixed - x.flat[others].mean(0)).norm(dim=1).max() <= widest, told
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_tiny_values_mix_as_large_ones_do(kind):
+    x, own = drawn(6), {"smoothing": 1e-300} if kind == "rfa" else {}
+    plain = robust(x, kind, **own).mix(x).flat
+    for size in (1e-42, 1e-39, 1e-30, 1e-25):
+        small = replace(x, flat=(x.flat * size).float())
+        lost = 2e-44 / size + 1e-5  # what float32 cannot hold of the small ones
+        assert (robust(small, kind, **own).mix(small).flat.double() / size - plain).abs().max() < lost, size
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_many_huge_values_stay_finite_and_so_do_those_beyond_the_squares_of_float64(kind):
+    x = replace(drawn(6), flat=drawn(6).flat.float())
+    x.flat[2:] = 3e38  # no rule withstands four of six, but none may make NaN of them
+    assert robust(x, kind).mix(x).flat.isfinite().all()
+    x = drawn(6)
+    x.flat[2] = 1e300
+    others = robust(x, kind).mix(x).flat[[0, 1, 3, 4, 5]]
+    assert others.abs().max() <= x.flat[[0, 1, 3, 4, 5]].abs().max() + 1e-12
+
+
 @pytest.mark.parametrize("kind", RULES)
 def test_clients_that_agree_stay_where_they_are(kind):
     x = rows(np.tile(np.random.default_rng(0).normal(size=4), (6, 1)))

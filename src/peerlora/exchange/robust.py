@@ -3,6 +3,7 @@
 All look at one vector per client: A, B and a mixed head, one after the other.  Since (c A, B / c) is the same update as
 (A, B), the distances between such vectors mean something only because all clients start from the same A and stay near.
 Who sends a value that is not finite counts as absent.  Where too few are left to choose from, a client keeps its own.
+All is computed in float64, in which squares of any finite float32 stay finite.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def clipped_gossip(received: Received, radius: float | None, drop: int) -> Combi
     else:
         tau = torch.full_like(apart[:, :1], radius)
     shrunk = (tau / apart.clamp_min(torch.finfo(apart.dtype).tiny)).clamp_max(1)
-    return blended(received, received.weights.to(apart) * shrunk, clipped=(shrunk < 1).double().mean(1))
+    return blended(received, received.weights * shrunk, clipped=(shrunk < 1).double().mean(1))
 
 
 def balance(received: Received, base: Float[Tensor, " parameter"], share: float, alpha: float) -> Combined:
@@ -63,9 +64,8 @@ def balance(received: Received, base: Float[Tensor, " parameter"], share: float,
     Source: Fang et al. 2024, arXiv 2406.10416 (recalled); ``share = gamma exp(-kappa t / T)``.
     Differs: the norm is that of the update since the common start ``base``, since A's start would dominate ``|x_i|``.
     """
-    own = received.own.flat
     apart = distances(received)
-    near = apart <= share * (own - base).norm(dim=1, keepdim=True).to(apart)
+    near = apart <= share * (received.own.flat.double() - base.double()).norm(dim=1, keepdim=True)
     others = near.sum(1, keepdim=True) - 1  # the receiver is near itself
     each = near.to(apart) * (1 - alpha) / others.clamp_min(1)  # its own entry has no effect: blended sums x_j - x_i
     return blended(received, each, rejected=(~near).double().mean(1))
@@ -75,14 +75,17 @@ def rfa(received: Received, steps: int, smoothing: float) -> Combined:
     """The geometric median, by Weiszfeld steps with weights ``w_j / max(smoothing, |x_j - z|)``.
 
     Source: Pillutla, Kakade, Harchaoui 2019, arXiv 1912.13445.
+    Differs: z starts at the coordinate-wise median; from the mean, one far sender costs more steps than there are.
     """
     values, here = _values(received), present(received)
-    base = received.weights.to(values).clamp_min(0) * here
-    c = base / base.sum(1, keepdim=True)
+    base = received.weights.clamp_min(0) * here
+    base = base.where(base.sum(1, keepdim=True) > 0, here.double())
+    z = _middle(received, (here.sum(1) - 1) // 2)[0]
+    c = base
     for _ in range(steps):
-        z = torch.einsum("rs,rsp->rp", c, values)
         c = base / (values - z[:, None]).norm(dim=2).clamp_min(smoothing)
-        c = c / c.sum(1, keepdim=True)
+        c = c / c.sum(1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny)  # 0 where nobody is finite
+        z = torch.einsum("rs,rsp->rp", c, values)
     return blended(received, c.expand(received.own.clients, -1))
 
 
@@ -102,13 +105,13 @@ def krum(received: Received, drop: int) -> Combined:
 
 
 def present(received: Received) -> Bool[Tensor, "#receiver sender"]:
-    """Whose values are all finite."""
-    return received.everybody.flat.isfinite().all(1)[received.senders]
+    """Whose values are all finite, and their norm in float64 too."""
+    return _finite(received)[received.senders]
 
 
 def distances(received: Received) -> Float[Tensor, "receiver sender"]:
-    """``|x_j - x_i|``, infinite for senders whose values are not finite."""
-    own, values = received.own.flat, _values(received)
+    """``|x_j - x_i|`` in float64, infinite for senders whose values are not finite."""
+    own, values = received.own.flat.double(), _values(received)
     mode = "donot_use_mm_for_euclid_dist"  # a product would lose the digits of near vectors
     if len(values) == 1:
         apart = torch.cdist(own, values[0], compute_mode=mode)
@@ -119,28 +122,38 @@ def distances(received: Received) -> Float[Tensor, "receiver sender"]:
 
 def blended(received: Received, c: Coefficients, **measures: Float[Tensor, " receiver"]) -> Combined:
     """``x_i + sum_j c_ij (x_j - x_i)`` for finite ``x_j``, and what is worth logging."""
-    flat, own = received.everybody.flat, received.own.flat
-    fine = flat.isfinite().all(1)
-    c = c.where(fine[received.senders], 0)
-    whole = torch.zeros(len(own), len(flat), dtype=flat.dtype, device=flat.device)
-    whole.scatter_(1, received.senders.expand(len(own), -1), c.to(flat.dtype))
+    flat, own, fine = received.everybody.flat.double(), received.own.flat.double(), _finite(received)
+    whole = torch.zeros(len(own), len(flat), dtype=torch.float64, device=flat.device)
+    whole.scatter_(1, received.senders.expand(len(own), -1), c.double().where(fine[received.senders], 0))
     mixed = (1 - whole.sum(1, keepdim=True)) * own + whole @ flat.where(fine[:, None], 0)
-    return Combined(replace(received.own, flat=mixed), measures)
+    return Combined(replace(received.own, flat=mixed.to(received.own.flat.dtype)), measures)
 
 
 def _trimmed(received: Received, drop: Int[Tensor, "#receiver"]) -> Combined:
-    own, here = received.own.flat, present(received)
+    own = received.own.flat
+    mean, count = _middle(received, drop)
+    return Combined(replace(received.own, flat=torch.where(count > 0, mean.to(own.dtype), own)))
+
+
+def _middle(
+    received: Received, drop: Int[Tensor, "#receiver"]
+) -> tuple[Float[Tensor, "#receiver parameter"], Int[Tensor, "#receiver 1"]]:
+    """In every coordinate the mean without the ``drop`` largest and smallest, and of how many; 0 of none."""
     ordered = _values(received, absent=math.inf).sort(dim=1).values
-    place, left = torch.arange(ordered.shape[1], device=own.device), here.sum(1) - drop
+    place, left = torch.arange(ordered.shape[1], device=ordered.device), present(received).sum(1) - drop
     kept = (place >= drop[:, None]) & (place < left[:, None])  # [#receiver, sender]
     count = kept.sum(1, keepdim=True)
-    mean = ordered.where(kept[..., None], 0).sum(1) / count.clamp_min(1)
-    return Combined(replace(received.own, flat=torch.where(count > 0, mean, own)))
+    return ordered.where(kept[..., None], 0).sum(1) / count.clamp_min(1), count
+
+
+def _finite(received: Received) -> Bool[Tensor, " client"]:
+    """By client; a norm that is infinite in float64 is no client's honest one either."""
+    return received.everybody.flat.double().norm(dim=1).isfinite()
 
 
 def _values(received: Received, absent: float = 0.0) -> Float[Tensor, "#receiver sender parameter"]:
-    """What was sent; ``absent`` in place of a message that is not finite."""
-    sent = received.everybody.flat[received.senders]
+    """What was sent, in float64; ``absent`` in place of a message that is not finite."""
+    sent = received.everybody.flat[received.senders].double()
     return sent.where(present(received)[..., None], absent)
 
 
