@@ -50,6 +50,16 @@ def test_a_federation_is_made_of_its_plan(config):
     assert found.clock is not None and (found.clock.speeds == 2).all()
 
 
+def test_an_attack_that_is_none_gets_a_warning():
+    def warnings(*words):
+        return planned("topology=ring", "clients=10", "adversary.attack=alie", *words).warnings
+
+    (warning,) = warnings("adversary.clients=2")  # the quantile of 1/2: the honest mean itself is sent
+    assert "z = 0" in warning and "adversary.scale" in warning
+    assert "z = -" in warnings("adversary.clients=1")[0]
+    assert warnings("adversary.clients=3") == warnings("adversary.clients=2", "adversary.scale=1") == ()
+
+
 def test_a_further_check_comes_before_those_of_the_method():
     words = ["topology.kind=directed-ring", "topology.chords=[[0, 2]]", "topology.weights=push-sum"]
     config = load_config(NOWHERE, [*words, "algorithm.name=dec-lora"])

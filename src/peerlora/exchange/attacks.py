@@ -72,11 +72,17 @@ def alie(scene: AttackContext) -> Tensor:
     z is the normal quantile of ``(n - b - s) / (n - b)`` with ``s = floor(n / 2 + 1) - b``: as far out as the honest
     clients that are needed for a majority.
     """
-    n, b = len(scene.x), len(scene.attackers)
-    share = (n - b - (n // 2 + 1 - b)) / (n - b)
-    z = scene.strength(NormalDist().inv_cdf(min(0.99, max(0.01, share))))
+    b = len(scene.attackers)
+    z = scene.strength(alie_quantile(len(scene.x), b))
     honest = scene.honest
     return (honest.mean(0) - z * honest.std(0, correction=0)).expand(b, -1)
+
+
+def alie_quantile(clients: int, attacking: int) -> float:
+    """ALIE's z for so many attackers among so many clients; at 0 or below they send no worse than the honest mean."""
+    honest = clients - attacking
+    share = (honest - (clients // 2 + 1 - attacking)) / honest
+    return NormalDist().inv_cdf(min(0.99, max(0.01, share)))
 
 
 def ipm(scene: AttackContext) -> Tensor:

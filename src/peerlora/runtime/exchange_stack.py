@@ -10,7 +10,7 @@ import numpy as np
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import CompositionError
-from peerlora.exchange.attacks import Adversarial, flipped_labels
+from peerlora.exchange.attacks import Adversarial, alie_quantile, flipped_labels
 from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed_gossip import Compressed
@@ -59,4 +59,19 @@ def attack_notes(config: RunConfig, attacking: tuple[int, ...]) -> tuple[str, ..
     return (
         f"attackers: {who} ({config.adversary.attack}); their results are left out of means, worst clients, the "
         "averaged model and the diagnostics",
+    )
+
+
+def attack_warnings(config: RunConfig, attacking: tuple[int, ...]) -> tuple[str, ...]:
+    """Warn of an attack that is none."""
+    settings = config.adversary
+    if settings is None or settings.attack != "alie" or settings.scale is not None:
+        return ()
+    z = alie_quantile(config.clients, len(attacking))
+    if z > 0:
+        return ()
+    return (
+        f"adversary.attack=alie with {len(attacking)} of {config.clients} clients has z = {z:.2g}: attackers send the "
+        "honest mean, or what lies on its other side, which is no attack; set adversary.scale, e.g. 1.5, or more "
+        "adversary.clients",
     )

@@ -14,7 +14,7 @@ from peerlora.errors import CompositionError
 from peerlora.exchange.attacks import attackers
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.runtime.checks import check_composition, check_memory, check_own
-from peerlora.runtime.exchange_stack import attack_notes
+from peerlora.runtime.exchange_stack import attack_notes, attack_warnings
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology, build_topology
 
@@ -51,8 +51,8 @@ def plan(
     check(algorithm, topology)
     clock = build_clock(config, algorithm)
     topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
-    warnings = check_composition(config, algorithm, topology)
     attacking = attackers(config.adversary, config.clients, config.seed)
+    warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
     algorithm, notes = prepare(algorithm, topology, config.train.rounds)
     notes = (*notes, *_prior_notes(config, topology), *attack_notes(config, attacking))
     return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
