@@ -24,7 +24,7 @@ def main() -> None:
             words = ["data.eval=null", "data.holdout=0.1", "eval.every=1000", f"train.lr={rate}"]
             config = row_config(demo_config(words), name, words)
             with tempfile.TemporaryDirectory() as folder:
-                reached = simulate(config, Path(folder) / "run").summary["accuracy"]
+                reached = simulate(config, Path(folder) / "run").summary["scores"]
             found.setdefault(name, {})[str(rate)] = reached
             print(name, rate, reached, flush=True)
     best = {name: max(rates, key=lambda rate: rates[rate]["own_mean"]) for name, rates in found.items()}

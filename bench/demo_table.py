@@ -30,7 +30,7 @@ def table(rows: list[Row]) -> str:
     lines = ["| | mean client | worst client | averaged model | consensus of B·A | sent | seconds |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        reached, summary = row.summary["accuracy"], row.summary
+        reached, summary = row.summary["scores"], row.summary
         numbers = [f"{reached[name]:.3f}" for name in ("own_mean", "own_min", "averaged")]
         numbers += [f"{summary['consensus']['product']:.3g}", f"{summary['bytes_sent'] / 1e6:.0f} MB"]
         lines.append(f"| {row.name} | {' | '.join(numbers)} | {summary['seconds']['total']:.0f} |")

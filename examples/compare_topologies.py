@@ -33,7 +33,7 @@ def main(model: str, rows: str, out: str, *words: str):
     for name, config in configs.items():
         summary = simulate(config, Path(out) / name, resources=resources).summary
         rho = build_topology(config.topology, config.clients, config.seed).rho()
-        reached, apart = summary["accuracy"], summary["consensus"]["product"]
+        reached, apart = summary["scores"], summary["consensus"]["product"]
         print(
             f"{name:10} {rho:6.3f} {reached['own_mean']:6.3f} {reached['own_min']:6.3f} "
             f"{apart:10.2e} {summary['bytes_sent'] / 1e6:8.2f}"

@@ -22,7 +22,7 @@ def main(model: str, rows: str, out: str, *words: str):
         "train": {"rounds": 30, "local_steps": 5, "batch": 8},
     }
     result = simulate(load_config(settings, words), out)
-    reached = result.summary["accuracy"]
+    reached = result.summary["scores"]
     print(f"mean client {reached['own_mean']:.3f}, worst {reached['own_min']:.3f}, averaged {reached['averaged']:.3f}")
     print(f"one PEFT folder per client, and the average: {result.run / 'adapters'}")
 

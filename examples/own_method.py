@@ -52,5 +52,5 @@ if __name__ == "__main__":
     tree = {"model": {"source": model}, "data": {"train": rows, "text": ["text"], "label": "label"}, "clients": 4}
     tree |= {"algorithm": {"name": "half-step", "share": 0.25}, "topology": "ring-of-pairs"}
     result = peerlora.simulate(peerlora.load_config(tree, words), out)
-    accuracy = result.summary["accuracy"]["own_mean"]
+    accuracy = result.summary["scores"]["own_mean"]
     print(f"half-step of {peerlora.describe_algorithms()['half-step']['package']}: accuracy {accuracy:.3f}")

@@ -47,7 +47,7 @@ def main(model: str, rows: str, out: str, *words: str):
     axes = drawing.add_subplot(xlabel="virtual seconds", ylabel="accuracy, mean client")
     print(f"{'':10} {'seconds':>8} {'mean':>6} {'worst':>6} {'MB sent':>8}   mean client after {budget:.1f} s")
     for way, result in found.items():
-        events, reached = read_events(result.run), result.summary["accuracy"]
+        events, reached = read_events(result.run), result.summary["scores"]
         curve, then = metric_curves(events, "virtual_seconds"), evaluated_within(events, seconds=budget)
         axes.plot(curve.rounds, curve.clients.mean(1), label=way)
         told = f"{reached['own_mean']:6.3f} {reached['own_min']:6.3f} {result.summary['bytes_sent'] / 1e6:8.2f}"

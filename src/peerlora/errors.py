@@ -8,7 +8,7 @@ PeerloraError                 something the user can mend; the command line prin
 ├── TopologyError             a graph cannot be built, or would never let all clients agree
 ├── CompositionError          parts that are fine alone do not work together (method, topology, adapter)
 ├── RunError                  a run folder is in use, belongs to another config, or is damaged; NotNow: the others are
-│                             not ready for this run yet
+│                             not ready for this run yet; TooManyFiles: the process may open no more just now
 ├── DivergenceError           a loss stopped being finite
 ├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
 ├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (transport/base.py)
@@ -57,6 +57,10 @@ class NotNow(RunError):
     """Raised where only the other sites' progress stands in the way; trying again later helps."""
 
     exit_code = 1
+
+
+class TooManyFiles(NotNow):
+    """Raised where this process may open no more files; a moment later it may."""
 
 
 class DivergenceError(PeerloraError):

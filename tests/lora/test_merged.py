@@ -18,7 +18,7 @@ from peerlora.lora.adapters import redrawn
 from peerlora.lora.merged import Merged, Update, consensus, distances2, whole
 from peerlora.lora.peft_io import export_adapter
 from peerlora.runtime.compose import compose
-from peerlora.runtime.export import write_adapters
+from peerlora.runtime.export import write_tensors
 from peerlora.tree import leaves, rebuild
 
 SHAPES = {"q": (D_OUT, D_IN), "v": (7, 9)}
@@ -378,12 +378,11 @@ def test_a_grown_folder_as_a_start_is_refused_or_taken_by_its_rank(config, tmp_p
 
 def test_the_file_of_all_clients_holds_merges_and_nothing_without(config, tmp_path):
     federation = compose(config("bert"))
-    summary = {"accuracy": {}}
     for x, names in (
         (trained(federation), {"flat", "ranks"}),
         (with_merges(trained(federation)), None),
     ):
-        write_adapters(tmp_path, x, federation, summary)
+        write_tensors(tmp_path, x)
         with safe_open(tmp_path / "adapters" / "all.safetensors", framework="pt") as file:
             assert names is None or set(file.keys()) == names
             back = rebuild(x, {f".{name}": file.get_tensor(name) for name in file.keys()})

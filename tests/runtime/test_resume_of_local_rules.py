@@ -27,7 +27,7 @@ def test_stopped_and_resumed_is_undisturbed(config, tmp_path, method, words):
         simulate(chosen, tmp_path / "stopped", stop=lambda: next(rounds, False))
     again = resume(tmp_path / "stopped", expected=lambda stored: chosen)
     assert bool((again.adapters.flat == whole.adapters.flat).all())
-    assert again.summary["accuracy"] == whole.summary["accuracy"]
+    assert again.summary["scores"] == whole.summary["accuracy"]
 
 
 def test_the_methods_own_defaults_are_in_the_stored_config_and_a_warning_in_the_events(config, tmp_path):

@@ -27,6 +27,7 @@ from peerlora.runs.events import (
     RunStarted,
     Warned,
 )
+from peerlora.runs.metrics import scores_of, worst_of
 
 if TYPE_CHECKING:
     from peerlora.experiments.demo import DemoReport
@@ -126,7 +127,8 @@ class Progress:
         if self.evaluated:
             own = _without_nan(self.evaluated.own)
             facts["mean client"] = f"{mean(own):.3f}"
-            facts["worst"] = f"{min(own):.3f}"
+            worst = min if self.started is None or self.started.higher_is_better else max
+            facts["worst"] = f"{worst(own):.3f}"
         if event.virtual_seconds == event.virtual_seconds:
             facts["virtual"] = f"{event.virtual_seconds:.1f} s"
         if rounds:
@@ -158,12 +160,11 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds", *(["virtual s"] if timed else [])):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True, min_width=len(name))
     for name, summary in rows:
-        reached = summary["accuracy"]
-        worst = reached["own_max"] if metric == "loss" else reached["own_min"]
+        reached = scores_of(summary)
         table.add_row(
             name,
             format_fixed(reached["own_mean"]),
-            format_fixed(worst),
+            format_fixed(worst_of(summary)),
             format_fixed(reached["averaged"]),
             format_fixed(summary["consensus"]["product"], ".2e"),
             format_bytes(summary["bytes_sent"], fixed=True),

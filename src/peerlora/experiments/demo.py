@@ -124,11 +124,11 @@ def average_once(alone: dict[str, Any], adapters: Any) -> dict[str, Any]:
     """Make the row of clients that train alone and average all adapters once, at the end."""
     from peerlora.exchange.schema import encoded_bytes
 
-    clients, reached = alone["clients"], alone["accuracy"]["averaged"]
+    clients, reached = alone["clients"], alone["scores"]["averaged"]
     message = encoded_bytes(adapters.message())
     return alone | {
         "method": "averaged once",
-        "accuracy": dict.fromkeys(("own_mean", "own_min", "own_max", "averaged"), reached),
+        **dict.fromkeys(("scores", "accuracy"), dict.fromkeys(("own_mean", "own_min", "own_max", "averaged"), reached)),
         "consensus": dict.fromkeys(("A", "B", "product", "cross_term"), 0.0),
         "bytes_sent": clients * (clients - 1) * message,
         "last_contact": [alone["rounds"]] * clients,
@@ -148,7 +148,7 @@ def _note(name: str) -> str:
 def findings(rows: list[Row]) -> list[str]:
     """What these rows show, in words, and what they don't."""
     by_name = {row.name: row.summary for row in rows}
-    alone, once, dec, adf, everything = (by_name[row.name]["accuracy"] for row in rows)
+    alone, once, dec, adf, everything = (by_name[row.name]["scores"] for row in rows)
     gap = abs(dec["own_mean"] - adf["own_mean"])
     return [
         f"Exchanging adapters took the mean client from {alone['own_mean']:.3f} (alone) to {dec['own_mean']:.3f} "

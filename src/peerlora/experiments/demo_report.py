@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
-from peerlora.runs.metrics import of, started
+from peerlora.runs.metrics import of, scores_of, started
 from peerlora.runs.report import graph_picture, labels_picture, metric_curves, picture_html, write_page
 
 HEAD = (
@@ -80,7 +80,7 @@ def _name(folder: Path, row: ComparisonRow) -> str:
 
 
 def _cells(summary: Mapping[str, Any]) -> list[str]:
-    scores, distance = summary.get("accuracy") or {}, summary.get("consensus") or {}
+    scores, distance = scores_of(summary), summary.get("consensus") or {}
     sent = summary.get("bytes_sent")
     return [
         *(format_number(scores.get(key)) for key in ("own_mean", "own_min", "own_max", "averaged")),

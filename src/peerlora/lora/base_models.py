@@ -76,6 +76,14 @@ def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
     return ((str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source,), {})
 
 
+def locate_base(source: str) -> str:
+    """Where other programs find a base model: a hub id, or an absolute folder; a GGUF file keeps its package's name."""
+    (place,), more = _place(source)
+    if more:
+        return source
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
+
+
 @contextmanager
 def _named(source: str):
     """Turn the library's many errors into one that names the source."""

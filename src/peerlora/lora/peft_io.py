@@ -35,6 +35,8 @@ class ExportContext:
     labels: tuple[str, ...] = ()
     """Class names by id."""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    location: str = ""
+    """Where PEFT finds the base model, if that is not ``base_source``."""
 
 
 def export_adapter(
@@ -61,7 +63,7 @@ def export_adapter(
         target_modules=[layer.name for layer in x.spec.layers],
         modules_to_save=full or None,
         task_type=context.task_type,
-        base_model_name_or_path=context.base_source,
+        base_model_name_or_path=context.location or context.base_source,
         fan_in_fan_out=_transposed(model),
         inference_mode=True,
     )
@@ -184,8 +186,24 @@ def _card(context: ExportContext, factors: Factors) -> str:
         "Trained with peerlora: every client keeps its data and averages adapters with its neighbours.\n\n"
         "```python\nfrom peft import PeftModel\n"
         "model = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
-        f"| run | |\n| --- | --- |\n{facts}\n"
+        f"| run | |\n| --- | --- |\n{facts}\n{_whereabouts(context)}"
     )
+
+
+def _whereabouts(context: ExportContext) -> str:
+    """How to find a base model that is no hub id."""
+    if context.base_source.startswith("packaged:"):
+        name = context.base_source.removeprefix("packaged:")
+        return (
+            f"\nThe base model is in the installed package `{name}`; its folder or file:\n"
+            f"`python -c \"from peerlora.environment import package_model; print(package_model('{name}'))\"`\n"
+        )
+    if context.location not in ("", context.base_source):
+        return (
+            "\n`adapter_config.json` names the base model's folder on the machine that wrote it, as "
+            "`base_model_name_or_path`; change it where the folder lies elsewhere.\n"
+        )
+    return ""
 
 
 def read_adapter(folder: Path, x: Adapters, frozen_head: Mapping[str, Tensor]) -> Adapters:

@@ -9,7 +9,8 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 from peerlora.errors import RunError
 
@@ -226,7 +227,7 @@ def from_json(line: str) -> Event:
         tree = json.loads(line)
         name, version = tree.pop("type"), tree.pop("version")
         kind = _TYPES.get(name)
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise RunError(f"{line[:80]!r} is not an event; expected a JSON object with type and version") from None
     if kind is None or version != kind.version:
         known = ", ".join(f"{key} {each.version}" for key, each in _TYPES.items())
@@ -238,7 +239,26 @@ def from_json(line: str) -> Event:
     if needed - set(tree) or set(tree) - set(types):
         wrong = ", ".join(sorted((needed - set(tree)) | (set(tree) - set(types))))
         raise RunError(f"event {name} {version} has missing or unknown fields: {wrong}; the event log is damaged")
+    wrong = [key for key, value in tree.items() if not _fits(types[key], value)]
+    if wrong:
+        raise RunError(f"event {name} {version} has values of a wrong type: {', '.join(wrong)}; the log is damaged")
     return kind(**{key: _typed(types[key], value) for key, value in tree.items()})
+
+
+def contradiction(event: Event, start: RunStarted | None) -> str:
+    """What of an event cannot be in a run that began with ``start``, or an empty string."""
+    if start is None or not isinstance(event, RoundDone | Evaluated):
+        return ""
+    if not 0 <= event.round < start.rounds + isinstance(event, Evaluated):
+        return f"{type(event).__name__} of round {event.round}, in a run of {start.rounds}"
+    clients = len(start.held) or start.clients
+    lists = (event.loss,) if isinstance(event, RoundDone) else (event.own, event.own_loss)
+    if any(len(values) != clients for values in lists):
+        return f"{type(event).__name__} of {len(lists[0])} clients, in a run of {clients}"
+    edges = (event.edges or []) if isinstance(event, RoundDone) else []
+    if not all(len(edge) == 2 and all(0 <= client < start.clients for client in edge) for edge in edges):
+        return f"a link of a client that is none of {start.clients}"
+    return ""
 
 
 def plain(value: Any) -> Any:
@@ -252,6 +272,22 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars alike
         return plain(value.tolist())
     return value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; where a float is due, null is one."""
+    inner = get_args(kind)
+    if kind is Any:
+        return True
+    if get_origin(kind) is UnionType:
+        return any(_fits(each, value) for each in inner)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(inner[0], each) for each in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(inner[1], each) for each in value.values())
+    if kind is float and (value is None or isinstance(value, int)):
+        return not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
 
 
 def _typed(kind: Any, value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Events as one long table (metrics.parquet), and the summary of a run."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,9 +128,9 @@ def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
 def summarise(events: Sequence[Event]) -> dict[str, Any]:
     """Summarise a run from the events so far; None where there is no value yet.
 
-    Keys: method, clients, rounds (finished), metric, accuracy {own_mean, own_min, own_max, averaged}, consensus
-    {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval}, virtual_seconds,
-    last_contact [client].
+    Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged}
+    of that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
+    virtual_seconds, last_contact [client].  The scores have the name accuracy, too, where they are accuracies.
     """
     start, done, scores = started(events), of(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -141,12 +141,15 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "diagnostics": sum(each.seconds_diagnostics for each in done),
         "eval": sum(each.seconds for each in of(events, Evaluated)),
     }
+    spread = _spread(scores[-1] if scores else None)
     return {
         "method": start.method if start else None,
         "clients": clients,
         "rounds": last.round + 1 if last else 0,
         "metric": start.metric if start else None,
-        "accuracy": _spread(scores[-1] if scores else None),
+        "higher_is_better": start.higher_is_better if start else None,
+        "scores": spread,
+        **({"accuracy": spread} if start and start.metric == "accuracy" else {}),
         "consensus": {
             "A": last and last.consensus_A,
             "B": last and last.consensus_B,
@@ -158,6 +161,18 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "virtual_seconds": last.virtual_seconds if last and math.isfinite(last.virtual_seconds) else None,
         "last_contact": last_contact(events, clients),
     }
+
+
+def scores_of(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores in a summary, also in one of an older version, which called those of every metric accuracy."""
+    return summary.get("scores") or summary.get("accuracy") or {}
+
+
+def worst_of(summary: Mapping[str, Any]) -> float | None:
+    """The worst client's score: the lowest, or the largest where lower is better."""
+    higher = summary.get("higher_is_better")
+    higher = summary.get("metric") != "loss" if higher is None else higher  # of an older version
+    return scores_of(summary).get("own_min" if higher else "own_max")
 
 
 def _spread(score: Evaluated | None) -> dict[str, float | None]:

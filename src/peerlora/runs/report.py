@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes, format_number
+from peerlora.files import write_atomically
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
-from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise
-from peerlora.runs.store import read_events
+from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise, worst_of
+from peerlora.runs.store import read_events, resume_command, write_failures_told
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Key, Picture
@@ -48,13 +49,14 @@ class ReportWriter:
     def __call__(self, event: Event) -> None:
         """Draw it at ``RunFinished``."""
         if isinstance(event, RunFinished):
-            write_report(self.folder)
+            with write_failures_told(self.folder, lambda: f"draw the report: {resume_command(self.folder)}"):
+                write_report(self.folder)
 
 
 def write_report(folder: Path | str) -> Path:
     """Write report.html into a run folder, also while the run goes on or after it stopped half way.
 
-    Raises RunError when it is not a run folder, or its event log is damaged.
+    Raises RunError when it is not a run folder.
     """
     folder = Path(folder)
     events = read_events(folder)
@@ -75,7 +77,7 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     top = f'<!doctype html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>'
     parts = [top, f"<h1>{escape(title)}</h1>", *(part for part in body if part), "</body></html>\n"]
-    path.write_text("\n".join(parts), encoding="utf-8", errors="replace")
+    write_atomically(path, "\n".join(parts).encode(errors="replace"))
     return path
 
 
@@ -155,13 +157,12 @@ def _warnings(start: RunStarted | None, events: Sequence[Event]) -> str:
 def _headline(start: RunStarted, events: Sequence[Event]) -> str:
     """The main results as a small table."""
     facts = summarise(events)
-    scores, distance, seconds = facts["accuracy"], facts["consensus"], facts["seconds"]
+    scores, distance, seconds = facts["scores"], facts["consensus"], facts["seconds"]
     last = evaluations(events)[-1:]
     on = f" after round {last[0].round}, on {last[0].rows:,} rows" if last else ""
-    worst = scores["own_min"] if start.higher_is_better else scores["own_max"]
     rows: list[tuple[str, Cell]] = [
         (f"{start.metric}, mean over clients' own models{on}", scores["own_mean"]),
-        (f"{start.metric}, worst client", worst),
+        (f"{start.metric}, worst client", worst_of(facts)),
         (f"{start.metric}, averaged model", scores["averaged"]),
         ("consensus distance of A", distance["A"]),
         ("consensus distance of B", distance["B"]),

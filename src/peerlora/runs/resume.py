@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.errors import RunError
@@ -23,8 +21,16 @@ def default_folder(config: RunConfig) -> Path:
     return new_folder(config.algorithm.name)
 
 
-def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | None = None) -> dict[str, Any]:
-    """Collect versions, seed and machine that decide a result beside the config; ``held``: the clients, if not all."""
+def run_facts(
+    config: RunConfig,
+    partitioner: Any = None,
+    held: Sequence[int] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Collect versions, seed and machine that decide a result beside the config; ``held``: the clients, if not all.
+
+    ``inputs``: what data and model tell.
+    """
     packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -32,12 +38,13 @@ def run_facts(config: RunConfig, partitioner: Any = None, held: Sequence[int] | 
         "seed": config.seed,
         "threads": config.threads,
         "partitioner": type(partitioner).__name__ if partitioner is not None else None,
+        **(inputs or {}),
     } | ({} if held is None else {"held": list(held)})
 
 
 def stored_config(store: RunStore) -> RunConfig:
-    """Read the resolved config of a run folder."""
-    return load_config(yaml.safe_load(store.config_yaml))
+    """Read the resolved config of a run folder; raises ConfigError where it is damaged."""
+    return load_config(store.folder / "config.yaml")
 
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:

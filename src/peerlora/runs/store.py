@@ -9,26 +9,48 @@
 A checkpoint counts when its ``.json`` is there, which is written last.  That file holds the checksum of the tensors
 and the length of the event log just after ``CheckpointSaved``: a resumed run cuts the log back to this length, so it
 goes on exactly where the undisturbed run would have been.
+
+Of the newest two checkpoints the older one has been trained on.  Where training diverges at once from the newer one,
+which a neighbour may have spoiled, that is marked, and a resumed run goes on from the older.
 """
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peerlora.display import utc_now
-from peerlora.errors import RunError
+from peerlora.errors import RunError, TooManyFiles
 from peerlora.files import atomic_file, write_atomically
-from peerlora.runs.events import CheckpointSaved, Event, RunFinished, from_json, plain, to_json
+from peerlora.runs.events import (
+    CheckpointSaved,
+    Event,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    Warned,
+    contradiction,
+    from_json,
+    plain,
+    to_json,
+)
 
 if TYPE_CHECKING:
     import torch
 
 KEEP = 2  # checkpoints, so that one damaged file does not cost the run
+_HALF_MADE = {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}  # of a folder before it is a run's
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
+_SIDE = {"round", "sha256", "events_bytes"}  # what the file beside a checkpoint always told; newer ones have a check
 
 
 @dataclass(frozen=True)
@@ -46,14 +68,22 @@ class Checkpoint:
 
 
 class RunStore:
-    """One run folder, held by this process alone until ``close``; also a context manager."""
+    """One run folder, held by this process alone until ``close``; also a context manager.
+
+    Where a run that was created here fails before its first round is done, leaving the block takes the folder away.
+    """
 
     def __init__(self, folder: Path, lock: IO[str]):
         self.folder = folder
         self._lock = lock
-        self.config_yaml = (folder / "config.yaml").read_text(encoding="utf-8")
+        self._unused = self._made = False
+        try:
+            self.config_yaml = (folder / "config.yaml").read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise RunError(f"{folder / 'config.yaml'} is damaged (not UTF-8); start again with another --out") from None
         self.facts: dict[str, Any] = _read_json(folder / "run.json")
-        self._log = open(folder / "events.jsonl", "ab")
+        # Unbuffered: of a line for which there is no room, nothing must be written later.
+        self._log = open(folder / "events.jsonl", "ab", buffering=0)
         whole = (folder / "events.jsonl").read_bytes().rfind(b"\n") + 1
         self._log.truncate(whole)  # a kill may have left half a line, and the next event must not continue it
 
@@ -64,6 +94,7 @@ class RunStore:
         Raises RunError when the folder holds something already, cannot be written, or another process is in it.
         """
         folder = Path(folder)
+        there = folder.is_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             require_free(folder)  # before the lock, which would leave a file in a folder that is not ours
@@ -74,9 +105,12 @@ class RunStore:
             ) from None
         try:
             require_free(folder)  # again: another process may have been faster
-            write_atomically(folder / "config.yaml", config_yaml)
-            write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
-            return cls(folder, lock)
+            with write_failures_told(folder, lambda: "choose another --out"):
+                write_atomically(folder / "config.yaml", config_yaml)
+                write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
+                store = cls(folder, lock)
+            store._unused, store._made = True, not there
+            return store
         except BaseException:
             lock.close()
             raise
@@ -85,78 +119,128 @@ class RunStore:
     def open(cls, folder: Path | str) -> "RunStore":
         """Open the folder of a stopped run.
 
-        Raises RunError when it is not a run folder, when run.json is damaged, or another process is in it.
+        Raises RunError when it is not a run folder, when run.json is damaged, it cannot be written, or another process
+        is in it.
         """
         folder = Path(folder)
         _require_run(folder)
-        lock = _take_lock(folder)
-        try:
-            return cls(folder, lock)
-        except BaseException:
-            lock.close()
-            raise
+        with write_failures_told(folder, lambda: "make it writable, or go on with a copy of it"):
+            lock = _take_lock(folder)
+            try:
+                return cls(folder, lock)
+            except BaseException:
+                lock.close()
+                raise
 
     @property
     def finished(self) -> bool:
         """Whether the run reached its end and everything about it was written."""
         return (self.folder / "summary.json").is_file()
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the failure of a write in the folder into a RunError that says what to do."""
+        with write_failures_told(self.folder, self._what_then):
+            yield
+
+    def _what_then(self) -> str:
+        return "start again" if self._unused else f"go on with: {resume_command(self.folder)}"
+
     def emit(self, event: Event) -> None:
         """Append one event; it survives the death of this process at once.
 
         ``RunFinished`` ends the run: metrics.parquet and, as the very last thing, summary.json are written with it.
+        Raises RunError where it cannot be written; then nothing of it is in the log.
         """
-        self._log.write(to_json(event).encode() + b"\n")
-        self._log.flush()
+        before = self._log_bytes()
+        with self.writing():
+            try:
+                left = memoryview(to_json(event).encode() + b"\n")
+                while left:
+                    left = left[self._log.write(left) :]
+            except OSError:
+                self._log.truncate(before)
+                raise
+        self._unused &= not isinstance(event, RoundDone)
         if isinstance(event, RunFinished):
-            self._write_results(event.summary)
+            with self.writing():
+                self._write_results(event.summary)
 
     def save_checkpoint(self, round: int, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, Any]) -> None:
         """Save the state after ``round`` finished rounds, emit ``CheckpointSaved``, keep the newest two.
 
         ``facts`` must be JSON: tuples come back as lists, keys as strings, NaN as None.
         """
-        folder = self.folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        data = folder / f"round-{round:06d}.safetensors"
-        checksum = _save_tensors(data, tensors, facts)
-        self.emit(CheckpointSaved(round, f"checkpoints/{data.name}", checksum))
-        os.fsync(self._log.fileno())  # a checkpoint whose events are lost in a power cut could not be used
-        side = {"round": round, "sha256": checksum, "events_bytes": self._log_bytes()}
-        write_atomically(data.with_suffix(".json"), _pretty(side))
-        for old in self._checkpoints()[KEEP:]:
-            _remove_checkpoint(old)
+        self._unused = False
+        with self.writing():
+            folder = self.folder / "checkpoints"
+            folder.mkdir(exist_ok=True)
+            data = folder / f"round-{round:06d}.safetensors"
+            checksum = _save_tensors(data, tensors, facts)
+            self.emit(CheckpointSaved(round, f"checkpoints/{data.name}", checksum))
+            os.fsync(self._log.fileno())  # a checkpoint whose events are lost in a power cut could not be used
+            side = {"round": round, "sha256": checksum, "events_bytes": self._log_bytes()}
+            _write_side(data.with_suffix(".json"), side)
+            for old in self._checkpoints()[KEEP:]:
+                _remove_checkpoint(old)
+
+    def mark_diverged(self, round: int) -> str | None:
+        """Mark the checkpoint after ``round`` rounds as one that training diverged from; return what is used instead.
+
+        None where there is no such checkpoint.
+        """
+        sides = self._checkpoints()
+        marked = next((side for side in sides if _round_of(side) == round), None)
+        if marked is None:
+            return None
+        facts = _read_side(marked)
+        if facts:
+            with self.writing():
+                _write_side(marked, facts | {"diverged": True})
+        return next((side.stem for side in sides if _round_of(side) < round), "the start")
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Load the newest checkpoint that is whole; None when there is none, and the run starts from round 0.
 
-        Raises RunError when there are checkpoints but every one is damaged.
+        One that training diverged from is passed over.  Raises RunError when there are checkpoints but every one is
+        damaged.
         """
         bad: list[tuple[str, str]] = []
         for side in self._checkpoints():
             facts = _read_side(side)
-            reason = _damage(side, facts, self._log_bytes())
+            reason = self._reason_against(side, facts)
             if not reason:
-                notes = [f"checkpoint {name} is damaged ({why}); using {side.stem}" for name, why in bad]
+                notes = [f"checkpoint {name} {why}; using {side.stem}" for name, why in bad]
                 return Checkpoint(facts["round"], *_load_tensors(side), notes, facts["events_bytes"])
             bad.append((side.stem, reason))
-        if bad:
-            listed = ", ".join(f"{name} ({reason})" for name, reason in bad)
-            raise RunError(f"all checkpoints in {self.folder} are damaged: {listed}; start again with another --out")
+        if any(reason != _DIVERGED for _, reason in bad):
+            listed = ", ".join(f"{name} {reason}" for name, reason in bad)
+            raise RunError(f"no checkpoint in {self.folder} can be used: {listed}; start again with another --out")
         return None
+
+    def _reason_against(self, side: Path, facts: Mapping[str, Any]) -> str:
+        """Why a checkpoint cannot be used, or an empty string."""
+        if facts.get("diverged"):
+            return _DIVERGED
+        damage = _damage(side, facts)
+        if not damage and not _ends_line(self.folder / "events.jsonl", facts["events_bytes"]):
+            damage = "event log too short" if self._log_bytes() < facts["events_bytes"] else "event log changed"
+        return f"is damaged ({damage})" if damage else ""
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""
-        self._log.truncate(checkpoint.events_bytes if checkpoint else 0)
-        (self.folder / "summary.json").unlink(missing_ok=True)
-        for side in self._checkpoints():
-            if checkpoint is None or _round_of(side) > checkpoint.round:
-                _remove_checkpoint(side)  # its length is of a log that is gone now
-        orphans = [
-            data for data in self.folder.glob("checkpoints/*.safetensors") if not data.with_suffix(".json").exists()
-        ]
-        for leftover in [*orphans, *self.folder.glob("*.tmp"), *self.folder.glob("checkpoints/*.tmp")]:
-            leftover.unlink()
+        with self.writing():
+            self._log.truncate(checkpoint.events_bytes if checkpoint else 0)
+            (self.folder / "summary.json").unlink(missing_ok=True)
+            for side in self._checkpoints():
+                if checkpoint is None or _round_of(side) > checkpoint.round:
+                    _remove_checkpoint(side)  # its length is of a log that is gone now
+            orphans = [
+                data for data in self.folder.glob("checkpoints/*.safetensors") if not data.with_suffix(".json").exists()
+            ]
+            # .tmpXXXXXX: what safetensors writes before it renames.
+            for leftover in [*orphans, *self.folder.rglob("*.tmp"), *self.folder.rglob(".tmp*")]:
+                leftover.unlink()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Emit ``RunFinished``, with which the results are written."""
@@ -170,7 +254,9 @@ class RunStore:
 
     def write(self, name: str, tree: Mapping[str, Any]) -> None:
         """Write a JSON file of its own into the folder, in one step; it stays when the run is resumed."""
-        write_atomically(self.folder / name, _pretty(tree))
+        self._unused = False
+        with self.writing():
+            write_atomically(self.folder / name, _pretty(tree))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Read a file that `write` wrote; None where there is none.  Raises RunError where the file is damaged."""
@@ -184,8 +270,19 @@ class RunStore:
     def __enter__(self) -> "RunStore":
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        try:
+            if self._unused and kind is not None and issubclass(kind, Exception):
+                self._discard()
+        finally:
+            self.close()
+
+    def _discard(self) -> None:
+        """Take away a run that has done no round, so that its folder is free for the next try."""
+        for name in ("run.json", "config.yaml", "events.jsonl", "lock"):  # without the first, it is no run folder
+            (self.folder / name).unlink(missing_ok=True)
+        if self._made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _checkpoints(self) -> list[Path]:
         """The ``.json`` files of all checkpoints, newest first."""
@@ -198,18 +295,28 @@ class RunStore:
 def read_events(folder: Path | str) -> list[Event]:
     """Read all events of a run folder; a last line that was cut off by a kill is left out.
 
-    Raises RunError when it is not a run folder, or when another line is damaged.
+    So are damaged lines; a Warned in the place of the first says how many there are.
+    Raises RunError when it is not a run folder.
     """
     folder = Path(folder)
     _require_run(folder)
     log = folder / "events.jsonl"
     *whole, _torn = log.read_bytes().split(b"\n") if log.exists() else [b""]
-    events = []
+    events: list[Event] = []
+    start, damage = None, []
     for number, line in enumerate(whole, start=1):
         try:
-            events.append(from_json(line.decode("utf-8", errors="replace")))
+            event = from_json(line.decode("utf-8", errors="replace"))
+            start = start or (event if isinstance(event, RunStarted) else None)
+            if reason := contradiction(event, start):
+                raise RunError(reason)
+            events.append(event)
         except RunError as error:
-            raise RunError(f"{log}, line {number}: {error}") from None
+            damage.append((len(events), f"line {number}: {error}"))
+    if damage:
+        place, first = damage[0]
+        several = f"{len(damage)} lines are" if len(damage) > 1 else "a line is"
+        events.insert(place, Warned(f"{log}: {several} damaged and left out ({first})"))
     return events
 
 
@@ -227,8 +334,12 @@ def new_folder(name: str) -> Path:
 
 
 def require_free(folder: Path) -> None:
-    """Raise RunError where ``folder`` is a file or holds something already; also asked before anything slow is done."""
-    if folder.is_file() or (folder.is_dir() and any(path.name != "lock" for path in folder.iterdir())):
+    """Raise RunError where ``folder`` is a file or holds something already; also asked before anything slow is done.
+
+    What a process leaves that is killed while it makes a run folder does not count; the lock tells it from a user's.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or not (names <= _HALF_MADE and ("lock" in names or not names)):
         raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
 
 
@@ -243,6 +354,32 @@ def _take_lock(folder: Path) -> IO[str]:
         lock.close()
         raise RunError(f"another process is running in {folder}; wait for it, or choose another --out") from None
     return lock
+
+
+@contextmanager
+def write_failures_told(folder: Path, then: Callable[[], str]) -> Iterator[None]:
+    """Turn the failure of a write in a folder into a RunError; ``then``: what to do once it can be written again."""
+    try:
+        yield
+    except Exception as error:
+        number = _errno(error)
+        if number is None:
+            raise
+        if number in _NO_FILES:
+            raise TooManyFiles(f"{folder} cannot be written ({os.strerror(number)}); {then()}") from error
+        if number in _NO_ROOM:
+            raise RunError(f"no room left in {folder} ({os.strerror(number)}); make room, then {then()}") from error
+        raise RunError(f"{folder} cannot be written ({os.strerror(number)}); {then()}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The operating system's number of a failed write; None for another error."""
+    if isinstance(error, OSError):
+        return error.errno
+    if type(error).__name__ == "SafetensorError":  # has no number of its own
+        found = re.search(r"os error (\d+)", str(error))
+        return int(found.group(1)) if found else None
+    return None
 
 
 def _save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, Any]) -> str:
@@ -270,19 +407,40 @@ def _read_side(side: Path) -> dict[str, Any]:
         facts = json.loads(side.read_bytes())
     except ValueError:
         return {}
-    return facts if isinstance(facts, dict) and {"round", "sha256", "events_bytes"} <= set(facts) else {}
+    if not isinstance(facts, dict):
+        return {}
+    if set(facts) == _SIDE:  # of an older version
+        return facts
+    return facts if facts.pop("check", None) == _check(facts) and set(facts) >= _SIDE else {}
 
 
-def _damage(side: Path, facts: Mapping[str, Any], log_bytes: int) -> str:
+def _write_side(side: Path, facts: Mapping[str, Any]) -> None:
+    write_atomically(side, _pretty({**facts, "check": _check(facts)}))
+
+
+def _check(facts: Mapping[str, Any]) -> str:
+    """The checksum of what the file beside a checkpoint tells."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _ends_line(log: Path, length: int) -> bool:
+    """Whether the first ``length`` bytes of the event log are whole lines."""
+    with open(log, "rb") as file:
+        file.seek(max(0, length - 1))
+        return length == 0 or file.read(1) == b"\n"
+
+
+_DIVERGED = "is one that training diverged from"
+
+
+def _damage(side: Path, facts: Mapping[str, Any]) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     data = side.with_suffix(".safetensors")
     if not facts:
         return f"{side.name} unreadable"
     if not data.is_file():
         return f"{data.name} missing"
-    if _sha256(data) != facts["sha256"]:
-        return "checksum"
-    return "event log too short" if log_bytes < facts["events_bytes"] else ""
+    return "checksum" if _sha256(data) != facts["sha256"] or facts["round"] != _round_of(side) else ""
 
 
 def _round_of(side: Path) -> int:
@@ -305,18 +463,27 @@ def _pretty(tree: Mapping[str, Any]) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        raise RunError(f"{path} is not valid JSON; the run folder is damaged, start again with another --out") from None
+        tree = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        tree = None
+    if isinstance(tree, dict):
+        return tree
+    raise RunError(f"{path} is not valid JSON (an object); the run folder is damaged, start again with another --out")
 
 
 def clients_of(run: Path) -> list[int] | None:
     """Return the clients that a run trains; None: all."""
-    return _read_json(run / "run.json").get("held")
+    return read_facts(run).get("held")
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """Read run.json, the facts of a run beside its config; raises RunError where it is damaged."""
+    return _read_json(run / "run.json")
 
 
 def resume_command(run: Path) -> str:
     """Return the command that resumes an unfinished run."""
+    folder = shlex.quote(str(run))
     if clients_of(run) is None:
-        return f"peerlora train --resume {run}"
-    return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {run} --resume"
+        return f"peerlora train --resume {folder}"
+    return f"peerlora peer CONFIG.yaml --identity DIR --members FILE --out {folder} --resume"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
+from peerlora.lora.base_digest import base_digest
 from peerlora.lora.peft_io import ExportContext, read_adapter
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
@@ -65,6 +67,11 @@ class Federation:
         """The rows, of the clients held here, whose results count."""
         return [row for row, client in enumerate(self.exchange.clients) if client not in self.attackers]
 
+    @cached_property
+    def base_digest(self) -> str:
+        """By which other sites, and this run when it is resumed, know the same base model."""
+        return base_digest(self.model.base)
+
 
 def compose(
     config: RunConfig,
@@ -98,7 +105,7 @@ def assemble(
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
     model, export, paths = build_model(config, resources)
-    start = _start(config, model, here)
+    start = start_adapters(config, model, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
     rows = divided.shards if own else [divided.shards[i] for i in here]
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
@@ -149,7 +156,8 @@ def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | N
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
-def _start(config: RunConfig, model: StackedModel, here: list[int]) -> Adapters:
+def start_adapters(config: RunConfig, model: StackedModel, here: Sequence[int]) -> Adapters:
+    """The adapters that the clients held here begin with."""
     ranks = [config.ranks[i] for i in here]
     spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
     generator = torch_generator(config.seed, "adapter")

@@ -1,70 +1,147 @@
-"""What a run leaves in its folder beside events: configs compared on resume, facts, adapters."""
+"""The adapters of a finished run: written into its folder, read from there, and exported as PEFT folders."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
+from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
-from peerlora.files import atomic_file
+from peerlora.exchange.stacked import StackedExchange
+from peerlora.files import atomic_file, sync_tree
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.peft_io import export_adapter
-from peerlora.runs.store import clients_of, resume_command
-from peerlora.runtime.compose import Federation, compose
+from peerlora.lora.attach import StackedModel
+from peerlora.lora.base_models import load_tokenizer
+from peerlora.lora.peft_io import ExportContext, export_adapter
+from peerlora.runs.metrics import scores_of, started, worst_of
+from peerlora.runs.store import clients_of, read_events, read_facts, resume_command, write_failures_told
+from peerlora.runtime.compose import Federation, start_adapters
+from peerlora.runtime.exchange_stack import build_exchange
+from peerlora.runtime.plan import plan
+from peerlora.runtime.resources import RunResources, build_model
 from peerlora.tree import leaves, rebuild
 
 EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
 
 
-def write_adapters(folder: Path, x: Adapters, federation: Federation, summary: dict[str, Any]) -> None:
-    """``adapters/all.safetensors`` with every client, and a PEFT folder per client and for the average."""
+@dataclass(frozen=True)
+class Exporter:
+    """What makes PEFT folders of a run's adapters; no data is needed."""
+
+    config: RunConfig
+    clients: Sequence[int]
+    """Those held in the run's folder."""
+    layout: Adapters
+    """Adapters as the run's method keeps them; their values do not count."""
+    model: StackedModel
+    context: ExportContext
+
+    def write(
+        self,
+        folder: Path,
+        x: Adapters,
+        row: int,
+        summary: Mapping[str, Any],
+        client: int | str,
+        rank: int | None = None,
+    ) -> Path:
+        """Write one row of ``x`` as a PEFT folder, whose card tells the run's results."""
+        told = {key: summary[key] for key in ("method", "clients", "rounds", "metric") if key in summary}
+        scores, metric = scores_of(summary), summary.get("metric")
+        shown = {"mean client": scores.get("own_mean"), "worst client": worst_of(summary)}
+        shown["averaged model"] = scores.get("averaged")
+        reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
+        facts = told | {"client": client} | reached
+        return export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
+
+
+def exporter(federation: Federation) -> Exporter:
+    """The Exporter of a run in this process."""
+    layout = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
+    return Exporter(federation.config, federation.exchange.clients, layout, federation.model, federation.export)
+
+
+def exporter_of(run: Path) -> Exporter:
+    """The Exporter of a run folder; it loads the base model, and no data.
+
+    Raises ModelError where the base model is gone.
+    """
+    config, held, base = load_config(run / "config.yaml"), clients_of(run), read_facts(run).get("base")
+    if base and Path(base).is_dir():  # a relative source is one of the folder in which the run was begun
+        config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})  # long since read
+    planned, here = plan(config, held), list(range(config.clients)) if held is None else held
+    empty = Dataset(np.empty(0, np.int32), np.zeros(1, np.int64), None, np.empty(0, np.int64), _classes(run, config))
+    model, context, _ = build_model(config, RunResources(empty, empty, load_tokenizer(config.model.source)))
+    start = start_adapters(config, model, here)
+    exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
+    return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
+
+
+def _classes(run: Path, config: RunConfig) -> tuple[str, ...]:
+    """The class names of a run; () for other tasks."""
+    kept = read_facts(run).get("classes")
+    if kept is not None or not task_kind(config.task.kind).has_classes:
+        return tuple(kept or ())
+    start = started(read_events(run))  # a run of an older version: its first event knows them, too
+    if start is None:
+        raise RunError(f"{run} does not tell its class names (no RunStarted in events.jsonl); it cannot be exported")
+    return tuple(start.partition["names"])
+
+
+def write_tensors(folder: Path, x: Adapters) -> None:
+    """Write ``adapters/all.safetensors`` with every client into a run folder."""
     place = folder / "adapters"
     place.mkdir(exist_ok=True)
     tensors = {name.removeprefix("."): leaf.contiguous() for name, leaf in leaves(x).items()}
     with atomic_file(place / "all.safetensors") as temporary:
         save_file(tensors, temporary)
-    if x.clients > EXPORTED:
-        return
-    for row, client in enumerate(federation.exchange.clients):
-        _export(place / f"client-{client:02d}", x, row, federation, summary | {"client": client})
-    if x.equal_ranks and x.clients == federation.config.clients:
-        _export(place / "average", x.mean(), 0, federation, summary | {"client": "average of all"})
 
 
-def read_adapters(run: Path, federation: Federation) -> Adapters:
-    """What `write_adapters` wrote of all clients of ``federation``."""
-    start = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
+def write_peft_folders(folder: Path, x: Adapters, to: Exporter, summary: Mapping[str, Any]) -> None:
+    """Write a PEFT folder per client and for the average; all under ``adapters`` is on the disk when this returns."""
+    place = folder / "adapters"
+    if x.clients <= EXPORTED:
+        for row, client in enumerate(to.clients):
+            to.write(place / f"client-{client:02d}", x, row, summary, client)
+        if x.equal_ranks and x.clients == to.config.clients:
+            to.write(place / "average", x.mean(), 0, summary, "average of all")
+    sync_tree(place)
+
+
+def read_adapters(run: Path, to: Exporter) -> Adapters:
+    """What `write_tensors` wrote."""
     with safe_open(run / "adapters" / "all.safetensors", framework="pt") as file:
-        return rebuild(start, {f".{name}": file.get_tensor(name) for name in file.keys()})
-
-
-def _export(
-    folder: Path, x: Adapters, client: int, federation: Federation, summary: dict[str, Any], rank: int | None = None
-) -> Path:
-    told = ("method", "client", "clients", "rounds", "metric")
-    facts = {key: summary[key] for key in told if key in summary} | {"accuracy": json.dumps(summary["accuracy"])}
-    return export_adapter(folder, x, client, federation.model, replace(federation.export, facts=facts), rank)
+        return rebuild(to.layout, {f".{name}": file.get_tensor(name) for name in file.keys()})
 
 
 def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = None) -> Path:
     """Write one client's adapter (None: the average) of a finished run as a PEFT folder at ``to``.
 
+    Needs the run folder and, unless the run wrote this folder itself, the base model; never the data.
     ``rank``: its best approximation of at most this rank, since merges make a rank grow.
-    Raises RunError when ``run`` is no run or unfinished, the client or rank impossible, or ``to`` in use.
+    Raises RunError when ``run`` is no run or unfinished, the client or rank impossible, or ``to`` not empty.
     """
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
     if not (run / "summary.json").is_file():
         raise RunError(f"{run} is not finished; finish it first: {resume_command(run)}")
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise RunError(f"--to {to} is in use; choose a folder that is new or empty")
+    if to.exists() and not to.is_dir():
+        raise RunError(f"--to {to} is a file; choose a folder that is new or empty")
+    if to.is_dir() and any(to.iterdir()):
+        raise RunError(f"--to {to} is not empty; choose a folder that is new or empty")
     config = load_config(run / "config.yaml")
     if client is not None and not 0 <= client < config.clients:
         raise RunError(f"--client {client} given; {run} has clients 0 to {config.clients - 1}")
@@ -75,15 +152,29 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
     here = clients_of(run)
     if here is not None and client not in here:
         raise RunError(f"{run} is the run of a peer and has client {here[0]} only; give --client {here[0]}")
+    to = to.resolve()
+    with write_failures_told(to.parent, lambda: "export again"):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        half = to.with_name(f"{to.name}.tmp")  # a folder at ``to`` is whole
+        shutil.rmtree(half, ignore_errors=True)
+        try:
+            _export(run, half, client, rank)
+            sync_tree(half)
+            os.replace(half, to)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    return to
+
+
+def _export(run: Path, folder: Path, client: int | None, rank: int | None) -> None:
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
     if rank is None and written.is_dir():
-        shutil.copytree(written, to, dirs_exist_ok=True)
-        return to
-    federation = compose(config, clients=here)
-    x = read_adapters(run, federation)
+        shutil.copytree(written, folder)
+        return
+    to = exporter_of(run)
+    x = read_adapters(run, to)
     if client is None and not x.equal_ranks:  # hetlora cuts them while it runs
         raise RunError(f"{run} ended with clients of different ranks, whose factors have no average; give --client")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    row, number = (x.mean(), 0) if client is None else (x, list(federation.exchange.clients).index(client))
-    named = summary | {"client": "average of all" if client is None else client}
-    return _export(to, row, number, federation, named, rank)
+    row, number = (x.mean(), 0) if client is None else (x, list(to.clients).index(client))
+    to.write(folder, row, number, summary, "average of all" if client is None else client, rank)

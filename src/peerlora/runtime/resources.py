@@ -16,7 +16,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError
 from peerlora.lora.attach import StackedModel, Targets, find_targets
-from peerlora.lora.base_models import Base, load_base, load_tokenizer
+from peerlora.lora.base_models import Base, load_base, load_tokenizer, locate_base
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
@@ -145,7 +145,9 @@ def build_model(config: RunConfig, resources: RunResources) -> tuple[StackedMode
     bases.used_by(model)
     extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
     peft_type = task_kind(config.task.kind).peft_type
-    export = ExportContext(source, peft_type, config.adapter.dropout, extra, tokenizer, data.names)
+    export = ExportContext(
+        source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
+    )
     return model, export, prepared.paths | use_encoder(model, config.train.fast)
 
 

@@ -14,6 +14,7 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
+from peerlora.runtime.inputs import check_inputs, facts_of
 from peerlora.runtime.participation import AllClients
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
@@ -43,7 +44,8 @@ def simulate(
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
     use_threads(config)
     federation = compose(config, resources=resources, partitioner=partitioner)
-    with RunStore.create(folder, config.to_yaml(), run_facts(config, partitioner)) as store:
+    facts = run_facts(config, partitioner, inputs=facts_of(federation))
+    with RunStore.create(folder, config.to_yaml(), facts) as store:
         return build_trainer(federation, store, sinks, stop, report).run()
 
 
@@ -59,13 +61,15 @@ def resume(
 ) -> Result:
     """Resume a run from its last good checkpoint; the result is bit-identical to an undisturbed run.
 
-    ``expected`` turns the stored config into the one that the user asks for; RunError lists the differences.
+    ``expected`` turns the stored config into the one that the user asks for; RunError lists the differences, and names
+    data, base model or start adapter that changed since.
     """
     with RunStore.open(folder) as store:
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
         use_threads(config)
         federation = compose(config, resources=resources, partitioner=partitioner)
+        check_inputs(store, federation)
         return build_trainer(federation, store, sinks, stop, report).run(resumed=True)
 
 

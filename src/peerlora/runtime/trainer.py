@@ -13,17 +13,18 @@ import numpy as np
 from torch import Tensor
 
 from peerlora.display import utc_now
-from peerlora.errors import Stopped
+from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import summarise
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
-from peerlora.runtime.export import write_adapters
+from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.rounds import Rounds
 from peerlora.tree import leaves, rebuild
 
+_CURE = "lower train.lr, set train.clip, or see whom it mixed with in the last round"
 _LISTED_LINKS = 5000  # links of a round, beyond which its event holds only their number
 
 State = Any
@@ -116,7 +117,10 @@ class Trainer:
         return state
 
     def _round(self, t: int, state: State) -> State:
-        state, result = self.rounds.advance(t, state)
+        try:
+            state, result = self.rounds.advance(t, state)
+        except DivergenceError as error:
+            raise self._diverged(t, str(error)) from None
         began = time.perf_counter()
         event = RoundDone(
             round=t,
@@ -135,6 +139,16 @@ class Trainer:
         )
         self._emit(event)
         return state
+
+    def _diverged(self, done: int, reason: str) -> DivergenceError:
+        """Mark the checkpoint that training could not go on from, and say what a resumed run goes on from."""
+        other = self.store.mark_diverged(done)
+        if other is None:
+            return DivergenceError(reason)
+        command = self.participation.resume_command(self.store.folder)
+        return DivergenceError(
+            f"{reason}. The checkpoint after {done} rounds has been set aside; to go on from {other}: {command}"
+        )
 
     def _of_honest(self, values: np.ndarray) -> list[float]:
         """[client], NaN for attackers."""
@@ -162,8 +176,12 @@ class Trainer:
             virtual_seconds=self.rounds.virtual_seconds,
         )
         self._emit(event)
+        if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
+            raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
 
     def _save(self, done: int, state: State) -> None:
+        if not self.algorithm.model(state).flat.isfinite().all():
+            raise DivergenceError(f"adapters are not finite after {done} rounds; {_CURE}")
         in_flight, facts = self.rounds.state_dict()
         parts = {
             "state": leaves(state),
@@ -173,7 +191,10 @@ class Trainer:
         }
         tensors = {f"{part}.{name}": leaf.cpu() for part, named in parts.items() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
-        self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
+        try:
+            self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
+        except TooManyFiles as error:  # of many connections, say; the next checkpoint may be possible again
+            self._emit(Warned(f"no checkpoint after {done} rounds: {error}"))
 
     def _restore(self, start: State) -> tuple[int, State]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
@@ -220,8 +241,10 @@ class Trainer:
         self._emit(*self.participation.leave(state))
         x = self.algorithm.model(state).to("cpu")
         self._evaluate(self.config.train.rounds, state, final=True)
-        summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
-        write_adapters(self.store.folder, x, self.federation, summary)
+        with self.store.writing():
+            write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
+            summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
+            write_peft_folders(self.store.folder, x, exporter(self.federation), summary)
         self._emit(RunFinished(utc_now(), plain(summary)))
         return Result(summary, self.store.folder, lambda: x)
 

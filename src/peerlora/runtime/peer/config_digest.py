@@ -8,9 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from peerlora.config.run import RunConfig
 from peerlora.lora.adapters import AdapterSpec
 
@@ -29,16 +26,6 @@ def section_hashes(config: RunConfig) -> dict[str, str]:
     if config.partition.kind == "own":
         tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text)}
     return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in tree.items()}
-
-
-def base_digest(base: nn.Module) -> str:
-    """Of all frozen weights, by name: SHA-256, hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(base.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
-    return digest.hexdigest()
 
 
 def spec_digest(spec: AdapterSpec) -> str:

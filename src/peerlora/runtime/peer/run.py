@@ -86,11 +86,5 @@ def site_on(config: RunConfig, listed: MemberList, me: str) -> Site:
 
 
 def _begun(folder: Path) -> bool:
-    """Whether a folder holds a run to go on with; what a kill left while the folder was made is put away."""
-    if (folder / "run.json").is_file():
-        return True
-    left = list(folder.iterdir()) if folder.is_dir() else []
-    if {path.name for path in left} <= {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}:
-        for path in left:
-            path.unlink()
-    return False
+    """Whether a folder holds a run to go on with."""
+    return (folder / "run.json").is_file()

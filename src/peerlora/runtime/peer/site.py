@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from peerlora.network.base import PeerId
 from peerlora.network.protocol.wire import Expected
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.peer.config_digest import base_digest, spec_digest
+from peerlora.runtime.peer.config_digest import spec_digest
 from peerlora.topology.schedule import Topology
 
 
@@ -31,4 +31,4 @@ class Site:
 
 def expected_of(federation: Federation, site: Site) -> Expected:
     """What every message of the run must agree with."""
-    return Expected(site.run, base_digest(federation.model.base), spec_digest(federation.start.spec))
+    return Expected(site.run, federation.base_digest, spec_digest(federation.start.spec))

@@ -13,8 +13,9 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.report import ReportWriter, write_report
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
-from peerlora.runtime.compose import Federation, assemble, compose, resolve_threads, use_threads
-from peerlora.runtime.export import read_adapters
+from peerlora.runtime.compose import Federation, assemble, resolve_threads, use_threads
+from peerlora.runtime.export import exporter_of, read_adapters
+from peerlora.runtime.inputs import check_inputs, facts_of
 from peerlora.runtime.peer.asynchronous import AsynchronousPeer
 from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_beyond
 from peerlora.runtime.peer.site import Site
@@ -48,22 +49,23 @@ def train_peer(
             sink(warning)
     if resume:
         assert begun is not None, "a resumed run has a folder"
-        if (done := finished(config, begun, resources)) is not None:
+        if (done := finished(config, begun)) is not None:
             return done
         with RunStore.open(begun) as store:
             stored = stored_config(store)
             check_same(stored, config, store, None)
             federation = _assembled(planned, stored.threads, resources, site)
+            check_inputs(store, federation)
             return _run(federation, site, transport, thread, store, sinks, stop, resumed=True)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     federation = _assembled(planned, resolve_threads(config.threads), resources, site)
-    facts = run_facts(federation.config, held=[site.client])
+    facts = run_facts(federation.config, held=[site.client], inputs=facts_of(federation))
     with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
         return _run(federation, site, transport, thread, store, sinks, stop, resumed=False)
 
 
-def finished(config: RunConfig, folder: Path, resources: RunResources | None = None) -> Result | None:
+def finished(config: RunConfig, folder: Path) -> Result | None:
     """Return the result of a run that has reached its end; None where rounds are left.  Nothing in the folder changes.
 
     Raises RunError where ``config`` is not the run's.
@@ -71,12 +73,12 @@ def finished(config: RunConfig, folder: Path, resources: RunResources | None = N
     with RunStore.open(folder) as store:
         stored = stored_config(store)
         check_same(stored, config, store, None)
-        summary, held = store.read("summary.json"), store.facts.get("held")
+        summary = store.read("summary.json")
     if summary is None:
         return None
     if not (folder / "report.html").is_file():  # the end came between the two
         write_report(folder)
-    return Result(summary, folder, lambda: read_adapters(folder, compose(stored, resources=resources, clients=held)))
+    return Result(summary, folder, lambda: read_adapters(folder, exporter_of(folder)))
 
 
 def _assembled(planned: Plan, threads: int | None, resources: RunResources | None, site: Site) -> Federation:

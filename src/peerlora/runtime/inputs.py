@@ -1,0 +1,93 @@
+"""What a run reads, as digests in run.json: a resumed run must find the same rows, base model and start."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from peerlora.data.dataset import Dataset
+from peerlora.errors import RunError
+from peerlora.runs.store import RunStore
+from peerlora.runtime.compose import Federation
+
+
+def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
+    """Digests of the training and evaluation rows, their division, the base model and the adapter to start from."""
+    start = {"start": {"values": _digest([federation.start.flat.cpu().numpy()])}}
+    return {
+        "train": _describe_rows(federation.train_data),
+        "eval": _describe_rows(federation.eval_data),
+        "partition": {"rows of each client": _digest(federation.partition.shards)},
+        "base": {"weights": federation.base_digest},
+    } | (start if federation.config.adapter.start is not None else {})
+
+
+def facts_of(federation: Federation) -> dict[str, Any]:
+    """The facts of run.json that only data and model tell."""
+    return {
+        "inputs": describe_inputs(federation),
+        "classes": list(federation.train_data.names),
+        "base": federation.export.location,
+    }
+
+
+def check_inputs(store: RunStore, federation: Federation) -> None:
+    """Raise RunError, naming what changed, unless a resumed run reads what it read when it began.
+
+    A run of an older version, whose folder has no digests, goes on unchecked.
+    """
+    was = store.facts.get("inputs")
+    if was is None:
+        return
+    changed = _list_changed(was, describe_inputs(federation), federation)
+    if changed:
+        raise RunError(
+            f"{'; '.join(changed)}: {store.folder} was begun with what was there before; put it back, or start a new "
+            "run with another --out"
+        )
+
+
+def _list_changed(was: Mapping[str, Any], now: Mapping[str, Any], federation: Federation) -> list[str]:
+    config = federation.config
+    held_out = "" if config.data.eval else " (the rows held out of it)"
+    sources = {
+        "train": config.data.train,
+        "eval": f"{config.data.eval or config.data.train}{held_out}",
+        "base": f"model.source={config.model.source}",
+        "start": f"adapter.start={config.adapter.start}",
+        "partition": "the division of rows",
+    }
+    differ = {name: _differing(was.get(name, {}), now.get(name, {})) for name in sources}
+    if "classes" in differ["train"]:  # of which there is a name for every row of a head, and a place in the evaluation
+        differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
+    if differ["train"]:  # other rows are divided otherwise
+        differ["partition"] = []
+    return [f"{sources[name]} changed since ({', '.join(parts)})" for name, parts in differ.items() if parts]
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    parts = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+    return [f"{then.get(part)} rows then, {now.get(part)} now" if part == "rows" else part for part in parts]
+
+
+def _describe_rows(data: Dataset) -> dict[str, Any]:
+    types = [] if data.types is None else [data.types]
+    columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
+    return {
+        "rows": len(data),
+        "tokens": _digest([data.ids, data.starts, *types]),
+        "labels": _digest([data.labels]),
+        "classes": hashlib.sha256("\0".join(data.names).encode()).hexdigest(),
+    } | ({"columns": _digest(columns)} if columns else {})
+
+
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """Of arrays, their shapes and types: SHA-256, hexadecimal."""
+    digest = hashlib.sha256()
+    for each in arrays:
+        digest.update(f"{each.shape} {each.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(each).data if each.size else b"")
+    return digest.hexdigest()
