@@ -77,7 +77,7 @@ def test_target_in_use(cli, run, tmp_path):
     to.mkdir()
     (to / "mine.txt").touch()
     answer = cli("export", run, "--client", "0", "--to", to)
-    assert answer.code == 2 and "to is in use" in answer.err
+    assert answer.code == 2 and "to is not empty" in answer.err
     assert "--resume" not in answer.err  # a target is no run
     assert [path.name for path in to.iterdir()] == ["mine.txt"]
 

@@ -8,8 +8,9 @@ from peerlora.errors import RunError
 from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import figures
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
+from peerlora.runs.figures import clients_figure, runs_figure
 from peerlora.runs.metrics import summarise
-from peerlora.runs.report import write_report
+from peerlora.runs.report import metric_curves, write_report
 from peerlora.runs.store import RunStore
 
 pytestmark = pytest.mark.usefixtures("drawn")  # reports are the subject
@@ -72,6 +73,17 @@ def test_the_headline_has_the_numbers(tmp_path, run):
     assert "accuracy, worst client 0.5 " in text and "accuracy, averaged model 0.9" in text
     assert "sent by all clients together 800 bytes" in text and "higher is better" in text
     assert "0: 4 1: 4 2: never" in text
+
+
+def test_the_evaluation_on_all_rows_is_no_point_of_the_curve_on_a_sample(run):
+    events = [*run(rounds=8), Evaluated(4, 20, [0.3] * 3, 0.3, [1.0] * 3, 1.0, 0.1, False)]
+    found = metric_curves(events)  # rounds 0 and 4 on 20 rows, round 8 on 50
+    assert found.rounds == [0, 4] and found.rows == 20 and len(found.clients) == 2
+    assert found.end.rounds == [8] and found.end.rows == 50 and found.end.clients.shape == (1, 3)
+    note = clients_figure("metric", "title", found).note
+    assert "20 of the 50 evaluation rows" in note and runs_figure("metric", "title", {"a": found}).note == note
+    whole = metric_curves([replace(each, rows=50) if isinstance(each, Evaluated) else each for each in events])
+    assert whole.rounds == [0, 4, 8] and whole.end is None and not clients_figure("metric", "title", whole).note
 
 
 def test_the_worst_client_of_a_loss_is_the_highest(tmp_path, run):

@@ -1,13 +1,19 @@
+import builtins
+import errno
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from peerlora.errors import RunError
+from peerlora.errors import RunError, TooManyFiles
 from peerlora.runs.events import CheckpointSaved, Resumed, RunFinished, Warned
+from peerlora.runs.metrics import rows, summarise
+from peerlora.runs.report import metric_curves, write_report
 from peerlora.runs.store import RunStore, read_events
 
 CONFIG = "clients: 3\n"
@@ -57,6 +63,47 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_a_start_that_was_killed_before_it_wrote_anything_can_be_repeated(tmp_path):
     (tmp_path / "lock").touch()
     RunStore.create(tmp_path, CONFIG, {}).close()
+
+
+def test_a_start_that_was_killed_while_it_wrote_can_be_repeated_but_a_users_config_is_left(tmp_path):
+    for name in ("lock", "config.yaml", "run.json.tmp"):
+        (tmp_path / name).write_text("half")
+    RunStore.create(tmp_path, CONFIG, {}).close()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("mine")  # without the lock, it is no run's
+    with pytest.raises(RunError, match="in use"):
+        RunStore.create(other, CONFIG, {})
+    assert (other / "config.yaml").read_text() == "mine"
+
+
+def test_a_start_does_not_put_away_what_another_process_is_beginning(tmp_path):
+    begun = RunStore.create(tmp_path / "run", CONFIG, {})
+    (tmp_path / "run" / "run.json").unlink()  # the moment before it is written
+    with pytest.raises(RunError):
+        RunStore.create(tmp_path / "run", CONFIG, {})
+    assert (tmp_path / "run" / "config.yaml").is_file() and (tmp_path / "run" / "lock").is_file()
+    begun.close()
+
+
+def test_a_run_that_fails_before_its_first_round_leaves_nothing_and_a_later_one_everything(tmp_path, run):
+    start, _, done, *_ = run()
+    (tmp_path / "given").mkdir()
+    for folder in (tmp_path / "made", tmp_path / "given"):
+        with pytest.raises(IndexError), RunStore.create(folder, CONFIG, {}) as store:
+            store.emit(start)
+            raise IndexError
+    assert [path.name for path in tmp_path.iterdir()] == ["given"] and not any((tmp_path / "given").iterdir())
+    with pytest.raises(IndexError), RunStore.create(tmp_path / "made", CONFIG, {}) as store:
+        store.emit(done)
+        raise IndexError
+    for error in (KeyboardInterrupt, SystemExit):  # a second Ctrl-C is no failure: such a run goes on
+        with pytest.raises(error), RunStore.create(tmp_path / error.__name__, CONFIG, {}) as store:
+            raise error
+        RunStore.open(tmp_path / error.__name__).close()
+    with pytest.raises(IndexError), RunStore.open(tmp_path / "made") as store:
+        raise IndexError
+    RunStore.open(tmp_path / "made").close()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json"])
@@ -226,6 +273,124 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_note(tmp_path, run, harm, re
     assert isinstance(read_events(tmp_path / "run")[-1], CheckpointSaved)
 
 
+def test_every_change_of_the_file_beside_a_checkpoint_is_found(tmp_path, run):
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, run())
+    side = tmp_path / "run" / "checkpoints" / "round-000004.json"
+    whole = side.read_bytes()
+    with RunStore.open(tmp_path / "run") as store:
+        for place in range(len(whole)):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << (place % 7)
+            side.write_bytes(changed)
+            found = store.load_checkpoint()
+            same = json.loads(whole) == (json.loads(changed) if found.round == 4 else None)
+            assert found.round == 2 or same, bytes(changed)  # a blank may become another
+
+
+def test_a_checkpoint_of_an_older_version_has_no_check_and_must_end_a_line(tmp_path, run):
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, run())
+    side = tmp_path / "run" / "checkpoints" / "round-000004.json"
+    facts = json.loads(side.read_text())
+    del facts["check"]
+    for cut, reached in ((0, 4), (3, 2)):
+        side.write_text(json.dumps(facts | {"events_bytes": facts["events_bytes"] - cut}))
+        with RunStore.open(tmp_path / "run") as store:
+            assert store.load_checkpoint().round == reached
+    side.write_text(json.dumps(facts | {"round": 5}))
+    with RunStore.open(tmp_path / "run") as store:
+        assert store.load_checkpoint().round == 2
+
+
+def test_a_checkpoint_that_training_diverged_from_is_passed_over(tmp_path, run):
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, run())
+        assert store.mark_diverged(3) is None
+        assert store.mark_diverged(4) == "round-000002"
+    with RunStore.open(tmp_path / "run") as store:
+        found = store.load_checkpoint()
+        assert found.round == 2
+        assert found.notes == ["checkpoint round-000004 is one that training diverged from; using round-000002"]
+        assert store.mark_diverged(2) == "the start" and store.load_checkpoint() is None
+        store.rewind(None)
+        assert files(tmp_path / "run") == [] and read_events(tmp_path / "run") == []
+
+
+class Full:
+    """A log for which the disk has room for a few bytes more."""
+
+    def __init__(self, log, room=5, code=errno.ENOSPC):
+        self.log, self.room, self.code = log, room, code
+
+    def write(self, data):
+        written, self.room = self.log.write(bytes(data[: self.room])), 0
+        if not written:
+            raise OSError(self.code, "")
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.log, name)
+
+
+def test_an_event_for_which_there_is_no_room_is_one_message_and_leaves_nothing(tmp_path, run):
+    events = run()
+    with RunStore.create(tmp_path / "a run", CONFIG, {}) as store:
+        go(store, events, stop=3)
+        before, store._log = (tmp_path / "a run" / "events.jsonl").read_bytes(), Full(store._log)
+        told = r"no room left in .*a run .No space.*make room, then go on with: peerlora train --resume '.*a run'"
+        with pytest.raises(RunError, match=told):
+            store.emit(events[1])
+    assert (tmp_path / "a run" / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "kind"),
+    [
+        (OSError(errno.ENOSPC, ""), "no room left", RunError),
+        (OSError(errno.EDQUOT, ""), "no room left", RunError),
+        (SafetensorError("Error while serializing: I/O error: (os error 28)"), "no room left", RunError),
+        (OSError(errno.EROFS, ""), "cannot be written .Read-only", RunError),
+        (OSError(errno.EMFILE, ""), "cannot be written .Too many open files", TooManyFiles),
+        (SafetensorError("shape"), "shape", SafetensorError),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, run, monkeypatch, error, told, kind):
+    def fail(*_, metadata):
+        raise error
+
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, run(rounds=3))
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        with pytest.raises(kind, match=told):
+            store.save_checkpoint(3, tensors(3), {})
+        assert files(tmp_path / "run") == ["round-000002.json", "round-000002.safetensors"]
+
+
+def test_what_a_kill_leaves_of_safetensors_is_cleared_away(tmp_path, run):
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, run(), stop=2)
+        (tmp_path / "run" / "adapters" / "client-00").mkdir(parents=True)
+        for place in ("checkpoints", "adapters/client-00"):
+            (tmp_path / "run" / place / ".tmpa1B2c3").write_bytes(b"half")
+        store.rewind(store.load_checkpoint())
+    assert not list((tmp_path / "run").rglob(".tmp*")) and len(files(tmp_path / "run")) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
+    RunStore.create(tmp_path / "run", CONFIG, {}).close()
+    before = builtins.open
+
+    def refuse(path, *mode, **more):
+        if str(path).endswith("lock"):
+            raise OSError(errno.EROFS, "")
+        return before(path, *mode, **more)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(RunError, match="cannot be written .Read-only file system.; make it writable"):
+        RunStore.open(tmp_path / "run")
+
+
 def test_a_checkpoint_whose_events_are_lost_is_passed_over(tmp_path, run):
     with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
         go(store, run())
@@ -271,3 +436,21 @@ def test_reading_leaves_out_a_torn_last_line_and_warns_of_damaged_ones(tmp_path)
         log.write_bytes(whole[:-4] + b"\n" + whole)
         (warning, good) = read_events(tmp_path / "run")
     assert good == Warned("é") and "a line is damaged and left out (line 1: " in warning.message
+
+
+def test_a_damaged_byte_costs_lines_and_never_the_rest(tmp_path, run):
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        for event in run():
+            store.emit(event)
+    log = tmp_path / "run" / "events.jsonl"
+    whole, events = log.read_bytes(), read_events(tmp_path / "run")
+    draw = random.Random(1)
+    for place in [*draw.sample(range(len(whole)), 150), whole.index(b"\n") + 5]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << draw.randrange(8)
+        log.write_bytes(changed)
+        found = read_events(tmp_path / "run")
+        lost = [event for event in events if event not in found]
+        assert len(lost) <= 2 or place < whole.index(b"\n"), place  # two, where a newline is gone
+        summarise(found), list(rows(found)), metric_curves(found)
+    assert "damaged and left out" in write_report(tmp_path / "run").read_text(encoding="utf-8")

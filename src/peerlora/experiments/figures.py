@@ -30,7 +30,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
         where = f", {rest}" if rest else ""
         title = f"{metric} of the mean client"
         pictures += [
-            _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round"),
+            _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round", panel),
             _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
             _by_seconds(f"time{number}", f"{title} by virtual seconds{where}", panel),
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
@@ -78,7 +78,7 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
         return None
     factor, unit = byte_unit(top)
     lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
-    return _lines(name, title, lines, f"{unit} sent, all clients")
+    return _lines(name, title, lines, f"{unit} sent, all clients", panel)
 
 
 def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
@@ -90,7 +90,7 @@ def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -
     reached = _curves(panel, _accuracy)
     x = {label: line[1].mean(0) for label, line in _curves(panel, passed).items()}
     lines = {label: (x[label], reached[label][1]) for label in reached if np.isfinite(x[label]).all()}
-    return _lines(name, title, lines, "virtual seconds") if lines else None
+    return _lines(name, title, lines, "virtual seconds", panel) if lines else None
 
 
 def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:
@@ -149,14 +149,26 @@ def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence
     return Picture(title, out.getvalue(), _legend(lines), note)
 
 
-def _lines(name: str, title: str, lines: Mapping[str, Curve], xlabel: str) -> Picture:
+def _lines(
+    name: str, title: str, lines: Mapping[str, Curve], xlabel: str, panel: Mapping[str, Sequence[Outcome]]
+) -> Picture:
+    apart = any(_ends_on_other_rows(run.events) for runs in panel.values() for run in runs)
     with figures.svg_figure(name, title, size=(7.4, 3.6)) as (figure, out):
         axes = figures.add_axes(figure, xlabel=xlabel)
         for (x, y), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
-            axes.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.12, linewidth=0)
-            axes.plot(x, y.mean(0), color=colour, linewidth=2.0, **figures.point_markers(list(x)))
-    note = "The last point is of all evaluation rows, the others of eval.rows of them where that is set."
+            line = slice(None, -1 if apart else None)
+            axes.fill_between(x[line], y.min(0)[line], y.max(0)[line], color=colour, alpha=0.12, linewidth=0)
+            axes.plot(x[line], y.mean(0)[line], color=colour, linewidth=2.0, **figures.point_markers(list(x)))
+            if apart:
+                axes.plot(x[-1:], y.mean(0)[-1:], "D", color=colour, markersize=6.0)
+    note = "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if apart else ""
     return Picture(title, out.getvalue(), [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")], note)
+
+
+def _ends_on_other_rows(events: Sequence[Event]) -> bool:
+    """Whether the last evaluation is on all rows and those before on a sample, which no line may join."""
+    scores = evaluations(events)
+    return len(scores) > 1 and scores[-1].rows != scores[-2].rows
 
 
 def _legend(lines: Mapping[str, Any]) -> list[Key]:

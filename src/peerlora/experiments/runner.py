@@ -20,8 +20,9 @@ from peerlora.files import write_atomically
 from peerlora.runs.events import Event
 from peerlora.runs.metrics import evaluations, started
 from peerlora.runs.resume import list_changes
-from peerlora.runs.store import new_folder, read_events, require_free
+from peerlora.runs.store import new_folder, read_events, read_facts, require_free
 from peerlora.runtime.compose import assemble, resolve_threads
+from peerlora.runtime.inputs import describe_rows, require_same_inputs
 from peerlora.runtime.plan import Plan, plan
 from peerlora.runtime.resources import BaseModelCache, RunResources, load_resources
 from peerlora.runtime.simulate import resume, simulate
@@ -208,13 +209,18 @@ class _TrialRunner:
         self.callbacks, self.folder = callbacks, folder
         self.number, self.trials, self.done = 0, len(trials), 0
         self.total = sum(_count_samples(trial.config) for trial in trials)
+        self.rows: dict[str, dict[str, Any]] = {}
+        """By ``_data_key``, the digests of the rows that finished trials used."""
 
     def finish(self, trial: Trial, cache: ResourceCache) -> None:
         """Run a trial to its end, unless it is finished already."""
         work = _count_samples(trial.config)
         self.number += 1
         if _is_finished(self.folder / trial.folder):
-            _require_same(self.folder / trial.folder, trial)
+            run = self.folder / trial.folder
+            _require_same(run, trial)
+            if (run / "run.json").is_file():
+                self.rows.setdefault(_data_key(trial.config), read_facts(run).get("inputs", {}))
         else:
             if self.callbacks.stop():
                 raise self._stopped()
@@ -226,7 +232,11 @@ class _TrialRunner:
 
     def _run_trial(self, trial: Trial, cache: ResourceCache, listen: Callable[[Event], None]) -> None:
         run = self.folder / trial.folder
-        options: dict[str, Any] = {"resources": cache.resources(trial.config), "sinks": [listen]}
+        resources = cache.resources(trial.config)
+        if was := self.rows.get(_data_key(trial.config)):
+            now = describe_rows(resources.train_data, resources.eval_data)
+            require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
+        options: dict[str, Any] = {"resources": resources, "sinks": [listen]}
         options["stop"] = self.callbacks.stop
         try:
             if (run / "run.json").is_file():
@@ -237,6 +247,8 @@ class _TrialRunner:
         except (Stopped, KeyboardInterrupt):
             raise self._stopped() from None
         except DivergenceError as error:
+            run.mkdir(exist_ok=True)  # one that diverged in its first round has left nothing
+            write_atomically(run / "config.yaml", trial.config.to_yaml())
             write_atomically(run / "diverged.json", json.dumps({"reason": str(error)}) + "\n")
         _remove_peft_folders(run)
 

@@ -247,6 +247,9 @@ def from_json(line: str) -> Event:
 
 def contradiction(event: Event, start: RunStarted | None) -> str:
     """What of an event cannot be in a run that began with ``start``, or an empty string."""
+    if isinstance(event, RunStarted):
+        counts = event.partition.get("counts") if not event.held else None
+        return "counts of other clients than there are" if counts and len(counts) != event.clients else ""
     if start is None or not isinstance(event, RoundDone | Evaluated):
         return ""
     if not 0 <= event.round < start.rounds + isinstance(event, Evaluated):

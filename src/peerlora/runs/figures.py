@@ -7,7 +7,7 @@ which are HTML, so any script of the world can be shown and escaped in one place
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +59,10 @@ class Curves:
     """[round, client]"""
     averaged: list[float] | None = None
     """[round] of the averaged model."""
+    rows: int = 0
+    """On which it was measured."""
+    end: "Curves | None" = None
+    """The same after the last round on other rows: another quantity, so that no line leads there."""
 
 
 def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round") -> Picture:
@@ -73,7 +77,11 @@ def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round")
                 curves.rounds, curves.averaged, "--", color=AVERAGED, linewidth=2.2, **point_markers(curves.rounds)
             )
             legend.append(Key("averaged model", AVERAGED, "dashed"))
-    return Picture(title, out.getvalue(), legend)
+        if curves.end is not None:
+            points = np.full(curves.end.clients.shape[1], curves.end.rounds[0])
+            axes.scatter(points, curves.end.clients[0], s=4.0, color=CLIENT, zorder=2)
+            _draw_end(axes, curves.end, MEAN, AVERAGED)
+    return Picture(title, out.getvalue(), legend, _end_note([curves]))
 
 
 def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Picture:
@@ -171,9 +179,30 @@ def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str =
             axes.plot(curves.rounds, _mean(curves.clients), color=colour, linewidth=2.2, **point_markers(curves.rounds))
             if curves.averaged is not None:
                 axes.plot(curves.rounds, curves.averaged, "--", color=colour, linewidth=1.4)
+            if curves.end is not None:
+                _draw_end(axes, curves.end, colour, colour)
     legend = [Key(label, colour, "thick") for label, colour in zip(runs, line_colours(len(runs)), strict=True)]
     legend += [Key("lowest to highest client", OTHER, "band"), Key("averaged model", INK, "dashed")]
-    return Picture(title, out.getvalue(), legend)
+    return Picture(title, out.getvalue(), legend, _end_note(runs.values()))
+
+
+def _draw_end(axes: Any, end: Curves, mean: str, averaged: str) -> None:
+    """Draw what was measured on other rows as points of their own."""
+    axes.plot(end.rounds, _mean(end.clients), "D", color=mean, markersize=6.0)
+    if end.averaged is not None:
+        axes.plot(end.rounds, end.averaged, "D", color=averaged, markersize=6.0, fillstyle="none")
+
+
+def _end_note(runs: Iterable[Curves]) -> str:
+    """What the points at the end are, where there are any."""
+    told = {(each.rows, each.end.rows) for each in runs if each.end is not None}
+    if not told:
+        return ""
+    sizes = " or ".join(f"{few:,} of the {every:,} evaluation rows" for few, every in sorted(told))
+    return (
+        f"Lines: on a sample, {sizes}. Diamonds after the last round: on all of them (mean over clients filled, "
+        "averaged model hollow); they differ from the lines by the rows, too."
+    )
 
 
 def _spread(axes: Any, curves: Curves) -> list[Key]:

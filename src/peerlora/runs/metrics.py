@@ -108,7 +108,8 @@ def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
     last: list[int | None] = [None] * clients
     for done in of(events, RoundDone):
         for client in {client for edge in done.edges or () for client in edge}:
-            last[client] = done.round + 1
+            if client < clients:  # 0, where the first event is damaged
+                last[client] = done.round + 1
     return last
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
-from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import Evaluated, Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise, worst_of
 from peerlora.runs.store import read_events, resume_command, write_failures_told
 
@@ -107,6 +107,7 @@ def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
 def metric_curves(events: Sequence[Event], by: str = "round") -> "Curves | None":
     """Collect the metric of every client and of the averaged model; None before the first evaluation.
 
+    The last evaluation is on all rows; where the others are on a sample, it is no part of their curve.
     ``by``: "round", or "virtual_seconds", of which a run without a clock has none.
     """
     import numpy as np
@@ -116,8 +117,16 @@ def metric_curves(events: Sequence[Event], by: str = "round") -> "Curves | None"
     scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by))]
     if not scores:
         return None
-    own = np.array([score.own for score in scores], float)
-    return Curves([getattr(score, by) for score in scores], own, [score.averaged for score in scores])
+
+    def curves(some: Sequence[Evaluated], end: Curves | None = None) -> Curves:
+        own = np.array([score.own for score in some], float)
+        places, averaged = [getattr(score, by) for score in some], [score.averaged for score in some]
+        return Curves(places, own, averaged, some[-1].rows, end)
+
+    *sampled, last = scores
+    if sampled and last.rows != sampled[-1].rows:
+        return curves(sampled, curves([last]))
+    return curves(scores)
 
 
 def labels_picture(start: RunStarted) -> "Picture | None":

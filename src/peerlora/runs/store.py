@@ -307,9 +307,9 @@ def read_events(folder: Path | str) -> list[Event]:
     for number, line in enumerate(whole, start=1):
         try:
             event = from_json(line.decode("utf-8", errors="replace"))
-            start = start or (event if isinstance(event, RunStarted) else None)
             if reason := contradiction(event, start):
                 raise RunError(reason)
+            start = start or (event if isinstance(event, RunStarted) else None)
             events.append(event)
         except RunError as error:
             damage.append((len(events), f"line {number}: {error}"))

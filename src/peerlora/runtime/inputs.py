@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
 from peerlora.runs.store import RunStore
@@ -18,11 +20,15 @@ def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
     """Digests of the training and evaluation rows, their division, the base model and the adapter to start from."""
     start = {"start": {"values": _digest([federation.start.flat.cpu().numpy()])}}
     return {
-        "train": _describe_rows(federation.train_data),
-        "eval": _describe_rows(federation.eval_data),
+        **describe_rows(federation.train_data, federation.eval_data),
         "partition": {"rows of each client": _digest(federation.partition.shards)},
         "base": {"weights": federation.base_digest},
     } | (start if federation.config.adapter.start is not None else {})
+
+
+def describe_rows(train: Dataset, evaluation: Dataset) -> dict[str, dict[str, Any]]:
+    """Digests of the training and evaluation rows."""
+    return {"train": _describe(train), "eval": _describe(evaluation)}
 
 
 def facts_of(federation: Federation) -> dict[str, Any]:
@@ -40,18 +46,12 @@ def check_inputs(store: RunStore, federation: Federation) -> None:
     A run of an older version, whose folder has no digests, goes on unchecked.
     """
     was = store.facts.get("inputs")
-    if was is None:
-        return
-    changed = _list_changed(was, describe_inputs(federation), federation)
-    if changed:
-        raise RunError(
-            f"{'; '.join(changed)}: {store.folder} was begun with what was there before; put it back, or start a new "
-            "run with another --out"
-        )
+    if was is not None:
+        require_same_inputs(was, describe_inputs(federation), federation.config, store.folder)
 
 
-def _list_changed(was: Mapping[str, Any], now: Mapping[str, Any], federation: Federation) -> list[str]:
-    config = federation.config
+def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, folder: Path) -> None:
+    """Raise RunError, naming the sources that differ between two descriptions."""
     held_out = "" if config.data.eval else " (the rows held out of it)"
     sources = {
         "train": config.data.train,
@@ -61,11 +61,16 @@ def _list_changed(was: Mapping[str, Any], now: Mapping[str, Any], federation: Fe
         "partition": "the division of rows",
     }
     differ = {name: _differing(was.get(name, {}), now.get(name, {})) for name in sources}
-    if "classes" in differ["train"]:  # of which there is a name for every row of a head, and a place in the evaluation
+    if "classes" in differ["train"]:  # they name the outputs of a head, and the labels of the evaluation
         differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
     if differ["train"]:  # other rows are divided otherwise
         differ["partition"] = []
-    return [f"{sources[name]} changed since ({', '.join(parts)})" for name, parts in differ.items() if parts]
+    changed = [f"{sources[name]} changed since ({', '.join(parts)})" for name, parts in differ.items() if parts]
+    if changed:
+        raise RunError(
+            f"{'; '.join(changed)}: {folder} was begun with what was there before; put it back, or start anew with "
+            "another --out"
+        )
 
 
 def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -73,7 +78,7 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{then.get(part)} rows then, {now.get(part)} now" if part == "rows" else part for part in parts]
 
 
-def _describe_rows(data: Dataset) -> dict[str, Any]:
+def _describe(data: Dataset) -> dict[str, Any]:
     types = [] if data.types is None else [data.types]
     columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
     return {

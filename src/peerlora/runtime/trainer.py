@@ -16,7 +16,7 @@ from peerlora.display import utc_now
 from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
-from peerlora.runs.metrics import summarise
+from peerlora.runs.metrics import started, summarise
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
@@ -243,7 +243,10 @@ class Trainer:
         self._evaluate(self.config.train.rounds, state, final=True)
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
-            summary = summarise(read_events(self.store.folder)) | {"run": str(self.store.folder)}
+            events = read_events(self.store.folder)
+            if started(events) is None:  # its line is damaged
+                events.insert(0, self._started())
+            summary = summarise(events) | {"run": str(self.store.folder)}
             write_peft_folders(self.store.folder, x, exporter(self.federation), summary)
         self._emit(RunFinished(utc_now(), plain(summary)))
         return Result(summary, self.store.folder, lambda: x)
