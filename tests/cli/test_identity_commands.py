@@ -126,4 +126,4 @@ def test_without_the_extra_one_message_says_how_to_get_it(cli, monkeypatch, tmp_
     monkeypatch.setitem(packages.EXTRAS, "peer", ("grpc", "no_such_module"))
     for group in ("identity", "members"):
         answer = cli(group, "show", tmp_path)
-        assert answer.code == 2 and "no_such_module" in answer.err and "pip install peerlora[peer]" in answer.err
+        assert answer.code == 2 and "no_such_module" in answer.err and "pip install '.[peer]'" in answer.err

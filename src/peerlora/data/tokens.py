@@ -115,6 +115,7 @@ def _save(tokens: Tokens, file: Path) -> None:
     arrays["check"] = np.array([_check(tokens)], dtype=np.int64)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o700)  # token ids are as private as the rows
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
     except OSError:
         return

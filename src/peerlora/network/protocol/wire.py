@@ -1,6 +1,6 @@
 """Wire format of a message: a strict header (msgpack) and a safetensors body, and every check before use.
 
-Needs msgspec (``pip install peerlora[peer]``).  Schemas of messages are in ``exchange/schema.py``.
+Needs msgspec (the extra ``peer``).  Schemas of messages are in ``exchange/schema.py``.
 
 A receiver checks in this order: ``read_header`` (is it a header at all?), ``Expected.check`` (of this run, this base
 model, this adapter, by the peer that the channel names?), ``admission`` (late, from-the-future, replay), and only then

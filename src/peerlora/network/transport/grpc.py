@@ -1,4 +1,4 @@
-"""Transport between real peers: gRPC over TCP with mutual TLS 1.3; needs ``pip install peerlora[peer]``.
+"""Transport between real peers: gRPC over TCP with mutual TLS 1.3; needs the extra ``peer``.
 
 One edge has one connection, opened by whichever end can dial.  Over it go a session (heartbeats both ways), one
 client-streaming call for each message of the dialler, and for each message of the other side one call that the dialler
