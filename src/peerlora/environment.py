@@ -27,7 +27,7 @@ def need_extra(extra: str) -> None:
     missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
     if missing:
         raise ExtraMissing(
-            f"this needs {', '.join(missing)}, not installed here; run `pip install '.[{extra}]'` in peerlora's repository"
+            f"this needs {', '.join(missing)}, not installed; run `pip install '.[{extra}]'` in peerlora's repository"
         )
 
 

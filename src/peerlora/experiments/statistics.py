@@ -63,7 +63,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds of (this - baseline), with its 95 % interval, None for fewer than 3 seeds in common."""
+    """Mean over seeds of (this - baseline), with what ``bootstrap`` says of its spread."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -187,7 +187,8 @@ def pair_differences(
 def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
     """Compute the 95 % percentile interval of the mean over seeded resamples; None for fewer than 3 values.
 
-    Of 3 values it is their range, since one resample in 27 is the lowest value three times.
+    Of 3 values it is their range, since one resample in 27 is the lowest value three times.  A range of 3 holds the
+    mean of a symmetric distribution with probability 3/4 only, so that no text may call it a confidence interval.
     """
     if len(values) < FEWEST:
         return None

@@ -96,8 +96,10 @@ def notes(result: Comparison, searched: bool) -> list[str]:
         sentences.append(MARKED)
     if result.baseline:
         sentences.append(
-            f"Differences are paired by seed. In brackets: 95 % percentile bootstrap interval over seeds, "
-            f"{result.resamples:,} resamples, seeded; for 3 seeds it is simply their range, for fewer it is not given."
+            "Differences are paired by seed. In brackets, of 3 seeds: the lowest and the highest difference, a range "
+            "and no confidence interval (it holds the mean over all seeds in three of four cases); of more: the 95 % "
+            f"percentile bootstrap interval over seeds, {result.resamples:,} resamples, seeded, which few seeds make "
+            "too narrow; of fewer: nothing."
         )
     if searched:
         sentences.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
