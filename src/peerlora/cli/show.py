@@ -38,7 +38,7 @@ def _runs_in(folder: Path) -> list[Path]:
 def _describe(run: Path) -> dict[str, Any]:
     """The summary of a run, what is left to do, and the files it holds."""
     from peerlora.config.loading import load_config
-    from peerlora.runs.events import RunStarted
+    from peerlora.runs.events import RunStarted, Warned
     from peerlora.runs.metrics import of, summarise
     from peerlora.runs.store import read_events, resume_command
 
@@ -51,6 +51,7 @@ def _describe(run: Path) -> dict[str, Any]:
         "finished": finished,
         "paths": started.paths if started else {},
         "rounds_planned": load_config(run / "config.yaml").train.rounds,
+        "warnings": [event.message for event in of(events, Warned)],
         "resume": None if finished else resume_command(run),
         "files": [name for name in FILES if (run / name).exists()],
     }
@@ -67,6 +68,8 @@ def _print(summaries: list[dict[str, Any]], names: list[str]) -> None:
         state = "finished" if each["finished"] else "not finished"
         print(f"{each['run']}: {state}, {each['rounds']} of {each['rounds_planned']} rounds")
         print(f"  holds {', '.join(each['files'])}")
+        for warning in each["warnings"]:
+            print(f"  warning: {warning}")
         for path in describe_speed_paths(each["paths"]):
             print(f"  {path}")
         if each["resume"]:

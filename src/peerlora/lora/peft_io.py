@@ -198,7 +198,7 @@ def _whereabouts(context: ExportContext) -> str:
             f"\nThe base model is in the installed package `{name}`; its folder or file:\n"
             f"`python -c \"from peerlora.environment import package_model; print(package_model('{name}'))\"`\n"
         )
-    if context.location not in ("", context.base_source):
+    if Path(context.location).is_absolute():
         return (
             "\n`adapter_config.json` names the base model's folder on the machine that wrote it, as "
             "`base_model_name_or_path`; change it where the folder lies elsewhere.\n"

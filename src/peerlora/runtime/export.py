@@ -79,12 +79,14 @@ def exporter_of(run: Path) -> Exporter:
     Raises ModelError where the base model is gone.
     """
     config, held, base = load_config(run / "config.yaml"), clients_of(run), read_facts(run).get("base")
+    named = config.model.source
     if base and Path(base).is_dir():  # a relative source is one of the folder in which the run was begun
         config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
     config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})  # long since read
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
     empty = Dataset(np.empty(0, np.int32), np.zeros(1, np.int64), None, np.empty(0, np.int64), _classes(run, config))
     model, context, _ = build_model(config, RunResources(empty, empty, load_tokenizer(config.model.source)))
+    context = replace(context, base_source=named)
     start = start_adapters(config, model, here)
     exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
     return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
