@@ -65,13 +65,16 @@ def test_train_json_keeps_the_contract(kind, words, metric, cli, yaml_file, tmp_
         "rounds",
         "metric",
         "accuracy",
+        "scores",
+        "higher_is_better",
         "consensus",
         "bytes_sent",
         "seconds",
         "run",
     }
     assert (told["method"], told["clients"], told["rounds"], told["metric"]) == ("adf-lora", 4, 3, metric)
-    reached = told["accuracy"]
+    reached = told["scores"]
+    assert told["accuracy"] == reached  # the older name
     assert set(reached) >= {"own_mean", "own_min", "own_max", "averaged"}
     assert reached["own_min"] <= reached["own_mean"] <= reached["own_max"]
     assert set(told["consensus"]) >= {"A", "B", "product", "cross_term"}

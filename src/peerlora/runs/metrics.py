@@ -131,7 +131,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
 
     Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged}
     of that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
-    virtual_seconds, last_contact [client].  The scores have the name accuracy, too, where they are accuracies.
+    virtual_seconds, last_contact [client].  The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = started(events), of(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -150,7 +150,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "metric": start.metric if start else None,
         "higher_is_better": start.higher_is_better if start else None,
         "scores": spread,
-        **({"accuracy": spread} if start and start.metric == "accuracy" else {}),
+        "accuracy": spread,  # the older name, of every metric
         "consensus": {
             "A": last and last.consensus_A,
             "B": last and last.consensus_B,
