@@ -198,3 +198,8 @@ def test_a_wrong_setting_is_found_before_anything_heavy_is_loaded(yaml_file, tmp
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "[]\n"
+
+
+def test_a_setting_that_is_given_twice_is_refused_before_anything_else(cli, yaml_file, tmp_path):
+    for command in (("train", yaml_file()), ("demo",), ("compare", "--preset", "adf-lora")):
+        is_one_message(cli(*command, "seed=1", "seed=2"), "seed is given twice, as '1' and '2'; keep one")

@@ -231,6 +231,15 @@ def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_ea
     assert by_p(tied, None) == {}  # no line has two values: p and the method go together
 
 
+def test_no_label_of_the_csv_is_a_formula_for_a_spreadsheet(tmp_path):
+    names = ["=cmd|' /C calc'!A0", "@SUM(A1)", "-0.5", "-x", "plain"]
+    outcomes = [outcome(name, 0, 0.5, 0.5) for name in names]
+    configs = {each.setting: load_config({}) for each in outcomes}
+    write_results(tmp_path, outcomes, [], {"method": "plain"}, "", configs, None)
+    lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    assert {line["method"] for line in lines} == {"'=cmd|' /C calc'!A0", "'@SUM(A1)", "-0.5", "'-x", "plain"}
+
+
 def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp_path):
     """Methods whose operator is sum-product, but for those that merge; and the one that turns factors."""
     kept = {"flora", "fedex-lora"}

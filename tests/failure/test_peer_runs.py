@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -21,6 +22,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import train_peer
+from peerlora.runtime.resources import load_resources
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -35,6 +37,7 @@ class Runs:
         self.dead = {client: threading.Event() for client in range(config.clients)}
         self.slow = dict.fromkeys(range(config.clients), 0.02)
         self.rounds = dict.fromkeys(range(config.clients), 0)
+        self.resources = None
 
     def run(self, client, resume=False):
         """The result, or how the process ended."""
@@ -55,6 +58,7 @@ class Runs:
                 self.thread,
                 self.folder / f"peer-{client}",
                 resume=resume,
+                resources=self.resources,
                 sinks=[listen],
                 stop=self.dead[client].is_set,
             )
@@ -322,6 +326,20 @@ def test_another_config_is_refused_on_both_sides_by_the_name_of_the_section(runs
         with pytest.raises(RunError, match="wrong-config.*other train"):
             run.run(client)
         return True
+
+    assert together([lambda: ended(made, 0), lambda: ended(other, 1)]) == [True, True]
+
+
+def test_sites_whose_files_have_other_class_names_refuse_each_other_before_round_0(runs):
+    made, other = (runs("train.rounds=2", "clients=2", "topology=path") for _ in range(2))
+    read = load_resources(made.config)
+    renamed = replace(read.train_data, names=("class0", "class1", "class3"))
+    other.net, other.thread, other.resources = made.net, made.thread, replace(read, train_data=renamed)
+
+    def ended(run, client):
+        with pytest.raises(RunError, match="wrong-config.*other labels"):
+            run.run(client)
+        return not run.events(client, RoundDone)
 
     assert together([lambda: ended(made, 0), lambda: ended(other, 1)]) == [True, True]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json, split_config
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -45,7 +45,7 @@ def command(
     from peerlora.cli.progress import stop_on_interrupt
     from peerlora.errors import ConfigError
 
-    source, overrides = _split(words or [])
+    source, overrides = split_config(words)
     if resume is not None and out is not None:
         raise ConfigError(f"--out {out} and --resume {resume} given; a comparison stays in its folder, drop --out")
     expected = _expected(source, overrides, preset, budget, data)
@@ -63,10 +63,6 @@ def command(
     _print(result)
     if json:
         print_json(result.as_json())
-
-
-def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    return (words[0], words[1:]) if words and "=" not in words[0] else (None, words)
 
 
 def _expected(

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from peerlora.cli.options import Overrides
 from peerlora.cli.peer import Identity, Listen, Members
 
 
@@ -11,7 +12,7 @@ def command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the run's config, as at all sites")],
     identity: Identity,
     members: Members,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
+    words: Overrides = None,
     wait: Annotated[float, typer.Option("--wait", help="seconds that neighbours have to answer")] = 10.0,
     listen: Listen = None,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, Overrides, print_json
 from peerlora.display import format_fixed
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Cut = Annotated[
 
 def command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="a config, as for train")],
-    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
+    words: Overrides = None,
     peers: Annotated[int | None, typer.Option("--peers", help="how many; default: the config's clients")] = None,
     out: Out = None,
     kill: Kill = None,

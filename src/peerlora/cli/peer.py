@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, Overrides, print_json
 
 Identity = Annotated[Path, typer.Option("--identity", help="folder with this site's key and certificate")]
 Members = Annotated[Path, typer.Option("--members", help="the consortium's signed member list")]
@@ -18,7 +18,7 @@ def command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="the run's config, as at all sites")],
     identity: Identity,
     members: Members,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="settings to change")] = None,
+    words: Overrides = None,
     out: Out = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the run in --out, or begin one there if there is none")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peerlora.cli.options import AsJson, Out, print_json
+from peerlora.cli.options import AsJson, Out, print_json, split_config
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
     from peerlora.config.loading import load_config
     from peerlora.errors import ConfigError
 
-    config, overrides = _split(words or [])
+    config, overrides = split_config(words)
     if resume is None and config is None and not overrides:
         raise ConfigError(
             "train needs a CONFIG.yaml, key=value settings, or --resume DIR; `peerlora init` writes a config"
@@ -46,10 +46,3 @@ def command(
     print_summary([(result.summary["method"], result.summary)])
     if json:
         print_json(result.summary)
-
-
-def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    """A first word without '=' is the config file."""
-    if words and "=" not in words[0]:
-        return words[0], words[1:]
-    return None, words

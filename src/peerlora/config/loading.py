@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from peerlora.config.exchange import CodecConfig, RobustConfig
@@ -14,8 +13,11 @@ from peerlora.config.sections import (
     PartitionConfig,
     TopologyConfig,
 )
+from peerlora.config.yaml_text import parse_yaml
 from peerlora.errors import ConfigError, nearest
 from peerlora.plugins import PARTITIONS, TOPOLOGIES
+
+_SHOWN = 200  # letters of a wrong value in a message
 
 
 def load_config(
@@ -23,7 +25,8 @@ def load_config(
 ) -> RunConfig:
     """Read a YAML file (or a mapping), apply dotted ``key=value`` words, check everything.
 
-    Without ``train_defaults`` the method is not imported, and its own defaults of ``train`` are left out.
+    Of two words for one setting the later one counts.  Without ``train_defaults`` the method is not imported, and its
+    own defaults of ``train`` are left out.
     Raises ConfigError with what was given, what was expected and the nearest valid key.
     """
     tree = read_tree(source)
@@ -70,13 +73,22 @@ def read_tree(source: Path | str | dict[str, Any] | None) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist; `peerlora init --train FILE` writes one")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ConfigError(f"{path} is not encoded as UTF-8 ({where}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read ({error.strerror})") from None
+    return parse_tree(text, str(path))
+
+
+def parse_tree(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML that holds settings; empty for an empty text.  Raises ConfigError, which begins with ``where``."""
+    tree = parse_yaml(text, where)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected keys such as model:, data:, train:")
+        raise ConfigError(f"{where} holds a {type(tree).__name__}; expected keys such as model:, data:, train:")
     return tree
 
 
@@ -84,15 +96,29 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
+def in_order(words: Sequence[str]) -> list[str]:
+    """Sort ``key=value`` words such that none undoes another: sections and kinds come before their settings.
+
+    Raises ConfigError for a key that is given two values.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if given.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice, as {given[key]!r} and {value!r}; keep one")
+    return sorted(words, key=lambda word: _depth_and_kind(word.partition("=")[0]))
+
+
+def _depth_and_kind(key: str) -> tuple[int, bool]:
+    return key.count("."), key.rpartition(".")[2] not in ("kind", "name")
+
+
 def override(tree: dict[str, Any], word: str) -> None:
     """Apply one ``key=value`` word to ``tree``; raises ConfigError where it is none."""
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override; expected key=value, e.g. train.rounds=50")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{word!r}: {text!r} is not a YAML value") from None
+    value = parse_yaml(text, repr(_short(word)))
     if isinstance(value, str):
         value = _parse_number(value)
     *parents, last = key.split(".")
@@ -132,7 +158,12 @@ def _explain(model: type[BaseModel], error: Any, tree: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path or 'config'}: {given!r} given; {message[0].lower()}{message[1:]}"
+    quote = ", in quotation marks" if error["type"] == "string_type" and not isinstance(given, (dict, list)) else ""
+    return f"{path or 'config'}: {_short(repr(given))} given; {message[0].lower()}{message[1:]}{quote}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

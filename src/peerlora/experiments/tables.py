@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from peerlora.data.numerals import is_number
 from peerlora.display import format_bytes, format_number
 from peerlora.experiments.statistics import MEASURES, Comparison, Difference, Estimate, Line
 
@@ -35,8 +36,14 @@ def csv_text(result: Comparison) -> str:
             numbers = [known and known.mean, known and known.deviation, gap and gap.mean, low, high]
             shown = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
             note = MARKED if marker(line, name) else ""
-            writer.writerow([*line.labels.values(), repr(line.rate), *shown, line.diverged, line.rate_from, note])
+            labels = map(_no_formula, line.labels.values())
+            writer.writerow([*labels, repr(line.rate), *shown, line.diverged, line.rate_from, note])
     return out.getvalue()
+
+
+def _no_formula(label: str) -> str:
+    """A label as text for a spreadsheet too, which takes what begins with one of these signs for a formula."""
+    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(label) else label
 
 
 def column_names(result: Comparison) -> list[str]:

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peerlora.config.loading import load_config
+from peerlora.config.loading import load_config, parse_tree
 from peerlora.config.run import RunConfig
-from peerlora.errors import RunError
+from peerlora.errors import ConfigError, RunError
 from peerlora.runs.store import RunStore, new_folder
 
 _MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull")  # they decide when peers exchange, not what is trained
@@ -43,8 +43,14 @@ def run_facts(
 
 
 def stored_config(store: RunStore) -> RunConfig:
-    """Read the resolved config of a run folder; raises ConfigError where it is damaged."""
-    return load_config(store.folder / "config.yaml")
+    """Read the resolved config of a run folder.  Raises RunError where it is damaged."""
+    try:
+        return load_config(parse_tree(store.config_yaml, "config.yaml"))
+    except ConfigError as error:
+        raise RunError(
+            f"{store.folder} cannot be resumed: {error}; was config.yaml changed or damaged? Put it back, or start "
+            "a new run with another --out"
+        ) from None
 
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:

@@ -77,10 +77,7 @@ class RunStore:
         self.folder = folder
         self._lock = lock
         self._unused = self._made = False
-        try:
-            self.config_yaml = (folder / "config.yaml").read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise RunError(f"{folder / 'config.yaml'} is damaged (not UTF-8); start again with another --out") from None
+        self.config_yaml = _read_config(folder / "config.yaml")
         self.facts: dict[str, Any] = _read_json(folder / "run.json")
         # Unbuffered: of a line for which there is no room, nothing must be written later.
         self._log = open(folder / "events.jsonl", "ab", buffering=0)
@@ -341,6 +338,13 @@ def require_free(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or not (names <= _HALF_MADE and ("lock" in names or not names)):
         raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
+
+
+def _read_config(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); put it back, or start a new run with another --out") from None
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -59,7 +59,8 @@ class AsynchronousPeer(PeerParticipation):
         self.failed: dict[PeerId, str] = {}
         """Neighbours that no message reached in the latest round, and why."""
         endpoint = Endpoint(transport, expected, list(neighbours.values()), config.train.rounds)
-        control = PushService(endpoint, section_hashes(config), seconds, self.mailbox, self.send_queue)
+        hashes = section_hashes(config, federation.train_data.names)
+        control = PushService(endpoint, hashes, seconds, self.mailbox, self.send_queue)
         protocol = RoundProtocol(endpoint, seconds, lambda kind: 0, control, PushOnlyAdmission(endpoint))
         super().__init__(replace(federation, clock=None), site, thread, protocol, control)
         jobs = config.train.rounds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ _SITE_TRAIN = ("fast", "block")
 _SITE_PEER = ("join",)
 
 
-def section_hashes(config: RunConfig) -> dict[str, str]:
-    """A hash per section.  Where data lie is left out if every site has its own; the model has a hash of its own."""
+def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
+    """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
+
+    Where data lie is left out if every site has its own; the model has a hash of its own.
+    """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in _SITE}
     tree["train"] = _without(tree["train"], _SITE_TRAIN)
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
@@ -25,6 +29,7 @@ def section_hashes(config: RunConfig) -> dict[str, str]:
     tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
     if config.partition.kind == "own":
         tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text)}
+    tree["labels"] = list(names)
     return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in tree.items()}
 
 

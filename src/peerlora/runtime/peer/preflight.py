@@ -46,7 +46,7 @@ class Finding:
 
 
 ADVICE = {
-    "wrong-config": "compare the two config files: all sites need the same settings there",
+    "wrong-config": "compare the two config files: all sites need the same settings there, and the same labels",
     "wrong-base": "the model files differ; compare model.source and its version at both sites",
     "wrong-spec": "compare adapter.rank, adapter.targets, adapter.head and the model",
     "wrong-run": "compare peer.run and the name of the member list",
@@ -92,7 +92,7 @@ def examine(
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
         endpoint = Endpoint(transport, expected, list(neighbours.values()))
-        control = PeerControl(endpoint, section_hashes(config), wait)
+        control = PeerControl(endpoint, section_hashes(config, federation.train_data.names), wait)
         try:
             thread.call(control.start(RoundProtocol(endpoint, wait, lambda kind: 0, control)))
         except TransportError as error:
