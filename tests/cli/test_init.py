@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.template import template_lines
-from peerlora.data.guess import METHOD, Guess, guess_columns, template_config, write_template
+from peerlora.data.first_config import METHOD, template_config, write_template
+from peerlora.data.guess import Guess, guess_columns
 from peerlora.errors import ConfigError, DataError
 
 WORDS = ["one two three", "four five six seven", "eight nine", "ten eleven twelve"]
@@ -59,6 +60,134 @@ def facts(found):
 )
 def test_text_label_and_kind_are_guessed(columns, expected):
     assert facts(guess(**columns)) == expected
+
+
+REVIEW = {"review_id": list(range(20)), "review": LONG, "verified": ["yes", "no"] * 10}
+FIVE = [1, 2, 3, 4, 5] * 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "reason"),
+    [
+        (REVIEW | {"stars": FIVE}, "stars", "labels usually have this name"),
+        (REVIEW | {"Bewertung": FIVE, "product": list("abcd") * 5}, "product", "it has the fewest different values"),
+        (REVIEW | {"Bewertung": FIVE}, "Bewertung", "it has the fewest different values"),
+        (REVIEW | {"opinion": FIVE, "split": ["train", "test"] * 10}, "opinion", "it has the fewest different values"),
+        (REVIEW | {"site_id": [1, 2] * 10}, "site_id", "no better column has so few different values"),
+        (REVIEW, "verified", "no other column has so few different values"),
+        ({"review": LONG, "n": list(range(20))}, None, "no column has few enough different values to be a label"),
+    ],
+)
+def test_a_column_of_yes_and_no_is_no_label_where_a_better_one_exists(columns, label, reason):
+    found = guess(**columns)
+    assert (found.label, found.reason) == (label, reason)
+
+
+def test_candidates_are_told_with_their_values():
+    found = guess(**REVIEW | {"stars": ["5"] * 11 + ["1", "2", "3", "4", "6", "7", "8", "9", "5"]}, empty=[None] * 20)
+    stars, verified = found.candidates
+    assert (stars.name, stars.different, stars.counts["5"]) == ("stars", 9, 12) and len(stars.counts) == 5
+    assert (verified.name, verified.different, verified.counts) == ("verified", 2, {"yes": 10, "no": 10})
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["1", "2"] * 10, "classification"),
+        (["0.5", "1.25"] * 10, "regression"),
+        (["0.0", "1.0"] * 10, "classification"),
+        (["01", "02"] * 10, "classification"),
+        (["01.5", "02"] * 10, "classification"),
+        (["20000000000000000001", "20000000000000000002"] * 10, "classification"),
+        (["1", ""] * 5 + ["2", ""] * 5, "classification"),
+    ],
+)
+def test_text_that_looks_like_numbers_is_taken_for_them(cells, kind):
+    assert facts(guess(review=LONG, label=cells)) == (["review"], "label", kind)
+
+
+CHATS = {
+    "chats": {"messages": [[{"role": "user", "content": "a"}]] * 20},
+    "instructions with answers": {"Instruction": LONG, "input": SHORT, "Output": LONG, "category": ["a", "b"] * 10},
+    "prompts with answers": {"prompt": LONG, "completion": ["it was bad", "it was good"] * 10},
+    "answers to choose from": {"prompt": LONG, "chosen": LONG, "rejected": LONG},
+    "words with a label each": {"tokens": [["a"]] * 20, "ner_tags": [[1]] * 20},
+    "questions with answers": {"question": LONG, "context": LONG, "answers": [{"text": ["a"]}] * 20},
+    "texts with summaries": {"article": LONG, "highlights": SHORT},
+    "texts with translations or targets": {
+        "source": LONG * 9,
+        "target": [f"{text} {i}" for i, text in enumerate(LONG * 9)],
+    },
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_rows_that_no_task_reads_are_refused_with_what_to_do(form):
+    with pytest.raises(DataError, match=rf"rows.csv: rows are {form} \(columns .*give its column by --text"):
+        guess(**CHATS[form])
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"question": LONG, "answer": SHORT, "label": [0, 1] * 10}, (["answer"], "label", "classification")),
+        ({"question": LONG, "passage": LONG, "answer": [True, False] * 10}, (["question"], "answer", "classification")),
+        ({"input": LONG, "target": ["x", "y"] * 10}, (["input"], "target", "classification")),
+        ({"text": LONG, "target": [0.5, 0.25] * 10}, (["text"], "target", "regression")),
+    ],
+)
+def test_pairs_whose_second_column_is_a_label_are_none(columns, expected):
+    found = guess(**columns)
+    assert (found.label, found.kind) == expected[1:]
+
+
+def test_what_is_given_is_not_guessed():
+    table = pa.table(CHATS["instructions with answers"])
+    found = guess_columns(table, "rows", text=["Output"], label="none")
+    assert (*facts(found), found.reason) == (["Output"], None, "causal-lm", "given by --label")
+    found = guess_columns(table, "rows", label="category")
+    assert facts(found)[1:] == ("category", "classification")
+    with pytest.raises(DataError, match=r"rows: has no column 'kategory' for data.label \(did you mean 'category'"):
+        guess_columns(table, "rows", label="kategory")
+    with pytest.raises(DataError, match="has no column 'body' for data.text"):
+        guess_columns(table, "rows", text=["body"])
+
+
+def csv_file(tmp_path, *lines):
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("first", ["the room,bad", "the room,0.75", "some text,good"])
+def test_a_file_without_a_header_line_is_refused(tmp_path, first):
+    value = "0.5" if "." in first else "bad" if "bad" in first else "good"
+    source = csv_file(
+        tmp_path, first, *(f"text {i},{value}" for i in range(20)), "meal,0.25" if "." in first else "a,b"
+    )
+    with pytest.raises(DataError, match="the first line is a row like the others .*; expected a header line"):
+        write_template(source, tmp_path / "new.yaml")
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_columns_that_are_numbered_and_repeated_words_are_a_header_line(tmp_path):
+    source = csv_file(tmp_path, ",0,1", *(f"{i},text {i},{i % 2}" for i in range(20)))
+    assert facts(write_template(source, tmp_path / "new.yaml").guess) == (["0"], "1", "classification")
+
+
+def test_rows_that_a_quotation_mark_swallows_are_found_by_the_guessed_label(tmp_path):
+    rows = [f"text {i},{'good' if i % 2 else 'bad'}" for i in range(20)]
+    source = csv_file(tmp_path, "text,label", *rows, '"the room,good', 'a disk of 12",bad')
+    with pytest.raises(DataError, match="opens in line 22 runs to line 23 and seems to take in rows"):
+        write_template(source, tmp_path / "new.yaml")
+
+
+def test_the_budget_is_told_in_epochs(tmp_path):
+    source = csv_file(tmp_path, "text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(600)))
+    first = write_template(source, tmp_path / "new.yaml", model="./mine")
+    # 100 rounds x 10 steps x 16 rows x 10 clients over 540 rows
+    assert round(first.epochs) == 296 and first.config.model.source == "./mine"
+    assert "about 296 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
 
 
 def test_integers_with_class_names_are_classes_however_many():
@@ -117,7 +246,7 @@ def test_any_column_name_survives_the_yaml(name):
 def test_written_config_loads_and_the_file_is_never_overwritten(texts, tmp_path):
     to = tmp_path / "new" / "peerlora.yaml"
     found = write_template(f"jsonl:{texts}", to)
-    assert facts(found) == (["text"], "label", "classification")
+    assert facts(found.guess) == (["text"], "label", "classification")
     config = load_config(to)
     assert config.data.text == ["text"] and config.clients == 60 // 8
     assert [path.name for path in to.parent.iterdir()] == ["peerlora.yaml"]
@@ -146,9 +275,22 @@ def test_init_then_train(cli, texts, models, tmp_path):
     assert answer.code == 0, answer.err
     told = json.loads(answer.out)
     assert told["text"] == ["text"] and told["label"] == "label" and told["to"] == str(to)
-    assert told["kind"] == "classification"
+    assert told["kind"] == "classification" and told["epochs"] > 0 and told["candidates"][0]["name"] == "label"
     small = ["train.rounds=1", "train.local_steps=1", "threads=1", f"model.source={models('bert')}"]
     answer = cli("train", to, *small, "--out", tmp_path / "run")
     assert answer.code == 0, answer.err
     answer = cli("init", "--train", f"jsonl:{texts}", "--to", to)
     assert answer.code == 2 and "exists already" in answer.err
+
+
+def test_init_says_what_it_chose_and_why(cli, tmp_path):
+    rows = [f'"a review, number {i}",{i % 5},{"yes" if i % 2 else "no"}' for i in range(40)]
+    source = csv_file(tmp_path, "review,stars,verified", *rows)
+    said = cli("init", "--train", source, "--to", tmp_path / "a.yaml").out
+    assert "text review; label stars; classification" in said
+    assert "label stars: labels usually have this name; --label NAME takes another" in said
+    assert "  verified: no (20 rows), yes (20 rows)" in said and "epochs; lower train.rounds" in said
+    words = ["--label", "verified", "--text", "review", "--model", "./mine"]
+    said = cli("init", "--train", source, "--to", tmp_path / "b.yaml", *words).out
+    assert "label verified: given by --label" in said
+    assert load_config(tmp_path / "b.yaml", train_defaults=False).model.source == "./mine"

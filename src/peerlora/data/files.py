@@ -47,6 +47,12 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
     return table
 
 
+def has_header_line(source: str) -> bool:
+    """Whether a source is a CSV file, whose first line names its columns."""
+    kind, place = _parse(source)
+    return kind == "csv" or _SUFFIXES.get(base_suffix(place)) == "csv"
+
+
 def class_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
     """The class names behind an integer column, where the `datasets` library left them in the table's metadata."""
     note = (table.schema.metadata or {}).get(b"huggingface")

