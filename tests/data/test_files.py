@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -153,7 +154,7 @@ def classes_of_two():
         ("hub:name", ("name", None, "validation")),
         ("hub:owner/name/config:train[:10%]", ("owner/name", "config", "train[:10%]")),
         ("hub:/no/such/folder", ("/no/such/folder", None, "validation")),
-        ("hub:./no/such/folder:test", ("no/such/folder", None, "test")),
+        ("hub:./no/such/folder:test", (str(Path("no/such/folder").absolute()), None, "test")),
     ],
 )
 def test_hub_sources_name_dataset_config_and_split(monkeypatch, source, asked):
@@ -437,6 +438,20 @@ def test_swallowed_rows_are_found_where_the_label_comes_first(tmp_path):
         read_table(path, columns=NEEDED)
     whole = write(tmp_path / "b.csv", "label,text", 'good,"the room', 'and, the hall"', "bad,b")
     assert read_table(whole, columns=NEEDED).num_rows == 2
+
+
+def test_lines_of_a_text_that_end_like_rows_are_no_rows(tmp_path, caplog):
+    texts = ['"I give it 4,5', 'really",5'], ['"4,5', "and once more", 'really",4'], ['"a, bad', 'b",3'], ["c,1"]
+    path = write(tmp_path / "a.csv", "text,label", *(line for text in texts for line in text))
+    found = read_table(path, columns=NEEDED)
+    assert found.column("label").to_pylist() == ["5", "4", "3", "1"]
+    assert caplog.text.count("seems to take in rows") == 1 and "opens in line 2 runs to line 3" in caplog.text
+
+
+def test_a_long_cell_that_makes_a_row_too_long_is_named(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label", '"the room,good', 'a disk of 12",bad,b', "c,good")
+    with pytest.raises(DataError, match="line 2 has 3 cells.*a quotation mark opens in line 2 runs to line 3"):
+        read_table(path, columns=NEEDED)
 
 
 def test_without_a_label_lines_that_look_like_rows_are_a_warning(tmp_path, caplog):

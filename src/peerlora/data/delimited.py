@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from peerlora.data.text_files import Unreadable, base_suffix, read_lines
 
 _LARGEST_CELL = 1 << 27  # letters
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+_CLOSE = 'close it, or write "" for a quotation mark inside a cell that begins and ends with one'
 _UNKNOWN = ("", "?")  # Orange's signs for a value that is not known
 
 
@@ -28,25 +30,23 @@ def read_csv(path: Path, columns: Columns | None) -> pa.Table:
     delimiter = "\t" if base_suffix(path.name) == ".tsv" else ","
     label = columns.label if columns else None
     try:
-        records = list(_records(read_lines(path), delimiter))
-        swallowed = _swallowed(records, delimiter, label)
-    except Unreadable as trouble:
-        letters = _lines_as_rows(path, delimiter)
-        if letters is None:
-            raise trouble from None
-        records, swallowed = letters, None
-    if swallowed is not None:
-        letters = _lines_as_rows(path, delimiter)
-        if letters is None and swallowed.sure:
-            raise Unreadable(swallowed.message)
-        if letters is None:
-            logging.getLogger(__name__).warning("%s: %s", path, swallowed.message)
-        records = letters or records
-    return _table(records, delimiter, columns)
+        rows = _read_rows(_records(read_lines(path), delimiter), delimiter, columns)
+        swallowed = _swallowed(rows, delimiter, label)
+        if swallowed is None:
+            return rows.table()
+        trouble = Unreadable(swallowed.message)
+    except Unreadable as error:
+        rows, swallowed, trouble = None, None, error
+    if (letters := _lines_as_rows(path, delimiter, columns)) is not None:
+        return letters.table()
+    if rows is None or swallowed is None or swallowed.sure:
+        raise trouble
+    logging.getLogger(__name__).warning("%s: %s", path, swallowed.message)
+    return rows.table()
 
 
 class _Record(NamedTuple):
-    """One row with the lines that it was read from."""
+    """One row of a file."""
 
     cells: list[str]
     line: int
@@ -54,13 +54,36 @@ class _Record(NamedTuple):
     lines: list[str] | None
     """Where it is longer than one line, these."""
 
+    def about_quotes(self) -> str:
+        """What a quotation mark has done."""
+        assert self.lines is not None
+        return (
+            f"a cell that a quotation mark opens in line {self.line} runs to line {self.line + len(self.lines) - 1} "
+            f"and seems to take in rows; {_CLOSE}"
+        )
+
+
+class _Rows(NamedTuple):
+    """The needed columns of a file."""
+
+    header: list[str]
+    names: list[str]
+    cells: list[list[str]]
+    """[column][row]"""
+    long: list[_Record]
+    """The rows that are longer than one line."""
+
+    def table(self) -> pa.Table:
+        """All cells as text."""
+        arrays = [pa.array(cells, pa.large_string()) for cells in self.cells]
+        return pa.Table.from_arrays(arrays, names=self.names)
+
 
 class _Swallowed(NamedTuple):
     """A quotation mark that seems to have taken in rows."""
 
     message: str
     sure: bool
-    """Whether one of the lines inside the cell holds a label of other rows where rows have theirs."""
 
 
 def _records(lines: Iterable[str], delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[_Record]:
@@ -71,108 +94,112 @@ def _records(lines: Iterable[str], delimiter: str, quoting: int = csv.QUOTE_MINI
             kept.append(line)
             yield line
 
-    before = csv.field_size_limit(_LARGEST_CELL)
+    before, line = csv.field_size_limit(_LARGEST_CELL), 1
     try:
         reader = csv.reader(remembered(), delimiter=delimiter, strict=True, quoting=quoting)  # type: ignore[arg-type]
-        line = 1
         for cells in reader:
             if cells:
                 yield _Record(cells, line, list(kept) if len(kept) > 1 else None)
             line = reader.line_num + 1
             kept.clear()
     except csv.Error as error:
-        raise Unreadable(_about_quotes(str(error), line, len(kept))) from None
+        raise Unreadable(_about_error(str(error), line, len(kept))) from None
     finally:
         csv.field_size_limit(before)
 
 
-def _about_quotes(error: str, line: int, lines: int) -> str:
+def _about_error(error: str, line: int, lines: int) -> str:
     if "expected after" in error or "unexpected end" in error:
         reach = f"runs to line {line + lines - 1}" if lines > 1 else "does not end at a delimiter"
-        return (
-            f"a quotation mark that opens a cell in line {line} is not closed: the cell {reach}; close it, or write "
-            '"" for a quotation mark inside a cell that begins and ends with one'
-        )
+        return f"a quotation mark that opens a cell in line {line} is not closed: the cell {reach}; {_CLOSE}"
     return f"line {line}: {error}"
 
 
-def _swallowed(records: Sequence[_Record], delimiter: str, label: str | None) -> _Swallowed | None:
-    """The first cell over several lines that are rows of their own, as far as one can see."""
-    if not records or all(record.lines is None for record in records):
-        return None
-    header = records[0].cells
-    place = header.index(label) if label in header else None
-    whole = [record.cells for record in records[1:] if len(record.cells) == len(header)]
-    known = set() if place is None else {cells[place] for cells in whole}
-    doubtful = None
+def _read_rows(records: Iterator[_Record], delimiter: str, columns: Columns | None) -> _Rows:
+    first = next(records, None)
+    if first is None:
+        raise Unreadable("is empty; expected a header line and rows")
+    header = first.cells
+    if header[0].lower().startswith("sep="):
+        raise Unreadable(f"its first line, {header[0]!r}, names a delimiter; remove this line")
+    others = [other for other in _DELIMITERS if other != delimiter and other in header[0]] if len(header) == 1 else []
+    names = header if columns is None or others else check_columns(header, columns)
+    places = range(len(header)) if names is header else [header.index(name) for name in names]
+    rows = _Rows(header, names, [[] for _ in places], [])
     for record in records:
-        if record.lines is None or len(header) < 2:
-            continue
-        rows = [next(csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_NONE), []) for line in record.lines]
-        message = (
-            f"a cell that a quotation mark opens in line {record.line} runs to line "
-            f'{record.line + len(record.lines) - 1} and seems to take in rows; close it, or write "" for a quotation '
-            "mark inside a cell that begins and ends with one"
+        _check_record(record, header, delimiter)
+        for cells, place in zip(rows.cells, places, strict=True):
+            cells.append(record.cells[place])
+        if record.lines is not None:
+            rows.long.append(record)
+    for other in others:
+        if all(other in cell for cell in rows.cells[0]):
+            here = _DELIMITERS[delimiter]
+            usual = {",": "name it .csv", "\t": "name it .tsv"}.get(other, f"save it with {here}")
+            raise Unreadable(f"its cells are separated by {_DELIMITERS[other]}, expected {here}; {usual}")
+    if columns is not None:
+        check_columns(header, columns)
+    return rows
+
+
+def _check_record(record: _Record, header: Sequence[str], delimiter: str) -> None:
+    if record.cells == header:
+        raise Unreadable(f"line {record.line} repeats the header line; remove it")
+    if len(record.cells) != len(header):
+        quotes = f"; {record.about_quotes()}" if record.lines else ""
+        raise Unreadable(
+            f"line {record.line} has {len(record.cells)} cells, the header line has {len(header)}; a cell that holds a "
+            f"{'tab' if delimiter == chr(9) else 'comma'} needs quotation marks around it{quotes}"
         )
-        if place is not None and _holds_labels(rows, record.cells, place, known):
-            return _Swallowed(message, sure=True)
-        if place is None and doubtful is None and all(len(row) == len(header) for row in rows):
-            doubtful = _Swallowed(message, sure=False)
+
+
+def _swallowed(rows: _Rows, delimiter: str, label: str | None) -> _Swallowed | None:
+    """The first cell over several lines that are rows of their own, as far as one can see."""
+    header = rows.header
+    if not rows.long or len(header) < 2:
+        return None
+    place = header.index(label) if label is not None else None
+    known = set() if label is None else set(rows.cells[rows.names.index(label)])
+    numeric = all(map(is_number, known))
+    doubtful = None
+    for record in rows.long:
+        assert record.lines is not None
+        lines = [next(csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_NONE), []) for line in record.lines]
+        if not _are_rows(lines, record.cells, place, known, numeric):
+            continue
+        # One line of a text may end in "4,5".
+        found = _Swallowed(record.about_quotes(), place is not None and (len(lines) > 2 or not numeric))
+        if found.sure:
+            return found
+        doubtful = doubtful or found
     return doubtful
 
 
-def _holds_labels(rows: Sequence[Sequence[str]], cells: Sequence[str], place: int, known: set[str]) -> bool:
-    """Whether a line that cannot hold the record's own label has a label of other rows at the label's place."""
+def _are_rows(
+    lines: Sequence[Sequence[str]], cells: Sequence[str], place: int | None, known: set[str], numeric: bool
+) -> bool:
+    """Whether the lines of a record have as many cells as rows, and labels where rows have theirs.
+
+    The line with the record's own label is left out.
+    """
+    if place is None:
+        return all(len(line) == len(cells) for line in lines)
     long = next((number for number, cell in enumerate(cells) if "\n" in cell or "\r" in cell), 0)
-    if place == long:  # a label of several lines
-        return any(len(row) == len(cells) for row in rows[1:])
-    # Its own label stands in the last line if it comes behind the long cell, else in the first.
-    others = rows[:-1] if place > long else rows[1:]
-    numeric = all(is_number(word) for word in known)
-    found = [row[place].strip("\r\n") for row in others if len(row) == len(cells)]
-    return any(cell in known or (numeric and is_number(cell)) for cell in found)
+    others = lines[:-1] if place > long else lines[1:]
+    if not all(len(line) == len(cells) for line in others):
+        return False
+    words = [line[place].strip("\r\n") for line in others]
+    return place == long or (all(map(is_number, words)) if numeric else any(word in known for word in words))
 
 
-def _lines_as_rows(path: Path, delimiter: str) -> list[_Record] | None:
+def _lines_as_rows(path: Path, delimiter: str, columns: Columns | None) -> _Rows | None:
     """Every line as one row with quotation marks as letters; None unless the file has tabs, as many in every line."""
     if delimiter != "\t":
         return None
     try:
-        records = list(_records(read_lines(path), delimiter, csv.QUOTE_NONE))
+        return _read_rows(_records(read_lines(path), delimiter, csv.QUOTE_NONE), delimiter, columns)
     except Unreadable:
         return None
-    return records if len({len(record.cells) for record in records}) == 1 else None
-
-
-def _table(records: Sequence[_Record], delimiter: str, columns: Columns | None) -> pa.Table:
-    if not records:
-        raise Unreadable("is empty; expected a header line and rows")
-    header, rows = records[0].cells, records[1:]
-    _refuse_other_delimiter(records, delimiter)
-    for record in rows:
-        if len(record.cells) != len(header):
-            raise Unreadable(
-                f"line {record.line} has {len(record.cells)} cells, the header line has {len(header)}; a cell that "
-                f"holds a {'tab' if delimiter == chr(9) else 'comma'} needs quotation marks around it"
-            )
-        if record.cells == header:
-            raise Unreadable(f"line {record.line} repeats the header line; remove it")
-    places = range(len(header)) if columns is None else [header.index(name) for name in check_columns(header, columns)]
-    arrays = [pa.array([record.cells[place] for record in rows], pa.large_string()) for place in places]
-    return pa.Table.from_arrays(arrays, names=[header[place] for place in places])
-
-
-def _refuse_other_delimiter(records: Sequence[_Record], delimiter: str) -> None:
-    first = records[0].cells[0]
-    if first.lower().startswith("sep="):
-        raise Unreadable(f"its first line, {first!r}, names a delimiter; remove this line")
-    if len(records[0].cells) > 1:
-        return
-    for other, name in _DELIMITERS.items():
-        if other != delimiter and other in first and all(other in record.cells[0] for record in records):
-            here = _DELIMITERS[delimiter]
-            usual = {",": "name it .csv", "\t": "name it .tsv"}.get(other, f"save it with {here}")
-            raise Unreadable(f"its cells are separated by {name}, expected {here}; {usual}")
 
 
 def read_tab(path: Path, columns: Columns | None) -> pa.Table:
@@ -186,10 +213,9 @@ def read_tab(path: Path, columns: Columns | None) -> pa.Table:
         raise Unreadable(
             f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
         )
-    header = _Record(names, 1, None)
     # Some files end their headers with a line of empty cells.
-    rows = [record for record in _records(lines, "\t") if any(record.cells)]
-    table = _table([header, *(row._replace(line=row.line + 3) for row in rows)], "\t", columns)
+    rows = (record._replace(line=record.line + 3) for record in _records(lines, "\t") if any(record.cells))
+    table = _read_rows(chain([_Record(names, 1, None)], rows), "\t", columns).table()
     kinds = dict(zip(names, types, strict=True))
     for place, name in enumerate(table.column_names):
         typed = kinds[name] in ("c", "continuous", "d", "discrete") or (columns is not None and name == columns.label)

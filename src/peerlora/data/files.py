@@ -191,7 +191,7 @@ def _hub_place(place: str) -> tuple[str, str | None, str]:
     """Name or folder, config and split; a path that is no folder may end in a config."""
     where, _, chosen = place.partition(":")
     if where.startswith(("/", "~", "./", "../")):
-        path = Path(where).expanduser()
+        path = Path(where).expanduser().absolute()
         if not path.is_dir() and path.parent.is_dir() and path.parent.parent != path.parent:
             return str(path.parent), path.name, chosen
         return str(path), None, chosen
