@@ -266,7 +266,13 @@ def test_a_folder_or_a_pattern_is_all_its_shards_in_order_of_their_names(tmp_pat
     folder = shards(tmp_path / "d", "train-1.parquet", "train-0.parquet")
     (folder / "_SUCCESS").touch()
     (folder / "README.md").touch()
-    for source in (f"parquet:{folder}", str(folder), f"{folder}/*.parquet", f"parquet:{folder}/train-*"):
+    for source in (
+        f"parquet:{folder}",
+        str(folder),
+        f"{folder}/*.parquet",
+        f"parquet:{folder}/train-*",
+        f"{folder}/train-*",
+    ):
         assert read_table(source).column("text").to_pylist() == ["t1", "t0"]
     odd = tmp_path / "rows[1].csv"
     odd.write_text("text\na\n")
@@ -320,7 +326,8 @@ def test_shards_that_number_their_classes_differently_are_refused(tmp_path):
         (b"PK\x03\x04 rest of a workbook", "is an Excel workbook or a zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         (b"<!DOCTYPE html>\n<html>", "is a web page"),
-        (b"PAR1 ...", "is a parquet file"),
+        (b"PAR1\x15 ...", "is a parquet file"),
+        (gzip.compress(gzip.compress(b"text,label\na,b\n")), "is compressed here; unpack it"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -329,6 +336,12 @@ def test_what_a_file_is_instead_of_utf8_text_is_named(tmp_path, body, words, suf
     path.write_bytes(body)
     with pytest.raises(DataError, match=rf"rows.{suffix}: {words}"):
         read_table(str(path)) if suffix == "csv" or words.startswith("is ") else read_table(f"csv:{path}")
+
+
+@pytest.mark.parametrize("name", ["PAR1", "BZhang", "PKW", "version"])
+def test_a_name_that_begins_as_another_format_does_is_a_name(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f"{name},label\na,b\n")
+    assert read_table(str(tmp_path / "a.csv")).column_names == [name, "label"]
 
 
 def test_a_pointer_in_place_of_a_parquet_file_is_named(tmp_path):

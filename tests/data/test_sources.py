@@ -1,3 +1,5 @@
+from datetime import date
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -138,6 +140,7 @@ def test_take_keeps_rows_whole():
         (["10", "9"], [9.0], {}, ([1, 0], [0], ("9", "10"))),
         (["2.0", "10.0", "2"], ["10"], {}, ([0, 1, 0], [1], ("2", "10"))),
         (["01", "1", "010", "10"], ["1"], {}, ([0, 2, 1, 3], [2], ("01", "010", "1", "10"))),
+        ([date(2024, 6, 1), date(2024, 1, 1)], ["2024-01-01"], {}, ([1, 0], [0], ("2024-01-01", "2024-06-01"))),
         ([0.5, 1.0], [1.0], {"labels": ["0.5", "1.0"]}, ([0, 1], [1], ("0.5", "1.0"))),
         ([2.0, 1.0], [1.0], {}, ([1, 0], [0], ("1", "2"))),
         ([1, 2], ["2", "1"], {}, ([0, 1], [1, 0], ("1", "2"))),
@@ -212,6 +215,7 @@ def test_minus_one_is_a_missing_label_where_the_file_names_its_classes(files, pl
         (["x", "y ", "y", "x"], "'y ' have blanks around them"),
         (["good", "Good", "bad"], "'Good' and 'good' are different classes here"),
         (["caf\u00e9", "cafe\u0301", "bad"], "are different classes here; spell them alike"),
+        (["x", "x\u200b"], "are different classes here"),
         (["a", "b", "a|b"], "'a|b' are classes of their own here; several labels of one row are not supported"),
         (["0.5", "1.25", "1.0"], "'0.5', '1.0', '1.25' are classes here; for numbers use task.kind=regression"),
         ([f"id-{i}" for i in range(30)], "30 classes in 30 rows; is data.label the right column"),
@@ -264,6 +268,7 @@ def test_100_000_class_names_are_no_trouble(files, plain):
         (["x", "y", ""], ["x"], {}, "1 of 3 rows have no label, the first is row 3"),
         (["x", "y"], ["x", " "], {}, "1 of 2 rows have no label, the first is row 2"),
         (["spam", "ham"], [" ham"], {}, "label ' ham' is not among .* blanks around it; remove them"),
+        (["x", "y"], ["z" * 10**6], {}, "label 'z{80}\\.\\.\\.' is not among"),
         (["x", "y", "NA"], ["x"], {"labels": ["x", "y"]}, "label 'NA' is not among .* If the label is missing"),
         ([2.0**60, 1.0], [1.0], {}, "holds 1152921504606846976, which a float64 may have rounded"),
         (pa.array([None, None], pa.null()), ["x"], {}, "2 of 2 rows have no label"),

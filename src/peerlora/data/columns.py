@@ -10,6 +10,8 @@ import pyarrow as pa
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import nearest
 
+_LONGEST = 80  # letters of a name in a message
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -39,9 +41,20 @@ def check_columns(names: Sequence[str], columns: Columns) -> list[str]:
             raise Unreadable(f"has {count} columns named {name!r}; rename all but one")
         if not count:
             raise Unreadable(
-                f"has no column {name!r} for {setting}{nearest(name, names)}; its columns are {', '.join(names)}"
+                f"has no column {name!r} for {setting}{nearest(name, names)}; its columns are {shown(names)}"
             )
     return list(columns.settings())
+
+
+def shown(names: Sequence[str], most: int = 20) -> str:
+    """Some names, cut to what a message can hold."""
+    words = ", ".join(short(name) for name in names[:most])
+    return words if len(names) <= most else f"{words} and {len(names) - most} more"
+
+
+def short(name: str) -> str:
+    """A name as it stands, unless it is very long."""
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..."
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -72,7 +72,7 @@ def _parse(source: str) -> tuple[str, str]:
     suffix = base_suffix(source)
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix], source
-    if Path(source).expanduser().is_dir():
+    if glob.has_magic(source) or Path(source).expanduser().is_dir():
         return "folder", source
     kinds = (*_READERS, "packaged", "hub")
     raise DataError(

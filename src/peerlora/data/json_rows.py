@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,16 @@ def read_json(path: Path, columns: Columns | None) -> pa.Table:
     Only ``columns`` are looked at, so others may hold anything; without ``columns`` those of one type are kept.
     Raises Unreadable, naming the line or the row.
     """
-    rows = list(_rows(read_lines(path)))
+    needed = None if columns is None else [*columns.settings()]
+    seen: dict[str, None] = {}
+    rows = []
+    for row in _rows(read_lines(path)):
+        if not row.keys() <= seen.keys():
+            seen.update(dict.fromkeys(row))
+        rows.append(row if needed is None else {name: row.get(name) for name in needed})
     if not rows:
         raise Unreadable("has no rows; expected at least one")
-    names = list(dict.fromkeys(chain.from_iterable(rows)))
-    if columns is not None:
-        names = check_columns(names, columns)
+    names = [*seen] if columns is None else check_columns([*seen], columns)
     cells = {name: [row.get(name) for row in rows] for name in names}
     mixed = {name: flaw for name in names if (flaw := _flaw(cells[name]))}
     if mixed and columns is not None:

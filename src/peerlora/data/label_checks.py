@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from peerlora.data.columns import short, shown
 from peerlora.data.labels import MISSING_WORDS, Classes, Labels
 from peerlora.data.numerals import is_number, whole_number
 
@@ -40,7 +41,8 @@ def _about_names(classes: Classes, ids: np.ndarray) -> Iterator[str]:
         yield f"{_some(blank)} have blanks around them, which belong to the class here; remove them if they should not"
     alike = _look_alikes(names)
     if alike and not blank:
-        yield f"{' and '.join(map(repr, alike))} are different classes here; spell them alike if they are one"
+        both = " and ".join(repr(short(name)) for name in alike)
+        yield f"{both} are different classes here; spell them alike if they are one"
     joined = [name for name in names if _is_joined(name, set(names))]
     if joined:
         yield f"{_some(joined)} are classes of their own here; several labels of one row are not supported"
@@ -61,7 +63,8 @@ def _look_alikes(names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _plain(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")  # zero-width letters, say
+    return " ".join(unicodedata.normalize("NFKC", seen).casefold().split())
 
 
 def _is_joined(name: str, names: set[str]) -> bool:
@@ -70,5 +73,4 @@ def _is_joined(name: str, names: set[str]) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    return shown([repr(name) for name in names], _SHOWN)

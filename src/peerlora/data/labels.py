@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from datetime import date, time
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from peerlora.data.columns import is_text
+from peerlora.data.columns import is_text, short, shown
 from peerlora.data.numerals import is_number, whole_number
 from peerlora.errors import ConfigError, DataError, nearest
 
@@ -70,7 +71,8 @@ def read_labels(column: pa.ChunkedArray, own_names: Sequence[str] | None, where:
     if is_text(kind):
         whole = _all_whole(values)
         return Labels([_word(value, whole) for value in values], rows, whole, None)
-    return Labels([_typed(value, where) for value in values], rows, not pa.types.is_boolean(kind), None)
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return Labels([_typed(value, where) for value in values], rows, numeric, None)
 
 
 def training_classes(labels: Labels, task_labels: Sequence[str] | None, where: str) -> Classes:
@@ -134,6 +136,8 @@ def _typed(value: object, where: str) -> Label:
     if isinstance(value, bool):
         word = str(value)
         return Label((word.lower(), word, word.upper()), None)
+    if isinstance(value, (date, time)):
+        return Label((str(value),), None)
     if not isinstance(value, (int, float, Decimal)):
         raise DataError(f"{where}: holds {value!r}, a {type(value).__name__}; expected a word or a whole number")
     if not math.isfinite(value):
@@ -201,14 +205,14 @@ def _in_range(value: Any, names: Sequence[str], source: str, where: str) -> int:
     if 0 <= value < len(names):
         return value
     raise DataError(
-        f"{where}: label {value} is out of range; {source} has {len(names)} names ({_some(names)}), "
+        f"{where}: label {value} is out of range; {source} has {len(names)} names ({shown(names, 10)}), "
         f"so expected 0 to {len(names) - 1}"
     )
 
 
 def _unknown(word: str, labels: Labels, classes: Classes, where: str) -> str:
     near = nearest(word, classes.names[:_COMPARED])
-    given = f"the file's own class {word!r}" if labels.own_names is not None else f"label {word!r}"
+    given = f"label {short(word)!r}" if labels.own_names is None else f"the file's own class {short(word)!r}"
     hint = "Correct the row, or name every class in task.labels"
     if word.strip() in classes.names:
         hint = "It has blanks around it; remove them"
@@ -216,9 +220,4 @@ def _unknown(word: str, labels: Labels, classes: Classes, where: str) -> str:
         hint = "If the label is missing, remove these rows; else name every class in task.labels"
     elif labels.numeric and labels.own_names is None and classes.codes is None:
         hint = "Where training labels are words or names are numbers, a number is no place among them; write names"
-    return f"{where}: {given} is not among {classes.source}{near}; expected {_some(classes.names)}. {hint}"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+    return f"{where}: {given} is not among {classes.source}{near}; expected {shown(classes.names, 10)}. {hint}"

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
-from peerlora.data.columns import Columns, is_text
+from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.label_checks import warn_of_labels
@@ -79,7 +79,7 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     classes = train.meaning if train else training_classes(labels, config.task.labels, where)
     assert classes is not None
     if len(classes.names) < 2:
-        raise DataError(f"{where}: only one class, {''.join(classes.names)!r}; classification needs at least 2")
+        raise DataError(f"{where}: only one class, {short(''.join(classes.names))!r}; classification needs at least 2")
     ids = class_ids(labels, classes, where)
     warn_of_labels(labels, classes, ids, first=train is None, own_rows=config.partition.kind == "own", where=where)
     return _Rows(source, table, ids, classes, everything)

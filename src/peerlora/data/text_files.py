@@ -5,6 +5,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,23 @@ class Unreadable(ValueError):
 
 _HEAD = 1 << 12  # bytes at the beginning of a file by which it is recognised
 _SHOWN = 40  # letters of a line that a message shows
-_FOREIGN = (  # first bytes -> what the file is and what to do
-    (codecs.BOM_UTF32_LE, "is encoded as UTF-32; save it as UTF-8, e.g. by iconv -f UTF-32 -t UTF-8"),
-    (codecs.BOM_UTF32_BE, "is encoded as UTF-32; save it as UTF-8, e.g. by iconv -f UTF-32 -t UTF-8"),
-    (codecs.BOM_UTF16_LE, "is encoded as UTF-16; save it as UTF-8, e.g. by iconv -f UTF-16 -t UTF-8"),
-    (codecs.BOM_UTF16_BE, "is encoded as UTF-16; save it as UTF-8, e.g. by iconv -f UTF-16 -t UTF-8"),
-    (b"PK\x03\x04", "is an Excel workbook or a zip archive; save the sheet as CSV UTF-8, or unpack the archive"),
-    (b"\xd0\xcf\x11\xe0", "is an old Excel workbook; save the sheet as CSV UTF-8"),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; fetch it by git lfs pull"),
-    (b"PAR1", "is a parquet file; name it .parquet, or write parquet:PATH"),
-    (b"<!doctype", "is a web page; download the file itself"),
-    (b"<html", "is a web page; download the file itself"),
-)
-_OPENERS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
-    (b"\x1f\x8b", lambda path: gzip.open(path, "rb")),
-    (b"BZh", lambda path: bz2.open(path, "rb")),
-    (b"\xfd7zXZ\x00", lambda path: lzma.open(path, "rb")),
-    (b"\x28\xb5\x2f\xfd", lambda path: _open_zstd(path)),
-)
+_GZIP, _BZIP2, _XZ, _ZSTD = rb"\x1f\x8b", rb"BZh[1-9]1AY&SY", rb"\xfd7zXZ\x00", rb"\x28\xb5\x2f\xfd"
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {
+    _GZIP: lambda path: gzip.open(path, "rb"),
+    _BZIP2: lambda path: bz2.open(path, "rb"),
+    _XZ: lambda path: lzma.open(path, "rb"),
+    _ZSTD: lambda path: _open_zstd(path),
+}
+_FOREIGN = {  # first bytes, as a pattern -> what the file is and what to do
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "is encoded as UTF-32; save it as UTF-8, e.g. by iconv -f UTF-32 -t UTF-8",
+    rb"\xff\xfe|\xfe\xff": "is encoded as UTF-16; save it as UTF-8, e.g. by iconv -f UTF-16 -t UTF-8",
+    rb"PK\x03\x04": "is an Excel workbook or a zip archive; save the sheet as CSV UTF-8, or unpack the archive",
+    rb"\xd0\xcf\x11\xe0": "is an old Excel workbook; save the sheet as CSV UTF-8",
+    rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it by git lfs pull",
+    rb"PAR1\x15": "is a parquet file; name it .parquet, or write parquet:PATH",
+    b"|".join(_OPENERS): "is compressed here; unpack it",
+    rb"(?i)\s*<(!doctype|html)": "is a web page; download the file itself",
+}
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -59,15 +59,15 @@ def read_lines(path: Path) -> Iterator[str]:
 def open_decompressed(path: Path) -> io.BufferedReader:
     """Open a file for reading its bytes, decompressed where its first bytes say that it is compressed."""
     with open(path, "rb") as file:
-        head = file.read(8)
-    opener = next((opener for magic, opener in _OPENERS if head.startswith(magic)), None)
+        head = file.read(_HEAD)
+    opener = next((opener for magic, opener in _OPENERS.items() if re.match(magic, head)), None)
     return io.BufferedReader(opener(path) if opener else open(path, "rb", buffering=0))
 
 
 def refuse_foreign(head: bytes) -> None:
     """Raise Unreadable where the first bytes of a file are those of another kind of file."""
-    for magic, told in _FOREIGN:
-        if head.lower().startswith(magic.lower()):
+    for magic, told in _FOREIGN.items():
+        if re.match(magic, head):
             raise Unreadable(told)
     if b"\0" in head:
         one_of_two = b"\0" in head[::2], b"\0" in head[1::2]
