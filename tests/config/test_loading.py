@@ -58,6 +58,11 @@ def bomb(levels=9, width=9):
         ("data: {label: 2024-13-45}\n", "is not valid YAML: month must be in 1..12; write text in quotation marks"),
         ("task: {labels: [yes, no]}\n", "task.labels.0: True given; input should be a valid string, in quot"),
         ("task: {labels: [01, 010]}\n", "task.labels.0: 1 given; input should be a valid string, in quotation marks"),
+        (
+            "adapter: {rank: 1000000000}\n",
+            "adapter.rank: 1000000000 given; input should be less than or equal to 16384",
+        ),
+        ("train: {batch: [8, 1000000000]}\n", "train.batch.1: 1000000000 given; input should be less than or equal to"),
         ("clients: [" + "x, " * 5000 + "]", "clients: ['x', 'x'"),
     ],
 )

@@ -485,7 +485,7 @@ def test_quotation_marks_are_letters_in_a_tsv_whose_lines_are_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "lines", "words"),
     [
-        ("a.csv", ("text;label", "a, b;c", "d;e"), "separated by semicolons|cells"),
+        ("a.csv", ("text;label", "a, b;c", "d;e"), "its cells are separated by semicolons, expected commas"),
         ("a.csv", ("text;label", "a;c", "d;e"), "its cells are separated by semicolons, expected commas; save it with"),
         ("a.csv", ("text\tlabel", "a\tc"), "separated by tabs, expected commas; name it .tsv"),
         ("a.tsv", ("text,label", "a,c"), "separated by commas, expected tabs; name it .csv"),

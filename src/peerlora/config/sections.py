@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from peerlora.config.base import Builder, Positive, Rate, Section, Share, kind_decorator, plugin_kinds
+from peerlora.config.base import Batch, Builder, Positive, Rank, Rate, Section, Share, kind_decorator, plugin_kinds
 from peerlora.config.task_kinds import KINDS, task_kind
 from peerlora.config.topology import (  # noqa: F401 (all sections can be had from here)
     CompleteGraph,
@@ -34,7 +34,7 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """What every client trains."""
 
-    rank: Positive | list[Positive] = 8
+    rank: Rank | list[Rank] = 8
     """Rank of A and B; or a list with one rank per client."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The update of a layer is alpha / rank times B A."""
@@ -196,7 +196,7 @@ class TrainConfig(Section):
     """Exchanges in all."""
     local_steps: Positive = 10
     """Optimiser steps of each client between two exchanges."""
-    batch: Positive | list[Positive] = 16
+    batch: Batch | list[Batch] = 16
     """Rows per step; or a list with one number per client."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (torch's betas and epsilon) or sgd."""
@@ -229,7 +229,7 @@ class EvalConfig(Section):
     """Rounds between two evaluations."""
     rows: Positive | None = None
     """Rows used during the run, a sample drawn once; null: all.  The last evaluation takes all."""
-    batch: Positive = 64
+    batch: Batch = 64
     """Rows evaluated together."""
 
 

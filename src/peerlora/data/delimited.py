@@ -127,6 +127,8 @@ def _read_rows(records: Iterator[_Record], delimiter: str, columns: Columns | No
     places = range(len(header)) if names is header else [header.index(name) for name in names]
     rows = _Rows(header, names, [[] for _ in places], [])
     for record in records:
+        if others and len(record.cells) > 1:
+            raise _other_delimiter(others[0], delimiter)
         _check_record(record, header, delimiter)
         for cells, place in zip(rows.cells, places, strict=True):
             cells.append(record.cells[place])
@@ -134,12 +136,16 @@ def _read_rows(records: Iterator[_Record], delimiter: str, columns: Columns | No
             rows.long.append(record)
     for other in others:
         if all(other in cell for cell in rows.cells[0]):
-            here = _DELIMITERS[delimiter]
-            usual = {",": "name it .csv", "\t": "name it .tsv"}.get(other, f"save it with {here}")
-            raise Unreadable(f"its cells are separated by {_DELIMITERS[other]}, expected {here}; {usual}")
+            raise _other_delimiter(other, delimiter)
     if columns is not None:
         check_columns(header, columns)
     return rows
+
+
+def _other_delimiter(other: str, delimiter: str) -> Unreadable:
+    here = _DELIMITERS[delimiter]
+    usual = {",": "name it .csv", "\t": "name it .tsv"}.get(other, f"save it with {here}")
+    return Unreadable(f"its cells are separated by {_DELIMITERS[other]}, expected {here}; {usual}")
 
 
 def _check_record(record: _Record, header: Sequence[str], delimiter: str) -> None:
