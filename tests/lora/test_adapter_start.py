@@ -11,7 +11,7 @@ from plain import initial_models, own_state
 from safetensors.torch import load_file, save_file
 
 from peerlora.errors import ModelError
-from peerlora.lora.peft_io import read_adapter
+from peerlora.lora.adapter_start import read_adapter
 from peerlora.runtime.compose import compose
 
 
@@ -46,7 +46,7 @@ def exported(config, tmp_path):
 
     def read(*words, folder=folder):
         federation = compose(config("bert", FP32, *words))
-        return read_adapter(Path(folder), federation.start, federation.model.frozen_head())
+        return read_adapter(Path(folder), federation.start, federation.model, federation.export)[0]
 
     return folder, read
 

@@ -1,4 +1,4 @@
-"""One client's adapter <-> a PEFT adapter folder, bit for bit."""
+"""One client's adapter as a PEFT adapter folder, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from peerlora.errors import ModelError
-from peerlora.lora.adapters import Adapters, shape_at_rank
+from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.merged import whole
 from peerlora.lora.product import decompose
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Of every tensor's name in a folder."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
     context = replace(context, facts={**context.facts, **factors.facts})
-    tensors = _lora_tensors(factors) | _full_tensors(x, client, model, context)
+    tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
     full = [*model.targets.heads, *(name for name in context.extra_modules if name not in adapted)]
     config = LoraConfig(
         r=factors.rank,
-        lora_alpha=_whole(factors.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
+        lora_alpha=whole_number(factors.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
         lora_dropout=context.dropout,
         target_modules=[layer.name for layer in x.spec.layers],
         modules_to_save=full or None,
@@ -78,7 +77,8 @@ def export_adapter(
     return folder
 
 
-def _whole(alpha: float) -> int | float:
+def whole_number(alpha: float) -> int | float:
+    """A number as PEFT writes it: without a point where it is whole."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
@@ -144,12 +144,12 @@ def _merge_facts(rank: int | None, left_out: float, size: float) -> dict[str, st
 def _lora_tensors(factors: Factors) -> dict[str, Tensor]:
     tensors = {}
     for name, (B, A) in factors.layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous().clone()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.contiguous().clone()
     return tensors
 
 
-def _full_tensors(x: Adapters, client: int, model: StackedModel, context: ExportContext) -> dict[str, Tensor]:
+def full_tensors(x: Adapters, client: int, model: StackedModel, context: ExportContext) -> dict[str, Tensor]:
     """The head and other modules saved whole: trained tensors from the row, frozen ones from the base."""
     trained = {name: value[client] for name, value in x.head.items()}
     tensors = {}
@@ -158,7 +158,7 @@ def _full_tensors(x: Adapters, client: int, model: StackedModel, context: Export
         inside = f"{module}.base_layer." if module in adapted else f"{module}."  # PEFT's name under a LoRA layer
         for name, value in model.base.get_submodule(module).state_dict(prefix=inside).items():
             plain = name.replace(".base.", ".")  # a swapped-in layer keeps the original under `base`
-            tensors[_PREFIX + plain] = (trained[plain] if plain in trained else value).detach().contiguous().clone()
+            tensors[PREFIX + plain] = (trained[plain] if plain in trained else value).detach().contiguous().clone()
     return tensors
 
 
@@ -181,7 +181,7 @@ def _card(context: ExportContext, factors: Factors) -> str:
     facts = "\n".join(f"| {key} | {value} |" for key, value in context.facts.items())
     return (
         f"---\n{json.dumps(head, indent=2)}\n---\n\n# LoRA adapter trained without a server\n\n"
-        f"Rank {factors.rank}, alpha {_whole(factors.alpha)}, {len(factors.layers)} layers of "
+        f"Rank {factors.rank}, alpha {whole_number(factors.alpha)}, {len(factors.layers)} layers of "
         f"`{context.base_source}`.  "
         "Trained with peerlora: every client keeps its data and averages adapters with its neighbours.\n\n"
         "```python\nfrom peft import PeftModel\n"
@@ -204,75 +204,3 @@ def _whereabouts(context: ExportContext) -> str:
             "`base_model_name_or_path`; change it where the folder lies elsewhere.\n"
         )
     return ""
-
-
-def read_adapter(folder: Path, x: Adapters, frozen_head: Mapping[str, Tensor]) -> Adapters:
-    """A PEFT adapter folder as the starting point of every client in ``x``.
-
-    Rank and scaling must equal the folder's.  A head that the folder lacks keeps its initial values; ``frozen_head``
-    are the base's head tensors where the head does not train, from which the folder's must not differ.
-    Raises ModelError when the folder is missing, damaged, or made for something else.
-    """
-    tensors, config = _read_folder(folder)
-    _check_scaling(config, x, folder)
-    flat, known = x.flat.clone(), set()
-    for slot in x.spec.slots:
-        key = f"{_PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
-        known.add(key)
-        if key in tensors or slot.block != "head":
-            _check_tensor(key, tensors.get(key), shape_at_rank(slot, x.spec.rank))
-            flat[:, slot.start : slot.stop] = tensors[key].reshape(-1).to(flat.dtype)
-    unknown = [key for key in tensors if ".lora_" in key and key not in known]
-    if unknown:
-        raise ModelError(
-            f"adapter.start={str(folder)!r} adapts layers that this config does not ({unknown[0]}, {len(unknown)} "
-            "tensors in all); make adapter.targets equal to the folder's target_modules"
-        )
-    for name, value in frozen_head.items():
-        if not torch.equal(tensors.get(_PREFIX + name, value).to(value), value):
-            raise ModelError(
-                f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
-                "would drop it; use adapter.head=mixed or private"
-            )
-    return replace(x, flat=flat)
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not path.is_file() or not config_path.is_file():
-        raise ModelError(
-            f"adapter.start={str(folder)!r} has no adapter_model.safetensors and adapter_config.json; "
-            "give the folder of a PEFT adapter"
-        )
-    try:
-        tensors = load_file(path)
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(f"adapter.start={str(folder)!r} cannot be read: {error}; use an undamaged adapter") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_path} holds a {type(config).__name__}; expected PEFT's settings as a JSON object")
-    return tensors, config
-
-
-def _check_tensor(key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-    if value is None or tuple(value.shape) != shape:
-        given = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
-        raise ModelError(f"adapter.start: {key}: {given}; expected shape {shape}; use an adapter of these layers")
-    if not torch.isfinite(value).all():
-        raise ModelError(f"adapter.start: {key} holds values that are not finite; use an undamaged adapter")
-
-
-def _check_scaling(config: dict[str, Any], x: Adapters, folder: Path) -> None:
-    """Refuse what would make the same factors another update than the folder means."""
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    special = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(name)]
-    if special:
-        raise ModelError(
-            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
-        )
-    if not x.equal_ranks or rank != x.spec.rank or alpha != x.spec.alpha:
-        raise ModelError(
-            f"adapter.start={str(folder)!r} has rank {rank} and alpha {alpha}; the config has rank "
-            f"{sorted(set(x.ranks.tolist()))} and alpha {_whole(x.spec.alpha)}; make adapter.rank and adapter.alpha "
-            "equal to the folder's"
-        )

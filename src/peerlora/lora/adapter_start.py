@@ -1,0 +1,164 @@
+"""A PEFT adapter folder as the start of a run: all that it holds is used, or it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peerlora.errors import ModelError
+from peerlora.lora.adapters import Adapters, shape_at_rank
+from peerlora.lora.attach import StackedModel
+from peerlora.lora.base_models import same_base
+from peerlora.lora.base_weights import check_class_order, real_names
+from peerlora.lora.peft_io import PREFIX, ExportContext, full_tensors, whole_number
+
+_PLAIN = frozenset(
+    "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying "
+    "eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform "
+    "loftq_config lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version "
+    "qalora_group_size r revision runtime_config target_modules task_type".split()
+)
+"""Settings of PEFT under which the factors still mean alpha / r times B A, or which are looked at one by one."""
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is."""
+
+
+def read_adapter(
+    folder: Path, x: Adapters, model: StackedModel, context: ExportContext
+) -> tuple[Adapters, tuple[str, ...]]:
+    """A PEFT adapter folder as the starting point of every client in ``x``, and warnings.
+
+    Rank and scaling must equal the folder's, and every tensor must have its place: in a layer, in a head that trains,
+    or in a frozen module with the same values.  A head that the folder lacks keeps its initial values.
+    Raises ModelError when the folder is missing, damaged, or made for something else.
+    """
+    tensors, config = _read_folder(folder)
+    _check_meaning(config, x, folder)
+    flat, known = x.flat.clone(), set()
+    for slot in x.spec.slots:
+        key = f"{PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
+        known.add(key)
+        if key in tensors or slot.block != "head":
+            _check_tensor(key, tensors.get(key), shape_at_rank(slot, x.spec.rank))
+            flat[:, slot.start : slot.stop] = tensors[key].reshape(-1).to(flat.dtype)
+    frozen = {name: value for name, value in full_tensors(x, 0, model, context).items() if name not in known}
+    _check_unused({name: value for name, value in tensors.items() if name not in known}, frozen, model, folder)
+    brought = [name for name, _ in x.spec.head if PREFIX + name in tensors]
+    warnings = _of_base(folder, config, context)
+    if brought or any(name in tensors for name in frozen):
+        warnings += check_class_order(f"adapter.start={str(folder)!r}", _labels(folder), context.labels)
+    elif x.spec.head:
+        warnings += (f"adapter.start={str(folder)!r} has no head; the base's own is where clients begin",)
+    return replace(x, flat=flat), warnings
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if (folder / "adapter_model.bin").is_file() and not path.is_file():
+        raise ModelError(
+            f"adapter.start={str(folder)!r} holds adapter_model.bin, a pickle, which can run code and is never read; "
+            "load it with PEFT and save it again, which writes adapter_model.safetensors"
+        )
+    if not path.is_file() or not config_path.is_file():
+        raise ModelError(
+            f"adapter.start={str(folder)!r} has no adapter_model.safetensors and adapter_config.json; "
+            "give the folder of a PEFT adapter"
+        )
+    try:
+        tensors = load_file(path)
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"adapter.start={str(folder)!r} cannot be read: {error}; use an undamaged adapter") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{config_path} holds a {type(config).__name__}; expected PEFT's settings as a JSON object")
+    return tensors, config
+
+
+def _check_tensor(key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is None or tuple(value.shape) != shape:
+        given = "no such tensor" if value is None else f"shape {tuple(value.shape)}"
+        raise ModelError(f"adapter.start: {key}: {given}; expected shape {shape}; use an adapter of these layers")
+    if not torch.isfinite(value).all():
+        raise ModelError(f"adapter.start: {key} holds values that are not finite; use an undamaged adapter")
+
+
+def _check_unused(
+    tensors: Mapping[str, Tensor], frozen: Mapping[str, Tensor], model: StackedModel, folder: Path
+) -> None:
+    """Refuse tensors that no client would train or use, unless the model holds the same values."""
+    layers = [name for name in tensors if ".lora_" in name]
+    if layers:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} adapts layers that this config does not ({layers[0]}, {len(layers)} "
+            "tensors in all); make adapter.targets equal to the folder's target_modules"
+        )
+    base = dict(model.base.named_parameters())
+    for name, value in tensors.items():
+        held = frozen.get(name, base.get(name.removeprefix(PREFIX)))
+        if held is not None and held.shape == value.shape and torch.equal(value.to(held), held):
+            continue
+        if name in frozen and any(name.startswith(f"{PREFIX}{head}.") for head in model.targets.heads):
+            raise ModelError(
+                f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
+                "would drop it; use adapter.head=mixed or private"
+            )
+        if name in frozen:
+            raise ModelError(
+                f"adapter.start={str(folder)!r} was trained with another {name.removeprefix(PREFIX)}, which the base "
+                "lacks and this run draws from its seed; use the seed of the run that wrote the folder"
+            )
+        raise ModelError(
+            f"adapter.start={str(folder)!r} holds {name.removeprefix(PREFIX)} ({len(tensors)} tensors beside factors "
+            "and head), which would be left out, and the adapter is another without it; merge it into a base model "
+            "with PEFT and start from that"
+        )
+
+
+def _check_meaning(config: dict[str, Any], x: Adapters, folder: Path) -> None:
+    """Refuse what would make the same factors another update than the folder means."""
+    rank, alpha, start = config.get("r"), config.get("lora_alpha"), config.get("init_lora_weights", True)
+    special = [name for name in sorted(config) if name not in _PLAIN and config[name]]
+    if config.get("peft_type") != "LORA":
+        special.insert(0, f"peft_type={config.get('peft_type')}")
+    if config.get("bias", "none") != "none":
+        special.append(f"bias={config['bias']}")
+    if start not in _STARTS:
+        special.append(f"init_lora_weights={start}, which changes the base,")
+    if special:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
+        )
+    if not x.equal_ranks or rank != x.spec.rank or alpha != x.spec.alpha:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} has rank {rank} and alpha {alpha}; the config has rank "
+            f"{sorted(set(x.ranks.tolist()))} and alpha {whole_number(x.spec.alpha)}; make adapter.rank and "
+            "adapter.alpha equal to the folder's"
+        )
+
+
+def _labels(folder: Path) -> tuple[str, ...]:
+    """The class names that `peerlora` wrote into a folder; () where it wrote none."""
+    try:
+        return real_names(json.loads((folder / "labels.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return ()
+    except (ValueError, OSError, RecursionError, AttributeError) as error:
+        raise ModelError(f"{folder / 'labels.json'} cannot be read: {error}; remove it or mend it") from None
+
+
+def _of_base(folder: Path, config: dict[str, Any], context: ExportContext) -> tuple[str, ...]:
+    named = config.get("base_model_name_or_path")
+    if not named or same_base(str(named), context.base_source):
+        return ()
+    return (
+        f"adapter.start={str(folder)!r} was trained on {named}, this run's base is {context.base_source}; where "
+        "these are not the same weights, it means nothing",
+    )
