@@ -44,7 +44,7 @@ class Batch:
         return replace(self, inputs=inputs, labels=labels, weights=weights)
 
 
-def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype) -> Batch:
+def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype, pad_left: bool = False) -> Batch:
     """The rows of every client as one batch, padded to the longest row and the largest client.
 
     Filler rows repeat the client's first row (an empty one would make attention undefined) and weigh nothing.
@@ -58,7 +58,7 @@ def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dt
         weight[: len(own)] = 1 / len(own)
     labels = torch.from_numpy(data.labels[numbers])
     return Batch(
-        inputs=_padded(data, numbers, lengths, longest, pad),
+        inputs=_padded(data, numbers, lengths, longest, pad, pad_left),
         labels=labels.to(dtype) if labels.is_floating_point() else labels,
         weights=weights,
         extents=[(len(own), int(data.lengths[own].max())) for own in rows],
@@ -66,9 +66,12 @@ def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dt
     )
 
 
-def _padded(data: Dataset, numbers: np.ndarray, lengths: np.ndarray, longest: int, pad: int) -> dict[str, Tensor]:
-    inside = np.arange(longest) < lengths[:, None]  # [row, token]
-    source = (data.starts[numbers][:, None] + np.arange(longest))[inside]
+def _padded(
+    data: Dataset, numbers: np.ndarray, lengths: np.ndarray, longest: int, pad: int, pad_left: bool
+) -> dict[str, Tensor]:
+    place = np.arange(longest) - (longest - lengths[:, None] if pad_left else 0)  # [row, token]
+    inside = (place >= 0) & (place < lengths[:, None])
+    source = (data.starts[numbers][:, None] + place)[inside]
     ids = np.full(inside.shape, pad, dtype=np.int64)
     ids[inside] = data.ids[source]
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}

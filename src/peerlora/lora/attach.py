@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear, Step
+from peerlora.lora.base_weights import top_modules
+from peerlora.lora.layer import ClientDropout, Layout, StackedHead, StackedLinear, Step
 from peerlora.lora.merged import Merged
 
 
@@ -41,13 +43,36 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
         with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
-            wrapped = get_peft_model(shell, LoraConfig(r=1, target_modules=targets, task_type=task_type))
-    except (ValueError, re.error) as error:
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            asked = LoraConfig(
+                r=1, target_modules=targets, task_type=task_type, exclude_modules=_in_heads(shell, targets)
+            )
+            wrapped = get_peft_model(shell, asked)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ModelError(_no_targets(model, targets, error)) from None
     modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
-    layers = [name for name, module in modules.items() if isinstance(module, LoraLayer)]
     heads = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    if not heads and task_type != "CAUSAL_LM":  # PEFT knows heads named classifier and score only
+        heads = list(top_modules(model))
+    inside = tuple(f"{head}." for head in heads)
+    layers = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, LoraLayer) and name not in heads and not name.startswith(inside or ("\0",))
+    ]
+    if not layers:
+        raise ModelError(_no_targets(model, targets, "only layers of the head, which trains in full"))
     return Targets(tuple(_layer_spec(model, name) for name in layers), tuple(heads))
+
+
+def _in_heads(model: nn.Module, targets: list[str] | str | None) -> list[str] | None:
+    """The layers in heads that PEFT knows, which its "all-linear" takes, and then fails where one is a head itself."""
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
+    if not isinstance(targets, str) or targets.lower() != "all-linear":
+        return None
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in names if any(part.endswith(tuple(SEQ_CLS_HEAD_NAMES)) for part in name.split("."))] or None
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
@@ -67,11 +92,17 @@ def _layer_spec(model: nn.Module, name: str) -> LayerSpec:
     return LayerSpec(name, module.in_features, module.out_features)
 
 
-def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Exception) -> str:
+def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Exception | str) -> str:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "." in name]
     some = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     wanted = f"adapter.targets={targets!r}" if targets else f"PEFT's default for {type(model).__name__}"
     return f"no layer of {type(model).__name__} matches {wanted} ({error}); linear layers that exist: {some or 'none'}"
+
+
+def inputs_of(model: nn.Module) -> frozenset[str]:
+    """The names of the inputs that a model's forward reads; some know no attention mask, or one token type only."""
+    read = frozenset(inspect.signature(model.forward).parameters)
+    return read - {"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) in (0, 1) else read
 
 
 class StackedModel:
@@ -81,13 +112,21 @@ class StackedModel:
     """
 
     def __init__(
-        self, base: nn.Module, targets: Targets, *, train_head: bool, dropout: float = 0.0, base_dropout: float = 0.0
+        self,
+        base: nn.Module,
+        targets: Targets,
+        *,
+        train_head: bool,
+        dropout: float = 0.0,
+        base_dropout: float = 0.0,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
     ):
         self.base = base.requires_grad_(False).eval()
         self.targets = targets
-        self.step = Step()
+        self.step = Step(layout=layout)
         self.forward: Callable[[dict[str, Tensor], Any], Tensor] = self.plain
         """What a call runs: the base model's own forward, or a faster one that equals it."""
+        self._read = inputs_of(base)
         self._originals: dict[str, nn.Module] = {}
         self._heads: dict[str, StackedHead] = {}
         self._layers: dict[str, StackedLinear] = {}
@@ -123,13 +162,6 @@ class StackedModel:
             for kind, value in module.base.named_parameters(recurse=False)
         }
 
-    def frozen_head(self) -> dict[str, Tensor]:
-        """The base's own head tensors where they are not trained, by parameter name."""
-        if self._heads:
-            return {}
-        heads = [(head, self.base.get_submodule(head)) for head in self.targets.heads]
-        return {name: value for head, module in heads for name, value in module.state_dict(prefix=f"{head}.").items()}
-
     def spec(self, rank: int, alpha: float, private_head: bool = False) -> AdapterSpec:
         """The layout of adapters for this model."""
         head = tuple((name, tuple(value.shape)) for name, value in self.head().items())
@@ -164,7 +196,8 @@ class StackedModel:
 
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
-        logits = self.forward(inputs, origin)
+        self.step.shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        logits = self.forward({name: value for name, value in inputs.items() if name in self._read}, origin)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from peerlora.lora.merged import Update
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a base model lays out the rows of a batch."""
+
+    rows_first: bool = True
+    """Whether the inputs of all layers hold the rows of a batch one after another, so that clients can share a graph;
+    not so where tokens come first, or where a layer sees something that all rows share, such as positions."""
+    padding: Literal["right", "left"] = "right"
+    """The side on which padding does not change what is said of a row."""
 
 
 @dataclass
@@ -24,6 +36,9 @@ class Step:
     scaling: Float[Tensor, "client 1 1"] = field(default_factory=lambda: torch.ones(1, 1, 1))
     extents: list[tuple[int, int]] = field(default_factory=list)
     streams: list[torch.Generator] | None = None
+    layout: Layout = Layout()
+    shape: tuple[int, int] = (0, 0)
+    """(rows, tokens) of the inputs of this forward pass."""
 
     def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
         """Inverted dropout drawn per client over its own rows and tokens.
@@ -37,12 +52,23 @@ class Step:
         """What ``dropout`` multiplies a tensor of this shape by: 0 or 1/(1-p); None where nothing is dropped."""
         if p == 0.0 or self.streams is None:
             return None
+        given, rows = shape, self.shape[0]
+        if self.layout.rows_first and rows and shape[0] != rows:  # a row's tokens, or heads, one after another
+            shape = (rows, shape[0] // rows, *shape[1:])
         mask = torch.zeros(self.clients, shape[0] // self.clients, *shape[1:], dtype=like.dtype)  # as the streams: CPU
-        for own, (rows, tokens), stream in zip(mask, self.extents, self.streams, strict=True):
-            part = own[:rows, :tokens] if len(shape) == 3 else own[:rows]
+        for own, extent, stream in zip(mask, self.extents, self.streams, strict=True):
+            part = self._part(own, *extent)
             draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
             part.copy_((draw >= p).to(mask.dtype).div_(1 - p))
-        return mask.view(*shape).to(like.device, non_blocking=True)
+        return mask.view(*given).to(like.device, non_blocking=True)
+
+    def _part(self, own: Tensor, rows: int, tokens: int) -> Tensor:
+        """A client's own rows and tokens in its share of a mask."""
+        if not self.layout.rows_first:  # then the client is alone in the graph, and nobody pads it further
+            return own
+        if own.ndim != 3 or (self.shape[1] and own.shape[1] != self.shape[1]):
+            return own[:rows]
+        return own[:rows, -tokens:] if self.layout.padding == "left" else own[:rows, :tokens]
 
 
 class ClientDropout(nn.Module):
@@ -72,6 +98,16 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.base, self.d_in, self.d_out, self.p, self.step = base, d_in, d_out, dropout, step
         self.merged = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which some models ask for its type."""
+        return self.base.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base.bias  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """One frozen product for all rows, two batched ones for the factors."""

@@ -23,10 +23,11 @@ from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
+from peerlora.lora.adapter_start import read_adapter
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_digest import base_digest
-from peerlora.lora.peft_io import ExportContext, read_adapter
+from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
 from peerlora.runtime.plan import Plan, plan
@@ -104,8 +105,9 @@ def assemble(
     config, topology, attacking = planned.config, planned.topology, planned.attackers
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
-    model, export, paths = build_model(config, resources)
-    start = start_adapters(config, model, here)
+    built = build_model(config, resources)
+    model, export, paths = built.model, built.export, built.paths
+    start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
     rows = divided.shards if own else [divided.shards[i] for i in here]
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
@@ -129,7 +131,7 @@ def assemble(
         exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking),
         start=start,
         export=export,
-        warnings=(*planned.warnings, *divided.warnings),
+        warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),
         notes=planned.notes,
         paths=paths,
         clock=planned.clock,
@@ -156,15 +158,18 @@ def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | N
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
-def start_adapters(config: RunConfig, model: StackedModel, here: Sequence[int]) -> Adapters:
-    """The adapters that the clients held here begin with."""
+def start_adapters(
+    config: RunConfig, model: StackedModel, export: ExportContext, here: Sequence[int]
+) -> tuple[Adapters, tuple[str, ...]]:
+    """The adapters that the clients held here begin with, and warnings."""
     ranks = [config.ranks[i] for i in here]
     spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
     generator = torch_generator(config.seed, "adapter")
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
+    warnings = ()
     if config.adapter.start is not None:
-        start = read_adapter(Path(config.adapter.start), start, model.frozen_head())
-    return start.to(config.device)
+        start, warnings = read_adapter(Path(config.adapter.start), start, model, export)
+    return start.to(config.device), warnings
 
 
 def evaluation_rows(federation: Federation) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,22 @@ from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
-from peerlora.errors import ConfigError
+from peerlora.errors import ConfigError, ModelError
 from peerlora.lora.attach import StackedModel, Targets, find_targets
 from peerlora.lora.base_models import Base, load_base, load_tokenizer, locate_base
+from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
+from peerlora.runtime.model_checks import (
+    check_head,
+    check_lengths,
+    check_ranks,
+    check_tokens,
+    linears_of,
+    some,
+    within,
+)
+from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
 
 
@@ -29,6 +40,18 @@ class PreparedBase:
     base: Base
     targets: Targets
     paths: Paths
+    layout: Layout
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A base model with adapters attached, how they are exported, which speed paths it takes, and what to warn of."""
+
+    model: StackedModel
+    export: ExportContext
+    paths: Paths
+    warnings: tuple[str, ...]
 
 
 class BaseModelCache:
@@ -113,10 +136,10 @@ def load_resources(config: RunConfig) -> RunResources:
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
-def build_model(config: RunConfig, resources: RunResources) -> tuple[StackedModel, ExportContext, Paths]:
-    """Load the base model, or take it from the cache, and attach adapters; also say how it is exported, and its paths.
+def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
+    """Load the base model, or take it from the cache, and attach adapters.
 
-    Raises ConfigError or ModelError.
+    Raises ConfigError, ModelError, or DataError where the model cannot read the tokens of the data.
     """
     data, source, tokenizer = resources.train_data, config.model.source, resources.tokenizer
     bases = resources.bases or BaseModelCache()
@@ -129,26 +152,25 @@ def build_model(config: RunConfig, resources: RunResources) -> tuple[StackedMode
         config.device,
         config.adapter.targets,
     )
-    prepared = bases.get(key, config.seed, lambda: _prepared(config, data.names, tokenizer.pad_token_id))
+    prepared = bases.get(key, config.seed, lambda: _prepared(config, resources))
     base, targets = prepared.base, prepared.targets
-    if base.longest is not None and config.data.max_length > base.longest:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} given; {source} reads at most {base.longest} tokens; lower it"
-        )
+    check_lengths(config, base)
+    check_ranks(config, targets)
     model = StackedModel(
         base.model,
         targets,
         train_head=config.adapter.head != "frozen",
         dropout=config.adapter.dropout,
         base_dropout=config.model.dropout,
+        layout=prepared.layout,
     )
     bases.used_by(model)
-    extra = tuple(name for name in base.initialised if not name.startswith(targets.heads)) if targets.heads else ()
+    extra = tuple(name for name in base.initialised if not within(name, targets.heads))
     peft_type = task_kind(config.task.kind).peft_type
     export = ExportContext(
         source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
     )
-    return model, export, prepared.paths | use_encoder(model, config.train.fast)
+    return BuiltModel(model, export, prepared.paths | use_encoder(model, config.train.fast), prepared.warnings)
 
 
 class _BaseKey(NamedTuple):
@@ -163,12 +185,55 @@ class _BaseKey(NamedTuple):
     targets: list[str] | str | None
 
 
-def _prepared(config: RunConfig, names: tuple[str, ...], pad_token: int) -> PreparedBase:
-    kind, dtype = config.task.kind, DTYPES[config.train.dtype]
-    base = load_base(config.model.source, kind, names, config.seed, pad_token, dtype)
-    targets = find_targets(base.model, task_kind(kind).peft_type, config.adapter.targets)
+def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
+    source, dtype, data = config.model.source, DTYPES[config.train.dtype], resources.train_data
+    task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
+    base = load_base(source, task.name, data.names, config.seed, pad, dtype)
+    check_lengths(config, base)
+    warnings = base.warnings + check_tokens(base, resources.tokenizer, (data, resources.eval_data))
+    targets = find_targets(base.model, task.peft_type, config.adapter.targets)
+    warnings += check_head(base, targets, data.names)
     base.model.to(_device(config))
-    return PreparedBase(base, targets, prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast))
+    targets, layout, more = _observed(config, base, targets, resources)
+    paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
+    return PreparedBase(base, targets, paths, layout, warnings + more)
+
+
+def _observed(
+    config: RunConfig, base: Base, targets: Targets, resources: RunResources
+) -> tuple[Targets, Layout, tuple[str, ...]]:
+    """The targets that the model's forward uses, how it lays out rows, and warnings.  Raises ModelError."""
+    task, source = task_kind(config.task.kind), config.model.source
+    layers = [layer.name for layer in targets.layers]
+    watched = [*layers, *linears_of(base.model, targets.heads)]
+    if config.model.dropout:
+        watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
+    facts = observe_forward(
+        base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task.target == "tokens"
+    )
+    if facts.sees_later_tokens:
+        raise ModelError(
+            f"model.source={source!r}: {type(base.model).__name__} sees the tokens that it is to predict; "
+            f"task.kind={task.name} needs a decoder, which sees earlier ones only; give one, or another task.kind"
+        )
+    unused = [name for name in layers if name not in facts.used]
+    if len(unused) == len(layers):
+        raise ModelError(
+            f"{type(base.model).__name__} never uses {some(unused)} for task.kind={task.name}; name other layers in "
+            "adapter.targets"
+        )
+    warnings = ()
+    if unused:
+        warnings += (
+            f"{type(base.model).__name__} never uses {some(unused)} for task.kind={task.name}; no adapter is put there",
+        )
+    if facts.reads_padding:
+        warnings += (
+            f"what {type(base.model).__name__} says of a row depends on the padding behind it, and so on the longest "
+            "row of its batch",
+        )
+    used = replace(targets, layers=tuple(layer for layer in targets.layers if layer.name in facts.used))
+    return used, facts.layout, warnings
 
 
 def _device(config: RunConfig) -> torch.device:

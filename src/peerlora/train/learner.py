@@ -135,7 +135,7 @@ class StackedLearner:
                     before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
-                batch = collate(self.shards.data, [own[k] for own in rows], self.pad, x.flat.dtype).to(x.flat.device)
+                batch = self._collated(self.shards.data, [own[k] for own in rows], x)
                 self.model.step.extents = batch.extents
                 losses_of = partial(self._losses, batch, clients, plan.row_weights)
                 closure = _Closure(self.model, losses_of, trained, repeats=plan.rule is not None)
@@ -205,7 +205,7 @@ class StackedLearner:
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self.settings.block or self.graph.clients(most, self.shards.data.lengths)
+        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
@@ -240,12 +240,13 @@ class StackedLearner:
         def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
             return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)
 
-        return score_shards(self.shards, batch, max(_EVALUATED, self.graph.tokens), forward)
+        return score_shards(self.shards, batch, self._together(max(_EVALUATED, self.graph.tokens)), forward)
 
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
-            size = max(1, max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max())))
+            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max()))
+            size = self._together(max(1, most))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
                 yield slice(start, start + size), rows, *self._forward(part, data, [rows] * part.clients)
@@ -253,8 +254,16 @@ class StackedLearner:
     def _forward(self, x: Adapters, data: Dataset, rows: Sequence[np.ndarray]) -> tuple[Tensor, Batch]:
         """Logits of some rows for each of these clients, and their batch; nothing drops."""
         self.model.bind_adapters(x)
-        batch = collate(data, rows, self.pad, x.flat.dtype).to(x.flat.device)
+        batch = self._collated(data, rows, x)
         return self.model(batch.inputs, batch.origin), batch
+
+    def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
+        left = self.model.step.layout.padding == "left"
+        return collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+
+    def _together(self, clients: int) -> int:
+        """How many of these clients may share a graph: one, where layers mix the rows of a batch."""
+        return clients if self.model.step.layout.rows_first else 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """See ``Learner``."""
@@ -318,7 +327,8 @@ class _Closure:
         losses = self._losses_of()
         if self.losses is None:
             self.losses = losses.detach()
-        return torch.autograd.grad(losses.sum(), self.trained)  # no two clients share a parameter
+        # No two clients share a parameter.  A layer may be left out of one step, such as an expert nobody was sent to.
+        return torch.autograd.grad(losses.sum(), self.trained, allow_unused=True, materialize_grads=True)
 
 
 def _gradients(x: Adapters, closure: _Closure, active: Mapping[str, slice]) -> Gradients:

@@ -32,10 +32,18 @@ def packing_unavailable(weight: Tensor) -> str | None:
 
 def freeze_linears(model: nn.Module, skip: tuple[str, ...] = ()) -> str | None:
     """Swap every nn.Linear outside ``skip`` for a FrozenLinear; returns why its weights can't be packed, or None."""
+    frozen, others = [], []
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not name.startswith(skip or ("\0",)):
-            model.set_submodule(name, FrozenLinear(module))
-    return packing_unavailable(next(model.parameters()))
+        if name.startswith(skip or ("\0",)) or not isinstance(module, nn.Linear):
+            continue
+        if type(module) is nn.Linear:  # others compute in a way of their own, such as on weights of 4 bits
+            frozen.append(FrozenLinear(module))
+            model.set_submodule(name, frozen[-1])
+        else:
+            others.append(type(module).__name__)
+    if not frozen:
+        return f"the model has {others[0]} layers only" if others else "the model has no linear layers"
+    return packing_unavailable(frozen[0].weight)
 
 
 def lower_precision(model: nn.Module, keep: tuple[str, ...]) -> None:
@@ -44,7 +52,7 @@ def lower_precision(model: nn.Module, keep: tuple[str, ...]) -> None:
     Buffers stay: rotary frequencies lose too much in bf16.
     """
     for name, parameter in model.named_parameters():
-        if not name.startswith(keep or ("\0",)):
+        if parameter.is_floating_point() and not name.startswith(keep or ("\0",)):
             parameter.data = parameter.data.to(torch.bfloat16)
     for name in keep:
         model.get_submodule(name).register_forward_pre_hook(_in_fp32)
@@ -79,8 +87,10 @@ class FrozenLinear(nn.Module):
             y = F.linear(x, self.weight, self.bias)
             return y if plus is None else y + plus
         if plus is None:
-            return _one(x.contiguous(), self._up, self.bias, "none", [], "")
-        return _two(x.contiguous(), plus.contiguous(), self._up, self.bias, "add")
+            y = _one(x.contiguous(), self._up, self.bias, "none", [], "")
+        else:
+            y = _two(x.contiguous(), plus.contiguous(), self._up, self.bias, "add")
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view of it: some models change it in place
 
     def back(self, g: Tensor) -> Tensor:
         """``g W``: the gradient of x."""

@@ -28,6 +28,10 @@ def encoder_unavailable(base: nn.Module, device: str) -> str | None:
         return "packed tokens are for CPUs"
     if kind not in _CLASSES:
         return f"packed tokens are for BERT- and RoBERTa-type classifiers, the model is a {kind}"
+    body = getattr(base, base.base_model_prefix)  # pyright: ignore[reportArgumentType,reportCallIssue]
+    others = [each for each in body.modules() if isinstance(each, nn.Linear)]  # those that can be frozen, are
+    if others:
+        return f"packed tokens need plain linear layers, the model has {type(others[0]).__name__} there"
     if getattr(config, "is_decoder", False) or getattr(config, "position_embedding_type", "absolute") != "absolute":
         return "packed tokens need a bidirectional encoder with absolute positions"
     return None
