@@ -180,3 +180,90 @@ def test_a_frozen_head_that_differs_from_the_folders_is_refused(exported):
     folder, read = exported
     with pytest.raises(ModelError, match="head"):
         read("adapter.head=frozen")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"peft_type": "IA3"}, "uses peft_type=IA3"),
+        ({"bias": "lora_only"}, "uses bias=lora_only"),
+        ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights=pissa_niter_4, which changes the base"),
+        ({"init_lora_weights": "olora"}, "uses init_lora_weights=olora"),
+        ({"lora_bias": True}, "uses lora_bias"),
+        ({"trainable_token_indices": [3]}, "uses trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
+        ({"a_setting_of_another_year": 1}, "uses a_setting_of_another_year"),
+    ],
+)
+def test_settings_under_which_the_factors_mean_something_else_are_refused(exported, values, told):
+    folder, read = exported
+    edit_config(folder, **values)
+    with pytest.raises(ModelError, match=told):
+        read()
+
+
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal", False])
+def test_starts_that_leave_the_base_alone_are_read(exported, start):
+    folder, read = exported
+    edit_config(folder, init_lora_weights=start)
+    assert read().flat.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.bias"])
+def test_tensors_beside_factors_and_head_are_refused_unless_the_base_has_them(exported, config, name):
+    folder, read = exported
+    value = dict(compose(config("bert", FP32)).model.base.named_parameters())[name]
+    edit(folder, lambda tensors: tensors.update({f"base_model.model.{name}": value.detach().clone()}))
+    assert read().flat.isfinite().all()
+    edit(folder, lambda tensors: tensors.update({f"base_model.model.{name}": value.detach() + 1}))
+    with pytest.raises(ModelError, match=f"holds {name} .* which would be left out"):
+        read()
+
+
+def test_a_pickled_adapter_is_refused_unread(exported):
+    folder, read = exported
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match="holds adapter_model.bin, a pickle"):
+        read()
+
+
+def test_a_config_too_deep_to_read_is_refused(exported):
+    folder, read = exported
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="cannot be read"):
+        read()
+
+
+def test_classes_in_another_order_are_refused(exported):
+    folder, read = exported
+    (folder / "labels.json").write_text(json.dumps({"id2label": {"0": "class1", "1": "class0", "2": "class2"}}))
+    with pytest.raises(
+        ModelError, match='order class1, class0, class2.*set task.labels=."class1", "class0", "class2".'
+    ):
+        read()
+
+
+def warnings_of(config, folder, *words):
+    federation = compose(config("bert", FP32, *words))
+    return read_adapter(Path(folder), federation.start, federation.model, federation.export)[1]
+
+
+def test_an_adapter_of_this_base_and_these_classes_has_no_warnings(exported, config):
+    assert warnings_of(config, exported[0]) == ()
+
+
+def test_another_base_other_classes_and_a_missing_head_are_told(exported, config):
+    folder, _ = exported
+    edit_config(folder, base_model_name_or_path="somebody/another")
+    (folder / "labels.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "2": "z"}}))
+    base, classes = warnings_of(config, folder)
+    assert "was trained on somebody/another" in base and "on the classes x, y, z" in classes
+    edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "classifier" in name])
+    assert "has no head; the base's own is where clients begin" in warnings_of(config, folder)[1]
+
+
+def test_labels_that_cannot_be_read_are_refused(exported):
+    folder, read = exported
+    (folder / "labels.json").write_text("{")
+    with pytest.raises(ModelError, match="labels.json cannot be read"):
+        read()

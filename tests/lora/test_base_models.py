@@ -1,11 +1,15 @@
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peerlora.errors import ModelError
-from peerlora.lora.base_models import load_base, load_tokenizer
+from peerlora.lora.base_models import load_base, load_tokenizer, longest
+from peerlora.lora.base_weights import check_class_order, real_names
 
 LABELS = ("x", "y", "z")
 
@@ -100,3 +104,164 @@ def test_a_tokenizer_without_padding_token_pads_with_the_end(models, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.pad_token == tokenizer.eos_token == "[SEP]" and tokenizer.pad_token_id == 2
+
+
+@pytest.fixture
+def copied(models, tmp_path):
+    """A copy of a tiny model's folder, whose config and weights functions may change."""
+
+    def copy(kind, config=None, weights=None):
+        folder = tmp_path / kind
+        shutil.copytree(models(kind), folder)
+        if config:
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        if weights:
+            save_file(weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        return str(folder)
+
+    return copy
+
+
+def classifier(source, labels=LABELS):
+    return load_base(source, "classification", labels, 0, 0, torch.float32)
+
+
+def test_a_folder_without_files_of_a_tokenizer_is_refused(copied):
+    source = copied("bert")
+    for path in Path(source).glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="a tokenizer of 5 tokens without any word.*tokenizer.json"):
+        load_tokenizer(source)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused(copied):
+    source = copied("gpt2")
+    settings = json.loads((Path(source) / "tokenizer_config.json").read_text())
+    settings.pop("pad_token"), settings.pop("eos_token")
+    (Path(source) / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="neither a padding nor an end token.*pad_token"):
+        load_tokenizer(source)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, classifier])
+def test_an_adapter_as_a_model_is_named(tmp_path, load):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"is a PEFT adapter.*adapter.start={tmp_path}"):
+        load(str(tmp_path))
+
+
+def test_weights_under_a_foreign_prefix_are_refused(copied):
+    source = copied("bert", weights=lambda found: {f"student.body.{name}": value for name, value in found.items()})
+    with pytest.raises(ModelError, match="missing: bert.embeddings.*the files hold others instead: student.body.embed"):
+        classifier(source)
+
+
+def test_a_missing_layer_is_refused(copied):
+    with pytest.raises(
+        ModelError, match=r"16 tensors of BertForSequenceClassification are missing: bert.encoder.layer.2"
+    ):
+        classifier(copied("bert", config={"num_hidden_layers": 3}))
+
+
+def test_layers_that_the_config_leaves_out_are_told(copied):
+    warnings = classifier(copied("bert", config={"num_hidden_layers": 1})).warnings
+    assert "16 tensors of its files belong to no layer of the model" in warnings[0]
+    assert "encoder.layer.1." in warnings[0]
+
+
+def test_a_complete_model_has_no_warnings(models):
+    assert classifier(models("bert")).warnings == ()
+
+
+def test_a_language_model_without_its_head_is_refused(copied):
+    source = copied(
+        "llama", weights=lambda found: {name: each for name, each in found.items() if "lm_head" not in name}
+    )
+    with pytest.raises(ModelError, match="no weights for its language head .lm_head.weight."):
+        load_base(source, "causal-lm", (), 0, 0, torch.float32)
+
+
+@pytest.fixture
+def with_head(models, tmp_path):
+    """A folder of a BERT that was trained on three classes."""
+    import transformers
+
+    folder = tmp_path / "headed"
+    shutil.copytree(models("bert"), folder)
+    names = {"id2label": {0: "low", 1: "middle", 2: "high"}}
+    transformers.BertForSequenceClassification.from_pretrained(models("bert"), **names).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_head_of_another_size_is_drawn_anew_and_told(with_head):
+    base = classifier(with_head, ("no", "yes"))
+    assert base.initialised == ("classifier",) and base.model.classifier.out_features == 2
+    assert "a head of 3 outputs (low, middle, high), the data need 2 (no, yes): a new head" in base.warnings[0]
+    assert torch.equal(base.model.classifier.weight, classifier(with_head, ("no", "yes")).model.classifier.weight)
+
+
+def test_a_trained_head_comes_with_its_names(with_head):
+    base = classifier(with_head)
+    assert base.initialised == () and base.own_names == ("low", "middle", "high") and not base.warnings
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "told"),
+    [
+        (("high", "low"), ("low", "high"), "order high, low, the data have them as low, high; set task.labels="),
+        (("NEG", "POS"), ("pos", "neg"), r'set task.labels=."neg", "pos".'),
+    ],
+)
+def test_a_head_with_the_classes_in_another_order_is_refused(own, names, told):
+    with pytest.raises(ModelError, match=told):
+        check_class_order("it", own, names)
+
+
+def test_a_head_of_other_classes_is_told():
+    assert "trained on the classes a, b, the data have c, d" in check_class_order("it", ("a", "b"), ("c", "d"))[0]
+    assert check_class_order("it", ("A", "b"), ("a", "B")) == check_class_order("it", (), ("a", "b")) == ()
+
+
+@pytest.mark.parametrize("given", [{}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, {"id2label": {"x": "y"}}])
+def test_numbered_names_are_none(given):
+    assert real_names(given) == ()
+
+
+def test_code_of_a_model_never_runs_and_nobody_is_asked(copied, monkeypatch):
+    source = copied("bert", config={"model_type": "homemade", "auto_map": {"AutoConfig": "own.Own"}})
+    (Path(source) / "own.py").write_text("raise SystemExit('code of a stranger ran')")
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    with pytest.raises(ModelError, match="it needs Python code of its own, which is never run here"):
+        classifier(source)
+
+
+@pytest.mark.parametrize("named", ["somebody/kernel", "flash_attention_2"])
+def test_the_attention_that_a_config_names_is_not_followed(copied, named):
+    model = classifier(copied("bert", config={"attn_implementation": named, "_attn_implementation": named})).model
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pickle_is_a_model_error(copied):
+    source = copied("bert")
+    (Path(source) / "model.safetensors").rename(Path(source) / "gone")
+    (Path(source) / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        classifier(source)
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": 0}, {"hidden_size": "wide"}, {"id2label": 3}])
+def test_settings_that_make_no_model_are_a_model_error(copied, config):
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        classifier(copied("bert", config=config))
+
+
+@pytest.mark.parametrize(
+    ("table", "positions", "limit"),
+    [(torch.nn.Embedding(40, 8), 40, 40), (torch.nn.Embedding(40, 8, padding_idx=1), 40, 38)]
+    + [(torch.nn.Embedding(40, 8, padding_idx=1), 38, 38), (torch.nn.Embedding(40, 8), -1, None)],
+)
+def test_positions_behind_padding_are_left_out_of_the_limit(table, positions, limit):
+    model = torch.nn.Module()
+    model.position_embeddings, model.config = table, SimpleNamespace(max_position_embeddings=positions)
+    assert longest(model) == limit

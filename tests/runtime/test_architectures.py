@@ -45,7 +45,9 @@ ENCODERS = {
     "esm": dict(mask_token_id=3),
     "flaubert": dict(emb_dim=16, n_layers=2, n_heads=2),
     "fnet": dict(tpu_short_seq_length=40),
-    "funnel": dict(d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[1, 1], num_hidden_layers=None),
+    "funnel": dict(
+        d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[1, 1], block_repeats=[1, 1], num_hidden_layers=None
+    ),
     "ibert": {},
     "longformer": dict(attention_window=[4, 4], type_vocab_size=1),
     "luke": dict(entity_vocab_size=4, entity_emb_size=8),
@@ -132,9 +134,9 @@ FP32 = {"xlnet", "xglm", "qwen2_moe", "mixtral"}
 FAST = {"bert", "deberta-v2", "bart", "xlnet", "longformer", "gpt2"}
 """One of each kind of layout, head and padding."""
 REFUSED = {
-    "ibert": "query is a QuantLinear",
+    "ibert": "QuantLinear.* is not supported",
     "nystromformer": "fails on rows of tokens",  # it takes rows of certain lengths only
-    "reformer": "fails on rows of tokens",
+    "reformer": "never uses",  # its layers compute their gradients by a way of their own
 }
 """Classifiers that cannot be right."""
 
@@ -199,7 +201,7 @@ def with_noise(x):
 
 def composed(config, source, name, kind):
     words = ["task.kind=causal-lm", "data.label=null"] if kind == "causal-lm" else []
-    words += [f"model.source={source}", "clients=3", "algorithm.name=local", "train.optimizer=sgd", "train.lr=0.1"]
+    words += [f"model.source={source}", "clients=3", "algorithm.name=local", "train.optimizer=sgd", "train.lr=1.0"]
     words += [f"adapter.targets={TARGETS.get(name, 'all-linear')}", f"train.dtype={'fp32' if name in FP32 else 'fp64'}"]
     return compose(config("bert", *words, "train.local_steps=1", "train.rounds=1"))
 
@@ -212,7 +214,7 @@ def assert_equal_to_peft(federation, kind, folder):
     start = with_noise(federation.start)
     plain = with_peft(federation, start, client, folder / "start", seed=5)
     before = loss(plain, data, kind, learner.shards.rows(client, 0, 1)[0], left)
-    places = ["lora_", *(f"{name.rpartition('.')[0]}.modules_to_save" for name, _ in start.spec.head)]
+    places = ["lora_", *(f"{head}.modules_to_save" for head in federation.model.targets.heads)]
     trained = [value for name, value in plain.named_parameters() if any(place in name for place in places)]
     for parameter, gradient in zip(trained, torch.autograd.grad(before, trained), strict=True):
         parameter.data.sub_(lr * gradient)
@@ -235,11 +237,11 @@ def cases(kind, fast):
 
     known = getattr(tf, task_kind(kind).auto_model)._model_mapping._model_mapping
     for name in TYPES:
-        if name in known:
+        if name in known and not (name == "reformer" and kind == "causal-lm"):  # it has to be told that it is one
             yield pytest.param(name, marks=[] if name in fast else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize("name", cases("classification", FAST))
+@pytest.mark.parametrize("name", [*cases("classification", FAST)])
 def test_a_classifier_equals_plain_peft_or_is_refused(config, saved, name, tmp_path):
     source = saved(name, "AutoModel")
     if name in REFUSED:
@@ -249,7 +251,7 @@ def test_a_classifier_equals_plain_peft_or_is_refused(config, saved, name, tmp_p
         assert_equal_to_peft(composed(config, source, name, "classification"), "classification", tmp_path)
 
 
-@pytest.mark.parametrize("name", cases("causal-lm", FAST))
+@pytest.mark.parametrize("name", [*cases("causal-lm", FAST)])
 def test_a_language_model_equals_plain_peft_or_is_refused(config, saved, name, tmp_path):
     source = saved(name, "AutoModelForCausalLM")
     if name in ENCODERS:  # classes for language models exist, and see the tokens to predict

@@ -43,7 +43,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
         with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
             asked = LoraConfig(
                 r=1, target_modules=targets, task_type=task_type, exclude_modules=_in_heads(shell, targets)
             )

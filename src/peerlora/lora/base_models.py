@@ -66,38 +66,43 @@ def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_to
 
     task = task_kind(kind)
     auto = getattr(transformers, task.auto_model)
-    options: dict[str, Any] = {"dtype": dtype, **task.model_options(labels)}
     place, more = _place(source)
     with _quiet(), _named(source):
         given = {} if more else transformers.PreTrainedConfig.get_config_dict(*place)[0]
-        model, info = _loaded(auto, place, more | options, derive(seed, "head"))
+        options = {"trust_remote_code": False, **more}
+        config = transformers.AutoConfig.from_pretrained(*place, **options, **task.model_options(labels))
+        model, info = _loaded(auto, place, config, {"dtype": dtype, **options}, derive(seed, "head"))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(_is_adapter(source))
     own_names = real_names(given)
     initialised, warnings = check_weights(source, model, info, kind, own_names, labels)
     model.config.pad_token_id = pad_token
     model.config.use_cache = False
-    return Base(model, source, initialised, _longest(model), own_names, warnings)
+    return Base(model, source, initialised, longest(model), own_names, warnings)
 
 
-def _loaded(auto: Any, place: tuple[str], options: dict[str, Any], seed: int) -> tuple[Any, dict[str, Any]]:
-    """The model and what the library says of its keys.  No code of the model's own runs, whatever its config asks for.
+def _loaded(
+    auto: Any, place: tuple[str], config: Any, options: dict[str, Any], seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """The model and what the library says of its keys.
 
-    The attention is named here, since one that a config names may be code from a hub.
+    Attention and experts are named here, since those that a config names may be code from a hub.
     """
-    fixed = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    fixed = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    config._experts_implementation = None
     for attention in ("sdpa", "eager"):
+        config._attn_implementation = attention
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return auto.from_pretrained(*place, attn_implementation=attention, **fixed, **options)
+                return auto.from_pretrained(*place, config=config, **fixed, **options)
         except ValueError as error:
             if attention == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
     raise AssertionError("every model has the plain attention")
 
 
-def _longest(model: Any) -> int | None:
+def longest(model: Any) -> int | None:
     """The most tokens that the position tables serve; where positions start behind padding, fewer than rows."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:  # XLNet's -1: relative positions

@@ -48,22 +48,23 @@ def observe_forward(
     watch = _Watch(model, modules)
     rows = _three_rows(data, predicts_tokens)
 
-    def forward(numbers: list[int], left: bool = False) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def forward(numbers: list[int], left: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
         batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
         with watch.inputs() as seen:
             logits = model(**{name: each for name, each in batch.inputs.items() if name in inputs_of(model)}).logits
         return logits, seen
 
     try:
-        first, before = forward([0, 1, 0])
+        with torch.no_grad():
+            alone = forward([0], False)[0][0]
+            padding: list[bool] = [False] if predicts_tokens else [False, True]
+            unread = [left for left in padding if _same_row(alone, forward([0, 1, 0], left)[0][0], left)]
+            left = bool(unread) and unread[0]
+        first, before = forward([0, 1, 0], left)
         used = watch.used(first)
         with torch.no_grad():
-            second, between = forward([2, 1, 0])
-            third, after = forward([2, 1, 2])
-            alone, _ = forward([0])
-            reads_padding = not _same_row(alone[0], first[0], left=False)
-            left = reads_padding and not predicts_tokens
-            left = left and _same_row(alone[0], forward([0, 1, 0], left=True)[0][0], left=True)
+            second, between = forward([2, 1, 0], left)
+            third, after = forward([2, 1, 2], left)
     except Exception as error:  # any library model may come, with any kind of failure
         raise ModelError(
             f"model.source={source!r}: {type(model).__name__} fails on rows of tokens "
@@ -71,18 +72,16 @@ def observe_forward(
         ) from None
     finally:
         watch.stop()
-    kept = [name for name in modules if before[name]]
     rows_first = all(
-        _rows_first(before[name], between[name], 0) and _rows_first(between[name], after[name], _ROWS - 1)
-        for name in kept
+        _rows_first(one, two, 0) and _rows_first(two, three, _ROWS - 1)
+        for one, two, three in [
+            *((before[name], between[name], after[name]) for name in modules if before[name]),
+            ([first], [second], [third]),
+        ]
     )
-    rows_first = rows_first and _rows_first([first], [second], 0) and _rows_first([second], [third], _ROWS - 1)
     changed = int(rows.lengths[0]) - 1  # of a language model's rows, the last token alone
     later = predicts_tokens and _differ(first[0, :changed], second[0, :changed])
-    reads_padding = reads_padding and not left
-    return ForwardFacts(
-        used, Layout(rows_first and not reads_padding, "left" if left else "right"), reads_padding, later
-    )
+    return ForwardFacts(used, Layout(rows_first and bool(unread), "left" if left else "right"), not unread, later)
 
 
 class _Watch:

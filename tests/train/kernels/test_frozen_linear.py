@@ -66,3 +66,30 @@ def test_lower_precision_leaves_heads_and_buffers():
     assert model[0].weight.dtype == torch.bfloat16 and model[0].frequencies.dtype == torch.float32
     assert model[1].weight.dtype == torch.float32
     assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+class FourBits(nn.Linear):
+    """Stands for a linear layer that computes in a way of its own."""
+
+
+def test_layers_of_another_kind_stay_what_they_are():
+    model = nn.Sequential(nn.Linear(4, 4), FourBits(4, 4))
+    freeze_linears(model)
+    assert type(model[1]) is FourBits and isinstance(model[0], FrozenLinear)
+    assert freeze_linears(nn.Sequential(FourBits(4, 4))) == "the model has FourBits layers only"
+
+
+def test_packed_integers_are_not_rounded_to_bf16():
+    model = nn.Linear(4, 4)
+    model.codes = nn.Parameter(torch.arange(200, 256, dtype=torch.uint8), requires_grad=False)
+    lower_precision(model, ())
+    assert model.weight.dtype == torch.bfloat16 and model.codes.tolist() == list(range(200, 256))
+
+
+def test_a_model_may_change_what_a_frozen_layer_gives_in_place():
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    layer = FrozenLinear(nn.Linear(16, 16).requires_grad_(False))
+    y = layer(x)
+    y /= 2  # as Longformer does
+    y.sum().backward()
+    assert torch.allclose(x.grad, (layer.weight.sum(0) / 2).expand_as(x), atol=1e-5)
