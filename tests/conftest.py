@@ -42,7 +42,7 @@ def loaded_once():
     """
     from peerlora.runtime import resources
 
-    load_base, find_targets = resources.load_base, resources.find_targets
+    load_base, find_targets, observe = resources.load_base, resources.find_targets, resources.observe_forward
 
     @lru_cache(maxsize=16)
     def base(place, *arguments):
@@ -56,7 +56,16 @@ def loaded_once():
             targets[key] = find_targets(model, *words)
         return targets[key]
 
+    facts = {}
+
+    def observed_once(model, source, modules, *words):
+        key = (type(model), model.config.to_json_string(), tuple(modules))
+        if key not in facts:
+            facts[key] = observe(model, source, modules, *words)
+        return facts[key]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resources, "observe_forward", observed_once)
         patch.setattr(resources, "load_base", lambda *words: deepcopy(base(Path(words[0]).resolve(), *words)))
         patch.setattr(resources, "find_targets", targets_once)
         yield

@@ -6,7 +6,7 @@ from torch import nn
 
 from peerlora.data.batches import collate
 from peerlora.lora.adapters import mask_ranks
-from peerlora.lora.layer import ClientDropout, StackedHead, StackedLinear, Step
+from peerlora.lora.layer import ClientDropout, Layout, StackedHead, StackedLinear, Step
 from peerlora.runtime.compose import compose
 
 CLIENTS, RANK, D_IN, D_OUT, ROWS, TOKENS = 3, 2, 5, 4, 2, 6
@@ -185,3 +185,31 @@ def test_padding_beyond_the_own_rank_gets_no_gradient(config):
     for layer in g.A:
         assert not g.A[layer][0, 1:].any() and not g.B[layer][0, :, 1:].any() and not g.A[layer][2, 2:].any()
         assert g.A[layer][0, :1].any() and g.B[layer][0, :, :1].any()
+
+
+def dropped(x, shape, **layout):
+    step = in_training(0.5, [ROWS] * CLIENTS, [TOKENS - 2] * CLIENTS)
+    step.shape, step.layout = shape, Layout(**layout)
+    return ClientDropout(0.5, step)(x)
+
+
+def test_tokens_one_after_another_get_the_mask_of_their_rows():
+    x = random(CLIENTS * ROWS, TOKENS, D_IN)
+    rows = dropped(x, x.shape[:2])
+    assert torch.equal(dropped(x.flatten(0, 1), x.shape[:2]), rows.flatten(0, 1))
+    assert (rows[:, : TOKENS - 2] != 0).any((1, 2)).all() and not rows[:, TOKENS - 2 :].any()
+
+
+def test_padding_on_the_left_moves_the_mask_to_the_right():
+    x = random(CLIENTS * ROWS, TOKENS, D_IN).abs()
+    left, right = dropped(x, x.shape[:2], padding="left"), dropped(x, x.shape[:2])
+    assert not left[:, :2].any() and torch.equal(left[:, 2:] != 0, right[:, :-2] != 0)
+
+
+def test_a_client_alone_drops_over_all_that_a_layer_sees():
+    # Tokens first, or positions that all rows share: there are no rows to cut.
+    x = random(TOKENS, ROWS, D_IN).abs()
+    step = in_training(0.5, [ROWS], [TOKENS], clients=1)
+    step.shape, step.layout = (ROWS, TOKENS), Layout(rows_first=False)
+    kept = ClientDropout(0.5, step)(x) != 0
+    assert 0.2 < kept.double().mean() < 0.8 and kept[ROWS:].any()

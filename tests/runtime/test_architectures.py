@@ -36,39 +36,28 @@ ENCODERS = {
     "big_bird": dict(attention_type="original_full"),
     "camembert": {},
     "convbert": dict(embedding_size=16),
-    "data2vec-text": {},
     "deberta": RELATIVE | dict(max_relative_positions=8),
     "deberta-v2": RELATIVE | dict(position_buckets=8, share_att_key=True, norm_rel_ebd="layer_norm"),
     "distilbert": dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24),
     "electra": dict(embedding_size=16),
-    "ernie": {},
     "esm": dict(mask_token_id=3),
     "flaubert": dict(emb_dim=16, n_layers=2, n_heads=2),
     "fnet": dict(tpu_short_seq_length=40),
-    "funnel": dict(
-        d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[1, 1], block_repeats=[1, 1], num_hidden_layers=None
-    ),
     "ibert": {},
     "longformer": dict(attention_window=[4, 4], type_vocab_size=1),
     "luke": dict(entity_vocab_size=4, entity_emb_size=8),
-    "megatron-bert": {},
     "mobilebert": dict(embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16),
     "modernbert": dict(global_attn_every_n_layers=1, cls_token_id=1, sep_token_id=2),
     "mpnet": {},
     "nystromformer": dict(num_landmarks=4, segment_means_seq_len=40),
-    "rembert": dict(input_embedding_size=16, output_embedding_size=16),
     "roberta": {},
-    "roberta-prelayernorm": {},
-    "roc_bert": dict(pronunciation_vocab_size=SIZE, shape_vocab_size=SIZE),
     "roformer": dict(embedding_size=16),
     "squeezebert": {f"{part}_groups": 1 for part in "q k v post_attention intermediate output".split()}
     | dict(embedding_size=16),
     "xlm": dict(emb_dim=16, n_layers=2, n_heads=2),
-    "xlm-roberta": {},
     "xlm-roberta-xl": {},
     "xlnet": dict(d_model=16, n_layer=2, n_head=2, d_inner=24, d_head=8, max_position_embeddings=None),
     "xmod": dict(default_language="en_XX", languages=["en_XX"]),
-    "yoso": {},
     "reformer": dict(
         attn_layers=["local", "local"],
         axial_pos_shape=[4, 8],
@@ -83,47 +72,33 @@ PAIRS = {
     "bart": BOTH,
     "bigbird_pegasus": BOTH | dict(attention_type="original_full"),
     "mbart": BOTH,
-    "mvp": BOTH,
-    "plbart": BOTH,
     "t5": T5,
-    "mt5": T5,
     "umt5": T5,
 }
 DECODERS = {
-    "biogpt": {},
     "bloom": GPT,
-    "codegen": GPT | dict(rotary_dim=4, n_head=4),
-    "cohere": KV,
     "ctrl": GPT | dict(dff=24),
     "falcon": {},
-    "gemma": KV | dict(head_dim=8),
     "gemma2": KV | dict(head_dim=8),
     "gemma3_text": KV | dict(head_dim=8),
     "gpt2": GPT,
-    "gpt_bigcode": GPT,
     "gpt_neo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]),
     "gpt_neox": {},
     "gptj": GPT | dict(rotary_dim=4),
-    "granite": KV,
     "llama": KV,
     "mamba": dict(state_size=4, expand=2, time_step_rank=4),
     "mistral": KV,
     "mixtral": KV | dict(num_local_experts=2),
     "mpt": dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=40),
-    "olmo": KV,
     "openai-gpt": GPT,
     "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
     "persimmon": {},
     "phi": {},
     "phi3": KV,
-    "qwen2": KV,
     "qwen2_moe": KV
     | dict(num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=1),
     "qwen3": KV | dict(head_dim=8),
     "rwkv": dict(attention_hidden_size=16),
-    "smollm3": KV,
-    "stablelm": KV,
-    "starcoder2": KV,
     "xglm": dict(d_model=16, num_layers=2, attention_heads=2, ffn_dim=24),
 }
 TYPES = ENCODERS | PAIRS | DECODERS
@@ -131,7 +106,7 @@ TARGETS = {"mamba": "[in_proj, x_proj]", "ibert": "[query]"}
 """Where all-linear is refused by PEFT."""
 FP32 = {"xlnet", "xglm", "qwen2_moe", "mixtral"}
 """Types that do not run in fp64."""
-FAST = {"bert", "deberta-v2", "bart", "xlnet", "longformer", "gpt2"}
+FAST = {"deberta-v2", "bart", "xlnet", "longformer"}
 """One of each kind of layout, head and padding."""
 REFUSED = {
     "ibert": "QuantLinear.* is not supported",

@@ -55,10 +55,14 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     if not heads and task_type != "CAUSAL_LM":  # PEFT knows heads named classifier and score only
         heads = list(top_modules(model))
     inside = tuple(f"{head}." for head in heads)
+    every = _is_every_linear(targets)  # PEFT counts routers of experts among them
     layers = [
         name
         for name, module in modules.items()
-        if isinstance(module, LoraLayer) and name not in heads and not name.startswith(inside or ("\0",))
+        if isinstance(module, LoraLayer)
+        and name not in heads
+        and not name.startswith(inside or ("\0",))
+        and not (every and _d_in_and_out(model.get_submodule(name)) is None)
     ]
     if not layers:
         raise ModelError(_no_targets(model, targets, "only layers of the head, which trains in full"))
@@ -69,7 +73,7 @@ def _in_heads(model: nn.Module, targets: list[str] | str | None) -> list[str] | 
     """The layers in heads that PEFT knows, which its "all-linear" takes, and then fails where one is a head itself."""
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-    if not isinstance(targets, str) or targets.lower() != "all-linear":
+    if not _is_every_linear(targets):
         return None
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in names if any(part.endswith(tuple(SEQ_CLS_HEAD_NAMES)) for part in name.split("."))] or None
@@ -84,12 +88,22 @@ def _without_weights(model: nn.Module) -> nn.Module:
 
 def _layer_spec(model: nn.Module, name: str) -> LayerSpec:
     module = model.get_submodule(name)
+    widths = _d_in_and_out(module)
+    if widths is None:
+        raise ModelError(f"layer {name} is a {type(module).__name__}; adapter.targets can adapt linear layers only")
+    return LayerSpec(name, *widths)
+
+
+def _d_in_and_out(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer; None for any other module."""
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and weight is not None:  # GPT-2 stores its linear weights transposed
-        return LayerSpec(name, weight.shape[0], weight.shape[1])
-    if not isinstance(module, nn.Linear):
-        raise ModelError(f"layer {name} is a {type(module).__name__}; adapter.targets can adapt linear layers only")
-    return LayerSpec(name, module.in_features, module.out_features)
+        return weight.shape[0], weight.shape[1]
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+def _is_every_linear(targets: list[str] | str | None) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Exception | str) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cases import others_slow
 from peerlora.data.batches import Shards
+from peerlora.runtime import resources
 from peerlora.runtime.compose import compose
 from peerlora.train.graph_size import GraphSize
 from peerlora.train.kernels.attention import attend
@@ -211,3 +212,23 @@ def test_bf16_keeps_heads_in_fp32(config):
     kept = {name: value.dtype for name, value in federation.model.base.named_parameters()}
     heads = {dtype for name, dtype in kept.items() if name.startswith("classifier")}
     assert heads == {torch.float32} and kept["roberta.embeddings.word_embeddings.weight"] == torch.bfloat16
+
+
+class FourBits(torch.nn.Linear):
+    """Stands for a linear layer that computes in a way of its own."""
+
+
+def test_a_model_with_layers_of_another_kind_takes_the_padded_path(config, monkeypatch):
+    load = resources.load_base
+
+    def with_another_kind(*words):
+        base = load(*words)
+        query = base.model.bert.encoder.layer[0].attention.self.query
+        query.__class__ = FourBits
+        return base
+
+    monkeypatch.setattr(resources, "load_base", with_another_kind)
+    fast, x, losses, _ = trained(config("bert"))
+    assert fast.paths["packed tokens"] == "packed tokens need plain linear layers, the model has FourBits there"
+    _, y, expected, _ = trained(config("bert", "train.fast=false"))
+    assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
