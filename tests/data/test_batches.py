@@ -43,6 +43,13 @@ def test_rows_are_client_major_and_padded_to_the_longest():
     assert {value.dtype for value in batch.inputs.values()} == {torch.int64}
 
 
+def test_padding_on_the_left_moves_rows_to_the_right():
+    batch = collate(dataset([2, 4, 1, 3]), rows_of([2, 0], [3, 2]), PAD, torch.float64, pad_left=True)
+    assert batch.inputs["input_ids"].tolist() == [[99, 99, 20], [99, 0, 1], [30, 31, 32], [99, 99, 20]]
+    assert batch.inputs["attention_mask"].tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]]
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 1], [0, 0, 0]]
+
+
 def test_a_smaller_batch_is_filled_with_its_first_row_at_weight_zero():
     batch = collate(dataset([2, 4, 1]), rows_of([1], [0, 2, 2]), PAD, torch.float32)
     assert batch.inputs["input_ids"][:3, 0].tolist() == [10, 10, 10] and batch.labels.tolist() == [1, 1, 1, 0, 2, 2]

@@ -143,7 +143,7 @@ def observed(model, *names):
     torch.manual_seed(0)
     for table in model.parameters():
         nn.init.normal_(table)
-    data = rows([1, 4, 5, 2], [1, 6, 7, 8, 9, 2], [1, 9, 4, 2])
+    data = rows([1, 4, 5, 2], [1, 6, 7, 8, 9, 3], [1, 9, 4, 6])
     return observe_forward(model, "./m", names, data, 0, False)
 
 

@@ -151,9 +151,11 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
         config.train.fast,
         config.device,
         config.adapter.targets,
+        config.model.dropout > 0,
     )
     prepared = bases.get(key, config.seed, lambda: _prepared(config, resources))
     base, targets = prepared.base, prepared.targets
+    of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
     check_ranks(config, targets)
     model = StackedModel(
@@ -170,7 +172,9 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
     export = ExportContext(
         source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
     )
-    return BuiltModel(model, export, prepared.paths | use_encoder(model, config.train.fast), prepared.warnings)
+    return BuiltModel(
+        model, export, prepared.paths | use_encoder(model, config.train.fast), prepared.warnings + of_tokens
+    )
 
 
 class _BaseKey(NamedTuple):
@@ -183,6 +187,7 @@ class _BaseKey(NamedTuple):
     fast: bool
     device: str
     targets: list[str] | str | None
+    dropout: bool
 
 
 def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
@@ -190,9 +195,9 @@ def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
     base = load_base(source, task.name, data.names, config.seed, pad, dtype)
     check_lengths(config, base)
-    warnings = base.warnings + check_tokens(base, resources.tokenizer, (data, resources.eval_data))
+    check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
     targets = find_targets(base.model, task.peft_type, config.adapter.targets)
-    warnings += check_head(base, targets, data.names)
+    warnings = base.warnings + check_head(base, targets, data.names)
     base.model.to(_device(config))
     targets, layout, more = _observed(config, base, targets, resources)
     paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
