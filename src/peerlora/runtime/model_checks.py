@@ -86,7 +86,7 @@ def _check_ids(base: Base, tokenizer: Any, rows: Dataset, size: int) -> None:
 
 def _check_ends(base: Base, tokenizer: Any, rows: Dataset) -> None:
     """Classifiers with a decoder look at the last end token, and want as many in each row."""
-    end = base.model.config.eos_token_id
+    end = base.model.config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
     if end == tokenizer.pad_token_id:
         raise ModelError(
             f"model.source={base.source!r}: {type(base.model).__name__} classifies at the end token {end}, which is "
