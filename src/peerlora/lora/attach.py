@@ -55,18 +55,19 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     if not heads and task_type != "CAUSAL_LM":  # PEFT knows heads named classifier and score only
         heads = list(top_modules(model))
     inside = tuple(f"{head}." for head in heads)
-    every = _is_every_linear(targets)  # PEFT counts routers of experts among them
+    own = dict(model.named_modules())
+    every = _is_every_linear(targets)  # PEFT counts routers and experts among them, which are no linear layers
     layers = [
         name
         for name, module in modules.items()
         if isinstance(module, LoraLayer)
         and name not in heads
         and not name.startswith(inside or ("\0",))
-        and not (every and _d_in_and_out(model.get_submodule(name)) is None)
+        and not (every and _d_in_and_out(own.get(name)) is None)
     ]
     if not layers:
         raise ModelError(_no_targets(model, targets, "only layers of the head, which trains in full"))
-    return Targets(tuple(_layer_spec(model, name) for name in layers), tuple(heads))
+    return Targets(tuple(_layer_spec(own.get(name), name) for name in layers), tuple(heads))
 
 
 def _in_heads(model: nn.Module, targets: list[str] | str | None) -> list[str] | None:
@@ -86,20 +87,23 @@ def _without_weights(model: nn.Module) -> nn.Module:
         return kind(config)  # pyright: ignore[reportCallIssue]
 
 
-def _layer_spec(model: nn.Module, name: str) -> LayerSpec:
-    module = model.get_submodule(name)
+def _layer_spec(module: nn.Module | None, name: str) -> LayerSpec:
     widths = _d_in_and_out(module)
     if widths is None:
-        raise ModelError(f"layer {name} is a {type(module).__name__}; adapter.targets can adapt linear layers only")
+        raise ModelError(f"layer {name} is {_kind(module)}; adapter.targets can adapt linear layers only")
     return LayerSpec(name, *widths)
 
 
-def _d_in_and_out(module: nn.Module) -> tuple[int, int] | None:
+def _d_in_and_out(module: nn.Module | None) -> tuple[int, int] | None:
     """Inputs and outputs of a linear layer; None for any other module."""
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and weight is not None:  # GPT-2 stores its linear weights transposed
         return weight.shape[0], weight.shape[1]
     return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "a group of parameters" if module is None else f"a {type(module).__name__}"
 
 
 def _is_every_linear(targets: list[str] | str | None) -> bool:
