@@ -119,6 +119,12 @@ def save_tokenizer(folder):
     return len(vocabulary)
 
 
+@pytest.fixture(scope="session")
+def write_tokenizer():
+    """A function that writes the tests' tokenizer into a folder and returns its size."""
+    return save_tokenizer
+
+
 def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import WORDS, save_tokenizer
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.batches import collate
 from peerlora.errors import ModelError
@@ -20,7 +19,7 @@ from peerlora.lora.peft_io import export_adapter
 from peerlora.runtime.compose import compose
 from peerlora.runtime.resources import DTYPES
 
-SIZE = len(WORDS) + 4
+SIZE = 44  # tokens of the tests' tokenizer
 SMALL = dict(vocab_size=SIZE, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 SMALL |= dict(max_position_embeddings=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
 BOTH = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
@@ -117,7 +116,7 @@ REFUSED = {
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, write_tokenizer):
     """Folder of a tiny model of a type, as it is saved for a task that has another head, or none."""
     import transformers as tf
 
@@ -126,7 +125,7 @@ def saved(tmp_path_factory):
     def get(name, auto):
         if (name, auto) not in made:
             folder = tmp_path_factory.mktemp(name)
-            save_tokenizer(folder)
+            assert write_tokenizer(folder) == SIZE
             settings = {key: value for key, value in (SMALL | TYPES[name]).items() if value is not None}
             torch.manual_seed(1)
             model = getattr(tf, auto).from_config(tf.AutoConfig.for_model(name, **settings))
