@@ -6,7 +6,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,15 @@ def tokenise(texts: Sequence[list[str]], tokenizer: Any, max_length: int, causal
     if file:
         _save(tokens, file)
     return tokens
+
+
+def sample_tokens(tokenizer: Any, max_length: int, causal: bool) -> Tokens:
+    """Tokenise three rows of the tokenizer's own words: for those who look at a model and have no data."""
+    special = set(tokenizer.all_special_ids)
+    known = (number for number in sorted(tokenizer.get_vocab().values()) if number not in special)
+    words = list(islice((word for each in known if (word := tokenizer.decode([each]).strip()).isalnum()), 6))
+    rows = [words[:3], words, words[3:]]
+    return _tokenise([[" ".join(row) for row in rows]], tokenizer, max_length, causal)
 
 
 def default_cache() -> Path:

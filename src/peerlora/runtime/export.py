@@ -18,6 +18,7 @@ from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
+from peerlora.data.tokens import sample_tokens
 from peerlora.errors import RunError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.files import atomic_file, sync_tree
@@ -84,10 +85,12 @@ def exporter_of(run: Path) -> Exporter:
         config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
     config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})  # long since read
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
-    empty = Dataset(np.empty(0, np.int32), np.zeros(1, np.int64), None, np.empty(0, np.int64), _classes(run, config))
-    model, context, _ = build_model(config, RunResources(empty, empty, load_tokenizer(config.model.source)))
-    context = replace(context, base_source=named)
-    start = start_adapters(config, model, here)
+    tokenizer, causal = load_tokenizer(config.model.source), task_kind(config.task.kind).target == "tokens"
+    tokens = sample_tokens(tokenizer, config.data.max_length, causal)
+    rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), _classes(run, config))
+    built = build_model(config, RunResources(rows, rows, tokenizer))
+    model, context = built.model, replace(built.export, base_source=named)
+    start, _ = start_adapters(config, model, context, here)
     exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
     return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
 
