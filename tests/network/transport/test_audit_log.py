@@ -135,10 +135,10 @@ def test_a_dialler_survives_whatever_fails_in_a_session(federation, monkeypatch,
     async def scenario(rig):
         opened, failures = LinkTable.opened, iter([True, False, False, False])
 
-        def open_later(ends, peer, link):
+        def open_later(ends, peer, link, anew=False):
             if ends.me == "a" and next(failures):
                 raise ZeroDivisionError("a mistake of ours")
-            opened(ends, peer, link)
+            opened(ends, peer, link, anew)
 
         monkeypatch.setattr(LinkTable, "opened", open_later)
         rig.timing = Timing(beat=0.1, backoff=(0.05, 0.2), refused=0.2, handshake=1.0)

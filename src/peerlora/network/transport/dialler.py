@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -17,21 +18,25 @@ from peerlora.network.identity.proof import check_proof, new_nonce
 from peerlora.network.identity.roster import Roster
 from peerlora.network.transport import frames
 from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
-from peerlora.network.transport.links import Link, LinkTable, Read
+from peerlora.network.transport.links import REPLACED, Link, LinkTable, Read
 
 
 class DialledLink(Link):
     """Session seen from the dialling side."""
 
-    def __init__(self, channel: aio.Channel, token: bytes):
+    def __init__(self, channel: aio.Channel, token: bytes, outdated: asyncio.Event):
         super().__init__()
+        self.token, self.outdated = token, outdated
         self.metadata = ((frames.TOKEN_KEY, token),)
         self._send = channel.stream_stream(f"/{frames.SERVICE}/{frames.SEND}")
         self.take = channel.stream_stream(f"/{frames.SERVICE}/{frames.TAKE}")
 
     async def push(self, header: bytes, body: memoryview) -> None:
         """One call: the message streams out, one ack comes back."""
-        call = self._send(metadata=self.metadata)
+        try:
+            call = self._send(metadata=self.metadata)
+        except aio.UsageError:
+            raise PeerDown("the connection is closed") from None
         try:
             await frames.say(header, body, call.write, frames.reader(call))
         except aio.AioRpcError as error:
@@ -49,35 +54,86 @@ def failure(error: aio.AioRpcError) -> Refused | PeerDown:
 
 
 async def dial_for_ever(
-    ends: LinkTable, roster: Roster, identity: Callable[[], Identity], peer: PeerId, timing: Timing
+    ends: LinkTable,
+    roster: Roster,
+    identity: Callable[[], Identity],
+    peer: PeerId,
+    timing: Timing,
+    anew: asyncio.Event,
 ) -> None:
-    """Keep a session with ``peer`` while it is a member: open it, and again whenever it ends."""
-    wait: float | None = None
-    while True:
-        side = "here"
-        try:
-            roster.check(peer)
-            side = "there"
-            opened = await _one_session(ends, roster, identity(), peer, timing)
-            wait = timing.next_wait(None if opened else wait)
-        except Refused as refusal:
-            ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
-            wait = timing.refused
-        except Exception:  # a fault of this code must not cost the edge for the rest of the run
-            logging.getLogger(__name__).exception("dialling %s failed here", peer)
-            wait = timing.refused
-        await asyncio.sleep(wait)
+    """Keep a session with ``peer`` while it is a member: open it, and again whenever it ends.
+
+    When ``anew`` is set, or the other side asks for it, another session is opened first; it replaces the one before.
+    """
+    wait, sessions = None, set[asyncio.Future[float]]()
+    try:
+        while True:
+            anew.clear()
+            opened = asyncio.Event()
+            session = asyncio.ensure_future(_dial(ends, roster, identity(), peer, timing, opened, anew, wait))
+            sessions.add(session)
+            session.add_done_callback(sessions.discard)
+            await _either(session, opened)
+            if opened.is_set():
+                await _either(session, anew)
+            wait = session.result() if session.done() else None
+            await asyncio.sleep(wait or 0)
+    finally:
+        await give_up(*sessions)
 
 
-async def _one_session(ends: LinkTable, roster: Roster, identity: Identity, peer: PeerId, timing: Timing) -> bool:
-    """Run one channel and one session to its end; whether it was ever open.  Raises Refused."""
+async def _either(task: asyncio.Future, event: asyncio.Event) -> None:
+    """Wait until a task has ended or an event is set."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await give_up(waiting)
+
+
+async def _dial(
+    ends: LinkTable,
+    roster: Roster,
+    identity: Identity,
+    peer: PeerId,
+    timing: Timing,
+    opened: asyncio.Event,
+    anew: asyncio.Event,
+    waited: float | None,
+) -> float:
+    """Run one session; the seconds to wait before the next, after having waited ``waited`` for this one."""
+    side = "here"
+    try:
+        roster.check(peer)
+        side = "there"
+        await _one_session(ends, roster, identity, peer, timing, opened, anew)
+        return timing.next_wait(None if opened.is_set() else waited)
+    except Refused as refusal:
+        ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
+    except Exception:  # a fault of this code must not cost the edge for the rest of the run
+        logging.getLogger(__name__).exception("dialling %s failed here", peer)
+    return timing.refused
+
+
+async def _one_session(
+    ends: LinkTable,
+    roster: Roster,
+    identity: Identity,
+    peer: PeerId,
+    timing: Timing,
+    opened: asyncio.Event,
+    anew: asyncio.Event,
+) -> None:
+    """Run one channel and one session to its end; raises Refused."""
     member = roster.members.member(peer)
     assert member.address is not None
     credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
     named = ("grpc.ssl_target_name_override", host_name(peer))
     channel = aio.secure_channel(member.address, credentials, options=[*frames.options(timing), named])
-    nonce, link = new_nonce(), None
-    call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=((frames.NONCE_KEY, nonce),))
+    nonce, link, before = new_nonce(), None, ends.edge(peer).link
+    metadata = [(frames.NONCE_KEY, nonce)]
+    metadata += [(frames.TOKEN_KEY, before.token)] if isinstance(before, DialledLink) else []
+    call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=tuple(metadata))
     try:
         async with asyncio.timeout(timing.handshake):
             answer = await frames.reader(call)()
@@ -87,12 +143,13 @@ async def _one_session(ends: LinkTable, roster: Roster, identity: Identity, peer
             seconds = (expires - roster.clock()).total_seconds()
             if seconds <= 0:
                 raise PeerDown(_expired(expires))
-            link = DialledLink(channel, token)
-        ends.opened(peer, link)
+            link = DialledLink(channel, token, anew)
+        ends.opened(peer, link, anew=ends.edge(peer).link is not None)
+        opened.set()
         end = asyncio.get_running_loop().call_later(seconds, link.end, _expired(expires))
         taking = asyncio.ensure_future(_take_all(ends, peer, link))
         try:
-            why = await live(ends, peer, link, timing, call.write, frames.reader(call))
+            why = await live(ends, peer, link, timing, call.write, frames.reader(call), linger=timing.handshake)
         finally:
             end.cancel()
             await give_up(taking)
@@ -113,7 +170,6 @@ async def _one_session(ends: LinkTable, roster: Roster, identity: Identity, peer
             ends.lost(peer, link, f"{ends.me} ended the session")
         call.cancel()
         await channel.close()
-    return link is not None
 
 
 def _expired(end: datetime) -> str:
@@ -162,19 +218,30 @@ async def live(
     timing: Timing,
     write: Callable[[bytes], Awaitable[Any]],
     read: Read,
+    ask_anew: asyncio.Event | None = None,
+    linger: float = 0.0,
 ) -> str:
-    """Send and receive heartbeats until the session ends; return why it did."""
+    """Send and receive heartbeats until the session ends; return why it did.
+
+    Once ``ask_anew`` is set, heartbeats ask the other side to open the session anew.  A replaced session may last
+    ``linger`` seconds more, until the other side ends it: the new one has opened there, too, by then.
+    """
     loop = asyncio.get_running_loop()
     heartbeat = Heartbeat(timing, loop.time())
 
     async def beat() -> None:
         while True:
-            await write(frames.BEAT)
-            await asyncio.sleep(timing.beat)
+            asking = ask_anew is not None and ask_anew.is_set()
+            await write(frames.ANEW if asking else frames.BEAT)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timing.beat):
+                    await (asyncio.sleep(timing.beat) if asking or ask_anew is None else ask_anew.wait())
 
     async def hear() -> None:
-        while await read() is not None:
+        while (heard := await read()) is not None:
             heartbeat.heard(loop.time())
+            if heard == frames.ANEW:
+                link.outdated.set()
 
     hearing = asyncio.ensure_future(hear())
     watching = asyncio.ensure_future(watch(heartbeat, lambda health: ends.health(peer, health)))
@@ -182,6 +249,8 @@ async def live(
     try:
         await asyncio.wait({hearing, watching, beating, link.ended}, return_when=asyncio.FIRST_COMPLETED)
         if link.ended.done():
+            if link.ended.result() == REPLACED and linger:
+                await asyncio.wait({hearing}, timeout=linger)
             return link.ended.result()
         if watching.done():
             return "no heartbeat"

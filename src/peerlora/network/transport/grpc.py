@@ -47,6 +47,7 @@ class GrpcTransport:
         self.ends = LinkTable(self.me, roster, audit)
         self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
         self._dialling: dict[PeerId, asyncio.Task] = {}
+        self._anew: dict[PeerId, asyncio.Event] = {}
 
     @property
     def port(self) -> int:
@@ -63,8 +64,9 @@ class GrpcTransport:
     def _dial(self) -> None:
         for peer in self.roster.others():
             if peer not in self._dialling and self.roster.dials(peer):
+                anew = self._anew[peer] = asyncio.Event()
                 self._dialling[peer] = asyncio.ensure_future(
-                    dial_for_ever(self.ends, self.roster, lambda: self.identity, peer, self.timing)
+                    dial_for_ever(self.ends, self.roster, lambda: self.identity, peer, self.timing, anew)
                 )
 
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
@@ -88,13 +90,16 @@ class GrpcTransport:
         self._dial()
 
     async def renew(self, identity: Identity) -> None:
-        """Replace the certificate by a renewed one and reopen the sessions with it.  Best between two rounds."""
+        """Replace the certificate by a renewed one and open the sessions anew with it.
+
+        A session ends when its successor has opened, so no message is lost, and no event says that anybody was away.
+        """
         if (identity.site, identity.fingerprint) != (self.me, self.roster.fingerprint):
             raise IdentityError("a renewed certificate must be of the same site and key; a new key needs a new list")
         self.identity = identity
-        dialled = list(self._dialling)
-        await give_up(*(self._dialling.pop(peer) for peer in dialled))
-        self._dial()
+        await self._listener.renew()
+        for peer in self._dialling:
+            self._anew[peer].set()
 
     async def close(self) -> None:
         """See Transport."""

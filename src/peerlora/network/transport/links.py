@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Protocol
 
 from peerlora.network.base import (
@@ -27,6 +28,7 @@ CHUNK = 1 << 20
 EVENTS = 1000
 """Events that wait to be read; beyond, the oldest are dropped."""
 REPLACED = "replaced by a new session"
+_MOMENT = 0.2  # seconds between two tries of a message over a session that takes none while it is being replaced
 
 Read = Callable[[], Awaitable[bytes | None]]
 """Reads the next chunk of a message; None after the last."""
@@ -34,6 +36,11 @@ Read = Callable[[], Awaitable[bytes | None]]
 
 class Link(Session, ABC):
     """Session that carries messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outdated = asyncio.Event()
+        """Set when the session shall be opened anew."""
 
     @abstractmethod
     async def push(self, header: bytes, body: memoryview) -> None:
@@ -54,9 +61,24 @@ class PeerLinks:
     def __init__(self, peer: PeerId):
         self.peer = peer
         self.link: Link | None = None
+        self.changed = asyncio.Event()
+        """Set, and cleared, whenever a session has opened or ended."""
         self.sending, self.taking = asyncio.Lock(), asyncio.Lock()
         self.reported_down = False
         """Whether the lack of a session was reported since the last one."""
+
+    def replace(self, link: Link | None) -> None:
+        """Change the session."""
+        self.link = link
+        self.changed.set()
+        self.changed.clear()
+
+    async def wait_for_another(self, link: Link) -> None:
+        """Wait a moment for the session that replaces ``link``, which takes no messages any more, or not yet."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_MOMENT):
+                while self.link is link:
+                    await self.changed.wait()
 
 
 class LinkTable:
@@ -102,10 +124,24 @@ class LinkTable:
         self.audit.message("sent", to, header, len(view))
 
     async def _push(self, to: PeerId, header: bytes, body: memoryview) -> None:
-        link = self.edge(to).link
-        if self.closed or link is None or not link.open:
-            raise PeerDown(f"there is no session with {to}")
-        await link.during(link.push(header, body))
+        """Send over the session; a message that a new session has cut off is sent again over that one.
+
+        So it may arrive twice; what must not is refused as ``replay`` by the receiver.
+        """
+        edge = self.edge(to)
+        while True:
+            link = edge.link
+            if self.closed or link is None or not link.open:
+                raise PeerDown(f"there is no session with {to}")
+            try:
+                return await link.during(link.push(header, body))
+            except PeerDown:
+                if edge.link is None or edge.link is link and not link.open:
+                    raise
+            except Refused as refusal:
+                if refusal.reason != "no-session":
+                    raise
+            await edge.wait_for_another(link)
 
     async def take(self, peer: PeerId, header: bytes, length: int, read: Read) -> None:
         """Receive one message and hand it over; raises Refused, and reports it here as well."""
@@ -133,12 +169,20 @@ class LinkTable:
             raise Refused("oversize", f"{length} bytes announced, {allowed} allowed")
         await self.receiver.deliver(peer, header, await _assemble(length, read))
 
-    def opened(self, peer: PeerId, link: Link) -> None:
-        """Register a new session, which replaces an earlier one with the same peer."""
+    def opened(self, peer: PeerId, link: Link, anew: bool = False) -> None:
+        """Register a new session, which replaces an earlier one with the same peer.
+
+        ``anew``: the same process has opened it, to show a renewed certificate; no event, nobody was away.
+        """
         edge = self.edge(peer)
-        old, edge.link, edge.reported_down = edge.link, link, False
+        old, edge.reported_down = edge.link, False
+        edge.replace(link)
         if old is not None:
             old.end(REPLACED)
+        if anew and old is not None:
+            self.audit.event("anew", peer, "")
+            return
+        if old is not None:
             self.report(PeerEvent("down", peer, REPLACED))
         self.report(PeerEvent("up", peer))
 
@@ -147,7 +191,7 @@ class LinkTable:
         link.end(why)
         edge = self.edge(peer)
         if edge.link is link:
-            edge.link = None
+            edge.replace(None)
             self.report(PeerEvent("down", peer, why))
 
     def unreachable(self, peer: PeerId, why: str) -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
-from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
-from grpc import aio
 
 from peerlora.errors import IdentityError
-from peerlora.network.base import PeerDown, PeerId, Refused, TransportError
+from peerlora.network.base import PeerDown, PeerId, Refused
 from peerlora.network.identity.identity import Identity, certificate_fingerprint, read_certificates
 from peerlora.network.identity.proof import NONCE, TOKEN, prove
 from peerlora.network.identity.roster import Roster
 from peerlora.network.transport import frames
+from peerlora.network.transport.connections import PER_ADDRESS, Connections, Handshakes, most_connections
 from peerlora.network.transport.dialler import live
 from peerlora.network.transport.heartbeat import Session, Timing, give_up
 from peerlora.network.transport.links import REPLACED, Link, LinkTable
+from peerlora.network.transport.server import TlsServer
 
 Got = TypeVar("Got")
 STRANGER = "unknown"
@@ -77,55 +77,64 @@ class Listener:
 
     def __init__(self, ends: LinkTable, roster: Roster, identity: Callable[[], Identity], timing: Timing):
         self.ends, self.roster, self.identity, self.timing = ends, roster, identity, timing
-        self.port = 0
-        self._server: aio.Server | None = None
-        self._shown = identity()
-        self._configuration = _configuration(self._shown)
-        self._strangers = Handshakes(timing.handshake)
-        self._tasks: list[asyncio.Task] = []
-        self._calls: Counter[str] = Counter()
-
-    async def start(self, address: str) -> None:
-        """Open the port; raises TransportError where that fails."""
-        server = aio.server(
-            options=frames.options(self.timing), maximum_concurrent_rpcs=CALLS * len(self.roster.members.members) + 32
-        )
+        members = len(roster.members.members)
         handlers = {
             frames.SEND: grpc.stream_stream_rpc_method_handler(self._send),
             frames.TAKE: grpc.stream_stream_rpc_method_handler(self._take),
             frames.SESSION: grpc.stream_stream_rpc_method_handler(self._session),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(frames.SERVICE, handlers),))
-        credentials = grpc.dynamic_ssl_server_credentials(self._configuration, self._shake, True)
-        try:
-            self.port = server.add_secure_port(address, credentials)
-        except RuntimeError:
-            raise TransportError(
-                f"cannot listen at {address}; is the address of this machine, and the port free and allowed?"
-            ) from None
-        await server.start()
-        self._server = server
-        self._tasks.append(asyncio.ensure_future(self._count_strangers()))
+        self._server = TlsServer(handlers, timing, CALLS * members + 32, most_connections(members), self._began)
+        self._handshakes = Handshakes(timing.handshake)
+        self._connections = Connections(2 * timing.handshake, PER_ADDRESS + 2 * members)
+        self._fresh = 0
+        self._crowded = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: list[asyncio.Task] = []
+        self._calls: Counter[str] = Counter()
+
+    @property
+    def port(self) -> int:
+        """Number of the open port; 0 for none."""
+        return self._server.port
+
+    async def start(self, address: str) -> None:
+        """Open the port; raises TransportError where that fails."""
+        self._loop = asyncio.get_running_loop()
+        await self._server.start(address, self.identity())
+        self._tasks.append(asyncio.ensure_future(self._watch_strangers()))
+
+    async def renew(self) -> None:
+        """Show the renewed certificate, and have every dialler open its session anew to see it."""
+        await self._server.renew(self.identity())
+        for edge in self.ends.edges.values():
+            if isinstance(edge.link, AnsweredLink):
+                edge.link.outdated.set()
 
     async def close(self) -> None:
         """Close the port and every call."""
         await give_up(*self._tasks)
-        if self._server is not None:
-            await self._server.stop(0)
+        await self._server.close()
 
-    def _shake(self) -> grpc.ServerCertificateConfiguration:
-        """Choose the certificate to show; gRPC calls this at every new connection, from its own threads."""
-        self._strangers.began()
-        if self.identity() is not self._shown:
-            self._shown = self.identity()
-            self._configuration = _configuration(self._shown)
-        return self._configuration
+    def _began(self) -> None:
+        """Note a new connection; gRPC calls this from its own threads."""
+        self._handshakes.began()
+        self._fresh += 1
+        if self._fresh > self._connections.most and self._loop is not None:
+            self._fresh = 0
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._crowded.set)
 
-    async def _count_strangers(self) -> None:
+    async def _watch_strangers(self) -> None:
+        """Close connections that make no call, and count those that never got to one."""
         while True:
-            await asyncio.sleep(self.timing.handshake / 2)
-            for _ in range(self._strangers.failed()):
-                self.ends.refused(STRANGER, Refused("tls-failed"), "here")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.timing.handshake / 2):
+                    await self._crowded.wait()
+            self._crowded.clear()
+            self._fresh = 0
+            self._connections.trim(self.port)
+            if failed := self._handshakes.failed():
+                self.ends.refused(STRANGER, Refused("tls-failed", f"{failed} connections"), "here")
 
     @contextmanager
     def _calling(self, context: Any) -> Iterator[Caller]:
@@ -134,7 +143,7 @@ class Listener:
         A refused call is aborted at once: the number of all calls is limited, so none may go to strangers, nor more
         than its share to one member.
         """
-        self._strangers.passed(context.peer())
+        self._handshakes.passed(context.peer())
         try:
             caller = _caller(context.auth_context())
         except Refused as refusal:
@@ -144,6 +153,7 @@ class Listener:
             raise self._refused(caller.name, Refused("not-a-member", f"key {key[:16]}"))
         if self._calls[key] >= CALLS:
             raise self._refused(caller.name, Refused("too-many", f"{CALLS} calls are open"))
+        self._connections.prove(key, context.peer())
         self._calls[key] += 1
         try:
             yield caller
@@ -224,14 +234,22 @@ class Listener:
 
     async def _live(self, peer: PeerId, fingerprint: str, context: Any) -> None:
         """Run a session from its opening to its end; raises Refused where it is refused, or replaced by another."""
+        me = self.identity()
         try:
-            token = await self._open_session(peer, fingerprint, context)
+            token = await self._open_session(me, peer, fingerprint, context)
         except PeerDown:
             return  # it went away before the proof had reached it
         link, why = AnsweredLink(token, context.peer()), "the connection broke"
-        self.ends.opened(peer, link)
+        before = self.ends.edge(peer).link
+        anew = isinstance(before, AnsweredLink) and hmac.compare_digest(
+            before.token, _metadata(context, frames.TOKEN_KEY)
+        )
+        self.ends.opened(peer, link, anew)
+        if me is not self.identity():
+            link.outdated.set()
+        write, read = frames.writer(context), frames.reader(context)
         try:
-            why = await live(self.ends, peer, link, self.timing, frames.writer(context), frames.reader(context))
+            why = await live(self.ends, peer, link, self.timing, write, read, link.outdated)
         except PeerDown as down:
             why = str(down)
         finally:
@@ -239,9 +257,9 @@ class Listener:
         if why == REPLACED:
             raise Refused("replaced")
 
-    async def _open_session(self, peer: PeerId, fingerprint: str, context: Any) -> bytes:
+    async def _open_session(self, me: Identity, peer: PeerId, fingerprint: str, context: Any) -> bytes:
         """Prove this site's identity; the token of the new session.  Raises Refused, and reports it."""
-        nonce, token, me = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN), self.identity()
+        nonce, token = _metadata(context, frames.NONCE_KEY), os.urandom(TOKEN)
         refusal = Refused("bad-frame", "another version of peerlora, or no session's opening")
         if len(nonce) == NONCE:
             await frames.writer(context)(prove(me, nonce, token, peer, fingerprint))
@@ -284,41 +302,3 @@ def _caller(shown: dict[str, list[bytes]]) -> Caller:
 @lru_cache(maxsize=1024)
 def _certificate(pem: bytes) -> Caller:
     return Caller(certificate_fingerprint(pem), read_certificates(pem, "a certificate")[0].not_valid_after_utc)
-
-
-def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(identity.key, identity.certificate)], identity.roots)
-
-
-class Handshakes:
-    """Counts connections that started and never made a call, because their TLS handshake failed.
-
-    gRPC reports neither their certificates nor what was wrong with them.
-    """
-
-    def __init__(self, limit: float):
-        self.limit = limit
-        self._began: deque[float] = deque(maxlen=10_000)
-        self._known: OrderedDict[str, None] = OrderedDict()
-
-    def began(self) -> None:
-        """Note that a connection started; called from gRPC's own threads."""
-        self._began.append(monotonic())
-
-    def passed(self, address: str) -> None:
-        """Note a call over the connection from ``address``."""
-        if address in self._known:
-            return
-        self._known[address] = None
-        if len(self._known) > 10_000:
-            self._known.popitem(last=False)
-        if self._began:
-            self._began.popleft()
-
-    def failed(self) -> int:
-        """How many have failed since the last call."""
-        count = 0
-        while self._began and monotonic() - self._began[0] > self.limit:
-            self._began.popleft()
-            count += 1
-        return count

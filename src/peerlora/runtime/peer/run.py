@@ -14,6 +14,7 @@ from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.wire import message_facts
 from peerlora.network.transport.audit_log import AuditLog
+from peerlora.network.transport.connections import raise_descriptor_limit
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.network.transport.reload import reload_on_change
 from peerlora.runtime.peer.checks import plan_peer, sums_known
@@ -46,6 +47,7 @@ def run_peer(
     done = None if begun is None else finished(config, begun)
     if done is not None:
         return done  # nothing is left that needs an identity
+    raise_descriptor_limit()
     who, roster, site = site_of(config, identity, members, begun)
     audit = AuditLog(identity / "audit.jsonl", describe=message_facts)
     try:
