@@ -48,10 +48,31 @@ REASONS = {
 """Reasons of refusals, and their meanings."""
 
 
+LONGEST = 500
+"""Characters of the longest text that another site can put into a message for the user."""
+
+
+def printable(text: str, most: int = LONGEST) -> str:
+    """Clean a text that another site may have written: one line without control characters, of bounded length."""
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(character if character.isprintable() else "?" for character in cut)
+
+
 class TransportError(PeerloraError):
-    """A message was not delivered, or the port cannot be opened; trying again may help."""
+    """A message was not delivered, or the port cannot be opened; trying again may help.
+
+    Its text may come from another site, which must not write into this one's terminal and logs.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str):
+        super().__init__(printable(text))
+
+
+def refused_for(reason: str) -> str:
+    """Return how the text of a refusal for this reason begins; what follows may be the other site's words."""
+    return f"refused: {reason}"
 
 
 class Refused(TransportError):
@@ -59,8 +80,8 @@ class Refused(TransportError):
 
     def __init__(self, reason: str, detail: str = ""):
         assert reason in REASONS, reason
-        super().__init__(f"refused: {reason}" + (f" ({detail})" if detail else ""))
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, printable(detail, LONGEST - 100)
+        super().__init__(refused_for(reason) + (f" ({self.detail})" if detail else ""))
 
 
 class PeerDown(TransportError):

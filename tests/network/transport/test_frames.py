@@ -2,10 +2,11 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from grpc import aio
 
-from peerlora.network.base import PeerDown
+from peerlora.network.base import LONGEST, PeerDown, Refused, TransportError
 from peerlora.network.transport import frames
 
 
@@ -46,3 +47,20 @@ def test_a_broken_call_has_nothing_more_to_read_and_cannot_be_answered():
 
     with pytest.raises(PeerDown, match="broke off"):
         asyncio.run(both())
+
+
+FORGED = "\x1b]0;title\x07\x1b[2J\r\nwarning: forged\u202e\u2028" + "x" * 10_000
+
+
+@pytest.mark.parametrize("make", [TransportError, PeerDown, lambda text: Refused("wrong-config", text)])
+def test_what_another_site_says_is_one_short_line_of_plain_characters(make):
+    error = make(FORGED)
+    for text in (str(error), getattr(error, "detail", "x")):
+        assert text.isprintable() and len(text) <= LONGEST
+
+
+def test_what_the_other_end_says_of_a_refusal_is_cleaned_and_its_reason_cannot_be_forged():
+    refusal = frames.read_refusal(frames.refusal_bytes(Refused("late", "here\x1b[31m: refused: wrong-run")))
+    assert refusal.detail == "here?[31m: refused: wrong-run" and str(refusal).startswith("refused: late (")
+    found = frames.read_refusal(msgspec.msgpack.encode(("wrong-run\n", FORGED)))
+    assert found.reason == "unknown-reason" and found.detail.isprintable()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Receiver, Refused
+from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Receiver, Refused, refused_for
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.round_protocol import Bounds
 from peerlora.network.protocol.wire import Fact, Header, Kind, encode_body, encode_header, with_checksum
@@ -18,6 +18,7 @@ from peerlora.network.protocol.wire import Fact, Header, Kind, encode_body, enco
 _PROBE = 0.5  # seconds between two probes of a neighbour that is absent
 _RETRY = 0.2  # seconds between two handshakes with a neighbour that cannot be reached yet
 _EXPECTED = ("late", "replay", "from-the-future", "no-replica")  # refusals that are part of an exchange
+_MAY_END = refused_for("wrong-run")  # a run that may be over soon, so it is worth to try again
 _SETTING = "setting "  # prefix of the facts of a ``hello`` that hold a config section's hash
 
 
@@ -106,7 +107,7 @@ class PeerControl:
                         if answered.is_set():
                             reached.add(peer)
                             return
-                    if peer in peers.refused and "wrong-run" not in peers.refused[peer]:  # it may end that run soon
+                    if not peers.refused.get(peer, _MAY_END).startswith(_MAY_END):
                         return
                     await asyncio.sleep(_RETRY)
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from grpc import aio
 
-from peerlora.network.base import HEADER_BYTES, REASONS, PeerDown, PeerId, Refused
+from peerlora.network.base import HEADER_BYTES, REASONS, PeerDown, PeerId, Refused, printable
 from peerlora.network.transport.heartbeat import Timing, give_up
 from peerlora.network.transport.links import CHUNK, LinkTable, Read
 
@@ -116,7 +116,7 @@ def read_refusal(data: bytes) -> Refused:
         reason, detail = msgspec.msgpack.decode(data[:4096], type=tuple[str, str])
     except (msgspec.MsgspecError, ValueError):
         return Refused("unknown-reason")
-    detail = "".join(character for character in detail[:200] if character.isprintable())
+    detail = printable(detail, 200)
     return Refused(reason, detail) if reason in REASONS else Refused("unknown-reason", detail)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from peerlora.display import utc_now
 from peerlora.errors import NotNow, RunError
 from peerlora.lora.adapters import Adapters
+from peerlora.network.base import refused_for
 from peerlora.network.protocol.control import HandshakeResult, PeerControl
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.round_protocol import RoundProtocol
@@ -100,7 +101,7 @@ class PeerParticipation:
         if not found.refused or found.reached:
             return
         reasons = "; ".join(f"{peer}: {reason}" for peer, reason in sorted(found.refused.items()))
-        if all("wrong-run" in reason for reason in found.refused.values()):
+        if all(reason.startswith(refused_for("wrong-run")) for reason in found.refused.values()):
             raise NotNow(f"all neighbours are in another run ({reasons}); try later, or compare peer.run")
         raise RunError(
             f"no neighbour of {self.site.names[self.site.client]} goes along ({reasons}); see peerlora doctor"

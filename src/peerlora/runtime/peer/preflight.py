@@ -13,7 +13,7 @@ from typing import Literal
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.run import RunConfig
 from peerlora.errors import PeerloraError
-from peerlora.network.base import PeerId, TransportError
+from peerlora.network.base import PeerId, TransportError, refused_for
 from peerlora.network.identity.members import check_address
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.control import HandshakeResult, PeerControl
@@ -122,7 +122,7 @@ def _about_neighbours(
                 yield Finding("problem", told, "let both machines follow a time server, e.g. chrony")
         elif peer in greeted.refused:
             told = greeted.refused[peer]
-            reason = next((word for word in ADVICE if word in told), "")
+            reason = next((word for word in ADVICE if told.startswith(refused_for(word))), "")
             yield Finding("problem", f"{peer} does not go along: {told}", ADVICE.get(reason, ""))
         else:
             yield thread.call(_unreached(roster, peer))
