@@ -244,6 +244,8 @@ class PeerConfig(Section):
     """Seconds to wait for neighbours at the start; then the run begins with those who came."""
     pull: Positive = 5
     """Rounds behind from which a returning peer takes over a neighbour's state."""
+    audit_days: Annotated[float, Field(gt=0, le=36_500)] = 90.0
+    """Days for which the audit log keeps what was sent and received; 1 GB at most, shared among the sites."""
 
 
 class CheckpointConfig(Section):

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import os
 import stat
+import time
 from typing import Any
 
 import pytest
@@ -45,17 +47,97 @@ def test_every_message_is_in_the_logs_of_both_sides(federation, tmp_path):
 
 def test_the_log_is_bounded_and_no_line_is_torn(tmp_path):
     path = tmp_path / "audit.jsonl"
-    audit = AuditLog(path, most=2000, keep=3)
-    for number in range(500):
-        audit.refused("stranger", "not-a-member", f"{number} " + "x" * 2000, "here")
+    for number in range(20):  # processes, each with a budget of its own
+        audit = AuditLog(path, peers=["a"], file_bytes=2000, total_bytes=8000)
+        for each in range(25):
+            audit.message("sent", "a", b"header", 1000 * number + each + 1)
+        audit.close()
+    files = [path, *(tmp_path / f"audit.jsonl.{n}" for n in (1, 2, 3))]
+    assert sorted(tmp_path.iterdir()) == files and all(file.stat().st_size <= 2000 for file in files)
+    kept = [line["bytes"] for file in reversed(files) for line in lines(file) if line["event"] == "sent"]
+    assert kept == sorted(kept) and kept[-1] > 19_000 and kept[0] > 10_000
+
+
+class Clock:
+    """Seconds that a test lets pass."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+DAY = 86_400
+
+
+def test_an_absent_neighbour_costs_little_and_every_try_is_counted(tmp_path):
+    """Each probe had a line of its own: two a second, 57 MB a day."""
+    clock, path = Clock(), tmp_path / "audit.jsonl"
+    header, _ = pack(Header(run="r", kind="hello", sender="a"), {})
+    audit = AuditLog(path, message_facts, peers=["b"], clock=clock)
+    for second in range(DAY // 60):
+        clock.now = 60.0 * second
+        for _ in range(12):
+            audit.message("unanswered", "b", header, 0)
+        audit.message("unanswered", "b", b"vectors", 8_000_000, moved=False)
+        audit.refused("b", "tls-failed", "expired", "there")
     audit.close()
-    files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["audit.jsonl", *(f"audit.jsonl.{n}" for n in (1, 2, 3))]
-    assert all(file.stat().st_size <= 2000 for file in files)
-    numbers = [int(line["detail"].split()[0]) for file in reversed(files) for line in lines(file)]
-    kept = [int(line["detail"].split()[0]) for n in (3, 2, 1) for line in lines(tmp_path / f"audit.jsonl.{n}")]
-    kept += [int(line["detail"].split()[0]) for line in lines(path)]
-    assert kept == list(range(500 - len(kept), 500)) and sorted(numbers) == kept
+    found = lines(path)
+    counts = {"unanswered": 0, "refused": 0}
+    for line in found:
+        counts[line.get("of", line["event"])] += line.get("count", 1)
+    assert counts == {"unanswered": 13 * DAY // 60, "refused": DAY // 60}
+    assert path.stat().st_size < 150_000
+
+
+def test_lines_about_others_outlive_a_flood_by_one(tmp_path):
+    clock, path = Clock(), tmp_path / "audit.jsonl"
+    audit = AuditLog(path, peers=["a", "b"], file_bytes=5000, total_bytes=60_000, days=10, clock=clock)
+    audit.message("received", "a", b"header", 1)
+    for number in range(3000):
+        clock.now += 1.0
+        audit.message("received", "b", b"header", number + 1)
+        audit.refused(f"unknown {number}", "not-a-member", "", "here")
+    audit.message("received", "a", b"header", 2)
+    audit.close()
+    found = [line for file in tmp_path.iterdir() for line in lines(file)]
+    assert sorted(line["bytes"] for line in found if line["peer"] == "a") == [1, 2]
+    left_out = sum(line["count"] for line in found if line["event"] == "left-out" and line["peer"] == "b")
+    assert left_out + sum(line["peer"] == "b" and line["event"] == "received" for line in found) == 3000
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 60_000
+
+
+def test_a_share_fills_again_within_the_days_that_lines_are_kept(tmp_path):
+    clock, path = Clock(), tmp_path / "audit.jsonl"
+    audit = AuditLog(path, peers=["a"], total_bytes=8000, days=10, clock=clock)
+    for _ in range(100):
+        audit.message("sent", "a", b"header", 1)
+    first = sum(line["event"] == "sent" for line in lines(path))
+    assert 0 < first < 100
+    clock.now += 5 * DAY
+    for _ in range(100):
+        audit.message("sent", "a", b"header", 2)
+    assert first * 0.3 < sum(line.get("bytes") == 2 for line in lines(path)) < first * 0.7
+    audit.close()
+
+
+def test_lines_stay_for_so_many_days(tmp_path):
+    path = tmp_path / "audit.jsonl"
+
+    def written(number):
+        audit = AuditLog(path, days=3, peers=["a"], file_bytes=300)
+        audit.message("sent", "a", b"header", number)
+        audit.close()
+
+    for number in range(1, 6):
+        written(number)
+    days = {1: 1, 2: 2.5, 3: 4, 4: 5}
+    for file, age in days.items():
+        old = time.time() - age * DAY
+        os.utime(tmp_path / f"audit.jsonl.{file}", (old, old))
+    written(6)
+    kept = {line["bytes"] for file in tmp_path.iterdir() for line in lines(file)}
+    assert kept == {6, 5, 4, 3}
 
 
 def test_a_log_goes_on_after_a_restart_and_names_cannot_forge_lines(tmp_path):
@@ -103,7 +185,7 @@ def test_a_full_disk_costs_lines_and_nothing_else(tmp_path, caplog, room):
 
 
 def test_a_log_that_cannot_be_rotated_or_opened_is_told_and_no_more(tmp_path, caplog, monkeypatch):
-    audit = AuditLog(tmp_path / "audit.jsonl", most=200)
+    audit = AuditLog(tmp_path / "audit.jsonl", file_bytes=200)
     with monkeypatch.context() as patch:
         patch.setattr("peerlora.network.transport.audit_log.os.replace", lambda *paths: Full(None, 0).write(paths))
         for number in range(10):

@@ -34,6 +34,10 @@ Read = Callable[[], Awaitable[bytes | None]]
 """Reads the next chunk of a message; None after the last."""
 
 
+class NoSession(PeerDown):
+    """There was no session to send over, so nothing of the message has left this site."""
+
+
 class Link(Session, ABC):
     """Session that carries messages."""
 
@@ -113,8 +117,8 @@ class LinkTable:
         except TimeoutError:
             self.audit.message("unanswered", to, header, len(view))
             raise DeadlineMissed(f"{to} did not answer within {deadline:g} s") from None
-        except PeerDown:
-            self.audit.message("unanswered", to, header, len(view))
+        except PeerDown as down:
+            self.audit.message("unanswered", to, header, len(view), moved=not isinstance(down, NoSession))
             raise
         except Refused as refusal:
             if refusal.reason == "no-session":  # it ended while the message was in flight
@@ -128,11 +132,12 @@ class LinkTable:
 
         So it may arrive twice; what must not is refused as ``replay`` by the receiver.
         """
-        edge = self.edge(to)
+        edge, kind = self.edge(to), NoSession
         while True:
             link = edge.link
             if self.closed or link is None or not link.open:
-                raise PeerDown(f"there is no session with {to}")
+                raise kind(f"there is no session with {to}")
+            kind = PeerDown
             try:
                 return await link.during(link.push(header, body))
             except PeerDown:
@@ -206,11 +211,11 @@ class LinkTable:
         if health != "down":
             self.report(PeerEvent("suspect" if health == "suspect" else "up", peer))
 
-    def refused(self, peer: PeerId, refusal: Refused, side: str, header: bytes = b"") -> None:
-        """Report that ``side`` (here or there) refused."""
+    def refused(self, peer: PeerId, refusal: Refused, side: str, header: bytes = b"", count: int = 1) -> None:
+        """Report that ``side`` (here or there) refused, so many times."""
         detail = f"{refusal.reason}, {side}" + (f": {refusal.detail}" if refusal.detail else "")
         self._put(PeerEvent("refused", peer, detail))
-        self.audit.refused(peer, refusal.reason, refusal.detail, side, header)
+        self.audit.refused(peer, refusal.reason, refusal.detail, side, header, count)
 
     def report(self, event: PeerEvent) -> None:
         """Queue an event and log it."""

@@ -134,7 +134,8 @@ class Listener:
             self._fresh = 0
             self._connections.trim(self.port)
             if failed := self._handshakes.failed():
-                self.ends.refused(STRANGER, Refused("tls-failed", f"{failed} connections"), "here")
+                told = f"{failed} connections" if failed > 1 else ""
+                self.ends.refused(STRANGER, Refused("tls-failed", told), "here", count=failed)
 
     @contextmanager
     def _calling(self, context: Any) -> Iterator[Caller]:

@@ -14,7 +14,7 @@ from peerlora.lora.adapters import AdapterSpec
 
 _SITE = ("model", "device", "threads", "eval", "checkpoint")  # sections that are a site's own business
 _SITE_TRAIN = ("fast", "block")
-_SITE_PEER = ("join",)
+_SITE_PEER = ("join", "audit_days", "quorum")
 
 
 def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:

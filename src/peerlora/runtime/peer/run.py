@@ -49,7 +49,9 @@ def run_peer(
         return done  # nothing is left that needs an identity
     raise_descriptor_limit()
     who, roster, site = site_of(config, identity, members, begun)
-    audit = AuditLog(identity / "audit.jsonl", describe=message_facts)
+    audit = AuditLog(
+        identity / "audit.jsonl", message_facts, days=config.peer.audit_days, peers=sorted(site.names.values())
+    )
     try:
         with EventLoopThread() as thread:
             transport = GrpcTransport(who, roster, listen=listen, audit=audit)
