@@ -105,6 +105,12 @@ POISON = {
     "another dtype": (packed(changed(**{"B:v": torch.zeros(3, 2, dtype=torch.float64)})), "bad-body"),
     "not a number": (packed(changed(**{"A:q": NAN})), "not-finite"),
     "infinity": (packed(changed(**{"A:q": -NAN / 0})), "not-finite"),
+    "a value beyond all bounds": (packed(changed(**{"A:q": torch.full((2, 5), 1e19)})), "out-of-range"),
+    "the largest value there is": (packed(changed(**{"B:v": torch.full((3, 2), -3e38)})), "out-of-range"),
+    "one large value": (
+        packed(changed(**{"head:out.weight": torch.full((3, 2), 1.0).index_fill(0, torch.tensor(1), 1e7)})),
+        "out-of-range",
+    ),
     "a body that is none": (damaged(b"\xff" * len(GOOD)), "bad-body"),
     "half a body": (damaged(GOOD[: len(GOOD) // 2]), "bad-body"),
     "no body": (damaged(b""), "bad-body"),

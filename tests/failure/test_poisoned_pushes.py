@@ -142,7 +142,7 @@ def test_questions_and_answers_are_told_apart_by_name():
 
 def test_nothing_is_taken_twice():
     first = push(AEDFL, number=5)
-    answers, alice = attack("aedfl", first, first, push(AEDFL, 4), push(AEDFL, 6), push(AEDFL, 7, born=9))
+    answers, alice = attack("aedfl", first, first, push(AEDFL, 4), push(AEDFL, 6), first)
     assert answers == ["taken", "replay", "replay", "taken", "replay"]
     assert len(alice.polled()) == 1
 
@@ -153,6 +153,22 @@ def test_a_sender_that_began_again_counts_anew():
     assert answers == ["taken", "taken"]
     assert [each.version for each in alice.polled()] == [7]
     assert alice.mailbox.mailboxes.known[0, 2] == 7
+
+
+def test_a_sender_whose_clock_was_ahead_is_heard_again_after_it_was_set_right():
+    """All messages of its next process were refused as replays, and it took that for having got through."""
+    ahead, right = push(AEDFL, 5, version=9, born=2_000), push(AEDFL, 1, version=1, born=1_000)
+    answers, alice = attack("aedfl", ahead, right, right, push(AEDFL, 2, version=2, born=1_000), ahead)
+    assert answers == ["taken", "taken", "replay", "taken", "replay"]
+    assert alice.mailbox.mailboxes.known[0, 2] == 2
+
+
+HUGE = {**AEDFL, "values": torch.full_like(AEDFL["values"], 1e19)}
+
+
+def test_values_far_from_the_own_ones_are_refused():
+    answers, alice = attack("aedfl", push(HUGE), push(AEDFL, 2))
+    assert answers == ["out-of-range", "taken"] and len(alice.polled()) == 1
 
 
 def test_memory_is_bounded():
@@ -198,6 +214,6 @@ def test_duplicates_on_the_way_are_taken_once():
 def test_numbers_grow_from_process_to_process_though_the_clock_is_set_back():
     first, second = SequenceNumbers(), SequenceNumbers()
     first.started = second.started + 10**9
-    first.newest[3] = (5, 6)
+    first.newest[3] = {5: 6}
     second.load_state_dict({name: value for name, value in first.state_dict().items()})
-    assert second.started > first.started and second.newest == {3: (5, 6)}
+    assert second.started > first.started and second.newest == {3: {5: 6}}

@@ -18,6 +18,8 @@ from peerlora.topology.graphs import is_connected
 from peerlora.topology.schedule import Topology
 
 LARGEST = 2**31  # that a sum may be: it is exact up to here
+SUM = "sum"
+"""Name of the vector that holds what is summed."""
 MARKS = 2  # numbers that are known beforehand and summed along
 _DOUBT = 0.25  # what a count may be off, by the marks, and still be rounded to the right one
 MOST_ROUNDS = 20_000  # of gossip before round 0
@@ -44,7 +46,7 @@ def network_sum(
     sent = 0
     for t in range(-gossip_rounds(topology), 0):
         stats = peers.begin(t)
-        x = peers.mix({"sum": x})["sum"]
+        x = peers.mix({SUM: x})[SUM]
         sent += stats.bytes_sent
     x = x[:, :-1] / x[:, -1:] if weighed else x
     found, sums = (topology.clients * x).split([own.shape[1], MARKS], dim=1)
@@ -86,7 +88,7 @@ def known_marks(topology: Topology) -> Float64[Tensor, "everybody mark"]:
 def sum_schema(parts: int, topology: Topology) -> Schema:
     """What one client sends in each round of ``network_sum``."""
     mass = 0 if topology.properties.doubly_stochastic else 1
-    return {"sum": ((parts + MARKS + mass,), torch.float64)}
+    return {SUM: ((parts + MARKS + mass,), torch.float64)}
 
 
 def gossip_rounds(topology: Topology) -> int:

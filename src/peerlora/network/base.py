@@ -41,6 +41,7 @@ REASONS = {
     "no-replica": "the difference builds on a replica that the receiver does not have; a full one is sent instead",
     "unknown-vector": "the body holds a vector that the method's message does not name",
     "not-finite": "the body holds NaN or infinite values",
+    "out-of-range": "the body holds a value that is far from this site's own ones, or no possible count or mass",
     "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
     "internal": "the receiver failed on this message; see its log",
     "unknown-reason": "the other side gave a reason that is not in this list",

@@ -247,3 +247,23 @@ def test_a_site_must_be_on_the_list_under_its_key():
         Roster("z", key("z"), members("a"))
     with pytest.raises(IdentityError, match="names key"):
         Roster("a", key("z"), members("a"))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("members", 0, "site"), "a\n"),
+        (("members", 0, "fingerprint"), "a" * 64 + "\n"),
+        (("expires",), "2026-06-01T00:00:00"),
+        (("issued",), "2026-05-01T00:00:00"),
+    ],
+)
+def test_a_newline_at_the_end_and_a_date_without_zone_are_refused(tmp_path, where, value):
+    tree = msgspec.to_builtins(sign_list(members("a", "b"), KEY, MONTH, NOW))
+    part = tree["list"]
+    for step in where[:-1]:
+        part = part[step]
+    part[where[-1]] = value
+    (tmp_path / "m.json").write_text(json.dumps(tree))
+    with pytest.raises(IdentityError, match="is not a member list"):
+        read_list(tmp_path / "m.json")

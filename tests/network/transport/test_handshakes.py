@@ -9,7 +9,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pytest
+from grpc import aio
 from rigs import GrpcRig
 
 from peerlora.network.identity.identity import load_identity
@@ -60,6 +62,26 @@ def test_a_message_in_flight_outlives_renewals_at_both_ends(federation):
         await asyncio.gather(*sends)
         assert [got[1] for got in rig.boxes["a"].got] == [b"b"] and [got[1] for got in rig.boxes["b"].got] == [b"a"]
         assert rig.kinds("a", "b") == rig.kinds("b", "a") == ["up"]
+
+    GrpcRig(federation).run(scenario)
+
+
+@pytest.mark.parametrize("host", ["unix", "xds", "ipv4", "127.0.0.1", "[::1]"])
+def test_a_host_is_never_taken_for_a_scheme_of_grpc(federation, monkeypatch, host):
+    dialled = []
+
+    def no_channel(target, credentials, options):
+        dialled.append(target)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(aio, "secure_channel", no_channel)
+
+    async def scenario(rig):
+        listed = [msgspec.structs.replace(each, address=f"{host}:7443") for each in rig.members.members]
+        rig.members = msgspec.structs.replace(rig.members, members=listed)
+        await rig.start("a")
+        await rig.until(lambda: dialled)
+        assert set(dialled) == {f"dns:///{host}:7443"}
 
     GrpcRig(federation).run(scenario)
 

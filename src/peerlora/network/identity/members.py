@@ -28,7 +28,8 @@ from peerlora.network.identity.key_files import read_public, write_over
 _DOMAIN = b"peerlora member list 1\n"  # prefix of the signed bytes: a signature over anything else does not fit a list
 MOST = 10_000
 """Members, at most, of a list."""
-Site = Annotated[str, Meta(pattern=f"^{SITE.pattern}$")]
+Site = Annotated[str, Meta(pattern=rf"^{SITE.pattern}\Z")]  # \Z: a $ lets a newline at the end through
+Moment = Annotated[datetime, Meta(tz=True)]
 Number = Annotated[int, Meta(ge=0, lt=MOST)]
 
 
@@ -38,7 +39,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     site: Site
     client: Number
     """Client number in the run, from 0; never given to another site."""
-    fingerprint: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    fingerprint: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     """SHA-256 of its public key."""
     address: Annotated[str, Meta(max_length=300)] | None = None
     """host:port that others dial; None for a site that only dials."""
@@ -50,8 +51,8 @@ class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=100)]
     version: Annotated[int, Meta(ge=0, le=2**53)] = 0
     """Version of the last signature; 0 for none."""
-    issued: datetime | None = None
-    expires: datetime | None = None
+    issued: Moment | None = None
+    expires: Moment | None = None
     members: Annotated[list[Member], Meta(max_length=MOST)] = []
     former: dict[Site, Number] = {}
     """Client numbers of removed sites."""

@@ -25,6 +25,7 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.pending_exchange import Decoder, OutgoingMessage
 from peerlora.network.protocol.replica_cache import ReplicaCache, outgoing
 from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.network.protocol.value_bounds import check_values
 from peerlora.network.protocol.wire import Header, encode_body, read_claimed
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import Matrix, remove_links
@@ -132,7 +133,7 @@ class NeighbourExchange(PlainExchange):
         positive = [name for name in (*self.positive_vectors, target) if name in own]
         received = self._exchange(
             OutgoingMessage(encode_body(own)),
-            partial(_decode, payload, positive=positive),
+            partial(_decode, payload, own=own, positive=positive, weighted=target is None),
             None if target is None else (target, own[target]),
         )
         received[self.clients[0]] = own
@@ -177,8 +178,18 @@ class NeighbourExchange(PlainExchange):
         return self.topology.aimed(planned.adjacency, c)
 
 
-def _decode(payload: Payload, header: Header, body: bytearray, positive: Collection[str] = ()) -> dict[str, Tensor]:
-    """Decode a neighbour's vectors, with the names, shapes and dtypes that this client's own ``payload`` asks for."""
+def _decode(
+    payload: Payload,
+    header: Header,
+    body: bytearray,
+    own: Mapping[str, Tensor] | None = None,
+    positive: Collection[str] = (),
+    weighted: bool = False,
+) -> dict[str, Tensor]:
+    """Decode a neighbour's vectors, with the names, shapes and dtypes that this client's own ``payload`` asks for.
+
+    ``own``: this client's vectors.  ``positive`` and ``weighted``: see ``check_values``.
+    """
     if header.codec != "identity":
         raise Refused("bad-header", f"codec {header.codec} where values are exchanged as they are")
     found = read_claimed(header, body, widest(payload), partial(expected, payload))
@@ -187,6 +198,7 @@ def _decode(payload: Payload, header: Header, body: bytearray, positive: Collect
     for name in positive:
         if not bool((found[name] > 0).all()):
             raise Refused("bad-body", f"{name} is not above zero")
+    check_values(vectors(payload) if own is None else own, found, positive, weighted)
     return found
 
 

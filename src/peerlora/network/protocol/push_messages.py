@@ -2,9 +2,9 @@
 
 The header of such a message has the kind ``push``.  Its round is the sender's version, the number of jobs it has done.
 Its step is a sequence number, which grows within one process of the sender; the fact ``born``, the moment
-(microseconds) in which that process started, grows from process to process.  So no message is taken twice, and a sender
-that went back to a checkpoint is told apart from an old message.  The fact ``seen`` is the newest version of the
-receiver that the sender knew when its latest job began.
+(microseconds) in which that process started, is another one for each.  So no message is taken twice, and a sender that
+went back to a checkpoint is told apart from an old message, whatever its clock says.  The fact ``seen`` is the newest
+version of the receiver that the sender knew when its latest job began.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from peerlora.exchange.base import Message, Vectors
 from peerlora.exchange.payload import Shapes
 from peerlora.exchange.schema import Schema
 from peerlora.network.base import PeerId, Refused
+from peerlora.network.protocol.value_bounds import allowed, check_largest, largest
 from peerlora.network.protocol.wire import (
     Expected,
     Header,
@@ -30,6 +31,7 @@ from peerlora.network.protocol.wire import (
 )
 
 _LARGEST = 2**53  # the largest number that a header can hold
+_PROCESSES = 16  # processes of one neighbour whose newest message is remembered
 
 
 class PushMessage(NamedTuple):
@@ -68,10 +70,12 @@ class PushFormat:
         self.me, self.expected, self.versions, self.incoming, self.flaw = me, expected, versions, incoming, flaw
         self.largest = largest_body(incoming({}))
         """Bytes of the largest body."""
+        self._own = 0.0
+        """The largest size of a value that this site has sent."""
 
     def encode(self, payload: Vectors, to: Mapping[PeerId, PushStamp]) -> list[PushMessage]:
         """Encode the same vectors for some neighbours."""
-        body = encode_body(payload)
+        body, self._own = encode_body(payload), max(self._own, largest(payload.values()))
         common = with_checksum(Header(kind="push", sender=self.me, **vars(self.expected)), body)
         messages = []
         for peer, stamp in to.items():
@@ -98,17 +102,18 @@ class PushFormat:
         flaw = self.flaw(payload)
         if flaw:
             raise Refused("bad-body", flaw)
+        check_largest(payload, allowed(self._own))
         stamp = self.stamp(header)
         return Message(client, payload, stamp.version, stamp.seen)
 
 
 class SequenceNumbers:
-    """Sequence numbers of the own messages, and the newest received from each neighbour."""
+    """Sequence numbers of the own messages, and the newest received from each neighbour's processes."""
 
     def __init__(self):
         self.started, self.count = time.time_ns() // 1000, 0
-        self.newest: dict[int, tuple[int, int]] = {}
-        """Client -> (start of its process, number) of the newest message that was taken."""
+        self.newest: dict[int, dict[int, int]] = {}
+        """Client -> start of its process -> number of the newest message taken, the latest process last."""
 
     def next(self) -> int:
         """The number of one more message."""
@@ -116,21 +121,30 @@ class SequenceNumbers:
         return self.count
 
     def check(self, client: int, stamp: PushStamp) -> None:
-        """Raise Refused for a message that is not newer than all that were taken from this client."""
-        if (stamp.started, stamp.number) <= self.newest.get(client, (-1, -1)):
+        """Raise Refused for a message that is not newer than all that were taken from this process of the client.
+
+        A process that begins later may say an earlier moment: a clock that was ahead has been set right meanwhile.
+        """
+        if stamp.number <= self.newest.get(client, {}).get(stamp.started, -1):
             raise Refused("replay", f"message {stamp.number}")
 
     def note(self, client: int, stamp: PushStamp) -> bool:
-        """Record a message that is taken; whether it is the first of a later process of its sender."""
-        before = self.newest.get(client)
-        self.newest[client] = stamp.started, stamp.number
-        return before is not None and before[0] < stamp.started
+        """Record a message that is taken; whether it is the first of another process of its sender."""
+        processes = self.newest.setdefault(client, {})
+        again = bool(processes) and stamp.started != next(reversed(processes))
+        processes.pop(stamp.started, None)
+        processes[stamp.started] = stamp.number
+        while len(processes) > _PROCESSES:
+            del processes[next(iter(processes))]
+        return again
 
     def state_dict(self) -> dict[str, Any]:
         """All numbers, as JSON holds them."""
-        return {"born": self.started, "newest": sorted((client, *each) for client, each in self.newest.items())}
+        newest = [(client, *each) for client in sorted(self.newest) for each in self.newest[client].items()]
+        return {"born": self.started, "newest": newest}
 
     def load_state_dict(self, facts: Mapping[str, Any]) -> None:
         """Continue in a later process, also where the clock was set back meanwhile."""
-        self.started = max(self.started, facts["born"] + 1)
-        self.newest = {client: (started, number) for client, started, number in facts["newest"]}
+        self.started, self.newest = max(self.started, facts["born"] + 1), {}
+        for client, started, number in facts["newest"]:
+            self.newest.setdefault(client, {})[started] = number

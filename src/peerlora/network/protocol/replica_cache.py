@@ -11,6 +11,7 @@ from torch import Tensor
 from peerlora.exchange.replicas import REPLICA, Difference, advanced
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.protocol.pending_exchange import OutgoingMessage
+from peerlora.network.protocol.value_bounds import check_values
 from peerlora.network.protocol.wire import Header, Schema, encode_body, read_body
 
 _BUILDS_ON = "builds on"
@@ -42,6 +43,7 @@ class ReplicaCache:
         """A neighbour's replica after its message, where this client sends ``sent``; raises Refused."""
         if header.codec == "identity":
             values = read_body(header, body, replica_schema(sent.before.shape[1], sent.before.dtype))
+            check_values({REPLICA: sent.after}, values)
             return values[REPLICA][None].to(sent.before.device)
         before = self.of(header.sender)[:, sent.places]
         if header.facts.get(_BUILDS_ON) != fingerprint(before):
@@ -54,6 +56,7 @@ class ReplicaCache:
         after = advanced(before, sent.decode(message))
         if not bool(after.isfinite().all()):
             raise Refused("not-finite", "the replica with this difference")
+        check_values({REPLICA: sent.after}, {REPLICA: after})
         return after
 
 

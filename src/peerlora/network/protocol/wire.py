@@ -32,7 +32,7 @@ __all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed"
 VERSION = 1
 Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
 Word = Annotated[str, Meta(min_length=1, max_length=128)]
-Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*$")]
+Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
 Whole = Annotated[int, Meta(ge=0, le=2**53)]
 Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -129,7 +129,8 @@ async def _one_session(
     assert member.address is not None
     credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
     named = ("grpc.ssl_target_name_override", host_name(peer))
-    channel = aio.secure_channel(member.address, credentials, options=[*frames.options(timing), named])
+    target = f"dns:///{member.address}"  # without a scheme, gRPC takes a host named unix, ipv4 or xds for one
+    channel = aio.secure_channel(target, credentials, options=[*frames.options(timing), named])
     nonce, link, before = new_nonce(), None, ends.edge(peer).link
     metadata = [(frames.NONCE_KEY, nonce)]
     metadata += [(frames.TOKEN_KEY, before.token)] if isinstance(before, DialledLink) else []

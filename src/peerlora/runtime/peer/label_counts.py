@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peerlora.errors import NotNow, RunError
-from peerlora.exchange.gossip_sum import network_sum
+from peerlora.exchange.gossip_sum import LARGEST, network_sum
 from peerlora.exchange.schema import Schema
 from peerlora.network.base import PeerId
 from peerlora.network.protocol.control import PeerControl
@@ -17,6 +17,7 @@ from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.runs.store import RunStore
 
 FILE = "label_counts.json"
+_ASKED = 3  # neighbours, at most, that are asked for the sum
 COUNTS = "label counts"
 """The name of the sum in the state that a peer sends to one that asks for it."""
 
@@ -50,7 +51,7 @@ class StartupSum:
         """
         if self.total is None:
             ahead = require_all(self.control, self.thread, self.join)
-            self.total = self._requested(ahead[0], own) if ahead else self._gossiped(own)
+            self.total = self._requested(ahead, own) if ahead else self._gossiped(own)
             save_total(self.store, self.total)
         return self.total
 
@@ -64,11 +65,23 @@ class StartupSum:
         """What a neighbour's state holds of it."""
         return {} if self.total is None else counts_schema(self.total.shape[1])
 
-    def _requested(self, peer: PeerId, own: Tensor) -> Tensor:
-        found = self.request(peer, counts_schema(own.shape[1]))
-        if found is None:
-            raise NotNow(f"{peer} has begun its rounds and does not tell the network's label counts; try again")
-        return checked_total(found[COUNTS], own, peer)
+    def _requested(self, ahead: list[PeerId], own: Tensor) -> Tensor:
+        """The sum that neighbours tell, some of them, so that one alone cannot make it up."""
+        told: dict[PeerId, Tensor] = {}
+        for peer in ahead[:_ASKED]:
+            found = self.request(peer, counts_schema(own.shape[1]))
+            if found is not None:
+                told[peer] = checked_total(found[COUNTS], own, peer)
+        if not told:
+            raise NotNow(f"{ahead[0]} has begun its rounds and does not tell the network's label counts; try again")
+        (first, total), *others = told.items()
+        for peer, other in others:
+            if not torch.equal(other, total):
+                raise RunError(
+                    f"{first} and {peer} tell different label counts of the network, {total[0].tolist()} and "
+                    f"{other[0].tolist()}; find out which of them is wrong, and start all sites with a new peer.run"
+                )
+        return total
 
     def _gossiped(self, own: Tensor) -> Tensor:
         patience = max(self.join, self.exchange.protocol.deadline)  # a neighbour may itself still wait for neighbours
@@ -83,9 +96,13 @@ def counts_schema(classes: int) -> Schema:
 
 
 def load_total(store: RunStore) -> Tensor | None:
-    """Read the sum that a folder's run has found, [1, label]; None where it has none yet."""
+    """Read the sum that a folder's run has found, [1, label]; None where it has none yet, or one that cannot be."""
     found = store.read(FILE)
-    return None if found is None else torch.tensor([found["total"]], dtype=torch.float64)
+    try:
+        total = None if found is None else torch.tensor([found["total"]], dtype=torch.float64)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return total if total is not None and _possible(total) else None
 
 
 def save_total(store: RunStore, total: Tensor) -> None:
@@ -114,9 +131,15 @@ def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> l
 
 def checked_total(total: Tensor, own: Tensor, peer: PeerId) -> Tensor:
     """Return a neighbour's sum; raise RunError for one that cannot be the network's."""
-    if bool((total != total.round()).any()) or bool((total < own).any()):
+    if not _possible(total) or bool((total < own).any()):
         raise RunError(
             f"{peer} says that the network's label counts are {total[0].tolist()}, this site alone has "
             f"{own[0].tolist()}; start all sites again with a new peer.run"
         )
     return total
+
+
+def _possible(total: Tensor) -> bool:
+    """Whether these can be counts of rows: whole, not negative, and as many in all as a sum may be."""
+    whole = total.isfinite() & (total >= 0) & (total == total.round())
+    return total.ndim == 2 and bool(whole.all()) and float(total.sum()) <= LARGEST

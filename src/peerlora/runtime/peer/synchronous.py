@@ -21,6 +21,7 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
+from peerlora.network.protocol.value_bounds import check_state
 from peerlora.network.protocol.wire import Kind, read_claimed
 from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore
@@ -34,6 +35,7 @@ from peerlora.runtime.peer.participation import PeerParticipation
 from peerlora.runtime.peer.site import Site, expected_of
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.tree import leaves
 
 _BLOCK_ROUNDS = 64  # rounds within which a method exchanges each of its blocks at least once
 
@@ -167,7 +169,9 @@ class SynchronousPeer(PeerParticipation):
             return (state_schema(like, claimed, self.local_only) if self.sends else {}) | counts
 
         try:
-            return read_claimed(reply.header, reply.body, expected({}), expected)
+            found = read_claimed(reply.header, reply.body, expected({}), expected)
+            check_state(leaves(like).values(), {name: each for name, each in found.items() if name not in counts})
+            return found
         except Refused as refusal:
             self._events.append(Warned(f"the state of {peer} was not taken over ({refusal})"))
             return None
