@@ -18,8 +18,8 @@ def format_number(value: Cell) -> str:
 
 
 def format_fixed(value: float | None, form: str = ".3f") -> str:
-    """A number for a terminal's column, with a fixed number of decimals; a hyphen for None."""
-    return "-" if value is None else format(value, form)
+    """A number for a terminal's column, with a fixed number of decimals; a hyphen for None and for NaN."""
+    return "-" if value is None or value != value else format(value, form)
 
 
 def format_bytes(count: float, fixed: bool = False) -> str:

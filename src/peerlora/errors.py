@@ -63,6 +63,12 @@ class TooManyFiles(NotNow):
     """Raised where this process may open no more files; a moment later it may."""
 
 
+class QuorumMissed(RunError):
+    """Raised after a real peer's run that had contact in too few of its rounds; its result is written."""
+
+    exit_code = 1
+
+
 class DivergenceError(PeerloraError):
     """Raised when a client's loss is not finite; says which client, round and step."""
 

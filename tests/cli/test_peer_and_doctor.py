@@ -17,9 +17,11 @@ from peerlora.network.identity.members import (
     unlink_members,
     write_list,
 )
+from peerlora.runs.events import RoundDone
 from peerlora.runtime.launch.processes import free_ports
 
 WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
+WORDS += ["peer.quorum=0"]  # most of these peers are alone
 
 
 @pytest.fixture
@@ -39,12 +41,37 @@ def test_a_peer_without_neighbours_trains_alone_resumes_and_says_so(cli, yaml_fi
     answer = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
     assert answer.code == 0, answer.err
     assert "not there after 0.5 s: a" in answer.err
+    assert "warning: no round of 2 had any contact: the model is this site's alone" in answer.err
+    assert re.search(r"- │ +- │ +0.0 MB", answer.out), answer.out  # the consensus: nobody was there to agree with
     assert json.loads(answer.out.strip().splitlines()[-1])["rounds"] == 2
     assert (out / "adapters" / "client-01").is_dir() and (sites / "b" / "audit.jsonl").is_file()
     again = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
     assert again.code == 0 and json.loads(again.out.strip().splitlines()[-1])["rounds"] == 2
     other = cli("peer", path, *options(sites, "b"), "--out", out, "--resume", "train.lr=0.5")
     assert other.code == 2 and "train.lr" in other.err
+
+
+def test_a_run_without_contact_is_no_success(cli, yaml_file, sites, tmp_path):
+    """It ended with exit code 0 and a consensus distance of 0, as if all had agreed."""
+    path, out = yaml_file(*WORDS[:-1]), tmp_path / "run"
+    answer = cli("peer", path, *options(sites, "b"), "--out", out, "--json", "--resume")
+    assert answer.code == 1 and "contact in 0% of the rounds, peer.quorum=0.8 asks for 80%" in answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    assert summary["contact"] == {"share": 0.0, "alone": 2} and set(summary["consensus"].values()) == {None}
+    assert (out / "adapters" / "client-01").is_dir()
+    again = cli("peer", path, *options(sites, "b"), "--out", out, "--resume")
+    assert again.code == 0  # else a supervisor would start it for ever
+
+
+def test_a_peer_that_waits_for_its_neighbours_hears_that_it_shall_stop(config, sites, tmp_path):
+    from peerlora.errors import Stopped
+    from peerlora.runtime.peer.run import run_peer
+
+    made, out = config("bert", *WORDS, "peer.join=3600"), tmp_path / "run"
+    with pytest.raises(Stopped, match="waiting for the neighbours, before round 1; go on with: .* --resume"):
+        run_peer(made, sites / "b", sites / "members.json", out, stop=lambda: True)
+    again = made.model_copy(update={"peer": made.peer.model_copy(update={"join": 0.1})})
+    assert run_peer(again, sites / "b", sites / "members.json", out, resume=True).summary["rounds"] == 2
 
 
 def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
@@ -89,9 +116,16 @@ def stopped_run(yaml_file, sites, out, *words):
     from peerlora.errors import Stopped
     from peerlora.runtime.peer.run import run_peer
 
-    path = yaml_file(*WORDS, *words)
+    path, seen = yaml_file(*WORDS, *words), []
     with pytest.raises(Stopped):
-        run_peer(load_config(path), sites / "b", sites / "members.json", out, stop=lambda: True)
+        run_peer(
+            load_config(path),
+            sites / "b",
+            sites / "members.json",
+            out,
+            sinks=[seen.append],
+            stop=lambda: any(isinstance(event, RoundDone) for event in seen),
+        )
     return path
 
 

@@ -35,10 +35,14 @@ def command(
 
     quiet_grpc()
     wanted = load_config(config, words or [])
+    ended = resume and out is not None and (Path(out) / "summary.json").is_file()
     with Progress() as progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
+        from peerlora.runtime.peer.participation import check_quorum
         from peerlora.runtime.peer.run import run_peer
 
         result = run_peer(wanted, identity, members, out, resume=resume, listen=listen, sinks=[progress], stop=stop)
     print_summary([(result.summary["method"], result.summary)])
     if json:
         print_json(result.summary)
+    if not ended:  # of a run that was over before, a supervisor has heard; it need not start it again and again
+        check_quorum(result.summary, wanted)

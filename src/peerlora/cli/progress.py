@@ -120,7 +120,7 @@ class Progress:
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
             "loss": f"{mean(_without_nan(event.loss)):.3f}",
-            "consensus A/B": f"{event.consensus_A:.2e}/{event.consensus_B:.2e}",
+            "consensus A/B": "/".join(format_fixed(each, ".2e") for each in (event.consensus_A, event.consensus_B)),
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": format_bytes(self.bytes_sent, fixed=True),
         }

@@ -79,11 +79,11 @@ def neighbourhood(
     """What one client can know of a round: how far apart those were who met, itself too, before they mixed.
 
     ``after`` and ``sent`` hold the client alone, ``met`` all who met, ``row`` the client's weights for them.  What was
-    not exchanged is not known: NaN.  Merged parts are left out.
+    not exchanged, and all where nobody was met, is not known: NaN.  Merged parts are left out.
     """
     nan = float("nan")
     unknown = Diagnostics(nan, nan, nan, nan, nan, nan, nan)
-    if sent is None or met is None:
+    if sent is None or met is None or met.clients == 1:  # alone it would be 0, as where all agree
         return unknown
     moved = mismatch(before_exchange(after, sent), after)
     known = {"A", "B"} & set(met.spec.blocks)

@@ -113,6 +113,16 @@ def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
     return last
 
 
+def contact(events: Iterable[Event]) -> dict[str, float | int | None]:
+    """Of one peer's rounds with a planned link, the share in which one was used, and how many since then had none.
+
+    ``share`` is None where no link was planned.
+    """
+    used = [bool(done.contacts) for done in of(events, RoundDone) if done.contacts or done.missed]
+    alone = next((number for number, each in enumerate(reversed(used)) if each), len(used))
+    return {"share": sum(used) / len(used) if used else None, "alone": alone}
+
+
 def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
     """(smaller client, larger client) -> rounds in which they exchanged; None when no round wrote its links down."""
     written = [done.edges for done in of(events, RoundDone) if done.edges is not None]
@@ -131,7 +141,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
 
     Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged}
     of that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
-    virtual_seconds, last_contact [client].  The scores of every metric have the older name accuracy, too.
+    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  The scores of every metric
+    have the older name accuracy, too.
     """
     start, done, scores = started(events), of(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -152,15 +163,16 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "scores": spread,
         "accuracy": spread,  # the older name, of every metric
         "consensus": {
-            "A": last and last.consensus_A,
-            "B": last and last.consensus_B,
-            "product": last and last.consensus_product,
-            "cross_term": last and last.cross_term,
+            "A": last and _known(last.consensus_A),
+            "B": last and _known(last.consensus_B),
+            "product": last and _known(last.consensus_product),
+            "cross_term": last and _known(last.cross_term),
         },
         "bytes_sent": sum(each.bytes_sent for each in done),
         "seconds": {"total": sum(seconds.values()), **seconds},
         "virtual_seconds": last.virtual_seconds if last and math.isfinite(last.virtual_seconds) else None,
         "last_contact": last_contact(events, clients),
+        **({"contact": contact(events)} if start and start.held else {}),
     }
 
 
@@ -174,6 +186,10 @@ def worst_of(summary: Mapping[str, Any]) -> float | None:
     higher = summary.get("higher_is_better")
     higher = summary.get("metric") != "loss" if higher is None else higher  # of an older version
     return scores_of(summary).get("own_min" if higher else "own_max")
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _spread(score: Evaluated | None) -> dict[str, float | None]:

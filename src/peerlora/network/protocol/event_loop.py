@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from peerlora.errors import Stopped
+
 Answer = TypeVar("Answer")
+_POLL = 0.1  # seconds between two looks whether a call shall be given up
 _OFF_LOOP = 1 << 18  # bytes of a message from which decoding it would block the event loop too long
 
 
@@ -18,10 +23,25 @@ class EventLoopThread:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="peerlora network", daemon=True)
         self._thread.start()
+        self._stop: Callable[[], bool] | None = None
 
     def call(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
-        """Run a coroutine in the thread and return its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        """Run a coroutine in the thread and return its result.  Raises Stopped within ``interruptible``."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        while self._stop is not None and not wait([future], _POLL).done:
+            if self._stop():
+                future.cancel()
+                raise Stopped("stopped while waiting for the neighbours")
+        return future.result()
+
+    @contextmanager
+    def interruptible(self, stop: Callable[[], bool]) -> Iterator[None]:
+        """Within the block a call ends with Stopped soon after ``stop`` has become true."""
+        self._stop = stop
+        try:
+            yield
+        finally:
+            self._stop = None
 
     def ask(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
         """Call a function in the thread, between two steps of its coroutines, and return its result."""

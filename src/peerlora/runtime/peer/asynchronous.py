@@ -62,7 +62,7 @@ class AsynchronousPeer(PeerParticipation):
         hashes = section_hashes(config, federation.train_data.names)
         control = PushService(endpoint, hashes, seconds, self.mailbox, self.send_queue)
         protocol = RoundProtocol(endpoint, seconds, lambda kind: 0, control, PushOnlyAdmission(endpoint))
-        super().__init__(replace(federation, clock=None), site, thread, protocol, control)
+        super().__init__(replace(federation, clock=None), site, thread, protocol, control, store)
         jobs = config.train.rounds
         self.rounds = PeerAsyncRounds(algorithm, federation.learner, self.mailbox, jobs, self._sent)
 
@@ -94,7 +94,7 @@ class AsynchronousPeer(PeerParticipation):
         with self.mailbox.lock:
             self.mailbox.closed = True
         self.enter_round(self.config.train.rounds)
-        return self.neighbour_events()
+        return self.closing_events()
 
     def _send(self, messages: Sequence[PushMessage]) -> None:
         self.thread.loop.call_soon_threadsafe(self.send_queue.put, messages)

@@ -74,7 +74,7 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
         )
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers)
-        super().__init__(replace(federation, exchange=peers), site, thread, protocol, control)
+        super().__init__(replace(federation, exchange=peers), site, thread, protocol, control, store)
         self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
         self.label_counts = StartupSum(store, control, thread, self.exchange, config.peer.join, self._request_counts)
         self._events: list[Event] = []
@@ -87,7 +87,8 @@ class SynchronousPeer(PeerParticipation):
 
     def start(self) -> Opening:
         """Make the state before round 0; label counts are summed over the network first."""
-        state = opening_state(self.federation, self.label_counts)
+        with self.waiting():
+            state = opening_state(self.federation, self.label_counts)
         return Opening(state, self.label_counts.bytes_sent, self._take_events())
 
     def join(self, done: int, state: State) -> Sequence[Event]:
@@ -119,7 +120,7 @@ class SynchronousPeer(PeerParticipation):
         rounds = self.config.train.rounds
         self.publish_state(rounds, state)
         self.enter_round(rounds)
-        return self.neighbour_events()
+        return self.closing_events()
 
     def publish_state(self, done: int, state: State) -> None:
         """Hold what neighbours may have of the state for when they ask; no tensor of it is ever changed in place."""

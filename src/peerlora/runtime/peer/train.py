@@ -99,5 +99,6 @@ def _run(
 ) -> Result:
     kind = AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer
     with kind(federation, site, transport, thread, store) as peer:
+        peer.stop = stop
         every = (*sinks, ReportWriter(store.folder))
         return Trainer(peer.federation, peer.rounds, peer, store, every, stop).run(resumed)
