@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 
+from peerlora.network.identity import expiry
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import (
     add_member,
@@ -61,6 +62,13 @@ def test_a_run_without_contact_is_no_success(cli, yaml_file, sites, tmp_path):
     assert (out / "adapters" / "client-01").is_dir()
     again = cli("peer", path, *options(sites, "b"), "--out", out, "--resume")
     assert again.code == 0  # else a supervisor would start it for ever
+
+
+def test_a_certificate_and_a_list_near_their_end_are_told_in_the_run(cli, yaml_file, sites, tmp_path, monkeypatch):
+    monkeypatch.setattr(expiry, "SOON", 40)
+    answer = cli("peer", yaml_file(*WORDS), *options(sites, "b"), "--out", tmp_path / "run")
+    for what in ("the certificate", "the member list"):
+        assert answer.err.count(f"warning: {what} ends in 29 days") == 1, answer.err
 
 
 def test_a_peer_that_waits_for_its_neighbours_hears_that_it_shall_stop(config, sites, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import datetime
 
 from peerlora.errors import IdentityError
 from peerlora.network.base import PeerEvent, PeerId, Receiver
@@ -53,6 +54,10 @@ class GrpcTransport:
     def port(self) -> int:
         """Number of the open port; 0 for none."""
         return self._listener.port
+
+    def ends_of_validity(self) -> dict[str, datetime | None]:
+        """When the certificate and the member list that are in use end; see ``ExpiryWatch``."""
+        return {"the certificate": self.identity.expires, "the member list": self.roster.members.expires}
 
     async def start(self, receiver: Receiver) -> None:
         """Open the port and dial; raises TransportError where the port cannot be opened."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,8 @@ class PeerParticipation:
         self.done = 0
         self.stop: Callable[[], bool] = lambda: False
         """Asked while neighbours are waited for before the first round; in a round, the Trainer asks."""
+        self.notices: Callable[[], Sequence[str]] = lambda: ()
+        """Warnings of this site that are due, asked once a round."""
 
     def __enter__(self) -> Self:
         self.thread.call(self.control.start(self.protocol))
@@ -92,12 +94,12 @@ class PeerParticipation:
         self.thread.ask(self.protocol.endpoint.enter, t)
 
     def neighbour_events(self) -> list[Event]:
-        """Take what the network noted about neighbours since the last call."""
+        """Take what the network noted about neighbours since the last call, and warnings of this site."""
         notices, events = self.protocol.endpoint.events.waiting, []
         while notices:
             at, kind, peer, detail = notices.popleft()
             events.append(NeighbourChanged(at, self.done, self.numbers[peer], kind, detail))
-        return events
+        return [*events, *map(Warned, self.notices())]
 
     def closing_events(self) -> list[Event]:
         """Take what is left, and warn where the result is more this site's alone than the federation's."""

@@ -14,6 +14,7 @@ from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.run import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.network.base import PeerId, TransportError, refused_for
+from peerlora.network.identity.expiry import CURES, SOON
 from peerlora.network.identity.members import check_address
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.control import HandshakeResult, PeerControl
@@ -27,7 +28,6 @@ from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.run import site_of
 from peerlora.runtime.peer.site import expected_of
 
-_SOON = 14  # days before an expiry that are worth a word
 _SKEW = 30.0  # seconds that two clocks may differ
 _LINGER = 0.5  # seconds that a neighbour's doctor has to hear the answer to its greeting
 _CONNECT = 3.0  # seconds for a TCP connection
@@ -72,9 +72,9 @@ def examine(
     yield Finding("good", f"{who.site} is client {site.client} of {len(site.names)} on list {roster.members.name!r}")
     for warned in warn_of_sites_beyond(config, site):
         yield Finding("advice", warned.message, "set clients in the next run's config")
-    yield from _expiry("the certificate", who.expires, "send a new request: peerlora identity request")
+    yield from _expiry("the certificate", who.expires)
     if roster.members.expires is not None:
-        yield from _expiry("the member list", roster.members.expires, "ask the consortium for its next version")
+        yield from _expiry("the member list", roster.members.expires)
     yield congestion()
     try:
         use_threads(config)
@@ -147,10 +147,10 @@ async def _unreached(roster: Roster, peer: PeerId) -> Finding:
     return Finding("problem", f"{peer} has {address} open but does not answer as a peer", "see its log and audit log")
 
 
-def _expiry(what: str, expires: datetime, do: str) -> Iterator[Finding]:
+def _expiry(what: str, expires: datetime) -> Iterator[Finding]:
     left = expires - datetime.now(UTC)
-    soon = left.days < _SOON
-    yield Finding("advice" if soon else "good", f"{what} is good for {left.days} days", do if soon else "")
+    soon = left.days < SOON
+    yield Finding("advice" if soon else "good", f"{what} is good for {left.days} days", CURES[what] if soon else "")
 
 
 def congestion(read: Callable[[], str] = lambda: _CONGESTION.read_text().strip()) -> Finding:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.network.identity.expiry import ExpiryWatch
 from peerlora.network.identity.identity import Identity, load_identity
 from peerlora.network.identity.members import MemberList, load_members
 from peerlora.network.identity.roster import Roster
@@ -56,7 +57,17 @@ def run_peer(
         with EventLoopThread() as thread:
             transport = GrpcTransport(who, roster, listen=listen, audit=audit)
             asyncio.run_coroutine_threadsafe(reload_on_change(transport, identity, members), thread.loop)
-            return train_peer(config, site, transport, thread, out, resume=begun is not None, sinks=sinks, stop=stop)
+            return train_peer(
+                config,
+                site,
+                transport,
+                thread,
+                out,
+                resume=begun is not None,
+                sinks=sinks,
+                stop=stop,
+                notices=ExpiryWatch(transport.ends_of_validity),
+            )
     finally:
         audit.close()
 

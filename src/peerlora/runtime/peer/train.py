@@ -36,11 +36,12 @@ def train_peer(
     resources: RunResources | None = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
+    notices: Callable[[], Sequence[str]] = lambda: (),
 ) -> Result:
     """Train as one client of a federation, over a transport whose event loop is ``thread``.
 
-    With ``resume``, go on from the newest checkpoint in ``out``; a finished run is not touched.  Raises RunError when
-    every neighbour refuses.
+    ``notices`` returns warnings of this site that are due, once a round.  With ``resume``, go on from the newest
+    checkpoint in ``out``; a finished run is not touched.  Raises RunError when every neighbour refuses.
     """
     begun = Path(out) if resume and out is not None else None
     planned = plan_peer(config, site, sums_known(begun))
@@ -56,13 +57,13 @@ def train_peer(
             check_same(stored, config, store, None)
             federation = _assembled(planned, stored.threads, resources, site)
             check_inputs(store, federation)
-            return _run(federation, site, transport, thread, store, sinks, stop, resumed=True)
+            return _run(federation, site, transport, thread, store, sinks, stop, notices, resumed=True)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     federation = _assembled(planned, resolve_threads(config.threads), resources, site)
     facts = run_facts(federation.config, held=[site.client], inputs=facts_of(federation))
     with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
-        return _run(federation, site, transport, thread, store, sinks, stop, resumed=False)
+        return _run(federation, site, transport, thread, store, sinks, stop, notices, resumed=False)
 
 
 def finished(config: RunConfig, folder: Path) -> Result | None:
@@ -95,10 +96,11 @@ def _run(
     store: RunStore,
     sinks: Sequence[Sink],
     stop: Callable[[], bool],
+    notices: Callable[[], Sequence[str]],
     resumed: bool,
 ) -> Result:
     kind = AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer
     with kind(federation, site, transport, thread, store) as peer:
-        peer.stop = stop
+        peer.stop, peer.notices = stop, notices
         every = (*sinks, ReportWriter(store.folder))
         return Trainer(peer.federation, peer.rounds, peer, store, every, stop).run(resumed)
