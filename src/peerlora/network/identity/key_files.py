@@ -3,6 +3,7 @@
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from peerlora.errors import IdentityError
@@ -20,12 +21,20 @@ def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
         raise IdentityError(f"{path} exists already and is never overwritten; give another place or move it") from None
     finally:
         os.unlink(temporary)
+    _sync_names(path.parent)
 
 
 def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     """Replace a file atomically: a reader finds the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.replace(_temporary(path, data, mode), path)
+    temporary = _temporary(path, data, mode)
+    try:
+        os.replace(temporary, path)
+        _sync_names(path.parent)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def read_private(path: Path) -> bytes:
@@ -53,11 +62,24 @@ def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
 
 
 def _temporary(path: Path, data: bytes, mode: int) -> str:
-    """Write a temporary file beside ``path``, private from its creation; its name."""
+    """Write a temporary file beside ``path``, private from its creation; its name.  A failure leaves nothing."""
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(number, "wb") as file:
-        os.fchmod(number, mode)
-        file.write(data)
-        file.flush()
-        os.fsync(number)
+    try:
+        with os.fdopen(number, "wb") as file:
+            os.fchmod(number, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(number)
+    except OSError:
+        os.unlink(name)
+        raise
     return name
+
+
+def _sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: a list must not be older after a power cut than before."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -23,25 +23,26 @@ class EventLoopThread:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="peerlora network", daemon=True)
         self._thread.start()
-        self._stop: Callable[[], bool] | None = None
+        self._waiting = threading.local()  # several peers may share a loop, each on a thread of its own
 
     def call(self, coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         """Run a coroutine in the thread and return its result.  Raises Stopped within ``interruptible``."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        while self._stop is not None and not wait([future], _POLL).done:
-            if self._stop():
+        stop: Callable[[], bool] | None = getattr(self._waiting, "stop", None)
+        while stop is not None and not wait([future], _POLL).done:
+            if stop():
                 future.cancel()
                 raise Stopped("stopped while waiting for the neighbours")
         return future.result()
 
     @contextmanager
     def interruptible(self, stop: Callable[[], bool]) -> Iterator[None]:
-        """Within the block a call ends with Stopped soon after ``stop`` has become true."""
-        self._stop = stop
+        """Within the block a call of this thread ends with Stopped soon after ``stop`` has become true."""
+        self._waiting.stop = stop
         try:
             yield
         finally:
-            self._stop = None
+            self._waiting.stop = None
 
     def ask(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
         """Call a function in the thread, between two steps of its coroutines, and return its result."""

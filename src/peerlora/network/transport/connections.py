@@ -81,8 +81,8 @@ class Connections:
 
     def trim(self, port: int) -> int:
         """Close those beyond the limits, the newest first; how many."""
-        now, open_now = monotonic(), _accepted(port)
-        self._seen = {remote: self._seen.get(remote, now) for remote in open_now}
+        now, accepted = monotonic(), _accepted(port)
+        self._seen = {remote: self._seen.get(remote, now) for remote in accepted}
         proved = {remote for own in self._members.values() for remote in own}
         taken: Counter[str] = Counter()
         closed = 0
@@ -91,11 +91,7 @@ class Connections:
                 continue
             taken[_place(remote[0])] += 1
             if now - since > self.age or taken[_place(remote[0])] > self.most:
-                with suppress(OSError):  # it has just ended
-                    open_now[remote].shutdown(socket.SHUT_RDWR)
-                closed += 1
-        for connection in open_now.values():
-            connection.close()
+                closed += _shut(accepted[remote], remote, port)
         return closed
 
 
@@ -122,29 +118,36 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _accepted(port: int) -> dict[Remote, socket.socket]:
-    """A duplicate of every socket of this process that was accepted at ``port``; the caller closes them.
-
-    Of a duplicate the other end stays the same, whatever gRPC does meanwhile with the number it was made of.
-    """
-    found: dict[Remote, socket.socket] = {}
+def _accepted(port: int) -> dict[Remote, int]:
+    """The file descriptor of every connection that was accepted at ``port``, one looked at after the other."""
+    found: dict[Remote, int] = {}
     for name in os.listdir(_DESCRIPTORS):
-        with suppress(OSError):
-            each = _duplicate(int(name))
-            remote = _remote_at(each, port) if each is not None else None
-            if each is not None and (remote is None or found.setdefault(remote, each) is not each):
-                each.close()
+        with suppress(OSError), _duplicate(int(name)) as each:
+            if (remote := _remote_at(each, port)) is not None:
+                found.setdefault(remote, int(name))
     return found
 
 
-def _duplicate(number: int) -> socket.socket | None:
-    """A duplicate of a file descriptor; None where it is no socket."""
+def _shut(number: int, remote: Remote, port: int) -> bool:
+    """Close a connection, if the file descriptor still is that one's; whether it was.
+
+    Of a duplicate the other end stays the same, whatever gRPC does meanwhile with the number it was made of.
+    """
+    with suppress(OSError), _duplicate(number) as each:
+        if _remote_at(each, port) == remote:
+            each.shutdown(socket.SHUT_RDWR)
+            return True
+    return False
+
+
+def _duplicate(number: int) -> socket.socket:
+    """A duplicate of a file descriptor; raises OSError where it is no socket."""
     copy = os.dup(number)
     try:
         return socket.socket(fileno=copy)
     except OSError:
         os.close(copy)
-        return None
+        raise
 
 
 def _remote_at(each: socket.socket, port: int) -> Remote | None:
