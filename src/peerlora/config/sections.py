@@ -245,8 +245,7 @@ class PeerConfig(Section):
     pull: Positive = 5
     """Rounds behind from which a returning peer takes over a neighbour's state."""
     quorum: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Least share of rounds in which this peer must have exchanged with somebody: below it, the command ends with exit
-    code 1, and its result is to be doubted. Methods without common rounds are not asked."""
+    """Least share of rounds with contact to anybody; below it the exit code is 1 (not with asynchronous methods)."""
     audit_days: Annotated[float, Field(gt=0, le=36_500)] = 90.0
     """Days for which the audit log keeps what was sent and received; 1 GB at most, shared among the sites."""
 

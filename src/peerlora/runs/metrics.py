@@ -141,8 +141,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
 
     Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged}
     of that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
-    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  The scores of every metric
-    have the older name accuracy, too.
+    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  The scores of
+    every metric have the older name accuracy, too.
     """
     start, done, scores = started(events), of(events, RoundDone), evaluations(events)
     last = done[-1] if done else None

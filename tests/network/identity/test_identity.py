@@ -171,6 +171,21 @@ def test_files_are_whole_or_not_there(tmp_path):
         read_private(tmp_path / "y")
 
 
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_no_temporary_files(tmp_path, monkeypatch, failing):
+    """A peer tries to take a new list up every ten seconds; each try left a file."""
+    write_over(tmp_path / "x", b"1")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"peerlora.network.identity.key_files.os.{failing}", full)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space"):
+            write_over(tmp_path / "x", b"2")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"1")]
+
+
 def test_the_fingerprint_is_of_the_public_key_alone(site):
     import hashlib
 
