@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -33,7 +33,7 @@ class TlsServer:
 
     def __init__(
         self,
-        handlers: Mapping[str, grpc.RpcMethodHandler],
+        handlers: dict[str, grpc.RpcMethodHandler],
         timing: Timing,
         calls: int,
         connections: int,
