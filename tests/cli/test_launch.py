@@ -211,7 +211,7 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
 def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cli, yaml_file, tmp_path):
     words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=100", "train.local_steps=30"]
     path = yaml_file(*words, "algorithm.name=dec-lora", "peer.deadline=5", "peer.join=60", "eval.every=1000")
-    answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--cut", "0>1@1s:12s")
+    answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--cut", "0>1@1s:8s")
     assert answer.code == 0, answer.err
     events = [read_events(tmp_path / "out" / f"peer-{client:02d}") for client in range(3)]
     done = [of(own, RoundDone) for own in events]
