@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peerlora.errors import IdentityError
+from peerlora.files import sync
 
 PRIVATE, PUBLIC = 0o600, 0o644
 
@@ -21,7 +22,7 @@ def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
         raise IdentityError(f"{path} exists already and is never overwritten; give another place or move it") from None
     finally:
         os.unlink(temporary)
-    _sync_names(path.parent)
+    sync(path.parent)
 
 
 def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
@@ -30,7 +31,7 @@ def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     temporary = _temporary(path, data, mode)
     try:
         os.replace(temporary, path)
-        _sync_names(path.parent)
+        sync(path.parent)
     except OSError:
         with suppress(OSError):
             os.unlink(temporary)
@@ -74,12 +75,3 @@ def _temporary(path: Path, data: bytes, mode: int) -> str:
         os.unlink(name)
         raise
     return name
-
-
-def _sync_names(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk: a list must not be older after a power cut than before."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
