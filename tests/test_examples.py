@@ -79,6 +79,7 @@ def test_topologies_are_compared_on_the_same_shards(run):
     assert shards[0] == shards[1] == shards[2]
 
 
+@pytest.mark.slow
 def test_stragglers_hold_up_only_who_waits_for_them(drawn, run):
     out, printed = run("stragglers", "train.rounds=1")
     rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:]}

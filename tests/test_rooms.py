@@ -21,10 +21,10 @@ FLOORS = (
     ("runtime",),
     ("experiments",),
     ("cli",),
-    ("", "__main__"),
+    ("", "__main__", "models"),
 )
 """The rooms and modules of ``peerlora``, from the ground up; one imports from floors below its own, and from itself.
-The empty name is the package's own ``__init__``."""
+The empty name is the package's own ``__init__``, ``models`` a former place of what scripts import."""
 INNER_FLOORS = {
     "network": (("base",), ("identity",), ("transport",), ("protocol",)),
     "runtime": ((), ("peer",), ("launch",)),

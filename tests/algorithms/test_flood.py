@@ -7,6 +7,7 @@ import torch
 from quadratics import adapters, coupled, exchange
 from quadratics import run as quadratic_run
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.flood import FLood, FLoodState, aimed, push_masses
 from peerlora.errors import CompositionError, ConfigError, Stopped
@@ -46,7 +47,7 @@ def repeated(x, c, peers, how, rounds=1200):
     return state
 
 
-@pytest.mark.parametrize("graph", ["ring", "path", "star", {"kind": "random", "p": 0.4}])
+@pytest.mark.parametrize("graph", others_slow(["ring", "path", "star", {"kind": "random", "p": 0.4}], [0, 3]))
 @pytest.mark.parametrize("how", ["metropolis", "push-sum"])
 def test_the_exact_mixings_end_at_the_confidence_weighted_mean(graph, how):
     x = values(6)

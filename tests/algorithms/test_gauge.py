@@ -11,6 +11,7 @@ from plain_products import Drift
 from test_merge_methods import models, parts, settled
 from test_product_methods import GRAPHS, UNEQUAL, exchange, run, start
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 
 DRAWN = settings(max_examples=15, deadline=None)
@@ -53,7 +54,7 @@ def assert_models_equal(algorithm, one, other):
 CASES = [("decaf", EQUAL), ("decaf", UNEQUAL), ("flexlora", UNEQUAL), ("flora", EQUAL), ("flora", UNEQUAL)]
 
 
-@pytest.mark.parametrize(("name", "ranks"), [*CASES, ("fedex-lora", EQUAL)])
+@pytest.mark.parametrize(("name", "ranks"), others_slow([*CASES, ("fedex-lora", EQUAL)], [1, 4]))
 @DRAWN
 @given(GRAPH, SEEDS, SPREADS)
 def test_no_client_s_gauge_is_seen(name, ranks, graph, seed, spread):

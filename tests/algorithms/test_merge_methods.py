@@ -15,6 +15,7 @@ import torch
 from plain_products import Drift
 from test_product_methods import GRAPHS, NOBODY, SPEC, UNEQUAL, PendingExchange, assert_same, exchange, run, start
 
+from cases import others_slow
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import prepare
 from peerlora.algorithms.decaf import averaged_products
@@ -671,7 +672,7 @@ def settings(config, name):
     return config("bert", *RUN, f"algorithm.name={name}", *extra)
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex-lora", "fedhl"])
+@pytest.mark.parametrize("name", others_slow(["flora", "fedex-lora", "fedhl"], [0]))
 def test_a_run_that_broke_off_goes_on_to_the_same_bytes(config, tmp_path, name):
     whole = simulate(settings(config, name), tmp_path / "whole").run
 

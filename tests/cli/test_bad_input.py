@@ -177,7 +177,8 @@ def test_no_warning_without_a_reason(cli, yaml_file, tmp_path):
     assert answer.code == 0 and "warning" not in answer.err
 
 
-@pytest.mark.parametrize("case", ["unknown method", pytest.param("disconnected graph", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unknown method", "disconnected graph"])
 def test_a_real_process_does_the_same(case, process, yaml_file, tmp_path):
     words, parts = REFUSED[case]
     started = process("train", yaml_file(), *words, "--out", tmp_path / "out")

@@ -148,6 +148,7 @@ def test_the_small_presets_have_the_intervals_and_graphs_of_the_full_ones():
             assert {str(wanted(trial)) for trial in some} == {str(wanted(trial)) for trial in all_of_them}
 
 
+@pytest.mark.slow
 def test_the_full_presets_are_the_papers_protocol(tmp_path):
     adf, tad = (load_grid(preset(name, "full")) for name in ("adf-lora", "tad-lora"))
     assert len(expand_settings(adf)) == 7 * 4 and len(expand_settings(tad)) == 4 * 7 * 4

@@ -128,6 +128,8 @@ def wait_for_rounds(run, count, started):
     raise AssertionError(f"no {count} rounds: {started.communicate()}")
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_interrupt_saves_and_names_the_command_that_goes_on(process, cli, config, yaml_file, tmp_path):
     run = tmp_path / "run"
     words = ["train.rounds=30", "checkpoint.every=1000", "eval.every=1000"]

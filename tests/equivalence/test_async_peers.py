@@ -13,6 +13,7 @@ import pytest
 import torch
 from in_memory import names, network, one_at_a_time, together
 
+from cases import others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.errors import Stopped
 from peerlora.network.protocol.wire import read_header
@@ -171,12 +172,15 @@ def peers(config, folder, script, conductor):
 
 @pytest.mark.parametrize(
     ("method", "extra"),
-    [
-        ("aedfl", ["algorithm.ramp=2", "algorithm.refresh=1", "algorithm.density=0.4"]),
-        ("aedfl", ["algorithm.density=1", "algorithm.interval=1", "train.optimizer_state=keep"]),
-        ("ad-psgd", ["topology=path"]),
-        ("ad-psgd", ["topology=complete", "algorithm.interval=2", "adapter.head=private"]),
-    ],
+    others_slow(
+        [
+            ("aedfl", ["algorithm.ramp=2", "algorithm.refresh=1", "algorithm.density=0.4"]),
+            ("aedfl", ["algorithm.density=1", "algorithm.interval=1", "train.optimizer_state=keep"]),
+            ("ad-psgd", ["topology=path"]),
+            ("ad-psgd", ["topology=complete", "algorithm.interval=2", "adapter.head=private"]),
+        ],
+        [0, 3],
+    ),
 )
 def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, monkeypatch, method, extra):
     words = [f"algorithm.name={method}", *WORDS, *extra]

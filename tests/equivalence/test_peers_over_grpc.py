@@ -44,6 +44,8 @@ def compare(config, folder, methods):
                 assert (run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_a_method_and_what_changes_its_messages_give_what_the_simulation_gives(config, tmp_path):
     compare(config, tmp_path, ["adf-lora", "compressed"])
 

@@ -39,7 +39,7 @@ def algorithm_words(method):
 
 @pytest.mark.parametrize("method", ACTIVE)
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", others_slow(["adamw", "sgd"], ["adamw"]))
 def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
     extra = ["train.momentum=0.9", "train.lr=1.0"] if optimizer == "sgd" else []
     words = [
@@ -57,16 +57,19 @@ def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [
-        ("roberta", ["adapter.head=private"]),
-        ("bert", ["adapter.head=frozen"]),
-        ("bert", ["data.text=[text, other]"]),
-        ("bert", ["task.kind=regression", "data.label=score"]),
-        ("llama", ["task.kind=causal-lm", "data.label=null"]),
-        ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
-        ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
-        ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
-    ],
+    others_slow(
+        [
+            ("roberta", ["adapter.head=private"]),
+            ("bert", ["adapter.head=frozen"]),
+            ("bert", ["data.text=[text, other]"]),
+            ("bert", ["task.kind=regression", "data.label=score"]),
+            ("llama", ["task.kind=causal-lm", "data.label=null"]),
+            ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
+            ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
+            ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
+        ],
+        [1, 4, 6],
+    ),
 )
 def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):
     chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)

@@ -219,6 +219,7 @@ def run_alone(tree, folder):
     start_grid(load_grid(tree), folder, QUIET)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(whole, tree, tmp_path):
     """SIGKILL in the middle of the second cell; the result is that of an undisturbed grid."""
     context = multiprocessing.get_context("forkserver")

@@ -64,6 +64,7 @@ def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
     assert {"staleness", "staleness_max"} <= {row["metric"] for row in metrics}
 
 
+@pytest.mark.slow
 def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
     made, fit = runs("aedfl", "train.rounds=40", "topology=complete"), StackedLearner.fit
 
@@ -170,6 +171,7 @@ def test_alone_it_trains_and_says_so(runs):
     assert not any(done.contacts for done in told) and told[-1].missed == {"0": "down", "2": "down"}
 
 
+@pytest.mark.slow
 def test_no_change_is_lost_between_letters_and_jobs(runs, monkeypatch):
     """Each hook gets what the one before it gave, though letters come on another thread; the last is the result."""
     models, jobs, messages = {}, [], []

@@ -129,8 +129,8 @@ EVERYWHERE = ["folder", EVERY - 1, EVERY, ROUNDS - 2, ROUNDS - 1, "final", "adap
 
 
 def also_slow(few, many, *cases):
-    """A few moments in every run of the tests, many in the slow ones."""
-    return [(case, few) for case in cases] + [pytest.param(case, many, marks=pytest.mark.slow) for case in cases]
+    """A few moments of the first case in every run of the tests, many of all in the slow ones."""
+    return [(cases[0], few)] + [pytest.param(case, many, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(("state", "moments"), also_slow([ROUNDS - 2, "final"], EVERYWHERE, "round", "keep"))
@@ -149,6 +149,7 @@ def test_killed_at_random_moments_and_resumed(state, moments, start, undisturbed
     assert killed >= len(moments) - 1  # the last moments are short; one may be missed
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(start, undisturbed, processes):
     """A resumed run is as safe as a fresh one."""
     whole = undisturbed("train.optimizer_state=keep")

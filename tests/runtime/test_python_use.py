@@ -43,7 +43,7 @@ def test_a_result_holds_summary_metrics_adapters_and_folder(result, tmp_path):
     assert result.summary["bytes_sent"] == sum(sent) and {row["client"] for row in rows} == {None, 0, 1, 2, 3}
 
 
-def test_a_run_may_leave_its_report_for_later(result, tmp_path):
+def test_a_run_may_leave_its_report_for_later(result, drawn, tmp_path):
     bare = simulate(load_config(result.run / "config.yaml"), tmp_path / "bare", report=False)
     assert not (bare.run / "report.html").exists()
     assert bare.adapters.flat.equal(result.adapters.flat)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.data.batches import Batch
 from peerlora.errors import CompositionError, ConfigError
@@ -148,7 +149,7 @@ def run(config, rounds=2):
 
 
 @pytest.mark.parametrize("method", ["adf-lora", "fedsa-lora", "flora"])
-@pytest.mark.parametrize("target", ["uniform", "pooled"])
+@pytest.mark.parametrize("target", others_slow(["uniform", "pooled"], ["pooled"]))
 def test_it_works_under_every_kind_of_method_on_both_forwards(config, method, target):
     found = {}
     for words in ((), ("train.fast=false",), ("train.block=1",)):

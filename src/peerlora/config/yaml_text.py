@@ -18,7 +18,11 @@ def parse_yaml(text: str, where: str) -> Any:
     itself, and aliases that stand for too much.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except _Refused as refused:
         raise ConfigError(f"{where}: {refused}") from None
     except yaml.YAMLError as error:

@@ -34,6 +34,7 @@ for command in ("doctor", "peer"):
 """
 
 
+@pytest.mark.slow
 def test_commands_quiet_grpc_before_they_import_it(tmp_path):
     """Of both commands the first imports gRPC; each of them has quieted it by then."""
     (tmp_path / "config.yaml").write_text("clients: 2\n")

@@ -274,6 +274,7 @@ def test_nobody_is_admitted_by_a_list_that_expired(door, tmp_path):
     door.run(scenario)
 
 
+@pytest.mark.slow
 def test_the_session_with_a_dialled_site_ends_with_its_certificate(federation, tmp_path):
     for name in ("key.pem", "site.json", "trust.pem"):
         write_over(tmp_path / "b" / name, (federation / "b" / name).read_bytes(), 0o600)

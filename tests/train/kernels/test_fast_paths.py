@@ -33,7 +33,7 @@ def trained(config, *schedule):
     return federation, x.flat, torch.stack(losses), scores
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", others_slow(["bert", "roberta"], ["roberta"]))
 @pytest.mark.parametrize(
     "words",
     [
