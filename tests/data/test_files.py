@@ -246,8 +246,8 @@ def test_compressed_files_are_read(tmp_path, kind, suffix):
 
 
 def test_all_members_of_a_compressed_file_are_read_and_half_a_file_is_refused(tmp_path):
-    path, body = tmp_path / "rows.csv.gz", gzip.compress(b"text,label\n" + b"room,good\n" * 99)
-    path.write_bytes(body + gzip.compress(b"meal,bad\n"))
+    path, body = tmp_path / "rows.csv.gz", gzip.compress(b"text,label\n" + b"room,good\n" * 99, mtime=0)
+    path.write_bytes(body + gzip.compress(b"meal,bad\n", mtime=0))
     assert read_table(str(path)).column("label").to_pylist() == ["good"] * 99 + ["bad"]
     for half in (body[:-12], body[:-1]):
         path.write_bytes(half)
@@ -327,7 +327,7 @@ def test_shards_that_number_their_classes_differently_are_refused(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         (b"<!DOCTYPE html>\n<html>", "is a web page"),
         (b"PAR1\x15 ...", "is a parquet file"),
-        (gzip.compress(gzip.compress(b"text,label\na,b\n")), "is compressed here; unpack it"),
+        (gzip.compress(gzip.compress(b"text,label\na,b\n", mtime=0), mtime=0), "is compressed here; unpack it"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
