@@ -169,7 +169,7 @@ def test_without_alpha_and_beta_it_is_the_host_to_the_bit(config, interval):
     assert found.algorithm.message(y) == expected.algorithm.message(x)
 
 
-@pytest.mark.parametrize("mixing", ["metropolis", "push-sum", "renormalised"])
+@pytest.mark.parametrize("mixing", others_slow(["metropolis", "push-sum", "renormalised"], ["push-sum"]))
 @pytest.mark.parametrize("score", ["auto", "max-softmax", "entropy", "nll"])
 def test_every_choice_runs_and_changes_something(config, mixing, score):
     host = run(config("bert", *SKEWED, "algorithm.name=dec-lora"))[1]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratics import Quadratics, adapters, coupled, curvatures, end, exchange, run
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.k_gt import KGT
 from peerlora.errors import ConfigError
@@ -83,7 +84,7 @@ TABLE = [  # mean error and disagreement on Q1, then on Q2; ring of 6, lr 0.1
 ]
 
 
-@pytest.mark.parametrize(("method", "own", "train", "topology", "expected"), TABLE)
+@pytest.mark.parametrize(("method", "own", "train", "topology", "expected"), others_slow(TABLE, [0, 2, 4, 6, 7]))
 def test_bias_and_disagreement_on_equal_and_unequal_curvatures(method, own, train, topology, expected):
     b, a = drawn()
     found = []
@@ -172,7 +173,9 @@ def test_dfedadmm_ends_where_dsgd_with_the_step_lambda_does_whatever_the_local_s
     assert (ours - dsgd).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("penalty", "grows"), [(0.2, True), (0.24, True), (0.26, False), (0.5, False)])
+@pytest.mark.parametrize(
+    ("penalty", "grows"), others_slow([(0.2, True), (0.24, True), (0.26, False), (0.5, False)], [1, 2])
+)
 def test_a_negative_eigenvalue_bounds_lambda(penalty, grows):
     # Curvature 1 and eigenvalue -1/3: lambda < (1 + 3) / 1, which is a penalty above 1/4.  Exact local minimisation.
     learner = curvatures(np.ones(4), np.array([1.0, -1.0, 1.0, -1.0]), lr=0.5, local_steps=60)
@@ -288,7 +291,7 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("interval", [None, 1, 3])
+@pytest.mark.parametrize("interval", others_slow([None, 1, 3], [2]))
 @pytest.mark.parametrize(("method", "own", "train"), EXACT)
 def test_exact_methods_stay_exact_with_factors_in_turn(method, own, train, interval):
     learner, x = coupled(5, 3, **{"lr": 0.05, **train}), adapters(5, 1, 1, head=1)

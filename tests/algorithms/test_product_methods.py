@@ -94,7 +94,7 @@ def test_a_run_with_unequal_ranks_equals_the_plain_one(case, graph):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("head", ["mixed", "private"])
+@pytest.mark.parametrize("head", others_slow(["mixed", "private"], ["mixed"]))
 def test_a_real_learner_and_either_head_equal_the_plain_run(config, case, head):
     words = [f"algorithm.{key}={value}" for key, value in CASES[case][0].items()]
     chosen = config("bert", f"algorithm.name={case.split()[0]}", *words, f"adapter.head={head}", "train.lr=0.05")

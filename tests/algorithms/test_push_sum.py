@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quadratics import adapters, coupled, curvatures, exchange, run
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.push_sum import SGP
 from peerlora.errors import CompositionError
@@ -86,7 +87,7 @@ def test_sgp_stops_beside_the_solution_by_an_error_that_shrinks_with_the_rate():
     assert spreads[0] > 0.1 and spreads[1] == pytest.approx(spreads[0] / 10, rel=0.2)
 
 
-@pytest.mark.parametrize(("steps", "lr"), [(1, 0.1), (4, 0.03)])
+@pytest.mark.parametrize(("steps", "lr"), others_slow([(1, 0.1), (4, 0.03)], [1]))
 @pytest.mark.parametrize("topology", [CHORD, RANDOM])
 def test_push_diging_is_exact_on_unequal_curvatures(topology, steps, lr):
     b, a = seeded()

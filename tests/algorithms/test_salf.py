@@ -8,6 +8,7 @@ import pytest
 import torch
 from quadratics import adapters, exchange
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.salf import SALF, mix_reached, neighbourhood_mean
 from peerlora.config.loading import load_config
@@ -207,7 +208,7 @@ def test_without_an_end_it_is_the_host_algorithm_to_the_bit(config, interval, wo
 
 
 @pytest.mark.parametrize("correction", ["ipw", "neighbourhood", "none"])
-@pytest.mark.parametrize("interval", ["null", "2"])
+@pytest.mark.parametrize("interval", others_slow(["null", "2"], ["2"]))
 def test_rounds_run_and_the_lowest_layers_move_least_often(config, correction, interval):
     words = [f"algorithm.correction={correction}", f"algorithm.interval={interval}", "algorithm.stragglers=1.0"]
     federation = compose(config("bert", "algorithm.name=salf", *words))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import others_slow
 from peerlora.algorithms import build_algorithm
 from peerlora.config.sections import RandomGraph
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -92,7 +93,7 @@ NOTED = {
 RUNS = [(p, name, T) for p in NOTED for name in ("rolora", "adf-lora") for T in NOTED[p][name]]
 
 
-@pytest.mark.parametrize(("p", "name", "interval"), RUNS)
+@pytest.mark.parametrize(("p", "name", "interval"), others_slow(RUNS, [0, 3, 5, 8]))
 def test_active_only_brings_nothing_and_joint_mixing_everything(p, name, interval):
     found = disagreement(p, name, interval=interval) / disagreement(p, "dec-lora")
     assert found == pytest.approx(1 if name == "rolora" else expected(p, interval), rel=0.1)

@@ -9,9 +9,21 @@ import pytest
 SITES = ("hospital-a", "hospital-b")
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The folder of which every test gets a copy."""
+    return tmp_path_factory.mktemp("consortium")
+
+
 @pytest.fixture
-def consortium(cli, tmp_path):
+def consortium(cli, original, tmp_path):
     """Two sites with identities and a signed list, made by commands only."""
+    if not any(original.iterdir()):
+        found_consortium(cli, original)
+    return shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+
+
+def found_consortium(cli, tmp_path):
     office = tmp_path / "authority"
     assert cli("identity", "new", office, "--as-authority", "Five Hospitals").code == 0
     assert cli("members", "new", tmp_path / "members.json", "--name", "five-hospitals").code == 0
@@ -28,7 +40,6 @@ def consortium(cli, tmp_path):
         add = cli("members", "add", tmp_path / "members.json", "--site", site, "--certificate", signed, *address)
         assert add.code == 0, add.err
     assert cli("members", "sign", tmp_path / "members.json", "--authority", office).code == 0
-    return tmp_path
 
 
 def test_a_consortium_is_made_by_commands(consortium, cli):

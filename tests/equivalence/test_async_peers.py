@@ -212,7 +212,7 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
 def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, method):
     words = [*WORDS, "train.rounds=4", "peer.join=0.2"]
     chosen = config("bert", *words, f"algorithm.name={method}", *(["algorithm.density=1"] if method == "aedfl" else []))
-    stopping = iter([False, True])
+    done = []
     with network(4) as (net, thread):
         whole = simulate(config("bert", *words, "algorithm.name=local"), tmp_path / "whole")
 
@@ -221,7 +221,7 @@ def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, m
 
         undisturbed = run(tmp_path / "undisturbed")
         with pytest.raises(Stopped):
-            run(tmp_path / "stopped", stop=lambda: next(stopping))
+            run(tmp_path / "stopped", sinks=[done.append], stop=lambda: bool(of(done, RoundDone)))
         resumed = run(tmp_path / "stopped", resume=True)
     assert (undisturbed.adapters.flat - whole.adapters.flat[1:2]).abs().max() < 1e-10
     assert torch.equal(resumed.adapters.flat, undisturbed.adapters.flat)

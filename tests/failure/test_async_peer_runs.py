@@ -44,7 +44,8 @@ def until_met(made, client, other, method):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("method", others_slow(METHODS, ["ad-psgd"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
     made = runs(method, "train.rounds=16")
     made.slow |= {1: 0.2}
@@ -83,7 +84,8 @@ def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
     assert largest[0] >= 3 and largest[1] >= 3
 
 
-@pytest.mark.parametrize("method", others_slow(METHODS, ["aedfl"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_dead_peer_stops_nobody(runs, method):
     made = runs(method, "train.rounds=50", "topology=complete")
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]

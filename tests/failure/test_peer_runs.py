@@ -193,7 +193,8 @@ def test_label_counts_are_not_summed_without_a_neighbour(runs):
     assert [result.summary["rounds"] for result in again] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("remembers", others_slow([True, False], [1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("remembers", [True, False])
 def test_a_restarted_peer_knows_the_label_counts_or_asks_for_them(runs, remembers):
     made = runs("train.rounds=24", "checkpoint.every=2", *POOLED)
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Quadratic, adapters, rounds_for, run, targets
 
+from cases import others_slow
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
 from peerlora.config.loading import parse_spec
@@ -307,7 +308,8 @@ SPARSE = ["algorithm.ramp=2", "algorithm.refresh=1", "algorithm.density=0.3"]
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [("aedfl", SPARSE), ("aedfl", [*KEPT, "algorithm.density=1"]), ("ad-psgd", KEPT)]
+    ("method", "words"),
+    others_slow([("aedfl", SPARSE), ("aedfl", [*KEPT, "algorithm.density=1"]), ("ad-psgd", KEPT)], [0]),
 )
 def test_a_stopped_run_goes_on_to_the_bit(uneven, tmp_path, method, words):
     whole = simulate(uneven(method, *words), tmp_path / "whole")

@@ -133,7 +133,7 @@ def also_slow(few, many, *cases):
     return [(cases[0], few)] + [pytest.param(case, many, marks=pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize(("state", "moments"), also_slow([ROUNDS - 2, "final"], EVERYWHERE, "round", "keep"))
+@pytest.mark.parametrize(("state", "moments"), also_slow([ROUNDS - 2], EVERYWHERE, "round", "keep"))
 def test_killed_at_random_moments_and_resumed(state, moments, start, undisturbed):
     """Before the first checkpoint, between two, in a write, while the end is written; every kill must be a real one."""
     word = f"train.optimizer_state={state}"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cases import others_slow
 from peerlora.errors import Stopped
 from peerlora.runs.metrics import started
 from peerlora.runs.store import read_events
@@ -18,7 +19,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("method", "words"), METHODS.items())
+@pytest.mark.parametrize(("method", "words"), others_slow(METHODS.items(), [1]))
 def test_stopped_and_resumed_is_undisturbed(config, tmp_path, method, words):
     chosen = config("bert", f"algorithm.name={method}", "train.rounds=5", "checkpoint.every=2", "eval.every=5", *words)
     whole = simulate(chosen, tmp_path / "whole")

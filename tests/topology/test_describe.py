@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from cases import others_slow
 from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError
 from peerlora.topology.describe import describe, rounds_to_halve
@@ -101,13 +102,15 @@ NEW = ["directed-ring chords=[[0, 1]]", "random-out degree=1", "one-peer", "base
 
 
 @pytest.mark.parametrize("spec", ["ring", "random", "star weights=pairwise", "path drop_links=0.5", "complete"])
-@pytest.mark.parametrize("clients", [1, 5])
+@pytest.mark.parametrize("clients", others_slow([1, 5], [1]))
 def test_figures_are_plain_json(spec, clients):
     shown = figures(spec, clients=clients, rounds=3)
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
 
 
-@pytest.mark.parametrize("spec", [*NEW, "matcha base=path", "one-peer drop_links=0.3", "hypercube lazy=true"])
+@pytest.mark.parametrize(
+    "spec", others_slow([*NEW, "matcha base=path", "one-peer drop_links=0.3", "hypercube lazy=true"], [0, 3, 6, 7])
+)
 def test_figures_of_every_new_kind_are_plain_json(spec):
     shown = figures(spec, clients=4, rounds=3)
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown

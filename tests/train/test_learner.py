@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import others_slow
 from peerlora.data.batches import collate
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
@@ -75,7 +76,7 @@ OPTIMIZERS = {
 SCHEDULE = ["B", "B", "A", "A", "B"]
 
 
-@pytest.mark.parametrize("kept", ["round", "phase", "keep"])
+@pytest.mark.parametrize("kept", others_slow(["round", "phase", "keep"], ["phase"]))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizer_state_is_as_with_torch_optimisers_kept_or_made_anew(config, optimizer, kept):
     chosen = config("bert", "clients=2", "topology.kind=path", *OPTIMIZERS[optimizer], f"train.optimizer_state={kept}")
@@ -94,7 +95,7 @@ def test_the_three_settings_differ(config, optimizer):
         assert (found[i] - found[j]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("kept", ["phase", "keep"])
+@pytest.mark.parametrize("kept", others_slow(["phase", "keep"], ["keep"]))
 @pytest.mark.parametrize("rounds", [1, 2, 3])  # within a phase, at a switch, after it
 def test_a_loaded_state_goes_on_bit_for_bit(config, kept, rounds):
     chosen = config("bert", f"train.optimizer_state={kept}", "train.weight_decay=0.1", "train.block=3")
@@ -254,7 +255,8 @@ def metric_of(task, predictions, labels, loss):
 
 
 @pytest.mark.parametrize(
-    "kind, task", [("bert", "classification"), ("bert", "regression"), *(("llama", task) for task in TASKS)]
+    "kind, task",
+    others_slow([("bert", "classification"), ("bert", "regression"), *(("llama", task) for task in TASKS)], [0, 2]),
 )
 def test_evaluation_equals_a_plain_loop(config, kind, task):
     federation = compose(config(kind, *TASKS[task], "data.holdout=0.3"))

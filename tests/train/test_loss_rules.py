@@ -105,7 +105,7 @@ def plain(logits, batch, clients):
     return logits, batch
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("share", others_slow([0.1, 0.5, 0.9, 0.99], [2]))
 def test_skewed_rows_with_the_adjusted_loss_have_the_balanced_optimum(share, monkeypatch):
     monkeypatch.setattr(loss_rules, "SMOOTHING", 0.0)  # exact shares
     likelihood = [[0.7, 0.3], [0.2, 0.8]]  # of feature 0 or 1 given the label
