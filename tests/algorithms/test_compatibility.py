@@ -80,6 +80,7 @@ def test_compressed_gossip_keeps_corrections_summing_to_zero_but_has_no_replicas
         compressed.mix({"x": x, "z": z.flat})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "grows"), others_slow([("d2", True), ("dsgd", False)], [0]))
 def test_what_d2_adds_up_can_grow_without_bound_under_a_codec(method, grows):
     """Why d2 refuses one: with the identity it is exact, with signs and the same rate it runs away."""

@@ -44,7 +44,7 @@ def mixing_only(factors):
     return average
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", others_slow(METHODS, ["rolora", "fedit"]))
 @pytest.mark.parametrize(
     ("kind", "words"),
     others_slow(

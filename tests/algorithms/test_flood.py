@@ -47,7 +47,7 @@ def repeated(x, c, peers, how, rounds=1200):
     return state
 
 
-@pytest.mark.parametrize("graph", others_slow(["ring", "path", "star", {"kind": "random", "p": 0.4}], [0, 3]))
+@pytest.mark.parametrize("graph", others_slow(["ring", "path", "star", {"kind": "random", "p": 0.4}], [3]))
 @pytest.mark.parametrize("how", ["metropolis", "push-sum"])
 def test_the_exact_mixings_end_at_the_confidence_weighted_mean(graph, how):
     x = values(6)

@@ -196,7 +196,10 @@ def test_exact_methods_agree_from_any_start(method):
 
 @pytest.mark.parametrize(
     "topology",
-    [{"kind": "random", "p": 0.4}, {"kind": "ring", "drop_links": 0.3}, {"kind": "path", "weights": "pairwise"}],
+    others_slow(
+        [{"kind": "random", "p": 0.4}, {"kind": "ring", "drop_links": 0.3}, {"kind": "path", "weights": "pairwise"}],
+        [1],
+    ),
 )
 def test_k_gt_is_exact_on_graphs_that_change(topology):
     b, a = drawn()

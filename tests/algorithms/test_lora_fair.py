@@ -42,7 +42,7 @@ OBJECTIVES = {"ridge": frobenius, "cosine": cosine}
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("graph", GRAPHS, ids=GRAPH_IDS)
 @pytest.mark.parametrize("size", [1e-3, 0.3])
-@pytest.mark.parametrize("ridge", others_slow([1e-4, 0.01, 10.0], [0, 2]))
+@pytest.mark.parametrize("ridge", others_slow([1e-4, 0.01, 10.0], [1]))
 def test_the_objective_never_rises(objective, graph, size, ridge):
     x, peers = trained(size), exchange(graph)
     found = peers.combine(x, partial(corrected_average, ridge=ridge, cosine=objective == "cosine"))
@@ -54,6 +54,7 @@ def test_the_objective_never_rises(objective, graph, size, ridge):
             assert OBJECTIVES[objective](D, B, A, dB, ridge) <= OBJECTIVES[objective](D, B, A, 0 * dB, ridge) + 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", others_slow([0.05, 1.0], [0]))
 def test_the_closed_form_is_where_a_long_descent_ends(ridge):
     x, peers = trained(), exchange(GRAPHS[0])

@@ -78,6 +78,7 @@ def test_mass_is_kept_and_the_sum_changes_by_steps_only(topology, seed, method):
             assert state.u.flat.sum(0).numpy() == pytest.approx((before.u.flat + steps).sum(0).numpy(), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_sgp_stops_beside_the_solution_by_an_error_that_shrinks_with_the_rate():
     b, a = seeded()
     spreads = []

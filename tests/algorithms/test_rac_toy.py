@@ -24,6 +24,7 @@ def floor_of_one_factor():
     return float(((B @ A - target) * root).square().sum()) / 2
 
 
+@pytest.mark.slow
 def test_the_chain_arrives_where_the_others_stall_or_diverge(tmp_path, capsys, drawn):
     EXAMPLE["main"](str(tmp_path / "toy.svg"))
     reached = {line[:25].strip(): float(line[25:]) for line in capsys.readouterr().out.splitlines()}

@@ -36,6 +36,7 @@ def on_path(monkeypatch, cache):
     monkeypatch.syspath_prepend(str(PEERS))
 
 
+@pytest.mark.slow
 def test_plain_loop_and_peerlora_do_the_same_work(tmp_path):
     import run_peerlora
     import run_plain
@@ -74,6 +75,7 @@ def runs(process):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_end_is_stopped_and_says_so(tmp_path):
     from measure import measure
 

@@ -17,6 +17,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_every_way_does_the_same_rounds(bench, models):
     speed = bench("speed")
     shape = speed.Shape(clients=4, batch=3, tokens=16)

@@ -42,6 +42,7 @@ class Rates(dict):
         return 3e-3
 
 
+@pytest.mark.slow
 def test_every_condition_is_a_grid_without_a_refused_cell(systems, data):
     for name, condition in systems.CONDITIONS.items():
         grid = load_grid(systems.grid(name, data, Rates()))

@@ -136,6 +136,7 @@ def test_a_small_preset_keeps_its_promise_of_half_an_hour(name, tmp_path):
     assert f"{tmp_path}/sst2/train.parquet" in grid.to_yaml()
 
 
+@pytest.mark.slow
 def test_the_small_presets_have_the_intervals_and_graphs_of_the_full_ones():
     small, full = (
         [plan_trials(load_grid(preset(name, budget))).trials for name in PRESETS] for budget in ("small", "full")

@@ -179,7 +179,7 @@ def peers(config, folder, script, conductor):
             ("ad-psgd", ["topology=path"]),
             ("ad-psgd", ["topology=complete", "algorithm.interval=2", "adapter.head=private"]),
         ],
-        [0, 3],
+        [3],
     ),
 )
 def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, monkeypatch, method, extra):
@@ -208,7 +208,7 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
     assert max(done.bytes_per_edge for done in told) == max(done.bytes_per_edge for done in simulated)
 
 
-@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+@pytest.mark.parametrize("method", others_slow(["aedfl", "ad-psgd"], [0]))
 def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, method):
     words = [*WORDS, "train.rounds=4", "peer.join=0.2"]
     chosen = config("bert", *words, f"algorithm.name={method}", *(["algorithm.density=1"] if method == "aedfl" else []))

@@ -65,6 +65,7 @@ def test_identity_with_gamma_one_is_plain_mixing():
     assert (ours.flat - plain.flat).abs().max() < 1e-14
 
 
+@pytest.mark.slow
 def test_top_k_gossip_agrees_where_naive_compressed_gossip_stalls():
     x = adapters()
     peers = compressed("top-k", zeros(x), share=0.2, gamma=0.3)

@@ -212,6 +212,7 @@ def test_a_lost_message_costs_nothing_of_the_sum():
     assert torch.equal(torch.cat(found), OWN.sum(0).expand(4, 3))
 
 
+@pytest.mark.slow
 def test_over_one_way_links_a_lost_message_costs_nothing_or_the_sum_is_refused():
     """Nobody knows of the other end of a one-way link before the deadline, when all lose patience at one moment: then a
     link may count at its receiver's end alone, and the share that its sender kept is there twice."""

@@ -146,6 +146,7 @@ def test_a_restarted_peer_goes_on_from_its_checkpoint(runs, method):
         assert again == ((client, 2) in PAIRS[method])
 
 
+@pytest.mark.slow
 def test_a_peer_that_stops_in_peace_keeps_the_letters_that_it_has_not_opened(runs):
     """All stop and go on: nobody greets anew what he had, and jobs go on from where they were."""
     made = runs("ad-psgd", "train.rounds=14", "topology=path")

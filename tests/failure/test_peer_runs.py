@@ -137,6 +137,7 @@ def stop_and_resume_all(made):
     assert [result.summary["rounds"] for result in results] == [rounds, rounds, rounds]
 
 
+@pytest.mark.slow
 def test_everybody_restarts_from_the_checkpoints(runs):
     made = runs("train.rounds=14", "checkpoint.every=3")
     stop_and_resume_all(made)
@@ -144,6 +145,7 @@ def test_everybody_restarts_from_the_checkpoints(runs):
     assert all(len(made.events(client, RoundDone)[-1].edges) == 2 for client in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", others_slow([["algorithm.name=choco"], ["exchange.codec=top-k"]], [0]))
 def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, words):
     made = runs("train.rounds=12", "checkpoint.every=3", *words)
@@ -275,6 +277,7 @@ def disturbed(made, clients, to, **changes):
         beside.join()
 
 
+@pytest.mark.slow
 def test_a_member_without_a_link_in_the_ring_disturbs_nobody(config, tmp_path):
     """Any site of a list without edges can greet any other; here one greets the site across the ring."""
     with one_at_a_time(), network(4) as (net, thread):

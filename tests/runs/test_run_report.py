@@ -132,6 +132,7 @@ def test_a_partition_without_counts_has_no_label_figure(tmp_path, run):
     assert "holds which labels" not in report(tmp_path / "run", run(partition={"rows": 3})).text
 
 
+@pytest.mark.slow
 def test_the_same_events_give_the_same_bytes(tmp_path, run):
     for name in ("one", "two"):
         report(tmp_path / name, run())
@@ -198,6 +199,7 @@ def test_a_run_on_a_clock_shows_its_results_by_virtual_seconds(tmp_path, run):
     assert "virtual" not in plain.text
 
 
+@pytest.mark.slow
 def test_runs_on_clocks_are_compared_by_virtual_seconds(tmp_path, run):
     rows = [ComparisonRow(name, "", events, summarise(events)) for name, events in (("a", timed(run())), ("b", run()))]
     assert "own models, by virtual seconds" in Page(write_comparison(tmp_path / "two", rows)).text

@@ -186,6 +186,7 @@ def test_aedfl_of_uneven_speeds_agrees_on_a_point_between_the_minima():
     assert ((x >= b.min(0).values) & (x <= b.max(0).values)).all()
 
 
+@pytest.mark.slow
 def test_ad_psgd_of_equal_speeds_and_delays_comes_to_the_mean_of_the_minima():
     b = targets(4)
     algorithm = build_algorithm("ad-psgd", {})
@@ -272,7 +273,7 @@ def test_outstanding_jobs_are_computed_together():
     assert learner.fits[1][1] == [(0, 1), (1, 1), (2, 1)]
 
 
-@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+@pytest.mark.parametrize("method", others_slow(["aedfl", "ad-psgd"], [0]))
 def test_results_do_not_depend_on_how_jobs_are_grouped(config, tmp_path, monkeypatch, method):
     words = [f"algorithm.name={method}", "clock.speed=[1,0.7,0.31,0.1]", "clock.delay=0.4", "adapter.dropout=0.1"]
     words += ["train.rounds=5", "algorithm.interval=2", "train.optimizer_state=keep"]

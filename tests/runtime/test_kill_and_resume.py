@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cases import others_slow
 from peerlora.config.loading import load_config
 from peerlora.runs.events import (
     CheckpointSaved,
@@ -128,12 +129,9 @@ def kill_at(process, run, moment, delay):
 EVERYWHERE = ["folder", EVERY - 1, EVERY, ROUNDS - 2, ROUNDS - 1, "final", "adapters"]
 
 
-def also_slow(few, many, *cases):
-    """A few moments of the first case in every run of the tests, many of all in the slow ones."""
-    return [(cases[0], few)] + [pytest.param(case, many, marks=pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize(("state", "moments"), also_slow([ROUNDS - 2], EVERYWHERE, "round", "keep"))
+@pytest.mark.parametrize(
+    ("state", "moments"), others_slow([("keep", [ROUNDS - 2]), ("keep", EVERYWHERE), ("round", EVERYWHERE)], [0])
+)
 def test_killed_at_random_moments_and_resumed(state, moments, start, undisturbed):
     """Before the first checkpoint, between two, in a write, while the end is written; every kill must be a real one."""
     word = f"train.optimizer_state={state}"
@@ -168,13 +166,12 @@ def test_killed_again_and_again(start, undisturbed, processes):
 APART = ["topology.kind=ring", "clock.speed=[1,0.7,0.31,0.1]", "clock.delay=0.4", "clock.bandwidth=3000"]
 
 
-@pytest.mark.parametrize(
-    ("method", "moments"), also_slow([EVERY + 1], [EVERY - 1, EVERY + 1, ROUNDS - 1], "aedfl", "ad-psgd")
-)
-def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, moments, start, undisturbed):
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
+def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, start, undisturbed):
     words = [f"algorithm.name={method}", *APART]
     whole, draw = undisturbed(*words), random.Random(method)
-    for moment in moments:
+    for moment in (EVERY - 1, EVERY + 1, ROUNDS - 1):
         process, run = start(*words)
         kill_at(process, run, moment, draw.uniform(0, 0.01))
         resume(run)
@@ -182,6 +179,7 @@ def test_a_killed_run_without_common_rounds_has_all_that_was_on_its_way(method, 
         assert comparable(run) == comparable(whole), moment
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_deadline_remembers_who_was_late(start, undisturbed):
     words = ["clock.speed=[1,0.7,0.31,0.1]", "clock.deadline=2.5"]
     whole = undisturbed(*words)

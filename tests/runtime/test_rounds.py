@@ -5,6 +5,7 @@ import pytest
 import torch
 from toys import Quadratic, adapters, run, targets
 
+from cases import others_slow
 from peerlora import read_events
 from peerlora.algorithms import build_algorithm
 from peerlora.config.loading import parse_spec
@@ -123,7 +124,7 @@ def test_held_puts_back_every_leaf_of_some_clients():
     assert (after["dual"] == 1).all(), "its input is left alone"
 
 
-@pytest.mark.parametrize("kept", ["round", "keep"])
+@pytest.mark.parametrize("kept", others_slow(["round", "keep"], [0]))
 def test_a_stopped_run_with_a_deadline_goes_on_to_the_bit(config, tmp_path, kept):
     words = ["clock.speed=[1,1,0.7,0.3]", "clock.deadline=2.5", "train.rounds=6", "checkpoint.every=4"]
     words += [f"train.optimizer_state={kept}", "adapter.dropout=0.1", "algorithm.interval=1", "train.dtype=fp32"]

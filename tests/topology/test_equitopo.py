@@ -22,6 +22,7 @@ def test_contraction_of_od_equidyn_in_closed_form(clients, eta):
     assert rho(moment) ** 2 == pytest.approx((1 - eta) ** 2 + eta**2 * (1 - 2 / clients))
 
 
+@pytest.mark.slow
 def test_contraction_of_od_equidyn_at_nine_clients_as_known():
     made = build_topology(parse_spec("od-equidyn"), 9, 0)
     assert made.rho(rounds=4000) ** 2 == pytest.approx(0.444, abs=0.02)

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from cases import others_slow
 from peerlora.errors import TopologyError
 from peerlora.topology.finite_time import base_graph, hyper_hypercube, hypercube, one_peer
 
@@ -61,7 +62,7 @@ def test_base_two_graph_of_five_by_hand():
     assert product(plan) == pytest.approx(np.full((5, 5), 1 / 5))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", others_slow([1, 2, 3, 4], [0, 2]))
 def test_base_graphs_agree_within_a_short_period_for_every_number(k):
     for clients in [*range(1, 40), 64, 81, 97, 99]:
         plan = base_graph(clients, k)

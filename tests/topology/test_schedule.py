@@ -242,7 +242,7 @@ def test_rho_of_two_random_clients_in_closed_form():
     assert topology("random p=0.3", clients=2).rho(rounds=4000) == pytest.approx(0.7**0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("rule", ["metropolis", "laplacian", "uniform"])
+@pytest.mark.parametrize("rule", others_slow(["metropolis", "laplacian", "uniform"], [1]))
 def test_rho_of_three_random_clients_by_enumeration(rule):
     p, moment = 0.4, np.zeros((3, 3))
     for links in itertools.product([False, True], repeat=3):

@@ -65,6 +65,7 @@ def test_peers_hand_on_as_the_simulation_does(graph):
         assert torch.allclose(found.u, u, atol=1e-14) and torch.allclose(found.w, w, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_what_is_not_acknowledged_stays_with_the_sender():
     with exchanges(topology(CHORD), deadline=1.0) as peers:
         found = Handing(peers)

@@ -96,7 +96,7 @@ def test_peers_gossip_as_the_simulation_does(kind):
         found.check_copies()
 
 
-@pytest.mark.parametrize("kind", ["top-k", "qsgd"])
+@pytest.mark.parametrize("kind", others_slow(["top-k", "qsgd"], [0]))
 def test_a_lost_message_costs_one_link_and_then_a_whole_replica(kind):
     with exchanges(RING, deadline=1.0, start=start()) as peers:
         found = Gossip(peers, kind)
