@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from peerlora import simulate
-from peerlora.experiments.demo import ROWS, demo_config, row_config
+from peerlora.experiments.demo import ROWS, configure_row, demo_config
 
 RATES = (2e-3, 5e-3)
 
@@ -22,7 +22,7 @@ def main() -> None:
     for name in ROWS:
         for rate in RATES:
             words = ["data.eval=null", "data.holdout=0.1", "eval.every=1000", f"train.lr={rate}"]
-            config = row_config(demo_config(words), name, words)
+            config = configure_row(demo_config(words), name, words)
             with tempfile.TemporaryDirectory() as folder:
                 reached = simulate(config, Path(folder) / "run").summary["scores"]
             found.setdefault(name, {})[str(rate)] = reached

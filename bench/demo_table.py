@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markers import insert
 from peerlora import compose, load_config
-from peerlora.experiments.demo import ROWS, Row, average_once, findings
+from peerlora.experiments.demo import ROWS, Row, average_once, describe_findings
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -34,7 +34,7 @@ def table(rows: list[Row]) -> str:
         numbers = [f"{reached[name]:.3f}" for name in ("own_mean", "own_min", "averaged")]
         numbers += [f"{summary['consensus']['product']:.3g}", f"{summary['bytes_sent'] / 1e6:.0f} MB"]
         lines.append(f"| {row.name} | {' | '.join(numbers)} | {summary['seconds']['total']:.0f} |")
-    return "\n".join([*lines, "", *findings(rows)])
+    return "\n".join([*lines, "", *describe_findings(rows)])
 
 
 def picture(report: Path, to: Path) -> None:

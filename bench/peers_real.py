@@ -18,7 +18,7 @@ from statistics import mean, median
 
 from peerlora.config.loading import load_config
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.processes import launch
@@ -33,7 +33,7 @@ def run(words, faults=(), listener=lambda peers: None):
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(None, [*SMALL_DATA, *FEW_EVALUATED, *RING, *words])
         summary = launch(config, Path(folder) / "run", faults, listener=listener)
-        rounds = [of(read_events(peer["run"]), RoundDone) for peer in summary["peers"]]
+        rounds = [select_events(read_events(peer["run"]), RoundDone) for peer in summary["peers"]]
     return summary, rounds
 
 

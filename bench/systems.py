@@ -31,7 +31,7 @@ from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.experiments.grid import load_grid, plan_trials
 from peerlora.runs.events import Evaluated, Event, RoundDone
-from peerlora.runs.metrics import evaluated_within, of
+from peerlora.runs.metrics import evaluated_within, select_events
 from peerlora.runs.resume import run_facts
 from peerlora.runs.store import read_events
 from studies import ALONE, PAGES, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
@@ -253,16 +253,16 @@ class Run:
     @property
     def end(self) -> Evaluated:
         """The last evaluation."""
-        return of(self.events, Evaluated)[-1]
+        return select_events(self.events, Evaluated)[-1]
 
     @property
     def sent(self) -> float:
         """Bytes."""
-        return float(sum(done.bytes_sent for done in of(self.events, RoundDone)))
+        return float(sum(done.bytes_sent for done in select_events(self.events, RoundDone)))
 
     def at_round(self, rounds: int) -> Evaluated | None:
         """The evaluation at this round, or the last before it."""
-        found = [score for score in of(self.events, Evaluated) if 0 < score.round <= rounds]
+        found = [score for score in select_events(self.events, Evaluated) if 0 < score.round <= rounds]
         return found[-1] if found else None
 
 
@@ -286,7 +286,7 @@ def timed(events: Sequence[Event], config: RunConfig) -> list[Event]:
     if config.clock is not None:
         return list(events)
     step = config.train.local_steps * method_class(config.algorithm.name).traits.gradients
-    taken = [step + done.bytes_sent / config.clients / UPLINK for done in of(events, RoundDone)]
+    taken = [step + done.bytes_sent / config.clients / UPLINK for done in select_events(events, RoundDone)]
     now = [0.0, *accumulate(taken)]
     return [replace(each, virtual_seconds=now[each.round]) if isinstance(each, Evaluated) else each for each in events]
 

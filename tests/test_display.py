@@ -2,7 +2,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from peerlora.display import format_bytes, format_fixed, format_number, utc_now
+from peerlora.display import format_bytes, format_fixed, format_now, format_number
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_numbers_of_a_terminal_have_fixed_decimals():
 
 
 def test_the_time_is_utc_in_iso_8601():
-    assert datetime.fromisoformat(utc_now("milliseconds")).tzinfo == UTC
+    assert datetime.fromisoformat(format_now("milliseconds")).tzinfo == UTC

@@ -19,7 +19,7 @@ from peerlora.data.partition import partition
 from peerlora.errors import CompositionError, ConfigError, DataError, TopologyError
 from peerlora.plugins import METHODS, PARTITIONS, TASKS, TOPOLOGIES
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.checks import check_composition
 from peerlora.runtime.simulate import simulate
@@ -269,9 +269,11 @@ SCORES = ["task.kind=regression", "data.label=score", "train.rounds=1", "topolog
 
 def test_a_task_of_an_installed_package_trains(installed, config, tmp_path):
     installed("own_t", {"peerlora.tasks": {"absolute": "{0}:ABSOLUTE"}}, TASK)
-    plain = of(read_events(simulate(config("bert", *SCORES), tmp_path / "plain", report=False).run), RoundDone)
+    plain = select_events(
+        read_events(simulate(config("bert", *SCORES), tmp_path / "plain", report=False).run), RoundDone
+    )
     words = [*SCORES, "task.kind=absolute"]
-    own = of(read_events(simulate(config("bert", *words), tmp_path / "own", report=False).run), RoundDone)
+    own = select_events(read_events(simulate(config("bert", *words), tmp_path / "own", report=False).run), RoundDone)
     assert own[0].loss != plain[0].loss and np.isfinite(own[0].loss).all()
 
 

@@ -39,6 +39,6 @@ def byte_unit(count: float) -> tuple[float, str]:
     return next(((factor, unit) for factor, unit in units if count >= factor), (1.0, "bytes"))
 
 
-def utc_now(timespec: str = "seconds") -> str:
-    """The time in UTC as ISO 8601; ``timespec`` as in ``datetime.isoformat``."""
+def format_now(timespec: str = "seconds") -> str:
+    """Give the time in UTC as ISO 8601; ``timespec`` as in ``datetime.isoformat``."""
     return datetime.now(UTC).isoformat(timespec=timespec)

@@ -11,7 +11,7 @@ PeerloraError                 something the user can mend; the command line prin
 │                             not ready for this run yet; TooManyFiles: the process may open no more just now
 ├── DivergenceError           a loss stopped being finite
 ├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
-├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (transport/base.py)
+├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (network/base.py)
 ├── ExtraMissing              an optional part of peerlora is not installed
 └── Stopped                   not an error: a run was asked to stop and saved a checkpoint; exit code 130
 

@@ -30,7 +30,7 @@ from peerlora.lora.adapters import redrawn
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.merged import Merged
 from peerlora.runs.events import Evaluated, RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
@@ -685,7 +685,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bytes(config, tmp_path, name):
     again = resume(tmp_path / "broken").run
     for file in ("all.safetensors", "client-01/adapter_model.safetensors", "average/adapter_model.safetensors"):
         assert (again / "adapters" / file).read_bytes() == (whole / "adapters" / file).read_bytes()
-    assert len(of(read_events(whole), Evaluated)) >= 2
+    assert len(select_events(read_events(whole), Evaluated)) >= 2
 
 
 def run_alone(yaml, folder):
@@ -722,5 +722,5 @@ def test_a_run_exports_any_client_at_any_rank(config, tmp_path):
     assert "Rank 2, alpha 2" in card and "| left out |" in card
     grown = (export_from_run(done.run, tmp_path / "grown", None) / "README.md").read_text()
     assert "Rank 9, alpha 9" in grown and "all that was merged" in grown
-    averaged = [event.averaged_loss for event in of(read_events(done.run), Evaluated)]
+    averaged = [event.averaged_loss for event in select_events(read_events(done.run), Evaluated)]
     assert np.isfinite(averaged).all()

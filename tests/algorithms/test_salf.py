@@ -17,7 +17,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.layer_order import by_column, depth_of, layer_numbers, reached_layers
 from peerlora.network.protocol.wire import encoded_bytes
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
@@ -320,7 +320,7 @@ def test_the_upload_takes_what_is_sent(config, tmp_path, speed, send, layers):
     """All have one speed and two links, so a round lasts the deadline, if they need it, and one client's upload."""
     words = [*LATE, f"algorithm.send={send}", "clock.step=2.0", f"clock.speed={speed}", "clock.bandwidth=1000"]
     found = simulate(config("bert", *words, "train.rounds=1", "topology=ring"), tmp_path / "run")
-    (done,) = of(read_events(found.run), RoundDone)
+    (done,) = select_events(read_events(found.run), RoundDone)
     assert done.virtual_seconds == pytest.approx(min(4.0, 2 * 2.0 / speed) + done.bytes_sent / 4 / 1000, abs=1e-6)
     sent = 4 * 2 * encoded_bytes(found.adapters.message())
     assert done.bytes_sent < 0.6 * sent if layers == 1 else done.bytes_sent >= sent

@@ -9,7 +9,7 @@ import pytest
 
 from peerlora.errors import ConfigError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.launch.faults import Fault, parse_fault
 from peerlora.runtime.launch.processes import LocalFederation, free_ports, launch
@@ -200,8 +200,8 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
     assert ended == {0: "finished", 1: "finished", 2: "finished", 3: "killed"}
     assert summary["peers"][1]["starts"] == 2 and all(summary["peers"][client]["missed"] for client in (0, 2))
     events = read_events(tmp_path / "out" / "peer-01")  # it misses no link itself: it goes on where the others are
-    (back,) = of(events, CaughtUp)
-    after = [done for done in of(events, RoundDone) if done.round >= back.to]
+    (back,) = select_events(events, CaughtUp)
+    after = [done for done in select_events(events, RoundDone) if done.round >= back.to]
     assert back.to > back.round and after[-1].round == 149
     assert sum(done.contacts == 2 for done in after) >= len(after) // 2
 
@@ -214,7 +214,7 @@ def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cl
     answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--cut", "0>1@1s:8s")
     assert answer.code == 0, answer.err
     events = [read_events(tmp_path / "out" / f"peer-{client:02d}") for client in range(3)]
-    done = [of(own, RoundDone) for own in events]
+    done = [select_events(own, RoundDone) for own in events]
 
     def missed(i, j):
         """Rounds in which i missed j."""
@@ -222,7 +222,9 @@ def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cl
 
     def told(i, j):
         """Rounds of which i learned that j saw their link otherwise."""
-        changes = [each for each in of(events[i], NeighbourChanged) if (each.kind, each.client) == ("half-used", j)]
+        changes = [
+            each for each in select_events(events[i], NeighbourChanged) if (each.kind, each.client) == ("half-used", j)
+        ]
         return {int(each.detail.split()[1].strip(":")) for each in changes}
 
     for i, j in ((0, 1), (0, 2), (1, 2)):  # W stays doubly stochastic, but where an answer was lost and it is told
@@ -246,9 +248,9 @@ def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
     assert [peer["ended"] for peer in summary["peers"]] == ["finished"] * 3
     assert [peer["rounds"] for peer in summary["peers"]] == [120] * 3 and summary["peers"][2]["starts"] == 2
     for client in range(3):
-        told = of(read_events(tmp_path / "out" / f"peer-{client:02d}"), RoundDone)
+        told = select_events(read_events(tmp_path / "out" / f"peer-{client:02d}"), RoundDone)
         assert [done.round for done in told] == list(range(120))
         assert sum(done.bytes_sent for done in told) > 0 and any("staleness" in done.measures for done in told)
         assert max(done.seconds_mix for done in told[:-1]) < 60  # it would hang
-    changes = of(read_events(tmp_path / "out" / "peer-00"), NeighbourChanged)
+    changes = select_events(read_events(tmp_path / "out" / "peer-00"), NeighbourChanged)
     assert {"down", "up"} <= {change.kind for change in changes if change.client == 2}

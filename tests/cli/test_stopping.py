@@ -8,7 +8,7 @@ import pytest
 
 from peerlora.errors import Stopped
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.simulate import simulate
 
@@ -122,7 +122,7 @@ def test_an_update_that_overflows_is_neither_saved_nor_called_a_result(rounds, c
 def wait_for_rounds(run, count, started):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and started.poll() is None:
-        if (run / "run.json").exists() and len(of(read_events(run), RoundDone)) >= count:
+        if (run / "run.json").exists() and len(select_events(read_events(run), RoundDone)) >= count:
             return
         time.sleep(0.05)
     raise AssertionError(f"no {count} rounds: {started.communicate()}")
@@ -139,7 +139,7 @@ def test_interrupt_saves_and_names_the_command_that_goes_on(process, cli, config
     _, err = started.communicate(timeout=60)
     assert started.returncode == 130, err
     assert "Traceback" not in err and "stopping after this round" in err
-    done = len(of(read_events(run), RoundDone))
+    done = len(select_events(read_events(run), RoundDone))
     assert 2 <= done < 30 and checkpoints(run) == [f"round-{done:06d}.json", f"round-{done:06d}.safetensors"]
     command = shlex.split(err.splitlines()[-1].partition("go on with: ")[2])
     assert command[:2] == ["peerlora", "train"]

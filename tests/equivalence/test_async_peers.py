@@ -18,7 +18,7 @@ from peerlora.algorithms import REGISTRY
 from peerlora.errors import Stopped
 from peerlora.network.protocol.wire import read_header
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.peer.site import Site
@@ -200,11 +200,11 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
     moved = max(float((calls[-1][2] - calls[0][2]).abs().max()) for calls in expected.values())
     assert moved > 1e-3, "nothing was trained"
     for result in results:
-        told = of(read_events(result.run), RoundDone)
+        told = select_events(read_events(result.run), RoundDone)
         assert [done.round for done in told] == list(range(JOBS))
         reasons = {reason for done in told for reason in done.missed.values()}
         assert reasons <= {"late", "down"}, "once the script is over, some are done before others"
-    simulated = of(read_events(whole.run), RoundDone)
+    simulated = select_events(read_events(whole.run), RoundDone)
     assert max(done.bytes_per_edge for done in told) == max(done.bytes_per_edge for done in simulated)
 
 
@@ -221,7 +221,7 @@ def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, m
 
         undisturbed = run(tmp_path / "undisturbed")
         with pytest.raises(Stopped):
-            run(tmp_path / "stopped", sinks=[done.append], stop=lambda: bool(of(done, RoundDone)))
+            run(tmp_path / "stopped", sinks=[done.append], stop=lambda: bool(select_events(done, RoundDone)))
         resumed = run(tmp_path / "stopped", resume=True)
     assert (undisturbed.adapters.flat - whole.adapters.flat[1:2]).abs().max() < 1e-10
     assert torch.equal(resumed.adapters.flat, undisturbed.adapters.flat)

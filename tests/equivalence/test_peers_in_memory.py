@@ -15,7 +15,7 @@ from cases import others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.runs.events import RoundDone, RunStarted
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import simulate
 
@@ -72,8 +72,8 @@ def test_every_method_gives_what_the_simulation_gives(config, tmp_path, method):
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
     check(whole, parts)
     for t in range(3):
-        rounds = [of(read_events(part.run), RoundDone)[t] for part in parts]
-        told = of(read_events(whole.run), RoundDone)[t]
+        rounds = [select_events(read_events(part.run), RoundDone)[t] for part in parts]
+        told = select_events(read_events(whole.run), RoundDone)[t]
         assert [each.loss[0] for each in rounds] == pytest.approx(told.loss, abs=1e-5)
         assert sum(each.bytes_sent for each in rounds) == told.bytes_sent
         assert not any(each.missed for each in rounds)
@@ -91,11 +91,11 @@ def test_label_counts_are_summed_over_the_network(config, tmp_path, words):
     chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", *SKEWED, "train.label_prior=pooled", *words)
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
     check(whole, parts)
-    rounds = of(read_events(whole.run), RoundDone)
-    sent = [[done.bytes_sent for done in of(read_events(part.run), RoundDone)] for part in parts]
+    rounds = select_events(read_events(whole.run), RoundDone)
+    sent = [[done.bytes_sent for done in select_events(read_events(part.run), RoundDone)] for part in parts]
     assert [sum(each) for each in zip(*sent, strict=True)] == [done.bytes_sent for done in rounds]
     assert rounds[0].bytes_sent > rounds[1].bytes_sent
-    total = np.sum(of(read_events(whole.run), RunStarted)[0].partition["counts"], axis=0).tolist()
+    total = np.sum(select_events(read_events(whole.run), RunStarted)[0].partition["counts"], axis=0).tolist()
     for part in parts:
         assert json.loads((part.run / "label_counts.json").read_text()) == {"total": total}
 
@@ -146,8 +146,8 @@ def test_links_that_go_one_way(config, tmp_path, extra):
     chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", *extra)
     whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
     check(whole, parts)
-    told = of(read_events(whole.run), RoundDone)
-    rounds = [of(read_events(part.run), RoundDone) for part in parts]
+    told = select_events(read_events(whole.run), RoundDone)
+    rounds = [select_events(read_events(part.run), RoundDone) for part in parts]
     for t in range(3):
         assert sum(each[t].bytes_sent for each in rounds) == told[t].bytes_sent
         assert not any(each[t].missed for each in rounds)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from test_peers_in_memory import METHODS, TOLERANCE, words
 
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import simulate
 
@@ -39,7 +39,7 @@ def compare(config, folder, methods):
                 found = load_file(run / "adapters" / "all.safetensors")["flat"]
                 expected = whole[method].flat[client : client + 1]
                 assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE), (method, client)
-                rounds = of(read_events(run), RoundDone)
+                rounds = select_events(read_events(run), RoundDone)
                 assert [done.round for done in rounds] == [0, 1, 2] and not any(done.missed for done in rounds)
                 assert (run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors").is_file()
 

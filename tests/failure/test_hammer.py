@@ -27,7 +27,7 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.wire import encode_body, encode_header, read_header, with_checksum
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.runs.events import NeighbourChanged, RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 
 FILES = 1024  # descriptors that a peer may have
@@ -119,7 +119,7 @@ def test_peers_under_attack_come_to_the_end(config, tmp_path):
         addresses = [check_address(mallory.members.member(f"site-{client}").address) for client in range(3)]
         hammers = [Hammer(address, mallory.transport.identity, tmp_path / "expired.pem") for address in addresses[:2]]
         over, attacks = threading.Event(), []
-        while not all(of(events_of(peers, client), RoundDone) for client in range(3)):
+        while not all(select_events(events_of(peers, client), RoundDone) for client in range(3)):
             assert all(process.is_alive() for process in peers_of_run)
             time.sleep(0.1)
         before = [use(process) for process in peers_of_run]
@@ -149,9 +149,9 @@ def test_peers_under_attack_come_to_the_end(config, tmp_path):
         assert mallory.answers.get("out-of-range") and not mallory.answers.get("mix taken")
         for client in range(3):
             events = events_of(peers, client)
-            done = of(events, RoundDone)
+            done = select_events(events, RoundDone)
             assert done[-1].round == 4 and sum(each.contacts > 0 for each in done) >= len(done) / 2
-            assert any("out-of-range" in each.detail for each in of(events, NeighbourChanged))
+            assert any("out-of-range" in each.detail for each in select_events(events, NeighbourChanged))
         for (megabytes, _), (most_megabytes, most_files) in zip(before, largest, strict=True):
             assert most_files < 0.8 * FILES and most_megabytes < megabytes + 300
 

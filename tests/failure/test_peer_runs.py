@@ -17,7 +17,7 @@ from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.network.base import DeadlineMissed, PeerDown, Refused
 from peerlora.network.protocol.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
-from peerlora.runs.metrics import of, summarise
+from peerlora.runs.metrics import select_events, summarise
 from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
@@ -73,7 +73,7 @@ class Runs:
 
     def events(self, client, kind=None):
         found = read_events(self.folder / f"peer-{client}")
-        return of(found, kind) if kind else found
+        return select_events(found, kind) if kind else found
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, wor
     for client in range(3):
         events = made.events(client)
         again = next(place for place, event in enumerate(events) if isinstance(event, Resumed))
-        first, later_on = of(events[:again], RoundDone), of(events[again:], RoundDone)
+        first, later_on = select_events(events[:again], RoundDone), select_events(events[again:], RoundDone)
         assert not any("whole_replicas" in done.measures for done in first[:3])
         assert sum(done.measures.get("whole_replicas", 0) for done in later_on) >= 2
         assert not any("whole_replicas" in done.measures for done in later_on[-3:])

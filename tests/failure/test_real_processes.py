@@ -12,7 +12,7 @@ from peerlora.network.identity.authority import list_signer
 from peerlora.network.identity.identity import load_identity
 from peerlora.network.identity.members import load_members, remove_member, sign_list, write_list
 from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 
 WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=3"]
@@ -36,7 +36,7 @@ def processes(config, tmp_path):
 
 def rounds(processes, client):
     run = processes.run("run", client)
-    return of(read_events(run), RoundDone) if (run / "run.json").exists() else []
+    return select_events(read_events(run), RoundDone) if (run / "run.json").exists() else []
 
 
 def until(processes, client, count):
@@ -48,7 +48,7 @@ def until(processes, client, count):
 
 
 def told(processes, client, about):
-    changes = of(read_events(processes.run("run", client)), NeighbourChanged)
+    changes = select_events(read_events(processes.run("run", client)), NeighbourChanged)
     return [change.kind for change in changes if change.client == about]
 
 
@@ -73,8 +73,12 @@ def test_a_killed_process_is_missed_and_takes_part_again(processes):
         assert any("2" in each.missed for each in done)
         assert "down" in told(found, client, 2) and told(found, client, 2)[-1:] != ["suspect"]
     events = read_events(found.run("run", 2))
-    assert len(of(events, Resumed)) == 1 and of(events, CaughtUp)
-    assert any(each.contacts == 2 for each in of(events, RoundDone) if each.round > of(events, CaughtUp)[0].to)
+    assert len(select_events(events, Resumed)) == 1 and select_events(events, CaughtUp)
+    assert any(
+        each.contacts == 2
+        for each in select_events(events, RoundDone)
+        if each.round > select_events(events, CaughtUp)[0].to
+    )
     assert max(each.seconds_mix for each in rounds(found, 0)) < 60  # it would hang
 
 
@@ -118,8 +122,8 @@ def test_everybody_is_killed_and_goes_on(processes):
     assert found.wait() == {0: 0, 1: 0, 2: 0}
     for client in range(3):
         events = read_events(found.run("run", client))
-        assert len(of(events, Resumed)) == 1
-        assert of(events, RoundDone)[-1].round == 39 and of(events, RoundDone)[-1].contacts == 2
+        assert len(select_events(events, Resumed)) == 1
+        assert select_events(events, RoundDone)[-1].round == 39 and select_events(events, RoundDone)[-1].contacts == 2
 
 
 @pytest.mark.slow

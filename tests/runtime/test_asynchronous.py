@@ -17,7 +17,7 @@ from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
@@ -326,17 +326,17 @@ def test_a_stopped_run_goes_on_to_the_bit(uneven, tmp_path, method, words):
     def told(run):
         return [(done.loss, done.bytes_sent, done.edges, done.virtual_seconds, done.measures) for done in run]
 
-    ours, theirs = (told(of(read_events(each), RoundDone)) for each in (resumed.run, whole.run))
+    ours, theirs = (told(select_events(read_events(each), RoundDone)) for each in (resumed.run, whole.run))
     assert str(ours) == str(theirs)  # as text, because NaN does not equal itself
 
 
 def test_events_carry_virtual_seconds(uneven, tmp_path):
     events = read_events(simulate(uneven("aedfl"), tmp_path / "run").run)
-    moments = [done.virtual_seconds for done in of(events, RoundDone)]
+    moments = [done.virtual_seconds for done in select_events(events, RoundDone)]
     assert moments == sorted(moments) and moments[0] > 0
-    scores = of(events, Evaluated)
+    scores = select_events(events, Evaluated)
     assert scores[0].virtual_seconds == 0 and scores[-1].virtual_seconds == moments[-1]
-    assert all(math.isnan(done.rho) and math.isnan(done.weak_mismatch) for done in of(events, RoundDone))
+    assert all(math.isnan(done.rho) and math.isnan(done.weak_mismatch) for done in select_events(events, RoundDone))
 
 
 # --- what is refused

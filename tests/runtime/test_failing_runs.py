@@ -8,7 +8,7 @@ import pytest
 
 from peerlora.errors import DivergenceError, RunError, TooManyFiles
 from peerlora.runs.events import CheckpointSaved, Evaluated, RoundDone, Warned
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.simulate import resume, simulate
 
@@ -47,7 +47,7 @@ def test_a_run_that_a_message_made_diverge_goes_on_from_the_checkpoint_before(ro
     poisoned(-1)
     again = resume(tmp_path / "run", report=False)
     assert adapters(again.run) == adapters(whole.run)
-    notes = [event.message for event in of(read_events(again.run), Warned)]
+    notes = [event.message for event in select_events(read_events(again.run), Warned)]
     assert round == 0 or any(f"round-{round + 1:06d} is one that training diverged from" in note for note in notes)
 
 
@@ -55,7 +55,7 @@ def test_a_state_that_is_not_finite_is_never_saved(config, tmp_path, poisoned):
     poisoned(1, float("nan"))
     with pytest.raises(DivergenceError, match="not finite after 2 rounds"):
         simulate(config("bert", *QUICK), tmp_path / "run", report=False)
-    assert [event.round for event in of(read_events(tmp_path / "run"), CheckpointSaved)] == [1]
+    assert [event.round for event in select_events(read_events(tmp_path / "run"), CheckpointSaved)] == [1]
 
 
 def test_a_run_that_fails_in_its_first_round_leaves_its_folder_free(config, tmp_path):
@@ -77,7 +77,7 @@ def test_a_damaged_log_costs_a_finished_training_nothing_but_a_warning(config, t
     run = simulate(config("bert", *QUICK), tmp_path / "run", sinks=[harm]).run
     assert adapters(run) == adapters(whole.run) and (run / "report.html").is_file()
     assert (run / "adapters" / "average" / "adapter_model.safetensors").is_file()
-    (warning,) = [event for event in of(read_events(run), Warned) if "damaged" in event.message]
+    (warning,) = [event for event in select_events(read_events(run), Warned) if "damaged" in event.message]
     assert "2 lines are damaged and left out (line 1: " in warning.message
 
 
@@ -109,8 +109,10 @@ def test_a_checkpoint_for_which_no_file_may_be_opened_is_left_out_with_a_warning
 
     monkeypatch.setattr(RunStore, "save_checkpoint", refuse)
     events = read_events(simulate(config("bert", *QUICK), tmp_path / "run", report=False).run)
-    assert failed and len(of(events, RoundDone)) == 4
-    assert any("no checkpoint after 2 rounds: Too many open files" in event.message for event in of(events, Warned))
+    assert failed and len(select_events(events, RoundDone)) == 4
+    assert any(
+        "no checkpoint after 2 rounds: Too many open files" in event.message for event in select_events(events, Warned)
+    )
 
 
 def test_a_full_disk_at_the_end_is_one_message_and_the_run_goes_on_from_there(config, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from peerlora.runs.events import (
     Warned,
     to_json,
 )
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import resume, simulate
 
@@ -110,8 +110,8 @@ def seen(run, moment):
         return (run / moment).exists()
     events = read_events(run)
     if moment == "final":
-        return any(event.final for event in of(events, Evaluated))
-    return len(of(events, RoundDone)) >= moment
+        return any(event.final for event in select_events(events, Evaluated))
+    return len(select_events(events, RoundDone)) >= moment
 
 
 def kill_at(process, run, moment, delay):

@@ -4,7 +4,7 @@ import pytest
 
 from cases import others_slow
 from peerlora.errors import Stopped
-from peerlora.runs.metrics import started
+from peerlora.runs.metrics import find_start
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
@@ -35,9 +35,9 @@ def test_the_methods_own_defaults_are_in_the_stored_config_and_a_warning_in_the_
     chosen = config("bert", "algorithm.name=fedspeed", "train.rounds=1")
     assert chosen.train.optimizer == "sgd" and compose(chosen).learner.settings.optimizer == "sgd"
     run = simulate(chosen, tmp_path / "run").run
-    assert "optimizer: sgd" in (run / "config.yaml").read_text() and started(read_events(run)).warnings == []
+    assert "optimizer: sgd" in (run / "config.yaml").read_text() and find_start(read_events(run)).warnings == []
     run = simulate(
         config("bert", "algorithm.name=fedspeed", "train.rounds=1", "train.optimizer=adamw"), tmp_path / "two"
     ).run
-    (warning,) = started(read_events(run)).warnings
+    (warning,) = find_start(read_events(run)).warnings
     assert "made for train.optimizer=sgd" in warning

@@ -12,7 +12,7 @@ from peerlora.config.loading import parse_spec
 from peerlora.errors import CompositionError, Stopped
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
-from peerlora.runs.metrics import evaluated_within, of
+from peerlora.runs.metrics import evaluated_within, select_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.schedule import build_topology
@@ -52,7 +52,7 @@ def test_a_clock_that_waits_for_all_changes_no_bit(config, tmp_path, settings, m
     clock = [f"clock.{name}={value}" for name, value in settings.items()] or ["clock={}"]
     timed = simulate(config("bert", *words, *clock), tmp_path / "timed")
     assert torch.equal(plain.adapters.flat, timed.adapters.flat)
-    ours, theirs = (of(read_events(each.run), RoundDone) for each in (timed, plain))
+    ours, theirs = (select_events(read_events(each.run), RoundDone) for each in (timed, plain))
     assert [done.loss for done in ours] == [done.loss for done in theirs]
     assert [done.bytes_sent for done in ours] == [done.bytes_sent for done in theirs]
     assert all(done.absent == [] for done in ours)
@@ -134,7 +134,7 @@ def test_a_stopped_run_with_a_deadline_goes_on_to_the_bit(config, tmp_path, kept
         simulate(config("bert", *words), tmp_path / "part", stop=lambda: next(stopping))
     resumed = resume(tmp_path / "part")
     assert torch.equal(resumed.adapters.flat, whole.adapters.flat)
-    ours, theirs = (of(read_events(each.run), RoundDone) for each in (resumed, whole))
+    ours, theirs = (select_events(read_events(each.run), RoundDone) for each in (resumed, whole))
     assert [done.absent for done in ours] == [done.absent for done in theirs] != [[]] * 6
     assert [done.virtual_seconds for done in ours] == [done.virtual_seconds for done in theirs]
 
@@ -142,10 +142,10 @@ def test_a_stopped_run_with_a_deadline_goes_on_to_the_bit(config, tmp_path, kept
 def test_the_absent_have_no_loss_and_the_run_says_who_they_were(config, tmp_path):
     run_folder = simulate(config("bert", "clock.speed=[1,1,1,0.1]", "clock.deadline=2"), tmp_path / "run").run
     events = read_events(run_folder)
-    for done in of(events, RoundDone):
+    for done in select_events(events, RoundDone):
         assert done.absent == [3] and [client for client in range(4) if np.isnan(done.loss[client])] == [3]
         assert all(3 not in edge for edge in done.edges or [])
-    (started,) = of(events, RunStarted)
+    (started,) = select_events(events, RunStarted)
     assert started.clock is not None and started.clock["speed"] == [1, 1, 1, 0.1] and started.clock["deadline"] == 2
 
 
@@ -165,8 +165,8 @@ def test_a_topology_that_clients_may_miss_is_not_static(config):
 
 def test_runs_are_compared_at_equal_seconds_and_bytes(config, tmp_path):
     events = read_events(simulate(config("bert", "eval.every=1", "clock.speed=0.5"), tmp_path / "run").run)
-    sent = [done.bytes_sent for done in of(events, RoundDone)]
-    assert [score.virtual_seconds for score in of(events, Evaluated)] == [0, 4, 8, 12]
+    sent = [done.bytes_sent for done in select_events(events, RoundDone)]
+    assert [score.virtual_seconds for score in select_events(events, Evaluated)] == [0, 4, 8, 12]
     for seconds, round in ((0, 0), (7.9, 1), (8, 2), (99, 3)):
         found = evaluated_within(events, seconds=seconds)
         assert found is not None and found.round == round

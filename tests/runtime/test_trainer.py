@@ -1,7 +1,7 @@
 """The Trainer: its sinks, what an opening costs, and the names in a checkpoint, which run folders depend on."""
 
 from peerlora.runs.events import Evaluated, RoundDone, RunFinished, RunStarted
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.participation import AllClients
@@ -15,7 +15,7 @@ def test_sinks_take_every_event_in_their_order_and_the_store_comes_first(config,
 
     def sink(name):
         def take(event):
-            logged = of(read_events(tmp_path / "run"), type(event))[-1]
+            logged = select_events(read_events(tmp_path / "run"), type(event))[-1]
             taken.append((name, event, str(logged) == str(event)))
 
         return take
@@ -30,7 +30,9 @@ def test_sinks_take_every_event_in_their_order_and_the_store_comes_first(config,
 
 def test_the_gossip_before_round_0_counts_in_round_0_only(config, tmp_path):
     plain, pooled = (
-        of(read_events(simulate(config("bert", *QUICK, *words), tmp_path / name, report=False).run), RoundDone)
+        select_events(
+            read_events(simulate(config("bert", *QUICK, *words), tmp_path / name, report=False).run), RoundDone
+        )
         for name, words in (("plain", []), ("pooled", ["train.label_prior=pooled"]))
     )
     federation = compose(config("bert", *QUICK, "train.label_prior=pooled"))

@@ -14,7 +14,7 @@ from peerlora.algorithms import REGISTRY
 from peerlora.data.batches import Batch
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.runs.events import RoundDone
-from peerlora.runs.metrics import of
+from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import simulate
@@ -173,7 +173,7 @@ def test_it_works_under_every_method(config, tmp_path, method):
     found = {}
     for target in ("none", "uniform"):
         result = simulate(config("bert", *words, f"train.label_prior={target}"), tmp_path / target)
-        (done,) = of(read_events(result.run), RoundDone)
+        (done,) = select_events(read_events(result.run), RoundDone)
         found[target] = result.adapters.flat, done.loss
     expected = first_losses(compose(config("bert", *SKEWED, "train.label_prior=uniform")))
     assert found["uniform"][1] == pytest.approx(expected, rel=1e-9)

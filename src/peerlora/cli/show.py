@@ -39,19 +39,19 @@ def _describe(run: Path) -> dict[str, Any]:
     """The summary of a run, what is left to do, and the files it holds."""
     from peerlora.config.loading import load_config
     from peerlora.runs.events import RunStarted, Warned
-    from peerlora.runs.metrics import of, summarise
+    from peerlora.runs.metrics import select_events, summarise
     from peerlora.runs.store import read_events, resume_command
 
     events = read_events(run)
     summary = summarise(events)
-    started = [*of(events, RunStarted), None][0]
+    started = [*select_events(events, RunStarted), None][0]
     finished = (run / "summary.json").is_file()
     return summary | {
         "run": str(run),
         "finished": finished,
         "paths": started.paths if started else {},
         "rounds_planned": load_config(run / "config.yaml").train.rounds,
-        "warnings": [event.message for event in of(events, Warned)],
+        "warnings": [event.message for event in select_events(events, Warned)],
         "resume": None if finished else resume_command(run),
         "files": [name for name in FILES if (run / name).exists()],
     }

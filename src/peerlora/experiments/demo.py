@@ -95,16 +95,18 @@ def run_demo(
     for name in ROWS:
         with listener(name) as listen:
             run = folder / name.lower().replace(" ", "-")
-            result = simulate(row_config(config, name, overrides), run, resources=resources, sinks=[listen], stop=stop)
+            result = simulate(
+                configure_row(config, name, overrides), run, resources=resources, sinks=[listen], stop=stop
+            )
         rows.append(Row(name, _note(name), result.summary))
         shown.append(ComparisonRow(name, _note(name), read_events(run), result.summary))
         if name == "alone":
             rows.append(Row("averaged once", _note("averaged once"), average_once(result.summary, result.adapters)))
             shown.append(ComparisonRow("averaged once", _note("averaged once"), None, rows[-1].summary))
-    return DemoReport(rows, findings(rows), write_comparison(folder, shown, findings(rows)))
+    return DemoReport(rows, describe_findings(rows), write_comparison(folder, shown, describe_findings(rows)))
 
 
-def row_config(config: RunConfig, name: str, overrides: Sequence[str]) -> RunConfig:
+def configure_row(config: RunConfig, name: str, overrides: Sequence[str]) -> RunConfig:
     """The config of one row: its method and its learning rate, unless the user gave one for all."""
     method, rate = ROWS[name]
     tree = config.model_dump(mode="json")
@@ -145,7 +147,7 @@ def _note(name: str) -> str:
     }[name]
 
 
-def findings(rows: list[Row]) -> list[str]:
+def describe_findings(rows: list[Row]) -> list[str]:
     """What these rows show, in words, and what they don't."""
     by_name = {row.name: row.summary for row in rows}
     alone, once, dec, adf, everything = (by_name[row.name]["scores"] for row in rows)

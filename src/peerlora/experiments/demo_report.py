@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
-from peerlora.runs.metrics import of, scores_of, started
+from peerlora.runs.metrics import find_start, scores_of, select_events
 from peerlora.runs.report import graph_picture, labels_picture, metric_curves, picture_html, write_page
 
 HEAD = (
@@ -44,7 +44,7 @@ def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings
     """Write report.html into ``folder``, which is made when missing; ``findings`` are sentences to put on top."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = [start for row in rows if row.events and (start := started(row.events))]
+    starts = [start for row in rows if row.events and (start := find_start(row.events))]
     body = [_lead(rows, starts), *(f"<p>{escape(text)}</p>" for text in findings)]
     body += ["<h2>Results</h2>", _table(folder, rows), _unlike(rows, starts)]
     body += [picture_html(picture) for picture in _pictures(rows, starts)]
@@ -93,8 +93,12 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
 
 def _pictured(rows: Sequence[ComparisonRow]) -> ComparisonRow | None:
     """The run whose data and graph are drawn: the one with the most contacts, the first of those."""
-    drawable = [row for row in rows if row.events and started(row.events)]
-    return max(drawable, key=lambda row: sum(done.contacts for done in of(row.events or (), RoundDone)), default=None)
+    drawable = [row for row in rows if row.events and find_start(row.events)]
+    return max(
+        drawable,
+        key=lambda row: sum(done.contacts for done in select_events(row.events or (), RoundDone)),
+        default=None,
+    )
 
 
 def _unlike(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:
@@ -114,7 +118,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
 
     named = _unique_names(rows)
     curves = {name: found for name, events in named.items() if (found := metric_curves(events))}
-    trained = {name: events for name, events in named.items() if of(events, RoundDone)}
+    trained = {name: events for name, events in named.items() if select_events(events, RoundDone)}
     distances = {name: _by_round(events, "consensus_product") for name, events in trained.items()}
     sent = {name: _by_round(events, "bytes_sent") for name, events in trained.items()}
     metric = ", ".join(sorted({start.metric for start in starts}))
@@ -133,13 +137,13 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
             figures.bytes_figure("bytes", "Bytes sent", sent),
         ]
     shown = _pictured(rows)
-    if shown and shown.events and (start := started(shown.events)):
+    if shown and shown.events and (start := find_start(shown.events)):
         pictures += [labels_picture(start), graph_picture(start, shown.events)]
     return [picture for picture in pictures if picture]
 
 
 def _by_round(events: Sequence[Event], name: str) -> tuple[list[int], list[float]]:
-    done = of(events, RoundDone)
+    done = select_events(events, RoundDone)
     return [each.round + 1 for each in done], [getattr(each, name) for each in done]
 
 

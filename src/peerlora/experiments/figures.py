@@ -13,7 +13,7 @@ from peerlora.experiments.statistics import Outcome, measure_run
 from peerlora.runs import figures
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
-from peerlora.runs.metrics import evaluations, of, started
+from peerlora.runs.metrics import evaluations, find_start, select_events
 
 Curve = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
 
@@ -23,7 +23,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
     finished = [each for each in outcomes if each.events]
     if not finished:
         return []
-    start = started(finished[0].events)
+    start = find_start(finished[0].events)
     metric = start.metric if start else "metric"
     pictures = []
     for number, (rest, panel) in enumerate(_panels(finished, axis).items()):
@@ -68,7 +68,7 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
     """x is the mean over seeds of what was sent so far: random graphs of different seeds send a little differently."""
 
     def sent(events: Sequence[Event]) -> tuple[list[float], list[float]]:
-        total = np.concatenate([[0.0], np.cumsum([done.bytes_sent for done in of(events, RoundDone)])])
+        total = np.concatenate([[0.0], np.cumsum([done.bytes_sent for done in select_events(events, RoundDone)])])
         return [], [float(total[score.round]) for score in evaluations(events)]
 
     reached = _curves(panel, _accuracy)
@@ -95,7 +95,7 @@ def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -
 
 def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:
     def values(events: Sequence[Event]) -> tuple[list[int], list[float]]:
-        done = of(events, RoundDone)
+        done = select_events(events, RoundDone)
         return [each.round + 1 for each in done], [getattr(each, field) for each in done]
 
     curves = {label: (list(map(int, x)), y.mean(0).tolist()) for label, (x, y) in _curves(panel, values).items()}

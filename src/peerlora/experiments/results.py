@@ -9,7 +9,7 @@ from peerlora.config.run import RunConfig
 from peerlora.experiments.statistics import Comparison, Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text, markdown
 from peerlora.files import atomic_file, write_atomically
-from peerlora.runs.metrics import started
+from peerlora.runs.metrics import find_start
 
 
 def write_results(
@@ -27,7 +27,7 @@ def write_results(
     """
     from peerlora.experiments.report import write_grid_report
 
-    start = next((start for each in outcomes if (start := started(each.events))), None)
+    start = next((start for each in outcomes if (start := find_start(each.events))), None)
     ended = [each for each in outcomes if each.events or each.diverged]
     higher = start is None or start.higher_is_better
     result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)

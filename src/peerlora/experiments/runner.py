@@ -18,7 +18,7 @@ from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Comparison, Outcome
 from peerlora.files import write_atomically
 from peerlora.runs.events import Event
-from peerlora.runs.metrics import evaluations, started
+from peerlora.runs.metrics import evaluations, find_start
 from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, read_facts, require_free
 from peerlora.runtime.compose import assemble, resolve_threads
@@ -318,7 +318,7 @@ def choose_rates(grid: GridConfig, outcomes: Sequence[Outcome]) -> dict[str, flo
 
 def _score(outcome: Outcome) -> float:
     """The last mean client, negated where lower is better; minus infinity for a run that diverged."""
-    start = started(outcome.events)
+    start = find_start(outcome.events)
     if start is None:
         return -math.inf
     own = [value for value in evaluations(outcome.events)[-1].own if not math.isnan(value)]  # attackers have none

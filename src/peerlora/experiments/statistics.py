@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peerlora.runs.events import Event, RoundDone
-from peerlora.runs.metrics import evaluations, of, rows, started
+from peerlora.runs.metrics import evaluations, find_start, rows, select_events
 
 RESAMPLES = 10_000
 FEWEST = 3  # seeds below which an interval over seeds would say nothing
@@ -137,7 +137,7 @@ class Comparison:
 
 def measure_run(events: Sequence[Event]) -> dict[str, float]:
     """Compute ``MEASURES`` of one finished run; those that it has no number for are left out."""
-    start, scores, done = started(events), evaluations(events), of(events, RoundDone)
+    start, scores, done = find_start(events), evaluations(events), select_events(events, RoundDone)
     if start is None or not scores or not done:
         return {}
     best: Callable[..., Any] = max if start.higher_is_better else min
@@ -215,7 +215,7 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples:
             if (gap := pair_differences(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
         }
         diverged = sum(each.diverged is not None for each in outcomes if each.setting == setting)
-        starts = [started(each.events) for each in outcomes if each.setting == setting]
+        starts = [find_start(each.events) for each in outcomes if each.setting == setting]
         method = next((start.method for start in starts if start is not None), "")
         lines.append(Line(setting, own.labels, own.rate, estimates, differences, diverged, method, own.searched_on))
     return lines

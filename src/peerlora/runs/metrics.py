@@ -31,27 +31,27 @@ PER_ROUND = (
 """The numbers of ``RoundDone`` that are about the whole run."""
 
 
-def of(events: Iterable[Event], kind: type[Kind]) -> list[Kind]:
+def select_events(events: Iterable[Event], kind: type[Kind]) -> list[Kind]:
     """The events of one kind, in order."""
     return [event for event in events if isinstance(event, kind)]
 
 
-def started(events: Iterable[Event]) -> RunStarted | None:
+def find_start(events: Iterable[Event]) -> RunStarted | None:
     """The run's first event, or None when it was killed before it wrote one."""
-    return next(iter(of(events, RunStarted)), None)
+    return next(iter(select_events(events, RunStarted)), None)
 
 
 def evaluations(events: Iterable[Event]) -> list[Evaluated]:
     """The evaluations by round; where two are of the same round, the later one, which is the one on all rows."""
-    return [each for _, each in sorted({event.round: event for event in of(events, Evaluated)}.items())]
+    return [each for _, each in sorted({event.round: event for event in select_events(events, Evaluated)}.items())]
 
 
 def rows(events: Iterable[Event]) -> Iterator[Row]:
     """Every number of a run.  ``round`` counts finished rounds here: the loss of round index 0 is in round 1."""
     events = list(events)
-    start = started(events)
+    start = find_start(events)
     held = start.held if start else []
-    for done in of(events, RoundDone):
+    for done in select_events(events, RoundDone):
         for client, loss in zip(held or range(len(done.loss)), done.loss, strict=True):
             yield client, done.round + 1, "loss", loss
         for name in PER_ROUND:
@@ -76,7 +76,7 @@ def evaluated_within(events: Iterable[Event], seconds: float = math.inf, sent: f
     None where no evaluation is known to lie within it; a run without a clock took no known time.
     """
     events, found = list(events), None
-    spent = [0, *accumulate(done.bytes_sent for done in of(events, RoundDone))]
+    spent = [0, *accumulate(done.bytes_sent for done in select_events(events, RoundDone))]
     for score in evaluations(events):
         in_time = seconds == math.inf or score.virtual_seconds <= seconds
         if in_time and spent[score.round] <= sent:
@@ -106,7 +106,7 @@ def write_table(events: Iterable[Event], path: Path | str) -> None:
 def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
     """Find per client the finished rounds at its last exchange with anybody; None: never, or links not written down."""
     last: list[int | None] = [None] * clients
-    for done in of(events, RoundDone):
+    for done in select_events(events, RoundDone):
         for client in {client for edge in done.edges or () for client in edge}:
             if client < clients:  # 0, where the first event is damaged
                 last[client] = done.round + 1
@@ -118,14 +118,14 @@ def contact(events: Iterable[Event]) -> dict[str, float | int | None]:
 
     ``share`` is None where no link was planned.
     """
-    used = [bool(done.contacts) for done in of(events, RoundDone) if done.contacts or done.missed]
+    used = [bool(done.contacts) for done in select_events(events, RoundDone) if done.contacts or done.missed]
     alone = next((number for number, each in enumerate(reversed(used)) if each), len(used))
     return {"share": sum(used) / len(used) if used else None, "alone": alone}
 
 
 def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
     """(smaller client, larger client) -> rounds in which they exchanged; None when no round wrote its links down."""
-    written = [done.edges for done in of(events, RoundDone) if done.edges is not None]
+    written = [done.edges for done in select_events(events, RoundDone) if done.edges is not None]
     if not written:
         return None
     uses: dict[tuple[int, int], int] = {}
@@ -144,14 +144,14 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  The scores of
     every metric have the older name accuracy, too.
     """
-    start, done, scores = started(events), of(events, RoundDone), evaluations(events)
+    start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
     clients = start.clients if start else 0
     seconds = {
         "train": sum(each.seconds_train for each in done),
         "mix": sum(each.seconds_mix for each in done),
         "diagnostics": sum(each.seconds_diagnostics for each in done),
-        "eval": sum(each.seconds for each in of(events, Evaluated)),
+        "eval": sum(each.seconds for each in select_events(events, Evaluated)),
     }
     spread = _spread(scores[-1] if scores else None)
     return {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peerlora.runs.events import CaughtUp, Event, NeighbourChanged, RoundDone
-from peerlora.runs.metrics import link_uses, of, started
+from peerlora.runs.metrics import find_start, link_uses, select_events
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Neighbour:
 
 def neighbours(events: Sequence[Event]) -> list[Neighbour]:
     """All neighbours of a real peer by client number; none in a simulation."""
-    start = started(events)
+    start = find_start(events)
     if start is None or not start.held:
         return []
     (me,), found = start.held, dict[int, Neighbour]()
@@ -35,10 +35,10 @@ def neighbours(events: Sequence[Event]) -> list[Neighbour]:
 
     for edge, rounds in (link_uses(events) or {}).items():
         about(edge[0] if edge[1] == me else edge[1]).met += rounds
-    for done in of(events, RoundDone):
+    for done in select_events(events, RoundDone):
         for client, reason in done.missed.items():
             about(int(client)).missed[reason] += 1
-    for change in of(events, NeighbourChanged):
+    for change in select_events(events, NeighbourChanged):
         about(change.client).half_used += change.kind == "half-used"
         about(change.client).changes.append(change)
     return [found[client] for client in sorted(found)]
@@ -46,4 +46,4 @@ def neighbours(events: Sequence[Event]) -> list[Neighbour]:
 
 def left_out(events: Sequence[Event]) -> int:
     """Rounds that a peer left out because it had fallen behind."""
-    return sum(each.to - each.round for each in of(events, CaughtUp))
+    return sum(each.to - each.round for each in select_events(events, CaughtUp))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunFinished, RunStarted, Warned
-from peerlora.runs.metrics import evaluations, link_uses, of, started, summarise, worst_of
+from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.store import read_events, resume_command, write_failures_told
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def write_report(folder: Path | str) -> Path:
     folder = Path(folder)
     events = read_events(folder)
     config = (folder / "config.yaml").read_text(encoding="utf-8")
-    start = started(events)
+    start = find_start(events)
     title = f"{start.method}, {_subject(start)}" if start else "A run that has not started"
     body = [_lead(start, events), _warnings(start, events)]
     if start:
@@ -142,7 +142,7 @@ def graph_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None
     """Draw the links that were used; None for one client, or when no round wrote its links down."""
     from peerlora.runs.figures import graph_figure
 
-    uses, rounds = link_uses(events), len(of(events, RoundDone))
+    uses, rounds = link_uses(events), len(select_events(events, RoundDone))
     if uses is None or start.clients == 1:
         return None
     return graph_figure("graph", "Who exchanged with whom", start.clients, uses, rounds)
@@ -151,14 +151,14 @@ def graph_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None
 def _lead(start: RunStarted | None, events: Sequence[Event]) -> str:
     if start is None:
         return '<p class="lead">The run was stopped before it wrote its first event.</p>'
-    finished, done = of(events, RunFinished), len(of(events, RoundDone))
+    finished, done = select_events(events, RunFinished), len(select_events(events, RoundDone))
     state = "finished" if finished else f"not finished: {done} of {start.rounds} rounds so far"
     when = f"started {start.time}" + (f", ended {finished[-1].time}" if finished else "")
     return f'<p class="lead">{escape(f"{done} rounds, seed {start.seed}; {state}; {when}.")}</p>'
 
 
 def _warnings(start: RunStarted | None, events: Sequence[Event]) -> str:
-    messages = [*(start.warnings if start else []), *(event.message for event in of(events, Warned))]
+    messages = [*(start.warnings if start else []), *(event.message for event in select_events(events, Warned))]
     items = "".join(f"<li>{escape(message)}</li>" for message in dict.fromkeys(messages))
     return f'<h2>Warnings</h2><ul class="warnings">{items}</ul>' if items else ""
 
@@ -276,7 +276,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
 
     from peerlora.runs import figures
 
-    done = of(events, RoundDone)
+    done = select_events(events, RoundDone)
     rounds = [each.round + 1 for each in done]
     curves, found = metric_curves(events), [labels_picture(start), graph_picture(start, events)]
     if done:

@@ -27,7 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from peerlora.display import utc_now
+from peerlora.display import format_now
 from peerlora.errors import RunError, TooManyFiles
 from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.events import (
@@ -241,7 +241,7 @@ class RunStore:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Emit ``RunFinished``, with which the results are written."""
-        self.emit(RunFinished(utc_now(), plain(summary)))
+        self.emit(RunFinished(format_now(), plain(summary)))
 
     def _write_results(self, summary: Mapping[str, Any]) -> None:
         from peerlora.runs.metrics import write_table

@@ -26,7 +26,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import load_tokenizer
 from peerlora.lora.peft_io import ExportContext, export_adapter
-from peerlora.runs.metrics import scores_of, started, worst_of
+from peerlora.runs.metrics import find_start, scores_of, worst_of
 from peerlora.runs.store import clients_of, read_events, read_facts, resume_command, write_failures_told
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
@@ -100,7 +100,7 @@ def _classes(run: Path, config: RunConfig) -> tuple[str, ...]:
     kept = read_facts(run).get("classes")
     if kept is not None or not task_kind(config.task.kind).has_classes:
         return tuple(kept or ())
-    start = started(read_events(run))  # a run of an older version: its first event knows them, too
+    start = find_start(read_events(run))  # a run of an older version: its first event knows them, too
     if start is None:
         raise RunError(f"{run} does not tell its class names (no RunStarted in events.jsonl); it cannot be exported")
     return tuple(start.partition["names"])

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from peerlora.display import utc_now
+from peerlora.display import format_now
 from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
-from peerlora.runs.metrics import started, summarise
+from peerlora.runs.metrics import find_start, summarise
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
@@ -202,7 +202,7 @@ class Trainer:
         self.store.rewind(checkpoint)
         if checkpoint is None:
             return 0, start
-        self._emit(Resumed(utc_now(), checkpoint.round))
+        self._emit(Resumed(format_now(), checkpoint.round))
         self._emit(*map(Warned, checkpoint.notes))
 
         def part(name: str) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ class Trainer:
     def _started(self) -> RunStarted:
         federation, config = self.federation, self.config
         started = RunStarted(
-            time=utc_now(),
+            time=format_now(),
             method=config.algorithm.name,
             clients=config.clients,
             rounds=config.train.rounds,
@@ -244,11 +244,11 @@ class Trainer:
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             events = read_events(self.store.folder)
-            if started(events) is None:  # its line is damaged
+            if find_start(events) is None:  # its line is damaged
                 events.insert(0, self._started())
             summary = summarise(events) | {"run": str(self.store.folder)}
             write_peft_folders(self.store.folder, x, exporter(self.federation), summary)
-        self._emit(RunFinished(utc_now(), plain(summary)))
+        self._emit(RunFinished(format_now(), plain(summary)))
         return Result(summary, self.store.folder, lambda: x)
 
     def _emit(self, *events: Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import NamedTuple
 
-from peerlora.display import utc_now
+from peerlora.display import format_now
 from peerlora.network.base import PeerId
 
 _QUEUE = 10_000  # events that wait to be fetched; beyond, the oldest are dropped
@@ -54,4 +54,4 @@ class EventLimiter:
         self._passed, self._left_out = {}, {}
 
     def _put(self, kind: str, peer: PeerId, detail: str) -> None:
-        self.waiting.append(NeighbourEvent(utc_now("milliseconds"), kind, peer, detail))
+        self.waiting.append(NeighbourEvent(format_now("milliseconds"), kind, peer, detail))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from peerlora.display import utc_now
+from peerlora.display import format_now
 
 Describe = Callable[[bytes], Mapping[str, Any]]
 """Extracts the facts of a header for the log; must not raise."""
@@ -241,4 +241,4 @@ class _Budget:
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"time": utc_now("auto")} | dict(line)) + "\n").encode()
+    return (json.dumps({"time": format_now("auto")} | dict(line)) + "\n").encode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.run import RunConfig
-from peerlora.display import utc_now
+from peerlora.display import format_now
 from peerlora.errors import NotNow, QuorumMissed, RunError, Stopped
 from peerlora.lora.adapters import Adapters
 from peerlora.network.base import refused_for
@@ -86,7 +86,7 @@ class PeerParticipation:
             events.append(Warned(f"not there after {seconds:g} s: {', '.join(away)}; beginning without"))
         if unlisted := sorted(set(range(self.config.clients)) - set(self.site.names)):
             events.append(Warned(f"not on the member list: clients {unlisted}; their links are not used"))
-        return [*events, Joined(utc_now("milliseconds"), done, sorted(self.numbers[peer] for peer in found.reached))]
+        return [*events, Joined(format_now("milliseconds"), done, sorted(self.numbers[peer] for peer in found.reached))]
 
     def enter_round(self, t: int) -> None:
         """Refuse messages of earlier rounds from now on."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from peerlora.display import utc_now
+from peerlora.display import format_now
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.exchange.payload import Shapes
 from peerlora.exchange.schema import Schema
@@ -142,7 +142,7 @@ class SynchronousPeer(PeerParticipation):
         else:  # the request took time, so ask again which round it is
             again = self.thread.ask(self.protocol.endpoint.peers.round_to_follow, t)
             to, state = max(round, again[0]) if again else round, adopted
-        self._events.append(CaughtUp(utc_now("milliseconds"), t, to, self.numbers[peer], adopted is not None))
+        self._events.append(CaughtUp(format_now("milliseconds"), t, to, self.numbers[peer], adopted is not None))
         self.publish_state(to, state)
         return to, state
 
