@@ -104,6 +104,7 @@ def use(process):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_peers_under_attack_come_to_the_end(config, tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with Processes({"run": config("bert", *WORDS)}, tmp_path) as peers, EventLoopThread() as thread:
