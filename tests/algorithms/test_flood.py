@@ -48,7 +48,7 @@ def repeated(x, c, peers, how, rounds=1200):
 
 
 @pytest.mark.parametrize("graph", others_slow(["ring", "path", "star", {"kind": "random", "p": 0.4}], [3]))
-@pytest.mark.parametrize("how", ["metropolis", "push-sum"])
+@pytest.mark.parametrize("how", others_slow(["metropolis", "push-sum"], ["push-sum"]))
 def test_the_exact_mixings_end_at_the_confidence_weighted_mean(graph, how):
     x = values(6)
     found = repeated(x, C, exchange(graph, 6), how).x

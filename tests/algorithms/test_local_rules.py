@@ -208,6 +208,7 @@ def test_k_gt_is_exact_on_graphs_that_change(topology):
     assert (states[-1].x.flat - learner.solution).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_without_its_z_correction_the_dual_would_agree_on_a_point_that_depends_on_the_start():
     # What step 3 is for: mixing x_K alone gives consensus, but not at the solution.
     b, a = drawn()

@@ -126,6 +126,7 @@ def test_untrained_adapters_pass_unchanged(objective):
     assert torch.allclose(found.flat, x.flat, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_the_cosine_objective_runs_and_differs():
     ridge, cosine_run = (
         run(build_algorithm("lora-fair", {"objective": o}), start(), exchange(GRAPHS[0])) for o in OBJECTIVES

@@ -67,7 +67,7 @@ def gossip(W):
     return lambda x: replace(x, flat=W @ x.flat)
 
 
-@pytest.mark.parametrize("p", ROUNDS)
+@pytest.mark.parametrize("p", others_slow(ROUNDS, [1]))
 def test_both_trained_settle_where_a_round_adds_what_mixing_takes(p):
     """``D <- rho^2 (D + d)``, d of a step of all 64 entries, less that of the mean of the clients."""
     kept, step = rho(p) ** 2, 64 * (1 - 1 / CLIENTS)

@@ -102,7 +102,7 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 @pytest.mark.alone
 def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
     # Without a checkpoint it comes back with the common start as its replica, wherever it was killed.
-    found = processes("train.rounds=120", "train.local_steps=40", "exchange.codec=top-k", "checkpoint.every=1000")
+    found = processes("train.rounds=70", "train.local_steps=40", "exchange.codec=top-k", "checkpoint.every=1000")
     kill_and_restart(found, 2)
     told = [[each.measures.get("whole_replicas", 0) for each in rounds(found, client)] for client in range(3)]
     assert all(sum(each) >= 1 for each in told) and sum(told[2]) >= 2

@@ -166,6 +166,7 @@ def late_mean(algorithm, states):
 SPEEDS = torch.tensor([1, 0.7, 0.5, 0.3], dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_ad_psgd_of_uneven_speeds_comes_to_the_minimum_weighted_by_speed():
     """Everybody's steps count, and a fast client takes more of them; on f_i = |x - b_i|^2/2."""
     b, algorithm = targets(4), build_algorithm("ad-psgd", {})

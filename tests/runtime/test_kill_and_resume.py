@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from cases import others_slow
 from peerlora.config.loading import load_config
 from peerlora.runs.events import (
     CheckpointSaved,
@@ -129,9 +128,8 @@ def kill_at(process, run, moment, delay):
 EVERYWHERE = ["folder", EVERY - 1, EVERY, ROUNDS - 2, ROUNDS - 1, "final", "adapters"]
 
 
-@pytest.mark.parametrize(
-    ("state", "moments"), others_slow([("keep", [ROUNDS - 2]), ("keep", EVERYWHERE), ("round", EVERYWHERE)], [0])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("state", "moments"), [("keep", EVERYWHERE), ("round", EVERYWHERE)])
 def test_killed_at_random_moments_and_resumed(state, moments, start, undisturbed):
     """Before the first checkpoint, between two, in a write, while the end is written; every kill must be a real one."""
     word = f"train.optimizer_state={state}"
