@@ -162,7 +162,7 @@ def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypat
     assert not any(peer.alive for peer in made.peers)
 
 
-SETTINGS = ["train.dtype=fp32", "peer.deadline=20", "eval.rows=4", "threads=null"]
+SETTINGS = ["train.dtype=fp32", "peer.quorum=0", "peer.deadline=20", "eval.rows=4", "threads=null"]
 
 
 @pytest.mark.slow

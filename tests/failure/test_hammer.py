@@ -33,7 +33,15 @@ from peerlora.runs.store import read_events
 FILES = 1024  # descriptors that a peer may have
 IDLE = 1500
 HUGE = (1e19, -3e38, 1e30, 1e12)
-WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=4"]
+WORDS = [
+    "peer.quorum=0",
+    "algorithm.name=dec-lora",
+    "train.dtype=fp32",
+    "train.batch=8",
+    "eval.every=1000",
+    "eval.rows=4",
+    "clients=4",
+]
 WORDS += ["topology=complete", "train.rounds=5", "peer.deadline=3", "peer.join=60", "checkpoint.every=1"]
 
 

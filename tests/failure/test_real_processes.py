@@ -15,7 +15,15 @@ from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 
-WORDS = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4", "clients=3"]
+WORDS = [
+    "peer.quorum=0",
+    "algorithm.name=dec-lora",
+    "train.dtype=fp32",
+    "train.batch=8",
+    "eval.every=1000",
+    "eval.rows=4",
+    "clients=3",
+]
 WORDS += ["peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
 
 
