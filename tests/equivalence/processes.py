@@ -12,6 +12,8 @@ from peerlora.network.identity.authority import throwaway
 from peerlora.runtime.launch.processes import free_ports
 
 PRELOAD = ["peft", "transformers.models.bert.modeling_bert", "peerlora.runtime.simulate", "peerlora.runs.report"]
+QUICK = ["algorithm.name=dec-lora", "train.dtype=fp32", "train.batch=8", "eval.every=1000", "eval.rows=4"]
+QUICK += ["peer.quorum=0"]  # what fails on purpose is no lack of contact
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOAD)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from processes import Processes
+from processes import QUICK, Processes
 from safetensors.torch import load
 
 from handshakes import Hammer
@@ -34,15 +34,14 @@ FILES = 1024  # descriptors that a peer may have
 IDLE = 1500
 HUGE = (1e19, -3e38, 1e30, 1e12)
 WORDS = [
-    "peer.quorum=0",
-    "algorithm.name=dec-lora",
-    "train.dtype=fp32",
-    "train.batch=8",
-    "eval.every=1000",
-    "eval.rows=4",
+    *QUICK,
     "clients=4",
+    "topology=complete",
+    "train.rounds=5",
+    "peer.deadline=3",
+    "peer.join=60",
+    "checkpoint.every=1",
 ]
-WORDS += ["topology=complete", "train.rounds=5", "peer.deadline=3", "peer.join=60", "checkpoint.every=1"]
 
 
 class Mallory:

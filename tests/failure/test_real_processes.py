@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 import pytest
-from processes import Processes
+from processes import QUICK, Processes
 
 from peerlora.network.identity.authority import list_signer
 from peerlora.network.identity.identity import load_identity
@@ -15,16 +15,7 @@ from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 
-WORDS = [
-    "peer.quorum=0",
-    "algorithm.name=dec-lora",
-    "train.dtype=fp32",
-    "train.batch=8",
-    "eval.every=1000",
-    "eval.rows=4",
-    "clients=3",
-]
-WORDS += ["peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
+WORDS = [*QUICK, "clients=3", "peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
 
 
 @pytest.fixture

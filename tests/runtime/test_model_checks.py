@@ -39,7 +39,7 @@ class Reader(nn.Module):
         return self.table
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        raise NotImplementedError
+        """Only its arguments are looked at."""
 
 
 def rows(*texts, types=None, names=("a", "b")):

@@ -9,7 +9,8 @@ from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
-from peerlora.runs.store import read_events, resume_command, write_failures_told
+from peerlora.runs.store import read_events, resume_command
+from peerlora.runs.write_failures import write_failures_told
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Key, Picture

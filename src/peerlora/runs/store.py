@@ -6,30 +6,25 @@
     metrics.parquet, summary.json                                  written at the end
     label_counts.json         of a peer: what the network holds, where it was summed before round 0
 
-A checkpoint counts when its ``.json`` is there, which is written last.  That file holds the checksum of the tensors
-and the length of the event log just after ``CheckpointSaved``: a resumed run cuts the log back to this length, so it
-goes on exactly where the undisturbed run would have been.
+A checkpoint counts when its ``.json`` is there.  A resumed run cuts the event log back to the length that it tells, so
+it goes on exactly where the undisturbed run would have been.
 
 Of the newest two checkpoints the older one has been trained on.  Where training diverges at once from the newer one,
 which a neighbour may have spoiled, that is marked, and a resumed run goes on from the older.
 """
 
-import errno
-import hashlib
-import json
 import os
-import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from peerlora.display import format_now
-from peerlora.errors import RunError, TooManyFiles
-from peerlora.files import atomic_file, write_atomically
+from peerlora.errors import RunError
+from peerlora.files import write_atomically
+from peerlora.runs.checkpoints import Checkpoint, Checkpoints
 from peerlora.runs.events import (
     CheckpointSaved,
     Event,
@@ -42,29 +37,13 @@ from peerlora.runs.events import (
     plain,
     to_json,
 )
+from peerlora.runs.json_files import read_json, write_json
+from peerlora.runs.write_failures import write_failures_told
 
 if TYPE_CHECKING:
     import torch
 
-KEEP = 2  # checkpoints, so that one damaged file does not cost the run
 _HALF_MADE = {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}  # of a folder before it is a run's
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_FILES = (errno.EMFILE, errno.ENFILE)
-_SIDE = {"round", "sha256", "events_bytes"}  # what the file beside a checkpoint always told; newer ones have a check
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One saved state of a run."""
-
-    round: int
-    """Finished rounds."""
-    tensors: "dict[str, torch.Tensor]"
-    facts: dict[str, Any]
-    notes: list[str]
-    """For the user: newer checkpoints that could not be used, and why."""
-    events_bytes: int
-    """Length of the event log that belongs to it."""
 
 
 class RunStore:
@@ -78,7 +57,8 @@ class RunStore:
         self._lock = lock
         self._unused = self._made = False
         self.config_yaml = _read_config(folder / "config.yaml")
-        self.facts: dict[str, Any] = _read_json(folder / "run.json")
+        self.facts: dict[str, Any] = read_json(folder / "run.json")
+        self._checkpoints = Checkpoints(folder)
         # Unbuffered: of a line for which there is no room, nothing must be written later.
         self._log = open(folder / "events.jsonl", "ab", buffering=0)
         whole = (folder / "events.jsonl").read_bytes().rfind(b"\n") + 1
@@ -104,7 +84,7 @@ class RunStore:
             require_free(folder)  # again: another process may have been faster
             with write_failures_told(folder, lambda: "choose another --out"):
                 write_atomically(folder / "config.yaml", config_yaml)
-                write_atomically(folder / "run.json", _pretty(facts))  # last: with it, the folder is a run folder
+                write_json(folder / "run.json", facts)  # last: with it, the folder is a run folder
                 store = cls(folder, lock)
             store._unused, store._made = True, not there
             return store
@@ -170,73 +150,28 @@ class RunStore:
         """
         self._unused = False
         with self.writing():
-            folder = self.folder / "checkpoints"
-            folder.mkdir(exist_ok=True)
-            data = folder / f"round-{round:06d}.safetensors"
-            checksum = _save_tensors(data, tensors, facts)
-            self.emit(CheckpointSaved(round, f"checkpoints/{data.name}", checksum))
+            checksum = self._checkpoints.save_tensors(round, tensors, facts)
+            self.emit(CheckpointSaved(round, f"checkpoints/{self._checkpoints.data_of(round).name}", checksum))
             os.fsync(self._log.fileno())  # a checkpoint whose events are lost in a power cut could not be used
-            side = {"round": round, "sha256": checksum, "events_bytes": self._log_bytes()}
-            _write_side(data.with_suffix(".json"), side)
-            for old in self._checkpoints()[KEEP:]:
-                _remove_checkpoint(old)
+            self._checkpoints.complete(round, checksum, self._log_bytes())
 
     def mark_diverged(self, round: int) -> str | None:
-        """Mark the checkpoint after ``round`` rounds as one that training diverged from; return what is used instead.
-
-        None where there is no such checkpoint.
-        """
-        sides = self._checkpoints()
-        marked = next((side for side in sides if _round_of(side) == round), None)
-        if marked is None:
-            return None
-        facts = _read_side(marked)
-        if facts:
-            with self.writing():
-                _write_side(marked, facts | {"diverged": True})
-        return next((side.stem for side in sides if _round_of(side) < round), "the start")
+        """Mark a checkpoint as one that training diverged from; see ``Checkpoints``."""
+        with self.writing():
+            return self._checkpoints.mark_diverged(round)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """Load the newest checkpoint that is whole; None when there is none, and the run starts from round 0.
-
-        One that training diverged from is passed over.  Raises RunError when there are checkpoints but every one is
-        damaged.
-        """
-        bad: list[tuple[str, str]] = []
-        for side in self._checkpoints():
-            facts = _read_side(side)
-            reason = self._reason_against(side, facts)
-            if not reason:
-                notes = [f"checkpoint {name} {why}; using {side.stem}" for name, why in bad]
-                return Checkpoint(facts["round"], *_load_tensors(side), notes, facts["events_bytes"])
-            bad.append((side.stem, reason))
-        if any(reason != _DIVERGED for _, reason in bad):
-            listed = ", ".join(f"{name} {reason}" for name, reason in bad)
-            raise RunError(f"no checkpoint in {self.folder} can be used: {listed}; start again with another --out")
-        return None
-
-    def _reason_against(self, side: Path, facts: Mapping[str, Any]) -> str:
-        """Why a checkpoint cannot be used, or an empty string."""
-        if facts.get("diverged"):
-            return _DIVERGED
-        damage = _damage(side, facts)
-        if not damage and not _ends_line(self.folder / "events.jsonl", facts["events_bytes"]):
-            damage = "event log too short" if self._log_bytes() < facts["events_bytes"] else "event log changed"
-        return f"is damaged ({damage})" if damage else ""
+        """Load the newest checkpoint that is whole; see ``Checkpoints``."""
+        return self._checkpoints.load()
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""
         with self.writing():
             self._log.truncate(checkpoint.events_bytes if checkpoint else 0)
             (self.folder / "summary.json").unlink(missing_ok=True)
-            for side in self._checkpoints():
-                if checkpoint is None or _round_of(side) > checkpoint.round:
-                    _remove_checkpoint(side)  # its length is of a log that is gone now
-            orphans = [
-                data for data in self.folder.glob("checkpoints/*.safetensors") if not data.with_suffix(".json").exists()
-            ]
-            # .tmpXXXXXX: what safetensors writes before it renames.
-            for leftover in [*orphans, *self.folder.rglob("*.tmp"), *self.folder.rglob(".tmp*")]:
+            self._checkpoints.remove_after(checkpoint.round if checkpoint else None)
+            # The second kind of name is what safetensors writes to before it renames.
+            for leftover in [*self.folder.rglob("*.tmp"), *self.folder.rglob(".tmp*")]:
                 leftover.unlink()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -247,17 +182,17 @@ class RunStore:
         from peerlora.runs.metrics import write_table
 
         write_table(read_events(self.folder), self.folder / "metrics.parquet")
-        write_atomically(self.folder / "summary.json", _pretty(summary))
+        write_json(self.folder / "summary.json", summary)
 
     def write(self, name: str, tree: Mapping[str, Any]) -> None:
         """Write a JSON file of its own into the folder, in one step; it stays when the run is resumed."""
         self._unused = False
         with self.writing():
-            write_atomically(self.folder / name, _pretty(tree))
+            write_json(self.folder / name, tree)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Read a file that `write` wrote; None where there is none.  Raises RunError where the file is damaged."""
-        return _read_json(self.folder / name) if (self.folder / name).is_file() else None
+        return read_json(self.folder / name) if (self.folder / name).is_file() else None
 
     def close(self) -> None:
         """Release the folder; closing twice is fine."""
@@ -280,10 +215,6 @@ class RunStore:
             (self.folder / name).unlink(missing_ok=True)
         if self._made and not any(self.folder.iterdir()):
             self.folder.rmdir()
-
-    def _checkpoints(self) -> list[Path]:
-        """The ``.json`` files of all checkpoints, newest first."""
-        return sorted((self.folder / "checkpoints").glob("round-*[0-9].json"), key=_round_of, reverse=True)
 
     def _log_bytes(self) -> int:
         return os.fstat(self._log.fileno()).st_size
@@ -360,121 +291,6 @@ def _take_lock(folder: Path) -> IO[str]:
     return lock
 
 
-@contextmanager
-def write_failures_told(folder: Path, then: Callable[[], str]) -> Iterator[None]:
-    """Turn the failure of a write in a folder into a RunError; ``then``: what to do once it can be written again."""
-    try:
-        yield
-    except Exception as error:
-        number = _errno(error)
-        if number is None:
-            raise
-        if number in _NO_FILES:
-            raise TooManyFiles(f"{folder} cannot be written ({os.strerror(number)}); {then()}") from error
-        if number in _NO_ROOM:
-            raise RunError(f"no room left in {folder} ({os.strerror(number)}); make room, then {then()}") from error
-        raise RunError(f"{folder} cannot be written ({os.strerror(number)}); {then()}") from error
-
-
-def _errno(error: Exception) -> int | None:
-    """The operating system's number of a failed write; None for another error."""
-    if isinstance(error, OSError):
-        return error.errno
-    if type(error).__name__ == "SafetensorError":  # has no number of its own
-        found = re.search(r"os error (\d+)", str(error))
-        return int(found.group(1)) if found else None
-    return None
-
-
-def _save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, Any]) -> str:
-    """Write a safetensors file in one step and return its sha256."""
-    import torch
-    from safetensors.torch import save_file
-
-    # Cloned because the format refuses tensors that share memory, and ours are views of one buffer.
-    own = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
-    with atomic_file(path) as temporary:
-        save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
-        return _sha256(temporary)
-
-
-def _load_tensors(side: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
-    from safetensors import safe_open
-
-    with safe_open(side.with_suffix(".safetensors"), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
-
-
-def _read_side(side: Path) -> dict[str, Any]:
-    """The facts beside a checkpoint, or an empty dict when they cannot be read."""
-    try:
-        facts = json.loads(side.read_bytes())
-    except ValueError:
-        return {}
-    if not isinstance(facts, dict):
-        return {}
-    if set(facts) == _SIDE:  # of an older version
-        return facts
-    return facts if facts.pop("check", None) == _check(facts) and set(facts) >= _SIDE else {}
-
-
-def _write_side(side: Path, facts: Mapping[str, Any]) -> None:
-    write_atomically(side, _pretty({**facts, "check": _check(facts)}))
-
-
-def _check(facts: Mapping[str, Any]) -> str:
-    """The checksum of what the file beside a checkpoint tells."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _ends_line(log: Path, length: int) -> bool:
-    """Whether the first ``length`` bytes of the event log are whole lines."""
-    with open(log, "rb") as file:
-        file.seek(max(0, length - 1))
-        return length == 0 or file.read(1) == b"\n"
-
-
-_DIVERGED = "is one that training diverged from"
-
-
-def _damage(side: Path, facts: Mapping[str, Any]) -> str:
-    """What is wrong with a checkpoint, or an empty string."""
-    data = side.with_suffix(".safetensors")
-    if not facts:
-        return f"{side.name} unreadable"
-    if not data.is_file():
-        return f"{data.name} missing"
-    return "checksum" if _sha256(data) != facts["sha256"] or facts["round"] != _round_of(side) else ""
-
-
-def _round_of(side: Path) -> int:
-    return int(side.stem.removeprefix("round-"))
-
-
-def _remove_checkpoint(side: Path) -> None:
-    side.unlink()  # first, so that a kill in between leaves no checkpoint without its tensors
-    side.with_suffix(".safetensors").unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pretty(tree: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain(tree), indent=2, allow_nan=False).encode() + b"\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        tree = None
-    if isinstance(tree, dict):
-        return tree
-    raise RunError(f"{path} is not valid JSON (an object); the run folder is damaged, start again with another --out")
-
-
 def clients_of(run: Path) -> list[int] | None:
     """Return the clients that a run trains; None: all."""
     return read_facts(run).get("held")
@@ -482,7 +298,7 @@ def clients_of(run: Path) -> list[int] | None:
 
 def read_facts(run: Path) -> dict[str, Any]:
     """Read run.json, the facts of a run beside its config; raises RunError where it is damaged."""
-    return _read_json(run / "run.json")
+    return read_json(run / "run.json")
 
 
 def resume_command(run: Path) -> str:

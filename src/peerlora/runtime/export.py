@@ -27,7 +27,8 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import load_tokenizer
 from peerlora.lora.peft_io import ExportContext, export_adapter
 from peerlora.runs.metrics import find_start, scores_of, worst_of
-from peerlora.runs.store import clients_of, read_events, read_facts, resume_command, write_failures_told
+from peerlora.runs.store import clients_of, read_events, read_facts, resume_command
+from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.plan import plan

@@ -63,7 +63,7 @@ def check_tokens(base: Base, tokenizer: Any, data: Iterable[Dataset]) -> tuple[s
 def _embedded(model: Any) -> int | None:
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # how transformers says that a model reads no token ids by a table
         return None
     return getattr(table, "num_embeddings", None)
 

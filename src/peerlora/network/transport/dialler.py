@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -65,21 +66,21 @@ async def dial_for_ever(
 
     When ``anew`` is set, or the other side asks for it, another session is opened first; it replaces the one before.
     """
-    wait, sessions = None, set[asyncio.Future[float]]()
+    wait, running = None, set[asyncio.Future[float]]()
     try:
         while True:
             anew.clear()
-            opened = asyncio.Event()
-            session = asyncio.ensure_future(_dial(ends, roster, identity(), peer, timing, opened, anew, wait))
-            sessions.add(session)
-            session.add_done_callback(sessions.discard)
-            await _either(session, opened)
-            if opened.is_set():
-                await _either(session, anew)
-            wait = session.result() if session.done() else None
+            session = _Session(ends, roster, identity(), peer, timing, anew)
+            task = asyncio.ensure_future(session.run(wait))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            await _either(task, session.opened)
+            if session.opened.is_set():
+                await _either(task, anew)
+            wait = task.result() if task.done() else None
             await asyncio.sleep(wait or 0)
     finally:
-        await give_up(*sessions)
+        await give_up(*running)
 
 
 async def _either(task: asyncio.Future, event: asyncio.Event) -> None:
@@ -91,86 +92,98 @@ async def _either(task: asyncio.Future, event: asyncio.Event) -> None:
         await give_up(waiting)
 
 
-async def _dial(
-    ends: LinkTable,
-    roster: Roster,
-    identity: Identity,
-    peer: PeerId,
-    timing: Timing,
-    opened: asyncio.Event,
-    anew: asyncio.Event,
-    waited: float | None,
-) -> float:
-    """Run one session; the seconds to wait before the next, after having waited ``waited`` for this one."""
-    side = "here"
-    try:
-        roster.check(peer)
-        side = "there"
-        await _one_session(ends, roster, identity, peer, timing, opened, anew)
-        return timing.next_wait(None if opened.is_set() else waited)
-    except Refused as refusal:
-        ends.refused(peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
-    except Exception:  # a fault of this code must not cost the edge for the rest of the run
-        logging.getLogger(__name__).exception("dialling %s failed here", peer)
-    return timing.refused
+@dataclass
+class _Session:
+    """One channel to a site and the one session over it."""
 
+    ends: LinkTable
+    roster: Roster
+    identity: Identity
+    peer: PeerId
+    timing: Timing
+    anew: asyncio.Event
+    """Set when another session is to replace this one."""
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    link: DialledLink | None = None
 
-async def _one_session(
-    ends: LinkTable,
-    roster: Roster,
-    identity: Identity,
-    peer: PeerId,
-    timing: Timing,
-    opened: asyncio.Event,
-    anew: asyncio.Event,
-) -> None:
-    """Run one channel and one session to its end; raises Refused."""
-    member = roster.members.member(peer)
-    assert member.address is not None
-    credentials = grpc.ssl_channel_credentials(identity.roots, identity.key, identity.certificate)
-    named = ("grpc.ssl_target_name_override", host_name(peer))
-    target = f"dns:///{member.address}"  # without a scheme, gRPC takes a host named unix, ipv4 or xds for one
-    channel = aio.secure_channel(target, credentials, options=[*frames.options(timing), named])
-    nonce, link, before = new_nonce(), None, ends.edge(peer).link
-    metadata = [(frames.NONCE_KEY, nonce)]
-    metadata += [(frames.TOKEN_KEY, before.token)] if isinstance(before, DialledLink) else []
-    call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=tuple(metadata))
-    try:
-        async with asyncio.timeout(timing.handshake):
-            answer = await frames.reader(call)()
-            if answer is None:
-                raise await _reason(call)
-            token, expires = check_proof(answer, nonce, peer, member.fingerprint, identity.site, identity.fingerprint)
-            seconds = (expires - roster.clock()).total_seconds()
-            if seconds <= 0:
-                raise PeerDown(_expired(expires))
-            link = DialledLink(channel, token, anew)
+    async def run(self, waited: float | None) -> float:
+        """Run it to its end; the seconds to wait before the next, after having waited ``waited`` for this one."""
+        side = "here"
+        try:
+            self.roster.check(self.peer)
+            side = "there"
+            await self._hold()
+            return self.timing.next_wait(None if self.opened.is_set() else waited)
+        except Refused as refusal:
+            self.ends.refused(self.peer, refusal, "here" if refusal.reason == "wrong-proof" else side)
+        except Exception:  # a fault of this code must not cost the edge for the rest of the run
+            logging.getLogger(__name__).exception("dialling %s failed here", self.peer)
+        return self.timing.refused
+
+    async def _hold(self) -> None:
+        """Open it, keep it, and report why it ended; raises Refused."""
+        ends, peer, member = self.ends, self.peer, self.roster.members.member(self.peer)
+        assert member.address is not None
+        nonce, before = new_nonce(), ends.edge(peer).link
+        metadata = [(frames.NONCE_KEY, nonce)]
+        metadata += [(frames.TOKEN_KEY, before.token)] if isinstance(before, DialledLink) else []
+        channel = self._channel(member.address)
+        call = channel.stream_stream(f"/{frames.SERVICE}/{frames.SESSION}")(metadata=tuple(metadata))
+        try:
+            async with asyncio.timeout(self.timing.handshake):
+                self.link, expires = await self._open(channel, call, nonce, member.fingerprint)
+            ends.lost(peer, self.link, await self._live(self.link, call, expires))
+        except PeerDown as down:
+            ends.unreachable(peer, str(down))
+        except TimeoutError:
+            ends.unreachable(peer, f"no answer from {member.address} within {self.timing.handshake:g} s")
+        except (aio.AioRpcError, asyncio.InvalidStateError) as error:
+            reason = failure(error) if isinstance(error, aio.AioRpcError) else await _reason(call)
+            if self.link is not None:
+                ends.lost(peer, self.link, str(reason))
+            if isinstance(reason, Refused):
+                raise reason from None
+            ends.unreachable(peer, str(reason))
+        finally:
+            if self.link is not None:
+                ends.lost(peer, self.link, f"{ends.me} ended the session")
+            call.cancel()
+            await channel.close()
+
+    def _channel(self, address: str) -> aio.Channel:
+        own = self.identity
+        credentials = grpc.ssl_channel_credentials(own.roots, own.key, own.certificate)
+        named = ("grpc.ssl_target_name_override", host_name(self.peer))
+        target = f"dns:///{address}"  # without a scheme, gRPC takes a host named unix, ipv4 or xds for one
+        return aio.secure_channel(target, credentials, options=[*frames.options(self.timing), named])
+
+    async def _open(
+        self, channel: aio.Channel, call: Any, nonce: bytes, fingerprint: str
+    ) -> tuple[DialledLink, datetime]:
+        """The link, and when the certificate at its other end expires."""
+        answer = await frames.reader(call)()
+        if answer is None:
+            raise await _reason(call)
+        own = self.identity
+        token, expires = check_proof(answer, nonce, self.peer, fingerprint, own.site, own.fingerprint)
+        if expires <= self.roster.clock():
+            raise PeerDown(_expired(expires))
+        return DialledLink(channel, token, self.anew), expires
+
+    async def _live(self, link: DialledLink, call: Any, expires: datetime) -> str:
+        """Use the link until it ends; why it did."""
+        ends, peer = self.ends, self.peer
         ends.opened(peer, link, anew=ends.edge(peer).link is not None)
-        opened.set()
+        self.opened.set()
+        seconds = (expires - self.roster.clock()).total_seconds()
         end = asyncio.get_running_loop().call_later(seconds, link.end, _expired(expires))
         taking = asyncio.ensure_future(_take_all(ends, peer, link))
         try:
-            why = await live(ends, peer, link, timing, call.write, frames.reader(call), linger=timing.handshake)
+            reader, linger = frames.reader(call), self.timing.handshake
+            return await live(ends, peer, link, self.timing, call.write, reader, linger=linger)
         finally:
             end.cancel()
             await give_up(taking)
-        ends.lost(peer, link, why)
-    except PeerDown as down:
-        ends.unreachable(peer, str(down))
-    except TimeoutError:
-        ends.unreachable(peer, f"no answer from {member.address} within {timing.handshake:g} s")
-    except (aio.AioRpcError, asyncio.InvalidStateError) as error:
-        reason = failure(error) if isinstance(error, aio.AioRpcError) else await _reason(call)
-        if link is not None:
-            ends.lost(peer, link, str(reason))
-        if isinstance(reason, Refused):
-            raise reason from None
-        ends.unreachable(peer, str(reason))
-    finally:
-        if link is not None:
-            ends.lost(peer, link, f"{ends.me} ended the session")
-        call.cancel()
-        await channel.close()
 
 
 def _expired(end: datetime) -> str:
