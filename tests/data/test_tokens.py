@@ -66,6 +66,14 @@ def test_anything_that_changes_tokens_changes_the_file(tokenizer, tmp_path, chan
     assert other.calls == 1 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_tokens_are_as_private_as_the_rows(tokenizer, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o755)
+    tokenise([["abc", "d"]], tokenizer, 8, False, folder)
+    (file,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense", "cut", "flip"])
 def test_a_damaged_file_is_ignored_and_rewritten(tokenizer, tmp_path, damage):
     first = tokenise([["abc", "d"]], tokenizer, 8, False, tmp_path)

@@ -142,6 +142,20 @@ def test_a_changed_grid_is_refused_with_the_differences(whole):
     assert files(whole.folder) == before
 
 
+def test_a_grid_whose_rows_changed_is_refused(tree, texts, tmp_path):
+    own = tmp_path / "rows.jsonl"
+    shutil.copy(texts, own)
+    asked = iter([False] * 3)
+    changed = tree()
+    changed["base"]["data"] |= {"train": f"jsonl:{own}", "eval": f"jsonl:{own}"}
+    with pytest.raises(Stopped):
+        start_grid(load_grid(changed), tmp_path / "out", Callbacks(unwatched, lambda: next(asked, True)))
+    rows = own.read_text().splitlines()
+    own.write_text("\n".join([*rows[1:], rows[0]]) + "\n")
+    with pytest.raises(RunError, match="rows.jsonl changed since"):
+        resume_grid(tmp_path / "out", lambda stored: stored, QUIET)
+
+
 def test_every_refused_cell_is_listed_with_its_reason_and_nothing_written(tree, tmp_path):
     graphs = [{"kind": "edges", "edges": [[0, 1], [2, 3]]}, "ring"]
     axes = {"method": ["dec-lora", "adf-lra"], "topology": graphs, "clients": [4, 2]}
