@@ -300,7 +300,7 @@ EXACT = [
 def test_exact_methods_stay_exact_with_factors_in_turn(method, own, train, interval):
     learner, x = coupled(5, 3, **{"lr": 0.05, **train}), adapters(5, 1, 1, head=1)
     u = end(method, own | {"interval": interval}, learner, exchange("ring", 5), x, period=2 * (interval or 1))
-    assert (u - learner.solution).abs().max() < 1e-10
+    assert (u - learner.solution).abs().max() < 1e-9  # of squared maps: rounding doubles 12 times along eigenvalue one
 
 
 def test_the_dual_methods_have_the_same_bias_as_dsgd_with_coupled_blocks_too():
