@@ -88,6 +88,10 @@ def run(method, settings, learner, peers, x, rounds):
     return algorithm, states[1:]
 
 
+ROUNDING = 1e-9
+"""What ``end`` leaves of rounding, which its squarings double twelve times along eigenvalue one; by processor."""
+
+
 def end(method, settings, learner, peers, x, period=1, doublings=12):
     """The clients' rows after ``period * 2**doublings`` rounds, of which only a few are run.
 

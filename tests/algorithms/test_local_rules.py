@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quadratics import Quadratics, adapters, coupled, curvatures, end, exchange, run
+from quadratics import ROUNDING, Quadratics, adapters, coupled, curvatures, end, exchange, run
 
 from cases import others_slow
 from peerlora.algorithms import build_algorithm
@@ -66,7 +66,7 @@ def test_where_clients_end_on_a_ring_of_four(method, own, train, slow, fast):
     for b, expected in (([1.0, 0.0, -1.0, 0.0], slow), ([1.0, -1.0, 1.0, -1.0], fast)):
         u = end(method, own, curvatures(np.ones(4), np.array(b), **train), peers, adapters(4))
         assert float(u[0, 0]) == pytest.approx(expected, abs=5e-8)
-        assert u[:, 0].numpy() == pytest.approx(float(u[0, 0]) * np.array(b), abs=1e-11)
+        assert u[:, 0].numpy() == pytest.approx(float(u[0, 0]) * np.array(b), abs=ROUNDING)
 
 
 # --- what is exact, and what is not
@@ -92,7 +92,7 @@ def test_bias_and_disagreement_on_equal_and_unequal_curvatures(method, own, trai
         learner = curvatures(curvature, b, **train)
         found += errors(learner, end(method, own, learner, exchange(topology, 6), adapters(6)))
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours < 1e-11 if theirs == 0 else ours == pytest.approx(theirs, rel=0.05)
+        assert ours < ROUNDING if theirs == 0 else ours == pytest.approx(theirs, rel=0.05)
 
 
 # --- what we do not have, written out: why the methods are as they are
@@ -191,7 +191,7 @@ def test_exact_methods_agree_from_any_start(method):
     u = end(
         method, {"rho": 0.3} if method == "consensus-admm" else {}, learner, exchange("ring", 6), noisy(adapters(6))
     )
-    assert (u - learner.solution).abs().max() < 1e-11
+    assert (u - learner.solution).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -300,14 +300,14 @@ EXACT = [
 def test_exact_methods_stay_exact_with_factors_in_turn(method, own, train, interval):
     learner, x = coupled(5, 3, **{"lr": 0.05, **train}), adapters(5, 1, 1, head=1)
     u = end(method, own | {"interval": interval}, learner, exchange("ring", 5), x, period=2 * (interval or 1))
-    assert (u - learner.solution).abs().max() < 1e-9  # of squared maps: rounding doubles 12 times along eigenvalue one
+    assert (u - learner.solution).abs().max() < ROUNDING
 
 
 def test_the_dual_methods_have_the_same_bias_as_dsgd_with_coupled_blocks_too():
     x, peers = adapters(5, 1, 1, head=1), exchange("ring", 5)
     dsgd = end("dsgd", {}, coupled(5, 3, lr=0.1), peers, x)
     found = end("dfedadmm", PENALTY, coupled(5, 3, lr=0.05, local_steps=4), peers, x)
-    assert (found - dsgd).abs().max() < 1e-11
+    assert (found - dsgd).abs().max() < ROUNDING
     assert (dsgd - coupled(5, 3).solution).abs().max() > 0.1
 
 
