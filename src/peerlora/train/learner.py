@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -150,6 +150,12 @@ class StackedLearner:
         self._require_finite(history, clients)
         return history[:-1].double().mean(0)
 
+    @cached_property
+    def _rows_return(self) -> bool:
+        """Whether training sees the average row again, so that what was computed of it is worth keeping."""
+        steps = self.settings.rounds * self.settings.local_steps
+        return steps * sum(self.shards.batches) > len(self.shards.data)
+
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
         views = _views(x, active)
@@ -160,7 +166,7 @@ class StackedLearner:
         self, batch: Batch, clients: ClientRows, row_weights: Float[Tensor, "everybody row"] | None
     ) -> Float[Tensor, " client"]:
         """The training losses of one step, by the task, the loss rules and the weights of rows."""
-        logits = self.model(batch.inputs, batch.origin)
+        logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
         for rule in self.loss_rules:
             logits, batch = rule(logits, batch, clients)
         if row_weights is not None:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import others_slow
-from peerlora.data.batches import Shards
+from peerlora.data.batches import Origin, Shards
 from peerlora.runtime import resources
 from peerlora.runtime.compose import compose
 from peerlora.train.graph_size import GraphSize
+from peerlora.train.kernels import prefix_cache
 from peerlora.train.kernels.attention import attend
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 from peerlora.train.kernels.packing import TokenPacking
@@ -77,7 +78,7 @@ def test_paths_say_where_they_are_off(config):
     assert "model.dropout" in str(compose(config("bert", UPPER, "model.dropout=0.1")).paths["frozen prefix"])
 
 
-def test_the_frozen_prefix_is_computed_once_per_row(config):
+def test_the_frozen_prefix_is_computed_once_per_chunk_of_rows(config):
     federation = compose(config("bert", UPPER))
     encoder = federation.model.forward
     assert federation.paths["frozen prefix"] is None and encoder.prefix is not None and encoder.lowest == 1
@@ -86,11 +87,35 @@ def test_the_frozen_prefix_is_computed_once_per_row(config):
     for t in range(6):
         with federation.learner.round(t):
             federation.learner.fit(federation.start, "AB")
-    assert 0 < len(asked) <= len(federation.train_data)
+    assert 0 < len(asked) <= -(-len(federation.train_data) // prefix_cache._CHUNK)
     federation.learner.evaluate(federation.start, federation.eval_data, 7)
     first = len(asked)
     federation.learner.evaluate(federation.start, federation.eval_data, 3)
     assert len(asked) == first
+
+
+def test_what_is_kept_does_not_depend_on_which_rows_were_asked_for_first(config):
+    """So that a resumed run, whose cache is empty, finds the same bits."""
+    one, other = (compose(config("bert", UPPER)).model.forward.prefix for _ in range(2))
+    data = compose(config("bert", UPPER)).train_data
+    rows = np.arange(len(data))
+    whole = one(Origin(data, rows))
+    for row in rows[::-1]:
+        other(Origin(data, rows[[row]]))
+    assert torch.equal(other(Origin(data, rows)), whole)
+
+
+def test_rows_that_training_sees_once_are_not_kept(config):
+    """Computed with their batch they take a quarter of the time that they take alone (docs/log.md)."""
+    words = [UPPER, "train.rounds=1", "train.local_steps=1"]
+    found = []
+    for federation in (compose(config("bert", *words)), compose(config("bert", *words, "train.fast=false"))):
+        assert sum(federation.config.batches) < len(federation.train_data)
+        if federation.config.train.fast:
+            federation.model.forward.prefix.compute = None  # calling it would raise
+        with federation.learner.round(0):
+            found.append(federation.learner.fit(federation.start, "AB").flat)
+    assert float((found[0] - found[1]).abs().max()) < 1e-9
 
 
 def test_rows_too_many_to_keep_are_computed_anew(config, monkeypatch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peerlora.data.batches import Origin, collate
@@ -14,18 +15,41 @@ from peerlora.data.dataset import Dataset
 from peerlora.environment import main_memory
 
 _SHARE = 4  # 1 / share of the machine's memory that one data set may take
+_CHUNK = 32  # rows computed together: one alone takes a third of the time of 32
+
+
+@dataclass
+class _Kept:
+    """The hidden states of one data set, which it holds too: an id is only unique while its owner lives."""
+
+    data: Dataset
+    chunks: list[np.ndarray]
+    """Rows computed together, of similar length."""
+    chunk_of: Int[np.ndarray, " row"]
+    known: Bool[np.ndarray, " chunk"]
+    hidden: Float[Tensor, "token width"] | None = None
+
+    @staticmethod
+    def nothing(data: Dataset) -> _Kept:
+        """Divide the rows into chunks by length."""
+        order = data.lengths.argsort(kind="stable")
+        chunks = np.array_split(order, -(-len(order) // _CHUNK))
+        chunk_of = np.empty(len(order), dtype=np.int64)
+        for number, rows in enumerate(chunks):
+            chunk_of[rows] = number
+        return _Kept(data, chunks, chunk_of, np.zeros(len(chunks), dtype=bool))
 
 
 class PrefixCache:
     """Hidden states by row of one or more data sets.
 
-    Each row is computed alone, so that what is kept doesn't depend on which rows were asked for together: a resumed run
-    then finds the same bits.
+    Rows are computed in chunks that depend on the data set alone, not on which rows were asked for together: a resumed
+    run then finds the same bits.
     """
 
     def __init__(self, compute: Callable[[dict[str, Tensor]], Float[Tensor, "token width"]], bytes_per_token: int):
         self.compute, self.bytes_per_token = compute, bytes_per_token
-        self._kept: dict[int, tuple[Dataset, Tensor, np.ndarray]] = {}
+        self._kept: dict[int, _Kept] = {}
 
     def holds(self, data: Dataset) -> bool:
         """Whether these rows' hidden states may be kept: they take at most a quarter of the machine's memory."""
@@ -34,18 +58,25 @@ class PrefixCache:
     def __call__(self, origin: Origin) -> Float[Tensor, "token width"]:
         """The real tokens of these rows, one row after another."""
         data, numbers = origin.data, origin.numbers
-        for row in np.unique(numbers):
-            if id(data) not in self._kept or not self._kept[id(data)][2][row]:
-                self._compute(data, row)
-        _, hidden, _ = self._kept[id(data)]
-        positions = [np.arange(*data.starts[row : row + 2].tolist()) for row in numbers]
-        return hidden.index_select(0, torch.from_numpy(np.concatenate(positions)))
+        if id(data) not in self._kept:
+            self._kept[id(data)] = _Kept.nothing(data)
+        kept = self._kept[id(data)]
+        for chunk in np.unique(kept.chunk_of[numbers]):
+            if not kept.known[chunk]:
+                self._compute(kept, chunk)
+        assert kept.hidden is not None
+        return kept.hidden.index_select(0, torch.from_numpy(_tokens(data, numbers)))
 
     @torch.no_grad()
-    def _compute(self, data: Dataset, row: np.integer) -> None:
-        found = self.compute(collate(data, [np.array([row])], 0, torch.float32).inputs)
-        if id(data) not in self._kept:  # holds the data set itself too: an id is only unique while its owner lives
-            self._kept[id(data)] = data, found.new_empty(len(data.ids), found.shape[1]), np.zeros(len(data), dtype=bool)
-        _, hidden, known = self._kept[id(data)]
-        hidden[data.starts[row] : data.starts[row + 1]] = found
-        known[row] = True
+    def _compute(self, kept: _Kept, chunk: np.integer) -> None:
+        rows = kept.chunks[chunk]
+        found = self.compute(collate(kept.data, [rows], 0, torch.float32).inputs)
+        if kept.hidden is None:
+            kept.hidden = found.new_empty(len(kept.data.ids), found.shape[1])
+        kept.hidden[torch.from_numpy(_tokens(kept.data, rows))] = found
+        kept.known[chunk] = True
+
+
+def _tokens(data: Dataset, rows: np.ndarray) -> Int[np.ndarray, " token"]:
+    """The places of these rows' tokens among those of the data set."""
+    return np.concatenate([np.arange(*data.starts[row : row + 2].tolist()) for row in rows])
