@@ -7,8 +7,9 @@ import time
 import pytest
 import yaml
 
-from peerlora.experiments.grid import expand_settings, load_grid, plan_search, plan_trials, search_labels
+from peerlora.experiments.grid import load_grid
 from peerlora.experiments.presets import PRESETS, TASKS, preset
+from peerlora.experiments.trials import expand_settings, plan_search, plan_trials, search_labels
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
 
