@@ -159,7 +159,8 @@ def _print(result: Comparison) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
     title = f"{result.metric}, {len(result.lines)} settings"
-    console.print(_table(title, column_names(result), [row_cells(result, line) for line in result.ranked]))
+    rows = [row_cells(result, line, brief=True) for line in result.ranked]
+    console.print(_table(title, column_names(result, brief=True), rows))
     if result.searches:
         title = "mean client by learning rate, on rows set aside"
         console.print(_table(title, rate_columns(result.searches), rate_rows(result.searches)))

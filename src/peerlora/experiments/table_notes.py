@@ -74,8 +74,8 @@ def design_sentence(design: Design) -> str:
     first = f"Holm's first level, {LEVEL:g} / {design.tests} rows" if design.tests > 1 else f"{LEVEL:g}"
     return (
         f"Smallest difference of the {design.measure} that {design.seeds} seeds can show: {design.detectable:.3f}, "
-        f"found with {POWER:.0%} probability at {first}, where paired differences have the standard deviation seen "
-        f"here ({design.deviation:.3f})."
+        f"found with {POWER * 100:g} % probability at {first}, where paired differences have the standard deviation "
+        f"seen here ({design.deviation:.3f})."
     )
 
 

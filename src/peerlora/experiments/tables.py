@@ -26,9 +26,12 @@ _SCORES = (MAIN, "worst client", "averaged model", "best round")
 _WORK = ("training rows", "gradients", "bytes sent")
 
 
-def shown_measures(result: Comparison) -> list[str]:
-    """The measures of the table for people; the best round only where some run has evaluations enough."""
-    known = [*_SCORES, "consensus of B·A", *_WORK]
+def shown_measures(result: Comparison, brief: bool = False) -> list[str]:
+    """The measures of the table for people; the best round only where some run has evaluations enough.
+
+    ``brief``: as many columns as a terminal has room for.
+    """
+    known = [*_SCORES[:3], *_WORK] if brief else [*_SCORES, "consensus of B·A", *_WORK]
     seen = {name for line in result.lines for name in line.estimates}
     return [name for name in known if name not in ("best round", "training rows", "gradients") or name in seen]
 
@@ -68,17 +71,17 @@ def _no_formula(label: str) -> str:
     return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(label) else label
 
 
-def column_names(result: Comparison) -> list[str]:
+def column_names(result: Comparison, brief: bool = False) -> list[str]:
     """The columns of the table for people."""
     axes = list(result.lines[0].labels) if result.lines else []
     against = [f"{MAIN}, difference to {', '.join(result.baseline.values())}", "p (Holm)"]
-    main, *others = shown_measures(result)
+    main, *others = shown_measures(result, brief)
     return [*axes, "rate", "seeds", main, *(against if result.baseline else []), *others]
 
 
-def row_cells(result: Comparison, line: Line) -> list[str]:
+def row_cells(result: Comparison, line: Line, brief: bool = False) -> list[str]:
     """One line of the table for people."""
-    main, *others = [format_estimate(line, name) for name in shown_measures(result)]
+    main, *others = [format_estimate(line, name) for name in shown_measures(result, brief)]
     against: list[str] = []
     if result.baseline:
         base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
