@@ -45,6 +45,7 @@ def test_a_comparison_prints_a_table_and_json(cli, grid_file, tmp_path):
 REFUSED = {
     "no grid": ([], ["GRID.yaml", "--preset", "--resume"]),
     "no such file": (["missing.yaml"], ["'missing.yaml' does not exist", "--preset adf-lora"]),
+    "a folder": (["."], ["'.' is a folder", "peerlora compare --resume ."]),
     "unknown key": (["{grid}", "search.raets=[1]"], ["'search.raets'", "did you mean 'rates'"]),
     "unknown setting of the base": (["{grid}", "train.rouns=1"], ["'train.rouns'", "did you mean 'rounds'"]),
     "unknown axis": (

@@ -174,12 +174,15 @@ def test_a_row_of_unequal_work_is_told_and_not_ranked(work, unequal, tmp_path):
     assert ("c, ring: " in table) == unequal
 
 
-def test_outcomes_are_compared_from_what_was_stored_of_them():
+def test_outcomes_are_compared_from_what_was_stored_of_them(tmp_path):
     outcomes = [*_only("a"), *_only("b"), outcome("c", 0, diverged="nan"), outcome("b", 3, 0.5, 0.5, p=0.5)]
     stored = [Outcome.from_json(each.to_json()) for each in outcomes]
     assert all("\n" not in each.to_json() for each in outcomes)
     assert stored == outcomes and not any(each.events for each in stored)
     assert compare(stored, {"method": "a"}) == compare(outcomes, {"method": "a"})
+    result = write_results(tmp_path, stored, [], {"method": "a"}, "", {}, None)
+    assert result.metric == "accuracy"
+    assert "7 of 8 cells finished" in (tmp_path / "report.html").read_text()
     assert stored[0].method == "m" and stored[0].metric == "accuracy" and stored[0].higher_is_better
 
 

@@ -95,6 +95,11 @@ def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()
 
     Raises ConfigError for everything that can be seen without composing a trial.
     """
+    if isinstance(source, Path | str) and Path(source).is_dir():
+        raise ConfigError(
+            f"{str(source)!r} is a folder, no grid file; to go on with a comparison, or write its tables again: "
+            f"peerlora compare --resume {source}"
+        )
     if not isinstance(source, dict) and source is not None and not Path(source).is_file():
         raise ConfigError(
             f"grid file {str(source)!r} does not exist; write one (docs/comparing.md), or use --preset adf-lora"

@@ -101,20 +101,18 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
 def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
     runner = _TrialRunner(callbacks, folder)
     runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
-    searched, searches = _search(grid, folder, runner, cache)
+    searches = _search(grid, folder, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
     try:
         for trial in order_trials(trials):
             runner.finish(trial, cache)
     except Stopped:
-        _write_results(grid, folder, searched, searches, trials)
+        _write_results(grid, folder, searches, trials)
         raise
-    return _write_results(grid, folder, searched, searches, trials)
+    return _write_results(grid, folder, searches, trials)
 
 
-def _search(
-    grid: GridConfig, folder: Path, runner: _TrialRunner, cache: ResourceCache
-) -> tuple[list[Outcome], list[RateSearch]]:
+def _search(grid: GridConfig, folder: Path, runner: _TrialRunner, cache: ResourceCache) -> list[RateSearch]:
     """Run the search, and as long as rates have to grow, the next ones.
 
     Which rates come next follows from what the runs before them reached, so a resumed grid comes to the same.
@@ -125,12 +123,11 @@ def _search(
         planned = plan_search(grid, rates).trials
         for trial in order_trials([trial for trial in planned if trial.folder not in found]):
             runner.finish(trial, cache)
-            found[trial.folder] = _read_outcome(trial, folder)
-        outcomes = [found[trial.folder] for trial in planned]
-        searches = gather_searches(grid, outcomes)
+            found[trial.folder] = replace(_read_outcome(trial, folder), events=())  # of many runs they are large
+        searches = gather_searches(grid, [found[trial.folder] for trial in planned])
         more = {each.setting: rate for each in searches if (rate := next_rate(each, grid.search)) is not None}
         if not more:
-            return outcomes, searches
+            return searches
         for setting, rate in more.items():
             rates[setting].append(rate)
         runner.expect([trial for trial in plan_search(grid, rates).trials if trial.folder not in found])
@@ -241,15 +238,15 @@ def _read_outcome(trial: Trial, folder: Path) -> Outcome:
 def _write_results(
     grid: GridConfig,
     folder: Path,
-    searched: Sequence[Outcome],
     searches: Sequence[RateSearch],
     trials: Sequence[Trial],
 ) -> Comparison:
     searched_on = search_labels(grid)
+    searched = plan_search(grid, {each.setting: [rate.rate for rate in each.rates] for each in searches}).trials
     return write_results(
         folder,
         [replace(_read_outcome(trial, folder), searched_on=searched_on.get(trial.setting)) for trial in trials],
-        searched,
+        [_read_outcome(trial, folder) for trial in searched],
         grid.baseline,
         grid.to_yaml(),
         {trial.setting: trial.config for trial in reversed(trials)},
