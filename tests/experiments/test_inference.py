@@ -52,6 +52,16 @@ def test_the_interval_covers_the_mean_of_normal_differences(count):
     assert np.mean((draws.min(1) <= 1.0) & (draws.max(1) >= 1.0)) == pytest.approx(1 - 2 / 2**count, abs=0.02)
 
 
+def test_the_interval_is_as_wrong_as_the_page_says_where_differences_are_not_normal():
+    """Exponential ones, and of two values, as of a method that leaves chance in one seed of five."""
+    draw = np.random.default_rng(0)
+    skewed = draw.exponential(size=(4000, 3)) - 1
+    apart = np.where(draw.random((4000, 3)) < 0.2, 2.0, -0.5) + draw.normal(scale=0.1, size=(4000, 3))
+    for draws, expected in ((skewed, 0.88), (apart, 0.50)):
+        found = [t_interval(values) for values in draws.tolist()]
+        assert np.mean([low <= 0 <= high for low, high in found]) == pytest.approx(expected, abs=0.025)
+
+
 def test_the_sign_flip_p_of_differences_by_hand():
     """Of the 8 patterns of 1, 2, 4 the sums 7, 5, 3, 1 and their negatives."""
     assert sign_flip_test([1, 2, 4]) == 2 / 8

@@ -78,6 +78,7 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     return (1 + hits) / (1 + _PATTERNS)
 
 
+@lru_cache(maxsize=_EXACT)
 def _all_signs(count: int) -> Float[np.ndarray, "pattern difference"]:
     return np.array(list(product((-1.0, 1.0), repeat=count)))
 

@@ -85,12 +85,12 @@ def gather_searches(grid: GridConfig, outcomes: Sequence[Outcome]) -> list[RateS
         own = [each for each in outcomes if each.setting == setting.name]
         found[setting.name] = _rate_scores(own)
     tied = {name: _tied(rates, sign, grid.search) for name, rates in found.items()}
-    votes = Counter(rate for rates in tied.values() for rate in rates)
+    groups_with = Counter(rate for rates in tied.values() for rate in rates)
     searches = []
     for setting in searched_settings(grid).values():
         rates, ties = found[setting.name], tied[setting.name]
         best, worth = _best(rates, sign), {each.rate: _worth(each, sign) for each in rates}
-        taken = min(ties, key=lambda rate: (-votes[rate], -worth[rate], rate))
+        taken = min(ties, key=lambda rate: (-groups_with[rate], -worth[rate], rate))
         searches.append(RateSearch(setting.name, setting.labels, rates, best, ties, taken))
     return searches
 

@@ -8,7 +8,7 @@ from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.inference import LEVEL, POWER, smallest_sign_flip_p
 from peerlora.experiments.measures import FEW_EVALUATIONS
 from peerlora.experiments.statistics import Design
-from peerlora.experiments.tables import MARKED, NOT_DISTINGUISHABLE, UNEQUAL, gauge_marker, shown_measures
+from peerlora.experiments.tables import MARKED, NOT_DISTINGUISHABLE, UNEQUAL_SIGN, gauge_marker, shown_measures
 
 
 def table_notes(result: Comparison) -> list[str]:
@@ -83,8 +83,8 @@ def _work(result: Comparison) -> Iterator[str]:
     unequal = [f"{line.setting}: {line.unequal_work}" for line in result.ranked if line.unequal_work]
     if unequal:
         yield (
-            f"{UNEQUAL.strip()} Unequal work, so not ranked, below the others: fewer training rows or more gradients "
-            f"than the baseline, by over 1 %. {'. '.join(unequal)}."
+            f"{UNEQUAL_SIGN.strip()} Unequal work, so not ranked, below the others: fewer training rows or more "
+            f"gradients than the baseline, by over 1 %. {'. '.join(unequal)}."
         )
 
 

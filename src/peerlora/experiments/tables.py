@@ -13,7 +13,7 @@ from peerlora.experiments.measures import MEASURES
 from peerlora.experiments.rate_search import RateScore, RateSearch
 from peerlora.experiments.statistics import Difference, Estimate, Line
 
-GAUGES, LEVEL_WITH, UNEQUAL = " †", " ≈", " ‡"
+GAUGE_SIGN, ALIKE_SIGN, UNEQUAL_SIGN = " †", " ≈", " ‡"
 """Signs behind a number: the mean of other coordinates, no difference shown, other work than the baseline's."""
 
 MARKED = (
@@ -61,7 +61,7 @@ def csv_text(result: Comparison) -> str:
 def _remarks(line: Line, name: str) -> list[str]:
     """What the signs behind a number of this line say, in words."""
     gap = line.differences.get(name)
-    unequal = [f"{UNEQUAL.strip()} Unequal work: {line.unequal_work}."] if gap and line.unequal_work else []
+    unequal = [f"{UNEQUAL_SIGN.strip()} Unequal work: {line.unequal_work}."] if gap and line.unequal_work else []
     alike = [NOT_DISTINGUISHABLE] if gap and gap.distinguishable is False else []
     return [*([MARKED] if gauge_marker(line, name) else []), *unequal, *alike]
 
@@ -109,13 +109,13 @@ def difference_marker(line: Line, name: str) -> str:
     gap = line.differences.get(name)
     if gap is None:
         return ""
-    return UNEQUAL if line.unequal_work else LEVEL_WITH if gap.distinguishable is False else ""
+    return UNEQUAL_SIGN if line.unequal_work else ALIKE_SIGN if gap.distinguishable is False else ""
 
 
 def gauge_marker(line: Line, name: str) -> str:
     """The sign behind a measure that says little about this line's method; empty for the others."""
     known = name == "averaged model" and name in line.estimates
-    return GAUGES if known and line.gauges_differ else ""
+    return GAUGE_SIGN if known and line.gauges_differ else ""
 
 
 def format_estimate(line: Line, name: str) -> str:
