@@ -21,10 +21,10 @@ from typing import Any
 from markers import insert
 from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
+from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.presets import TASKS
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
-from peerlora.experiments.statistics import Comparison
 from peerlora.runs.resume import run_facts
 
 Tree = dict[str, Any]

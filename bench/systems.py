@@ -29,7 +29,8 @@ from markers import insert
 from peerlora.algorithms import method_class
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
-from peerlora.experiments.grid import load_grid, plan_trials
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.trials import plan_trials
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.metrics import evaluated_within, select_events
 from peerlora.runs.resume import run_facts

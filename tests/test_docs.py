@@ -14,6 +14,7 @@ from peerlora.config.exchange import AdversaryConfig, CodecConfig, RobustConfig
 from peerlora.config.reference import page
 from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, TopologyConfig
 from peerlora.experiments.grid import load_grid
+from peerlora.experiments.inference import detectable_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
@@ -52,6 +53,14 @@ def test_every_setting_says_in_one_line_what_it_means(model):
 def test_the_page_of_settings_is_up_to_date():
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("tests", [1, 8])
+def test_the_detectable_differences_on_the_page_are_those_of_the_code(tests):
+    text = (ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")
+    shown = text.split(f"<!-- detectable-{tests} -->\n")[1].split(f"<!-- /detectable-{tests} -->")[0]
+    expected = detectable_table((3, 5, 10, 20, 50), (0.01, 0.02, 0.03, 0.05), tests)
+    assert shown == expected, f"put detectable_table's text there:\n{expected}"
 
 
 @pytest.mark.parametrize(("name", "union"), [("data", PartitionConfig), ("topologies", TopologyConfig)])

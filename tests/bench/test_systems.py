@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from peerlora.config.loading import load_config
-from peerlora.experiments.grid import load_grid, plan_search, plan_trials
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.trials import plan_search, plan_trials
 from peerlora.runs.events import Evaluated, RoundDone
 
 BENCH = Path(__file__).parents[2] / "bench"

@@ -7,8 +7,9 @@ import time
 import pytest
 import yaml
 
-from peerlora.experiments.grid import expand_settings, load_grid, plan_search, plan_trials, search_labels
+from peerlora.experiments.grid import load_grid
 from peerlora.experiments.presets import PRESETS, TASKS, preset
+from peerlora.experiments.trials import expand_settings, plan_search, plan_trials, search_labels
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
 
@@ -44,6 +45,7 @@ def test_a_comparison_prints_a_table_and_json(cli, grid_file, tmp_path):
 REFUSED = {
     "no grid": ([], ["GRID.yaml", "--preset", "--resume"]),
     "no such file": (["missing.yaml"], ["'missing.yaml' does not exist", "--preset adf-lora"]),
+    "a folder": (["."], ["'.' is a folder", "peerlora compare --resume ."]),
     "unknown key": (["{grid}", "search.raets=[1]"], ["'search.raets'", "did you mean 'rates'"]),
     "unknown setting of the base": (["{grid}", "train.rouns=1"], ["'train.rouns'", "did you mean 'rounds'"]),
     "unknown axis": (
@@ -87,6 +89,20 @@ def test_bad_input_gets_one_message_and_nothing_is_written(case, cli, grid_file,
     assert not list((tmp_path / "here").iterdir())
 
 
+def test_a_seed_that_is_searched_and_reported_gets_a_warning_before_and_after(cli, grid_file, tmp_path):
+    path = grid_file()
+    tree = yaml.safe_load(path.read_text())
+    del tree["base"]["train"]["lr"]
+    path.write_text(yaml.safe_dump(tree))
+    words = ["search.rates=[0.01]", "search.holdout=0.3", "train.rounds=1", "axes.method=[dec-lora]"]
+    answer = cli("compare", path, *words, "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.err.startswith("warning: search.seeds and seeds both have 0:")
+    result = json.loads(answer.out.splitlines()[-1])
+    assert "both have 0:" in result["warnings"][0] and "both have 0:" in answer.out
+    assert [rate["rate"] for rate in result["search"][0]["rates"]] == [0.01] and "(taken)" in answer.out
+
+
 def test_an_output_folder_in_use_is_refused(cli, grid_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -118,9 +134,12 @@ def test_ctrl_c_ends_with_the_resume_command(process, grid_file, tmp_path):
 
 
 def rows_counted(grid, evaluated):
-    """Training rows, and rows times models evaluated, of all cells."""
+    """Training rows, and rows times models evaluated, of all cells, where rates grow to the most."""
     total = 0
-    for trial in [*plan_search(grid).trials, *plan_trials(grid).trials]:
+    most = {
+        trial.setting: [1e-3 * (1 + rate) for rate in range(grid.search.most)] for trial in plan_search(grid).trials
+    }
+    for trial in [*plan_search(grid, most).trials, *plan_trials(grid).trials]:
         config = trial.config
         models, seen = config.clients + 1, min(config.eval.rows, evaluated)
         total += config.train.rounds * config.train.local_steps * sum(config.batches)
@@ -133,6 +152,7 @@ def test_a_small_preset_keeps_its_promise_of_half_an_hour(name, tmp_path):
     grid = load_grid(preset(name, "small", tmp_path))
     rows = rows_counted(grid, 2 * grid.base["data"]["eval_per_class"])
     assert rows / 160 < 30 * 60, rows
+    assert grid.search.grow and not {*grid.search.seeds} & {*grid.seeds}
     assert f"{tmp_path}/sst2/train.parquet" in grid.to_yaml()
 
 
@@ -166,8 +186,10 @@ def test_the_full_presets_are_the_papers_protocol(tmp_path):
         10,
         20,
     }
-    assert len(plan_search(adf).trials) == (3 + 4) * 4 * 4  # methods and intervals, tasks, rates
-    assert len(plan_search(tad).trials) == 4 * 4 * 5  # methods, tasks, rates; on the first graph
+    assert len(plan_search(adf).trials) == (3 + 4) * 4 * 4 * 2  # methods and intervals, tasks, rates, seeds
+    assert len(plan_search(tad).trials) == 4 * 4 * 5 * 2  # methods, tasks, rates, seeds; on the first graph
+    for grid in (adf, tad):
+        assert grid.search.grow and grid.search.ties == "common" and not {*grid.search.seeds} & {*grid.seeds}
     assert all(labels["method"] in setting for setting, labels in search_labels(adf).items())
     assert {labels["topology"] for labels in search_labels(tad).values()} == {"random p=0.5"}
     assert len(TASKS["MNLI"][3]["shares"][0]) == 3

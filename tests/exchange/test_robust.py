@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from peerlora.config.exchange import AdversaryConfig, RobustConfig
 from peerlora.config.sections import TopologyConfig
 from peerlora.errors import CompositionError
-from peerlora.exchange.attacks import ATTACKS, Adversarial, AttackContext, attackers, flipped_labels
+from peerlora.exchange.attacks import ATTACKS, Adversarial, AttackContext, alie_quantile, attackers, flipped_labels
 from peerlora.exchange.robust import Robust, balance, clipped_gossip, krum, median, rfa, trimmed_mean
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
@@ -271,6 +271,15 @@ def test_the_quantile_of_alie():
     mean, std = x.flat[12:].mean(0), x.flat[12:].std(0, correction=0)
     told = sent(x, "alie", who=tuple(who))[0]
     assert ((mean - told) / std).numpy() == pytest.approx(0.3360, abs=1e-3)  # of (38 - 14) / 38
+
+
+@pytest.mark.parametrize(("attacking", "z"), [(2, 0.0), (3, 0.1800), (4, 0.4307)])  # of 4/8, 4/7 and 4/6
+def test_alie_with_two_of_ten_sends_the_honest_mean_and_with_three_does_not(attacking, z):
+    x, honest = drawn(10), list(range(attacking, 10))
+    mean, std = x.flat[honest].mean(0), x.flat[honest].std(0, correction=0)
+    told = sent(x, "alie", who=tuple(range(attacking)))[0]
+    assert ((mean - told) / std).numpy() == pytest.approx(z, abs=1e-4)
+    assert alie_quantile(10, attacking) == pytest.approx(z, abs=1e-4)
 
 
 def test_noise_is_drawn_for_each_attacker_and_round():

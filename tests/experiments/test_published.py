@@ -6,12 +6,13 @@ from functools import cache
 import pytest
 
 from peerlora.config.loading import load_config
-from peerlora.experiments.grid import load_grid, plan_trials
+from peerlora.experiments.grid import load_grid
 from peerlora.experiments.presets import preset
 from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import GLUE, PAPERS
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.trials import plan_trials
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
@@ -34,7 +35,7 @@ def rows(folder, results, published=None):
     for labels, config, value, averaged in results:
         place = ", ".join(labels.values())
         configs[place] = config
-        told.append(Outcome(place, labels, 0, 0.01, place, events(value, averaged)))
+        told.append(Outcome.of_events(place, labels, 0, 0.01, place, events(value, averaged)))
     write_results(folder, told, [], {}, "", configs, published)
     page = (folder / "report.html").read_text()
     found = re.findall(

@@ -12,14 +12,18 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+import peerlora.experiments.runner as runner_module
 import peerlora.runtime.resources as resources_module
 from peerlora.errors import CompositionError, ConfigError, PeerloraError, RunError, Stopped
-from peerlora.experiments.grid import expand_settings, load_grid, plan_search, plan_trials
-from peerlora.experiments.runner import Callbacks, ResourceCache, choose_rates, resume_grid, start_grid
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.rate_search import choose_rates, gather_searches
+from peerlora.experiments.resource_cache import ResourceCache
+from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.statistics import Outcome
-from peerlora.runs.events import Evaluated, RunStarted
+from peerlora.experiments.trials import expand_settings, plan_search, plan_trials
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
 from peerlora.runtime.resources import BaseModelCache, load_resources
@@ -199,7 +203,7 @@ def test_the_rate_that_was_found_is_used_wherever_the_settings_agree(tree, tmp_p
     assert [line.rate for line in result.lines] == [best, best]
     assert [line.rate_from for line in result.lines] == ["", "random"]
     for name in ("table.md", "report.html"):
-        assert (tmp_path / name).read_text().count(f"{best:g} (of random)") == 1
+        assert (tmp_path / name).read_text().count(f"{best:g} (of random; at the edge)") == 1
     assert [row["rate of"] for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())][-1] == "random"
     assert set(pq.read_table(tmp_path / "results.parquet")["purpose"].to_pylist()) == {"search", "report"}
 
@@ -222,10 +226,78 @@ def test_a_rate_that_diverges_is_not_taken_and_a_run_that_does_is_reported(tree,
 def test_the_lowest_of_equal_rates_is_taken(tree):
     grid = tree(axes={}, baseline={}, search={"rates": [0.1, 0.01]})
     del grid["base"]["train"]["lr"]
-    start = RunStarted("", "local", 1, 1, "accuracy", True, 0, 1, {}, {}, {}, 1, [])
-    events = [start, Evaluated(1, 2, [0.5], 0.5, [1.0], 1.0, 0.1, True)]
-    outcomes = [Outcome("base", {}, 0, rate, "", events) for rate in (0.1, 0.01)]
-    assert choose_rates(load_grid(grid), outcomes) == {"base": 0.01}
+    outcomes = [Outcome("base", {}, 0, rate, "", {"mean client": 0.5}) for rate in (0.1, 0.01)]
+    grid = load_grid(grid)
+    assert choose_rates(grid, gather_searches(grid, outcomes)) == {"base": 0.01}
+
+
+@pytest.fixture
+def growing(tree):
+    """One method whose score rises with the rate, whatever it learns, until it falls."""
+    grid = tree(axes={}, baseline={}, seeds=[0], search={"rates": [0.01, 0.02], "seeds": [7], "holdout": 0.3})
+    del grid["base"]["train"]["lr"]
+    grid["search"] |= {"grow": True}
+    return grid
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Replace the scores of searched runs by what a test says of their rates."""
+
+    def by(score):
+        def read(trial, folder):
+            found = read_outcome(trial, folder)
+            return replace(found, measures={**found.measures, "mean client": score(trial.config.train.lr)})
+
+        read_outcome = runner_module._read_outcome
+        monkeypatch.setattr(runner_module, "_read_outcome", read)
+
+    return by
+
+
+def test_rates_grow_until_the_best_lies_inside(growing, scored, tmp_path):
+    scored(lambda rate: -abs(rate - 0.08))
+    result = start_grid(load_grid(growing), tmp_path, QUIET)
+    (search,) = result.searches
+    assert [each.rate for each in search.rates] == [0.01, 0.02, 0.04, 0.08, 0.16] and search.edge == 0
+    assert len(list(tmp_path.glob("search/*/summary.json"))) == 5 and result.lines[0].rate == 0.08
+    assert "at the edge" not in (tmp_path / "table.md").read_text()
+    found = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert {row["learning rate"] for row in found if row["purpose"] == "search"} == {0.01, 0.02, 0.04, 0.08, 0.16}
+
+
+def test_rates_stop_growing_at_the_most_with_a_warning(growing, scored, tmp_path):
+    scored(lambda rate: -rate)
+    growing["search"]["most"] = 3
+    result = start_grid(load_grid(growing), tmp_path, QUIET)
+    (search,) = result.searches
+    assert [each.rate for each in search.rates] == [0.005, 0.01, 0.02] and search.edge == -1
+    for name in ("table.md", "report.html"):
+        assert "0.005 (at the edge)" in (tmp_path / name).read_text()
+    assert result.as_json()["search"][0]["at_edge"] is True
+
+
+def test_a_grid_whose_rates_grow_is_resumed_to_the_same(growing, scored, tmp_path):
+    scored(lambda rate: -abs(rate - 0.04))
+    whole = start_grid(load_grid(growing), tmp_path / "whole", QUIET)
+    asked = iter([False] * 7)  # before a cell and after each round: the third, of the grown rate, is cut off
+    with pytest.raises(Stopped, match="stopped after 2 of 4 cells"):
+        start_grid(load_grid(growing), tmp_path / "out", Callbacks(unwatched, lambda: next(asked, True)))
+    resumed = resume_grid(tmp_path / "out", lambda stored: stored, QUIET)
+    assert resumed.searches == whole.searches and numbers(tmp_path / "out") == numbers(tmp_path / "whole")
+
+
+def test_a_folder_of_a_version_without_new_settings_of_the_search_is_resumed(tree, tmp_path):
+    grid = tree(axes={}, baseline={}, seeds=[0], search={"rates": [0.001, 0.05], "seeds": [7], "holdout": 0.3})
+    del grid["base"]["train"]["lr"]
+    first = start_grid(load_grid(grid), tmp_path, QUIET)
+    stored = yaml.safe_load((tmp_path / "grid.yaml").read_text())
+    for name in ("grow", "most", "ties"):
+        del stored["search"][name]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
+    before = files(tmp_path)
+    again = resume_grid(tmp_path, lambda stored: stored, QUIET)
+    assert files(tmp_path) == before and again.searches == first.searches and again.lines == first.lines
 
 
 def run_alone(tree, folder):

@@ -13,8 +13,11 @@ from scipy import stats
 from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
 from peerlora.experiments.figures import _by_p, comparison_figures
+from peerlora.experiments.inference import detectable_difference
+from peerlora.experiments.measures import measure_run
+from peerlora.experiments.rate_search import RateScore, RateSearch
 from peerlora.experiments.results import write_results
-from peerlora.experiments.statistics import Outcome, bootstrap, compare, estimate, measure_run, pair_differences
+from peerlora.experiments.statistics import Outcome, assess_design, compare, estimate, pair_differences
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
@@ -28,10 +31,13 @@ def events(*own, higher=True, sent=100, method="m"):
     return [start, *rounds, *scores]
 
 
-def outcome(method, seed, *last, graph="ring", **changes):
+def outcome(method, seed, *last, graph="ring", known=(), **changes):
+    """A cell of two rounds that ends with ``last``; without any it did not finish.  ``known``: further measures."""
     labels = {"method": method, "graph": graph}
-    outcomes = events((0.5, 0.5), (0.6, 0.8), last) if last else []
-    return Outcome(f"{method}, {graph}", labels, seed, 0.01, f"cells/{method}-{seed}", outcomes, **changes)
+    happened = events((0.5, 0.5), (0.6, 0.8), last) if last else []
+    folder = f"cells/{method}-{seed}"
+    found = Outcome.of_events(f"{method}, {graph}", labels, seed, 0.01, folder, happened, **changes)
+    return replace(found, measures={**found.measures, **dict(known)})
 
 
 def test_a_run_in_numbers():
@@ -40,8 +46,6 @@ def test_a_run_in_numbers():
         "mean client": 0.375,
         "worst client": 0.25,
         "averaged model": 0.75,
-        "best round": 0.625,
-        "number of the best round": 1.0,
         "bytes sent": 200.0,
         "consensus of B·A": 0.5,
         "cross-term": 0.25,
@@ -49,9 +53,19 @@ def test_a_run_in_numbers():
     }
 
 
-def test_where_lower_is_better_the_worst_is_the_highest_and_the_best_the_lowest():
+def test_the_best_round_is_told_where_there_is_a_choice():
+    """Of more than three evaluations behind the start, which does not count."""
+    scores = [(0.9, 0.9), (0.5, 0.75), (0.5, 0.5), (0.25, 0.25)]
+    assert "best round" not in measure_run(events(*scores))
+    found = measure_run(events(*scores, (0.25, 0.5)))
+    assert found["best round"] == 0.625 and found["number of the best round"] == 1.0
+    found = measure_run(events(*scores, (0.25, 0.5), higher=False))
+    assert found["best round"] == 0.25 and found["number of the best round"] == 3.0
+
+
+def test_where_lower_is_better_the_worst_is_the_highest():
     found = measure_run(events((0.1, 0.1), (0.5, 0.75), (0.9, 1.1), higher=False))
-    assert found["worst client"] == 1.1 and found["best round"] == 0.625 and found["mean client"] == 1.0
+    assert found["worst client"] == 1.1 and found["mean client"] == 1.0
 
 
 def test_a_client_without_a_value_does_not_count():
@@ -72,31 +86,104 @@ def test_mean_and_deviation_by_hand():
 def test_differences_are_paired_by_seed():
     found = pair_differences({0: 0.5, 1: 0.75, 2: 1.0, 9: 0.0}, {2: 0.75, 1: 0.25, 0: 0.25, 8: 1.0})
     assert found is not None and found.mean == pytest.approx((0.25 + 0.5 + 0.25) / 3) and found.seeds == 3
-    assert found.interval == (0.25, 0.5)  # of three values their range
+    theirs = stats.ttest_1samp([0.25, 0.5, 0.25], 0)
+    assert found.p == pytest.approx(theirs.pvalue) and found.p_sign_flip == found.p_sign_flip_smallest == 0.25
+    assert found.interval == pytest.approx(tuple(theirs.confidence_interval()))
     assert pair_differences({0: 1.0}, {1: 1.0}) is None
 
 
 def test_no_interval_for_fewer_than_three_seeds():
-    assert bootstrap([0.1, 0.2]) is None
-    found = pair_differences({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5})
-    assert found is not None and found.interval is None and found.mean == 0.5
+    found = pair_differences({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.75})
+    assert found is not None and found.interval is found.p is None and found.mean == 0.375 and found.p_sign_flip == 0.5
 
 
-def test_the_interval_of_equal_differences_is_a_point_and_seeded():
-    assert bootstrap([0.25] * 5) == (0.25, 0.25)
-    assert bootstrap([1.0, 2.0, 4.0, 3.0]) == bootstrap([1.0, 2.0, 4.0, 3.0])
+GAPS = {"b": (0.125, 0.25, 0.1875), "c": (-0.125, 0.25, 0.125)}
+"""What two methods have more than the baseline in three seeds: with p = 0.036 and 0.52."""
 
 
-@pytest.mark.parametrize("count", [4, 5, 10, 30])
-def test_the_interval_agrees_with_scipy(count):
-    values = np.random.default_rng(count).normal(0.01, 0.02, count)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=100_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    ours = bootstrap(values.tolist(), 100_000)
-    assert ours is not None
-    width = theirs.high - theirs.low
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02 * width)
+def compared(*more):
+    """A baseline, the methods of ``GAPS``, and more outcomes."""
+    base = (0.25, 0.375, 0.5)
+    others = {"a": (0.0, 0.0, 0.0)} | GAPS
+    found = [
+        outcome(name, seed, base[seed] + gaps[seed], base[seed] + gaps[seed])
+        for name, gaps in others.items()
+        for seed in range(3)
+    ]
+    return {line.labels["method"]: line for line in compare([*found, *more], {"method": "a"})}
+
+
+def test_p_is_adjusted_over_the_rows_of_a_table_and_decides_what_is_distinguishable():
+    lines = compared()
+    raw = {name: float(stats.ttest_1samp(gaps, 0).pvalue) for name, gaps in GAPS.items()}
+    found = {name: lines[name].differences["mean client"] for name in GAPS}
+    assert {name: gap.p for name, gap in found.items()} == pytest.approx(raw) and raw["b"] < 0.05 < 2 * raw["b"]
+    assert found["b"].p_holm == pytest.approx(2 * raw["b"]) and found["c"].p_holm == pytest.approx(raw["c"])
+    assert found["b"].distinguishable is False and not lines["a"].differences
+    (alone,) = [line for line in compare([*_only("a"), *_only("b")], {"method": "a"}) if line.differences]
+    assert alone.differences["mean client"].distinguishable is True
+
+
+def _only(method):
+    gaps = GAPS.get(method, (0.0, 0.0, 0.0))
+    return [outcome(method, seed, *[0.25 + 0.125 * seed + gaps[seed]] * 2) for seed in range(3)]
+
+
+def test_the_detectable_difference_is_that_of_holms_first_level():
+    lines = compared()
+    for name, gaps in GAPS.items():
+        expected = detectable_difference(float(np.std(gaps, ddof=1)), 3, 0.05 / 2)
+        assert lines[name].differences["mean client"].detectable == pytest.approx(expected)
+    design = assess_design(list(lines.values()), "mean client")
+    both = float(np.sqrt(np.mean([np.var(gaps, ddof=1) for gaps in GAPS.values()])))
+    assert design is not None and design.deviation == pytest.approx(both)
+    assert (design.tests, design.seeds, design.level) == (2, 3, 0.025)
+    assert design.detectable == pytest.approx(detectable_difference(both, 3, 0.025))
+    assert assess_design(compare(_only("a"), {"method": "a"}), "mean client") is None
+
+
+WORK = {"training rows": 1000.0, "gradients": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("work", "unequal"),
+    [
+        (WORK, False),
+        ({"training rows": 991.0, "gradients": 99.0}, False),  # within 1 %
+        ({"training rows": 1009.0, "gradients": 100.9}, False),
+        ({"training rows": 989.0, "gradients": 98.9}, True),
+        ({"training rows": 1000.0, "gradients": 200.0}, True),
+        ({"training rows": 2000.0, "gradients": 100.0}, False),  # larger batches, as many gradients
+        ({}, False),  # of an outcome that was stored without
+    ],
+)
+def test_a_row_of_unequal_work_is_told_and_not_ranked(work, unequal, tmp_path):
+    outcomes = [replace(each, measures={**each.measures, **WORK}) for each in (*_only("a"), *_only("b"))]
+    outcomes += [replace(each, measures={**each.measures, **work}) for each in _only("c")]
+    lines = {line.labels["method"]: line for line in compare(outcomes, {"method": "a"})}
+    assert bool(lines["c"].unequal_work) == unequal and not lines["b"].unequal_work
+    gaps = {name: lines[name].differences["mean client"] for name in GAPS}
+    assert (gaps["c"].p_holm is None) == unequal and gaps["c"].p is not None
+    assert gaps["b"].distinguishable is unequal  # alone in the family, its p need not be doubled
+    swapped = [each for each in outcomes if each.labels["method"] != "b"] + [*outcomes[3:6]]
+    write_results(tmp_path, swapped, [], {"method": "a"}, "", {}, None)
+    table = (tmp_path / "table.md").read_text()
+    order = [row.split(" | ")[0][2:] for row in table.splitlines() if row.startswith("| ") and "ring" in row]
+    assert order == (["a", "b", "c"] if unequal else ["a", "c", "b"])
+    assert table.count(" ‡ |") == unequal and ("Unequal work" in table) == unequal
+    assert ("c, ring: " in table) == unequal
+
+
+def test_outcomes_are_compared_from_what_was_stored_of_them(tmp_path):
+    outcomes = [*_only("a"), *_only("b"), outcome("c", 0, diverged="nan"), outcome("b", 3, 0.5, 0.5, p=0.5)]
+    stored = [Outcome.from_json(each.to_json()) for each in outcomes]
+    assert all("\n" not in each.to_json() for each in outcomes)
+    assert stored == outcomes and not any(each.events for each in stored)
+    assert compare(stored, {"method": "a"}) == compare(outcomes, {"method": "a"})
+    result = write_results(tmp_path, stored, [], {"method": "a"}, "", {}, None)
+    assert result.metric == "accuracy"
+    assert "7 of 8 cells finished" in (tmp_path / "report.html").read_text()
+    assert stored[0].method == "m" and stored[0].metric == "accuracy" and stored[0].higher_is_better
 
 
 def test_each_setting_is_set_against_the_one_that_differs_in_the_baseline_axis_only():
@@ -109,7 +196,7 @@ def test_each_setting_is_set_against_the_one_that_differs_in_the_baseline_axis_o
     lines = {line.setting: line for line in compare(outcomes, {"method": "a"})}
     assert lines["b, ring"].differences["mean client"].mean == pytest.approx(0.125)
     assert lines["b, path"].differences["mean client"].mean == pytest.approx(-0.375)
-    assert lines["b, ring"].differences["mean client"].interval == pytest.approx((0.125, 0.125))
+    assert lines["b, ring"].differences["mean client"].interval is None  # constant: no spread to infer from
     assert not lines["a, ring"].differences and not lines["a, path"].differences
     assert lines["a, ring"].estimates["mean client"].deviation == pytest.approx(0.125)
     assert not any(line.differences for line in compare(outcomes, {}))
@@ -123,10 +210,13 @@ def written(tmp_path):
     ]
     outcomes.append(outcome("c", 0, diverged="the loss of client 0 is nan"))
     searched = [outcome("a|<i>", 0, 0.5, 0.5), outcome("c", 0, diverged="nan")]
+    tried = (RateScore(0.01, {0: 0.5}), RateScore(0.1, {}, diverged=1))
+    searches = [RateSearch("a|<i>, ring", searched[0].labels, tried, 0.01, (0.01,), 0.01)]
     baseline = {"method": "a|<i>"}
     config, settings = load_config({}), {each.setting for each in outcomes}
+    configs = dict.fromkeys(settings, config)
     result = write_results(
-        tmp_path, outcomes, searched, baseline, "base: {}\n", dict.fromkeys(settings, config), "adf-lora"
+        tmp_path, outcomes, searched, baseline, "base: {}\n", configs, "adf-lora", searches, ["seed 0 is searched"]
     )
     return tmp_path, result
 
@@ -155,21 +245,29 @@ def test_the_files(written):
     for part in (
         "a\\|<i>",
         "0.438 ± 0.062",
-        "+0.000 [+0.000, +0.000]",
-        "10,000 resamples",
+        "+0.000 [+0.000, +0.000] ≈ | 1.000 |",
+        "95 % t interval",
+        "with 3 seeds its p is 0.25 at least",
         "baseline",
         "0, 1 diverged",
+        "| searched on | 0.01 | 0.1 |  |",
+        "| a\\|<i>, ring | 0.500 (taken) | diverged | at the edge |",
+        "seed 0 is searched",
     ):
         assert part in markdown, markdown
-    widths = {line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("|")}
-    assert len(widths) == 1
+    for table in markdown.split("\n\n"):
+        widths = {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1
 
 
 def test_the_report_is_one_file_with_everything(drawn, written):
     page = (written[0] / "report.html").read_text()
     assert "<script" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<i>" not in page and "a|&lt;i&gt;" in page
-    for part in ("Search of the learning rate", "Runs that diverged", "loss of client 0", "Second hand", "base: {}"):
+    for part in (
+        *("Search of the learning rate", "0.500 (taken)", "Runs that diverged", "loss of client 0", "Second hand"),
+        *("base: {}", "sign-flip, p", "1.000 (of 0.25 at least)", "seed 0 is searched"),
+    ):
         assert part in page
     published = page[page.index("Beside the published numbers") :]
     for part in ("0.8505", "ADF-LoRA T=5: mean over SST-2, QNLI, QQP, MNLI", "not run", "roberta-large", "150 rounds"):
@@ -247,7 +345,10 @@ def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp
         "fedrot-lora"
     }
     assert {"decaf", "flexlora", "fedhl"} < expected and kept < set(REGISTRY)
-    outcomes = [replace(outcome(name, 0), events=events((0.5, 0.5), (0.5, 0.75), method=name)) for name in REGISTRY]
+    scores = (0.5, 0.5), (0.5, 0.75)
+    outcomes = [
+        Outcome.of_events(name, {"method": name}, 0, 0.01, name, events(*scores, method=name)) for name in REGISTRY
+    ]
     write_results(tmp_path, outcomes, [], {"method": "dec-lora"}, "", {}, None)
     lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
     noted = {(line["method"], line["measure"]) for line in lines if "coordinates" in line["note"]}

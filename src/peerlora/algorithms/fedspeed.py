@@ -110,9 +110,11 @@ class FedSpeed(DFedADMMSAM):
     """DFedADMM on the mixture ``(1 - alpha) g1 + alpha g2`` of the plain and the perturbed gradient.
 
     Source: Sun et al. 2023, arXiv 2302.10429.  The client follows the authors' code: their h is -lambda g^, alpha is 1
-    there, rho 0.1, clipping at 10 after the correction (``train.clip``).
+    there, rho 0.1, gradients are clipped at 10 (``train.clip``).
     Differs: the server's average is replaced by gossip; on the complete graph it is the server's round with everybody.
-    The penalty, 0.1 there, is 1: over a sparse graph lambda = 10 leaves clients near their own optima, or diverges.
+    All terms join the gradient before it is clipped; there the optimiser adds the proximal term's share of x, and
+    weight decay, after clipping, so states differ where clipping acts.  No decay of the rate.  The penalty, 0.1 there,
+    is 1: over a sparse graph lambda = 10 leaves clients near their own optima, or diverges.
     """
 
     alpha: float = 1.0

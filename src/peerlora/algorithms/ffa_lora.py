@@ -23,7 +23,9 @@ class FFALoRA(FactorGossip):
 
     Source: "FFA-LoRA", arXiv 2403.12313 (ICLR 2024), for the server, as others describe it: the complete graph here.
     ConLoRA (the authors' code in LuYuPromax/DFL-LORA) and DLoRA-FA (arXiv 2505.21382) are the same over a graph.
-    Differs: equal client weights; A is Kaiming-uniform, one of the starts that the paper tries.
+    Differs: equal client weights; A is Kaiming-uniform, one of the starts that the paper tries.  ConLoRA's code keeps
+    Adam's memory for the whole run and trains whole local epochs; here ``train.optimizer_state`` decides, by default
+    afresh every round, and a round has ``train.local_steps``.
     """
 
     traits: ClassVar = Traits(

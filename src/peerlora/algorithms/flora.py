@@ -31,10 +31,12 @@ class FLoRA(FactorGossip):
 
     Source: "FLoRA", arXiv 2409.05976, and its code (ATP-1010/FederatedLLM), as others describe them: stacking with the
     weights on one factor, merge, fresh factors.  The server is the complete graph with equal weights.
-    Differs: on another graph (ours) every receiver merges what its row of W gives.  Clients then own different bases,
-    whose mean is exact while their differences are never mixed away, and grow where W has negative eigenvalues: this
-    form pays only where nearly everybody meets nearly everybody.  A client without contact merges nothing and goes on
-    training its factors.  A new A is the same for all clients, entries as in PEFT's start.
+    Differs: clients of unequal rank have the scaling alpha / rank each; their code has alpha = 2 rank, so that it is
+    the same for all.  Clients count equally.  On another graph (ours) every receiver merges what its row of W gives.
+    Clients then own different bases, whose mean is exact while their differences are never mixed away, and grow where W
+    has negative eigenvalues: this form pays only where nearly everybody meets nearly everybody.  A client without
+    contact merges nothing and goes on training its factors.  A new A is the same for all clients, entries as in PEFT's
+    start.
     """
 
     traits: ClassVar = Traits(

@@ -37,6 +37,9 @@ class HetLoRA(FactorGossip):
     layers; a client that is cut scales B so that only the cut part of its product goes; the scaling s = alpha/rank,
     of which the paper's description says nothing; the server is each receiver with its row of W, so the mean over
     clients is not kept.  The head follows the same weights v.
+
+    Mind: s grows by r/r' at a cut from r to r' ranks.  Under SGD the product then moves (r/r')^2 times as fast by steps
+    on B, by steps on A as before: at a rate near the largest stable one, a cut that halves the rank can diverge.
     """
 
     gamma: float = 0.99

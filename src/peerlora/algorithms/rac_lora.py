@@ -51,9 +51,10 @@ class RACLoRA(FactorGossip):
 
     Source: "RAC-LoRA", arXiv 2410.08305, as others describe it: random frozen factor, chain of merges; Fed-RAC-LoRA
     (shared frozen factor, server averages the other, merges) is this method on the complete graph with settle=0.
-    Differs (ours): everything decentralised, which means settle and its rule; entries as in PEFT's start, in either
-    form; the product is scaled by alpha/rank, where the code of an author (hammoudhasan/RACLora) scales by alpha and
-    keeps the optimiser's state at a merge: here train.optimizer_state decides, and forgets it by default.
+    Differs (ours): everything decentralised, which means settle and its rule; entries of A as in PEFT's start, of a B
+    that is frozen uniform by its rows, 1/sqrt(d_out), where that rule would take 1/sqrt(r); the product is scaled by
+    alpha/rank, where the code of an author (hammoudhasan/RACLora) scales by alpha and keeps the optimiser's state at a
+    merge: here train.optimizer_state decides, and forgets it by default.
     """
 
     chain: int = 5

@@ -26,7 +26,9 @@ class RoLoRA(ADFLoRA):
     Source: "RoLoRA", arXiv 2409.02346 and 2502.01755 (NeurIPS 2025), for the server, as others describe it: B first,
     a switch every round; that is this method on the complete graph.
     Differs: equal client weights.  Over a graph it is the variant that the ADF-LoRA and TAD-LoRA papers compare with.
-    An interval above 1 is ours, to tell the effect of the phases from that of mixing the frozen factor.
+    A head that is not frozen trains in every round, so it gets twice the updates of a factor; in the RoLoRA baseline
+    of FedRot-LoRA's code nothing but the active factor trains (``adapter.head=frozen``).  An interval above 1 is ours,
+    to tell the effect of the phases from that of mixing the frozen factor.
     """
 
     interval: int = 1

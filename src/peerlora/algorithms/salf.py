@@ -44,8 +44,9 @@ class SALF(DepthGossip):
     Source: Lang, Cohen, Shlezinger 2024, arXiv 2403.18375: truncation and the depths ``uniform`` as in the authors'
     code; ``poisson`` as in their follow-up's.  Reconstruction: p and the correction are recalled and checked to be
     unbiased; the released code adds the old layer for those that did not reach it, which shrinks the update by q.
-    Differs (ours): no server; a block is one layer, where the code counts weights and biases; 1/q with a cap; the
-    deadline.  What a deadline lets no client reach cannot be corrected.
+    Differs (ours): no server; a block is one layer, where the code counts weights and biases; stragglers are drawn
+    anew in every round, so that all clients have the same q, where the released code draws 90 % of its users once for
+    the run; 1/q with a cap; the deadline.  What a deadline lets no client reach cannot be corrected.
     """
 
     steps: Literal["every", "last"] = "every"

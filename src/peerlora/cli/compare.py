@@ -15,10 +15,11 @@ from peerlora.cli.options import AsJson, Out, print_json, split_config
 
 if TYPE_CHECKING:
     from rich.live import Live
+    from rich.table import Table
 
+    from peerlora.experiments.comparison import Comparison
     from peerlora.experiments.grid import GridConfig
     from peerlora.experiments.runner import GridStatus
-    from peerlora.experiments.statistics import Comparison
     from peerlora.runs.events import Event
 
 
@@ -52,9 +53,13 @@ def command(
     if resume is None and expected is None:
         raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
     with stop_on_interrupt() as stop:
+        from peerlora.experiments.grid import search_warnings
         from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 
-        callbacks = Callbacks(GridProgress(), stop)
+        progress = GridProgress()
+        callbacks = Callbacks(progress, stop)
+        for warning in search_warnings(expected) if expected is not None else ():
+            progress.warn(warning)
         if resume is not None:
             result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), callbacks)
         else:
@@ -114,14 +119,19 @@ class GridProgress:
         if live is not None:
             self._print_line(head)
 
+    def warn(self, message: str) -> None:
+        """Print a warning, once."""
+        if message not in self.warned:
+            self.warned.add(message)
+            self._print_line(f"warning: {message}")
+
     def _show(self, event: Event, status: GridStatus, head: str, live: Live | None) -> None:
         from rich.text import Text
 
         from peerlora.runs.events import Resumed, RoundDone, Warned
 
-        if isinstance(event, Warned) and event.message not in self.warned:  # many trials have the same shards
-            self.warned.add(event.message)
-            self._print_line(f"warning: {event.message}")
+        if isinstance(event, Warned):  # once: many trials have the same shards
+            self.warn(event.message)
         elif isinstance(event, Resumed):
             self._print_line(f"going on after round {event.round}")
         elif isinstance(event, RoundDone) and live is not None:
@@ -143,18 +153,29 @@ class GridProgress:
 
 def _print(result: Comparison) -> None:
     from rich.console import Console
+
+    from peerlora.experiments.table_notes import mark_notes
+    from peerlora.experiments.tables import column_names, rate_columns, rate_rows, row_cells
+
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
+    title = f"{result.metric}, {len(result.lines)} settings"
+    rows = [row_cells(result, line, brief=True) for line in result.ranked]
+    console.print(_table(title, column_names(result, brief=True), rows))
+    if result.searches:
+        title = "mean client by learning rate, on rows set aside"
+        console.print(_table(title, rate_columns(result.searches), rate_rows(result.searches)))
+    for note in mark_notes(result):
+        console.print(note, highlight=False, markup=False)
+    console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from peerlora.experiments.tables import MARKED, column_names, row_cells
-
-    table = Table(title=f"{result.metric}, {len(result.lines)} settings", title_justify="left")
-    for word in column_names(result):
+    table = Table(title=title, title_justify="left")
+    for word in head:
         table.add_column(Text(word))
-    for line in result.lines:
-        table.add_row(*map(Text, row_cells(result, line)))  # as text: brackets would be read as markup
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
-    console.print(table)
-    if any(line.gauges_differ for line in result.lines):
-        console.print(MARKED, highlight=False, markup=False)
-    console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as text: brackets would be read as markup
+    return table

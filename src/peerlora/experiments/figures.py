@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
 from peerlora.display import byte_unit
-from peerlora.experiments.statistics import Outcome, measure_run
+from peerlora.experiments.statistics import Outcome
 from peerlora.runs import figures
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
@@ -108,7 +108,7 @@ def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Pic
     lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for each in outcomes:
-        reached = measure_run(each.events).get("mean client")
+        reached = each.measures.get("mean client")
         if each.p is None or reached is None:
             continue
         rest = ", ".join(f"{name} {own}" for name, own in each.labels.items() if name not in {of_p, *lines_of})

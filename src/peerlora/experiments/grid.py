@@ -1,18 +1,15 @@
-"""Grids: one YAML file with a base config, axes and seeds, and the trials that it expands to."""
+"""Grids: one YAML file with a base config, axes and seeds; ``trials`` expands it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from peerlora.config.loading import load_config, override, parse, read_tree
+from peerlora.config.loading import override, parse, read_tree
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import Section
 from peerlora.errors import ConfigError, nearest
@@ -34,6 +31,29 @@ class SearchConfig(Section):
     """Share of the training rows that is set aside."""
     each: Annotated[list[str], Field(min_length=1)] = ["algorithm.name"]
     """Trials that agree on these settings share a rate, searched on the first of them."""
+    grow: bool = False
+    """While the best rate of a group lies at an edge of its rates, try one more beyond it, by the rates' own ratio."""
+    most: Annotated[int, Field(ge=2)] = 8
+    """Rates that a group may come to by growing."""
+    ties: Literal["best", "common"] = "best"
+    """best: the rate with the best mean, the lowest of equals; common: of those no worse than it by more than the
+    standard error, the one that most groups have among theirs."""
+
+    @model_validator(mode="after")
+    def _can_do_what_it_says(self):
+        if not self.rates:
+            return self
+        if self.grow and not 2 <= len(self.rates) <= self.most:
+            raise ValueError(
+                f"{len(self.rates)} rates and most={self.most} given with grow; expected at least two rates, whose "
+                "ratio is gone on with, and at most `most`"
+            )
+        if self.ties == "common" and len(self.seeds) < 2:
+            raise ValueError(
+                f"ties=common with seeds={self.seeds} given; the standard error needs at least two seeds, or use "
+                "ties=best"
+            )
+        return self
 
 
 class GridConfig(Section):
@@ -70,57 +90,16 @@ class GridConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One combination of the axes' values, before seed and learning rate."""
-
-    labels: dict[str, str]
-    tree: Tree
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        words = [f"{axis.rsplit('.', 1)[1]}={label}" if "." in axis else label for axis, label in self.labels.items()]
-        return ", ".join(words) or "base"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of the grid."""
-
-    labels: dict[str, str]
-    config: RunConfig
-    folder: str
-    """Below the comparison's own."""
-    setting: str
-    """The name of its setting."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        rate = f", rate {self.config.train.lr:g}" if self.searches else ""
-        return f"{self.setting}, seed {self.config.seed}{rate}"
-
-    @property
-    def searches(self) -> bool:
-        """Whether the run serves the search of a learning rate."""
-        return self.folder.startswith("search/")
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """The trials of a grid, and those that are refused."""
-
-    trials: list[Trial] = field(default_factory=list)
-    refused: list[tuple[str, str]] = field(default_factory=list)
-    """(name of the trial, reason)"""
-
-
 def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()) -> GridConfig:
     """Read a grid and apply ``key=value`` words: keys of the grid (``seeds``, ``search.rates``) or of its base.
 
     Raises ConfigError for everything that can be seen without composing a trial.
     """
+    if isinstance(source, Path | str) and Path(source).is_dir():
+        raise ConfigError(
+            f"{str(source)!r} is a folder, no grid file; to go on with a comparison, or write its tables again: "
+            f"peerlora compare --resume {source}"
+        )
     if not isinstance(source, dict) and source is not None and not Path(source).is_file():
         raise ConfigError(
             f"grid file {str(source)!r} does not exist; write one (docs/comparing.md), or use --preset adf-lora"
@@ -131,6 +110,19 @@ def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()
     _check_axes(grid)
     _check_overridden(grid, [key for key in given if key])
     return grid
+
+
+def search_warnings(grid: GridConfig) -> list[str]:
+    """Warn where the reported seeds include some that rates were chosen with."""
+    both = sorted({*grid.search.seeds} & {*grid.seeds})
+    if not grid.search.rates or not both:
+        return []
+    free = next(seed for seed in range(len(grid.seeds) + 1) if seed not in grid.seeds)
+    return [
+        f"search.seeds and seeds both have {', '.join(map(str, both))}: the rates are chosen on other rows, but with "
+        f"the shards and starts of runs that are reported; give the search seeds of its own, e.g. "
+        f"search.seeds=[{free}]"
+    ]
 
 
 def _apply(tree: Tree, word: str) -> str | None:
@@ -152,7 +144,7 @@ def _apply(tree: Tree, word: str) -> str | None:
 
 
 def _check_axes(grid: GridConfig) -> None:
-    levels = {name: _levels(name, values) for name, values in grid.axes.items()}
+    levels = {name: axis_levels(name, values) for name, values in grid.axes.items()}
     changed = {key for axis in levels.values() for _, change in axis for key in flatten(change)}
     if "seed" in {*changed, *grid.base}:
         raise ConfigError("seed is set by the base or an axis; name the seeds in the grid's own seeds: [0, 1, 2]")
@@ -180,13 +172,13 @@ def _check_axes(grid: GridConfig) -> None:
 def _check_overridden(grid: GridConfig, given: Sequence[str]) -> None:
     """A word that an axis overrules would be lost without a sound."""
     for axis, values in grid.axes.items():
-        changed = {key for _, change in _levels(axis, values) for key in flatten(change)}
+        changed = {key for _, change in axis_levels(axis, values) for key in flatten(change)}
         for key in given:
             if key in changed or f"{key}.{WORDS.get(key)}" in changed:
                 raise ConfigError(f"{key} is given, but the axis {axis!r} sets it; change the axis: axes.{axis}=[...]")
 
 
-def _levels(axis: str, values: list[Any] | Tree) -> list[tuple[str, Tree]]:
+def axis_levels(axis: str, values: list[Any] | Tree) -> list[tuple[str, Tree]]:
     """(label, change to the base) of every value of an axis."""
     listed = list(values.items()) if isinstance(values, dict) else [(None, value) for value in values]
     changes = [(label, _change(axis, value)) for label, value in listed]
@@ -206,11 +198,11 @@ def _change(axis: str, value: Any) -> Tree:
     if first in RunConfig.model_fields:
         for part in reversed([first, *below]):
             value = {part: value}
-        return _written_out(value)
+        return written_out(value)
     if isinstance(value, str) and not below:
         return {"algorithm": {"name": value}}
     if isinstance(value, dict) and not below:
-        return _written_out(value)
+        return written_out(value)
     known = list(RunConfig.model_fields)
     raise ConfigError(
         f"axes.{axis}: {value!r} given, and {first!r} is no setting{nearest(first, known)}; expected a dotted setting "
@@ -218,7 +210,7 @@ def _change(axis: str, value: Any) -> Tree:
     )
 
 
-def _written_out(tree: Tree) -> Tree:
+def written_out(tree: Tree) -> Tree:
     """``topology: ring`` is short for ``topology: {kind: ring}``."""
     return {
         key: {WORDS[key]: value} if key in WORDS and isinstance(value, str) else value for key, value in tree.items()
@@ -243,114 +235,3 @@ def _word(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={_word(leaf)}" for key, leaf in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def apply_change(tree: Tree, change: Tree) -> Tree:
-    """Return ``tree`` with a change; another kind or name drops the settings of the old one, as on the command line."""
-    found = dict(tree)
-    for key, value in change.items():
-        below = found.get(key)
-        if isinstance(value, dict) and isinstance(below, dict) and not _other_kind(below, value):
-            value = apply_change(below, value)
-        found[key] = value
-    return found
-
-
-def _other_kind(was: Tree, now: Tree) -> bool:
-    return any(was.get(word) not in (None, now[word]) for word in ("kind", "name") if word in now)
-
-
-def expand_settings(grid: GridConfig) -> list[Setting]:
-    """Combine the axes' values in every way, the last axis running fastest."""
-    found = []
-    for levels in product(*(_levels(axis, values) for axis, values in grid.axes.items())):
-        tree = _written_out(grid.base)
-        for _, change in levels:
-            tree = apply_change(tree, change)
-        found.append(Setting({axis: label for axis, (label, _) in zip(grid.axes, levels, strict=True)}, tree))
-    return found
-
-
-def plan_trials(grid: GridConfig, rates: Mapping[str, float] | None = None) -> TrialPlan:
-    """Plan the trials that are reported; ``rates``: setting -> the learning rate found for it."""
-    found, first_names = TrialPlan(), {}
-    names = _folders([setting.name for setting in expand_settings(grid)])
-    for setting, folder in zip(expand_settings(grid), names, strict=True):
-        for seed in grid.seeds:
-            change: Tree = {"seed": seed}
-            if grid.search.rates:
-                change["train"] = {"lr": (rates or {}).get(setting.name, grid.search.rates[0])}
-            _add_trial(found, setting, change, f"cells/{folder}__seed-{seed}", first_names)
-    return found
-
-
-def plan_search(grid: GridConfig) -> TrialPlan:
-    """Plan the trials that search learning rates: per group and rate, on rows set aside from the training rows."""
-    found, first_names = TrialPlan(), {}
-    first = _searched_settings(grid)
-    for setting, folder in zip(first.values(), _folders([setting.name for setting in first.values()]), strict=True):
-        if load_config(setting.tree).data.eval is None:
-            reason = "search.rates needs rows of its own, but data.eval is null, so the reported rows are training rows"
-            found.refused.append((setting.name, f"{reason}; name a file in data.eval, or give train.lr and no rates"))
-            continue
-        for rate, seed in product(grid.search.rates, grid.search.seeds):
-            holdout = {"eval": None, "holdout": grid.search.holdout}
-            change = {"seed": seed, "train": {"lr": rate}, "data": holdout}
-            _add_trial(found, setting, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", first_names)
-    return found
-
-
-def search_labels(grid: GridConfig) -> dict[str, dict[str, str]]:
-    """Setting -> the labels of the setting that its learning rate is searched on; empty where none is searched."""
-    first = _searched_settings(grid)
-    return {setting.name: first[group].labels for setting, group in rate_groups(grid)} if first else {}
-
-
-def _searched_settings(grid: GridConfig) -> dict[tuple[str, ...], Setting]:
-    """The first setting of every group that shares a learning rate."""
-    first: dict[tuple[str, ...], Setting] = {}
-    for setting, group in rate_groups(grid) if grid.search.rates else ():
-        first.setdefault(group, setting)
-    return first
-
-
-def rate_groups(grid: GridConfig) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Yield every valid setting with the values that its learning rate depends on."""
-    for setting in expand_settings(grid):
-        try:
-            values = load_config(setting.tree).model_dump(mode="json")
-        except ConfigError:
-            continue  # the plan of reported trials says why
-        yield setting, tuple(repr(_value(values, key)) for key in grid.search.each)
-
-
-def _value(values: Tree, key: str) -> Any:
-    node: Any = values
-    for part in key.split("."):
-        if not isinstance(node, dict):
-            return None
-        if part not in node and node is values:
-            raise ConfigError(
-                f"search.each: no setting {key!r}{nearest(part, node)}; expected one of {', '.join(node)}"
-            )
-        node = node.get(part)  # a ring has no p
-    return node
-
-
-def _add_trial(found: TrialPlan, setting: Setting, change: Tree, folder: str, first_names: dict[str, str]) -> None:
-    name = f"{setting.name}, seed {change['seed']}"
-    try:
-        config = load_config(apply_change(setting.tree, change))
-    except ConfigError as error:
-        found.refused.append((name, str(error)))
-        return
-    twin = first_names.setdefault(config.to_yaml(), name)
-    if twin != name:
-        found.refused.append((name, f"is the same run as {twin}; list each once"))
-    found.trials.append(Trial(setting.labels, config, folder, setting.name))
-
-
-def _folders(names: Sequence[str]) -> list[str]:
-    """Names that every file system takes, all different."""
-    plain = [re.sub(r"[^\w.=+-]+", "-", name, flags=re.ASCII).strip("-.")[:80] or "cell" for name in names]
-    return [f"{name}-{plain[:at].count(name) + 1}" if plain.count(name) > 1 else name for at, name in enumerate(plain)]

@@ -7,12 +7,22 @@ from html import escape
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
-from peerlora.display import format_number
+from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import Number, Paper
-from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measure_run
-from peerlora.experiments.tables import column_names, format_difference, marker, notes, row_cells
+from peerlora.experiments.statistics import Estimate, Line, Outcome
+from peerlora.experiments.table_notes import rate_notes, table_notes
+from peerlora.experiments.tables import (
+    column_names,
+    difference_cells,
+    format_p,
+    gauge_marker,
+    rate_columns,
+    rate_rows,
+    row_cells,
+    shown_measures,
+)
 from peerlora.files import atomic_file
 from peerlora.runs.report import picture_html, table_html, write_page
 
@@ -27,36 +37,53 @@ def write_grid_report(
 ) -> Path:
     """Write report.html; ``configs``: one per setting."""
     seeds = sorted({each.seed for each in outcomes})
-    done = sum(bool(each.events) for each in outcomes)
+    done = sum(bool(each.measures) for each in outcomes)
     text = f"{done} of {len(outcomes)} cells finished; seeds {', '.join(map(str, seeds))}."
     body = [f'<p class="lead">{escape(text)}</p>', "<h2>Results</h2>"]
     if result.lines:
-        body.append(table_html([row_cells(result, line) for line in result.lines], column_names(result)))
-    body += [f'<p class="note">{escape(note)}</p>' for note in notes(result, bool(searched))]
+        body.append(table_html([row_cells(result, line) for line in result.ranked], column_names(result)))
+    body += _notes(table_notes(result))
     body += [_differences(result), _diverged([*outcomes, *searched])]
     rates = sorted({each.rate for each in searched})
     body += [_published(result, paper, configs, rates, seeds) for paper in find_papers(configs.values(), published)]
     axis = next(iter(result.baseline), None)
     body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
-    body += [_searched(searched), _grid(grid)]
+    body += [*_searched(result), _grid(grid)]
     with atomic_file(result.folder / "report.html") as temporary:
         write_page(temporary, f"{len(result.lines)} settings compared", body)
     return result.folder / "report.html"
 
 
+def _notes(sentences: Sequence[str]) -> list[str]:
+    return [f'<p class="note">{escape(sentence)}</p>' for sentence in sentences]
+
+
 def _differences(result: Comparison) -> str:
-    """The other measures against the baseline."""
-    shown = ("worst client", "averaged model", "best round")
-    lines = [line for line in result.lines if line.differences]
+    """What is inferred from the differences to the baseline, of the mean client in full, then of other scores."""
+    lines = [line for line in result.ranked if line.differences]
     if not lines:
         return ""
-    rows = [[line.setting, *(_difference(line, name) for name in shown)] for line in lines]
     top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
-    return top + table_html(rows, ["", *shown])
+    head = [MAIN, "standard deviation", "t test, p", "p (Holm)", "sign-flip, p", "detectable"]
+    whole = table_html([[line.setting, *_inferred(line)] for line in lines], ["", *head])
+    known = shown_measures(result)
+    shown = [name for name in ("worst client", "averaged model", "best round") if name in known]
+    others = [[line.setting, *(cell for name in shown for cell in _difference(line, name))] for line in lines]
+    return top + whole + table_html(others, ["", *(word for name in shown for word in (name, "p (Holm)"))])
 
 
-def _difference(line: Line, name: str) -> str:
-    return format_difference(line.differences.get(name)) + marker(line, name)
+def _inferred(line: Line) -> list[str | float | None]:
+    gap = line.differences.get(MAIN)
+    shown, adjusted = difference_cells(line, MAIN)
+    if gap is None:
+        return [shown, None, None, adjusted, None, None]
+    flipped = f"{format_p(gap.p_sign_flip)} (of {gap.p_sign_flip_smallest:.2g} at least)"
+    return [shown, gap.deviation, format_p(gap.p), adjusted, flipped, gap.detectable]
+
+
+def _difference(line: Line, name: str) -> list[str]:
+    shown, adjusted = difference_cells(line, name)
+    return [shown + gauge_marker(line, name), adjusted]
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:
@@ -128,28 +155,12 @@ def _over_tasks(published: Number, known: Mapping[str, Estimate]) -> str:
     return "; ".join(f"{each.mean:.4f}{spread[task]} ({task} only)" for task, each in known.items())
 
 
-def _searched(searched: Sequence[Outcome]) -> str:
-    """Mean client of every searched rate."""
-    if not searched:
-        return ""
-    rates = sorted({each.rate for each in searched})
-    rows = []
-    for setting in dict.fromkeys(each.setting for each in searched):
-        runs = [[each for each in searched if each.setting == setting and each.rate == rate] for rate in rates]
-        rows.append([setting, *map(_reached, runs)])
-    text = "Mean client by learning rate, on training rows set aside, after the same number of rounds."
-    if len(rates) > 1:
-        text += " A best rate at the edge of the grid may be beaten by one beyond it."
-    top = f"<h2>Search of the learning rate</h2><p>{escape(text)}</p>"
-    return top + table_html(rows, ["", *(f"{rate:g}" for rate in rates)])
-
-
-def _reached(runs: Sequence[Outcome]) -> str:
-    """The mean client over the search's seeds, of one setting and rate."""
-    if any(each.diverged for each in runs):
-        return "diverged"
-    known = [value for each in runs if (value := measure_run(each.events).get("mean client")) is not None]
-    return format_number(estimate(known).mean) if known else "–"
+def _searched(result: Comparison) -> list[str]:
+    """Every searched rate of every group."""
+    if not result.searches:
+        return []
+    table = table_html(rate_rows(result.searches), rate_columns(result.searches))
+    return ["<h2>Search of the learning rate</h2>", table, *_notes(rate_notes(result))]
 
 
 def _grid(grid: str) -> str:

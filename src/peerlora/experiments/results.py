@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
-from peerlora.experiments.statistics import Comparison, Outcome, compare, to_long_rows
-from peerlora.experiments.tables import csv_text, markdown
+from peerlora.experiments.comparison import Comparison
+from peerlora.experiments.markdown import markdown
+from peerlora.experiments.rate_search import RateSearch
+from peerlora.experiments.statistics import Outcome, compare, to_long_rows
+from peerlora.experiments.tables import csv_text
 from peerlora.files import atomic_file, write_atomically
-from peerlora.runs.metrics import find_start
 
 
 def write_results(
@@ -20,20 +22,24 @@ def write_results(
     grid: str,
     configs: Mapping[str, RunConfig],
     published: str | None,
+    searches: Sequence[RateSearch] = (),
+    warnings: Sequence[str] = (),
 ) -> Comparison:
     """Write every file; ``outcomes`` may be of a grid that is not finished.
 
-    ``grid`` is its YAML, ``configs`` one config per setting, ``published`` the paper to compare with.
+    ``grid`` is its YAML, ``configs`` one config per setting, ``published`` the paper to compare with, ``searches`` what
+    the runs in ``searched`` came to, ``warnings`` what readers should know.
     """
     from peerlora.experiments.report import write_grid_report
 
-    start = next((start for each in outcomes if (start := find_start(each.events))), None)
-    ended = [each for each in outcomes if each.events or each.diverged]
-    higher = start is None or start.higher_is_better
-    result = Comparison(folder, compare(ended, baseline), start and start.metric, higher, baseline)
+    began = next((each for each in outcomes if each.metric), None)
+    ended = [each for each in outcomes if each.measures or each.diverged]
+    higher = began is None or began.higher_is_better
+    metric, lines = began and began.metric, compare(ended, baseline)
+    result = Comparison(folder, lines, metric, higher, baseline, searches, warnings)
     write_parquet(folder / "results.parquet", outcomes, searched)
     write_atomically(folder / "table.csv", csv_text(result))
-    write_atomically(folder / "table.md", markdown(result, searched=bool(searched)))
+    write_atomically(folder / "table.md", markdown(result))
     write_grid_report(result, outcomes, searched, grid, configs, published)
     return result
 

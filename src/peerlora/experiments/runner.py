@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,19 +11,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peerlora.config.run import RunConfig
-from peerlora.errors import CompositionError, ConfigError, DivergenceError, PeerloraError, RunError, Stopped
-from peerlora.experiments.grid import GridConfig, Trial, load_grid, plan_search, plan_trials, rate_groups, search_labels
+from peerlora.errors import DivergenceError, RunError, Stopped
+from peerlora.experiments.comparison import Comparison
+from peerlora.experiments.grid import GridConfig, load_grid, search_warnings
+from peerlora.experiments.rate_search import RateSearch, choose_rates, gather_searches, next_rate
+from peerlora.experiments.resource_cache import ResourceCache, data_key, order_trials
 from peerlora.experiments.results import write_results
-from peerlora.experiments.statistics import Comparison, Outcome
+from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.trial_checks import check_grid
+from peerlora.experiments.trials import Trial, plan_search, plan_trials, search_labels, searched_settings
 from peerlora.files import write_atomically
 from peerlora.runs.events import Event
-from peerlora.runs.metrics import evaluations, find_start
 from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, read_facts, require_free
-from peerlora.runtime.compose import assemble, resolve_threads
+from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.inputs import describe_rows, require_same_inputs
-from peerlora.runtime.plan import Plan, plan
-from peerlora.runtime.resources import BaseModelCache, RunResources, load_resources
 from peerlora.runtime.simulate import resume, simulate
 
 
@@ -97,120 +98,54 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
     return _run(stored, folder, callbacks, ResourceCache())
 
 
-def check_grid(grid: GridConfig, cache: ResourceCache) -> None:
-    """Plan every trial, and assemble one of all those that are the same to data and model.
-
-    Raises CompositionError that lists every refused trial with its reason.
-    """
-    planned, searched = plan_trials(grid), plan_search(grid)
-    refused, assembled = [*planned.refused, *searched.refused], {}
-    for trial in order_trials([*searched.trials, *planned.trials]):
-        if reason := _refusal(trial.config, cache, assembled):
-            refused.append((trial.name, reason))
-    if refused:
-        count = len(planned.trials) + len(searched.trials) + len(planned.refused)
-        raise CompositionError(_refusal_message(refused, count))
-
-
-def _refusal(config: RunConfig, cache: ResourceCache, assembled: dict[str, str | None]) -> str | None:
-    """Why a trial cannot run; None where it can.  ``assembled``: what came of others, by ``_assembly_key``."""
-    try:
-        planned = plan(config)
-    except PeerloraError as error:
-        return str(error)
-    key = _assembly_key(planned)
-    if key not in assembled:
-        try:
-            assemble(planned, cache.resources(config))
-            assembled[key] = None
-        except PeerloraError as error:
-            assembled[key] = str(error)
-    return assembled[key]
-
-
-def _assembly_key(planned: Plan) -> str:
-    """The settings on which `assemble` depends; a method that merges is refused where its sums don't fit."""
-    tree = planned.config.model_dump(mode="json")
-    names = ["model", "adapter", "task", "data", "partition", "clients", "exchange", "adversary", "device", "seed"]
-    if planned.algorithm.traits.merges_into:
-        names += ["algorithm", "topology"]
-    train = ("batch", "label_prior", "dtype", "fast", *(["rounds"] if planned.algorithm.traits.merges_into else []))
-    return json.dumps([{name: tree[name] for name in names}, {name: tree["train"][name] for name in train}])
-
-
-def _refusal_message(refused: Sequence[tuple[str, str]], count: int) -> str:
-    """List every refused trial under its reason: most wrong grids are wrong in one setting."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in refused:
-        reasons.setdefault(reason, []).append(name)
-    lines = [f"  {'; '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
-    return "\n".join([f"{len(refused)} of {count} cells cannot run, so none was started:", *lines])
-
-
-class ResourceCache:
-    """Keeps the tokenised rows and the base model of the latest trial, for the next one."""
-
-    def __init__(self):
-        self._key: Any = None
-        self._kept: RunResources | None = None
-        self._bases = BaseModelCache()
-
-    def resources(self, config: RunConfig) -> RunResources:
-        """Return a trial's resources, loaded only where the previous trial had others."""
-        key = _data_key(config)
-        if self._kept is None or key != self._key:
-            self._kept = None  # free the old rows first; both may not fit
-            self._kept, self._key = replace(load_resources(config), bases=self._bases), key
-        return self._kept
-
-
-def _data_key(config: RunConfig) -> str:
-    """Everything that ``load_resources`` depends on; the seed only where it draws rows."""
-    data = config.data
-    drawn = data.eval is None or data.train_per_class or data.eval_per_class
-    column = getattr(config.partition, "column", None)
-    return repr((config.model.source, data, config.task, column, config.seed if drawn else None))
-
-
-def order_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Sort trials by their rows, then by seed: so little is loaded twice, and early seeds are whole."""
-    keys = [(_data_key(trial.config), trial.config.seed) for trial in trials]
-    rows = list(dict.fromkeys(data for data, _ in keys))
-    seeds = list(dict.fromkeys(keys))
-    return [
-        trial
-        for _, _, trial in sorted(
-            ((rows.index(key[0]), seeds.index(key), trial) for key, trial in zip(keys, trials, strict=True)),
-            key=lambda each: each[:2],
-        )
-    ]
-
-
 def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
-    searched, planned = plan_search(grid).trials, plan_trials(grid).trials
-    runner = _TrialRunner(callbacks, folder, [*searched, *planned])
-    for trial in order_trials(searched):
-        runner.finish(trial, cache)
-    rates = choose_rates(grid, [_read_outcome(trial, folder) for trial in searched])
-    trials = plan_trials(grid, rates).trials
+    runner = _TrialRunner(callbacks, folder)
+    runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
+    searches = _search(grid, folder, runner, cache)
+    trials = plan_trials(grid, choose_rates(grid, searches)).trials
     try:
         for trial in order_trials(trials):
             runner.finish(trial, cache)
     except Stopped:
-        _write_results(grid, folder, searched, trials)
+        _write_results(grid, folder, searches, trials)
         raise
-    return _write_results(grid, folder, searched, trials)
+    return _write_results(grid, folder, searches, trials)
+
+
+def _search(grid: GridConfig, folder: Path, runner: _TrialRunner, cache: ResourceCache) -> list[RateSearch]:
+    """Run the search, and as long as rates have to grow, the next ones.
+
+    Which rates come next follows from what the runs before them reached, so a resumed grid comes to the same.
+    """
+    found: dict[str, Outcome] = {}
+    rates = {setting.name: list(grid.search.rates) for setting in searched_settings(grid).values()}
+    while True:
+        planned = plan_search(grid, rates).trials
+        for trial in order_trials([trial for trial in planned if trial.folder not in found]):
+            runner.finish(trial, cache)
+            found[trial.folder] = replace(_read_outcome(trial, folder), events=())  # of many runs they are large
+        searches = gather_searches(grid, [found[trial.folder] for trial in planned])
+        more = {each.setting: rate for each in searches if (rate := next_rate(each, grid.search)) is not None}
+        if not more:
+            return searches
+        for setting, rate in more.items():
+            rates[setting].append(rate)
+        runner.expect([trial for trial in plan_search(grid, rates).trials if trial.folder not in found])
 
 
 class _TrialRunner:
     """Runs trials one after another and counts the work left."""
 
-    def __init__(self, callbacks: Callbacks, folder: Path, trials: Sequence[Trial]):
+    def __init__(self, callbacks: Callbacks, folder: Path):
         self.callbacks, self.folder = callbacks, folder
-        self.number, self.trials, self.done = 0, len(trials), 0
-        self.total = sum(_count_samples(trial.config) for trial in trials)
+        self.number = self.trials = self.done = self.total = 0
         self.rows: dict[str, dict[str, Any]] = {}
-        """By ``_data_key``, the digests of the rows that finished trials used."""
+        """By ``data_key``, the digests of the rows that finished trials used."""
+
+    def expect(self, trials: Sequence[Trial]) -> None:
+        """Count trials that are to be run."""
+        self.trials += len(trials)
+        self.total += sum(_count_samples(trial.config) for trial in trials)
 
     def finish(self, trial: Trial, cache: ResourceCache) -> None:
         """Run a trial to its end, unless it is finished already."""
@@ -220,7 +155,7 @@ class _TrialRunner:
             run = self.folder / trial.folder
             _require_same(run, trial)
             if (run / "run.json").is_file():
-                self.rows.setdefault(_data_key(trial.config), read_facts(run).get("inputs", {}))
+                self.rows.setdefault(data_key(trial.config), read_facts(run).get("inputs", {}))
         else:
             if self.callbacks.stop():
                 raise self._stopped()
@@ -233,7 +168,7 @@ class _TrialRunner:
     def _run_trial(self, trial: Trial, cache: ResourceCache, listen: Callable[[Event], None]) -> None:
         run = self.folder / trial.folder
         resources = cache.resources(trial.config)
-        if was := self.rows.get(_data_key(trial.config)):
+        if was := self.rows.get(data_key(trial.config)):
             now = describe_rows(resources.train_data, resources.eval_data)
             require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
         options: dict[str, Any] = {"resources": resources, "sinks": [listen]}
@@ -287,54 +222,27 @@ def _remove_peft_folders(run: Path) -> None:
 def _read_outcome(trial: Trial, folder: Path) -> Outcome:
     run = folder / trial.folder
     diverged = run / "diverged.json"
-    return Outcome(
-        setting=trial.setting,
-        labels=trial.labels,
-        seed=trial.config.seed,
-        rate=trial.config.train.lr,
-        folder=trial.folder,
-        events=read_events(run) if _is_finished(run) and not diverged.is_file() else [],
+    return Outcome.of_events(
+        trial.setting,
+        trial.labels,
+        trial.config.seed,
+        trial.config.train.lr,
+        trial.folder,
+        read_events(run) if _is_finished(run) and not diverged.is_file() else [],
+        trial.config,
         diverged=json.loads(diverged.read_text(encoding="utf-8"))["reason"] if diverged.is_file() else None,
         p=trial.config.topology.p if trial.config.topology.kind == "random" else None,
     )
 
 
-def choose_rates(grid: GridConfig, outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Setting -> the rate of its group with the best mean client over the search's seeds; the lowest of equals.
-
-    Raises ConfigError where every rate diverged.
-    """
-    if not grid.search.rates:
-        return {}
-    scores: dict[str, dict[float, list[float]]] = {}
-    for each in outcomes:
-        scores.setdefault(each.setting, {}).setdefault(each.rate, []).append(_score(each))
-    best: dict[tuple[str, ...], float] = {}
-    for setting, group in rate_groups(grid):
-        if group not in best:
-            best[group] = _choose_rate(setting.name, scores[setting.name])
-    return {setting.name: best[group] for setting, group in rate_groups(grid)}
-
-
-def _score(outcome: Outcome) -> float:
-    """The last mean client, negated where lower is better; minus infinity for a run that diverged."""
-    start = find_start(outcome.events)
-    if start is None:
-        return -math.inf
-    own = [value for value in evaluations(outcome.events)[-1].own if not math.isnan(value)]  # attackers have none
-    mean = sum(own) / len(own)
-    return mean if start.higher_is_better else -mean
-
-
-def _choose_rate(setting: str, scores: dict[float, list[float]]) -> float:
-    rate = max(sorted(scores), key=lambda each: sum(scores[each]))
-    if sum(scores[rate]) == -math.inf:
-        raise ConfigError(f"every rate of search.rates diverged for {setting}; start anew with lower ones")
-    return rate
-
-
-def _write_results(grid: GridConfig, folder: Path, searched: Sequence[Trial], trials: Sequence[Trial]) -> Comparison:
+def _write_results(
+    grid: GridConfig,
+    folder: Path,
+    searches: Sequence[RateSearch],
+    trials: Sequence[Trial],
+) -> Comparison:
     searched_on = search_labels(grid)
+    searched = plan_search(grid, {each.setting: [rate.rate for rate in each.rates] for each in searches}).trials
     return write_results(
         folder,
         [replace(_read_outcome(trial, folder), searched_on=searched_on.get(trial.setting)) for trial in trials],
@@ -343,4 +251,6 @@ def _write_results(grid: GridConfig, folder: Path, searched: Sequence[Trial], tr
         grid.to_yaml(),
         {trial.setting: trial.config for trial in reversed(trials)},
         grid.published,
+        searches,
+        search_warnings(grid),
     )

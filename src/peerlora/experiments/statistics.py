@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from peerlora.runs.events import Event, RoundDone
-from peerlora.runs.metrics import evaluations, find_start, rows, select_events
-
-RESAMPLES = 10_000
-FEWEST = 3  # seeds below which an interval over seeds would say nothing
-MEASURES = (
-    "mean client",
-    "worst client",
-    "averaged model",
-    "best round",
-    "number of the best round",
-    "bytes sent",
-    "consensus of B·A",
-    "cross-term",
-    "seconds",
-    "virtual seconds",
+from peerlora.config.run import RunConfig
+from peerlora.experiments.inference import (
+    LEVEL,
+    detectable_difference,
+    holm,
+    sign_flip_test,
+    smallest_sign_flip_p,
+    t_interval,
+    t_test,
 )
-"""What a run is summed up in.  Scores are of the last evaluation, but for ``best round``: the highest mean client of
-any evaluation, picked on the very rows it is reported on, so it flatters.  Bytes and seconds are of the whole run,
-consensus and cross-term of its last round."""
+from peerlora.experiments.measures import MEASURES, measure_run
+from peerlora.runs.events import Event
+from peerlora.runs.metrics import find_start, rows
+
+UNEQUAL = 0.01
+"""Share of the baseline's work by which a row must differ to be of unequal work."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one trial of a grid."""
+    """The result of one trial of a grid: its measures, and its events where they are at hand.
+
+    Comparing needs the measures only, so a line of ``to_json`` per finished trial can be kept in place of run folders.
+    """
 
     setting: str
     """Trials of one setting differ in their seed only."""
@@ -43,13 +41,48 @@ class Outcome:
     seed: int
     rate: float
     folder: str
-    events: list[Event]
+    measures: Mapping[str, float]
+    """What ``measure_run`` returned; empty for a run that did not finish."""
+    method: str = ""
+    """The method's own name; empty before the run has begun."""
+    metric: str = ""
+    """What the scores are, e.g. accuracy; likewise."""
+    higher_is_better: bool = True
     diverged: str | None = None
     """Why there is no result."""
     p: float | None = None
     """Of a random topology: the probability that two clients meet."""
     searched_on: Mapping[str, str] | None = None
     """The labels of the setting that the rate was searched on; None where none was."""
+    events: Sequence[Event] = field(default=(), compare=False)
+    """For figures and the long table; not stored."""
+
+    @classmethod
+    def of_events(
+        cls,
+        setting: str,
+        labels: Mapping[str, str],
+        seed: int,
+        rate: float,
+        folder: str,
+        events: Sequence[Event],
+        config: RunConfig | None = None,
+        **known: Any,
+    ) -> Outcome:
+        """Measure a run; ``config``: its own, without which its work is not counted; ``known``: other fields."""
+        if (start := find_start(events)) is not None:
+            began = {"method": start.method, "metric": start.metric, "higher_is_better": start.higher_is_better}
+            known = began | known
+        return cls(setting, labels, seed, rate, folder, measure_run(events, config), events=events, **known)
+
+    def to_json(self) -> str:
+        """Write everything but the events, in one line."""
+        return json.dumps(asdict(replace(self, events=())), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Outcome:
+        """Restore what ``to_json`` wrote."""
+        return cls(**json.loads(line))
 
 
 @dataclass(frozen=True)
@@ -63,11 +96,29 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over seeds of (this - baseline), with what ``bootstrap`` says of its spread."""
+    """Mean over seeds of (this - baseline), and what can be inferred from it; see ``inference``."""
 
     mean: float
+    deviation: float | None
+    """Of the paired differences; None of a single one."""
     interval: tuple[float, float] | None
+    """The 95 % t interval of the mean; None where too few differences, or constant ones, allow none."""
     seeds: int
+    p: float | None
+    """Of the two-sided paired t test; None where there is no interval."""
+    p_sign_flip: float
+    """Of the two-sided sign-flip test."""
+    p_sign_flip_smallest: float
+    """The smallest p that test can give with so many seeds."""
+    p_holm: float | None = None
+    """``p`` adjusted over the rows of the table; None for one of unequal work, which is not ranked."""
+    detectable: float | None = None
+    """The difference found with 80 % probability, by this deviation and at Holm's first level."""
+
+    @property
+    def distinguishable(self) -> bool | None:
+        """Whether it is told from zero at 5 %, adjusted; None where that was not tested."""
+        return None if self.p_holm is None else self.p_holm <= LEVEL
 
 
 @dataclass(frozen=True)
@@ -86,6 +137,8 @@ class Line:
     """The method's own name; empty before the first run has begun."""
     searched_on: Mapping[str, str] | None = None
     """The labels of the setting that the rate was searched on; None where none was."""
+    unequal_work: str = ""
+    """What differs from the baseline, where fewer rows were trained or more gradients taken, by over 1 %."""
 
     @property
     def rate_from(self) -> str:
@@ -103,66 +156,20 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Results of a grid, and the folder with its files."""
+class Design:
+    """The smallest difference of one measure that a table's seeds can be expected to show."""
 
-    folder: Path
-    lines: list[Line]
-    metric: str | None
-    higher_is_better: bool
-    baseline: Mapping[str, str]
-    resamples: int = RESAMPLES
-
-    def as_json(self) -> dict[str, Any]:
-        """What ``peerlora compare --json`` prints."""
-        return {
-            "folder": str(self.folder),
-            "report": str(self.folder / "report.html"),
-            "metric": self.metric,
-            "baseline": dict(self.baseline),
-            "resamples": self.resamples,
-            "rows": [
-                {
-                    "labels": dict(line.labels),
-                    "rate": line.rate,
-                    "rate_from": line.rate_from,
-                    "diverged": line.diverged,
-                    "estimates": {name: vars(each) for name, each in line.estimates.items()},
-                    "differences": {name: vars(each) for name, each in line.differences.items()},
-                }
-                for line in self.lines
-            ],
-        }
-
-
-def measure_run(events: Sequence[Event]) -> dict[str, float]:
-    """Compute ``MEASURES`` of one finished run; those that it has no number for are left out."""
-    start, scores, done = find_start(events), evaluations(events), select_events(events, RoundDone)
-    if start is None or not scores or not done:
-        return {}
-    best: Callable[..., Any] = max if start.higher_is_better else min
-    worst: Callable[..., Any] = min if start.higher_is_better else max
-    last, trained = scores[-1], [score for score in scores if score.round > 0]
-    means = {score.round: _mean(score.own) for score in trained}
-    at = best((number for number in means if not math.isnan(means[number])), key=lambda n: means[n], default=None)
-    found = {
-        "mean client": _mean(last.own),
-        "worst client": worst((value for value in last.own if not math.isnan(value)), default=math.nan),
-        "averaged model": last.averaged,
-        "best round": math.nan if at is None else means[at],
-        "number of the best round": math.nan if at is None else float(at),
-        "bytes sent": float(sum(each.bytes_sent for each in done)),
-        "consensus of B·A": done[-1].consensus_product,
-        "cross-term": done[-1].cross_term,
-        "virtual seconds": done[-1].virtual_seconds,
-        "seconds": sum(each.seconds_train + each.seconds_mix for each in done) + sum(each.seconds for each in scores),
-    }
-    return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    measure: str
+    tests: int
+    """Rows that are set against a baseline, over which Holm corrects."""
+    seeds: int
+    """The fewest of any such row."""
+    deviation: float
+    """Of the paired differences, as root mean square over these rows."""
+    level: float
+    """Holm's first level, 5 % divided by the tests."""
+    detectable: float
+    """Found with 80 % probability at that level."""
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -171,9 +178,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), deviation, len(values))
 
 
-def pair_differences(
-    own: Mapping[int, float], base: Mapping[int, float], resamples: int = RESAMPLES
-) -> Difference | None:
+def pair_differences(own: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
     """Average the difference over the seeds that both have; None where there is no such seed.
 
     Pairing removes what a seed does to both: its shards, its graphs, its start.
@@ -181,48 +186,93 @@ def pair_differences(
     gaps = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
     if not gaps:
         return None
-    return Difference(float(np.mean(gaps)), bootstrap(gaps, resamples), len(gaps))
+    known = estimate(gaps)
+    smallest = smallest_sign_flip_p(len(gaps))
+    return Difference(
+        known.mean, known.deviation, t_interval(gaps), len(gaps), t_test(gaps), sign_flip_test(gaps), smallest
+    )
 
 
-def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """Compute the 95 % percentile interval of the mean over seeded resamples; None for fewer than 3 values.
+def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Line]:
+    """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only.
 
-    Of 3 values it is their range, since one resample in 27 is the lowest value three times.  A range of 3 holds the
-    mean of a symmetric distribution with probability 3/4 only, so that no text may call it a confidence interval.
+    The p values of each measure are adjusted over all lines that have one and the baseline's work.
     """
-    if len(values) < FEWEST:
-        return None
-    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(np.asarray(values, float)[drawn].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], resamples: int = RESAMPLES) -> list[Line]:
-    """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    found: dict[str, dict[int, Mapping[str, float]]] = {}
     for each in outcomes:
-        found.setdefault(each.setting, {})[each.seed] = measure_run(each.events)
+        found.setdefault(each.setting, {})[each.seed] = each.measures
     first = {each.setting: each for each in reversed(outcomes)}
     lines = []
     for setting, runs in found.items():
         own = first[setting]
         other = next((name for name, each in first.items() if each.labels == {**own.labels, **baseline}), None)
         base = found[other] if baseline and other not in (None, setting) else {}
-        estimates = {name: estimate(values) for name in MEASURES if (values := list(_by_seed(runs, name).values()))}
-        differences = {
-            name: gap
-            for name in MEASURES
-            if (gap := pair_differences(_by_seed(runs, name), _by_seed(base, name), resamples)) is not None
-        }
-        diverged = sum(each.diverged is not None for each in outcomes if each.setting == setting)
-        starts = [find_start(each.events) for each in outcomes if each.setting == setting]
-        method = next((start.method for start in starts if start is not None), "")
-        lines.append(Line(setting, own.labels, own.rate, estimates, differences, diverged, method, own.searched_on))
-    return lines
+        gaps = {name: pair_differences(_by_seed(runs, name), _by_seed(base, name)) for name in MEASURES}
+        same = [each for each in outcomes if each.setting == setting]
+        lines.append(
+            Line(
+                setting,
+                own.labels,
+                own.rate,
+                _estimates(runs),
+                {name: gap for name, gap in gaps.items() if gap is not None},
+                diverged=sum(each.diverged is not None for each in same),
+                method=next((each.method for each in same if each.method), ""),
+                searched_on=own.searched_on,
+                unequal_work=compare_work(_estimates(runs), _estimates(base)),
+            )
+        )
+    return _adjusted(lines)
+
+
+def _estimates(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
+    return {name: estimate(values) for name in MEASURES if (values := list(_by_seed(runs, name).values()))}
 
 
 def _by_seed(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
     return {seed: run[name] for seed, run in runs.items() if name in run}
+
+
+def compare_work(own: Mapping[str, Estimate], base: Mapping[str, Estimate]) -> str:
+    """Say by how much a row trained fewer rows or took more gradients than its baseline; empty within 1 %."""
+    words = []
+    for name in ("training rows", "gradients"):
+        if name in own and name in base and base[name].mean > 0:
+            share = own[name].mean / base[name].mean
+            if share < 1 - UNEQUAL if name == "training rows" else share > 1 + UNEQUAL:
+                words.append(f"{own[name].mean:,.0f} {name}, the baseline {base[name].mean:,.0f} ({share:.2f} times)")
+    return "; ".join(words)
+
+
+def _adjusted(lines: Sequence[Line]) -> list[Line]:
+    """With Holm's p and, at its first level, the detectable difference."""
+    changed: list[dict[str, Difference]] = [{} for _ in lines]
+    for name in MEASURES:
+        adjusted = holm({place: gap.p for place, gap in _tested(lines, name).items() if gap.p is not None})
+        level = LEVEL / max(1, len(adjusted))
+        for place, line in enumerate(lines):
+            if gap := line.differences.get(name):
+                seen = gap.deviation and detectable_difference(gap.deviation, gap.seeds, level)
+                changed[place][name] = replace(gap, p_holm=adjusted.get(place), detectable=seen or None)
+    return [replace(line, differences=gaps) for line, gaps in zip(lines, changed, strict=True)]
+
+
+def _tested(lines: Sequence[Line], measure: str) -> dict[int, Difference]:
+    """Place of a line -> its difference, of those with the baseline's work."""
+    ranked = {place: line.differences.get(measure) for place, line in enumerate(lines) if not line.unequal_work}
+    return {place: gap for place, gap in ranked.items() if gap is not None and gap.p is not None}
+
+
+def assess_design(lines: Sequence[Line], measure: str) -> Design | None:
+    """Compute what a table can be expected to show; None where nothing was tested or nothing differed."""
+    tested = list(_tested(lines, measure).values())
+    deviations = [gap.deviation for gap in tested if gap.deviation]
+    if not deviations:
+        return None
+    deviation, seeds = float(np.sqrt(np.mean(np.square(deviations)))), min(gap.seeds for gap in tested)
+    level = LEVEL / len(tested)
+    found = detectable_difference(deviation, seeds, level)
+    return None if found is None else Design(measure, len(tested), seeds, deviation, level, found)
 
 
 def to_long_rows(outcomes: Sequence[Outcome], purpose: str) -> Iterator[dict[str, Any]]:

@@ -1,25 +1,39 @@
-"""Rows of a comparison as CSV, Markdown and the cells of an HTML table."""
+"""Rows of a comparison as CSV, and as cells of a table for people."""
 
 from __future__ import annotations
 
 import csv
 import io
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from peerlora.data.numerals import is_number
 from peerlora.display import format_bytes, format_number
-from peerlora.experiments.statistics import MEASURES, Comparison, Difference, Estimate, Line
+from peerlora.experiments.comparison import MAIN, Comparison
+from peerlora.experiments.measures import MEASURES
+from peerlora.experiments.rate_search import RateScore, RateSearch
+from peerlora.experiments.statistics import Difference, Estimate, Line
 
-MARK = " †"
-
+GAUGE_SIGN, ALIKE_SIGN, UNEQUAL_SIGN = " †", " ≈", " ‡"
+"""Signs behind a number: the mean of other coordinates, no difference shown, other work than the baseline's."""
 
 MARKED = (
     "† The mean of factors that lie in different coordinates, since the method averages products or turns factors: it "
     "says little about the method."
 )
+NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm over the table, is above 0.05."
+
+_SCORES = (MAIN, "worst client", "averaged model", "best round")
+_WORK = ("training rows", "gradients", "bytes sent")
 
 
-SHOWN = ("mean client", "worst client", "averaged model", "best round", "consensus of B·A", "bytes sent")
+def shown_measures(result: Comparison, brief: bool = False) -> list[str]:
+    """The measures of the table for people; the best round only where some run has evaluations enough.
+
+    ``brief``: as many columns as a terminal has room for.
+    """
+    known = [*_SCORES[:3], *_WORK] if brief else [*_SCORES, "consensus of B·A", *_WORK]
+    seen = {name for line in result.lines for name in line.estimates}
+    return [name for name in known if name not in ("best round", "training rows", "gradients") or name in seen]
 
 
 def csv_text(result: Comparison) -> str:
@@ -27,18 +41,29 @@ def csv_text(result: Comparison) -> str:
     axes = list(result.lines[0].labels) if result.lines else []
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
-    writer.writerow([*axes, *head, "rate of", "note"])
+    head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "difference deviation", "low"]
+    head += ["high", "p", "p holm", "p sign flip", "detectable", "diverged", "rate of", "rate at edge", "note"]
+    writer.writerow([*axes, *head])
     for line in result.lines:
         for name in MEASURES:
             known, gap = line.estimates.get(name), line.differences.get(name)
             low, high = (gap and gap.interval) or (None, None)
-            numbers = [known and known.mean, known and known.deviation, gap and gap.mean, low, high]
+            numbers = [known and known.mean, known and known.deviation, gap and gap.mean, gap and gap.deviation]
+            numbers += [low, high, gap and gap.p, gap and gap.p_holm, gap and gap.p_sign_flip, gap and gap.detectable]
             shown = [name, known.seeds if known else 0, *("" if each is None else repr(each) for each in numbers)]
-            note = MARKED if marker(line, name) else ""
             labels = map(_no_formula, line.labels.values())
-            writer.writerow([*labels, repr(line.rate), *shown, line.diverged, line.rate_from, note])
+            edge = "yes" if _at_edge(result, line) else ""
+            rate = [line.diverged, line.rate_from, edge]
+            writer.writerow([*labels, repr(line.rate), *shown, *rate, " ".join(_remarks(line, name))])
     return out.getvalue()
+
+
+def _remarks(line: Line, name: str) -> list[str]:
+    """What the signs behind a number of this line say, in words."""
+    gap = line.differences.get(name)
+    unequal = [f"{UNEQUAL_SIGN.strip()} Unequal work: {line.unequal_work}."] if gap and line.unequal_work else []
+    alike = [NOT_DISTINGUISHABLE] if gap and gap.distinguishable is False else []
+    return [*([MARKED] if gauge_marker(line, name) else []), *unequal, *alike]
 
 
 def _no_formula(label: str) -> str:
@@ -46,39 +71,68 @@ def _no_formula(label: str) -> str:
     return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(label) else label
 
 
-def column_names(result: Comparison) -> list[str]:
+def column_names(result: Comparison, brief: bool = False) -> list[str]:
     """The columns of the table for people."""
     axes = list(result.lines[0].labels) if result.lines else []
-    against = f"mean client, difference to {', '.join(result.baseline.values())}"
-    shown = ["mean client", *([against] if result.baseline else []), *SHOWN[1:]]
-    return [*axes, "rate", "seeds", *shown]
+    against = [f"{MAIN}, difference to {', '.join(result.baseline.values())}", "p (Holm)"]
+    main, *others = shown_measures(result, brief)
+    return [*axes, "rate", "seeds", main, *(against if result.baseline else []), *others]
 
 
-def row_cells(result: Comparison, line: Line) -> list[str]:
+def row_cells(result: Comparison, line: Line, brief: bool = False) -> list[str]:
     """One line of the table for people."""
-    known = [_spread(name, line.estimates.get(name)) + marker(line, name) for name in SHOWN]
+    main, *others = [format_estimate(line, name) for name in shown_measures(result, brief)]
+    against: list[str] = []
     if result.baseline:
         base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
-        known.insert(1, "baseline" if base else format_difference(line.differences.get("mean client")))
-    seeds = line.estimates["mean client"].seeds if "mean client" in line.estimates else 0
+        against = ["baseline", "–"] if base else difference_cells(line, MAIN)
+    seeds = line.estimates[MAIN].seeds if MAIN in line.estimates else 0
     counted = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
-    rate = f"{line.rate:g}" + (f" (of {line.rate_from})" if line.rate_from else "")
-    return [*line.labels.values(), rate, counted, *known]
+    about = [*([f"of {line.rate_from}"] if line.rate_from else []), *(["at the edge"] * _at_edge(result, line))]
+    rate = f"{line.rate:g}" + (f" ({'; '.join(about)})" if about else "")
+    return [*line.labels.values(), rate, counted, main, *against, *others]
 
 
-def marker(line: Line, name: str) -> str:
+def _at_edge(result: Comparison, line: Line) -> bool:
+    search = result.search_of(line)
+    return search is not None and search.edge != 0
+
+
+def difference_cells(line: Line, name: str) -> list[str]:
+    """A line's difference with its interval and sign, and its adjusted p."""
+    gap = line.differences.get(name)
+    return [format_difference(gap) + difference_marker(line, name), format_p(gap and gap.p_holm)]
+
+
+def difference_marker(line: Line, name: str) -> str:
+    """The sign behind a difference that is none, or of unequal work; empty for the others."""
+    gap = line.differences.get(name)
+    if gap is None:
+        return ""
+    return UNEQUAL_SIGN if line.unequal_work else ALIKE_SIGN if gap.distinguishable is False else ""
+
+
+def gauge_marker(line: Line, name: str) -> str:
     """The sign behind a measure that says little about this line's method; empty for the others."""
     known = name == "averaged model" and name in line.estimates
-    return MARK if known and line.gauges_differ else ""
+    return GAUGE_SIGN if known and line.gauges_differ else ""
 
 
-def _spread(name: str, known: Estimate | None) -> str:
+def format_estimate(line: Line, name: str) -> str:
+    """``0.750 ± 0.012 †``; of costs and consensus the mean only."""
+    known = line.estimates.get(name)
     if known is None:
         return "–"
-    if name == "bytes sent":
-        return format_bytes(known.mean)
-    if name == "consensus of B·A":
-        return format_number(float(f"{known.mean:.3g}"))
+    forms: dict[str, Callable[[float], str]] = {
+        "bytes sent": format_bytes,
+        "training rows": lambda mean: f"{mean:,.0f}",
+        "gradients": lambda mean: f"{mean:,.0f}",
+        "consensus of B·A": lambda mean: format_number(float(f"{mean:.3g}")),
+    }
+    return forms[name](known.mean) if name in forms else _spread(known) + gauge_marker(line, name)
+
+
+def _spread(known: Estimate) -> str:
     return f"{known.mean:.3f}" + (f" ± {known.deviation:.3f}" if known.deviation is not None else "")
 
 
@@ -91,39 +145,30 @@ def format_difference(gap: Difference | None) -> str:
     return f"{gap.mean:+.3f} {span}"
 
 
-def notes(result: Comparison, searched: bool) -> list[str]:
-    """How to read the table, in sentences."""
-    better = "higher" if result.higher_is_better else "lower"
-    sentences = [
-        f"{result.metric or 'metric'} ({better} is better): mean over seeds ± standard deviation over seeds (divisor "
-        "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows; the best round "
-        "is the best mean client of any evaluation, chosen on the rows it is reported on, so it flatters."
-    ]
-    if any(marker(line, name) for line in result.lines for name in SHOWN):
-        sentences.append(MARKED)
-    if result.baseline:
-        sentences.append(
-            "Differences are paired by seed. In brackets, of 3 seeds: the lowest and the highest difference, a range "
-            "and no confidence interval (it holds the mean over all seeds in three of four cases); of more: the 95 % "
-            f"percentile bootstrap interval over seeds, {result.resamples:,} resamples, seeded, which few seeds make "
-            "too narrow; of fewer: nothing."
-        )
-    if searched:
-        sentences.append("Each rate was searched on training rows set aside, at the same budget; see the report.")
-    if any(line.rate_from for line in result.lines):
-        sentences.append(
-            "A rate 'of' another setting was searched there: both agree on what search.each of the grid names."
-        )
-    return sentences
+def format_p(p: float | None) -> str:
+    """A p value with three digits behind the point."""
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def markdown(result: Comparison, searched: bool) -> str:
-    """Write the table and its notes as Markdown."""
-    top = [_escaped(word) for word in column_names(result)]
-    lines = ["| " + " | ".join(top) + " |", "|" + " --- |" * len(top)]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in row_cells(result, line)) + " |" for line in result.lines]
-    return "\n".join([*lines, "", *notes(result, searched)]) + "\n"
+def rate_columns(searches: Sequence[RateSearch]) -> list[str]:
+    """The columns of the table of searched rates."""
+    return ["searched on", *(f"{rate:g}" for rate in _rates(searches)), ""]
 
 
-def _escaped(word: Any) -> str:
-    return str(word).replace("|", "\\|").replace("\n", " ")
+def rate_rows(searches: Sequence[RateSearch]) -> list[list[str]]:
+    """Every searched rate of every group: mean ± standard deviation over search seeds, and which one is taken."""
+    found = []
+    for each in searches:
+        known = {rate.rate: rate for rate in each.rates}
+        cells = [_rate_cell(each, known[rate]) if rate in known else "–" for rate in _rates(searches)]
+        found.append([each.setting, *cells, "at the edge" if each.edge else ""])
+    return found
+
+
+def _rates(searches: Sequence[RateSearch]) -> list[float]:
+    return sorted({rate.rate for each in searches for rate in each.rates})
+
+
+def _rate_cell(search: RateSearch, tried: RateScore) -> str:
+    chosen = " (taken)" if tried.rate == search.taken else " (best)" if tried.rate == search.best else ""
+    return ("diverged" if tried.diverged else _spread(tried.estimate) if tried.estimate else "–") + chosen

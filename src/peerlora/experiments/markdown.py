@@ -1,0 +1,28 @@
+"""A comparison as Markdown: its table, how to read it, and the learning rates that were searched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peerlora.experiments.comparison import Comparison
+from peerlora.experiments.table_notes import rate_notes, table_notes
+from peerlora.experiments.tables import column_names, rate_columns, rate_rows, row_cells
+
+
+def markdown(result: Comparison) -> str:
+    """Write the tables, each with its notes."""
+    text = _table(column_names(result), [row_cells(result, line) for line in result.ranked])
+    text += "\n" + "\n".join(table_notes(result)) + "\n"
+    if result.searches:
+        text += "\n" + _table(rate_columns(result.searches), rate_rows(result.searches))
+        text += "\n" + "\n".join(rate_notes(result)) + "\n"
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_row(head), "|" + " --- |" * len(head), *map(_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,103 @@
+"""What one run is summed up in: scores, costs, and the work that was really done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peerlora.config.run import RunConfig
+from peerlora.runs.events import Evaluated, Event, RoundDone
+from peerlora.runs.metrics import evaluations, find_start, select_events
+
+MEASURES = (
+    "mean client",
+    "worst client",
+    "averaged model",
+    "best round",
+    "number of the best round",
+    "training rows",
+    "gradients",
+    "bytes sent",
+    "consensus of B·A",
+    "cross-term",
+    "seconds",
+    "virtual seconds",
+)
+"""Scores are of the last evaluation, but for ``best round``: the highest mean client of any evaluation, picked on the
+very rows it is reported on, so it flatters.  Work, bytes and seconds are of the whole run, consensus and cross-term of
+its last round."""
+
+FEW_EVALUATIONS = 3
+"""After training began; with no more than these the best round is hardly a choice, and is left out."""
+
+
+def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dict[str, float]:
+    """Compute ``MEASURES`` of one finished run; those that it has no number for are left out.
+
+    Without its config a run has no number for its work.
+    """
+    start, scores, done = find_start(events), evaluations(events), select_events(events, RoundDone)
+    if start is None or not scores or not done:
+        return {}
+    worst: Callable[..., Any] = min if start.higher_is_better else max
+    last = scores[-1]
+    found = {
+        "mean client": _mean(last.own),
+        "worst client": worst((value for value in last.own if not math.isnan(value)), default=math.nan),
+        "averaged model": last.averaged,
+        **_best_round(scores, start.higher_is_better),
+        **({} if config is None else count_work(done, config)),
+        "bytes sent": float(sum(each.bytes_sent for each in done)),
+        "consensus of B·A": done[-1].consensus_product,
+        "cross-term": done[-1].cross_term,
+        "virtual seconds": done[-1].virtual_seconds,
+        "seconds": sum(each.seconds_train + each.seconds_mix for each in done) + sum(each.seconds for each in scores),
+    }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _best_round(scores: Sequence[Evaluated], higher_is_better: bool) -> dict[str, float]:
+    means = {score.round: _mean(score.own) for score in scores if score.round > 0}
+    if len(means) <= FEW_EVALUATIONS:
+        return {}
+    best: Callable[..., Any] = max if higher_is_better else min
+    at = best((number for number in means if not math.isnan(means[number])), key=lambda n: means[n], default=None)
+    return {} if at is None else {"best round": means[at], "number of the best round": float(at)}
+
+
+def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]:
+    """Count the training rows and the gradients of minibatches that a run took, from what its rounds report.
+
+    A client trained in a round where it has a loss.  Attackers, whose losses are not written down, train whenever an
+    honest client does and they are not absent.  Of a method without common rounds a round is as many local trainings
+    as there are clients, whoever does them; each counts the mean batch.
+    """
+    from peerlora.algorithms import build_algorithm
+    from peerlora.algorithms.base import is_asynchronous
+    from peerlora.exchange.attacks import attackers
+
+    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    hidden = attackers(config.adversary, config.clients, config.seed)
+    rows = trainings = 0
+    for each in done:
+        trained = _trained(each, hidden)
+        if is_asynchronous(algorithm) and trained:
+            trained = range(config.clients)
+        rows += sum(config.batches[client] for client in trained)
+        trainings += len(trained)
+    steps = config.train.local_steps
+    return {
+        "training rows": float(rows * steps),
+        "gradients": float(trainings * steps * algorithm.traits.gradients),
+    }
+
+
+def _trained(done: RoundDone, hidden: Sequence[int]) -> Sequence[int]:
+    seen = [client for client, loss in enumerate(done.loss) if not math.isnan(loss)]
+    return [*seen, *(client for client in hidden if client not in done.absent)] if seen else []
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,153 @@
+"""Which learning rate a group takes, and where its rates grow, against examples worked by hand."""
+
+import json
+
+import pytest
+
+from peerlora.errors import ConfigError
+from peerlora.experiments.grid import load_grid, search_warnings
+from peerlora.experiments.rate_search import choose_rates, gather_searches, next_rate
+from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.tables import rate_columns, rate_rows
+
+
+def grid_of(methods=("dec-lora",), **search):
+    settings = {"rates": [0.01, 0.1], "seeds": [5, 6], **search}
+    return load_grid({"axes": {"method": list(methods)}, "seeds": [0, 1], "search": settings})
+
+
+def outcomes(scores, higher=True):
+    """Method -> rate -> the score of every search seed, None for one that diverged."""
+    return [
+        Outcome(
+            method,
+            {"method": method},
+            seed,
+            rate,
+            "",
+            {} if score is None else {"mean client": score},
+            higher_is_better=higher,
+        )
+        for method, rates in scores.items()
+        for rate, own in rates.items()
+        for seed, score in zip((5, 6), own, strict=False)
+    ]
+
+
+def searched(rates, higher=True, **search):
+    grid = grid_of(rates=sorted(rates), **search)
+    (found,) = gather_searches(grid, outcomes({"dec-lora": rates}, higher))
+    return found
+
+
+def test_the_best_mean_is_taken_and_the_lowest_of_equals():
+    found = searched({0.01: (0.5, 0.6), 0.1: (0.7, 0.5), 1.0: (0.6, 0.6)})
+    assert found.best == found.taken == 0.1 and found.ties == (0.1,) and found.edge == 0
+    assert [each.estimate.mean for each in found.rates] == pytest.approx([0.55, 0.6, 0.6])
+    assert found.rates[0].estimate.deviation == pytest.approx(0.1 / 2**0.5)
+    assert searched({0.01: (0.5, 0.6), 0.1: (0.7, 0.5), 1.0: (0.6, 0.6)}, higher=False).best == 0.01
+
+
+def test_a_rate_of_which_a_run_diverged_is_out():
+    found = searched({0.01: (0.5, 0.5), 0.1: (0.9, None)})
+    assert found.taken == 0.01 and found.rates[1].estimate is None and found.rates[1].diverged == 1
+    grid, every = grid_of(), outcomes({"dec-lora": {0.01: (None, 0.5), 0.1: (None, None)}})
+    with pytest.raises(ConfigError, match=r"diverged for dec-lora \(0.01, 0.1\)"):
+        choose_rates(grid, gather_searches(grid, every))
+
+
+@pytest.mark.parametrize(
+    ("rates", "edge", "beyond"),
+    [
+        ({0.01: 0.5, 0.1: 0.6}, 1, 1.0),
+        ({0.01: 0.6, 0.1: 0.5}, -1, 0.001),
+        ({0.01: 0.5, 0.1: 0.6, 0.2: 0.5}, 0, None),
+        ({0.01: 0.5, 0.1: 0.6, 0.2: 0.7}, 1, 0.4),  # each edge has a ratio of its own
+        ({0.01: 0.8, 0.1: 0.6, 0.2: 0.7}, -1, 0.001),
+        ({0.01: 0.5, 0.1: 0.6, 0.2: 0.6}, 0, None),  # as good inside
+        ({0.01: 0.5, 0.1: 0.6, 1.0: None}, 0, None),  # beyond the best a rate diverged
+        ({0.01: None, 0.1: None}, -1, 0.001),  # all did: lower
+        ({0.002: 0.5, 0.005: 0.6}, 1, 0.0125),
+        ({0.003: 0.6, 0.01: 0.5}, -1, 0.0009),
+    ],
+)
+def test_rates_grow_beyond_the_edge_at_which_the_best_lies(rates, edge, beyond):
+    found = searched({rate: (score,) for rate, score in rates.items()}, grow=True, seeds=[5])
+    assert found.edge == edge
+    assert next_rate(found, grid_of(rates=sorted(rates), grow=True).search) == beyond
+    assert next_rate(found, grid_of(rates=sorted(rates)).search) is None
+    assert next_rate(found, grid_of(rates=sorted(rates), grow=True, most=len(rates)).search) is None
+
+
+def test_a_grown_grid_goes_on_by_the_ratio_that_was_given():
+    grid = grid_of(rates=[0.002, 0.005], grow=True)
+    tried = {0.002: (0.5,), 0.005: (0.6,), 0.0125: (0.7,), 0.03125: (0.8,)}
+    (found,) = gather_searches(grid, outcomes({"dec-lora": tried}))
+    assert next_rate(found, grid.search) == 0.078125
+
+
+METHODS = {
+    # Pairs differ by .02 and -.01: .005 is below the standard error .015, so both rates are open to it.
+    "dec-lora": {0.01: (0.50, 0.60), 0.1: (0.52, 0.59)},
+    "ffa-lora": {0.01: (0.60, 0.60), 0.1: (0.50, 0.51)},
+    "rolora": {0.01: (0.70, 0.71), 0.1: (0.60, 0.60)},
+}
+
+
+def test_ties_go_to_the_rate_that_most_groups_have_among_theirs():
+    def taken(ties, methods=METHODS):
+        grid = grid_of(methods, ties=ties)
+        searches = gather_searches(grid, outcomes(methods))
+        return {each.setting: (each.ties, each.best, each.taken) for each in searches}, choose_rates(grid, searches)
+
+    found, chosen = taken("common")
+    assert found["dec-lora"] == ((0.01, 0.1), 0.1, 0.01) and found["rolora"] == ((0.01,), 0.01, 0.01)
+    assert chosen == dict.fromkeys(METHODS, 0.01)
+    assert taken("best")[1]["dec-lora"] == 0.1
+    assert taken("common", {"dec-lora": METHODS["dec-lora"]})[1] == {"dec-lora": 0.1}  # nobody else: the best
+
+
+def test_ties_are_judged_by_paired_differences():
+    """Seeds far apart do not hide that one rate is the better one in both."""
+    found = searched({0.01: (0.50, 0.90), 0.1: (0.52, 0.921)}, ties="common")
+    assert found.ties == (0.1,)
+    alike = searched({0.01: (0.50, 0.90), 0.1: (0.52, 0.90)}, ties="common", higher=False)
+    assert alike.ties == (0.01, 0.1) and alike.best == 0.01
+
+
+@pytest.mark.parametrize(
+    ("search", "parts"),
+    [
+        ({"rates": [0.1], "grow": True}, ["1 rates", "at least two"]),
+        ({"rates": [0.1, 0.2, 0.3], "grow": True, "most": 2}, ["3 rates and most=2"]),
+        ({"rates": [0.1, 0.2], "ties": "common", "seeds": [1]}, ["seeds=[1]", "at least two seeds"]),
+        ({"rates": [0.1, 0.2], "most": 1}, ["most", "1 given"]),
+        ({"rates": [0.1, 0.2], "ties": "middle"}, ["ties", "'middle' given"]),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(search, parts):
+    with pytest.raises(ConfigError) as told:
+        grid_of(**search)
+    for part in parts:
+        assert part in str(told.value)
+
+
+def test_seeds_that_are_searched_and_reported_get_a_warning():
+    (warning,) = search_warnings(grid_of(seeds=[1, 7]))
+    assert "both have 1:" in warning and "search.seeds=[2]" in warning
+    assert search_warnings(grid_of(seeds=[2, 3])) == search_warnings(grid_of(rates=[], seeds=[0])) == []
+
+
+def test_every_searched_rate_is_in_the_table_and_in_json():
+    methods = {"dec-lora": METHODS["dec-lora"], "rolora": {0.01: (0.7, 0.71), 0.1: (None, 0.6), 0.001: (0.5, 0.5)}}
+    methods["ffa-lora"] = METHODS["ffa-lora"]
+    searches = gather_searches(grid_of(methods, ties="common"), outcomes(methods))
+    assert rate_columns(searches) == ["searched on", "0.001", "0.01", "0.1", ""]
+    assert rate_rows(searches) == [
+        ["dec-lora", "–", "0.550 ± 0.071 (taken)", "0.555 ± 0.049 (best)", "at the edge"],
+        ["rolora", "0.500 ± 0.000", "0.705 ± 0.007 (taken)", "diverged", ""],
+        ["ffa-lora", "–", "0.600 ± 0.000 (taken)", "0.505 ± 0.007", "at the edge"],
+    ]
+    told = json.loads(json.dumps([each.as_json() for each in searches], allow_nan=False))
+    assert told[1]["rates"][2] == {"rate": 0.1, "seeds": 1, "diverged": 1, "mean": None, "deviation": None}
+    assert told[0]["taken"] == 0.01 and told[0]["best"] == 0.1 and told[0]["at_edge"] and told[0]["ties"] == [0.01, 0.1]
