@@ -136,6 +136,37 @@ def test_a_stopped_grid_names_the_command_and_goes_on(whole, tree, tmp_path):
     assert numbers(out) == numbers(whole.folder)
 
 
+class Kept(dict):
+    """Outcomes as lines, by the name of the trial."""
+
+    def find(self, trial):
+        return Outcome.from_json(self[trial.name]) if trial.name in self else None
+
+    def keep(self, trial, outcome):
+        self[trial.name] = outcome.to_json()
+
+
+def test_outcomes_kept_in_place_of_run_folders_give_the_same_comparison_elsewhere(whole, tree, tmp_path):
+    """What is kept is never run again."""
+    kept, asked = Kept(), iter([False] * 3)
+    with pytest.raises(Stopped):
+        start_grid(load_grid(tree()), tmp_path / "one", Callbacks(unwatched, lambda: next(asked, True), kept))
+    assert len(kept) == 1 and not [*(tmp_path / "one" / "cells").glob("*/summary.json")]
+    first = set(kept)
+
+    @contextmanager
+    def watched(status):
+        assert status.trial not in first
+        yield lambda event: None
+
+    found = start_grid(load_grid(tree()), tmp_path / "other", Callbacks(watched, outcomes=kept))
+    assert len(kept) == 4 and not [*(tmp_path / "other" / "cells").glob("*")]
+    for line, expected in zip(found.lines, whole.lines, strict=True):
+        assert line.labels == expected.labels
+        for name in ("mean client", "worst client", "averaged model", "bytes sent", "training rows"):
+            assert line.estimates[name] == expected.estimates[name]
+
+
 def test_a_changed_grid_is_refused_with_the_differences(whole):
     before = files(whole.folder)
     words = ["seeds=[0,1,2]", "train.lr=0.5"]

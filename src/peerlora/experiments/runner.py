@@ -53,12 +53,26 @@ class ProgressReporter(Protocol):
         ...
 
 
+class OutcomeStore(Protocol):
+    """Keeps the outcomes of finished trials, without their run folders, for a grid that goes on elsewhere."""
+
+    def find(self, trial: Trial) -> Outcome | None:
+        """Return the outcome of a trial that has finished; None where it has not."""
+        ...
+
+    def keep(self, trial: Trial, outcome: Outcome) -> None:
+        """Store the outcome of a trial that has just finished."""
+        ...
+
+
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions of the caller that a running grid calls."""
+    """What a running grid asks of its caller."""
 
     progress: ProgressReporter
     stop: Callable[[], bool] = lambda: False
+    outcomes: OutcomeStore | None = None
+    """Where outcomes are kept in place of run folders, whose figures the report then lacks; null: folders stay."""
 
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
@@ -101,18 +115,18 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
 def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
     runner = _TrialRunner(callbacks, folder)
     runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
-    searches = _search(grid, folder, runner, cache)
+    searches = _search(grid, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
     try:
         for trial in order_trials(trials):
             runner.finish(trial, cache)
     except Stopped:
-        _write_results(grid, folder, searches, trials)
+        _write_results(grid, runner, searches, trials)
         raise
-    return _write_results(grid, folder, searches, trials)
+    return _write_results(grid, runner, searches, trials)
 
 
-def _search(grid: GridConfig, folder: Path, runner: _TrialRunner, cache: ResourceCache) -> list[RateSearch]:
+def _search(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> list[RateSearch]:
     """Run the search, and as long as rates have to grow, the next ones.
 
     Which rates come next follows from what the runs before them reached, so a resumed grid comes to the same.
@@ -123,7 +137,7 @@ def _search(grid: GridConfig, folder: Path, runner: _TrialRunner, cache: Resourc
         planned = plan_search(grid, rates).trials
         for trial in order_trials([trial for trial in planned if trial.folder not in found]):
             runner.finish(trial, cache)
-            found[trial.folder] = replace(_read_outcome(trial, folder), events=())  # of many runs they are large
+            found[trial.folder] = replace(runner.outcome(trial), events=())  # of many runs they are large
         searches = gather_searches(grid, [found[trial.folder] for trial in planned])
         more = {each.setting: rate for each in searches if (rate := next_rate(each, grid.search)) is not None}
         if not more:
@@ -149,21 +163,29 @@ class _TrialRunner:
 
     def finish(self, trial: Trial, cache: ResourceCache) -> None:
         """Run a trial to its end, unless it is finished already."""
-        work = _count_samples(trial.config)
+        work, run, store = _count_samples(trial.config), self.folder / trial.folder, self.callbacks.outcomes
         self.number += 1
-        if _is_finished(self.folder / trial.folder):
-            run = self.folder / trial.folder
+        if _is_finished(run):
             _require_same(run, trial)
             if (run / "run.json").is_file():
                 self.rows.setdefault(data_key(trial.config), read_facts(run).get("inputs", {}))
-        else:
+        elif store is None or store.find(trial) is None:
             if self.callbacks.stop():
                 raise self._stopped()
             rounds = trial.config.train.rounds
             status = GridStatus(trial.name, self.number, self.trials, self.done, work, self.total, rounds)
             with self.callbacks.progress(status) as listen:
                 self._run_trial(trial, cache, listen)
+            if store is not None:
+                store.keep(trial, self.outcome(trial))
+                shutil.rmtree(run)
         self.done += work
+
+    def outcome(self, trial: Trial) -> Outcome:
+        """Read the outcome of a trial, finished or not."""
+        store = self.callbacks.outcomes
+        kept = None if store is None else store.find(trial)
+        return kept or _read_outcome(trial, self.folder)
 
     def _run_trial(self, trial: Trial, cache: ResourceCache, listen: Callable[[Event], None]) -> None:
         run = self.folder / trial.folder
@@ -237,16 +259,16 @@ def _read_outcome(trial: Trial, folder: Path) -> Outcome:
 
 def _write_results(
     grid: GridConfig,
-    folder: Path,
+    runner: _TrialRunner,
     searches: Sequence[RateSearch],
     trials: Sequence[Trial],
 ) -> Comparison:
     searched_on = search_labels(grid)
     searched = plan_search(grid, {each.setting: [rate.rate for rate in each.rates] for each in searches}).trials
     return write_results(
-        folder,
-        [replace(_read_outcome(trial, folder), searched_on=searched_on.get(trial.setting)) for trial in trials],
-        [_read_outcome(trial, folder) for trial in searched],
+        runner.folder,
+        [replace(runner.outcome(trial), searched_on=searched_on.get(trial.setting)) for trial in trials],
+        [runner.outcome(trial) for trial in searched],
         grid.baseline,
         grid.to_yaml(),
         {trial.setting: trial.config for trial in reversed(trials)},

@@ -1,0 +1,67 @@
+"""Outcomes of studies, a line each in a file of bench/results/outcomes, so that a study goes on in any checkout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.trials import Trial
+
+PLACE = Path("bench/results/outcomes")
+
+
+class OutcomeLines:
+    """Keeps the outcomes of a study's finished runs, by their whole config without this machine's folders."""
+
+    def __init__(self, study: str, data: Path):
+        self.path, self.data = PLACE / f"{study}.jsonl", data
+        self._found: dict[str, Outcome] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+            kept = json.loads(line)
+            self._found[kept["config"]] = Outcome(**kept["outcome"])
+
+    def find(self, trial: Trial) -> Outcome | None:
+        """Return the outcome of a run with this config, under the trial's own names."""
+        kept = self._found.get(self._key(trial))
+        return kept and restored(kept, trial)
+
+    def keep(self, trial: Trial, outcome: Outcome) -> None:
+        """Append a line, which is whole even if the next one is cut off."""
+        self._found[self._key(trial)] = outcome
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"config": self._key(trial), "machine": machine(), "outcome": json.loads(outcome.to_json())}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _key(self, trial: Trial) -> str:
+        config = without_folder(trial.config.model_dump(mode="json"), self.data)
+        config = {name: value for name, value in config.items() if name not in ("threads", "peer", "checkpoint")}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def restored(outcome: Outcome, trial: Trial) -> Outcome:
+    """The same outcome for a trial that names its axes otherwise."""
+    from dataclasses import replace
+
+    return replace(outcome, setting=trial.setting, labels=trial.labels, folder=trial.folder)
+
+
+def without_folder(tree: Any, data: Path) -> Any:
+    """A config or grid without this machine's data folder."""
+    if isinstance(tree, dict):
+        return {key: without_folder(value, data) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_folder(value, data) for value in tree]
+    return tree.replace(f"{data}/", "") if isinstance(tree, str) else tree
+
+
+def machine() -> str:
+    """The processor's kind, since rounding differs among them."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    wide = next((name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags), "")
+    return f"{platform.machine()} {wide}".strip()
