@@ -32,7 +32,7 @@ class FirstConfig:
     def epochs(self) -> float:
         """How often the written budget trains on each row."""
         train, kept = self.config.train, self.rows * (1 - self.config.data.holdout)
-        return train.rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
+        return train.training_rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
 
     @property
     def budget(self) -> str:
