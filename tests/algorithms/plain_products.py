@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from peerlora.config.sections import TrainConfig
 from peerlora.lora.adapters import mask_ranks
 
 
@@ -168,7 +169,7 @@ class Drift:
     """A learner without a model: every client's factors and head wander in their own direction, padding stays zero."""
 
     def __init__(self, clients, size=0.3):
-        self.clients, self.size, self.t = list(clients), size, 0
+        self.clients, self.size, self.t, self.settings = list(clients), size, 0, TrainConfig()
 
     @contextmanager
     def round(self, t):

@@ -32,6 +32,8 @@ class Quadratics:
     def __init__(self, H, r, noise=0.0, seed=0, **train):
         self.H, self.r = torch.as_tensor(H), torch.as_tensor(r)
         self.settings = TrainConfig(**{"optimizer": "sgd", "lr": 0.1, "local_steps": 1, **train})
+        self.rate = self.settings.lr
+        """Of the present round: a test may set another."""
         self.noise, self.draw, self.looks = noise, np.random.default_rng(seed), 0
 
     def fit(self, x, plan):
@@ -47,7 +49,8 @@ class Quadratics:
                 return {block: g[:, columns].clone() for block, columns in active.items()}
 
             at = LocalStep(flat, x.flat, active, list(range(x.clients)), here)
-            step(self.settings, flat, here() if plan.rule is None else plan.rule.gradient(at), moments, active)
+            found = here() if plan.rule is None else plan.rule.gradient(at)
+            step(self.settings, self.rate, flat, found, moments, active)
         return Adapters(x.spec, flat, x.ranks)
 
     @property

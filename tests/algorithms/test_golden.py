@@ -29,8 +29,9 @@ METHODS |= {"tad-lora": {}, "rolora": {}, "ffa-lora": {}, "fedit": {}, "fedsa-lo
 METHODS |= {"dsgd": {}, "dfedavg": {"interval": 2}, "dfedavgm": {}, "dfedsam": {}, "fedprox": {"mu": 0.5}}
 METHODS |= {"fedspeed": {"alpha": 0.7, "interval": 1}, "dfedadmm": {}, "dfedadmm-sam": {}, "k-gt": {"interval": 2}}
 METHODS |= {"d2": {}, "consensus-admm": {"rho": 0.3}}
+METHODS |= {"qg-dsgdm": {"interval": 2}, "qg-adam": {}, "noloco": {}}
 ONE_STEP = ("dsgd", "d2")
-SGD = (*ONE_STEP, "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
+SGD = (*ONE_STEP, "qg-dsgdm", "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
 METHODS |= {"salf": {"stragglers": 0.7, "cap": 2.0}, "flood": {"beta": 1.0, "every": 2}}
 METHODS |= {"aedfl": {"density": 0.4, "ramp": 3, "refresh": 1, "cutoff": 2}, "ad-psgd": {"interval": 2}}
 METHODS |= {"rac-lora": {"chain": 2, "settle": 0}, "flora": {}, "fedex-lora": {}, "fedhl": {"growth": 1}}
@@ -81,6 +82,7 @@ def golden_config(folder, method):
     train = {"rounds": 5, "local_steps": 2, "batch": 3, "lr": 0.02, "weight_decay": 0.01, "clip": 1.0, "dtype": "fp64"}
     train |= {"local_steps": 1} if method in ONE_STEP else {}
     train |= {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9 * (method == "dfedavgm")} if method in SGD else {}
+    train |= {"optimizer": "sgd"} if method == "qg-adam" else {}  # along Adam's direction, with its rate
     tree = {"model": {"source": str(folder)}, "adapter": {"rank": 2, "alpha": 4}, "data": data, "train": train}
     tree |= {"clients": 4, "partition": "iid", "topology": TOPOLOGIES.get(method, "path"), "threads": 1, "seed": 7}
     if method in APART:

@@ -283,6 +283,19 @@ def test_init_then_train(cli, texts, models, tmp_path):
     assert answer.code == 2 and "exists already" in answer.err
 
 
+def test_a_recipe_is_written_out(cli, texts, tmp_path):
+    to = tmp_path / "mine.yaml"
+    answer = cli("init", "--train", f"jsonl:{texts}", "--recipe", "sparse", "--to", to)
+    assert answer.code == 0, answer.err
+    tree = yaml.safe_load(to.read_text())
+    assert tree["recipe"] == "sparse"
+    assert (tree["train"]["schedule"], tree["train"]["optimizer_state"]) == ("cosine", "keep")
+    assert tree["train"]["label_prior"] == "uniform" and load_config(to).train.label_prior == "uniform"
+    assert "# Settings for a kind of federation" in to.read_text()
+    answer = cli("init", "--train", f"jsonl:{texts}", "--recipe", "dense", "--to", tmp_path / "other.yaml")
+    assert answer.code == 2 and "recipe: 'dense' given" in answer.err and not (tmp_path / "other.yaml").exists()
+
+
 def test_init_says_what_it_chose_and_why(cli, tmp_path):
     rows = [f'"a review, number {i}",{i % 5},{"yes" if i % 2 else "no"}' for i in range(40)]
     source = csv_file(tmp_path, "review,stars,verified", *rows)

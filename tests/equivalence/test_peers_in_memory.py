@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("no_reports")
 SETTINGS = {"adf-lora": ["algorithm.interval=1"], "rac-lora": ["algorithm.chain=2", "algorithm.settle=0"]}
 SETTINGS |= {name: ["train.lr=3", "train.local_steps=1"] for name in ("dsgd", "d2")} | {"dfedavgm": ["train.lr=3"]}
 SETTINGS |= {
-    name: ["train.lr=0.7"] for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging")
+    name: ["train.lr=0.7"]
+    for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging", "qg-dsgdm")
 }
 METHODS = [name for name, kind in REGISTRY.items() if not is_asynchronous(kind)]
 TOLERANCE = 1e-5

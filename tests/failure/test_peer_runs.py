@@ -23,6 +23,7 @@ from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import train_peer
 from peerlora.runtime.resources import load_resources
+from peerlora.train.schedule import rate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -95,7 +96,8 @@ def later(call):
 
 
 def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
-    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2")
+    learns = ["train.optimizer_state=keep", "train.schedule=cosine", "train.quiet=0.125"]
+    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *learns)
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
     first, ended = later(lambda: made.run(2))
     made.until(2, 3)
@@ -117,6 +119,11 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
     assert rounds == sorted(set(rounds)) and rounds[-1] == 23
     assert made.events(2, RoundDone)[-1].contacts == 2
     assert again.summary["rounds"] == 24
+    saved = load((made.folder / "peer-2" / "checkpoints" / "round-000024.safetensors").read_bytes())
+    trained = [t for t in rounds if not made.config.train.is_quiet(t)]
+    assert saved["learner.steps.A"].tolist() == [len(trained)], "it keeps its own moments with another's state"
+    told = {done.round: done.measures.get("learning_rate") for done in made.events(2, RoundDone)}
+    assert told == {t: rate(made.config.train, t) if t in trained else None for t in rounds}
     for client in (0, 1):
         told = made.events(client, RoundDone)
         assert [done.round for done in told] == list(range(24))

@@ -2,12 +2,11 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
 from peerlora.config.loading import parse_spec
-from peerlora.config.sections import ClockConfig
+from peerlora.config.sections import ClockConfig, TrainConfig
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.runtime.asynchronous import AsynchronousRounds
@@ -35,7 +34,7 @@ class Quadratic:
 
     def __init__(self, b, rate=0.1, steps=1, noise=0.0):
         self.b, self.rate, self.noise = b, rate, noise
-        self.settings = SimpleNamespace(local_steps=steps)
+        self.settings = TrainConfig(local_steps=steps)
         self.fits = []
 
     @contextmanager

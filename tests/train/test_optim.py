@@ -61,7 +61,7 @@ def test_twenty_steps_equal_torchs_optimiser_of_every_client(name):
             if train.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, train.clip)
             optimizer.step()
-        step(train, values, gradients, moments, COLUMNS)
+        step(train, train.lr, values, gradients, moments, COLUMNS)
         expected = torch.stack([torch.cat(parameters).detach() for parameters in theirs])
         assert torch.allclose(values, expected, rtol=1e-12, atol=1e-12), k
     assert (values - start).abs().max() > 1e-3
@@ -75,7 +75,7 @@ def test_single_precision_stays_as_near_as_rounding_allows():
     for k in range(20):
         parameter.grad = torch.cat(list(gradients_at(k).values()), 1).float()
         optimizer.step()
-        step(train, values, {"A": parameter.grad.clone()}, moments, {"A": slice(0, 9)})
+        step(train, train.lr, values, {"A": parameter.grad.clone()}, moments, {"A": slice(0, 9)})
     assert values.dtype == torch.float32 and (values - parameter).abs().max() < 1e-6
 
 
@@ -109,12 +109,12 @@ def test_a_block_that_is_not_active_is_held_bit_for_bit(name):
     values = random(CLIENTS, 9)
     moments = Moments.fresh(values, tuple(COLUMNS))
     for k in range(3):  # builds up momentum in all blocks
-        step(train, values, gradients_at(k), moments, COLUMNS)
+        step(train, train.lr, values, gradients_at(k), moments, COLUMNS)
     A = values[:, COLUMNS["A"]].clone()
     old = moments.first[:, COLUMNS["A"]].clone(), moments.second[:, COLUMNS["A"]].clone()
     assert old[0].any()
     for k in range(5):
-        step(train, values, gradients_at(k, "B head"), moments, active("B head"))
+        step(train, train.lr, values, gradients_at(k, "B head"), moments, active("B head"))
     assert torch.equal(values[:, COLUMNS["A"]], A)
     assert torch.equal(moments.first[:, COLUMNS["A"]], old[0]) and torch.equal(moments.second[:, COLUMNS["A"]], old[1])
     assert {block: count.tolist() for block, count in moments.steps.items()} == {
@@ -130,9 +130,9 @@ def test_a_held_block_goes_on_as_if_there_had_been_no_pause(name):
     paused, through = random(CLIENTS, 9), random(CLIENTS, 9)
     memories = [Moments.fresh(values, tuple(COLUMNS)) for values in (paused, through)]
     for k in range(6):
-        step(train, paused, gradients_at(k, "A"), memories[0], active("A"))
-        step(train, paused, gradients_at(k + 50, "B"), memories[0], active("B"))
-        step(train, through, gradients_at(k, "A"), memories[1], active("A"))
+        step(train, train.lr, paused, gradients_at(k, "A"), memories[0], active("A"))
+        step(train, train.lr, paused, gradients_at(k + 50, "B"), memories[0], active("B"))
+        step(train, train.lr, through, gradients_at(k, "A"), memories[1], active("A"))
     assert torch.equal(paused[:, :4], through[:, :4])
     assert not torch.equal(paused[:, 4:7], through[:, 4:7])
 
@@ -153,11 +153,11 @@ def test_clients_in_parts_equal_clients_together(name):
     together, parts = random(CLIENTS, 9), random(CLIENTS, 9)
     memories = [Moments.fresh(values, tuple(COLUMNS)) for values in (together, parts)]
     for k in range(4):
-        step(train, together, gradients_at(k), memories[0], COLUMNS)
+        step(train, train.lr, together, gradients_at(k), memories[0], COLUMNS)
         for own in ([0], [1, 2]):
             gradients = {block: g[own] for block, g in gradients_at(k).items()}
             values, memory = parts[own], memories[1].rows(own)
-            step(train, values, gradients, memory, COLUMNS)
+            step(train, train.lr, values, gradients, memory, COLUMNS)
             parts[own] = values
             memories[1].put(own, memory)
     assert torch.equal(together, parts) and torch.equal(memories[0].first, memories[1].first)

@@ -30,7 +30,10 @@ from peerlora.algorithms.hetlora import HetLoRA
 from peerlora.algorithms.k_gt import KGT
 from peerlora.algorithms.local import Local
 from peerlora.algorithms.lora_fair import LoRAFAIR
+from peerlora.algorithms.noloco import NoLoCo
 from peerlora.algorithms.push_sum import SGP, PushDIGing
+from peerlora.algorithms.qg_adam import QGAdam
+from peerlora.algorithms.qg_dsgdm import QGDSGDm
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.salf import SALF
@@ -68,6 +71,9 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "k-gt": KGT,
     "d2": D2,
     "consensus-admm": ConsensusADMM,
+    "qg-dsgdm": QGDSGDm,
+    "qg-adam": QGAdam,
+    "noloco": NoLoCo,
     "sgp": SGP,
     "push-diging": PushDIGing,
     "choco": Choco,

@@ -70,6 +70,7 @@ class AEDFL(AsynchronousGossip):
         sends="pushes",
         requires=FIXED_GRAPH,
         newest_only=True,
+        fresh_optimizer="the moments of a component that is not held would decay (density < 1)",
     )
 
     def __post_init__(self):
@@ -88,7 +89,7 @@ class AEDFL(AsynchronousGossip):
     @property
     def fresh_optimizer(self) -> str | None:
         """Why the optimiser's memory cannot be kept."""
-        return None if self.density == 1 else "the moments of a component that is not held would decay (density < 1)"
+        return None if self.density == 1 else self.traits.fresh_optimizer
 
     def message(self, x: Adapters, t: int = 0) -> Schema:
         """Of job ``t``: values of the held components (and a mixed head), which they are, and all scores.

@@ -83,6 +83,13 @@ class Method(Protocol):
         """
         return 0
 
+    def quiet_round(self: Algorithm[Any], t: int, state: Any, learner: Learner, peers: Exchange) -> Any:
+        """One round of exchange without training, where ``traits.quiet`` does not refuse it.
+
+        ``learner.fit`` returns what it is given.  A method overrides it whose round does more than train and mix.
+        """
+        return self.round(t, state, learner, peers)
+
     def on_rejoin(self, own: Any, received: Any) -> Any:
         """The state of a real peer that fell behind and received a neighbour's state."""
         return received

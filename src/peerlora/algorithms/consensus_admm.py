@@ -62,6 +62,7 @@ class ConsensusADMM(Stateful):
             "attack": "it takes from its neighbours how far they are, and an attacker goes on from their average",
         },
         requires=Properties(symmetric=True, neighbours_only=True),
+        quiet="its clients take each other in by their local steps alone, so without training nothing would be mixed",
         sgd_preferred="it is exact for SGD only",
         train_defaults=SGD,
     )

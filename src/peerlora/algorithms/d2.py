@@ -35,6 +35,9 @@ class D2(Stateful):
     Exact with a constant rate on a fixed undirected graph, for SGD and one local step.  A block that does not train
     keeps its psi and is mixed as it is.
 
+    Together: ``x+ = (I + W)/2 (2 x - x_last - lr g + lr_last g_last)``, each gradient with the rate of its own round.
+    Where the rate changes, the correction is off by that change times the gradient; it is exact again where it stays.
+
     Source: D2, arXiv 1803.07068, in the form of Exact Diffusion, arXiv 1702.05122 (adapt, correct, combine; recalled,
     and as BlueFog's example has it).
     Differs: (I + W)/2 in place of W, whose smallest eigenvalue would have to be above -1/3: Metropolis weights on a
@@ -65,5 +68,13 @@ class D2(Stateful):
         x, trains = state.x, self.changing(t, state.x)
         psi = learner.fit(x, self.active(t)).flat
         phi = torch.where(trains, psi + x.flat - state.psi, x.flat)
-        mixed = peers.mix(replace(x, flat=phi))
-        return D2State(replace(x, flat=(phi + mixed.flat) / 2), torch.where(trains, psi, state.psi))
+        return D2State(half_mixed(replace(x, flat=phi), peers), torch.where(trains, psi, state.psi))
+
+    def quiet_round(self, t: int, state: D2State, learner: Learner, peers: Exchange) -> D2State:
+        """As blocks that do not train: to correct the last step once more would pull clients apart."""
+        return replace(state, x=half_mixed(state.x, peers))
+
+
+def half_mixed(x: Adapters, peers: Exchange) -> Adapters:
+    """``(I + W)/2 x``."""
+    return replace(x, flat=(x.flat + peers.mix(x).flat) / 2)

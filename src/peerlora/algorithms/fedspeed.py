@@ -83,6 +83,10 @@ class DFedADMM(Stateful):
         z = torch.where(self.changing(t, x), trained.flat - dual / self.penalty, trained.flat)
         return DualState(peers.mix(replace(x, flat=z)), dual)
 
+    def quiet_round(self, t: int, state: DualState, learner: Learner, peers: Exchange) -> DualState:
+        """As blocks that do not train: step 3 would move the mean by the duals."""
+        return DualState(peers.mix(state.x), state.dual)
+
 
 @dataclass(frozen=True)
 class DFedADMMSAM(DFedADMM):

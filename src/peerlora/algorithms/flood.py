@@ -148,9 +148,21 @@ class FLood(Stateful):
         if not self.beta:
             return FLoodState(peers.mix(trained), state.w, state.c, kept)
         c = self.confidence(self.scores(trained, learner)).to(state.c) if due else state.c
+        return self._exchanged(replace(state, scores=kept), trained, c, peers)
+
+    def quiet_round(self, t: int, state: FLoodState, learner: Learner, peers: Exchange) -> FLoodState:
+        """With the confidence of the last scoring: a new one would need a look at the rows."""
+        if not self.beta:
+            return replace(state, x=peers.mix(state.x))
+        return self._exchanged(state, state.x, state.c, peers)
+
+    def _exchanged(
+        self, state: FLoodState, trained: Adapters, c: Float[Tensor, " client"], peers: Exchange
+    ) -> FLoodState:
+        """The state after an exchange with these confidences."""
         if self.mixing == "push-sum":
-            return replace(push_masses(state, trained, c, peers), scores=kept)
-        return FLoodState(aimed(trained, c, peers, self.mixing == "metropolis"), state.w, c, kept)
+            return push_masses(state, trained, c, peers)
+        return replace(state, x=aimed(trained, c, peers, self.mixing == "metropolis"), c=c)
 
     def on_rejoin(self, own: FLoodState, taken: FLoodState) -> FLoodState:
         """A real peer that fell behind takes over a neighbour's model; masses and scores are its own."""

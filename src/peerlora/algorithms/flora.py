@@ -49,6 +49,7 @@ class FLoRA(FactorGossip):
         unequal_ranks=None,
         fresh_optimizer="A is drawn anew after every exchange",
         merges_into="base",
+        quiet="every exchange ends with B = 0, so a round without training would mix nothing",
     )
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[FLoRA, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.product import norms2
 from peerlora.topology.properties import Properties
+from peerlora.train.schedule import rate_factor
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -45,7 +46,7 @@ class HetLoRA(FactorGossip):
     gamma: float = 0.99
     """The share of the ranks that is not tail; 1 neither penalises nor cuts."""
     penalty: float = 1e-4
-    """Step size of the tail penalty: learning rate times its weight."""
+    """Step size of the tail penalty: learning rate times its weight; it follows ``train.schedule``."""
     smallest: int = 1
     """No client is cut below this rank."""
     traits: ClassVar = Traits(
@@ -67,8 +68,13 @@ class HetLoRA(FactorGossip):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        trained = shrink_tail(learner.fit(x, "AB"), self.kept(x.ranks), self.penalty)
+        penalty = self.penalty * rate_factor(learner.settings, t)
+        trained = shrink_tail(learner.fit(x, "AB"), self.kept(x.ranks), penalty)
         return peers.combine(self.prune(x, trained), norm_weighted_average)
+
+    def quiet_round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """Ranks stay: what training did not make smaller is not cut."""
+        return peers.combine(x, norm_weighted_average)
 
     def kept(self, ranks: Int[Tensor, " client"]) -> Int[Tensor, " client"]:
         """The ranks without their tail."""

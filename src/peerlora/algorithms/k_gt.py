@@ -39,7 +39,8 @@ class KGT(Stateful):
         c_i  <-   c_i - z_i + sum_j w_ij z_j
         x_i  <-   sum_j w_ij (x_j + step (x_K,j - x_j))
 
-    Exact with SGD, a constant rate and any number of local steps, on every connected graph, with factors in turn too.
+    Exact with SGD, any rate and any number of local steps, on every connected graph, with factors in turn too: c and z
+    are gradients, in which no rate stands, so it may change from round to round.
     x and z travel in one message; of z only what trained.
 
     Source: K-GT, arXiv 2301.01313 (recalled; checked on quadratics); with W = J it is SCAFFOLD, arXiv 1910.06378,

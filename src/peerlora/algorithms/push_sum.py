@@ -94,7 +94,7 @@ class SGP(Scheduled):
 
 @dataclass(frozen=True)
 class PushDIGing(SGP):
-    """SGP along a tracked average gradient: exact with SGD and a constant rate where SGP stops beside the solution.
+    """SGP along a tracked average gradient: exact with SGD where SGP stops beside the solution.
 
         y   =   P y_last + g(z) - g_last                    sums to the sum of all gradients
         u  <-   P (u + z_K - z),      w  <-  P w            z_K: after K local steps along g - g_last + P y_last
@@ -128,14 +128,24 @@ class PushDIGing(SGP):
 
     def round(self, t: int, state: PushDIGingState, learner: Learner, peers: Exchange) -> PushDIGingState:
         """One round."""
-        z, trains, shared = state.z, self.changing(t, state.u), state.u.spec.shared
+        z, trains = state.z, self.changing(t, state.u)
         lacking = state.y - state.g
         seen = Recorded(DualProx(lacking), z.flat)
         moved = replace(z, flat=state.u.flat + learner.fit(z, LocalPlan(self.active(t), seen)).flat - z.flat)
         y = torch.where(trains, seen.mean, state.y)
         g = torch.where(trains, seen.mean - lacking, state.g)
-        mixed = peers.mix({"u": moved, "w": state.w, "y": y[:, shared]})
-        return PushDIGingState(mixed["u"], mixed["w"], torch.cat([mixed["y"], y[:, shared.stop :]], dim=1), g)
+        return self._handed_on(PushDIGingState(moved, state.w, y, g), peers)
+
+    def quiet_round(self, t: int, state: PushDIGingState, learner: Learner, peers: Exchange) -> PushDIGingState:
+        """As blocks that do not train: there is no gradient to take into y."""
+        return self._handed_on(state, peers)
+
+    def _handed_on(self, state: PushDIGingState, peers: Exchange) -> PushDIGingState:
+        """The state after its u, w and the shared part of y were mixed."""
+        shared = state.u.spec.shared
+        mixed = peers.mix({"u": state.u, "w": state.w, "y": state.y[:, shared]})
+        y = torch.cat([mixed["y"], state.y[:, shared.stop :]], dim=1)
+        return PushDIGingState(mixed["u"], mixed["w"], y, state.g)
 
 
 def unit_mass(x: Adapters) -> Float64[Tensor, " client"]:

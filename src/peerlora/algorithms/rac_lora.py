@@ -131,8 +131,14 @@ class RACLoRA(FactorGossip):
         if place == 0:
             x = x.fold() if block > 0 else x
             x = redrawn(x, "A" if self.side == "right" else "B", peers.shared_random("frozen factor"))
-        if place < self.chain:
-            x = learner.fit(x, self.active)
+        return self._exchanged(learner.fit(x, self.active) if place < self.chain else x, peers)
+
+    def quiet_round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """The block goes on: what is merged is not mixed again, and a new block would have nothing to mix."""
+        return self._exchanged(x, peers)
+
+    def _exchanged(self, x: Adapters, peers: Exchange) -> Adapters:
+        """Mix the trained factor, and what was merged where that is mixed too."""
         frozen = {name: factor[0].double() for name, factor in (x.A if self.side == "right" else x.B).items()}
         sent = replace(x.select(self.active, "head"), merged=None)
         x = x.with_blocks(peers.combine(sent, partial(measured_mean, frozen=frozen)))

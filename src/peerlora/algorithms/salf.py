@@ -100,6 +100,11 @@ class SALF(DepthGossip):
             return neighbourhood_mean(x, trained, reached, q, peers)
         return mix_reached(trained, reached, peers)
 
+    def quiet_round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
+        """Every layer is mixed: no backward pass is cut short."""
+        layers = depth_of(x.spec)
+        return peers.mix(x) if self.send == "all" else mix_reached(x, torch.ones(x.clients, layers).bool(), peers)
+
     def message_in_time(self, x: Adapters, t: int, step_seconds: Float[Tensor, " client"], steps: int) -> Schema:
         """Fewer layers from a client that is slower.
 

@@ -94,7 +94,9 @@ class Traits:
     sgd_preferred: str | None = None
     """Why a run with AdamW is warned."""
     fresh_optimizer: str | None = None
-    """Why the optimiser's memory cannot outlast a round."""
+    """Why the optimiser's memory cannot outlast a round, with the default settings."""
+    quiet: str | None = None
+    """Why there can be no rounds at the end that exchange without training."""
     gradients: int = 1
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
     own_gauge: bool = False
@@ -113,6 +115,15 @@ class Traits:
         """Why the method does not go with a wrapper; None where it does."""
         return self.refuses.get(wrapper) or REASONS[self.sends].get(wrapper)
 
+    def own_train_defaults(self) -> dict[str, Any]:
+        """``train_defaults``, and a fresh optimiser in every round where its memory cannot outlast one."""
+        fresh = {"optimizer_state": "round"} if self.fresh_optimizer else {}
+        return {**fresh, **self.train_defaults}
+
+    def quiet_refusal(self) -> str | None:
+        """Why rounds without training are refused; None where they are not."""
+        return self.quiet or ("its clients keep no common rounds" if self.sends == "pushes" else None)
+
     def not_with(self) -> dict[str, str]:
         """What a config may ask for that the method does not go with, and why; of its topology see ``requires``."""
         flip, attack, preferred = self.refusal("label-flip"), self.refusal("attack"), self.sgd_preferred
@@ -121,6 +132,7 @@ class Traits:
             "exchange.robust": self.refusal("robust"),
             "adversary": flip or attack and f"all but label-flip: {attack}",
             "train.local_steps > 1": self.one_step,
+            "train.quiet": self.quiet_refusal(),
             "train.optimizer=adamw": self.sgd_only or preferred and f"only warned of: {preferred}",
         }
         return {what: reason for what, reason in found.items() if reason}

@@ -29,12 +29,16 @@ def command(
         list[str] | None, typer.Option("--text", help="a column of text; twice for pairs; default: guessed")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="the base model, as in model.source")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="write out a recipe's settings: sparse, for clients that meet rarely"),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Look at a data file and write a commented config for it."""
     from peerlora.data.first_config import write_template
 
-    first = write_template(train, to, label, text, model)
+    first = write_template(train, to, label, text, model, recipe)
     guess = first.guess
     if json:
         print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})

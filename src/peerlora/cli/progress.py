@@ -119,7 +119,7 @@ class Progress:
         done = event.round + 1 - (self.first_round or 0)
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
-            "loss": f"{mean(_without_nan(event.loss)):.3f}",
+            "loss": format_fixed(mean(_without_nan(event.loss))),
             "consensus A/B": "/".join(format_fixed(each, ".2e") for each in (event.consensus_A, event.consensus_B)),
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": format_bytes(self.bytes_sent, fixed=True),
@@ -148,7 +148,7 @@ class Progress:
 
 
 def _without_nan(values: Sequence[float]) -> list[float]:
-    """The values of clients that have one: attackers have none."""
+    """The values of clients that have one: attackers have none, and nobody a loss in a round without training."""
     return [value for value in values if not math.isnan(value)] or [math.nan]
 
 

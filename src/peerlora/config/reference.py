@@ -45,7 +45,7 @@ SEE = {
     "algorithm": "[methods](methods.md); some bring [their own defaults](training.md#local-rules) of `train`",
     "exchange": "[codecs and robust rules](methods/compressed-and-robust.md)",
     "adversary": "[attackers](methods/compressed-and-robust.md#attackers)",
-    "train": "[training](training.md)",
+    "train": "[training](training.md), [the rate over the rounds](training.md#the-rate-over-the-rounds)",
     "eval": "[evaluation](runs.md#evaluation)",
     "checkpoint": "[checkpoints and resume](runs.md#checkpoints-and-resume)",
     "clock": "[virtual time](virtual-time.md)",

@@ -1,11 +1,13 @@
 """A run = one RunConfig = one YAML file; dotted ``key=value`` words override single settings."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
     AdapterConfig,
     AlgorithmConfig,
@@ -32,6 +34,8 @@ from peerlora.plugins import METHODS
 class RunConfig(Section):
     """Everything that decides a run's result."""
 
+    recipe: Literal["sparse"] | None = None
+    """Settings for a kind of federation, where the config does not give its own; sparse: clients that meet rarely."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     task: TaskConfig = TaskConfig()
@@ -107,20 +111,30 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _take_train_defaults(self, info: ValidationInfo):
-        """Settings of ``train`` that were not given become the method's own defaults, where it has any.
+    def _take_defaults(self, info: ValidationInfo):
+        """Settings that were not given become those of the recipe, then the method's own defaults of ``train``.
 
         It comes last, since it imports the method: a wrong setting is refused before anything heavy is loaded.
         """
-        given = self.train.model_fields_set
-        if given < TrainConfig.model_fields.keys() and (info.context or {}).get("train_defaults", True):
+        own: Mapping[str, Any] = {}
+        open_ones = self.train.model_fields_set < TrainConfig.model_fields.keys()
+        if open_ones and (info.context or {}).get("train_defaults", True):
             method = METHODS.find(self.algorithm.name)
-            own = {} if method is None else method.traits.train_defaults
-            if own.keys() - given:
-                train = TrainConfig.model_validate({**own, **self.train.model_dump(exclude_unset=True)})
-                object.__setattr__(self, "train", train)  # the section is frozen, and not yet handed out
-                self.__pydantic_fields_set__.add("train")
+            own = {} if method is None else method.traits.own_train_defaults()
+        if self.recipe is not None:
+            for name, settings in RECIPES[self.recipe](task_kind(self.task.kind), own).items():
+                self._fill(name, settings)
+        self._fill("train", own)
+        if flaw := self.train.contradiction():
+            raise ValueError(flaw)
         return self
+
+    def _fill(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Take these settings of a section where it was not given others."""
+        section = getattr(self, name)
+        if settings.keys() - section.model_fields_set:
+            object.__setattr__(self, name, fill(section, settings))  # frozen, and not yet handed out
+            self.__pydantic_fields_set__.add(name)
 
     @property
     def ranks(self) -> list[int]:

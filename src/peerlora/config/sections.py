@@ -19,6 +19,7 @@ from peerlora.config.topology import (  # noqa: F401 (all sections can be had fr
     StarGraph,
     TopologyConfig,
 )
+from peerlora.config.train import TrainConfig  # noqa: F401
 from peerlora.plugins import PARTITIONS, kind_flaw
 
 
@@ -187,39 +188,6 @@ class AlgorithmConfig(BaseModel):
     def parameters(self) -> dict[str, Any]:
         """The hyper-parameters without the name."""
         return dict(self.model_extra or {})
-
-
-class TrainConfig(Section):
-    """How clients learn between two exchanges."""
-
-    rounds: Positive = 100
-    """Exchanges in all."""
-    local_steps: Positive = 10
-    """Optimiser steps of each client between two exchanges."""
-    batch: Batch | list[Batch] = 16
-    """Rows per step; or a list with one number per client."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (torch's betas and epsilon) or sgd."""
-    optimizer_state: Literal["round", "phase", "keep"] = "round"
-    """When the optimiser's memory starts fresh: every round, at a switch of factors (phase), or never (keep)."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Learning rate, constant; the first setting to try other values of."""
-    momentum: Rate = 0.0
-    """Of sgd."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of what trains: decoupled for AdamW, part of the gradient for SGD, as in torch."""
-    clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest gradient norm of one client, over everything it trains; null: no limit."""
-    label_prior: Literal["none", "uniform", "pooled"] = "none"
-    """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
-    batches: Literal["shuffled", "by-length"] = "shuffled"
-    """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """fp32, fp64, or bf16 for the frozen base and its activations (all that trains or is mixed stays in fp32)."""
-    fast: bool = True
-    """Use the speed paths that work for this model and machine; false: ordinary operations, to check a result."""
-    block: Positive | None = None
-    """Clients computed together in one graph; null: by the tokens of a step, on a GPU by its free memory."""
 
 
 class EvalConfig(Section):

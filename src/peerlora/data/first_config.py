@@ -32,7 +32,7 @@ class FirstConfig:
     def epochs(self) -> float:
         """How often the written budget trains on each row."""
         train, kept = self.config.train, self.rows * (1 - self.config.data.holdout)
-        return train.rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
+        return train.training_rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
 
     @property
     def budget(self) -> str:
@@ -45,13 +45,18 @@ class FirstConfig:
 
 
 def write_template(
-    train: str, to: Path, label: str | None = None, text: list[str] | None = None, model: str | None = None
+    train: str,
+    to: Path,
+    label: str | None = None,
+    text: list[str] | None = None,
+    model: str | None = None,
+    recipe: str | None = None,
 ) -> FirstConfig:
     """Look at a data file and write a commented config for it to ``to``, in one step.
 
-    ``train``: a source as in ``data.train``; ``label``, ``text``, ``model``: what is not to be guessed.  Raises
-    DataError for a missing or unreadable file, one without text, and rows that no task reads; ConfigError where ``to``
-    exists or cannot be written.
+    ``train``: a source as in ``data.train``; ``label``, ``text``, ``model``: what is not to be guessed; ``recipe``: the
+    settings of this recipe are written out.  Raises DataError for a missing or unreadable file, one without text, and
+    rows that no task reads; ConfigError for an unknown recipe, and where ``to`` exists or cannot be written.
     """
     if to.exists():
         raise ConfigError(f"--to {to} exists already; give another --to, or remove it first")
@@ -60,7 +65,7 @@ def write_template(
         refuse_missing_header(table, train)
     guess = guess_columns(table, train, label, text or ())
     read_table(train, columns=Columns(tuple(guess.text), guess.label))  # whose label tells whether rows were swallowed
-    first = FirstConfig(guess, template_config(train, guess, model), table.num_rows)
+    first = FirstConfig(guess, template_config(train, guess, model, recipe), table.num_rows)
     head = (
         f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data.  "
         f"Label {guess.label or 'none'}: {guess.reason}.  Budget: {first.budget}; train.rounds changes it."
@@ -69,13 +74,14 @@ def write_template(
     return first
 
 
-def template_config(train: str, guess: Guess, model: str | None = None) -> RunConfig:
-    """The defaults of every section, changed where the guess says more."""
+def template_config(train: str, guess: Guess, model: str | None = None, recipe: str | None = None) -> RunConfig:
+    """The defaults of every section, changed where the guess or the recipe says more."""
     classes = guess.kind == "classification"
     source = model or (CAUSAL_MODEL if guess.kind == "causal-lm" else None)
     data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
     return load_config(
         {
+            "recipe": recipe,
             "model": {"source": source} if source else {},
             "task": {"kind": guess.kind},
             "data": {**data, "eval": None},

@@ -12,6 +12,7 @@ from peerlora.experiments.published_numbers import GLUE, OWN_MODELS, PAPERS, SER
 
 if TYPE_CHECKING:
     from peerlora.algorithms.base import Algorithm
+    from peerlora.config.train import TrainConfig
 
 _TASK = {task: re.compile(rf"(?<![a-z]){task.lower().replace('-', '[-_]?')}(?![a-z])") for task in GLUE}
 
@@ -72,7 +73,7 @@ def describe_protocol(config: RunConfig, rates: Sequence[float], seeds: Sequence
         "budget": f"{train.rounds} rounds x {train.local_steps} steps x {train.batch} rows",
         "optimiser": f"{train.optimizer}, weight decay {train.weight_decay:g}",
         "optimiser's memory": _memory(config),
-        "schedule of the rate": "constant",
+        "schedule of the rate": _schedule(train),
         "precision": train.dtype,
         "topology": SERVER if server else _words(graph),
         "weights": "equal" if server else weights,
@@ -92,6 +93,12 @@ def _memory(config: RunConfig) -> str:
     return "kept" if state == "keep" or one_phase else f"afresh every {state}"
 
 
+def _schedule(train: TrainConfig) -> str:
+    """The shape of the rate over the rounds, with what differs from its defaults."""
+    given = {"warm-up": train.warmup, "floor": train.floor, "decline": train.decay}
+    return train.schedule + "".join(f", {name} {share:g}" for name, share in given.items() if share)
+
+
 def _besides(config: RunConfig) -> Iterator[str]:
     """Settings that no notes on a paper mention.  The interval is left out: it distinguishes the numbers themselves."""
     train, exchange, method = config.train, config.exchange, config.algorithm.parameters
@@ -104,7 +111,7 @@ def _besides(config: RunConfig) -> Iterator[str]:
     if method.keys() - {"interval"}:
         own = ", ".join(f"{key} {value}" for key, value in method.items() if key != "interval")
         yield f"{config.algorithm.name} {own}"
-    if _method(config).settles:
+    if _method(config).settles or train.quiet_rounds:
         yield "rounds without training"
     if exchange.codec:
         yield f"compressed: {_words(exchange.codec.model_dump(mode='json', exclude_none=True))}"

@@ -58,7 +58,7 @@ class RoundDone:
     round: int
     """Index of the round, from 0."""
     loss: list[float]
-    """[client] mean training loss of the local steps."""
+    """[client] mean training loss of the local steps; NaN for clients that did not train."""
     consensus_A: float
     consensus_B: float
     consensus_product: float
@@ -85,7 +85,8 @@ class RoundDone:
     strong_mismatch: float = math.nan
     """The same of the factors A and B."""
     measures: dict[str, float] = field(default_factory=dict)
-    """What the method's exchange measured, averaged over clients, such as truncation_tail."""
+    """What the method's exchange measured, averaged over clients, such as truncation_tail; and ``learning_rate``, where
+    it changes with the rounds."""
     virtual_seconds: float = math.nan
     """Since the start of the run, at the end of this round, on the virtual clock; NaN without one."""
     absent: list[int] = field(default_factory=list)

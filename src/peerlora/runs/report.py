@@ -289,6 +289,10 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
             figures.clients_figure("loss", "Training loss", loss),
             figures.log_figure("consensus", "How far the clients are apart", lines),
         ]
+        rates = {each.round + 1: each.measures["learning_rate"] for each in done if "learning_rate" in each.measures}
+        if rates:
+            lines = {"learning rate": (list(rates), list(rates.values()))}
+            found.append(figures.log_figure("rate", "Learning rate", lines))
         if any(sent["bytes"][1]):
             found.append(figures.bytes_figure("bytes", "Bytes sent", sent))
     if curves:

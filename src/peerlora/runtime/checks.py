@@ -40,6 +40,11 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot keep the optimiser's memory (train.optimizer_state={config.train.optimizer_state}): "
             f"{stale}; use train.optimizer_state=round"
         )
+    if config.train.quiet_rounds and (reason := algorithm.traits.quiet_refusal()):
+        raise CompositionError(
+            f"{name} cannot end with rounds without training (train.quiet={config.train.quiet:g}): {reason}; use "
+            "train.quiet=0, or algorithm.name=dec-lora"
+        )
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":

@@ -52,7 +52,8 @@ class SynchronousRounds:
         began = time.perf_counter()
         jobs, step_seconds = (self.jobs, self.step_seconds) if self.clock else (None, None)
         with self.learner.round(t, jobs, here, step_seconds) as trained:
-            after = self.algorithm.round(t, state, self.learner, self.exchange)
+            advance = self.algorithm.quiet_round if self.learner.settings.is_quiet(t) else self.algorithm.round
+            after = advance(t, state, self.learner, self.exchange)
         if absent:
             after = held(state, after, absent)
         worked = time.perf_counter() - began
@@ -107,7 +108,7 @@ class SynchronousRounds:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        gradients = self.algorithm.traits.gradients
+        gradients = 0 if self.learner.settings.is_quiet(t) else self.algorithm.traits.gradients
         limit = self.algorithm.time_limit
         for i in [i for i in idle if i not in away]:
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))

@@ -22,6 +22,7 @@ from peerlora.runtime.compose import Federation, evaluation_rows, resolve_thread
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.rounds import Rounds
+from peerlora.train.schedule import rate
 from peerlora.tree import leaves, rebuild
 
 _CURE = "lower train.lr, set train.clip, or see whom it mixed with in the last round"
@@ -133,12 +134,18 @@ class Trainer:
             seconds_train=result.seconds_train,
             seconds_mix=result.seconds_mix,
             seconds_diagnostics=time.perf_counter() - began,
-            measures=dict(result.measures),
+            measures={**result.measures, **self._rate(t)},
             virtual_seconds=self.rounds.virtual_seconds,
             absent=result.absent,
         )
         self._emit(event)
         return state
+
+    def _rate(self, t: int) -> dict[str, float]:
+        """The learning rate of a training round, where it is not the same in all."""
+        train = self.config.train
+        told = (train.schedule != "constant" or train.warmup) and not train.is_quiet(t)
+        return {"learning_rate": rate(train, t)} if told else {}
 
     def _diverged(self, done: int, reason: str) -> DivergenceError:
         """Mark the checkpoint that training could not go on from, and say what a resumed run goes on from."""

@@ -46,8 +46,11 @@ class VirtualClock:
         return self.deadline is not None or bool(self.config.away)
 
     def compute(self, client: int, steps: int, now: int) -> int:
-        """Return the nanoseconds of so many local steps from now; the speed at the beginning holds throughout."""
-        return max(1, ticks(steps * self.config.step / self._at(client, now, "speed", self.speeds[client])))
+        """Return the nanoseconds of so many local steps from now; the speed at the beginning holds throughout.
+
+        At least one, but for no step at all.
+        """
+        return max(min(1, steps), ticks(steps * self.config.step / self._at(client, now, "speed", self.speeds[client])))
 
     def upload(self, client: int, count: int, now: int) -> int:
         """Return the nanoseconds until the uplink has sent ``count`` bytes; all messages of a push end together."""

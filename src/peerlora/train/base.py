@@ -16,7 +16,7 @@ from peerlora.train.backward_depth import BackwardDepth
 from peerlora.train.local_rules import LocalRule
 
 if TYPE_CHECKING:
-    from peerlora.config.sections import TrainConfig
+    from peerlora.config.train import TrainConfig
     from peerlora.data.dataset import Dataset
     from peerlora.train.row_scores import Measure
     from peerlora.train.tasks import Task
@@ -112,8 +112,10 @@ class Learner(Protocol):
         ...
 
     def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
-        """The adapters after K local steps of every client; ``x`` is not changed.
+        """The adapters after K local steps of every client, with the rate of the round; ``x`` is not changed.
 
+        In a quiet round (``train.quiet``) they are those of ``x``, to the bit, without losses: no row is drawn and no
+        optimiser's memory touched.
         Raises DivergenceError at the first loss that is not finite.
         """
         ...

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.config.sections import TrainConfig
+from peerlora.config.train import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
@@ -26,6 +26,7 @@ from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
 from peerlora.train.loss_rules import LossRule, weigh_rows
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
+from peerlora.train.schedule import rate
 from peerlora.train.tasks import Task
 from peerlora.tree import leaves
 
@@ -41,6 +42,10 @@ class _Round:
     clients: ClientRows
     """The clients that train."""
     stats: TrainStats
+    rate: float
+    """The learning rate."""
+    quiet: bool
+    """Whether nobody trains."""
 
 
 class StackedLearner:
@@ -74,6 +79,8 @@ class StackedLearner:
             [t] * held if jobs is None else list(jobs),
             list(range(held) if clients is None else clients),
             TrainStats(torch.full((held,), float("nan"))),
+            rate(self.settings, t),
+            self.settings.is_quiet(t),
         )
 
     @contextmanager
@@ -94,6 +101,8 @@ class StackedLearner:
 
     def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
         """See ``Learner``."""
+        if self._round.quiet:
+            return replace(x, flat=x.flat.clone())
         plan = LocalPlan.of(plan)
         blocks = plan.trained(x.spec)
         per_layer_moments = plan.depth is not None and self.settings.optimizer_state != "round"
@@ -141,7 +150,7 @@ class StackedLearner:
                 closure = _Closure(self.model, losses_of, trained, repeats=plan.rule is not None)
                 at = LocalStep(x.flat, start, active, clients, partial(_gradients, x, closure, active))
                 found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
-                step(self.settings, x.flat, found, moments, active)
+                step(self.settings, self._round.rate, x.flat, found, moments, active)
                 assert closure.losses is not None, "a rule has to look at the minibatch"
                 seen.append(closure.losses)
         x.flat.copy_(columns.corrected(before, x.flat))
@@ -178,11 +187,12 @@ class StackedLearner:
         if len(bad) == 0:
             return
         k, row = bad[0].tolist()
-        client = clients[row]
+        client, now = clients[row], self._round.rate
+        this_round = "" if now == self.settings.lr else f", {now:.3g} in this round"
         raise DivergenceError(
             f"the loss of client {self.shards.clients[client]} is {float(history[k, row])} in round "
             f"{self._round.jobs[client] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; "
-            f"lower train.lr (now {self.settings.lr:g}) or set train.clip"
+            f"lower train.lr (now {self.settings.lr:g}{this_round}) or set train.clip"
         )
 
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:

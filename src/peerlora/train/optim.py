@@ -48,19 +48,23 @@ class Moments:
 
 def step(
     settings: TrainConfig,
+    rate: float,
     values: Float[Tensor, "client parameter"],
     gradients: Mapping[str, Float[Tensor, "client column"]],
     moments: Moments,
     active: Mapping[str, slice],
 ) -> None:
-    """One optimiser step, in place, on the columns of the active blocks only; ``gradients`` has one entry for each."""
+    """One optimiser step, in place, on the columns of the active blocks only; ``gradients`` has one entry for each.
+
+    ``rate``: the learning rate of the round, see ``schedule``; that of the settings is not looked at.
+    """
     if settings.clip is not None:
         clip(gradients, settings.clip)
     fused = settings.fast and hasattr(torch, "_fused_adamw_")
     update = _sgd if settings.optimizer == "sgd" else _fused_adamw if fused else _adamw
     for block, columns in active.items():
         moments.steps[block].add_(1)
-        update(settings, values[:, columns], gradients[block], moments, columns, moments.steps[block])
+        update(settings, rate, values[:, columns], gradients[block], moments, columns, moments.steps[block])
 
 
 def clip(gradients: Mapping[str, Float[Tensor, "client column"]], largest: float) -> None:
@@ -75,20 +79,24 @@ def norms(gradients: Mapping[str, Float[Tensor, "client column"]]) -> Float[Tens
     return torch.stack([g.square().sum(1) for g in gradients.values()]).sum(0).sqrt()
 
 
-def _adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:
+def _adamw(
+    settings: TrainConfig, rate: float, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor
+) -> None:
     """Loshchilov and Hutter 2019 (arXiv 1711.05101), in torch's order of operations."""
     m, v = moments.first[:, columns], moments.second[:, columns]
     t = steps[:, None].to(torch.float64)
     if settings.weight_decay:
-        x.mul_(1 - settings.lr * settings.weight_decay)
+        x.mul_(1 - rate * settings.weight_decay)
     m.lerp_(g, 1 - BETA1)
     v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
     root = (1 - BETA2**t).sqrt().to(x.dtype)
-    size = (settings.lr / (1 - BETA1**t)).to(x.dtype)
+    size = (rate / (1 - BETA1**t)).to(x.dtype)
     x.sub_(size * m / (v.sqrt() / root).add_(EPS))
 
 
-def _fused_adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:
+def _fused_adamw(
+    settings: TrainConfig, rate: float, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor
+) -> None:
     """The same in one pass over memory, by torch's own kernel on every client's row: a tenth of the time."""
     rows = [list(part.unbind(0)) for part in (x, g, moments.first[:, columns], moments.second[:, columns])]
     values, gradients, first, second = rows
@@ -99,7 +107,7 @@ def _fused_adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, 
         second,
         [],
         list(steps.float().unbind(0)),
-        lr=settings.lr,
+        lr=rate,
         beta1=BETA1,
         beta2=BETA2,
         weight_decay=settings.weight_decay,
@@ -109,7 +117,9 @@ def _fused_adamw(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, 
     )
 
 
-def _sgd(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor) -> None:
+def _sgd(
+    settings: TrainConfig, rate: float, x: Tensor, g: Tensor, moments: Moments, columns: slice, steps: Tensor
+) -> None:
     """torch's SGD: weight decay joins the gradient, the momentum buffer starts at the first gradient."""
     if settings.weight_decay:
         g = g + settings.weight_decay * x
@@ -117,4 +127,4 @@ def _sgd(settings: TrainConfig, x: Tensor, g: Tensor, moments: Moments, columns:
         buffer = moments.first[:, columns]
         buffer.mul_(settings.momentum).add_(g)
         g = buffer
-    x.sub_(settings.lr * g)
+    x.sub_(rate * g)

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
+from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
 _SITE = ("model", "device", "threads", "eval", "checkpoint")  # sections that are a site's own business
+_NAMED = ("recipe",)  # its settings are compared, wherever they come from
 _SITE_TRAIN = ("fast", "block")
+_NEWER = {name: TrainConfig.model_fields[name].default for name in ("schedule", "warmup", "floor", "decay", "quiet")}
+"""Settings that older versions lack, with the values by which a run is as it was before: then their hashes agree."""
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
@@ -22,8 +26,9 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
 
     Where data lie is left out if every site has its own; the model has a hash of its own.
     """
-    tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in _SITE}
-    tree["train"] = _without(tree["train"], _SITE_TRAIN)
+    tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
+    train = _without(tree["train"], _SITE_TRAIN)
+    tree["train"] = {name: value for name, value in train.items() if name not in _NEWER or value != _NEWER[name]}
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     start = tree["adapter"].pop("start")
     tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")

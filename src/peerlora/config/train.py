@@ -1,0 +1,99 @@
+"""The section ``train``: local steps, their optimiser, and in which rounds clients learn with which rate."""
+
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from peerlora.config.base import Batch, Positive, Rate, Section, Share
+
+DECAY = 0.2  # share of the training rounds in which the rate of wsd declines, unless it is given
+
+
+class TrainConfig(Section):
+    """How clients learn between two exchanges."""
+
+    rounds: Positive = 100
+    """Exchanges in all."""
+    quiet: Rate = 0.0
+    """Share of the rounds, at the end, in which clients exchange and do not train."""
+    local_steps: Positive = 10
+    """Optimiser steps of each client between two exchanges."""
+    batch: Batch | list[Batch] = 16
+    """Rows per step; or a list with one number per client."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (torch's betas and epsilon) or sgd."""
+    optimizer_state: Literal["round", "phase", "keep"] = "round"
+    """When the optimiser's memory starts fresh: every round, at a switch of factors (phase), or never (keep)."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate, at its largest; the first setting to try other values of."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """The rate over the training rounds: constant; linear or cosine: falling to `floor`; wsd: falling at the end."""
+    warmup: Rate = 0.0
+    """Share of the training rounds, at the start, in which the rate rises to `lr`."""
+    floor: Rate = 0.0
+    """Where a schedule leads, as a share of `lr`; not with constant."""
+    decay: Share | None = None
+    """Of wsd: share of the training rounds, at the end, in which the rate falls; null: 0.2, or what `warmup` leaves."""
+    momentum: Rate = 0.0
+    """Of sgd."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of what trains: decoupled for AdamW, part of the gradient for SGD, as in torch."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm of one client, over everything it trains; null: no limit."""
+    label_prior: Literal["none", "uniform", "pooled"] = "none"
+    """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
+    batches: Literal["shuffled", "by-length"] = "shuffled"
+    """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
+    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """fp32, fp64, or bf16 for the frozen base and its activations (all that trains or is mixed stays in fp32)."""
+    fast: bool = True
+    """Use the speed paths that work for this model and machine; false: ordinary operations, to check a result."""
+    block: Positive | None = None
+    """Clients computed together in one graph; null: by the tokens of a step, on a GPU by its free memory."""
+
+    @property
+    def quiet_rounds(self) -> int:
+        """Rounds without training, at the end."""
+        return share_of(self.quiet, self.rounds)
+
+    @property
+    def training_rounds(self) -> int:
+        """Rounds with training; the schedule of the rate runs over these."""
+        return self.rounds - self.quiet_rounds
+
+    def is_quiet(self, t: int) -> bool:
+        """Whether clients exchange without training in round ``t``, counted from 0."""
+        return self.quiet_rounds > 0 and t >= self.training_rounds
+
+    def contradiction(self) -> str | None:
+        """What cannot hold together, in one sentence that says what to do; None where all can.
+
+        It is asked once recipe and method have filled what was not given: what they fill may be what was missing.
+        """
+        if self.training_rounds < 1:
+            return (
+                f"train.quiet={self.quiet:g} leaves none of train.rounds={self.rounds} to train in; lower train.quiet, "
+                "or raise train.rounds"
+            )
+        if self.floor and self.schedule == "constant":
+            return (
+                f"train.floor={self.floor:g} says where a falling rate ends, train.schedule=constant has none; use "
+                "train.schedule=linear, cosine or wsd, or drop train.floor"
+            )
+        if self.decay is not None and self.schedule != "wsd":
+            return (
+                f"train.decay={self.decay:g} is a setting of train.schedule=wsd, train.schedule={self.schedule} given; "
+                "use train.schedule=wsd, or drop train.decay"
+            )
+        if self.decay is not None and Decimal(repr(self.warmup)) + Decimal(repr(self.decay)) > 1:
+            return (
+                f"train.warmup={self.warmup:g} and train.decay={self.decay:g} are more than all training rounds; they "
+                "may add up to 1"
+            )
+        return None
+
+
+def share_of(share: float, rounds: int) -> int:
+    """So many of these rounds, half of one rounded up; exact for the decimal number that was given."""
+    return int((Decimal(repr(share)) * rounds).to_integral_value(ROUND_HALF_UP))

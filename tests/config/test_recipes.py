@@ -1,0 +1,99 @@
+"""Recipes: what they fill, what goes before them, and that a written config means the same without them."""
+
+from typing import get_args
+
+import pytest
+import yaml
+
+from peerlora.algorithms import REGISTRY
+from peerlora.config.loading import load_config
+from peerlora.config.recipes import RECIPES
+from peerlora.config.run import RunConfig
+from peerlora.config.sections import TrainConfig
+from peerlora.errors import ConfigError
+from peerlora.runtime.peer.config_digest import section_hashes
+from peerlora.runtime.plan import plan
+
+SPARSE = {"schedule": "cosine", "optimizer_state": "keep", "label_prior": "uniform"}
+
+
+def changed(train):
+    """The settings of ``train`` that are not the defaults."""
+    plain = load_config({}).train.model_dump()
+    return {name: value for name, value in train.model_dump().items() if value != plain[name]}
+
+
+def test_every_recipe_can_be_named():
+    named = RunConfig.model_fields["recipe"].annotation
+    assert set(RECIPES) == {word for part in get_args(named) for word in get_args(part)}
+
+
+def test_a_recipe_fills_what_is_not_given():
+    assert changed(load_config({"recipe": "sparse"}).train) == SPARSE
+    given = {"schedule": "linear", "optimizer_state": "phase", "label_prior": "none"}
+    assert load_config({"recipe": "sparse", "train": given}).train.model_dump().items() >= given.items()
+    one = load_config({"recipe": "sparse"}, ["train.label_prior=pooled"]).train
+    assert changed(one) == SPARSE | {"label_prior": "pooled"}
+
+
+def test_a_default_that_is_given_is_given():
+    assert changed(load_config({"recipe": "sparse", "train": {"schedule": "constant"}}).train) == {
+        "optimizer_state": "keep",
+        "label_prior": "uniform",
+    }
+
+
+@pytest.mark.parametrize("kind", ["regression", "causal-lm"])
+def test_a_task_without_classes_has_no_label_prior(kind):
+    label = None if kind == "causal-lm" else "y"
+    found = load_config({"recipe": "sparse", "task": {"kind": kind}, "data": {"label": label}})
+    assert changed(found.train) == {"schedule": "cosine", "optimizer_state": "keep"}
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_every_method_can_be_planned_with_the_recipe(method):
+    graph = "directed-ring" if method in ("sgp", "push-diging") else "ring"
+    config = load_config({"recipe": "sparse", "algorithm": method, "topology": graph, "clients": 5})
+    own = REGISTRY[method].traits
+    assert config.train.optimizer_state == ("round" if own.fresh_optimizer else "keep")
+    assert config.train.model_dump().items() >= own.train_defaults.items()
+    plan(config)
+
+
+def test_the_resolved_config_says_all_and_reads_as_it_was_written():
+    config = load_config({"recipe": "sparse", "algorithm": "decaf", "train": {"lr": 0.3}})
+    tree = yaml.safe_load(config.to_yaml())
+    assert tree["recipe"] == "sparse" and tree["train"]["schedule"] == "cosine"
+    assert load_config(tree) == config
+    without = load_config({**tree, "recipe": None})
+    assert without.train == config.train and without.exchange == config.exchange
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ConfigError, match="recipe: 'spares' given; input should be 'sparse'"):
+        load_config({"recipe": "spares"})
+
+
+def test_peers_compare_settings_wherever_they_come_from():
+    named = load_config({"recipe": "sparse"})
+    spelled = load_config({"train": SPARSE})
+    assert section_hashes(named, ["a"]) == section_hashes(spelled, ["a"])
+    assert section_hashes(named, ["a"])["train"] != section_hashes(load_config({}), ["a"])["train"]
+
+
+def test_peers_of_an_older_version_agree_where_nothing_new_is_set():
+    """Hashes as the version before schedules made them."""
+    hashes = section_hashes(load_config({}), ["a", "b"])
+    assert hashes["train"] == "1c30a67bec13d4d9" and "recipe" not in hashes
+    for word in ("train.schedule=cosine", "train.quiet=0.1", "train.warmup=0.1"):
+        assert section_hashes(load_config({}, [word]), ["a", "b"])["train"] != hashes["train"], word
+
+
+@pytest.mark.parametrize("method", REGISTRY)
+def test_a_method_whose_moments_cannot_outlast_a_round_says_so_by_default(method):
+    """So that another default of train.optimizer_state would refuse none of them."""
+    traits = REGISTRY[method].traits
+    own = traits.own_train_defaults()
+    assert (own.get("optimizer_state") == "round") == bool(traits.fresh_optimizer)
+    default = TrainConfig().optimizer_state
+    assert load_config({"algorithm": method}).train.optimizer_state == own.get("optimizer_state", default)
