@@ -26,11 +26,23 @@ from torch import Tensor
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.network.base import HEADER_BYTES, PeerId, Refused
 
-__all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header", "encoded_bytes"]
+__all__ = [
+    "EXCHANGED",
+    "VERSION",
+    "Expected",
+    "Header",
+    "Kind",
+    "Schema",
+    "encode_body",
+    "encode_header",
+    "encoded_bytes",
+]
 __all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "with_checksum"]
 
 VERSION = 1
-Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
+Kind = Literal["hello", "ask", "state", "mix", "relay", "push", "bye"]
+EXCHANGED: tuple[Kind, ...] = ("mix", "relay")
+"""Kinds whose messages belong to a numbered exchange of a round."""
 Word = Annotated[str, Meta(min_length=1, max_length=128)]
 Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
 Whole = Annotated[int, Meta(ge=0, le=2**53)]
@@ -50,7 +62,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run: Word
     """Id of the run: equal on all peers of one run, different for the next run."""
     kind: Kind
-    """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside of rounds;
+    """``mix``: vectors of one exchange; ``relay``: relayed adapters, in an exchange after it; ``ask`` for a state and ``state``, the answer; ``push``: outside of rounds;
     ``hello``: handshake and probe; ``bye``: reserved."""
     round: Round = 0
     """Below 0 before the first round, while clients sum label counts."""
