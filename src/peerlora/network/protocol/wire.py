@@ -26,18 +26,9 @@ from torch import Tensor
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.network.base import HEADER_BYTES, PeerId, Refused
 
-__all__ = [
-    "EXCHANGED",
-    "VERSION",
-    "Expected",
-    "Header",
-    "Kind",
-    "Schema",
-    "encode_body",
-    "encode_header",
-    "encoded_bytes",
-]
-__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "with_checksum"]
+__all__ = ["EXCHANGED", "VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header"]
+__all__ += ["encoded_bytes", "largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header"]
+__all__ += ["with_checksum"]
 
 VERSION = 1
 Kind = Literal["hello", "ask", "state", "mix", "relay", "push", "bye"]
@@ -62,8 +53,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run: Word
     """Id of the run: equal on all peers of one run, different for the next run."""
     kind: Kind
-    """``mix``: vectors of one exchange; ``relay``: relayed adapters, in an exchange after it; ``ask`` for a state and ``state``, the answer; ``push``: outside of rounds;
-    ``hello``: handshake and probe; ``bye``: reserved."""
+    """``mix``: vectors of one exchange; ``relay``: relayed adapters, in an exchange after it; ``ask`` for a state and
+    ``state``, the answer; ``push``: outside of rounds; ``hello``: handshake and probe; ``bye``: reserved."""
     round: Round = 0
     """Below 0 before the first round, while clients sum label counts."""
     step: Whole = 0
