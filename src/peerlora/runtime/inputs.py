@@ -65,7 +65,9 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
     if differ["train"]:  # other rows are divided otherwise
         differ["partition"] = []
-    changed = dict.fromkeys(f"{sources[name]} changed since ({', '.join(parts)})" for name, parts in differ.items() if parts)
+    changed = dict.fromkeys(
+        f"{sources[name]} changed since ({', '.join(parts)})" for name, parts in differ.items() if parts
+    )
     if changed:
         raise RunError(
             f"{'; '.join(changed)}: {folder} was begun with what was there before; put it back, or start anew with "
