@@ -128,7 +128,9 @@ def assemble(
         eval_data=resources.eval_data,
         model=model,
         learner=learner,
-        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking),
+        exchange=build_exchange(
+            config, StackedExchange(topology, here, gather), start, attacking, _rows_of(divided, own, here)
+        ),
         start=start,
         export=export,
         warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),
@@ -145,6 +147,11 @@ def _divided(config: RunConfig, resources: RunResources, here: list[int], partit
     if own:
         return own_rows(data, here[0]), True
     return partition(partitioner or config.partition, data, config.clients, config.seed), False
+
+
+def _rows_of(divided: Partition, own: bool, here: list[int]) -> dict[int, int]:
+    """Client -> training rows, of all clients; of a site with a file of its own, of that one alone."""
+    return dict(zip(here if own else range(len(divided.shards)), map(len, divided.shards), strict=True))
 
 
 def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | None = None) -> Any:

@@ -55,6 +55,7 @@ class SynchronousRounds:
             after = self.algorithm.round(t, state, self.learner, self.exchange)
         if absent:
             after = held(state, after, absent)
+        self.exchange.relay()
         worked = time.perf_counter() - began
         for client in here:
             self.jobs[client] += 1
