@@ -148,6 +148,7 @@ class RoundProtocol:
         costs its message, and no later one.
         """
         messages = _addressed(message, receivers)
+        headers = await run_off_loop(max(map(_size, messages.values()), default=0), self._headers, kind, messages)
         one_way, senders = senders is not None, receivers if senders is None else senders
         step, peers = self.endpoint.at, self.endpoint.peers
         pending = PendingExchange(receivers, senders, decode, one_way, deadline, kind)
@@ -156,7 +157,6 @@ class RoundProtocol:
         pending.failed |= {peer: "wrong-config" for peer in pending.peers if peer in peers.mismatched}
         self._open = pending
         self.endpoint.changed.notify()
-        headers = self._headers(kind, messages)
         remaining = [peer for peer in receivers if peer not in pending.failed]
         sends = [asyncio.create_task(self._send(pending, peer, headers[peer], messages[peer])) for peer in remaining]
         try:
@@ -273,6 +273,10 @@ def _addressed(
         assert set(message) == set(receivers), "every receiver needs a message"
         return message
     return dict.fromkeys(receivers, message if isinstance(message, OutgoingMessage) else OutgoingMessage(message))
+
+
+def _size(message: OutgoingMessage) -> int:
+    return len(message.body)
 
 
 def _full_replica(header: Header, encode: Callable[[], bytes]) -> tuple[Header, bytes]:

@@ -57,7 +57,7 @@ class SynchronousPeer(PeerParticipation):
         self.blocks = exchanged_blocks(self.sends, federation.start.spec)
         self.local_only = federation.algorithm.traits.local_only
         self.largest = largest_message(federation, self.sends)
-        self._bounds: dict[Kind, int] = {"mix": self.largest, "state": 0}
+        self._bounds: dict[Kind, int] = {"mix": self.largest, "relay": 0, "state": 0}
         self._shared: dict[str, Tensor] | None = None
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
@@ -72,8 +72,13 @@ class SynchronousPeer(PeerParticipation):
             thread,
             federation.start,
             federation.algorithm.traits.positive_vectors,
+            site.names,
         )
-        peers = build_exchange(config, self.exchange, federation.start, federation.attackers)
+        relayed = federation.exchange.relayed  # of a simulation of this client alone, as all of ``federation`` is
+        rows = relayed.rows if relayed else None
+        peers = build_exchange(config, self.exchange, federation.start, federation.attackers, rows)
+        if relayed:
+            self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
         super().__init__(replace(federation, exchange=peers), site, thread, protocol, control, store)
         self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
         self.label_counts = StartupSum(store, control, thread, self.exchange, config.peer.join, self._request_counts)

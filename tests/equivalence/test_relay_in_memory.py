@@ -1,0 +1,145 @@
+"""Real peers relay what the simulation relays: versions, entries and bytes to the bit, and their averages to 1e-6 in fp32.
+
+The averages are the same function of the same entries, over other shapes: the last bits may differ, as in the mixing.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from in_memory import exchanges, names, together
+
+from cases import others_slow
+from peerlora.config.exchange import RelayConfig
+from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph, StarGraph
+from peerlora.exchange.relay import RelayCaches
+from peerlora.exchange.stacked import StackedExchange
+from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
+from peerlora.network.identity.authority import throwaway
+from peerlora.network.identity.identity import load_identity
+from peerlora.network.identity.roster import Roster
+from peerlora.network.identity.signatures import SiteSignatures
+from peerlora.topology.schedule import build_topology
+
+SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))
+CLIENTS, ROUNDS = 5, 6
+RANDOM = RandomGraph(kind="random", p=0.3)
+
+
+def adapters(t, spec=SPEC, ranks=None):
+    """What all clients put into the mixing of round ``t``."""
+    flat = torch.randn(CLIENTS, spec.parameters, generator=torch.Generator().manual_seed(t))
+    return mask_ranks(Adapters(spec, flat, torch.tensor(ranks or [spec.rank] * CLIENTS)))
+
+
+def caches(settings, clients, spec=SPEC):
+    return RelayCaches(settings, spec, {client: 10 + client for client in clients}, CLIENTS)
+
+
+def contents(held, client):
+    """The entries that a client holds, by origin: version, rank, rows, values."""
+    cache = held[client]
+    return {
+        origin: (entry.version, entry.rank, entry.rows, entry.values.tolist())
+        for origin, entry in ((int(j), held.pool.entry(int(cache.places[j]))) for j in cache.held)
+    }
+
+
+def sites_signatures(folder, sites):
+    """Site -> signatures by its own identity."""
+    members = throwaway(folder, dict.fromkeys(sites) | {sites[0]: "127.0.0.1:1"})
+    identities = {site: load_identity(folder / site) for site in sites}
+    return {
+        site: SiteSignatures(lambda identity=identity: identity, Roster(site, identity.fingerprint, members))
+        for site, identity in identities.items()
+    }
+
+
+def simulated(topology, settings, xs, spec=SPEC):
+    """Round by round, what each client holds and deploys, and what it cost."""
+    stacked = StackedExchange(topology, range(CLIENTS))
+    stacked.relayed = caches(settings, range(CLIENTS), spec)
+    told = []
+    for t, x in enumerate(xs):
+        stacked.begin(t)
+        stacked.mix(x)
+        mixed = stacked.stats.bytes_sent
+        stacked.relay()
+        held = [contents(stacked.relayed, client) for client in range(CLIENTS)]
+        models = stacked.relayed_models(x)
+        told.append((held, stacked.relayed.versions.tolist(), models, stacked.stats.bytes_sent - mixed))
+    return told
+
+
+def with_peers(topology, settings, xs, spec=SPEC, signatures=None):
+    """The same of one peer per client."""
+    with exchanges(topology, signatures=signatures) as peers:
+
+        def one(i):
+            peer, told = peers[i], []
+            peer.relayed = caches(settings, [i], spec)
+            for t, x in enumerate(xs):
+                own = x.rows([i])
+                stats = peer.begin(t)
+                peer.mix(own)
+                mixed = stats.bytes_sent
+                peer.relay()
+                assert not stats.missing and "relayed_refused" not in stats.measures
+                assert float(stats.measures["relayed_bytes"]) == stats.bytes_sent - mixed
+                cost = stats.bytes_sent - mixed
+                held, versions = contents(peer.relayed, i), peer.relayed.versions[0].tolist()
+                told.append((held, versions, peer.relayed_models(own), cost))
+            return told
+
+        return together([lambda i=i: one(i) for i in range(CLIENTS)])
+
+
+def compare(whole, parts, t, i):
+    held, versions, models, _ = parts[i][t]
+    assert versions == whole[t][1][i]
+    assert held == whole[t][0][i]
+    assert torch.allclose(models.adapters.flat, whole[t][2].adapters.flat[[i]], rtol=0, atol=1e-6)
+    assert torch.equal(models.adapters.ranks, whole[t][2].adapters.ranks[[i]])
+    assert torch.allclose(models.cut_share, whole[t][2].cut_share[[i]], rtol=0, atol=1e-6)
+
+
+CASES = [
+    (RANDOM, {}, {}),
+    (RANDOM, {"keep": 2}, {}),
+    (RandomGraph(kind="random", p=0.15), {"max_age": 2, "weights": "age"}, {}),
+    (PathGraph(kind="path"), {"weights": "rows"}, {"ranks": [1, 2, 2, 1, 2]}),
+    (RingGraph(kind="ring", drop_links=0.3), {"average": "factors"}, {"spec": replace(SPEC, private_head=True)}),
+    (StarGraph(kind="star"), {"max_age": 0}, {"spec": SPEC.select("B", "head")}),
+    (CompleteGraph(kind="complete"), {"average": "factors"}, {}),
+    (EdgesGraph(kind="edges", edges=[], allow_disconnected=True), {}, {}),
+]
+
+
+@pytest.mark.parametrize(("graph", "settings", "options"), others_slow(CASES, CASES[:2]))
+def test_peers_hold_and_deploy_what_simulated_clients_do(graph, settings, options):
+    topology, settings = build_topology(graph, CLIENTS, seed=2), RelayConfig(**settings)
+    xs = [adapters(t, **options) for t in range(ROUNDS)]
+    spec = options.get("spec", SPEC)
+    whole, parts = simulated(topology, settings, xs, spec), with_peers(topology, settings, xs, spec)
+    for t in range(ROUNDS):
+        for i in range(CLIENTS):
+            compare(whole, parts, t, i)
+        assert sum(each[t][3] for each in parts) == whole[t][3]
+    if graph is RANDOM:
+        alone = [not topology.at(t).neighbours(i) for t in range(ROUNDS) for i in range(CLIENTS)]
+        assert any(alone) and not all(alone)
+        ages = [t + 1 - np.array(whole[t][1]) for t in range(ROUNDS)]
+        assert any((each > 0).any() for each in ages), "nothing came over more than one link"
+
+
+def test_signatures_change_nothing_but_what_a_swap_costs(tmp_path):
+    signed = sites_signatures(tmp_path, list(names(CLIENTS).values()))
+    topology, settings = build_topology(RANDOM, CLIENTS, seed=2), RelayConfig()
+    xs = [adapters(t) for t in range(ROUNDS)]
+    whole, parts = simulated(topology, settings, xs), with_peers(topology, settings, xs, signatures=signed)
+    for t in range(ROUNDS):
+        for i in range(CLIENTS):
+            compare(whole, parts, t, i)
+        extra = sum(each[t][3] for each in parts) - whole[t][3]
+        assert (extra > 0) == bool(topology.at(t).edges)
