@@ -5,6 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from peerlora.network.identity.authority import throwaway
+from peerlora.network.identity.identity import load_identity
+from peerlora.network.identity.roster import Roster
+from peerlora.network.identity.signatures import SiteSignatures
 from peerlora.network.protocol.control import PeerControl
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
@@ -56,6 +60,16 @@ def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0, sig
         yield made
         for control in controls:
             thread.call(control.close())
+
+
+def sites_signatures(folder, sites):
+    """Site -> signatures by its own identity."""
+    members = throwaway(folder, dict.fromkeys(sites) | {sites[0]: "127.0.0.1:1"})
+    identities = {site: load_identity(folder / site) for site in sites}
+    return {
+        site: SiteSignatures(lambda identity=identity: identity, Roster(site, identity.fingerprint, members))
+        for site, identity in identities.items()
+    }
 
 
 def together(calls):

@@ -1,4 +1,4 @@
-"""Real peers relay what the simulation relays: versions, entries and bytes to the bit, and their averages to 1e-6 in fp32.
+"""Real peers relay what the simulation relays: versions, entries and bytes to the bit, their averages to 1e-6 in fp32.
 
 The averages are the same function of the same entries, over other shapes: the last bits may differ, as in the mixing.
 """
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from in_memory import exchanges, names, together
+from in_memory import exchanges, federation, names, sites_signatures, together
 
 from cases import others_slow
 from peerlora.config.exchange import RelayConfig
@@ -16,10 +16,10 @@ from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, Rando
 from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
-from peerlora.network.identity.authority import throwaway
-from peerlora.network.identity.identity import load_identity
-from peerlora.network.identity.roster import Roster
-from peerlora.network.identity.signatures import SiteSignatures
+from peerlora.runs.events import RoundDone
+from peerlora.runs.metrics import select_events
+from peerlora.runs.store import read_events
+from peerlora.runtime.simulate import simulate
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))
@@ -43,16 +43,6 @@ def contents(held, client):
     return {
         origin: (entry.version, entry.rank, entry.rows, entry.values.tolist())
         for origin, entry in ((int(j), held.pool.entry(int(cache.places[j]))) for j in cache.held)
-    }
-
-
-def sites_signatures(folder, sites):
-    """Site -> signatures by its own identity."""
-    members = throwaway(folder, dict.fromkeys(sites) | {sites[0]: "127.0.0.1:1"})
-    identities = {site: load_identity(folder / site) for site in sites}
-    return {
-        site: SiteSignatures(lambda identity=identity: identity, Roster(site, identity.fingerprint, members))
-        for site, identity in identities.items()
     }
 
 
@@ -116,7 +106,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("graph", "settings", "options"), others_slow(CASES, CASES[:2]))
+@pytest.mark.parametrize(("graph", "settings", "options"), others_slow(CASES, [0, 3]))
 def test_peers_hold_and_deploy_what_simulated_clients_do(graph, settings, options):
     topology, settings = build_topology(graph, CLIENTS, seed=2), RelayConfig(**settings)
     xs = [adapters(t, **options) for t in range(ROUNDS)]
@@ -143,3 +133,32 @@ def test_signatures_change_nothing_but_what_a_swap_costs(tmp_path):
             compare(whole, parts, t, i)
         extra = sum(each[t][3] for each in parts) - whole[t][3]
         assert (extra > 0) == bool(topology.at(t).edges)
+
+
+RUNS = [
+    ["algorithm.name=dec-lora", "topology.kind=path", "topology.drop_links=0.3"],
+    ["algorithm.name=adf-lora", "algorithm.interval=1", "topology.kind=random", "topology.p=0.3"],
+    ["algorithm.name=dec-lora", "adapter.head=private", "topology.kind=ring", "exchange.relay.weights=rows"],
+    ["algorithm.name=ffa-lora", "topology.kind=path", "exchange.relay.average=factors"],
+    ["algorithm.name=hetlora", "adapter.rank=[3, 2, 3, 1]", "topology.kind=path"],
+    ["algorithm.name=dec-lora", "exchange.robust=median", "topology.kind=complete"],
+]
+
+
+@pytest.mark.usefixtures("no_reports")
+@pytest.mark.parametrize("words", others_slow(RUNS, [0]))
+def test_whole_runs_relay_and_deploy_what_the_simulation_does(config, tmp_path, words):
+    chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", "peer.join=60", "exchange.relay={}", *words)
+    whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
+    told = select_events(read_events(whole.run), RoundDone)
+    rounds = [select_events(read_events(part.run), RoundDone) for part in parts]
+    for client, part in enumerate(parts):
+        assert torch.allclose(part.adapters.flat, whole.adapters.flat[[client]], rtol=0, atol=1e-5)
+    for t, done in enumerate(told):
+        assert sum(each[t].bytes_sent for each in rounds) == done.bytes_sent
+        assert not any(each[t].missed for each in rounds)
+        for name in ("relayed_entries", "relayed_bytes"):
+            assert sum(each[t].measures[name] for each in rounds) == done.measures[name]
+        for name in ("relayed_age_mean", "relayed_known_mean"):
+            found = [each[t].measures[name] for each in rounds]
+            assert np.mean(found) == pytest.approx(done.measures[name])

@@ -50,18 +50,18 @@ class PeerRelay:
 
     def sign(self, t: int, x: Adapters) -> dict[str, str | int]:
         """The facts for the header of the message that puts ``x`` into the mixing of round ``t``."""
-        self._headers = {}
         x = x.exchanged()
         entry = self._entry(self.client, t, x, 0, self.caches.rows[self.client])
         signature = self._signatures[entry.origin, entry.version] = self.form.sign(entry, x.spec)
         return self.form.facts(entry, signature)
 
     def noting(self, decode: Decoder) -> Decoder:
-        """The decoder of a message that is mixed, which also remembers its header."""
+        """The decoder of the messages of one mixing, which also remembers their headers."""
+        self._headers = headers = dict[PeerId, Header]()  # of its own: an earlier one may still end in another thread
 
         def decode_and_note(header: Header, body: bytearray) -> object:
             values = decode(header, body)
-            self._headers[header.sender] = header
+            headers[header.sender] = header
             return values
 
         return decode_and_note
