@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from in_memory import exchanges, federation, names, sites_signatures, together
+from safetensors.torch import load, save
 
 from cases import others_slow
 from peerlora.config.exchange import RelayConfig
@@ -133,6 +134,33 @@ def test_signatures_change_nothing_but_what_a_swap_costs(tmp_path):
             compare(whole, parts, t, i)
         extra = sum(each[t][3] for each in parts) - whole[t][3]
         assert (extra > 0) == bool(topology.at(t).edges)
+
+
+def test_peers_that_resume_go_on_with_their_entries_and_signatures(tmp_path):
+    """All stop after three rounds; what they hold and pass on in the others is as if they had not."""
+    signed = sites_signatures(tmp_path, list(names(CLIENTS).values()))
+    topology, settings = build_topology(PathGraph(kind="path"), CLIENTS, seed=2), RelayConfig()
+    xs, half = [adapters(t) for t in range(ROUNDS)], ROUNDS // 2
+    whole = simulated(topology, settings, xs)
+    saved = {}
+
+    def rounds(peers, i, first, last):
+        peers[i].relayed = caches(settings, [i])
+        if i in saved:
+            peers[i].load_state_dict(saved[i])
+        for t in range(first, last):
+            stats = peers[i].begin(t)
+            peers[i].mix(xs[t].rows([i]))
+            peers[i].relay()
+            assert not stats.missing and "relayed_refused" not in stats.measures
+            assert contents(peers[i].relayed, i) == whole[t][0][i]
+        return load(save(peers[i].state_dict()))
+
+    for first, last in ((0, half), (half, ROUNDS)):
+        with exchanges(topology, first=first, signatures=signed) as peers:
+            states = together([lambda i=i: rounds(peers, i, first, last) for i in range(CLIENTS)])  # noqa: B023
+        saved = dict(enumerate(states))
+    assert saved[0]["relay.signatures"].shape == (CLIENTS, 97) and bool(saved[0]["relay.signatures"].any(1).all())
 
 
 RUNS = [

@@ -74,8 +74,8 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
             site.names,
         )
-        relayed = federation.exchange.relayed  # of a simulation of this client alone, as all of ``federation`` is
-        rows = relayed.rows if relayed else None
+        relayed = federation.exchange.relayed
+        rows = {site.client: relayed.rows[site.client]} if relayed else None
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers, rows)
         if relayed:
             self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
