@@ -6,6 +6,8 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from peerlora.config.base import Positive, Section
 
+ExportedModel = Literal["own", "relayed", "averaged"]
+"""A client's own adapter, its relayed average, or the average of all clients' own."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -45,7 +45,7 @@ class EntryPool:
         """The places that hold an entry, by origin and version."""
         return [self._places[key] for key in sorted(self._places)]
 
-    def versions(self, places: Int[np.ndarray, " each"]) -> Int[np.ndarray, " each"]:
+    def versions(self, places: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The versions of the entries at these places, 0 where there is none."""
         if not len(self.facts):
             return np.zeros_like(places)
@@ -54,7 +54,7 @@ class EntryPool:
     def entry(self, place: int) -> Entry:
         """The entry at a place; its values are a view."""
         assert self.values is not None
-        return Entry(*self.facts[place].tolist(), self.values[place])
+        return Entry(*self.facts[place].tolist(), values=self.values[place])
 
     def put(self, entries: Iterable[Entry]) -> Int[np.ndarray, " entry"]:
         """Store entries and return their places; one that is stored already stays as it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,17 +26,20 @@ class ProductAverage:
     """Squared norm of the average before the cut."""
 
 
-def average_products(received: Received) -> ProductAverage:
+Decompose = Callable[[Tensor, Tensor], Decomposition]
+
+
+def average_products(received: Received, decompose: Decompose = decompose) -> ProductAverage:
     """Average the products that reached each receiver, with their scalings, and cut to its rank by SVD."""
     own = received.own
     ranks = own.ranks.to(own.flat.device)
     factors, tail = {}, torch.zeros(own.clients, dtype=torch.float64, device=own.flat.device)
-    size = torch.zeros(1, dtype=torch.float64, device=own.flat.device)
+    size = torch.zeros(len(received.weights), dtype=torch.float64, device=own.flat.device)
     for layer in received.layers:
         found = decompose(*joined(received.B(layer), received.A(layer), received.weights * received.scaling))
         factors[layer] = cut_to_rank(found, own, layer)
         tail += found.tail(ranks)
-        size = size + found.values.square().sum(-1)
+        size += found.norm2
     return ProductAverage(factors, tail, size)
 
 

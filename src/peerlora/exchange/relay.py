@@ -22,7 +22,7 @@ from torch import Tensor
 from peerlora.config.exchange import RelayConfig
 from peerlora.exchange.entry_pool import UNKNOWN, Entry, EntryPool
 from peerlora.exchange.schema import encoded_bytes
-from peerlora.lora.adapters import BLOCKS, Adapters, AdapterSpec
+from peerlora.lora.adapters import BLOCKS, Adapters, AdapterSpec, Block
 
 
 class RelayCache:
@@ -75,6 +75,10 @@ class RelayCache:
         newer = self.pool.versions(self.places_before) > versions
         newer[self.client] = False
         return np.flatnonzero(newer)
+
+    def entry(self, origin: int) -> Entry:
+        """The entry held of one of the clients in ``held``."""
+        return self.pool.entry(int(self.places[origin]))
 
     def entries(self, origins: Int[np.ndarray, " origin"]) -> list[Entry]:
         """What is sent of these origins: the entries that were held before this round."""
@@ -186,11 +190,13 @@ class RelayCaches:
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Restore what ``state_dict`` returned."""
-        flags = saved["relay.blocks"].tolist()
-        self.layout = self.whole.select(*(block for block, held in zip(BLOCKS, flags, strict=True) if held))
+        blocks: list[Block] = [
+            block for block, held in zip(BLOCKS, saved["relay.blocks"].tolist(), strict=True) if held
+        ]
+        self.layout = self.whole.select(*blocks)
         self.pool, self.done = EntryPool(), int(saved["relay.done"][0])
         facts, values = saved["relay.facts"].cpu().tolist(), saved["relay.values"]
-        self.pool.put(Entry(*each, value) for each, value in zip(facts, values, strict=True))
+        self.pool.put(Entry(*each, values=value) for each, value in zip(facts, values, strict=True))
         self.places = saved["relay.places"].cpu().numpy().copy()
         self._renew()
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.exchange.combine import Combined, CombineRule, Received, apply_rule, mean
+from peerlora.exchange.combine import Combined, CombineRule, Received, apply_rule
 from peerlora.exchange.product_average import average_products
 from peerlora.exchange.relay import RelayCaches
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.merged import Merged, Update
+from peerlora.lora.product import decompose_leading
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def relayed_models(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> 
     Factors that never travel are common to all clients, and taken from there.  A client that holds its own entry alone
     deploys that; one that has none yet, its own model.
     """
-    rule: CombineRule = _products if caches.settings.average == "products" else mean
+    rule: CombineRule = _products if caches.settings.average == "products" else _factors
     own, sent, W = _own_entries(caches, x, clients), entry_adapters(caches, x), caches.weights(clients)
     averaged, measured = apply_rule(own, sent, W, rule)
     none = torch.zeros(x.clients, dtype=torch.float64)
@@ -57,10 +59,11 @@ def uncut_model(caches: RelayCaches, x: Adapters, client: int) -> Adapters:
     One entry's part is in A and B, at that entry's rank, all others' in ``merged``.  ``x``: [1], the client's own.
     """
     sent, W = entry_adapters(caches, x), caches.weights([client])
-    first, *others = np.flatnonzero(W[0]).tolist() or [None]
-    if first is None:
+    held: list[int] = np.flatnonzero(W[0]).tolist()
+    if not held:
         return x.with_empty_merges()
-    averaged, _ = apply_rule(_own_entries(caches, x, [client]), sent, W, mean)  # of which only a head stays
+    first, *others = held
+    averaged, _ = apply_rule(_own_entries(caches, x, [client]), sent, W, _factors)  # of which only a head stays
     whole = replace(x.with_blocks(averaged), ranks=sent.ranks[[first]])
     for name in whole.A:
         whole.A[name].copy_(sent.A[name][first])
@@ -98,5 +101,25 @@ def _own_entries(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> Ad
 
 def _products(received: Received) -> Combined:
     """The average of the products, cut to each rank, and the squared norms of what was cut and of the whole."""
-    found = average_products(received)
-    return received.with_factors(found.factors, {"tail": found.tail, "size": found.size.expand_as(found.tail)})
+    if not received.everybody.flat.isfinite().all():  # an attacker's, say: then no average is a model
+        return _factors(received)
+    cut = partial(decompose_leading, rank=received.own.spec.rank)
+    found = average_products(received, cut)
+    measures = {"tail": found.tail, "size": found.size.expand_as(found.tail)}
+    return received.with_factors(found.factors, measures, average_in_order(received))
+
+
+def _factors(received: Received) -> Combined:
+    return Combined(average_in_order(received))
+
+
+def average_in_order(received: Received) -> Adapters:
+    """The receivers with the average entry by entry, added up in the order of the senders.
+
+    So it has the same bits whoever else's entries are in the table, which a matrix product does not promise.
+    """
+    total = torch.zeros(len(received.senders), received.everybody.flat.shape[1], dtype=torch.float64)
+    total = total.to(received.everybody.flat.device)
+    for senders, weights in zip(received.senders.T, received.weights.T, strict=True):
+        total += weights[:, None] * received.everybody.flat[senders].double()
+    return replace(received.own, flat=total.to(received.own.flat).expand(received.own.clients, -1).contiguous())

@@ -12,7 +12,15 @@ from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Comparison, Estimate, Line, Outcome, estimate, measure_run
-from peerlora.experiments.tables import column_names, format_difference, marker, notes, row_cells
+from peerlora.experiments.tables import (
+    RELAYED,
+    column_names,
+    format_difference,
+    known_measures,
+    marker,
+    notes,
+    row_cells,
+)
 from peerlora.files import atomic_file
 from peerlora.runs.report import picture_html, table_html, write_page
 
@@ -46,7 +54,7 @@ def write_grid_report(
 
 def _differences(result: Comparison) -> str:
     """The other measures against the baseline."""
-    shown = ("worst client", "averaged model", "best round")
+    shown = known_measures(result, ("worst client", "averaged model", *RELAYED, "best round"))
     lines = [line for line in result.lines if line.differences]
     if not lines:
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from peerlora.data.numerals import is_number
@@ -19,7 +20,20 @@ MARKED = (
 )
 
 
+RELAYED = ("relayed client", "worst relayed client")
 SHOWN = ("mean client", "worst client", "averaged model", "best round", "consensus of B·A", "bytes sent")
+
+
+def shown_measures(result: Comparison) -> list[str]:
+    """The measures in the table for people."""
+    models = SHOWN.index("averaged model") + 1
+    return known_measures(result, [*SHOWN[:models], *RELAYED, *SHOWN[models:]])
+
+
+def known_measures(result: Comparison, names: Sequence[str]) -> list[str]:
+    """These measures; those of relayed models only where a run has any."""
+    relays = any(name in line.estimates for line in result.lines for name in RELAYED)
+    return [name for name in names if relays or name not in RELAYED]
 
 
 def csv_text(result: Comparison) -> str:
@@ -30,7 +44,7 @@ def csv_text(result: Comparison) -> str:
     head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "low", "high", "diverged"]
     writer.writerow([*axes, *head, "rate of", "note"])
     for line in result.lines:
-        for name in MEASURES:
+        for name in known_measures(result, MEASURES):
             known, gap = line.estimates.get(name), line.differences.get(name)
             low, high = (gap and gap.interval) or (None, None)
             numbers = [known and known.mean, known and known.deviation, gap and gap.mean, low, high]
@@ -50,13 +64,13 @@ def column_names(result: Comparison) -> list[str]:
     """The columns of the table for people."""
     axes = list(result.lines[0].labels) if result.lines else []
     against = f"mean client, difference to {', '.join(result.baseline.values())}"
-    shown = ["mean client", *([against] if result.baseline else []), *SHOWN[1:]]
+    shown = ["mean client", *([against] if result.baseline else []), *shown_measures(result)[1:]]
     return [*axes, "rate", "seeds", *shown]
 
 
 def row_cells(result: Comparison, line: Line) -> list[str]:
     """One line of the table for people."""
-    known = [_spread(name, line.estimates.get(name)) + marker(line, name) for name in SHOWN]
+    known = [_spread(name, line.estimates.get(name)) + marker(line, name) for name in shown_measures(result)]
     if result.baseline:
         base = all(line.labels.get(axis) == label for axis, label in result.baseline.items())
         known.insert(1, "baseline" if base else format_difference(line.differences.get("mean client")))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.compatibility import check_relayed_message
 from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
@@ -109,6 +110,7 @@ def assemble(
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
+    check_relayed_message(config, planned.algorithm, start.rows([0]))
     rows = divided.shards if own else [divided.shards[i] for i in here]
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
     batches = [config.batches[i] for i in here]
