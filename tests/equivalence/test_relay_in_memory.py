@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from in_memory import exchanges, federation, names, sites_signatures, together
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
+from test_peers_in_memory import products
 
 from cases import others_slow
 from peerlora.config.exchange import RelayConfig
@@ -17,7 +18,7 @@ from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, Rando
 from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
-from peerlora.runs.events import RoundDone
+from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import simulate
@@ -163,6 +164,19 @@ def test_peers_that_resume_go_on_with_their_entries_and_signatures(tmp_path):
     assert saved[0]["relay.signatures"].shape == (CLIENTS, 97) and bool(saved[0]["relay.signatures"].any(1).all())
 
 
+def folder_of(result, client):
+    return load_file(result.run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors")
+
+
+def same(one, other):
+    """Whether two PEFT folders hold the same updates: of factors, which may be turned, the products."""
+    A = [name for name in one if "lora_A" in name]
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in A]
+    return len(A) > 0 and all(
+        torch.allclose(one[b] @ one[a], other[b] @ other[a], rtol=1e-5, atol=1e-5) for a, b in pairs
+    )
+
+
 RUNS = [
     ["algorithm.name=dec-lora", "topology.kind=path", "topology.drop_links=0.3"],
     ["algorithm.name=adf-lora", "algorithm.interval=1", "topology.kind=random", "topology.p=0.3"],
@@ -180,8 +194,16 @@ def test_whole_runs_relay_and_deploy_what_the_simulation_does(config, tmp_path, 
     whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
     told = select_events(read_events(whole.run), RoundDone)
     rounds = [select_events(read_events(part.run), RoundDone) for part in parts]
+    (last,) = [each for each in select_events(read_events(whole.run), Evaluated) if each.final]
     for client, part in enumerate(parts):
         assert torch.allclose(part.adapters.flat, whole.adapters.flat[[client]], rtol=0, atol=1e-5)
+        for layer, product in products(part.relayed, 0).items():
+            assert torch.allclose(product, products(whole.relayed, client)[layer], rtol=1e-5, atol=1e-5)
+        assert any(bool((product.abs() > 1e-3).any()) for product in products(part.relayed, 0).values())
+        (own,) = [each for each in select_events(read_events(part.run), Evaluated) if each.final]
+        assert own.relayed_loss == pytest.approx([last.relayed_loss[client]], abs=1e-5) and len(own.relayed) == 1
+        assert part.summary["scores"]["relayed_mean"] == own.relayed[0] and part.summary["deployed"] == "relayed"
+        assert folder_of(part, client).keys() and same(folder_of(part, client), folder_of(whole, client))
     for t, done in enumerate(told):
         assert sum(each[t].bytes_sent for each in rounds) == done.bytes_sent
         assert not any(each[t].missed for each in rounds)
