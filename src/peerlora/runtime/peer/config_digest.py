@@ -25,6 +25,8 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in _SITE}
     tree["train"] = _without(tree["train"], _SITE_TRAIN)
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
+    if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
+        del tree["exchange"]["relay"]
     start = tree["adapter"].pop("start")
     tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
     if config.partition.kind == "own":
