@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 
 from peerlora.errors import IdentityError
-from peerlora.network.base import PeerEvent, PeerId, Receiver, Refused
+from peerlora.network.base import PeerEvent, PeerId, Receiver, Refused, Signatures
 from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList, check_address
 from peerlora.network.identity.roster import Roster
@@ -46,7 +46,7 @@ class GrpcTransport:
         self.identity, self.roster, self.timing = identity, roster, timing or Timing()
         own = roster.members.member(self.me).address
         self.listen = listen or (f"0.0.0.0:{check_address(own)[1]}" if own else None)
-        self.signatures = SiteSignatures(lambda: self.identity, roster)
+        self.signatures: Signatures | None = SiteSignatures(lambda: self.identity, roster)
         self.ends = LinkTable(self.me, roster, audit)
         self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
         self._dialling: dict[PeerId, asyncio.Task] = {}
