@@ -164,6 +164,11 @@ class ExchangeConfig(Section):
     def _word_is_kind(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
 
+    @field_validator("relay", mode="before")
+    @classmethod
+    def _true_is_the_defaults(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
+
 
 class AdversaryConfig(Section):
     """Clients that attack; their results are left out of means, worst clients and the averaged model."""

@@ -133,9 +133,9 @@ def decompose_leading(
 ) -> Decomposition:
     """The ``rank`` leading values of ``left @ right``: of the factors of many clients in a fraction of the time.
 
-    A product of nearly full rank has its leading vectors from the Gram matrix on its smaller side; values and the other
-    vectors follow from the product itself, so they have the digits that squaring would lose.  One product at a time:
-    what a client gets does not depend, to the bit, on who else is computed along with it.
+    A product of nearly full rank has its leading vectors from the Gram matrix on its smaller side; a step of subspace
+    iteration and a small decomposition of the product itself give back the digits that squaring loses.  One product at
+    a time: what a client gets does not depend, to the bit, on who else is computed along with it.
     """
     parts = [_leading(*each, rank) for each in zip(left, right, strict=True)]
     U, values, V, alive, rest = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -152,7 +152,8 @@ def _leading(
     if M.shape[0] > M.shape[1]:
         V, values, U, alive, rest = _leading(right.mT, left.mT, rank)
         return U.mT, values, V.mT, alive, rest
-    space = torch.linalg.eigh(M @ M.mT).eigenvectors[:, -rank:]
+    space = torch.linalg.eigh(M @ M.mT).eigenvectors.flip(1)[:, :rank]  # largest first, as QR leaves the first alone
+    space = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ space).Q).Q
     U, values, V = torch.linalg.svd(space.mT @ M, full_matrices=False)
     rest = (M.square().sum() - values.square().sum()).clamp_min(0.0)
     return space @ U, values, V, (values > _rounding(left, right)).sum(), rest
