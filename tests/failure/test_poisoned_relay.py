@@ -3,6 +3,7 @@
 import struct
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,12 @@ from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.network.base import Refused
+from peerlora.network.identity.authority import sign_request
+from peerlora.network.identity.identity import request
+from peerlora.network.identity.key_files import write_over
+from peerlora.network.identity.members import add_member, remove_member
 from peerlora.network.protocol.peer_relay import PeerRelay
-from peerlora.network.protocol.relay_messages import RelayFormat, SignedEntry, entry_vectors
+from peerlora.network.protocol.relay_messages import ReceivedEntries, RelayFormat, SignedEntry, entry_vectors
 from peerlora.network.protocol.wire import Expected, Header, encode_body, with_checksum
 from peerlora.topology.schedule import build_topology
 
@@ -295,6 +300,42 @@ def test_a_mixed_message_without_a_good_signature_is_mixed_and_no_entry(signed, 
     relay.begin(ROUND, x.rows([1]), x, {SENDER: SITES[SENDER]})
     assert refused == [(SITES[SENDER], reason)]
     assert relay.cache.versions.tolist() == [0, 0, ROUND + 1, 0, 0]
+
+
+def test_what_others_could_not_verify_any_more_is_kept_and_not_passed_on(tmp_path):
+    """The list names another key for ORIGIN now, and later not even the site; a renewed certificate changes nothing."""
+    signed = sites_signatures(tmp_path, list(SITES.values()))
+    relay = PeerRelay(RelayCaches(RelayConfig(), SPEC, {SENDER: 10}, CLIENTS), form(signed, SENDER), print)
+    forger, x = Forger(signed), Adapters(SPEC, torch.randn(1, SPEC.parameters), torch.tensor([2]))
+    relay.sign(4, x)
+    relay.begin(4, x, x, {})
+    received = [forger.of(ORIGIN, 4), forger.of(OTHER, 4)]
+    relay.end({ORIGIN: (Header(run="run", kind="relay", sender=SITES[ORIGIN]), ReceivedEntries(received, []))})
+
+    def passed_on():
+        relay.sign(5, x)
+        relay.begin(5, x, x, {})
+        message, count = relay.entries_for(np.zeros(CLIENTS, dtype=np.int64))
+        relay.end({})
+        header = with_checksum(Header(run="run", kind="relay", sender=SITES[SENDER]), message.body)
+        reader = replace(form(signed, ME), sites=SITES)
+        found = reader.decode_entries(5, np.zeros(CLIENTS), entry(ME, 6), SPEC, header, bytearray(message.body))
+        assert not found.refused and count == len(found.good)
+        return [each.entry.origin for each in found.good]
+
+    assert passed_on() == [ORIGIN, OTHER]
+    _, _, renewed = sign_request(tmp_path / "authority", request(tmp_path / SITES[ORIGIN]), 30)
+    write_over(tmp_path / SITES[ORIGIN] / "certificate.pem", renewed)
+    assert passed_on() == [ORIGIN, OTHER]
+    rosters = [signed[SITES[client]].roster for client in (SENDER, ME)]
+    for version, changed in enumerate(
+        [lambda listed: add_member(remove_member(listed, SITES[ORIGIN]), SITES[ORIGIN], "ab" * 32),
+         lambda listed: remove_member(listed, SITES[ORIGIN])], start=2
+    ):  # fmt: skip
+        for roster in rosters:
+            roster.replace(msgspec.structs.replace(changed(roster.members), version=version))
+        assert passed_on() == [OTHER]
+    assert relay.cache.versions.tolist() == [4, 6, 0, 4, 0]
 
 
 # --- whole rounds with a malicious peer in the middle

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peerlora.config.exchange import RelayConfig
 from peerlora.exchange.entry_pool import UNKNOWN, Entry, EntryPool
-from peerlora.exchange.schema import encoded_bytes
+from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.lora.adapters import BLOCKS, Adapters, AdapterSpec, Block
 
 
@@ -266,14 +266,24 @@ def _entry_sizes(caches: RelayCaches) -> Int[np.ndarray, " place"]:
 # --- what crosses in a swap
 
 
+def versions_schema(clients: int) -> Schema:
+    """What tells the versions that one client holds."""
+    return {"versions": ((clients,), torch.int64)}
+
+
+def table_schema(entries: int) -> Schema:
+    """What precedes so many entries in a message: origin, version and training rows of each."""
+    return {"entries": ((entries, 3), torch.int64)}
+
+
 def versions_bytes(clients: int) -> int:
     """The bytes of the message in which one client tells another which versions it holds."""
-    return encoded_bytes({"versions": ((clients,), torch.int64)})
+    return encoded_bytes(versions_schema(clients))
 
 
 def header_bytes(entries: int) -> int:
-    """The bytes of what precedes so many entries in a message: origin, version and training rows of each."""
-    return encoded_bytes({"entries": ((entries, 3), torch.int64)})
+    """The bytes of what precedes so many entries in a message."""
+    return encoded_bytes(table_schema(entries))
 
 
 def entry_bytes(layout: AdapterSpec, rank: int, dtype: torch.dtype) -> int:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from peerlora.exchange.relay import Entry, RelayCache, RelayCaches
+from peerlora.exchange.entry_pool import Entry
+from peerlora.exchange.relay import RelayCache, RelayCaches
 from peerlora.lora.adapters import Adapters
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.protocol.pending_exchange import Decoder, OutgoingMessage

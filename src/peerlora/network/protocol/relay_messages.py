@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from peerlora.exchange.entry_pool import Entry
 from peerlora.exchange.payload import everybody, vectors, widest
 from peerlora.exchange.payload import expected as expected_of
-from peerlora.exchange.relay import Entry
+from peerlora.exchange.relay import table_schema, versions_schema
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters, AdapterSpec
 from peerlora.network.base import PeerId, Refused, Signatures
@@ -134,15 +135,12 @@ class RelayFormat:
 
     def decode_versions(self, t: int, header: Header, body: bytearray) -> Int[np.ndarray, " client"]:
         """The versions that a neighbour holds in round ``t``; raises Refused."""
-        found = read_body(header, body, self._versions_schema())["versions"]
+        found = read_body(header, body, versions_schema(self.clients))["versions"]
         if bool((found < 0).any()):
             raise Refused("bad-body", "a version below 0")
         if int(found.max()) > t + 1:
             raise Refused("from-the-future", f"version {int(found.max())} held in round {t}")
         return found.numpy().copy()
-
-    def _versions_schema(self) -> Schema:
-        return {"versions": ((self.clients,), torch.int64)}
 
     # --- entries
 
@@ -205,7 +203,7 @@ class RelayFormat:
             raise Refused("stale-version", f"version {told[origin]} is held here")
 
     def _table_schema(self, entries: int) -> Schema:
-        found: Schema = {"entries": ((entries, 3), torch.int64)}
+        found = table_schema(entries)
         if self.signatures is not None:
             found["signatures"] = ((entries, self.signatures.size), torch.uint8)
         return found
@@ -219,7 +217,7 @@ class RelayFormat:
         """The most bytes of body that a message of relayed adapters may have; ``start``: any adapters of the run."""
         entry = widest((start.exchanged().rows([0]),))
         every = largest_body(self._table_schema(self.clients)) + self.clients * largest_body(entry)
-        return max(every, largest_body(self._versions_schema()))
+        return max(every, largest_body(versions_schema(self.clients)))
 
 
 def entry_vectors(entry: Entry, layout: AdapterSpec) -> dict[str, Tensor]:

@@ -74,10 +74,9 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
             site.names,
         )
-        relayed = federation.exchange.relayed
-        rows = {site.client: relayed.rows[site.client]} if relayed else None
+        rows = _told_rows(federation, site)
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers, rows)
-        if relayed:
+        if config.exchange.relay:
             self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
         super().__init__(replace(federation, exchange=peers), site, thread, protocol, control, store)
         self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
@@ -192,6 +191,13 @@ class SynchronousPeer(PeerParticipation):
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+
+def _told_rows(federation: Federation, site: Site) -> dict[int, int]:
+    """This client's training rows, as relayed adapters tell all sites: 1 where their weights do not depend on them."""
+    relay, relayed = federation.config.exchange.relay, federation.exchange.relayed
+    counts = relay is not None and relay.weights == "rows" and relayed is not None
+    return {site.client: relayed.rows[site.client] if counts else 1}
 
 
 def _everything_sent(federation: Federation) -> Schema:
