@@ -159,7 +159,7 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Print one line per run: its results, its cost and its folder."""
     metric = rows[0][1]["metric"]
     relayed = any("relayed_mean" in scores_of(summary) for _, summary in rows)
-    models = "the averaged model, and the relayed ones" if relayed else "and of the averaged model"
+    models = "of the averaged model, and of the relayed ones" if relayed else "and of the averaged model"
     table = Table(title=f"{metric} of each client's own model, {models}", title_justify="left")
     timed = any(summary.get("virtual_seconds") is not None for _, summary in rows)
     names = ["", "mean", "worst", "averaged", *(["relayed", "worst relayed"] if relayed else [])]

@@ -34,7 +34,15 @@ from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.plan import plan
-from peerlora.runtime.relayed_export import MODELS, UNCUT_FACTS, cut_facts, deployed, read_relayed, read_uncut
+from peerlora.runtime.relayed_export import (
+    MODEL_FACTS,
+    MODELS,
+    UNCUT_FACTS,
+    cut_facts,
+    deployed,
+    read_relayed,
+    read_uncut,
+)
 from peerlora.runtime.resources import RunResources, build_model
 from peerlora.tree import leaves, rebuild
 
@@ -68,7 +76,7 @@ class Exporter:
         scores, metric = scores_of(summary), summary.get("metric")
         shown = {"mean client": scores.get("own_mean"), "worst client": worst_of(summary)}
         shown["averaged model"] = scores.get("averaged")
-        shown |= {"relayed, mean client": scores.get("relayed_mean"), "relayed, worst": scores.get("relayed_worst")}
+        shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
         facts = told | {"client": client} | reached | dict(told_too or {})
         return export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
@@ -237,6 +245,6 @@ def _export(run: Path, folder: Path, client: int | None, rank: int | None, model
     averages_products = to.config.exchange.relay is not None and to.config.exchange.relay.average == "products"
     if exact or (rank is not None and averages_products):
         uncut = read_uncut(run, to.config, to.clients, x.rows([row]), client)
-        to.write(folder, uncut, 0, summary, client, rank, UNCUT_FACTS if exact else None)
+        to.write(folder, uncut, 0, summary, client, rank, UNCUT_FACTS if exact else MODEL_FACTS)
     else:
         to.write(folder, relayed.adapters, row, summary, client, rank, cut_facts(relayed, row))

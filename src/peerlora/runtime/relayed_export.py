@@ -64,14 +64,13 @@ def read_uncut(run: Path, config: RunConfig, clients: Sequence[int], own: Adapte
 def cut_facts(relayed: RelayedModels, row: int) -> dict[str, str]:
     """For the card of a relayed model in this row: what it is, and what its rank leaves out."""
     share = float(relayed.cut_share[row]) ** 0.5
-    told = {"model": "the relayed average: of the newest adapter of every client that this one has heard of"}
-    return told | {"left out": f"{share:.2%} of the averaged update (Frobenius norm over all layers)"}
+    left_out = {"left out": f"{share:.2%} of the averaged update (Frobenius norm over all layers)"} if share else {}
+    return MODEL_FACTS | left_out
 
 
-UNCUT_FACTS: Mapping[str, str] = {
-    "model": "the relayed average: of the newest adapter of every client that this one has heard of",
-    "holds": "all of the averaged update; scaling 1",
-}
+MODEL_FACTS = {"model": "the relayed average: of the newest adapter of every client that this one has heard of"}
+UNCUT_FACTS = MODEL_FACTS | {"holds": "all of the averaged update, with no cut; scaling 1"}
+"""For the cards of relayed models."""
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
