@@ -132,6 +132,21 @@ def test_a_poisoned_entry_is_refused_by_name_and_the_others_of_its_message_are_u
     assert f"client {poison(forger).entry.origin} " in told and f"version {poison(forger).entry.version}" in told
 
 
+@pytest.mark.parametrize(("max_age", "taken"), [(None, [1, 4]), (2, [4]), (1, [])])
+def test_an_entry_beyond_the_largest_age_is_refused(signed, max_age, taken):
+    """In round 5 an entry of version 4 has age 2: beyond what an honest neighbour keeps, where max_age is less."""
+    relay = PeerRelay(RelayCaches(RelayConfig(max_age=max_age), SPEC, {ME: 10}, CLIENTS), form(signed, ME), print)
+    x = Adapters(SPEC, torch.randn(1, SPEC.parameters), torch.tensor([2]))
+    relay.sign(5, x)
+    relay.begin(5, x, x, {})
+    sent = [Forger(signed).of(ORIGIN, 1), Forger(signed).of(OTHER, 4)]
+    body = form(signed, SENDER).encode_entries(sent, SPEC).body
+    header = with_checksum(Header(run="run", kind="relay", sender=SITES[SENDER]), body)
+    _, found = relay.decode_entries()(header, bytearray(body))
+    assert [each.entry.version for each in found.good] == taken
+    assert [each.reason for each in found.refused] == ["stale-version"] * (2 - len(taken))
+
+
 def test_a_second_entry_of_an_origin_is_refused(signed):
     forger = Forger(signed)
     body = form(signed, SENDER).encode_entries([forger.of(ORIGIN, 5), forger.of(ORIGIN, 6)], SPEC).body

@@ -44,7 +44,7 @@ REASONS = {
     "out-of-range": "the body holds a value that is far from this site's own ones, or no possible count or mass",
     "bad-signature": "the signature of a relayed adapter is missing, or not its origin's over this adapter in this run",
     "unknown-origin": "a relayed adapter is by nobody whom the run and the current member list name",
-    "stale-version": "this site holds this version of a relayed adapter or a newer one, and said so",
+    "stale-version": "a relayed adapter is not newer than the one held here, or older than exchange.relay.max_age",
     "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
     "internal": "the receiver failed on this message; see its log",
     "unknown-reason": "the other side gave a reason that is not in this list",

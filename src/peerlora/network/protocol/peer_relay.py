@@ -33,7 +33,7 @@ class PeerRelay:
     """
 
     def __init__(self, caches: RelayCaches, form: RelayFormat, on_refusal: OnRefusal):
-        (self.client,) = caches.clients
+        (self.client,), self.max_age = caches.clients, caches.settings.max_age
         self.caches, self.form, self.on_refusal = caches, form, on_refusal
         self.t = self.refused = 0
         """The present round, and the entries that were refused in it."""
@@ -114,8 +114,10 @@ class PeerRelay:
 
     def decode_entries(self) -> Decoder:
         """The decoder of what neighbours send; it gives the header too."""
-        own = self.caches.pool.entry(int(self.cache.places[self.client]))
-        decode = partial(self.form.decode_entries, self.t, self._told, own, self.caches.layout)
+        own, known, max_age = self.caches.pool.entry(int(self.cache.places[self.client])), self._told, self.max_age
+        if max_age is not None:  # an honest neighbour has dropped what is older
+            known = np.maximum(known, self.t - max_age)
+        decode = partial(self.form.decode_entries, self.t, known, own, self.caches.layout)
         return lambda header, body: (header, decode(header, body))
 
     def end(self, received: Mapping[int, tuple[Header, ReceivedEntries]]) -> None:

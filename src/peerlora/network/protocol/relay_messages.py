@@ -158,7 +158,7 @@ class RelayFormat:
     def decode_entries(
         self,
         t: int,
-        told: Int[np.ndarray, " client"],
+        known: Int[np.ndarray, " client"],
         own: Entry,
         layout: AdapterSpec,
         header: Header,
@@ -166,7 +166,7 @@ class RelayFormat:
     ) -> ReceivedEntries:
         """The entries of a neighbour's message in round ``t``; raises Refused for a message that is none.
 
-        ``told``: the versions that this client said it holds.  ``own``: its own entry.
+        ``known``: by origin, the version beyond which this client takes one.  ``own``: its own entry.
         """
         like = _adapters(own, layout)
         parts = [self._table_schema(self.clients), widest((like,))]
@@ -184,7 +184,7 @@ class RelayFormat:
             try:
                 if origin in {earlier for earlier, *_ in rows[:number]}:
                     raise Refused("stale-version", "a second entry of this origin")
-                self._check_wanted(t, told, origin, version)
+                self._check_wanted(t, known, origin, version)
                 entry = _read_entry(files[1 + number], like, origin, version, of_origin)
                 self._check_signed(entry, signature, layout)
                 _check_values(own, entry, layout)
@@ -193,14 +193,14 @@ class RelayFormat:
                 refused.append(self._named(origin, version, refusal))
         return ReceivedEntries(good, refused)
 
-    def _check_wanted(self, t: int, told: Int[np.ndarray, " client"], origin: int, version: int) -> None:
+    def _check_wanted(self, t: int, known: Int[np.ndarray, " client"], origin: int, version: int) -> None:
         """Raise Refused for an entry that no honest neighbour passes on to this client in round ``t``."""
         if not 0 <= origin < self.clients:
             raise Refused("unknown-origin", f"the run has clients 0 to {self.clients - 1}")
         if version > t:  # one link a round: an entry of this round is in its origin's own message only
             raise Refused("from-the-future", f"in round {t}")
-        if version <= told[origin]:
-            raise Refused("stale-version", f"version {told[origin]} is held here")
+        if version <= known[origin]:
+            raise Refused("stale-version", f"expected one after version {known[origin]}")
 
     def _table_schema(self, entries: int) -> Schema:
         found = table_schema(entries)
