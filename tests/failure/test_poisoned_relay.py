@@ -44,8 +44,8 @@ def entry(origin, version, rank=2, rows=10):
     return Entry(origin, version, rank, rows, values)
 
 
-def form(signed, client, expected=EXPECTED, sites=SITES):
-    return RelayFormat(expected, CLIENTS, sites, signed and signed[SITES[client]])
+def form(signed, client, expected=EXPECTED, sites=SITES, most=CLIENTS):
+    return RelayFormat(expected, CLIENTS, most, sites, signed and signed[SITES[client]])
 
 
 class Forger:
@@ -287,6 +287,17 @@ def test_the_bound_holds_the_largest_message_and_little_more(signed):
         body = receiver.encode_entries(sent, SPEC).body
         assert len(body) <= receiver.largest(start) <= 1.5 * len(body) + 4096
         assert encoded_bytes({"versions": ((CLIENTS,), torch.int64)}) <= receiver.largest(start)
+
+
+def test_no_message_has_more_entries_than_a_client_keeps(signed):
+    start = Adapters(SPEC, torch.zeros(1, SPEC.parameters), torch.tensor([2]))
+    sent = [Forger(signed).of(origin, 6) for origin in (ORIGIN, OTHER)]
+    receiver, body = form(signed, ME, most=1), form(signed, SENDER).encode_entries(sent, SPEC).body
+    assert receiver.largest(start) < len(body) + 512 < form(signed, ME, most=3).largest(start)
+    with pytest.raises(Refused) as refused:
+        decoded(receiver, body)
+    assert refused.value.reason in ("oversize", "bad-body")
+    assert len(decoded(receiver, form(signed, SENDER).encode_entries(sent[:1], SPEC).body).good) == 1
 
 
 MIXED = {

@@ -181,9 +181,11 @@ class NeighbourExchange(PlainExchange):
 
     @cached_property
     def relay_format(self) -> RelayFormat:
-        """The format of relayed adapters in this run."""
-        endpoint = self.protocol.endpoint
-        return RelayFormat(endpoint.expected, self.topology.clients, self.sites, endpoint.transport.signatures)
+        """The format of relayed adapters in this run; asked for once ``relayed`` is set."""
+        assert self.relayed is not None, "nothing is relayed"
+        endpoint, clients = self.protocol.endpoint, self.topology.clients
+        most = min(clients, self.relayed.settings.keep or clients)
+        return RelayFormat(endpoint.expected, clients, most, self.sites, endpoint.transport.signatures)
 
     @cached_property
     def _relay(self) -> PeerRelay | None:

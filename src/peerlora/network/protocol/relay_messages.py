@@ -64,12 +64,14 @@ class ReceivedEntries(NamedTuple):
 class RelayFormat:
     """Encoder and decoder of entries in one run.
 
-    ``clients``: of the run.  ``sites``: client -> site, of all that the member list names.  ``signatures``: of the
-    transport; None where it authenticates nobody, and then entries are not signed.
+    ``clients``: of the run.  ``most``: entries, at most, of one message: no client passes on more than it keeps.
+    ``sites``: client -> site, of all that the member list names.  ``signatures``: of the transport; None where it
+    authenticates nobody, and then entries are not signed.
     """
 
     expected: Expected
     clients: int
+    most: int
     sites: Mapping[int, PeerId]
     signatures: Signatures | None
 
@@ -169,11 +171,11 @@ class RelayFormat:
         ``known``: by origin, the version beyond which this client takes one.  ``own``: its own entry.
         """
         like = _adapters(own, layout)
-        parts = [self._table_schema(self.clients), widest((like,))]
-        files = read_files(header, body, lambda number: parts[min(number, 1)], 1 + self.clients)
+        parts = [self._table_schema(self.most), widest((like,))]
+        files = read_files(header, body, lambda number: parts[min(number, 1)], 1 + self.most)
         if not files:
             raise Refused("bad-body", "no table of entries")
-        count = min(claimed_shapes(files[0], parts[0]).get("entries", (0,))[0], self.clients)
+        count = min(claimed_shapes(files[0], parts[0]).get("entries", (0,))[0], self.most)
         table = read_vectors(files[0], self._table_schema(count))
         if len(files) != 1 + count:
             raise Refused("bad-body", f"{len(files) - 1} entries came, the table has {count}")
@@ -216,7 +218,7 @@ class RelayFormat:
     def largest(self, start: Adapters) -> int:
         """The most bytes of body that a message of relayed adapters may have; ``start``: any adapters of the run."""
         entry = widest((start.exchanged().rows([0]),))
-        every = largest_body(self._table_schema(self.clients)) + self.clients * largest_body(entry)
+        every = largest_body(self._table_schema(self.most)) + self.most * largest_body(entry)
         return max(every, largest_body(versions_schema(self.clients)))
 
 

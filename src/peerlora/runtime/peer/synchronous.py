@@ -196,8 +196,7 @@ class SynchronousPeer(PeerParticipation):
 def _told_rows(federation: Federation, site: Site) -> dict[int, int]:
     """This client's training rows, as relayed adapters tell all sites: 1 where their weights do not depend on them."""
     relay, relayed = federation.config.exchange.relay, federation.exchange.relayed
-    counts = relay is not None and relay.weights == "rows" and relayed is not None
-    return {site.client: relayed.rows[site.client] if counts else 1}
+    return {site.client: relayed.rows[site.client] if relay and relayed and relay.weights == "rows" else 1}
 
 
 def _everything_sent(federation: Federation) -> Schema:
