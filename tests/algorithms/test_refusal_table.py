@@ -90,4 +90,6 @@ def test_descriptions_keep_what_they_said():
     described = describe_algorithms()
     assert list(described) == list(STORED["described"])
     for method, told in STORED["described"].items():
+        refusals = told.pop("not_with")
         assert told.items() <= described[method].items(), method
+        assert refusals.items() <= described[method]["not_with"].items(), method

@@ -103,3 +103,27 @@ def test_the_data_are_not_needed_to_export(cli, run, texts, tmp_path, monkeypatc
     answer = cli("export", run, "--client", "1", "--to", tmp_path / "to")
     assert answer.code == 0, answer.err
     assert_same_adapter(tmp_path / "to", run / "adapters" / "client-01")
+
+
+def test_models_of_a_run_that_relays(cli, yaml_file, tmp_path):
+    run = tmp_path / "run"
+    assert cli("train", yaml_file("exchange.relay=true", "algorithm.interval=1"), "--out", run).code == 0
+    answer = cli("export", run, "--client", "1", "--model", "relayed", "--exact", "--to", tmp_path / "exact", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["model"] == "relayed"
+    assert json.loads((tmp_path / "exact" / "adapter_config.json").read_text())["r"] == 12  # 4 clients of rank 3
+    assert cli("export", run, "--client", "1", "--model", "own", "--to", tmp_path / "own").code == 0
+    assert cli("export", run, "--client", "1", "--to", tmp_path / "default").code == 0
+    assert_same_adapter(tmp_path / "default", run / "adapters" / "client-01")
+    assert cli("export", run, "--model", "averaged", "--to", tmp_path / "averaged").code == 0
+    assert_same_adapter(tmp_path / "averaged", run / "adapters" / "average")
+    for words, told in (
+        (["--client", "1", "--model", "mine"], "expected one of own, relayed, averaged"),
+        (["--client", "1", "--model", "averaged"], "exactly one of --client I and --average"),
+        (["--model", "own"], "exactly one of --client I and --average"),
+        (["--average", "--model", "own"], "needs --client I"),
+        (["--client", "1", "--model", "own", "--exact"], "--exact is for relayed models"),
+        (["--client", "1", "--exact", "--rank", "2"], "drop one of them"),
+    ):
+        answer = cli("export", run, *words, "--to", tmp_path / "none")
+        assert answer.code == 2 and told in answer.err and not (tmp_path / "none").exists(), words

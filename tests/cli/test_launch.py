@@ -189,6 +189,23 @@ def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file, tmp_path):
+    settings = ["clients=3", "topology=path", "train.rounds=4", "exchange.relay={weights: rows}"]
+    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    assert summary["deployed"] == "relayed" and summary["relayed_mean"] is not None
+    rounds = [select_events(read_events(tmp_path / "out" / f"peer-{i:02d}"), RoundDone) for i in range(3)]
+    if not any(done.missed for each in rounds for done in each):  # on a busy machine a peer may come late
+        assert [each[-1].measures["relayed_known_min"] for each in rounds] == [3, 3, 3]
+        assert [each[-1].measures["relayed_age_max"] for each in rounds] == [1, 0, 1]
+    assert not any("relayed_refused" in done.measures for each in rounds for done in each)
+    exported = cli("export", tmp_path / "out" / "peer-02", "--client", "2", "--exact", "--to", tmp_path / "adapter")
+    assert exported.code == 0, exported.err
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_failures_on_purpose(cli, yaml_file, tmp_path):
     words = [*SETTINGS, "clients=4", "train.rounds=80", "train.local_steps=30", "algorithm.name=dec-lora"]
     path = yaml_file(*words, "peer.deadline=2", "peer.join=60", "checkpoint.every=5", "eval.every=1000")

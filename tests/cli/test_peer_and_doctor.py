@@ -95,6 +95,13 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
     assert answer.code == 2
 
 
+def test_doctor_says_who_gets_to_see_a_relayed_adapter(cli, yaml_file, sites):
+    told = r"advice +exchange.relay: every site of the run gets this site's adapter, not its 1 neighbours alone: a\n"
+    path = yaml_file(*WORDS, "exchange.relay={}")
+    assert re.search(told, cli("doctor", path, *options(sites, "b"), "--wait", "0.1").out)
+    assert "exchange.relay" not in cli("doctor", yaml_file(*WORDS), *options(sites, "b"), "--wait", "0.1").out
+
+
 def changed(sites, change):
     """Replace the member list by the next version, signed."""
     listed = change(read_list(sites / "members.json").list)

@@ -5,6 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from peerlora.network.identity.authority import throwaway
+from peerlora.network.identity.identity import load_identity
+from peerlora.network.identity.roster import Roster
+from peerlora.network.identity.signatures import SiteSignatures
 from peerlora.network.protocol.control import PeerControl
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
@@ -34,14 +38,18 @@ def network(clients, timing=QUICK):
 
 
 @contextmanager
-def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
-    """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round."""
+def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0, signatures=None):
+    """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round.
+
+    ``signatures``: site -> those of its transport.
+    """
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
         made, controls = [], []
         for client, site in sites.items():
             others = [name for name in sites.values() if name != site]
-            endpoint = Endpoint(net.transport(site), Expected("run", "ba5e", "5bec"), others)
+            transport = net.transport(site, signatures=signatures and signatures[site])
+            endpoint = Endpoint(transport, Expected("run", "ba5e", "5bec"), others)
             controls.append(PeerControl(endpoint, {"train": "same"}, deadline))
             protocol = RoundProtocol(endpoint, deadline, lambda kind: largest, controls[-1])
             thread.ask(endpoint.start_at, first)  # as a run does: handshakes say in which round a peer is
@@ -52,6 +60,16 @@ def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0):
         yield made
         for control in controls:
             thread.call(control.close())
+
+
+def sites_signatures(folder, sites):
+    """Site -> signatures by its own identity."""
+    members = throwaway(folder, dict.fromkeys(sites) | {sites[0]: "127.0.0.1:1"})
+    identities = {site: load_identity(folder / site) for site in sites}
+    return {
+        site: SiteSignatures(lambda identity=identity: identity, Roster(site, identity.fingerprint, members))
+        for site, identity in identities.items()
+    }
 
 
 def together(calls):

@@ -110,6 +110,24 @@ def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(pro
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(processes):
+    """Over gRPC every entry is signed; on a path the two ends know each other by the one between them alone."""
+    found = processes("train.rounds=40", "train.local_steps=40", "topology.kind=path", "exchange.relay={}")
+    kill_and_restart(found, 2)
+    events = read_events(found.run("run", 2))
+    assert len(select_events(events, Resumed)) == 1
+    after = [done for done in select_events(events, RoundDone) if done.round >= select_events(events, Resumed)[0].round]
+    assert all(done.measures["relayed_known_min"] == 3 for done in after)
+    for client in range(3):
+        done = rounds(found, client)
+        assert not any("relayed_refused" in each.measures for each in done)
+        assert done[-1].measures["relayed_known_min"] == 3 and done[-1].measures["relayed_age_max"] <= 1
+    away = [each for each in rounds(found, 0) if each.round > 4 and each.measures["relayed_age_max"] > 2]
+    assert away, "the entry of the killed process has grown old meanwhile"
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_everybody_is_killed_and_goes_on(processes):
     found = processes("train.rounds=40", "train.local_steps=20")
     until(found, 0, 7)

@@ -8,17 +8,20 @@ import numpy as np
 
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.choco import Choco
+from peerlora.algorithms.traits import ONE_FACTOR
 from peerlora.errors import CompositionError
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
+    from peerlora.algorithms.base import Algorithm
     from peerlora.algorithms.traits import Traits
     from peerlora.config.run import RunConfig
+    from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
 
 
 def check_wrappers(config: RunConfig, traits: Traits, topology: Topology) -> None:
-    """Refuse codecs, robust rules and attackers where they cannot work with the method or the topology.
+    """Refuse codecs, robust rules, relaying and attackers where they cannot work with the method or the topology.
 
     Raises CompositionError with the reason and an alternative.
     """
@@ -36,6 +39,62 @@ def check_wrappers(config: RunConfig, traits: Traits, topology: Topology) -> Non
         )
     if robust:
         _check_robust(robust, topology)
+    if config.exchange.relay:
+        _check_relay(config, traits)
+
+
+def check_relayed_message(config: RunConfig, algorithm: Algorithm[Any], x: Adapters) -> None:
+    """Refuse to relay what a method sends unless every factor that stays at home is common to all clients.
+
+    Methods of this package say so in their traits; here one of another package is found out by its message.
+    Raises CompositionError.
+    """
+    if config.exchange.relay is None or algorithm.traits.operator == "both":
+        return
+    sent = list(algorithm.message(x, 0))
+    if not all(any(f"{block}:" in name for name in sent) for block in ("A", "B")):
+        raise _refused("exchange.relay", config, ONE_FACTOR, f"one of {_relayable()}")
+
+
+def relay_warnings(config: RunConfig) -> tuple[str, ...]:
+    """What to know of relayed models among attackers, and of their time on the virtual clock."""
+    if config.exchange.relay is None:
+        return ()
+    warnings = []
+    if config.adversary or config.exchange.robust:
+        warnings.append(
+            "exchange.relay averages every adapter that a client has heard of, those of attackers too: a robust rule "
+            "protects the mixing and not the relayed models"
+        )
+    if config.clock and config.clock.bandwidth is not None:
+        warnings.append(
+            "exchange.relay on the virtual clock: relayed entries count as bytes and take no virtual time, so that "
+            "training is what it is without them"
+        )
+    return tuple(warnings)
+
+
+def _check_relay(config: RunConfig, traits: Traits) -> None:
+    assert config.exchange.relay is not None
+    if config.exchange.codec:
+        raise CompositionError(
+            "exchange.codec and exchange.relay exclude each other: with a codec receivers know replicas of their "
+            "neighbours' adapters only, and have nothing whole to pass on; use one"
+        )
+    if reason := traits.refusal("relay"):
+        raise _refused("exchange.relay", config, reason, f"one of {_relayable()}")
+    if config.exchange.relay.average == "products":
+        return
+    ranks = len(set(config.ranks)) > 1 and "clients have different ranks"
+    cut = traits.unequal_ranks is None and not traits.own_gauge and "it cuts clients' ranks while it runs"
+    gauge = traits.own_gauge and "it leaves every client's factors in coordinates of their own"
+    if reason := ranks or gauge or cut:
+        raise _refused("exchange.relay.average=factors", config, reason, "exchange.relay.average=products")
+
+
+def _relayable() -> str:
+    """The methods of this package that can be relayed."""
+    return ", ".join(name for name, kind in REGISTRY.items() if kind.traits.refusal("relay") is None)
 
 
 def _check_method(config: RunConfig, traits: Traits) -> None:

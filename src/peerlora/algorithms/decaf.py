@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
-from peerlora.exchange.combine import Combined, Received
-from peerlora.lora.product import Decomposition, decompose, joined
+from peerlora.exchange.product_average import averaged_products
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -46,25 +42,3 @@ class DeCAF(FactorGossip):
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
         return peers.combine(learner.fit(x, "AB"), averaged_products)
-
-
-def averaged_products(received: Received) -> Combined:
-    """The weighted average of the products, truncated to each receiver's own rank."""
-    own = received.own
-    ranks = own.ranks.to(own.flat.device)
-    factors, tail = {}, torch.zeros(own.clients, dtype=torch.float64, device=own.flat.device)
-    for layer in received.layers:
-        found = decompose(*joined(received.B(layer), received.A(layer), received.weights * received.scaling))
-        factors[layer] = cut_to_rank(found, own, layer)
-        tail += found.tail(ranks)
-    return received.with_factors(factors, {"truncation_tail": tail})
-
-
-def cut_to_rank(found: Decomposition, own: Adapters, layer: str) -> tuple[Tensor, Tensor]:
-    """(B, A) of each client's rank, balanced, without its scaling; directions that are missing keep A and get B = 0."""
-    rank, ranks = own.spec.rank, own.ranks.to(own.flat.device)
-    B, A = found.factors(rank)
-    alive = torch.arange(rank, device=ranks.device) < torch.minimum(found.rank, ranks)[:, None]
-    shrink = own.scaling.double().rsqrt()[:, None, None]  # s B A is the product; the factors share 1/s evenly
-    new_A = torch.where(alive[:, :, None], A * shrink, own.A[layer].double())
-    return torch.where(alive[:, None, :], B * shrink, 0.0), new_A

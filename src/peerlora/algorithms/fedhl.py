@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.decaf import cut_to_rank
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
+from peerlora.exchange.product_average import cut_to_rank
 from peerlora.lora.merged import Merged, Update
 from peerlora.lora.product import Decomposition, decompose
 from peerlora.topology.properties import Properties

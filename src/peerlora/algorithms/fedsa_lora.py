@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.gossip import FactorGossip
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import ONE_FACTOR, Traits
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange
@@ -31,6 +31,7 @@ class FedSALoRA(FactorGossip):
         source="FedSA-LoRA, arXiv 2410.01463",
         mixes="A",
         sends="adapters",
+        refuses={"relay": ONE_FACTOR},
     )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:

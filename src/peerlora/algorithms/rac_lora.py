@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peerlora.algorithms.flora import growth
 from peerlora.algorithms.gossip import FactorGossip
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import REASONS, Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Block, redrawn
@@ -71,6 +71,7 @@ class RACLoRA(FactorGossip):
         mixes="the factor that trains",
         operator="both",
         sends="models",
+        refuses={"relay": REASONS["merges"]["relay"]},
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         merges_into="base",
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from peerlora.algorithms.adf_lora import ADFLoRA
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import ONE_FACTOR, Traits
 from peerlora.lora.adapters import parse_blocks
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class RoLoRA(ADFLoRA):
         trains="B and A in turn, `interval` rounds each",
         mixes="the factor that trained",
         sends="adapters",
+        refuses={"relay": ONE_FACTOR},
     )
 
     def message(self, x: Adapters, t: int = 0) -> Schema:

@@ -14,7 +14,7 @@ Operator = Literal["none", "product-sum", "sum-product", "both"]
 product-sum (PS) averages the factors and multiplies the averages.  sum-product (SP) averages the products and, where it
 sends factors on, factors the average again.  Both: one factor is common to all clients, so the two are the same.
 """
-Wrapper = Literal["codec", "robust", "attack", "label-flip"]
+Wrapper = Literal["codec", "robust", "attack", "label-flip", "relay"]
 """What may stand between a method and its exchange; attack: any that changes what is sent."""
 Sends = Literal["adapters", "models", "merges", "sums", "replicas", "layers", "pushes", "nothing", "other"]
 """What a method's messages hold, which decides the wrappers that fit unless the method says otherwise.
@@ -22,9 +22,11 @@ Sends = Literal["adapters", "models", "merges", "sums", "replicas", "layers", "p
 adapters: mixed once a round, and nothing else; any wrapper fits.  models: as they are, and clients go on from what
 arrives, so that they can attack and go on unharmed.  merges: models that receivers merge for good.  sums: shares of a
 sum, with their mass.  replicas: compressed differences.  layers: some layers, and which ones.  pushes: messages at
-times of the sender's own.  other: refused by every wrapper but flipped labels.
+times of the sender's own.  other: refused by every wrapper but flipped labels.  Adapters and models can be relayed,
+unless a factor stays at home that differs from client to client.
 """
 
+ONE_FACTOR = "it sends one factor, and the other differs from client to client, so that what is sent is no model"
 REPLICAS = "compressed gossip keeps replicas of one set of adapters, and of nothing else"
 SGD = {"optimizer": "sgd", "lr": 0.1}
 """The defaults of ``train`` for a method that was made for SGD."""
@@ -36,7 +38,7 @@ _OWN_RULE: dict[Wrapper, str] = {
 
 
 def _all(reason: str) -> dict[Wrapper, str]:
-    return {"codec": reason, "robust": reason, "attack": reason}
+    return {"codec": reason, "robust": reason, "attack": reason, "relay": reason}
 
 
 REASONS: dict[Sends, dict[Wrapper, str]] = {
@@ -45,16 +47,19 @@ REASONS: dict[Sends, dict[Wrapper, str]] = {
     "merges": {
         **_OWN_RULE,
         "attack": "an attacker would merge its own lie for good, and could not go on from the truth",
+        "relay": "what clients have merged does not travel, and an adapter without it is no model",
     },
     "sums": {
         "codec": f"the mass has to arrive as it was sent, along with its share, and {REPLICAS}",
         "robust": "what it mixes are shares of a sum, and a rule that leaves any out loses their mass",
         "attack": "it sends shares of a sum, and an attack on models would leave their mass alone",
+        "relay": "it sends shares of a sum, which are no models without their mass",
     },
     "replicas": {
         "codec": "it has a codec of its own",
         "robust": "its receivers know averages of their neighbours only, and a robust rule has to see each of them",
         "attack": "its messages are compressed differences, no models; dec-lora with exchange.codec can be attacked",
+        "relay": "its messages are compressed differences, no models",
     },
     "layers": _all("it sends some layers, and which ones they are"),
     "pushes": _all("its clients keep no common rounds"),
@@ -130,6 +135,7 @@ class Traits:
         found = {
             "exchange.codec": self.refusal("codec"),
             "exchange.robust": self.refusal("robust"),
+            "exchange.relay": self.refusal("relay"),
             "adversary": flip or attack and f"all but label-flip: {attack}",
             "train.local_steps > 1": self.one_step,
             "train.quiet": self.quiet_refusal(),

@@ -1,7 +1,7 @@
 """``peerlora export``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -13,15 +13,26 @@ def command(
     to: Annotated[Path, typer.Option("--to", help="the PEFT folder to write; must be new or empty")],
     client: Annotated[int | None, typer.Option("--client", help="the client whose adapter to export")] = None,
     average: Annotated[bool, typer.Option("--average", help="export the average of all clients")] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", help="own, relayed or averaged; by default the one that the run deploys")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="a relayed model with no cut, of a larger rank")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="cut to this rank; the card tells the error")] = None,
     json: AsJson = False,
 ) -> None:
     """Write one client's adapter, or the average, as a folder that PEFT loads."""
+    from peerlora.config.exchange import ExportedModel
     from peerlora.errors import ConfigError
 
-    if (client is None) != average:
-        raise ConfigError("export needs exactly one of --client I and --average")
+    models = get_args(ExportedModel)
+    if model is not None and model not in models:
+        raise ConfigError(f"--model {model} given; expected one of {', '.join(models)}")
+    if (client is None) != (average or model == "averaged"):
+        raise ConfigError("export needs exactly one of --client I and --average (which --model averaged is, too)")
+    if average and model in ("own", "relayed"):
+        raise ConfigError(f"--average and --model {model} given; a client's {model} model needs --client I")
     from peerlora.runtime.export import export_from_run
 
-    export_from_run(run, to, client, rank)
-    print_json({"run": str(run), "client": client, "to": str(to)}) if json else print(f"wrote {to}")
+    export_from_run(run, to, client, rank, cast("ExportedModel | None", model), exact)
+    told = {"run": str(run), "client": client, "to": str(to)} | ({"model": model} if model else {})
+    print_json(told) if json else print(f"wrote {to}")

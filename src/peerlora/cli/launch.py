@@ -107,13 +107,18 @@ def print_launch(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "peer", "ended", "rounds", "metric", "missed links", "rounds left out", "starts", title_justify="left"
-    )
+    scores = ["metric", *(["relayed"] if "deployed" in summary else [])]
+    table = Table("peer", "ended", "rounds", *scores, "missed links", "rounds left out", "starts", title_justify="left")
     for peer in summary["peers"]:
-        keys = ("client", "ended", "rounds", "metric", "missed", "skipped", "starts")
-        table.add_row(*(format_fixed(peer[key]) if key == "metric" else str(peer[key]) for key in keys))
+        keys = ("client", "ended", "rounds", *scores, "missed", "skipped", "starts")
+        table.add_row(*(format_fixed(peer[key]) if key in scores else str(peer[key]) for key in keys))
     console = Console(width=110)
     console.print(table)
-    reached = ", ".join(f"{name} {format_fixed(summary[f'own_{name}'])}" for name in ("mean", "min", "max"))
+    reached = _reached(summary, "own")
+    if "deployed" in summary:
+        reached += f"; relayed models {_reached(summary, 'relayed')}; deployed: the {summary['deployed']} ones"
     console.print(f"{summary['method']}: {reached}; {summary['run']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _reached(summary: dict[str, Any], models: str) -> str:
+    return ", ".join(f"{name} {format_fixed(summary[f'{models}_{name}'])}" for name in ("mean", "min", "max"))

@@ -129,6 +129,8 @@ class Progress:
             facts["mean client"] = f"{mean(own):.3f}"
             worst = min if self.started is None or self.started.higher_is_better else max
             facts["worst"] = f"{worst(own):.3f}"
+            if relayed := _without_nan(self.evaluated.relayed):
+                facts["relayed mean/worst"] = f"{mean(relayed):.3f}/{worst(relayed):.3f}"
         if event.virtual_seconds == event.virtual_seconds:
             facts["virtual"] = f"{event.virtual_seconds:.1f} s"
         if rounds:
@@ -148,16 +150,21 @@ class Progress:
 
 
 def _without_nan(values: Sequence[float]) -> list[float]:
-    """The values of clients that have one: attackers have none, and nobody a loss in a round without training."""
-    return [value for value in values if not math.isnan(value)] or [math.nan]
+    """The values of clients that have one: attackers have none, and nobody a loss in a round without
+    training: then NaN; empty of no clients."""
+    known = [value for value in values if not math.isnan(value)]
+    return known or [math.nan] * bool(values)
 
 
 def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Print one line per run: its results, its cost and its folder."""
     metric = rows[0][1]["metric"]
-    table = Table(title=f"{metric} of each client's own model, and of the averaged model", title_justify="left")
+    relayed = any("relayed_mean" in scores_of(summary) for _, summary in rows)
+    models = "of the averaged model, and of the relayed ones" if relayed else "and of the averaged model"
+    table = Table(title=f"{metric} of each client's own model, {models}", title_justify="left")
     timed = any(summary.get("virtual_seconds") is not None for _, summary in rows)
-    for name in ("", "mean", "worst", "averaged", "consensus", "sent", "seconds", *(["virtual s"] if timed else [])):
+    names = ["", "mean", "worst", "averaged", *(["relayed", "worst relayed"] if relayed else [])]
+    for name in (*names, "consensus", "sent", "seconds", *(["virtual s"] if timed else [])):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True, min_width=len(name))
     for name, summary in rows:
         reached = scores_of(summary)
@@ -166,6 +173,7 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
             format_fixed(reached["own_mean"]),
             format_fixed(worst_of(summary)),
             format_fixed(reached["averaged"]),
+            *([format_fixed(reached.get(f"relayed_{each}")) for each in ("mean", "worst")] if relayed else []),
             format_fixed(summary["consensus"]["product"], ".2e"),
             format_bytes(summary["bytes_sent"], fixed=True),
             format_fixed(summary["seconds"]["total"], ".1f"),
@@ -176,6 +184,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, summary in rows:
         console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
+        if deployed := summary.get("deployed"):
+            console.print(f"{name}: the {deployed} models are deployed", highlight=False, markup=False, soft_wrap=True)
         console.print(f"{name}: {summary['run']}", highlight=False, markup=False, soft_wrap=True)
 
 

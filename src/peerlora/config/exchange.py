@@ -6,6 +6,8 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from peerlora.config.base import Positive, Section
 
+ExportedModel = Literal["own", "relayed", "averaged"]
+"""A client's own adapter, its relayed average, or the average of all clients' own."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -132,18 +134,40 @@ class Krum(Section):
 RobustConfig = Annotated[TrimmedMean | Median | Clipped | Balance | GeometricMedian | Krum, Field(discriminator="kind")]
 
 
+class RelayConfig(Section):
+    """Relayed adapters: each client also keeps the newest adapter of every client that it has heard of."""
+
+    keep: Positive | None = None
+    """Entries of other clients that a client keeps, the newest ones; null: all."""
+    max_age: Annotated[int, Field(ge=0)] | None = None
+    """Rounds; older entries are dropped and not passed on, so that a departed client ages out; null: none is."""
+    weights: Literal["uniform", "rows", "age"] = "uniform"
+    """Weights of the entries: uniform, rows (training rows of the origins), or age: 1 / (1 + age in rounds)."""
+    average: Literal["products", "factors"] = "products"
+    """products: the average of the updates B A, cut to each client's rank by SVD; factors: entry by entry."""
+    deploy: Literal["own", "relayed"] = "relayed"
+    """Which model is written as a client's PEFT folder: the relayed average, or its own."""
+
+
 class ExchangeConfig(Section):
-    """How values are sent and combined; both null: every vector in full, averaged with W."""
+    """How values are sent and combined; all null: every vector in full, averaged with W."""
 
     codec: CodecConfig | None = None
     """Compressed gossip: identity, cast, top-k, random-k, sign or qsgd; null: full vectors."""
     robust: RobustConfig | None = None
     """Against attackers: trimmed-mean, median, clipped-gossip, balance, rfa or krum; null: the average."""
+    relay: RelayConfig | None = None
+    """Clients pass on each other's newest adapters and deploy their average; {}: the defaults; null: they do not."""
 
     @field_validator("codec", "robust", mode="before")
     @classmethod
     def _word_is_kind(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("relay", mode="before")
+    @classmethod
+    def _true_is_the_defaults(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
 
 class AdversaryConfig(Section):

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.combine import CombineRule
+from peerlora.exchange.relay import RelayCaches
+from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters
@@ -121,12 +123,23 @@ class MeteredExchange(Exchange, Protocol):
     stats: ExchangeStats
     """Of the present round: what ``begin`` returned."""
 
+    relayed: RelayCaches | None
+    """What the clients held here know of all others' adapters; None where nothing is relayed."""
+
+    def relayed_models(self, x: Adapters) -> RelayedModels | None:
+        """Return the relayed averages of the clients held here, whose models are ``x``; None without relaying."""
+        ...
+
+    def relay(self) -> None:
+        """Swap relayed adapters over the links of this round, after its mixing; their cost joins the stats."""
+        ...
+
     def wire_schema(self, vectors: Schema) -> Schema:
         """Map the named vectors that a method mixes to those that cross in their place."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint keeps, each with the leading client axis."""
+        """Return the tensors that a checkpoint keeps."""
         ...
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:

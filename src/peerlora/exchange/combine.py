@@ -59,10 +59,16 @@ class Received:
         return replace(self.own, flat=mixed.expand(self.own.clients, -1).contiguous())
 
     def with_factors(
-        self, factors: Mapping[str, tuple[Tensor, Tensor]], measures: Mapping[str, Tensor] | None = None
+        self,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        measures: Mapping[str, Tensor] | None = None,
+        average: Adapters | None = None,
     ) -> Combined:
-        """The receivers with new (B, A) by layer.  A mixed head is always averaged linearly."""
-        x = self.average()
+        """The receivers with new (B, A) by layer.  A mixed head is always averaged linearly.
+
+        ``average``: where that has been computed already; it is changed.
+        """
+        x = self.average() if average is None else average
         for layer, (B, A) in factors.items():
             x.B[layer].copy_(B)
             x.A[layer].copy_(A)

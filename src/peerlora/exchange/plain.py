@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.errors import CompositionError
+from peerlora.exchange.relay import RelayCaches
+from peerlora.exchange.relayed_average import RelayedModels, relayed_models
 from peerlora.exchange.schema import Schema
+from peerlora.lora.adapters import Adapters
 from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 
 
 class PlainExchange:
-    """Sends vectors uncompressed, and so keeps no state between rounds."""
+    """Sends vectors uncompressed; between rounds it keeps relayed adapters, where clients relay, and nothing else."""
 
     topology: Topology
+    clients: Sequence[int]
     t: int
+    relayed: RelayCaches | None = None
+    """What the clients held here know of all others' adapters; None where nothing is relayed."""
 
     def wire_schema(self, vectors: Schema) -> Schema:
         """Return the vectors unchanged."""
         return vectors
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: no round depends on an earlier one."""
-        return {}
+        """Return the relayed adapters: no round depends on an earlier one in anything else."""
+        return self.relayed.state_dict() if self.relayed else {}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Restore nothing."""
+        """Restore them."""
+        if self.relayed:
+            self.relayed.load_state_dict(saved)
+
+    def relay(self) -> None:
+        """Relay nothing, where it is not asked for; an exchange that can relay overrides it."""
+        if self.relayed:
+            raise CompositionError("exchange.relay is not built for this exchange; leave it out")
+
+    def relayed_models(self, x: Adapters) -> RelayedModels | None:
+        """The relayed averages of the clients held here, whose models are ``x``; None where nothing is relayed."""
+        return relayed_models(self.relayed, x, self.clients) if self.relayed else None
 
     def shared_random(self, purpose: str) -> torch.Generator:
         """Derive the generator from the run's seed, which is the topology's, and the round."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import CombineRule, apply_rule
 from peerlora.exchange.payload import message
 from peerlora.exchange.plain import PlainExchange, operator
+from peerlora.exchange.relay import relay_round
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
@@ -38,7 +40,7 @@ class StackedExchange(PlainExchange):
 
     def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
         """Begin a round in which no client has a link to the ``absent`` ones."""
-        self.t, self.graph = t, self.topology.at(t, absent)
+        self.t, self.graph, self.absent = t, self.topology.at(t, absent), set(absent)
         self.stats = ExchangeStats()
         return self.stats
 
@@ -67,13 +69,29 @@ class StackedExchange(PlainExchange):
         began = time.perf_counter()
         self._count(x, *([x.merged] if merged else []))
         self.stats.sent = x
-        sent = x.select("A", "B") if x.spec.private_head else x
+        sent = x.exchanged()
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
         everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=others)
         mixed, measured = apply_rule(sent, everybody, self.graph.W[self.clients], rule)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(mixed), merged=mixed.merged)
+
+    def relay(self) -> None:
+        """Swap over the links of this round what the clients know of others; see ``exchange.relay``."""
+        if self.relayed is None or self.stats.sent is None:
+            return
+        began = time.perf_counter()
+        sent = self.stats.sent.exchanged()
+        everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=None)
+        present = [client for client in range(everybody.clients) if client not in self.absent]
+        counts = relay_round(self.relayed, self.t, everybody, self.graph.adjacency, present)
+        entries, sent_bytes = (int(each[self.clients].sum()) for each in (counts.entries, counts.sent_bytes))
+        self.stats.bytes_sent += sent_bytes
+        self.stats.measures |= self.relayed.measures()
+        for name, value in {"relayed_entries": entries, "relayed_bytes": sent_bytes}.items():
+            self.stats.measures[name] = torch.tensor([float(value)], dtype=torch.float64)
+        self.stats.seconds += time.perf_counter() - began
 
     def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
         """Of Adapters, everything but a private head."""

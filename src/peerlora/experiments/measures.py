@@ -14,6 +14,8 @@ MEASURES = (
     "mean client",
     "worst client",
     "averaged model",
+    "relayed client",
+    "worst relayed client",
     "best round",
     "number of the best round",
     "training rows",
@@ -40,12 +42,13 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
     start, scores, done = find_start(events), evaluations(events), select_events(events, RoundDone)
     if start is None or not scores or not done:
         return {}
-    worst: Callable[..., Any] = min if start.higher_is_better else max
     last = scores[-1]
     found = {
         "mean client": _mean(last.own),
-        "worst client": worst((value for value in last.own if not math.isnan(value)), default=math.nan),
+        "worst client": _worst(last.own, start.higher_is_better),
         "averaged model": last.averaged,
+        "relayed client": _mean(last.relayed),
+        "worst relayed client": _worst(last.relayed, start.higher_is_better),
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
@@ -96,6 +99,11 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
 def _trained(done: RoundDone, hidden: Sequence[int]) -> Sequence[int]:
     seen = [client for client, loss in enumerate(done.loss) if not math.isnan(loss)]
     return [*seen, *(client for client in hidden if client not in done.absent)] if seen else []
+
+
+def _worst(values: Sequence[float], higher_is_better: bool) -> float:
+    worst: Callable[..., Any] = min if higher_is_better else max
+    return worst((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _mean(values: Sequence[float]) -> float:

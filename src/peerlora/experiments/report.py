@@ -14,14 +14,15 @@ from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Estimate, Line, Outcome
 from peerlora.experiments.table_notes import rate_notes, table_notes
 from peerlora.experiments.tables import (
+    SCORES,
     column_names,
     difference_cells,
     format_p,
     gauge_marker,
+    known_measures,
     rate_columns,
     rate_rows,
     row_cells,
-    shown_measures,
 )
 from peerlora.files import atomic_file
 from peerlora.runs.report import picture_html, table_html, write_page
@@ -66,8 +67,7 @@ def _differences(result: Comparison) -> str:
     top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
     head = [MAIN, "standard deviation", "t test, p", "p (Holm)", "sign-flip, p", "detectable"]
     whole = table_html([[line.setting, *_inferred(line)] for line in lines], ["", *head])
-    known = shown_measures(result)
-    shown = [name for name in ("worst client", "averaged model", "best round") if name in known]
+    shown = known_measures(result, SCORES[1:])
     others = [[line.setting, *(cell for name in shown for cell in _difference(line, name))] for line in lines]
     return top + whole + table_html(others, ["", *(word for name in shown for word in (name, "p (Holm)"))])
 

@@ -22,7 +22,10 @@ MARKED = (
 )
 NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm over the table, is above 0.05."
 
-_SCORES = (MAIN, "worst client", "averaged model", "best round")
+_RELAYED = ("relayed client", "worst relayed client")
+SCORES = (MAIN, "worst client", "averaged model", *_RELAYED, "best round")
+SELDOM = (*_RELAYED, "best round", "training rows", "gradients")
+"""Measures that not every comparison has."""
 _WORK = ("training rows", "gradients", "bytes sent")
 
 
@@ -31,9 +34,14 @@ def shown_measures(result: Comparison, brief: bool = False) -> list[str]:
 
     ``brief``: as many columns as a terminal has room for.
     """
-    known = [*_SCORES[:3], *_WORK] if brief else [*_SCORES, "consensus of B·A", *_WORK]
+    scores, more = (SCORES[:-1], []) if brief else (SCORES, ["consensus of B·A"])
+    return known_measures(result, [*scores, *more, *_WORK])
+
+
+def known_measures(result: Comparison, names: Sequence[str]) -> list[str]:
+    """These measures, but those of ``SELDOM`` only where a line has them."""
     seen = {name for line in result.lines for name in line.estimates}
-    return [name for name in known if name not in ("best round", "training rows", "gradients") or name in seen]
+    return [name for name in names if name in seen or name not in SELDOM]
 
 
 def csv_text(result: Comparison) -> str:
@@ -45,7 +53,7 @@ def csv_text(result: Comparison) -> str:
     head += ["high", "p", "p holm", "p sign flip", "detectable", "diverged", "rate of", "rate at edge", "note"]
     writer.writerow([*axes, *head])
     for line in result.lines:
-        for name in MEASURES:
+        for name in known_measures(result, MEASURES):
             known, gap = line.estimates.get(name), line.differences.get(name)
             low, high = (gap and gap.interval) or (None, None)
             numbers = [known and known.mean, known and known.deviation, gap and gap.mean, gap and gap.deviation]

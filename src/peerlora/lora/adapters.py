@@ -106,6 +106,10 @@ class AdapterSpec:
         """The layout of some blocks alone."""
         return replace(self, blocks=tuple(block for block in self.blocks if block in blocks))
 
+    def exchanged(self) -> AdapterSpec:
+        """The layout without a private head."""
+        return self.select("A", "B") if self.private_head else self
+
     def columns_of(self, part: AdapterSpec) -> Int[Tensor, " column"]:
         """The columns of this buffer that hold the exchanged columns of ``part``, a layout of some of these blocks."""
         columns = [self.columns(block) for block in part.blocks]
@@ -179,6 +183,10 @@ class Adapters:
         spec = self.spec.select(*blocks)
         parts = [self.flat[:, self.spec.columns(name)] for name in spec.blocks]
         return replace(self, spec=spec, flat=torch.cat(parts, dim=1) if parts else self.flat[:, :0])
+
+    def exchanged(self) -> Adapters:
+        """These adapters without a private head."""
+        return self.select("A", "B") if self.spec.private_head else self
 
     def with_blocks(self, part: Adapters) -> Adapters:
         """These adapters with the blocks of ``part`` in place of their own."""

@@ -50,7 +50,7 @@ def export_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
-    context = replace(context, facts={**context.facts, **factors.facts})
+    context = replace(context, facts={**context.facts, **factors.facts, **context.facts})
     tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}

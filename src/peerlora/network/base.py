@@ -42,6 +42,9 @@ REASONS = {
     "unknown-vector": "the body holds a vector that the method's message does not name",
     "not-finite": "the body holds NaN or infinite values",
     "out-of-range": "the body holds a value that is far from this site's own ones, or no possible count or mass",
+    "bad-signature": "the signature of a relayed adapter is missing, or not its origin's over this adapter in this run",
+    "unknown-origin": "a relayed adapter is by nobody whom the run and the current member list name",
+    "stale-version": "a relayed adapter is not newer than the one held here, or older than exchange.relay.max_age",
     "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
     "internal": "the receiver failed on this message; see its log",
     "unknown-reason": "the other side gave a reason that is not in this list",
@@ -103,6 +106,25 @@ class PeerEvent:
     """For ``refused``: the reason and which side refused."""
 
 
+class Signatures(Protocol):
+    """Digital signatures of sites, for statements that reach their reader through third sites."""
+
+    size: int
+    """Bytes of every signature."""
+
+    def sign(self, statement: bytes) -> bytes:
+        """Sign a statement as this site."""
+        ...
+
+    def verify(self, site: PeerId, statement: bytes, signature: bytes) -> None:
+        """Raise Refused unless ``site`` signed the statement: ``unknown-origin`` or ``bad-signature``."""
+        ...
+
+    def current(self, site: PeerId, signature: bytes) -> bool:
+        """Whether a signature is by the key that the current member list names for ``site``; says nothing of what."""
+        ...
+
+
 @runtime_checkable
 class Receiver(Protocol):
     """Takes the messages of a transport, on the transport's event loop."""
@@ -125,6 +147,8 @@ class Transport(Protocol):
     """One peer's connections to its neighbours."""
 
     me: PeerId
+    signatures: Signatures | None
+    """None where the transport authenticates nobody: then nothing is signed."""
 
     async def start(self, receiver: Receiver) -> None:
         """Open the port (where it has one) and dial the neighbours that can be dialled."""
@@ -136,6 +160,10 @@ class Transport(Protocol):
         Messages to one peer arrive in the order of the calls.  Raises Refused, PeerDown or DeadlineMissed; PeerDown at
         once while there is no session with ``to``, that is before the event ``up`` and after ``down``.
         """
+        ...
+
+    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
+        """Report and audit that a part of a message by ``peer``, which was taken, was refused here."""
         ...
 
     def events(self) -> AsyncIterator[PeerEvent]:

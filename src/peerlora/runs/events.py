@@ -48,6 +48,8 @@ class RunStarted:
     """The clients whose numbers the other events give, in this order; empty: all.  A real peer holds one."""
     names: dict[str, str] = field(default_factory=dict)
     """Client number -> site, for real peers."""
+    deploys: str = "own"
+    """Which model becomes a client's PEFT folder: own, or relayed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class RoundDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Every client's own model, and the averaged model, on the evaluation rows."""
+    """Every client's own model, the averaged model, and where clients relay their deployed ones, on the same rows."""
 
     version: ClassVar[int] = 1
     round: int
@@ -112,6 +114,11 @@ class Evaluated:
     final: bool
     virtual_seconds: float = math.nan
     """Since the start of the run, on the virtual clock; NaN without one."""
+    relayed: list[float] = field(default_factory=list)
+    """[client] metric of its relayed average; empty where nothing is relayed."""
+    relayed_loss: list[float] = field(default_factory=list)
+    relayed_cut: float = math.nan
+    """Mean share of the squared norm of the relayed averages' products that the clients' ranks cut off."""
 
 
 @dataclass(frozen=True)
@@ -256,9 +263,12 @@ def contradiction(event: Event, start: RunStarted | None) -> str:
     if not 0 <= event.round < start.rounds + isinstance(event, Evaluated):
         return f"{type(event).__name__} of round {event.round}, in a run of {start.rounds}"
     clients = len(start.held) or start.clients
-    lists = (event.loss,) if isinstance(event, RoundDone) else (event.own, event.own_loss)
+    lists = [event.loss] if isinstance(event, RoundDone) else [event.own, event.own_loss]
+    if isinstance(event, Evaluated) and (event.relayed or event.relayed_loss):
+        lists += [event.relayed, event.relayed_loss]
     if any(len(values) != clients for values in lists):
-        return f"{type(event).__name__} of {len(lists[0])} clients, in a run of {clients}"
+        found = next(len(values) for values in lists if len(values) != clients)
+        return f"{type(event).__name__} of {found} clients, in a run of {clients}"
     edges = (event.edges or []) if isinstance(event, RoundDone) else []
     if not all(len(edge) == 2 and all(0 <= client < start.clients for client in edge) for edge in edges):
         return f"a link of a client that is none of {start.clients}"

@@ -65,6 +65,12 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
         for client, own, loss in zip(held or range(len(score.own)), score.own, score.own_loss, strict=True):
             yield client, score.round, "own", own
             yield client, score.round, "own_loss", loss
+        if score.relayed:
+            clients = held or range(len(score.relayed))
+            for client, metric, loss in zip(clients, score.relayed, score.relayed_loss, strict=True):
+                yield client, score.round, "relayed", metric
+                yield client, score.round, "relayed_loss", loss
+            yield None, score.round, "relayed_cut", score.relayed_cut
         whole = {"averaged": score.averaged, "averaged_loss": score.averaged_loss}
         for name, value in {**whole, "eval_rows": score.rows, "eval_seconds": score.seconds}.items():
             yield None, score.round, name, float(value)
@@ -139,10 +145,11 @@ def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
 def summarise(events: Sequence[Event]) -> dict[str, Any]:
     """Summarise a run from the events so far; None where there is no value yet.
 
-    Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged}
-    of that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
-    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  The scores of
-    every metric have the older name accuracy, too.
+    Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged} of
+    that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
+    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  Where clients
+    relay, scores also have relayed_mean, relayed_worst and relayed_cut, and deployed says which models become PEFT
+    folders, own or relayed.  The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -153,7 +160,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "diagnostics": sum(each.seconds_diagnostics for each in done),
         "eval": sum(each.seconds for each in select_events(events, Evaluated)),
     }
-    spread = _spread(scores[-1] if scores else None)
+    spread = _spread(scores[-1] if scores else None) | _relayed(scores[-1] if scores else None, start)
     return {
         "method": start.method if start else None,
         "clients": clients,
@@ -162,6 +169,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "higher_is_better": start.higher_is_better if start else None,
         "scores": spread,
         "accuracy": spread,  # the older name, of every metric
+        **({"deployed": start.deploys} if start and "relayed_mean" in spread else {}),
         "consensus": {
             "A": last and _known(last.consensus_A),
             "B": last and _known(last.consensus_B),
@@ -186,6 +194,19 @@ def worst_of(summary: Mapping[str, Any]) -> float | None:
     higher = summary.get("higher_is_better")
     higher = summary.get("metric") != "loss" if higher is None else higher  # of an older version
     return scores_of(summary).get("own_min" if higher else "own_max")
+
+
+def _relayed(score: Evaluated | None, start: RunStarted | None) -> dict[str, float | None]:
+    """The scores of the relayed models; empty where there are none."""
+    if score is None or not score.relayed:
+        return {}
+    known = [value for value in score.relayed if not math.isnan(value)]
+    worst = min if start is None or start.higher_is_better else max
+    return {
+        "relayed_mean": sum(known) / len(known) if known else None,
+        "relayed_worst": worst(known, default=None),
+        "relayed_cut": _known(score.relayed_cut),
+    }
 
 
 def _known(value: float) -> float | None:

@@ -105,22 +105,23 @@ def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def metric_curves(events: Sequence[Event], by: str = "round") -> "Curves | None":
+def metric_curves(events: Sequence[Event], by: str = "round", of: str = "own") -> "Curves | None":
     """Collect the metric of every client and of the averaged model; None before the first evaluation.
 
     The last evaluation is on all rows; where the others are on a sample, it is no part of their curve.
-    ``by``: "round", or "virtual_seconds", of which a run without a clock has none.
+    ``by``: "round", or "virtual_seconds", of which a run without a clock has none.  ``of``: the clients' "own" models
+    or "relayed", of which a run without relaying has none.
     """
     import numpy as np
 
     from peerlora.runs.figures import Curves
 
-    scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by))]
+    scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by)) and getattr(score, of)]
     if not scores:
         return None
 
     def curves(some: Sequence[Evaluated], end: Curves | None = None) -> Curves:
-        own = np.array([score.own for score in some], float)
+        own = np.array([getattr(score, of) for score in some], float)
         places, averaged = [getattr(score, by) for score in some], [score.averaged for score in some]
         return Curves(places, own, averaged, some[-1].rows, end)
 
@@ -174,6 +175,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         (f"{start.metric}, mean over clients' own models{on}", scores["own_mean"]),
         (f"{start.metric}, worst client", worst_of(facts)),
         (f"{start.metric}, averaged model", scores["averaged"]),
+        *_relayed_rows(start.metric, facts),
         ("consensus distance of A", distance["A"]),
         ("consensus distance of B", distance["B"]),
         ("consensus distance of the product B·A", distance["product"]),
@@ -185,6 +187,20 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
     return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
+
+
+def _relayed_rows(metric: str, facts: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    """The results of the relayed models; none where nothing is relayed."""
+    scores = facts["scores"]
+    if "relayed_mean" not in scores:
+        return []
+    cut = scores["relayed_cut"]
+    return [
+        (f"{metric}, mean over clients' relayed models", scores["relayed_mean"]),
+        (f"{metric}, worst relayed model", scores["relayed_worst"]),
+        ("share of the averaged updates' squared norm that ranks cut off", cut if cut is None else float(f"{cut:.3g}")),
+        ("deployed", facts["deployed"]),
+    ]
 
 
 def _subject(start: RunStarted) -> str:
@@ -302,7 +318,26 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
+        found[1:1] = _relayed_pictures(start, events)
     return [picture for picture in found if picture]
+
+
+def _relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
+    """What relayed models reach, and how old the entries are that they are made of; none where nothing is relayed."""
+    from peerlora.runs import figures
+
+    curves = metric_curves(events, of="relayed")
+    told = [each for each in select_events(events, RoundDone) if "relayed_age_mean" in each.measures]
+    if curves is None:
+        return []
+    title = f"{start.metric} of every client's relayed model and of the averaged model"
+    found = [figures.clients_figure("relayed", title, curves)]
+    if told:
+        rounds = [each.round + 1 for each in told]
+        shown = {"mean age": "relayed_age_mean", "oldest": "relayed_age_max"}
+        lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
+        found.append(figures.log_figure("relayed-age", "Age of the entries that clients hold, in rounds", lines))
+    return found
 
 
 def _swatch(key: "Key") -> str:

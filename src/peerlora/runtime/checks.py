@@ -7,7 +7,7 @@ from typing import Any
 
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm, requirement
-from peerlora.algorithms.compatibility import check_wrappers
+from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
 from peerlora.environment import main_memory
@@ -49,7 +49,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
-    warnings = _check_training(name, algorithm, config.train)
+    warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config))
     interval = algorithm.switches_every
     if interval is not None and interval >= config.train.rounds:
         warnings += (

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms.base import Algorithm
+from peerlora.algorithms.compatibility import check_relayed_message
 from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
@@ -109,6 +110,7 @@ def assemble(
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
+    check_relayed_message(config, planned.algorithm, start.rows([0]))
     rows = divided.shards if own else [divided.shards[i] for i in here]
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
     batches = [config.batches[i] for i in here]
@@ -128,7 +130,9 @@ def assemble(
         eval_data=resources.eval_data,
         model=model,
         learner=learner,
-        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking),
+        exchange=build_exchange(
+            config, StackedExchange(topology, here, gather), start, attacking, _rows_of(divided, own, here)
+        ),
         start=start,
         export=export,
         warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),
@@ -145,6 +149,11 @@ def _divided(config: RunConfig, resources: RunResources, here: list[int], partit
     if own:
         return own_rows(data, here[0]), True
     return partition(partitioner or config.partition, data, config.clients, config.seed), False
+
+
+def _rows_of(divided: Partition, own: bool, here: list[int]) -> dict[int, int]:
+    """Client -> training rows, of all clients; of a site with a file of its own, of that one alone."""
+    return dict(zip(here if own else range(len(divided.shards)), map(len, divided.shards), strict=True))
 
 
 def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | None = None) -> Any:

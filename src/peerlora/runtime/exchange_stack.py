@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +15,27 @@ from peerlora.exchange.attacks import Adversarial, alie_quantile, flipped_labels
 from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.codec import build_codec
 from peerlora.exchange.compressed_gossip import Compressed
+from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.robust import Robust
 from peerlora.lora.adapters import Adapters
 
 
-def build_exchange(config: RunConfig, plain: MeteredExchange, start: Adapters, attacking: tuple[int, ...]) -> Any:
+def build_exchange(
+    config: RunConfig,
+    plain: MeteredExchange,
+    start: Adapters,
+    attacking: tuple[int, ...],
+    rows: Mapping[int, int] | None = None,
+) -> Any:
     """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it.
 
+    ``rows``: client -> training rows, of those whose relayed adapters are kept here: in a simulation all.
     Raises CompositionError for attackers that would have to know clients of other processes.
     """
     peers: Any = plain
-    codec, robust = config.exchange.codec, config.exchange.robust
+    codec, robust, relay = config.exchange.codec, config.exchange.robust, config.exchange.relay
+    if relay:
+        plain.relayed = RelayCaches(relay, start.spec, rows or {}, config.clients)
     if codec:
         peers = Compressed(peers, build_codec(codec, start.flat.dtype), codec.step, start)
     if config.adversary and config.adversary.attack != "label-flip":

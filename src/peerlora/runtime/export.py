@@ -14,12 +14,14 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from peerlora.config.exchange import ExportedModel
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.tokens import sample_tokens
 from peerlora.errors import RunError
+from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.files import atomic_file, sync_tree
 from peerlora.lora.adapters import Adapters
@@ -32,6 +34,15 @@ from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.plan import plan
+from peerlora.runtime.relayed_export import (
+    MODEL_FACTS,
+    MODELS,
+    UNCUT_FACTS,
+    cut_facts,
+    deployed,
+    read_relayed,
+    read_uncut,
+)
 from peerlora.runtime.resources import RunResources, build_model
 from peerlora.tree import leaves, rebuild
 
@@ -58,14 +69,16 @@ class Exporter:
         summary: Mapping[str, Any],
         client: int | str,
         rank: int | None = None,
+        told_too: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write one row of ``x`` as a PEFT folder, whose card tells the run's results."""
+        """Write one row of ``x`` as a PEFT folder, whose card tells the run's results, and ``told_too``."""
         told = {key: summary[key] for key in ("method", "clients", "rounds", "metric") if key in summary}
         scores, metric = scores_of(summary), summary.get("metric")
         shown = {"mean client": scores.get("own_mean"), "worst client": worst_of(summary)}
         shown["averaged model"] = scores.get("averaged")
+        shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
-        facts = told | {"client": client} | reached
+        facts = told | {"client": client} | reached | dict(told_too or {})
         return export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
 
 
@@ -116,12 +129,21 @@ def write_tensors(folder: Path, x: Adapters) -> None:
         save_file(tensors, temporary)
 
 
-def write_peft_folders(folder: Path, x: Adapters, to: Exporter, summary: Mapping[str, Any]) -> None:
-    """Write a PEFT folder per client and for the average; all under ``adapters`` is on the disk when this returns."""
+def write_peft_folders(
+    folder: Path, x: Adapters, to: Exporter, summary: Mapping[str, Any], relayed: RelayedModels | None = None
+) -> None:
+    """Write a PEFT folder per client and for the average; all under ``adapters`` is on the disk when this returns.
+
+    ``relayed``: the clients' relayed models, which are theirs if the config says so.
+    """
     place = folder / "adapters"
     if x.clients <= EXPORTED:
         for row, client in enumerate(to.clients):
-            to.write(place / f"client-{client:02d}", x, row, summary, client)
+            own = place / f"client-{client:02d}"
+            if relayed and deployed(to.config) == "relayed":
+                to.write(own, relayed.adapters.to("cpu"), row, summary, client, told_too=cut_facts(relayed, row))
+            else:
+                to.write(own, x, row, summary, client)
         if x.equal_ranks and x.clients == to.config.clients:
             to.write(place / "average", x.mean(), 0, summary, "average of all")
     sync_tree(place)
@@ -133,12 +155,21 @@ def read_adapters(run: Path, to: Exporter) -> Adapters:
         return rebuild(to.layout, {f".{name}": file.get_tensor(name) for name in file.keys()})
 
 
-def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = None) -> Path:
-    """Write one client's adapter (None: the average) of a finished run as a PEFT folder at ``to``.
+def export_from_run(
+    run: Path,
+    to: Path,
+    client: int | None,
+    rank: int | None = None,
+    model: ExportedModel | None = None,
+    exact: bool = False,
+) -> Path:
+    """Write one client's adapter (None: the average of all) of a finished run as a PEFT folder at ``to``.
 
     Needs the run folder and, unless the run wrote this folder itself, the base model; never the data.
-    ``rank``: its best approximation of at most this rank, since merges make a rank grow.
-    Raises RunError when ``run`` is no run or unfinished, the client or rank impossible, or ``to`` not empty.
+    ``rank``: its best approximation of at most this rank, since merges make a rank grow.  ``model``: the client's own
+    or its relayed average, by default the one that the run deploys.  ``exact``: a relayed average with no cut, whose
+    rank is the sum of the ranks of all that is averaged.
+    Raises RunError when ``run`` is no run or unfinished, the client, rank or model impossible, or ``to`` not empty.
     """
     if not (run / "run.json").is_file():
         raise RunError(f"{run} is not a run folder (no run.json); give the --out of an earlier run")
@@ -158,13 +189,14 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
     here = clients_of(run)
     if here is not None and client not in here:
         raise RunError(f"{run} is the run of a peer and has client {here[0]} only; give --client {here[0]}")
+    chosen = _chosen(run, config, client, rank, model, exact)
     to = to.resolve()
     with write_failures_told(to.parent, lambda: "export again"):
         to.parent.mkdir(parents=True, exist_ok=True)
         half = to.with_name(f"{to.name}.tmp")  # a folder at ``to`` is whole
         shutil.rmtree(half, ignore_errors=True)
         try:
-            _export(run, half, client, rank)
+            _export(run, half, client, rank, chosen, exact)
             sync_tree(half)
             os.replace(half, to)
         finally:
@@ -172,9 +204,27 @@ def export_from_run(run: Path, to: Path, client: int | None, rank: int | None = 
     return to
 
 
-def _export(run: Path, folder: Path, client: int | None, rank: int | None) -> None:
+def _chosen(
+    run: Path, config: RunConfig, client: int | None, rank: int | None, model: ExportedModel | None, exact: bool
+) -> ExportedModel:
+    """The model to export; raises RunError for one that the run lacks, and for choices that contradict each other."""
+    chosen = model or ("averaged" if client is None else deployed(config))
+    if (chosen == "averaged") != (client is None):
+        needed = "leave out --client" if client is not None else "give --client"
+        raise RunError(f"--model {chosen} given; {needed}, since the averaged model is that of all clients")
+    if chosen == "relayed" and config.exchange.relay is None:
+        raise RunError(f"--model relayed given; {run} has no relayed models (exchange.relay is null); use --model own")
+    if exact and chosen != "relayed":
+        raise RunError("--exact is for relayed models, which are cut to a client's rank; leave it out")
+    if exact and rank is not None:
+        raise RunError(f"--exact and --rank {rank} given; one asks for no cut, the other for one: drop one of them")
+    return chosen
+
+
+def _export(run: Path, folder: Path, client: int | None, rank: int | None, model: ExportedModel, exact: bool) -> None:
     written = run / "adapters" / ("average" if client is None else f"client-{client:02d}")
-    if rank is None and written.is_dir():
+    as_written = model in ("averaged", deployed(load_config(run / "config.yaml")))
+    if rank is None and not exact and as_written and written.is_dir():
         shutil.copytree(written, folder)
         return
     to = exporter_of(run)
@@ -182,5 +232,19 @@ def _export(run: Path, folder: Path, client: int | None, rank: int | None) -> No
     if client is None and not x.equal_ranks:  # hetlora cuts them while it runs
         raise RunError(f"{run} ended with clients of different ranks, whose factors have no average; give --client")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    row, number = (x.mean(), 0) if client is None else (x, list(to.clients).index(client))
-    to.write(folder, row, number, summary, "average of all" if client is None else client, rank)
+    if client is None:
+        to.write(folder, x.mean(), 0, summary, "average of all", rank)
+        return
+    row = list(to.clients).index(client)
+    if model == "own":
+        to.write(folder, x, row, summary, client, rank)
+        return
+    relayed = read_relayed(run, to.layout)
+    if relayed is None:
+        raise RunError(f"{run} has lost its relayed models ({MODELS}); finish it again: {resume_command(run)}")
+    averages_products = to.config.exchange.relay is not None and to.config.exchange.relay.average == "products"
+    if exact or (rank is not None and averages_products):
+        uncut = read_uncut(run, to.config, to.clients, x.rows([row]), client)
+        to.write(folder, uncut, 0, summary, client, rank, UNCUT_FACTS if exact else MODEL_FACTS)
+    else:
+        to.write(folder, relayed.adapters, row, summary, client, rank, cut_facts(relayed, row))

@@ -56,6 +56,7 @@ class SynchronousRounds:
             after = advance(t, state, self.learner, self.exchange)
         if absent:
             after = held(state, after, absent)
+        self.exchange.relay()
         worked = time.perf_counter() - began
         for client in here:
             self.jobs[client] += 1

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from peerlora.data.dataset import Dataset
 from peerlora.display import format_now
 from peerlora.errors import DivergenceError, Stopped, TooManyFiles
+from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
@@ -21,6 +23,7 @@ from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.participation import Participation
+from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.rounds import Rounds
 from peerlora.train.schedule import rate
 from peerlora.tree import leaves, rebuild
@@ -43,11 +46,18 @@ class Result:
     """The run folder, with events, metrics, report and a PEFT folder per client."""
     load: Callable[[], Adapters] = field(repr=False)
     """Gives ``adapters``."""
+    load_relayed: Callable[[], Adapters | None] = field(default=lambda: None, repr=False)
+    """Gives ``relayed``."""
 
     @cached_property
     def adapters(self) -> Adapters:
         """Every client's own final adapter."""
         return self.load()
+
+    @cached_property
+    def relayed(self) -> Adapters | None:
+        """Every client's relayed average; None where nothing is relayed."""
+        return self.load_relayed()
 
     @property
     def metrics(self):
@@ -164,12 +174,14 @@ class Trainer:
         shown[honest] = values[honest]
         return shown.tolist()
 
-    def _evaluate(self, done: int, state: State, final: bool) -> None:
+    def _evaluate(self, done: int, state: State, final: bool) -> RelayedModels | None:
+        """Evaluate the clients' models, and return their relayed ones."""
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        groups = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in self.participation.evaluated(x)]
-        metric, loss = (np.concatenate([getattr(scores, name) for scores in groups]) for name in ("metric", "loss"))
+        metric, loss = self._scores(self.participation.evaluated(x), rows)
+        relayed = self.federation.exchange.relayed_models(x)
+        relayed_metric, relayed_loss = self._scores((relayed.adapters,), rows) if relayed else (None, None)
         own, averaged = slice(0, x.clients), x.clients if len(metric) > x.clients else None
         event = Evaluated(
             round=done,
@@ -181,10 +193,19 @@ class Trainer:
             seconds=time.perf_counter() - began,
             final=final,
             virtual_seconds=self.rounds.virtual_seconds,
+            relayed=[] if relayed_metric is None else self._of_honest(relayed_metric),
+            relayed_loss=[] if relayed_loss is None else self._of_honest(relayed_loss),
+            relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
         )
         self._emit(event)
         if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
+        return relayed
+
+    def _scores(self, models: Sequence[Adapters], rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Metric and loss of all these clients on the same rows."""
+        found = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in models]
+        return np.concatenate([each.metric for each in found]), np.concatenate([each.loss for each in found])
 
     def _save(self, done: int, state: State) -> None:
         if not self.algorithm.model(state).flat.isfinite().all():
@@ -241,22 +262,26 @@ class Trainer:
             notes=list(federation.notes),
             paths=federation.paths,
             clock=federation.clock.describe() if federation.clock else None,
+            deploys=config.exchange.relay.deploy if config.exchange.relay else "own",
         )
         return self.participation.describe(started)
 
     def _finish(self, state: State) -> Result:
         self._emit(*self.participation.leave(state))
         x = self.algorithm.model(state).to("cpu")
-        self._evaluate(self.config.train.rounds, state, final=True)
+        relayed, caches = self._evaluate(self.config.train.rounds, state, final=True), self.federation.exchange.relayed
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
+            if relayed and caches:
+                write_relayed(self.store.folder, relayed, caches)
             events = read_events(self.store.folder)
             if find_start(events) is None:  # its line is damaged
                 events.insert(0, self._started())
             summary = summarise(events) | {"run": str(self.store.folder)}
-            write_peft_folders(self.store.folder, x, exporter(self.federation), summary)
+            write_peft_folders(self.store.folder, x, exporter(self.federation), summary, relayed)
         self._emit(RunFinished(format_now(), plain(summary)))
-        return Result(summary, self.store.folder, lambda: x)
+        deployed = relayed and relayed.adapters.to("cpu")
+        return Result(summary, self.store.folder, lambda: x, lambda: deployed)
 
     def _emit(self, *events: Event) -> None:
         for event in events:

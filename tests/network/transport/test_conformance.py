@@ -290,3 +290,31 @@ def test_nothing_is_delivered_twice_or_lost_over_many_messages_and_failures(rig)
         assert len(acked["a", "b"]) == len(acked["b", "a"]) == 40
 
     rig.run(scenario)
+
+
+def test_a_part_that_is_refused_after_all_is_told_and_the_message_stays_taken(rig):
+    async def scenario(rig):
+        await rig.all_up()
+        await rig.transports["a"].send("b", b"h", b"body", deadline=20)
+        rig.transports["b"].report_refusal("a", Refused("bad-signature", "of a part"), b"h")
+        await rig.until(lambda: ("refused", "a", "bad-signature, here: of a part") in rig.told["b"])
+        assert [body for *_, body in rig.boxes["b"].got] == [b"body"] and not rig.kinds("a", "b").count("refused")
+
+    rig.run(scenario)
+
+
+def test_only_a_transport_that_authenticates_nobody_leaves_statements_unsigned(rig):
+    async def scenario(rig):
+        await rig.all_up()
+        signatures = {site: transport.signatures for site, transport in rig.transports.items()}
+        if not hasattr(rig, "members"):
+            assert set(signatures.values()) == {None}
+            return
+        for signer, signs in signatures.items():
+            signed = signs.sign(b"statement")
+            for reader in signatures.values():
+                reader.verify(signer, b"statement", signed)
+        with pytest.raises(Refused, match="bad-signature"):
+            signatures["a"].verify("b", b"statement", signatures["c"].sign(b"statement"))
+
+    rig.run(scenario)

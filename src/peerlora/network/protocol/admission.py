@@ -5,7 +5,7 @@ from __future__ import annotations
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.link_history import LAST, ExchangeStep
-from peerlora.network.protocol.wire import Header, read_header
+from peerlora.network.protocol.wire import EXCHANGED, Header, read_header
 
 _AHEAD = 1  # rounds that a neighbour may be ahead and its message waits; one from further ahead is refused
 
@@ -58,9 +58,9 @@ class PushOnlyAdmission(Admission):
     """Policy of a peer without common rounds: no message belongs to an exchange."""
 
     def read(self, peer: PeerId, data: bytes) -> Header:
-        """See Admission; refuses every ``mix``."""
+        """See Admission; refuses every message of an exchange."""
         header = super().read(peer, data)
-        if header.kind == "mix":
+        if header.kind in EXCHANGED:
             raise Refused("unexpected", "the method of this run has no common rounds")
         return header
 

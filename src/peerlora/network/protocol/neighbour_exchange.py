@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,11 +22,13 @@ from peerlora.exchange.replicas import Difference
 from peerlora.lora.adapters import Adapters
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.protocol.event_loop import EventLoopThread
-from peerlora.network.protocol.pending_exchange import Decoder, OutgoingMessage
+from peerlora.network.protocol.peer_relay import PeerRelay
+from peerlora.network.protocol.pending_exchange import Decoder, ExchangeResult, OutgoingMessage
+from peerlora.network.protocol.relay_messages import RelayFormat
 from peerlora.network.protocol.replica_cache import ReplicaCache, outgoing
 from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.value_bounds import check_values
-from peerlora.network.protocol.wire import Header, encode_body, read_claimed
+from peerlora.network.protocol.wire import Header, encode_body, encode_header, read_claimed
 from peerlora.topology.schedule import RoundGraph, Topology
 from peerlora.topology.weights import Matrix, remove_links
 from peerlora.tree import leaves, tree_map
@@ -43,6 +45,7 @@ class NeighbourExchange(PlainExchange):
 
     ``names``: client -> peer, for all neighbours of the run.  ``start``: the adapters with which all clients begin;
     compressed gossip builds on them.  ``positive_vectors``: names of those that are refused unless they are above zero.
+    ``sites``: client -> peer, of all whose adapters may be relayed; by default ``names``.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class NeighbourExchange(PlainExchange):
         thread: EventLoopThread,
         start: Adapters | None = None,
         positive_vectors: Collection[str] = (),
+        sites: Mapping[int, PeerId] | None = None,
     ):
         self.topology, self.names = topology, names
+        self.sites = names if sites is None else sites
         self.clients: Sequence[int] = [client]
         self.protocol, self.thread = protocol, thread
         self.replicas = None if start is None else ReplicaCache(start.flat[:1])
@@ -131,11 +136,12 @@ class NeighbourExchange(PlainExchange):
         """Exchange a payload: those of all senders whose link is used, and the own row of W for them."""
         own = vectors(payload)
         positive = [name for name in (*self.positive_vectors, target) if name in own]
-        received = self._exchange(
-            OutgoingMessage(encode_body(own)),
-            partial(_decode, payload, own=own, positive=positive, weighted=target is None),
-            None if target is None else (target, own[target]),
-        )
+        decode: Decoder = partial(_decode, payload, own=own, positive=positive, weighted=target is None)
+        facts: Mapping[str, str | int] = {}
+        if self._relay and (sent := _adapters_in(payload)):
+            facts, decode = self._relay.sign(self.t, sent), self._relay.noting(decode)
+        message = OutgoingMessage(encode_body(own), facts=facts)
+        received = self._exchange(message, decode, None if target is None else (target, own[target]))
         received[self.clients[0]] = own
         senders = sorted(received)
         return everybody(payload, [received[j] for j in senders]), self.graph.W[self.clients][:, senders]
@@ -171,6 +177,65 @@ class NeighbourExchange(PlainExchange):
             stats.measures["whole_replicas"] = torch.tensor([float(len(result.full_replicas))])
         return received
 
+    # --- relayed adapters
+
+    @cached_property
+    def relay_format(self) -> RelayFormat:
+        """The format of relayed adapters in this run; asked for once ``relayed`` is set."""
+        assert self.relayed is not None, "nothing is relayed"
+        endpoint, clients = self.protocol.endpoint, self.topology.clients
+        most = min(clients, self.relayed.settings.keep or clients)
+        return RelayFormat(endpoint.expected, clients, most, self.sites, endpoint.transport.signatures)
+
+    @cached_property
+    def _relay(self) -> PeerRelay | None:
+        """This client's side of relaying; asked for once ``relayed`` is set."""
+        return PeerRelay(self.relayed, self.relay_format, self._report_refusal) if self.relayed else None
+
+    def _report_refusal(self, header: Header, refusal: Refused) -> None:
+        report = self.protocol.endpoint.transport.report_refusal
+        self.thread.ask(report, header.sender, refusal, encode_header(header))
+
+    def relay(self) -> None:
+        """Swap entries with the neighbours whose link was used in the mixing, in two more exchanges of the round.
+
+        What fails in them costs entries, which come in a later round; the mixing stays as it was.
+        """
+        relay, sent, received = self._relay, self.stats.sent, self.stats.received
+        if relay is None or sent is None or received is None:
+            return
+        began, before = time.perf_counter(), self.stats.bytes_sent
+        met = {j: self.names[j] for j in self.graph.neighbours(self.clients[0])}
+        relay.begin(self.t, sent, received, met)
+        told = self._swap(dict.fromkeys(met.values(), relay.versions()), relay.decode_versions())
+        offered = {peer: relay.entries_for(versions) for peer, versions in told.received.items()}
+        swapped = self._swap({peer: message for peer, (message, _) in offered.items()}, relay.decode_entries())
+        relay.end({j: swapped.received[peer] for j, peer in met.items() if peer in swapped.received})
+        assert self.relayed is not None
+        entries = sum(offered[peer][1] for peer in swapped.delivered)
+        counts = {"relayed_entries": entries, "relayed_bytes": self.stats.bytes_sent - before}
+        counts |= {"relayed_refused": relay.refused} if relay.refused else {}
+        self.stats.measures |= self.relayed.measures()
+        self.stats.measures |= {name: torch.tensor([float(count)]) for name, count in counts.items()}
+        self.stats.seconds += time.perf_counter() - began
+
+    def _swap(self, messages: Mapping[PeerId, OutgoingMessage], decode: Decoder) -> ExchangeResult:
+        """One exchange of the kind ``relay``, without anybody there too: all peers count a round's exchanges alike."""
+        result = self.thread.call(
+            self.protocol.exchange(list(messages), messages, decode, self._deadline, kind="relay")
+        )
+        self.stats.bytes_sent += sum(len(messages[peer].body) for peer in result.delivered)
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the relayed adapters with their signatures, where clients relay, and nothing else."""
+        return self._relay.state_dict() if self._relay else {}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Restore them."""
+        if self._relay:
+            self._relay.load_state_dict(saved)
+
     def _weighted(self, planned: RoundGraph, known: Mapping[int, float]) -> Matrix:
         """W whose own row has Metropolis-Hastings weights for the known c; the other rows have no meaning."""
         c = np.ones(len(planned.W))  # where c is unknown the link is not used
@@ -200,6 +265,12 @@ def _decode(
             raise Refused("bad-body", f"{name} is not above zero")
     check_values(vectors(payload) if own is None else own, found, positive, weighted)
     return found
+
+
+def _adapters_in(payload: Payload) -> Adapters | None:
+    """The adapters of a payload; None where it has none, as in a sum before the first round."""
+    found = [leaf for tree in payload for leaf in leaves(tree, (Adapters,)).values() if isinstance(leaf, Adapters)]
+    return found[-1] if found else None
 
 
 def _replicas(x: Adapters, rows: Float[Tensor, "sender scalar"]) -> Adapters:

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from peerlora.network.base import PeerId
-from peerlora.network.protocol.wire import Header
+from peerlora.network.protocol.wire import Header, Kind
 
 Decoder = Callable[[Header, bytearray], Any]
 """Decodes a message's body into the values that are used; raises Refused.  It may run in another thread."""
 
 
 class OutgoingMessage(NamedTuple):
-    """The message that a peer sends to all neighbours in one exchange."""
+    """The message that a peer sends in one exchange, to all neighbours or to one of them."""
 
     body: bytes
     codec: Literal["identity", "difference"] = "identity"
-    facts: Mapping[str, str] = {}
+    facts: Mapping[str, str | int] = {}
     """For the header."""
     full_replica: Callable[[], bytes] | None = None
     """Of a difference: encodes the body for receivers that lack the replica it builds on (``no-replica``)."""
@@ -47,6 +47,7 @@ class PendingExchange:
     one_way: bool
     """Whether each direction of a link is used by itself."""
     deadline: float
+    kind: Kind = "mix"
     received: dict[PeerId, Any] = field(default_factory=dict)
     acknowledged: set[PeerId] = field(default_factory=set)
     failed: dict[PeerId, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ message says whether the latest exchanges used its link, and the end with anothe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import run_off_loop
 from peerlora.network.protocol.link_history import ExchangeStep
 from peerlora.network.protocol.pending_exchange import Decoder, ExchangeResult, OutgoingMessage, PendingExchange
-from peerlora.network.protocol.wire import Header, Kind, check_length, encode_header, with_checksum
+from peerlora.network.protocol.wire import EXCHANGED, Header, Kind, check_length, encode_header, with_checksum
 
 Bounds = Callable[[Kind], int]
 """Bytes of body that a message of a kind may have now."""
@@ -62,7 +62,7 @@ class RoundProtocol:
     """One peer's exchanges over a transport; it is the transport's receiver.
 
     ``deadline``: seconds that an early message waits for its exchange; longer while an exchange with a later deadline
-    is in progress.  ``on_control`` takes every kind of message but ``mix``.
+    is in progress.  ``on_control`` takes every kind of message that belongs to no exchange.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class RoundProtocol:
     def admit(self, peer: PeerId, header: bytes) -> int:
         """The bytes of body that a message may have; raises Refused for one that could not be used."""
         found = self.admission.read(peer, header)
-        most = self.bounds("mix") if found.kind == "mix" else self.on_control.admit(peer, found)
+        exchanged = found.kind in EXCHANGED
+        most = self.bounds(found.kind) if exchanged else self.on_control.admit(peer, found)
         check_length(found, most)
-        if found.kind == "mix":
+        if exchanged:
             self._note(peer, found)  # even if late or early: so a peer that is behind learns where the others are
             self.admission.check_timely(peer, ExchangeStep(found.round, found.step))
         return most
@@ -92,7 +93,7 @@ class RoundProtocol:
     async def deliver(self, peer: PeerId, header: bytes, body: bytearray) -> None:
         """Take a message, once it can be used."""
         found = self.admission.read(peer, header)
-        if found.kind == "mix":
+        if found.kind in EXCHANGED:
             await self._take(peer, found, body)
         else:
             await self.on_control.take(peer, found, body)
@@ -108,6 +109,8 @@ class RoundProtocol:
         pending = await self._begun(peer, step)
         if peer not in pending.senders:
             raise Refused("not-a-neighbour", f"in round {step.round}")
+        if header.kind != pending.kind:
+            raise Refused("unexpected", f"{header.kind} in an exchange of {pending.kind}")
         values = await run_off_loop(len(body), pending.decode, header, body)
         self.admission.check_timely(peer, step)
         if peer in pending.received:
@@ -132,28 +135,30 @@ class RoundProtocol:
     async def exchange(
         self,
         receivers: Collection[PeerId],
-        message: OutgoingMessage | bytes,
+        message: OutgoingMessage | bytes | Mapping[PeerId, OutgoingMessage],
         decode: Decoder,
         deadline: float,
         senders: Collection[PeerId] | None = None,
+        kind: Kind = "mix",
     ) -> ExchangeResult:
         """Send to all neighbours and take their messages, until all have answered or ``deadline`` seconds are over.
 
-        With ``senders`` links go one way: their messages are taken, the own one goes to ``receivers``.
+        ``message``: one for all receivers, or one for each.  With ``senders`` links go one way: their messages are
+        taken, the own ones go to ``receivers``.  Only a ``mix`` says who is there: what fails in another exchange
+        costs its message, and no later one.
         """
-        message = message if isinstance(message, OutgoingMessage) else OutgoingMessage(message)
+        messages = _addressed(message, receivers)
+        headers = await run_off_loop(max(map(_size, messages.values()), default=0), self._headers, kind, messages)
         one_way, senders = senders is not None, receivers if senders is None else senders
         step, peers = self.endpoint.at, self.endpoint.peers
-        pending = PendingExchange(receivers, senders, decode, one_way, deadline)
+        pending = PendingExchange(receivers, senders, decode, one_way, deadline, kind)
         if one_way:  # a cancelled send may still be delivered, and then be used by the receiver only
             pending.failed |= {peer: "absent" for peer in receivers if peer in peers.absent}
         pending.failed |= {peer: "wrong-config" for peer in pending.peers if peer in peers.mismatched}
         self._open = pending
         self.endpoint.changed.notify()
-        header = msgspec.structs.replace(self.endpoint.header("mix", **message.facts), codec=message.codec)
-        header = with_checksum(header, message.body)
         remaining = [peer for peer in receivers if peer not in pending.failed]
-        sends = [asyncio.create_task(self._send(pending, peer, header, message)) for peer in remaining]
+        sends = [asyncio.create_task(self._send(pending, peer, headers[peer], messages[peer])) for peer in remaining]
         try:
             await self._wait(pending, step)
             return self._close(step, pending)
@@ -166,6 +171,15 @@ class RoundProtocol:
             for end in ends:
                 if isinstance(end, Exception):
                     raise end
+
+    def _headers(self, kind: Kind, messages: Mapping[PeerId, OutgoingMessage]) -> dict[PeerId, Header]:
+        """The header of every receiver's message; a body that several get is hashed once."""
+        made: dict[int, Header] = {}
+        for message in messages.values():
+            if id(message) not in made:
+                header = msgspec.structs.replace(self.endpoint.header(kind, **message.facts), codec=message.codec)
+                made[id(message)] = with_checksum(header, message.body)
+        return {peer: made[id(message)] for peer, message in messages.items()}
 
     async def _wait(self, pending: PendingExchange, step: ExchangeStep) -> None:
         """Wait until all links are settled or the deadline has come.
@@ -241,13 +255,28 @@ class RoundProtocol:
             used = pending.used(peer)
             if not used:
                 missing[peer] = pending.reason(peer, peer in peers.absent, self._passed(pending, peer, step))
-                if pending.silent(peer) and missing[peer] in ("no acknowledgement", "no message", "down"):
+                unheard = pending.silent(peer) and missing[peer] in ("no acknowledgement", "no message", "down")
+                if unheard and pending.kind == "mix":
                     peers.mark_silent([peer])
             self.endpoint.history.close(peer, step, used, self.endpoint.at)
         received, delivered = pending.outcome()
-        if pending.peers:
+        if pending.peers and pending.kind == "mix":
             peers.record_exchange(bool(received or delivered))
         return ExchangeResult(received, delivered, missing, pending.full_replicas)
+
+
+def _addressed(
+    message: OutgoingMessage | bytes | Mapping[PeerId, OutgoingMessage], receivers: Collection[PeerId]
+) -> Mapping[PeerId, OutgoingMessage]:
+    """The message for each receiver."""
+    if isinstance(message, Mapping):
+        assert set(message) == set(receivers), "every receiver needs a message"
+        return message
+    return dict.fromkeys(receivers, message if isinstance(message, OutgoingMessage) else OutgoingMessage(message))
+
+
+def _size(message: OutgoingMessage) -> int:
+    return len(message.body)
 
 
 def _full_replica(header: Header, encode: Callable[[], bytes]) -> tuple[Header, bytes]:

@@ -12,35 +12,38 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
-import torch
 from msgspec import Meta
 from safetensors.torch import save
 from torch import Tensor
 
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.network.base import HEADER_BYTES, PeerId, Refused
+from peerlora.network.protocol.safetensors_reader import (
+    Shapes,
+    Whole,
+    claimed_shapes,
+    file_length,
+    largest_body,
+    read_vectors,
+)
 
-__all__ = ["VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header", "encoded_bytes"]
-__all__ += ["largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header", "with_checksum"]
+__all__ = ["EXCHANGED", "VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header"]
+__all__ += ["encoded_bytes", "largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header"]
+__all__ += ["read_files", "with_checksum"]
 
 VERSION = 1
-Kind = Literal["hello", "ask", "state", "mix", "push", "bye"]
+Kind = Literal["hello", "ask", "state", "mix", "relay", "push", "bye"]
+EXCHANGED: tuple[Kind, ...] = ("mix", "relay")
+"""Kinds whose messages belong to a numbered exchange of a round."""
 Word = Annotated[str, Meta(min_length=1, max_length=128)]
 Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
-Whole = Annotated[int, Meta(ge=0, le=2**53)]
 Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
-Shapes = Mapping[str, tuple[int, ...]]
 Fact = int | Annotated[str, Meta(max_length=1024)]
-NAMES = {dtype: name for name, dtype in (("F64", torch.float64), ("F32", torch.float32), ("F16", torch.float16))}
-NAMES |= {torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32", torch.uint16: "U16"}
-NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
-_SLACK = 64  # bytes per vector, at most, by which another version of safetensors pads its header
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,8 +53,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     run: Word
     """Id of the run: equal on all peers of one run, different for the next run."""
     kind: Kind
-    """``mix``: vectors of one exchange; ``ask`` for a state and ``state``, the answer; ``push``: outside of rounds;
-    ``hello``: handshake and probe; ``bye``: reserved."""
+    """``mix``: vectors of one exchange; ``relay``: relayed adapters, in an exchange after it; ``ask`` for a state and
+    ``state``, the answer; ``push``: outside of rounds; ``hello``: handshake and probe; ``bye``: reserved."""
     round: Round = 0
     """Below 0 before the first round, while clients sum label counts."""
     step: Whole = 0
@@ -116,11 +119,6 @@ def encode_header(header: Header) -> bytes:
     return encoded
 
 
-def largest_body(schema: Schema) -> int:
-    """Upper bound in bytes of a body of this schema; 0 for an empty schema."""
-    return encoded_bytes(schema) + _SLACK * (1 + len(schema)) if schema else 0
-
-
 def read_header(data: bytes, most: int | None = None) -> Header:
     """Decode a header; Refused is ``oversize`` past HEADER_BYTES or ``most`` bytes of body, else ``bad-header``."""
     if len(data) > HEADER_BYTES:
@@ -165,7 +163,7 @@ def read_body(header: Header, body: bytes | bytearray | memoryview, schema: Sche
     if len(view) > largest_body(schema):
         raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(schema)}")
     _complete(header, view)
-    return _vectors(view, schema)
+    return read_vectors(view, schema)
 
 
 def read_claimed(
@@ -177,10 +175,32 @@ def read_claimed(
     """
     view = memoryview(body).cast("B")
     _complete(header, view)
-    expected = schema(_claimed(view, widest))
+    expected = schema(claimed_shapes(view, widest))
     if len(view) > largest_body(expected):
         raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(expected)}")
-    return _vectors(view, expected)
+    return read_vectors(view, expected)
+
+
+def read_files(
+    header: Header, body: bytes | bytearray | memoryview, widest: Callable[[int], Schema], most: int
+) -> list[memoryview]:
+    """Split a body of several safetensors files, one after the other; each is still to be read by its schema.
+
+    ``widest``: from a file's number to the schema with the most vectors that it could have.  ``most``: files, at most.
+    Raises Refused.
+    """
+    view = memoryview(body).cast("B")
+    _complete(header, view)
+    files: list[memoryview] = []
+    while len(view):
+        if len(files) == most:
+            raise Refused("oversize", f"more than {most} parts")
+        length = file_length(view, widest(len(files)))
+        if length > len(view):
+            raise Refused("bad-body", f"part {len(files)} is cut off")
+        files.append(memoryview(bytearray(view[:length])))  # of its own memory, where its values are aligned
+        view = view[length:]
+    return files
 
 
 def _complete(header: Header, view: memoryview) -> None:
@@ -189,99 +209,3 @@ def _complete(header: Header, view: memoryview) -> None:
         raise Refused("bad-body", f"{len(view)} bytes came, {header.length} were announced")
     if not hmac.compare_digest(hashlib.sha256(view).hexdigest(), header.sha256):
         raise Refused("bad-body", "its SHA-256 is not the announced one")
-
-
-def _vectors(view: memoryview, schema: Schema) -> dict[str, Tensor]:
-    """Decode the vectors of a body whose bytes are complete."""
-    if not schema:
-        return {}
-    start, entries = _entries(view, schema)
-    data = view[start:] if not view.readonly else memoryview(bytearray(view[start:]))
-    vectors = {name: _vector(data, entries[name], *schema[name]) for name in schema}
-    for name, vector in vectors.items():
-        if not _finite(vector):
-            raise Refused("not-finite", name)
-        if vector.dtype == torch.bool and vector.numel() and vector.view(torch.uint8).max() > 1:
-            raise Refused("bad-body", f"{name} has truth values other than 0 and 1")  # they would act as weights
-    return vectors
-
-
-def _claimed(view: memoryview, widest: Schema) -> Shapes:
-    """The shapes that a body claims for its vectors, unchecked: a schema may depend on them, nothing else."""
-    try:
-        size = _header_size(view, widest)
-        entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
-    except (Refused, msgspec.MsgspecError, ValueError, RecursionError):
-        return {}
-    return {name: tuple(entry.shape) for name, entry in entries.items()}
-
-
-def _header_size(view: memoryview, schema: Schema) -> int:
-    """Length of the JSON at the start of a body; raises Refused beyond what vectors of a schema need."""
-    size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
-    most = largest_body(schema) - sum(_bytes(*wanted) for wanted in schema.values())
-    if not 0 <= size <= min(len(view), most) - 8 or size % 8:
-        raise Refused("bad-body", "the length of the safetensors header is impossible")
-    return size
-
-
-class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Entry of one vector in the JSON header of a safetensors file."""
-
-    dtype: str
-    shape: Annotated[list[Whole], Meta(max_length=8)]
-    data_offsets: tuple[Whole, Whole]
-
-
-def _entries(view: memoryview, schema: Schema) -> tuple[int, dict[str, _Entry]]:
-    """Parse the safetensors header: where the data start, and each vector's entry; no gaps, exactly the schema.
-
-    The safetensors library never sees a received byte, so two parsers cannot disagree about it.
-    """
-    size, data = _header_size(view, schema), sum(_bytes(*wanted) for wanted in schema.values())
-    try:
-        entries = msgspec.json.decode(view[8 : 8 + size], type=dict[str, _Entry])
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Refused("bad-body", f"safetensors header: {str(error)[:200]}") from None
-    _compare(entries, schema)
-    if 8 + size + data != len(view):
-        raise Refused("bad-body", "there are bytes that belong to no vector")
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        if entry.data_offsets != (end, end + _bytes(*schema[name])):
-            raise Refused("bad-body", f"{name} overlaps another vector or leaves a gap")
-        end = entry.data_offsets[1]
-    return 8 + size, entries
-
-
-def _compare(entries: Mapping[str, _Entry], schema: Schema) -> None:
-    """Raise Refused unless names, shapes and dtypes are those of the schema."""
-    if unknown := sorted(entries.keys() - schema.keys()):
-        raise Refused("unknown-vector", unknown[0][:100])
-    if missing := sorted(schema.keys() - entries.keys()):
-        raise Refused("bad-body", f"{missing[0]} is missing")
-    for name, (shape, dtype) in schema.items():
-        entry = entries[name]
-        if tuple(entry.shape) != tuple(shape) or entry.dtype != NAMES[dtype]:
-            expected = f"{NAMES[dtype]}{list(shape)}"
-            raise Refused("bad-body", f"{name} is {entry.dtype[:16]}{entry.shape}, expected {expected}")
-
-
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _vector(data: memoryview, entry: _Entry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    if entry.data_offsets[0] % dtype.itemsize:
-        raise Refused("bad-body", "a vector does not start at a multiple of its element's size")
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=entry.data_offsets[0]).view(shape)
-
-
-def _finite(vector: Tensor) -> bool:
-    if not vector.dtype.is_floating_point or not vector.numel():
-        return True
-    low, high = vector.aminmax()  # both are NaN where any element is; needs no mask of the vector's size
-    return bool(low.isfinite() & high.isfinite())

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 
 from peerlora.errors import IdentityError
-from peerlora.network.base import PeerEvent, PeerId, Receiver
+from peerlora.network.base import PeerEvent, PeerId, Receiver, Refused, Signatures
 from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList, check_address
 from peerlora.network.identity.roster import Roster
+from peerlora.network.identity.signatures import SiteSignatures
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.dialler import dial_for_ever
 from peerlora.network.transport.heartbeat import Timing, give_up
@@ -45,6 +46,7 @@ class GrpcTransport:
         self.identity, self.roster, self.timing = identity, roster, timing or Timing()
         own = roster.members.member(self.me).address
         self.listen = listen or (f"0.0.0.0:{check_address(own)[1]}" if own else None)
+        self.signatures: Signatures | None = SiteSignatures(lambda: self.identity, roster)
         self.ends = LinkTable(self.me, roster, audit)
         self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
         self._dialling: dict[PeerId, asyncio.Task] = {}
@@ -77,6 +79,10 @@ class GrpcTransport:
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
         """See Transport."""
         await self.ends.send(to, header, body, deadline=deadline)
+
+    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
+        """See Transport."""
+        self.ends.refused(peer, refusal, "here", header)
 
     def events(self) -> AsyncIterator[PeerEvent]:
         """See Transport; for one listener."""

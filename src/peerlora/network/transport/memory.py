@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Literal
 
-from peerlora.network.base import PeerDown, PeerEvent, PeerId, Receiver, Refused
+from peerlora.network.base import PeerDown, PeerEvent, PeerId, Receiver, Refused, Signatures
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
 from peerlora.network.transport.links import CHUNK, Link, LinkTable, Read
@@ -46,9 +46,11 @@ class MemoryNetwork:
         self._awake: dict[PeerId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task] = set()
 
-    def transport(self, site: PeerId, audit: AuditLog | None = None) -> MemoryTransport:
+    def transport(
+        self, site: PeerId, audit: AuditLog | None = None, signatures: Signatures | None = None
+    ) -> MemoryTransport:
         """Create a transport for ``site``: of its first process, or of the one after a crash."""
-        return MemoryTransport(self, site, audit)
+        return MemoryTransport(self, site, audit, signatures)
 
     def delay(self, one: PeerId, other: PeerId, seconds: float) -> None:
         """Set the delay between two sites, each way, from now on."""
@@ -215,8 +217,14 @@ def _reader(pieces: Iterator[bytes]) -> Read:
 class MemoryTransport:
     """Transport of one process on a MemoryNetwork; see Transport."""
 
-    def __init__(self, network: MemoryNetwork, me: PeerId, audit: AuditLog | None = None):
-        self.network, self.me = network, me
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        me: PeerId,
+        audit: AuditLog | None = None,
+        signatures: Signatures | None = None,
+    ):
+        self.network, self.me, self.signatures = network, me, signatures
         self.ends = LinkTable(me, self, audit)
         self._tasks: dict[PeerId, asyncio.Task] = {}
         self._watches: set[asyncio.Task] = set()
@@ -239,6 +247,10 @@ class MemoryTransport:
     async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
         """See Transport."""
         await self.ends.send(to, header, body, deadline=deadline)
+
+    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
+        """See Transport."""
+        self.ends.refused(peer, refusal, "here", header)
 
     def events(self) -> AsyncIterator[PeerEvent]:
         """See Transport."""

@@ -292,25 +292,32 @@ class LocalFederation:
 
     def summary(self) -> dict[str, Any]:
         """Summarise how the federation and every peer ended."""
-        peers, reached = [], []
+        relay, peers = self.config.exchange.relay, []
         for peer in self.peers:
-            own = peer.folder / "summary.json"
-            found = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-            metric = found.get("accuracy", {}).get("own_mean")
-            reached += [metric] if metric is not None else []
-            facts = {"client": peer.client, "ended": peer.state, "rounds": peer.round, "metric": metric}
+            written = peer.folder / "summary.json"
+            found = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+            scores = found.get("accuracy", {})
+            facts = {"client": peer.client, "ended": peer.state, "rounds": peer.round, "metric": scores.get("own_mean")}
+            facts |= {"relayed": scores.get("relayed_mean")} if relay else {}
             facts |= {"starts": peer.starts, "missed": peer.missed, "skipped": peer.skipped}
             peers.append(facts | {"bytes_sent": found.get("bytes_sent"), "run": str(peer.folder), "log": str(peer.log)})
+        own = _spread("own", [peer["metric"] for peer in peers])
         return {
-            "ok": all(peer.state == "finished" or peer.killed for peer in self.peers) and bool(reached),
+            "ok": all(peer.state == "finished" or peer.killed for peer in self.peers) and own["own_mean"] is not None,
             "method": self.config.algorithm.name,
             "seconds": None if self.began is None else time.monotonic() - self.began,
-            "own_mean": sum(reached) / len(reached) if reached else None,
-            "own_min": min(reached, default=None),
-            "own_max": max(reached, default=None),
+            **own,
+            **(_spread("relayed", [peer["relayed"] for peer in peers]) | {"deployed": relay.deploy} if relay else {}),
             "peers": peers,
             "run": str(self.folder),
         }
+
+
+def _spread(name: str, scores: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and ends of the scores of those peers that have one."""
+    known = [score for score in scores if score is not None]
+    mean = sum(known) / len(known) if known else None
+    return {f"{name}_mean": mean, f"{name}_min": min(known, default=None), f"{name}_max": max(known, default=None)}
 
 
 def _with_port(member: Any, port: int) -> Any:

@@ -46,6 +46,11 @@ def check_links(config: RunConfig, algorithm: Algorithm[Any], topology: Topology
             f"{config.algorithm.name} needs; use algorithm.name=sgp or push-diging, or an undirected graph with "
             "topology.weights=metropolis"
         )
+    if config.exchange.relay and not topology.properties.symmetric:
+        raise CompositionError(
+            f"exchange.relay swaps adapters over links that go both ways, and topology={config.topology.kind} has "
+            "others; use an undirected graph, or leave exchange.relay out"
+        )
 
 
 def sums_known(begun: Path | None) -> bool:

@@ -30,6 +30,8 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
     train = _without(tree["train"], _SITE_TRAIN)
     tree["train"] = {name: value for name, value in train.items() if name not in _NEWER or value != _NEWER[name]}
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
+    if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
+        del tree["exchange"]["relay"]
     start = tree["adapter"].pop("start")
     tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
     if config.partition.kind == "own":

@@ -26,7 +26,7 @@ from peerlora.runtime.compose import compose, use_threads
 from peerlora.runtime.peer.checks import warn_of_sites_beyond
 from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.run import site_of
-from peerlora.runtime.peer.site import expected_of
+from peerlora.runtime.peer.site import Site, expected_of
 
 _SKEW = 30.0  # seconds that two clocks may differ
 _LINGER = 0.5  # seconds that a neighbour's doctor has to hear the answer to its greeting
@@ -89,6 +89,8 @@ def examine(
         jobs = f"every peer does {config.train.rounds} jobs at its own pace and waits for nobody"
         yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
+    if config.exchange.relay:
+        yield _about_relaying(site, config.clients, len(neighbours))
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
         endpoint = Endpoint(transport, expected, list(neighbours.values()))
@@ -104,6 +106,14 @@ def examine(
             thread.call(asyncio.sleep(_LINGER))
         finally:
             thread.call(control.close())
+
+
+def _about_relaying(site: Site, clients: int, neighbours: int) -> Finding:
+    """Who gets this site's adapter where sites pass adapters on."""
+    others = [name for client, name in sorted(site.names.items()) if client < clients and client != site.client]
+    told = f"exchange.relay: every site of the run gets this site's adapter, not its {neighbours} neighbours alone: "
+    do = "agree on that with all sites, or leave exchange.relay out at all of them"
+    return Finding("advice", told + ", ".join(others), do)
 
 
 def _about_neighbours(

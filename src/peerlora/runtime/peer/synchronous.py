@@ -57,7 +57,7 @@ class SynchronousPeer(PeerParticipation):
         self.blocks = exchanged_blocks(self.sends, federation.start.spec)
         self.local_only = federation.algorithm.traits.local_only
         self.largest = largest_message(federation, self.sends)
-        self._bounds: dict[Kind, int] = {"mix": self.largest, "state": 0}
+        self._bounds: dict[Kind, int] = {"mix": self.largest, "relay": 0, "state": 0}
         self._shared: dict[str, Tensor] | None = None
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
@@ -72,8 +72,12 @@ class SynchronousPeer(PeerParticipation):
             thread,
             federation.start,
             federation.algorithm.traits.positive_vectors,
+            site.names,
         )
-        peers = build_exchange(config, self.exchange, federation.start, federation.attackers)
+        rows = _told_rows(federation, site)
+        peers = build_exchange(config, self.exchange, federation.start, federation.attackers, rows)
+        if config.exchange.relay:
+            self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
         super().__init__(replace(federation, exchange=peers), site, thread, protocol, control, store)
         self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
         self.label_counts = StartupSum(store, control, thread, self.exchange, config.peer.join, self._request_counts)
@@ -187,6 +191,12 @@ class SynchronousPeer(PeerParticipation):
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+
+def _told_rows(federation: Federation, site: Site) -> dict[int, int]:
+    """This client's training rows, as relayed adapters tell all sites: 1 where their weights do not depend on them."""
+    relay, relayed = federation.config.exchange.relay, federation.exchange.relayed
+    return {site.client: relayed.rows[site.client] if relay and relayed and relay.weights == "rows" else 1}
 
 
 def _everything_sent(federation: Federation) -> Schema:

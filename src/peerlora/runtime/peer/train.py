@@ -21,6 +21,7 @@ from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_be
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.plan import Plan
+from peerlora.runtime.relayed_export import relayed_adapters
 from peerlora.runtime.resources import RunResources, load_resources
 from peerlora.runtime.trainer import Result, Sink, Trainer
 
@@ -79,7 +80,12 @@ def finished(config: RunConfig, folder: Path) -> Result | None:
         return None
     if not (folder / "report.html").is_file():  # the end came between the two
         write_report(folder)
-    return Result(summary, folder, lambda: read_adapters(folder, exporter_of(folder)))
+    return Result(
+        summary,
+        folder,
+        lambda: read_adapters(folder, exporter_of(folder)),
+        lambda: relayed_adapters(folder, exporter_of(folder).layout),
+    )
 
 
 def _assembled(planned: Plan, threads: int | None, resources: RunResources | None, site: Site) -> Federation:
