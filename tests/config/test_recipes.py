@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from peerlora.algorithms import REGISTRY
+from peerlora.config.exchange import RelayConfig
 from peerlora.config.loading import load_config
 from peerlora.config.recipes import RECIPES
 from peerlora.config.run import RunConfig
@@ -60,6 +61,18 @@ def test_every_method_can_be_planned_with_the_recipe(method):
     plan(config)
 
 
+def test_a_recipe_relays_where_the_method_and_its_codec_can():
+    assert load_config({"recipe": "sparse", "algorithm": "dec-lora"}).exchange.relay == RelayConfig()
+    assert load_config({"recipe": "sparse", "algorithm": "flora"}).exchange.relay is None
+    assert load_config({"recipe": "sparse", "exchange": {"relay": None}}).exchange.relay is None
+    assert load_config({"recipe": "sparse", "exchange": {"relay": {"keep": 3}}}).exchange.relay == RelayConfig(keep=3)
+    coded = load_config(
+        {"recipe": "sparse", "algorithm": "dec-lora", "exchange": {"codec": "sign"}, "topology": "ring"}
+    )
+    assert coded.exchange.relay is None
+    plan(coded)
+
+
 def test_the_resolved_config_says_all_and_reads_as_it_was_written():
     config = load_config({"recipe": "sparse", "algorithm": "decaf", "train": {"lr": 0.3}})
     tree = yaml.safe_load(config.to_yaml())
@@ -76,7 +89,7 @@ def test_an_unknown_recipe_is_refused():
 
 def test_peers_compare_settings_wherever_they_come_from():
     named = load_config({"recipe": "sparse"})
-    spelled = load_config({"train": SPARSE})
+    spelled = load_config({"train": SPARSE, "exchange": {"relay": {}}})
     assert section_hashes(named, ["a"]) == section_hashes(spelled, ["a"])
     assert section_hashes(named, ["a"])["train"] != section_hashes(load_config({}), ["a"])["train"]
 

@@ -12,22 +12,23 @@ Settings = dict[str, dict[str, Any]]
 """By section of a config, then by setting."""
 
 
-def sparse(task: TaskKind, own: Mapping[str, Any]) -> Settings:
-    """Clients that meet rarely: what brings their own models near the averaged one without another byte.
+def sparse(task: TaskKind, own: Mapping[str, Any], relays: bool) -> Settings:
+    """Clients that meet rarely: what brings the model that each of them deploys near the averaged one.
 
     A rate that falls to zero lets disagreement fall with it; kept moments spare a client the first steps of a fresh
-    AdamW in every round; the label prior keeps its own label proportions out of its model.
+    AdamW in every round; the label prior keeps its own label proportions out of its model; the relayed average is of
+    clients whom it has not met, too.  Only the last one costs bytes, and shows every client's adapter to all.
     """
     train: dict[str, Any] = {"schedule": "cosine"}
     if "optimizer_state" not in own:
         train["optimizer_state"] = "keep"
     if task.has_classes:
         train["label_prior"] = "uniform"
-    return {"train": train}
+    return {"train": train, "exchange": {"relay": {}}} if relays else {"train": train}
 
 
-RECIPES: dict[str, Callable[[TaskKind, Mapping[str, Any]], Settings]] = {"sparse": sparse}
-"""A recipe's settings for a kind of task and a method whose own defaults of ``train`` these are."""
+RECIPES: dict[str, Callable[[TaskKind, Mapping[str, Any], bool], Settings]] = {"sparse": sparse}
+"""A recipe's settings for a kind of task, and a method by its own defaults of ``train`` and whether it relays."""
 
 
 def fill(section: Section, settings: Mapping[str, Any]) -> Section:

@@ -43,7 +43,7 @@ SEE = {
     "partition": "[partitions](data.md#partitions)",
     "topology": "[topologies](topologies.md)",
     "algorithm": "[methods](methods.md); some bring [their own defaults](training.md#local-rules) of `train`",
-    "exchange": "[codecs and robust rules](methods/compressed-and-robust.md)",
+    "exchange": "[codecs and robust rules](methods/compressed-and-robust.md), [relayed adapters](relay.md)",
     "adversary": "[attackers](methods/compressed-and-robust.md#attackers)",
     "train": "[training](training.md), [the rate over the rounds](training.md#the-rate-over-the-rounds)",
     "eval": "[evaluation](runs.md#evaluation)",

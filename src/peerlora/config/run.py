@@ -116,13 +116,13 @@ class RunConfig(Section):
 
         It comes last, since it imports the method: a wrong setting is refused before anything heavy is loaded.
         """
-        own: Mapping[str, Any] = {}
         open_ones = self.train.model_fields_set < TrainConfig.model_fields.keys()
-        if open_ones and (info.context or {}).get("train_defaults", True):
-            method = METHODS.find(self.algorithm.name)
-            own = {} if method is None else method.traits.own_train_defaults()
+        wanted = open_ones and (info.context or {}).get("train_defaults", True)
+        method = METHODS.find(self.algorithm.name) if wanted or self.recipe is not None else None
+        own = method.traits.own_train_defaults() if method is not None and wanted else {}
         if self.recipe is not None:
-            for name, settings in RECIPES[self.recipe](task_kind(self.task.kind), own).items():
+            relays = method is not None and method.traits.refusal("relay") is None and self.exchange.codec is None
+            for name, settings in RECIPES[self.recipe](task_kind(self.task.kind), own, relays).items():
                 self._fill(name, settings)
         self._fill("train", own)
         if flaw := self.train.contradiction():
