@@ -11,14 +11,16 @@ so where a study has several graphs and searches, they are a study of their own:
 
 import argparse
 import json
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import sparse_graphs
 from markers import insert
+from outcomes import OutcomeLines, without_folder
 from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
 from peerlora.experiments.comparison import Comparison
@@ -45,6 +47,7 @@ FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
 def page(study: str) -> Path:
     """Where a study's table goes."""
     others = {"dtype": "speed-and-memory.md"} | dict.fromkeys(PAIRS, "text-pairs.md")
+    others |= dict.fromkeys(SPARSE, "sparse-graphs.md")
     return PAGES / others.get(study, "lora-methods.md")
 
 
@@ -169,6 +172,9 @@ PAIRS: dict[str, Callable[[Path, int], Tree]] = {
     "mnli-alone": pairs("MNLI", {ALONE: alone()}, (0.1,)),
     "qqp": pairs("QQP", GOSSIPED | {ALONE: alone()}, (0.1,)),
 }
+SPARSE: dict[str, Callable[[Path], Tree]] = {
+    f"sparse-{task}": sparse_graphs.sparse(task) for task in sparse_graphs.TASKS
+}
 STUDIES: dict[str, Callable[[Path, int], Tree]] = {
     "methods": methods,
     "ring": elsewhere(LORA_METHODS, ["ring"], judge=False),
@@ -183,8 +189,8 @@ def read(study: str) -> Tree:
     return json.loads((RESULTS / f"study-{study}.json").read_text())
 
 
-def run(study: str, tree: Tree) -> Comparison:
-    """Start the grid, or go on with it."""
+def run(study: str, tree: Tree, outcomes: OutcomeLines | None = None) -> Comparison:
+    """Start the grid, or go on with it; with ``outcomes`` what is finished is known by these alone."""
     folder = PLACE / study
 
     @contextmanager
@@ -192,36 +198,33 @@ def run(study: str, tree: Tree) -> Comparison:
         print(f"{study}: cell {status.number} of {status.trials}, {status.trial}", flush=True)
         yield lambda event: None
 
-    if (folder / "grid.yaml").is_file():
-        return resume_grid(folder, lambda stored: load_grid(tree), Callbacks(watch))
-    return start_grid(load_grid(tree), folder, Callbacks(watch))
-
-
-def told(tree: Any, data: Path) -> Any:
-    """The grid without this machine's folders."""
-    if isinstance(tree, dict):
-        return {key: told(value, data) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [told(value, data) for value in tree]
-    return tree.replace(f"{data}{os.sep}", "") if isinstance(tree, str) else tree
+    callbacks = Callbacks(watch, outcomes=outcomes)
+    if outcomes is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif (folder / "grid.yaml").is_file():
+        return resume_grid(folder, lambda stored: load_grid(tree), callbacks)
+    return start_grid(load_grid(tree), folder, callbacks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*SPARSE, *STUDIES])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, on text pairs {PAIR_ROUNDS}, where it is not given")
     options = parser.parse_args()
-    rounds = options.rounds or (PAIR_ROUNDS if options.study in PAIRS else ROUNDS)
+    study, data = options.study, options.data
     assert set(LORA_METHODS) <= REGISTRY.keys()
-    tree = STUDIES[options.study](options.data, rounds)
-    result = run(options.study, tree)
+    if study in SPARSE:
+        tree = SPARSE[study](data)
+    else:
+        tree = STUDIES[study](data, options.rounds or (PAIR_ROUNDS if study in PAIRS else ROUNDS))
+    result = run(study, tree, OutcomeLines(study, data) if study in SPARSE else None)
     found = result.as_json()
-    facts = run_facts(load_config(tree["base"]))
-    study = {"date": str(date.today()), "facts": facts, "grid": told(tree, options.data), "rows": found["rows"]}
+    written = {"date": str(date.today()), "facts": run_facts(load_config(tree["base"]))}
+    written |= {"grid": without_folder(tree, data), "rows": found["rows"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"study-{options.study}.json").write_text(json.dumps(study, indent=1) + "\n")
-    insert(page(options.study), f"study-{options.study}", (result.folder / "table.md").read_text(encoding="utf-8"))
+    (RESULTS / f"study-{study}.json").write_text(json.dumps(written, indent=1) + "\n")
+    insert(page(study), f"study-{study}", (result.folder / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from markers import insert
+from outcomes import without_folder
 from peerlora.algorithms import method_class
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
@@ -35,7 +36,7 @@ from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.metrics import evaluated_within, select_events
 from peerlora.runs.resume import run_facts
 from peerlora.runs.store import read_events
-from studies import ALONE, PAGES, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task, told
+from studies import ALONE, PAGES, PLACE, RESULTS, ROUNDS, SEEDS, base, read, run, task
 
 Tree = dict[str, Any]
 STEPS = 5
@@ -363,7 +364,7 @@ def main() -> None:
     rates = {line.setting: line.rate for line in found.lines} if condition.rates else {}
     rows = table(condition, finished(name, options.data, tree, rates))
     study = {"date": str(date.today()), "condition": condition.told, "facts": run_facts(load_config(tree["base"]))}
-    study |= {"grid": told(told(tree, options.data), Path.cwd()), "rows": rows}
+    study |= {"grid": without_folder(without_folder(tree, options.data), Path.cwd()), "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"study-{name}.json").write_text(json.dumps(study, indent=1) + "\n")
     insert(PAGES / "hard-federations.md", f"system-{name}", render(condition, rows))
