@@ -110,6 +110,7 @@ def sparse(task: str) -> Callable[[Path], Tree]:
             "seeds": SEEDS,
             "baseline": {"system": "all data in one place"},
             "search": search(task),
+            "share_prefix": True,
         }
 
     return grid

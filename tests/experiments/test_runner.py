@@ -28,6 +28,8 @@ from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
 from peerlora.runtime.resources import BaseModelCache, load_resources
 from peerlora.runtime.simulate import simulate
+from peerlora.train.kernels import prefix_cache
+from peerlora.train.kernels.prefix_cache import PrefixCache
 
 METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
 
@@ -410,6 +412,25 @@ def test_a_whole_grid_loads_its_base_once(tree, tmp_path, whole, loads):
     start_grid(load_grid(tree()), tmp_path, QUIET)
     assert loads == [0]
     assert numbers(tmp_path) == numbers(whole.folder)
+
+
+def test_what_frozen_blocks_give_is_computed_once_for_all_cells(tree, tmp_path, monkeypatch):
+    computed, compute = [], PrefixCache._compute
+    monkeypatch.setattr(PrefixCache, "_compute", lambda *own: computed.append(1) or compute(*own))
+    base = tree()["base"] | {"adapter": {"rank": 2, "targets": ".*layer.1.attention.self.(query|value)"}}
+    base["train"] = base["train"] | {"rounds": 1, "local_steps": 1}
+    found, counts = [], []
+    for share in (False, True):
+        grid = load_grid(tree(base=base, seeds=[0], share_prefix=share))
+        found.append(start_grid(grid, tmp_path / str(share), QUIET))
+        counts.append(len(computed))
+    chunks = 2 * -(-len(load_resources(plan_trials(grid).trials[0].config).train_data) // prefix_cache._CHUNK)
+    assert counts[1] - counts[0] <= chunks
+    for plain, shared in zip(*(each.lines for each in found), strict=True):
+        assert shared.estimates["mean client"] == plain.estimates["mean client"]
+        assert shared.estimates["consensus of B·A"].mean == pytest.approx(
+            plain.estimates["consensus of B·A"].mean, rel=1e-9
+        )
 
 
 def test_one_base_serves_cells_one_after_another_to_the_bit(config, tmp_path):

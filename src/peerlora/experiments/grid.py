@@ -67,6 +67,9 @@ class GridConfig(Section):
     baseline: dict[str, str] = {}
     """One axis: its label that differences are taken against."""
     search: SearchConfig = SearchConfig()
+    share_prefix: bool = False
+    """Compute once for all trials what the frozen blocks below the adapted ones give of each row; a trial then equals
+    the run alone to rounding, not to the bit."""
     published: Literal["adf-lora", "tad-lora"] | None = None
     """The paper whose numbers the report puts beside ours."""
 

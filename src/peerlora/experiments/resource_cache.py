@@ -12,9 +12,13 @@ from peerlora.runtime.resources import BaseModelCache, RunResources, load_resour
 
 
 class ResourceCache:
-    """Keeps the tokenised rows and the base model of the latest trial, for the next one."""
+    """Keeps the tokenised rows and the base model of the latest trial, for the next one.
 
-    def __init__(self):
+    ``share_prefix``: and what the base's frozen blocks below the adapted ones give of each row.
+    """
+
+    def __init__(self, share_prefix: bool = False):
+        self.share_prefix = share_prefix
         self._key: Any = None
         self._kept: RunResources | None = None
         self._bases = BaseModelCache()
@@ -24,7 +28,8 @@ class ResourceCache:
         key = data_key(config)
         if self._kept is None or key != self._key:
             self._kept = None  # free the old rows first; both may not fit
-            self._kept, self._key = replace(load_resources(config), bases=self._bases), key
+            self._kept, self._key = load_resources(config), key
+            self._kept = replace(self._kept, bases=self._bases, share_prefix=self.share_prefix)
         return self._kept
 
 

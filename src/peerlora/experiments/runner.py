@@ -81,7 +81,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
         grid = grid.model_copy(update={"base": {**grid.base, "threads": resolve_threads(None)}})
-    cache = ResourceCache()
+    cache = ResourceCache(grid.share_prefix)
     check_grid(grid, cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
             f"{folder} was started with another grid ({'; '.join(changed)}); "
             "resume with the same grid, or start a new one with another --out"
         )
-    return _run(stored, folder, callbacks, ResourceCache())
+    return _run(stored, folder, callbacks, ResourceCache(stored.share_prefix))
 
 
 def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:

@@ -119,6 +119,7 @@ def assemble(
     learner = StackedLearner(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
+    learner.shares_prefix = resources.share_prefix
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     return Federation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from peerlora.runtime.model_checks import (
     within,
 )
 from peerlora.train.forward_facts import observe_forward
+from peerlora.train.kernels.prefix_cache import HiddenStates
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
 
 
@@ -42,6 +43,8 @@ class PreparedBase:
     paths: Paths
     layout: Layout
     warnings: tuple[str, ...]
+    hidden: HiddenStates = field(default_factory=HiddenStates)
+    """Of the blocks below the lowest adapted one, for runs that share them."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ class RunResources:
     tokenizer: Any
     bases: BaseModelCache | None = None
     """None: every run loads its own."""
+    share_prefix: bool = False
+    """Whether these runs keep for each other what the frozen blocks below the adapted ones give; needs ``bases``."""
 
 
 def load_resources(config: RunConfig) -> RunResources:
@@ -172,9 +177,9 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
     export = ExportContext(
         source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
     )
-    return BuiltModel(
-        model, export, prepared.paths | use_encoder(model, config.train.fast), prepared.warnings + of_tokens
-    )
+    prepared.hidden.keep_only((data, resources.eval_data))
+    paths = prepared.paths | use_encoder(model, config.train.fast, prepared.hidden if resources.share_prefix else None)
+    return BuiltModel(model, export, paths, prepared.warnings + of_tokens)
 
 
 class _BaseKey(NamedTuple):

@@ -65,6 +65,8 @@ class StackedLearner:
     ):
         self.model, self.task, self.shards, self.settings = model, task, shards, settings
         self.pad, self.graph = pad, graph
+        self.shares_prefix = False
+        """Whether later runs ask for the same rows again."""
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
         self.step_seconds: Float[Tensor, " client"] | None = None
@@ -161,9 +163,9 @@ class StackedLearner:
 
     @cached_property
     def _rows_return(self) -> bool:
-        """Whether training sees the average row again, so that what was computed of it is worth keeping."""
+        """Whether the average row is seen again, so that what was computed of it is worth keeping."""
         steps = self.settings.rounds * self.settings.local_steps
-        return steps * sum(self.shards.batches) > len(self.shards.data)
+        return self.shares_prefix or steps * sum(self.shards.batches) > len(self.shards.data)
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""

@@ -16,7 +16,7 @@ from peerlora.train.kernels.attention import attend
 from peerlora.train.kernels.frozen_linear import FrozenLinear
 from peerlora.train.kernels.lora_linear import lora_linear
 from peerlora.train.kernels.packing import TokenPacking, TokenPositions
-from peerlora.train.kernels.prefix_cache import PrefixCache
+from peerlora.train.kernels.prefix_cache import HiddenStates, PrefixCache
 
 _CLASSES = tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert"))
 
@@ -40,7 +40,7 @@ def encoder_unavailable(base: nn.Module, device: str) -> str | None:
 class PackedEncoder:
     """Logits of client-major rows, as ``StackedModel`` gives them; all its linears must be frozen ones."""
 
-    def __init__(self, model: StackedModel):
+    def __init__(self, model: StackedModel, shared: HiddenStates | None = None):
         self.base: Any = model.base
         self.step = model.step
         encoder = getattr(self.base, self.base.base_model_prefix)
@@ -53,7 +53,7 @@ class PackedEncoder:
         self.prefix: PrefixCache | None = None
         if self.prefix_unavailable() is None:
             weight = next(iter(encoder.parameters()))
-            self.prefix = PrefixCache(self._below, self.base.config.hidden_size * weight.dtype.itemsize)
+            self.prefix = PrefixCache(self._below, self.base.config.hidden_size * weight.dtype.itemsize, shared)
 
     def prefix_unavailable(self) -> str | None:
         """Why the blocks below the lowest adapted one are not cached, or None."""

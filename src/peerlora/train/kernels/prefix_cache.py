@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,16 +40,34 @@ class _Kept:
         return _Kept(data, chunks, chunk_of, np.zeros(len(chunks), dtype=bool))
 
 
+class HiddenStates:
+    """What runs on the same frozen blocks, one after another, have computed of their data sets."""
+
+    def __init__(self):
+        self.kept: dict[int, _Kept] = {}
+
+    def keep_only(self, data: Collection[Dataset]) -> None:
+        """Drop what belongs to other data sets."""
+        wanted = set(map(id, data))
+        for each in self.kept.keys() - wanted:
+            del self.kept[each]
+
+
 class PrefixCache:
     """Hidden states by row of one or more data sets.
 
     Rows are computed in chunks that depend on the data set alone, not on which rows were asked for together: a resumed
-    run then finds the same bits.
+    run then finds the same bits.  ``shared``: where they are kept; by default for this run alone.
     """
 
-    def __init__(self, compute: Callable[[dict[str, Tensor]], Float[Tensor, "token width"]], bytes_per_token: int):
+    def __init__(
+        self,
+        compute: Callable[[dict[str, Tensor]], Float[Tensor, "token width"]],
+        bytes_per_token: int,
+        shared: HiddenStates | None = None,
+    ):
         self.compute, self.bytes_per_token = compute, bytes_per_token
-        self._kept: dict[int, _Kept] = {}
+        self._kept = {} if shared is None else shared.kept
 
     def holds(self, data: Dataset) -> bool:
         """Whether these rows' hidden states may be kept: they take at most a quarter of the machine's memory."""

@@ -9,6 +9,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
+from peerlora.train.kernels.prefix_cache import HiddenStates
 
 Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else the reason why not
 
@@ -22,13 +23,13 @@ def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool
     return {"packed weights": freeze_linears(base, skip=heads) if fast else "train.fast is false"}
 
 
-def use_encoder(model: StackedModel, fast: bool) -> Paths:
-    """Switch a model to the fast forward where that works."""
+def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = None) -> Paths:
+    """Switch a model to the fast forward where that works; ``shared``: what earlier runs on its base have computed."""
     device = next(model.base.parameters()).device.type
     reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
     if reason is not None:
         return {"packed tokens": reason, "frozen prefix": reason}
-    encoder = PackedEncoder(model)
+    encoder = PackedEncoder(model, shared)
     model.forward = encoder
     return {"packed tokens": None, "frozen prefix": encoder.prefix_unavailable()}
 
