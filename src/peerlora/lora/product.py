@@ -145,7 +145,7 @@ def decompose_leading(
 def _leading(
     left: Float[Tensor, "d_out wide"], right: Float[Tensor, "wide d_in"], rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if 2 * left.shape[1] < min(left.shape[0], right.shape[1]):
+    if 3 * left.shape[1] < 2 * min(left.shape[0], right.shape[1]):  # about where the two take equally long
         found = decompose(left, right)
         return found.U[:, :rank], found.values[:rank], found.V[:rank], found.rank, found.tail(torch.tensor(rank))
     M = left @ right
