@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from peerlora import RunConfig, load_config
-from peerlora.config.exchange import AdversaryConfig, CodecConfig, RobustConfig
+from peerlora.config.exchange import AdversaryConfig, CodecConfig, RelayConfig, RobustConfig
 from peerlora.config.reference import page
 from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, TopologyConfig
 from peerlora.experiments.grid import load_grid
@@ -34,6 +34,7 @@ def sections():
         RunConfig,
         *found,
         AdversaryConfig,
+        RelayConfig,
         ClockConfig,
         Absence,
         *(kind for union in UNIONS for kind in kinds(union)),

@@ -61,3 +61,14 @@ def test_each_product_has_the_same_bits_alone():
     for i in range(5):
         alone = decompose_leading(left[i : i + 1], right[i : i + 1], 3)
         assert torch.equal(alone.U[0], together.U[i]) and torch.equal(alone.V[0], together.V[i])
+
+
+@pytest.mark.parametrize("wide", [3, 40])
+def test_huge_factors_are_decomposed_and_infinite_ones_are_nan_for_their_own_client_alone(wide):
+    left, right = (torch.stack([part] * 3) for part in product(12, wide, 9))
+    left[0], right[0] = left[0] * 1e200, right[0] * 1e-180
+    left[1, 0, 0] = float("inf")
+    found = decompose_leading(left, right, 2)
+    torch.testing.assert_close(found.values[0], found.values[2] * 1e20, rtol=1e-10, atol=0)
+    assert found.values[1].isnan().all() and found.factors(2)[0][1].isnan().all()
+    assert found.values[[0, 2]].isfinite().all()

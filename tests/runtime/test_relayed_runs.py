@@ -111,6 +111,17 @@ def test_events_measures_summary_and_table_tell_of_relayed_models(config, tmp_pa
     assert {"relayed_loss", "relayed_cut", "relayed_age_mean", "relayed_bytes"} <= {row["metric"] for row in table}
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, "fp64"), (1e305, "fp64"), (1e30, "fp32")])
+def test_an_attacker_has_no_relayed_score_and_ends_no_run(config, tmp_path, scale, dtype):
+    words = ["algorithm.name=dec-lora", "topology=complete", "exchange.robust=median", f"train.dtype={dtype}"]
+    words += [f"adversary={{clients: [2], attack: sign-flip, scale: {scale}}}", RELAY]
+    result = simulate(config("bert", *QUICK, *words), tmp_path / "run", report=False)
+    for score in of(result.run, Evaluated):
+        assert np.isnan(score.relayed[2]) and np.isnan(score.own[2])
+        assert len(score.relayed) == 4 and not np.isnan(score.relayed[0])
+    assert result.summary["scores"]["relayed_mean"] is not None
+
+
 def test_before_training_everybody_deploys_the_common_start(config, tmp_path):
     run = simulate(config("bert", *QUICK, RELAY), tmp_path / "run", report=False).run
     first = of(run, Evaluated)[0]

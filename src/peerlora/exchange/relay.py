@@ -215,7 +215,7 @@ def relay_round(
     newest = np.full(len(caches.clients), UNKNOWN, dtype=np.int64)
     newest[present] = made
     heard = adjacency | np.eye(len(adjacency), dtype=bool)
-    heard[:, [i for i in caches.clients if i not in present]] = False
+    heard[:, newest == UNKNOWN] = False
     caches.places[heard] = np.broadcast_to(newest, heard.shape)[heard]
     counts = _swap(caches, adjacency)
     caches.end()

@@ -101,8 +101,6 @@ def _own_entries(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> Ad
 
 def _products(received: Received) -> Combined:
     """The average of the products, cut to each rank, and the squared norms of what was cut and of the whole."""
-    if not received.everybody.flat.isfinite().all():  # an attacker's, say: then no average is a model
-        return _factors(received)
     cut = partial(decompose_leading, rank=received.own.spec.rank)
     found = average_products(received, cut)
     measures = {"tail": found.tail, "size": found.size.expand_as(found.tail)}

@@ -9,6 +9,7 @@ the identities of Wang et al. 2025 (arXiv 2511.18291) and of the notes in docs/m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,19 +136,34 @@ def decompose_leading(
 
     A product of nearly full rank has its leading vectors from the Gram matrix on its smaller side; a step of subspace
     iteration and a small decomposition of the product itself give back the digits that squaring loses.  One product at
-    a time: what a client gets does not depend, to the bit, on who else is computed along with it.
+    a time: what a client gets does not depend, to the bit, on who else is computed along with it.  NaN where a factor
+    is not finite, as an attacker's may be.
     """
-    parts = [_leading(*each, rank) for each in zip(left, right, strict=True)]
+    parts = [_scaled_leading(*each, rank) for each in zip(left, right, strict=True)]
     U, values, V, alive, rest = (torch.stack(part) for part in zip(*parts, strict=True))
     return Decomposition(U, values, V, alive, rest)
 
 
-def _leading(
-    left: Float[Tensor, "d_out wide"], right: Float[Tensor, "wide d_in"], rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if 2 * left.shape[1] < min(left.shape[0], right.shape[1]):
-        found = decompose(left, right)
-        return found.U[:, :rank], found.values[:rank], found.V[:rank], found.rank, found.tail(torch.tensor(rank))
+_Leading = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""U, values, V, how many values stand above rounding, and the squared norm of the rest."""
+
+
+def _scaled_leading(left: Float[Tensor, "d_out wide"], right: Float[Tensor, "wide d_in"], rank: int) -> _Leading:
+    """Decompose factors of moderate size, whose squares are finite too."""
+    size_left, size_right = (float(part.abs().amax()) or 1.0 for part in (left, right))
+    if not math.isfinite(size_left + size_right):
+        kept = min(rank, *left.shape, right.shape[1])
+        U, values, V = (left.new_full(shape, math.nan) for shape in ((len(left), kept), (kept,), (kept, len(right.mT))))
+        return U, values, V, torch.tensor(kept, device=left.device), left.new_tensor(math.nan)
+    U, values, V, alive, rest = _leading(left / size_left, right / size_right, rank)
+    scale = size_left * size_right
+    return U, values * scale, V, alive, rest * scale * scale
+
+
+def _leading(left: Float[Tensor, "d_out wide"], right: Float[Tensor, "wide d_in"], rank: int) -> _Leading:
+    if 3 * left.shape[1] < 2 * min(left.shape[0], right.shape[1]):  # about where the two take equally long
+        found, kept = decompose(left, right), torch.tensor(rank, device=left.device)
+        return found.U[:, :rank], found.values[:rank], found.V[:rank], found.rank, found.tail(kept)
     M = left @ right
     if M.shape[0] > M.shape[1]:
         V, values, U, alive, rest = _leading(right.mT, left.mT, rank)

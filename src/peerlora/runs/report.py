@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
-from peerlora.runs.events import Evaluated, Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
+from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
 from peerlora.runs.store import read_events, resume_command
 from peerlora.runs.write_failures import write_failures_told
 
 if TYPE_CHECKING:
-    from peerlora.runs.figures import Curves, Key, Picture
+    from peerlora.runs.figures import Key, Picture
 
 MANY_CONTACTS = 60  # clients in the table of last contacts
 MANY_CHANGES = 100  # of neighbours, the last ones, that are listed
@@ -103,51 +104,6 @@ def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
         numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(format_number(name))}</th>{numbers}</tr>')
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def metric_curves(events: Sequence[Event], by: str = "round", of: str = "own") -> "Curves | None":
-    """Collect the metric of every client and of the averaged model; None before the first evaluation.
-
-    The last evaluation is on all rows; where the others are on a sample, it is no part of their curve.
-    ``by``: "round", or "virtual_seconds", of which a run without a clock has none.  ``of``: the clients' "own" models
-    or "relayed", of which a run without relaying has none.
-    """
-    import numpy as np
-
-    from peerlora.runs.figures import Curves
-
-    scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by)) and getattr(score, of)]
-    if not scores:
-        return None
-
-    def curves(some: Sequence[Evaluated], end: Curves | None = None) -> Curves:
-        own = np.array([getattr(score, of) for score in some], float)
-        places, averaged = [getattr(score, by) for score in some], [score.averaged for score in some]
-        return Curves(places, own, averaged, some[-1].rows, end)
-
-    *sampled, last = scores
-    if sampled and last.rows != sampled[-1].rows:
-        return curves(sampled, curves([last]))
-    return curves(scores)
-
-
-def labels_picture(start: RunStarted) -> "Picture | None":
-    """Draw the labels of every client; None when the partition does not say."""
-    from peerlora.runs.figures import labels_figure
-
-    names, counts = start.partition.get("names"), start.partition.get("counts")
-    whole = counts and len(counts) == start.clients  # a site with a file of its own knows no other's rows
-    return labels_figure("labels", "Who holds which labels", names, counts) if names and counts and whole else None
-
-
-def graph_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
-    """Draw the links that were used; None for one client, or when no round wrote its links down."""
-    from peerlora.runs.figures import graph_figure
-
-    uses, rounds = link_uses(events), len(select_events(events, RoundDone))
-    if uses is None or start.clients == 1:
-        return None
-    return graph_figure("graph", "Who exchanged with whom", start.clients, uses, rounds)
 
 
 def _lead(start: RunStarted | None, events: Sequence[Event]) -> str:
@@ -318,26 +274,8 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
-        found[1:1] = _relayed_pictures(start, events)
+        found[1:1] = relayed_pictures(start, events)
     return [picture for picture in found if picture]
-
-
-def _relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
-    """What relayed models reach, and how old the entries are that they are made of; none where nothing is relayed."""
-    from peerlora.runs import figures
-
-    curves = metric_curves(events, of="relayed")
-    told = [each for each in select_events(events, RoundDone) if "relayed_age_mean" in each.measures]
-    if curves is None:
-        return []
-    title = f"{start.metric} of every client's relayed model and of the averaged model"
-    found = [figures.clients_figure("relayed", title, curves)]
-    if told:
-        rounds = [each.round + 1 for each in told]
-        shown = {"mean age": "relayed_age_mean", "oldest": "relayed_age_max"}
-        lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
-        found.append(figures.log_figure("relayed-age", "Age of the entries that clients hold, in rounds", lines))
-    return found
 
 
 def _swatch(key: "Key") -> str:
