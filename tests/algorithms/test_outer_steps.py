@@ -8,8 +8,10 @@ from quadratics import adapters, coupled, end, exchange
 from peerlora.algorithms import build_algorithm
 from peerlora.config.sections import TrainConfig
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.network.protocol.state_transfer import adopt, exportable
 from peerlora.runtime.plan import plan
 from peerlora.train.schedule import rate
+from peerlora.tree import rows_of
 
 CLIENTS, STEPS, ROUNDS = 5, 3, 8
 SCHEDULE = {"lr": 0.05, "schedule": "linear", "warmup": 0.25, "rounds": ROUNDS, "local_steps": STEPS}
@@ -146,6 +148,21 @@ def test_m_forgets_where_clients_differ_as_they_mix(method):
         peers.begin(t)
         state = algorithm.round(t, state, learner, peers)
     assert (state.m - state.m[0]).abs().max() < 1e-15 < state.m.abs().max()
+
+
+@pytest.mark.parametrize("method", ["qg-dsgdm", "qg-adam"])
+def test_a_returning_peer_takes_a_model_and_keeps_its_own_moments(method):
+    """What a client's gradients led to leaves no site but in its model."""
+    learner, peers, x = coupled(2, 4, **SCHEDULE), exchange("path", 2), adapters(2, 1, 1, head=2)
+    algorithm = build_algorithm(method, {})
+    peers.begin(0)
+    state = algorithm.round(0, algorithm.start(x, peers), learner, peers)
+    own, other = rows_of(state, 0), rows_of(state, 1)
+    kept = algorithm.traits.local_only
+    sent = exportable(other, x.spec.blocks, kept)
+    assert set(sent) == {".x.flat", ".x.ranks"}
+    taken = algorithm.on_rejoin(own, adopt(own, sent, x.spec.blocks, kept))
+    assert torch.equal(taken.x.flat, other.x.flat) and torch.equal(taken.m, own.m) and own.m.any()
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_quiet_rounds_bring_clients_together_where_their_mean_is(config, method,
     assert values[0].abs().max() > 0.05, "nothing was trained"
 
 
+@pytest.mark.parametrize("codec", others_slow(["top-k", "sign", "qsgd", "cast"], ["top-k"]))
+def test_a_codec_goes_on_in_quiet_rounds(config, codec):
+    federation = compose(config("bert", *words("dec-lora"), f"exchange.codec={codec}", "train.dtype=fp32"))
+    models = states(federation)
+    assert spread(models[-1].flat) < 0.5 * spread(models[0].flat)
+    assert (models[-1].flat.mean(0) - models[0].flat.mean(0)).abs().max() < 1e-5
+
+
 def test_who_cannot_refuses_them_before_anything_is_loaded(config):
     refusing = set(REGISTRY) - set(QUIET)
     assert refusing == {"flora", "consensus-admm", "aedfl", "ad-psgd"}

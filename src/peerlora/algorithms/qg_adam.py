@@ -84,6 +84,7 @@ class QGAdam(Stateful):
         source="QG-DAdam, arXiv 2102.04761",
         trains=IN_TURN,
         sends="adapters",
+        local_only=("m", "v", "rounds"),
         sgd_only="its own moments make Adam's direction, along which SGD takes the step",
         train_defaults={"optimizer": "sgd", "lr": 1e-3},
     )

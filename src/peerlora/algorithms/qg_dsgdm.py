@@ -53,6 +53,7 @@ class QGDSGDm(Stateful):
         source="QG-DSGDm, arXiv 2102.04761",
         trains=IN_TURN,
         sends="adapters",
+        local_only=("m",),
         sgd_only="its momentum joins an SGD step; qg-adam is its form for Adam",
         train_defaults=SGD,
     )
