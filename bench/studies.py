@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import sparse_graphs
+import study_grids
 from markers import insert
 from outcomes import OutcomeLines, without_folder
 from peerlora.algorithms import REGISTRY
@@ -47,7 +47,7 @@ FACTOR_METHODS = ("dec-lora", "ffa-lora", "rolora", "adf-lora", "tad-lora")
 def page(study: str) -> Path:
     """Where a study's table goes."""
     others = {"dtype": "speed-and-memory.md"} | dict.fromkeys(PAIRS, "text-pairs.md")
-    others |= dict.fromkeys(SPARSE, "sparse-graphs.md")
+    others |= {study: f"{study.split('-')[0]}.md" for study in study_grids.STUDIES}
     return PAGES / others.get(study, "lora-methods.md")
 
 
@@ -172,9 +172,6 @@ PAIRS: dict[str, Callable[[Path, int], Tree]] = {
     "mnli-alone": pairs("MNLI", {ALONE: alone()}, (0.1,)),
     "qqp": pairs("QQP", GOSSIPED | {ALONE: alone()}, (0.1,)),
 }
-SPARSE: dict[str, Callable[[Path], Tree]] = {
-    f"sparse-{task}": sparse_graphs.sparse(task) for task in sparse_graphs.TASKS
-}
 STUDIES: dict[str, Callable[[Path, int], Tree]] = {
     "methods": methods,
     "ring": elsewhere(LORA_METHODS, ["ring"], judge=False),
@@ -208,17 +205,17 @@ def run(study: str, tree: Tree, outcomes: OutcomeLines | None = None) -> Compari
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=[*SPARSE, *STUDIES])
+    parser.add_argument("study", choices=[*study_grids.STUDIES, *STUDIES])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS}, on text pairs {PAIR_ROUNDS}, where it is not given")
     options = parser.parse_args()
     study, data = options.study, options.data
     assert set(LORA_METHODS) <= REGISTRY.keys()
-    if study in SPARSE:
-        tree = SPARSE[study](data)
+    if study in study_grids.STUDIES:
+        tree = study_grids.STUDIES[study](data)
     else:
         tree = STUDIES[study](data, options.rounds or (PAIR_ROUNDS if study in PAIRS else ROUNDS))
-    result = run(study, tree, OutcomeLines(study, data) if study in SPARSE else None)
+    result = run(study, tree, OutcomeLines(study, data) if study in study_grids.STUDIES else None)
     found = result.as_json()
     written = {"date": str(date.today()), "facts": run_facts(load_config(tree["base"]))}
     written |= {"grid": without_folder(tree, data), "rows": found["rows"]}

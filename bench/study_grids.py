@@ -1,8 +1,7 @@
-"""Grids of the studies of rare meetings: what closes the gap between a client's own model and all data in one place.
+"""Grids of the studies whose rows share loss, schedule, memory and work, and differ in what the study is about.
 
-MiniLM with its upper two blocks adapted, ten clients with skewed labels, 60 rounds x 5 steps x 8 rows = 24,000 rows in
-all, in every row of the tables; "all data in one place" is one client whose steps take everybody's batch.  Every row's
-rate is searched on rows set aside, with two seeds that are not reported, in a grid that grows until its best is inside.
+MiniLM with its upper two blocks adapted, ten clients with skewed labels, 5 steps x 8 rows a round.  Every row's rate is
+searched on rows set aside, with two seeds that are not reported, in a grid that grows until its best is inside.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LEARNED = {"schedule": "cosine", "optimizer_state": "keep", "label_prior": "unif
 RELAY: Tree = {"exchange": {"relay": {}}}
 
 
-def base(task: str, data: Path, p: float = 0.02) -> Tree:
+def base(task: str, data: Path, p: float = 0.02, rounds: int = ROUNDS) -> Tree:
     """What the rows of one table have in common."""
     about = TASKS[task]
     rows = {
@@ -56,9 +55,9 @@ def base(task: str, data: Path, p: float = 0.02) -> Tree:
         "clients": CLIENTS,
         "adapter": {"rank": 8, "alpha": 16, "targets": UPPER_BLOCKS},
         "topology": {"kind": "random", "p": p},
-        "train": {"rounds": ROUNDS, "local_steps": STEPS, "batch": BATCH},
-        "eval": {"every": ROUNDS},
-        "checkpoint": {"every": ROUNDS},
+        "train": {"rounds": rounds, "local_steps": STEPS, "batch": BATCH},
+        "eval": {"every": rounds},
+        "checkpoint": {"every": rounds},
         "threads": 1,
     }
 
@@ -86,7 +85,10 @@ def search(task: str) -> Tree:
 
 
 def sparse(task: str) -> Callable[[Path], Tree]:
-    """From plain dec-lora to the recipe, one change at a time; then the recipe over other methods and graphs."""
+    """From plain dec-lora to the recipe, one change at a time; then the recipe over other methods and graphs.
+
+    60 rounds, 24,000 rows in all, in every row; "all data in one place" is one client whose steps take all batches.
+    """
 
     def grid(data: Path) -> Tree:
         prior = {"label_prior": "uniform"}
@@ -114,3 +116,48 @@ def sparse(task: str) -> Callable[[Path], Tree]:
         }
 
     return grid
+
+
+GRAPHS: dict[str, Any] = {
+    "p = 0.5": {"kind": "random", "p": 0.5},
+    "p = 0.1": {"kind": "random", "p": 0.1},
+    "p = 0.02": {"kind": "random", "p": 0.02},
+    "ring": {"kind": "ring"},
+}
+ADF = {f"adf-lora, T = {T}": {"name": "adf-lora", "interval": T} for T in (1, 5, 10)}
+FACTORS: dict[str, Any] = {"dec-lora": "dec-lora", **ADF, "ffa-lora": "ffa-lora", "rolora": "rolora"}
+"""tad-lora is adf-lora with the T that it chooses: 1, 2, 5 and 3 on these graphs."""
+BUDGETS = (24, 48, 96)
+
+
+def alternating(rounds: int, schedule: str) -> Callable[[Path], Tree]:
+    """Whether alternating factors helps: every graph and method at one budget and schedule, each at its best rate."""
+
+    def grid(data: Path) -> Tree:
+        chosen = {"p = 0.1": 2, "ring": 3}
+        systems = {}
+        for graph, topology in GRAPHS.items():
+            methods = dict(FACTORS)
+            if graph in chosen:
+                methods[f"tad-lora (T = {chosen[graph]})"] = {"name": "adf-lora", "interval": chosen[graph]}
+            for name, method in methods.items():
+                systems[f"{graph}: {name}"] = row(method, topology, **{**LEARNED, "schedule": schedule})
+        return {
+            "base": base("sst2", data, rounds=rounds),
+            "axes": {"system": systems},
+            "seeds": SEEDS,
+            "search": search("sst2"),
+            "share_prefix": True,
+        }
+
+    return grid
+
+
+STUDIES: dict[str, Callable[[Path], Tree]] = {
+    **{f"sparse-{task}": sparse(task) for task in TASKS},
+    **{
+        f"alternating-{rounds}-{schedule}": alternating(rounds, schedule)
+        for rounds in BUDGETS
+        for schedule in ("constant", "cosine")
+    },
+}
