@@ -42,7 +42,7 @@ def test_the_report_has_their_numbers_and_figures(drawn, tmp_path, run, relayed)
     assert "mean over clients&#x27; relayed models" in page and "0.7075" in page
     assert "worst relayed model" in page and "0.665" in page and "0.0123" in page
     assert "relayed model and of the averaged model</figcaption>" in page
-    assert "Age of the entries that clients hold, in rounds</figcaption>" in page
+    assert "Age of the entries that clients hold</figcaption>" in page
     assert page.count("<figure") == plain.count("<figure") + 2 and "relayed" not in plain
 
 

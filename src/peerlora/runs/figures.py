@@ -160,12 +160,19 @@ def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int],
     totals = {label: np.cumsum(np.asarray(line[1], float)) for label, line in lines.items()}
     top = max((each[-1] for each in totals.values() if len(each)), default=0.0)
     factor, unit = byte_unit(top)
+    shown = {label: (lines[label][0], total / factor) for label, total in totals.items()}
+    return lines_figure(name, title, shown, f"{unit} sent, all clients")
+
+
+def lines_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Any]], unit: str) -> Picture:
+    """Values from zero up by round: label -> (rounds, values)."""
+    colours = list(line_colours(len(lines)))
     with svg_figure(name, title, size=(7.4, 2.4)) as (figure, out):
-        axes = add_axes(figure, f"{unit} sent, all clients")
-        for (label, total), colour in zip(totals.items(), line_colours(len(totals)), strict=True):
-            axes.plot(lines[label][0], total / factor, color=colour, linewidth=1.8, **point_markers(lines[label][0]))
+        axes = add_axes(figure, unit)
+        for (rounds, values), colour in zip(lines.values(), colours, strict=True):
+            axes.plot(rounds, values, color=colour, linewidth=1.8, **point_markers(rounds))
         axes.set_ylim(bottom=0)
-    legend = [Key(label, colour, "thick") for label, colour in zip(totals, line_colours(len(totals)), strict=True)]
+    legend = [Key(label, colour, "thick") for label, colour in zip(lines, colours, strict=True)]
     return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
 
 

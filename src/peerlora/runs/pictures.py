@@ -69,5 +69,5 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
         rounds = [each.round + 1 for each in told]
         shown = {"mean age": "relayed_age_mean", "oldest": "relayed_age_max"}
         lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
-        found.append(figures.log_figure("relayed-age", "Age of the entries that clients hold, in rounds", lines))
+        found.append(figures.lines_figure("relayed-age", "Age of the entries that clients hold", lines, "rounds"))
     return found

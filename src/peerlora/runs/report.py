@@ -264,7 +264,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
         rates = {each.round + 1: each.measures["learning_rate"] for each in done if "learning_rate" in each.measures}
         if rates:
             lines = {"learning rate": (list(rates), list(rates.values()))}
-            found.append(figures.log_figure("rate", "Learning rate", lines))
+            found.append(figures.lines_figure("rate", "Learning rate", lines, "rate"))
         if any(sent["bytes"][1]):
             found.append(figures.bytes_figure("bytes", "Bytes sent", sent))
     if curves:
