@@ -166,6 +166,10 @@ class Adversarial(ExchangeWrapper):
         """Combines what is sent."""
         return self._own_goes_on(x, self.peers.combine(self._sent(x), rule, merged))
 
+    def mix_cached(self, x: Adapters) -> Adapters:
+        """Average a cache into which attackers send what the attack makes."""
+        return self._own_goes_on(x, self.peers.mix_cached(self._sent(x)))
+
     def mix_differences(self, x: Adapters, sent: Any) -> Tensor:
         """Refused: the message is already made."""
         raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peerlora.config.exchange import RelayConfig
+from peerlora.config.exchange import CacheConfig
 from peerlora.exchange.entry_pool import UNKNOWN, Entry, EntryPool
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.lora.adapters import BLOCKS, Adapters, AdapterSpec, Block
@@ -33,7 +33,7 @@ class RelayCache:
     taken too.  ``end`` closes the round.
     """
 
-    def __init__(self, client: int, settings: RelayConfig, pool: EntryPool, places: Int[np.ndarray, " client"]):
+    def __init__(self, client: int, settings: CacheConfig, pool: EntryPool, places: Int[np.ndarray, " client"]):
         self.client, self.settings, self.pool = client, settings, pool
         self.places = places
         """By origin, where its entry is in the pool; changed in place."""
@@ -114,7 +114,7 @@ class RelayCaches:
     ``rows``: client -> its training rows, of those held here; ``total``: all clients of the run.
     """
 
-    def __init__(self, settings: RelayConfig, whole: AdapterSpec, rows: Mapping[int, int], total: int):
+    def __init__(self, settings: CacheConfig, whole: AdapterSpec, rows: Mapping[int, int], total: int):
         self.settings, self.whole, self.rows, self.clients = settings, whole, dict(rows), sorted(rows)
         self.pool, self.layout = EntryPool(), whole.exchanged()
         self.places: Int[np.ndarray, "holder client"] = np.full((len(rows), total), UNKNOWN, dtype=np.int64)

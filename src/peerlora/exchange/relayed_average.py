@@ -1,10 +1,11 @@
-"""The model that a client deploys of relayed adapters: the weighted average of the entries that it holds."""
+"""The weighted average of the entries that a client holds: a model to deploy, or to go on training from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,13 +30,15 @@ class RelayedModels:
     """Share of the squared norm of the averaged products that the rank cut off; 0 where factors are averaged."""
 
 
-def relayed_models(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> RelayedModels:
+def relayed_models(
+    caches: RelayCaches, x: Adapters, clients: Sequence[int], average: Literal["products", "factors"]
+) -> RelayedModels:
     """Average what these clients hold; ``x`` are their own models.
 
     Factors that never travel are common to all clients, and taken from there.  A client that holds its own entry alone
-    deploys that; one that has none yet, its own model.
+    gets that; one that has none yet, its own model.
     """
-    rule: CombineRule = _products if caches.settings.average == "products" else _factors
+    rule: CombineRule = _products if average == "products" else _factors
     own, sent, W = _own_entries(caches, x, clients), entry_adapters(caches, x), caches.weights(clients)
     averaged, measured = apply_rule(own, sent, W, rule)
     none = torch.zeros(x.clients, dtype=torch.float64)

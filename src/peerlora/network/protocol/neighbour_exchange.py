@@ -123,6 +123,13 @@ class NeighbourExchange(PlainExchange):
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(combined), merged=combined.merged)
 
+    def _send(self, x: Adapters) -> None:
+        """Exchange adapters with the neighbours."""
+        began = time.perf_counter()
+        (met,), _ = self._collect((x,))
+        self.stats.sent, self.stats.received = x, met
+        self.stats.seconds += time.perf_counter() - began
+
     def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
         """The average of one leaf; of Adapters, of everything but a private head."""
         if isinstance(x, Tensor):
