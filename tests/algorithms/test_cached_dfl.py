@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from quadratics import adapters, coupled, exchange
+from quadratics import adapters, coupled
 
 from peerlora.algorithms import build_algorithm
 from peerlora.config.loading import load_config, parse_spec
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.relay import RelayCaches
+from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.metrics import select_events
@@ -22,6 +23,7 @@ from peerlora.runtime.peer.site import Site
 from peerlora.runtime.plan import plan
 from peerlora.runtime.simulate import build_rounds, simulate
 from peerlora.topology.schedule import build_topology
+from peerlora.tree import held
 
 CLIENTS, STEPS, ROUNDS, RATE = 6, 3, 9, 0.05
 ROWS = {i: 10 * (i + 1) for i in range(CLIENTS)}
@@ -30,13 +32,13 @@ COLUMNS = {"AB": [0, 1, 2, 3], "A": [0, 2, 3], "B": [1, 2, 3]}
 
 def own_peers(graph, algorithm, x, clients=CLIENTS):
     """An exchange whose clients keep the method's cache."""
-    peers = exchange(graph, clients) if isinstance(graph, dict) else exchange_of(graph, clients)
+    peers = exchange_of(graph, clients)
     peers.relayed = RelayCaches(algorithm.cache, x.spec, {i: ROWS[i] for i in range(clients)}, clients)
     return peers
 
 
 def exchange_of(graph, clients):
-    return StackedExchange(build_topology(parse_spec(graph), clients, 0), range(clients))
+    return StackedExchange(replace(build_topology(parse_spec(graph), clients, 0), interrupted=True), range(clients))
 
 
 class Dictionaries:
@@ -158,11 +160,10 @@ def test_between_contacts_it_is_pulled_to_the_cache_unless_told_to_wait():
             peers.begin(t, [] if t == 0 else [1])
             with_cache = algorithm.round(t, state, learner, peers)
             found.append(with_cache.flat[0])
-            state = replace(with_cache, flat=torch.where(torch.tensor([[True], [t == 0]]), with_cache.flat, state.flat))
-        return found, learner
+            state = held(state, with_cache, [1] if t else [])
+        return found
 
-    (first, *rounds), _ = later("rounds")
-    (same, *contacts), _ = later("contacts")
+    (first, *rounds), (same, *contacts) = later("rounds"), later("contacts")
     assert torch.equal(first, same)
     one = replace(x, flat=torch.stack([first, first]))
     assert torch.equal(contacts[0], learner.fit(one, "AB").flat[0])
@@ -231,29 +232,21 @@ def test_what_an_attacker_sends_is_passed_on_and_averaged_far_away(config):
 
 @pytest.mark.usefixtures("drawn")
 def test_a_run_tells_how_old_entries_are_and_what_they_cost_and_relays_nothing_to_deploy(config, tmp_path):
-    chosen = config(
-        "bert", "algorithm.name=cached-dfl", "topology=path", "train.rounds=4", "eval.every=1", "eval.rows=4"
-    )
+    words = ["topology=path", "train.rounds=4", "eval.every=1", "eval.rows=4"]
+    chosen = config("bert", "algorithm.name=cached-dfl", *words)
     run = simulate(chosen, tmp_path / "run").run
     told = select_events(read_events(run), RoundDone)
     assert [each.measures["relayed_age_max"] for each in told] == [0, 1, 2, 2]
     assert [each.measures["relayed_known_min"] for each in told] == [2, 3, 4, 4]
     assert [each.measures["relayed_entries"] for each in told][:2] == [0, 4]  # in round 1: of 0 and 2, of 1 and 3
-    one = chosen_message(chosen)
-    assert told[0].bytes_sent == 6 * one + told[0].measures["relayed_bytes"]
+    federation = compose(chosen)
+    message = encoded_bytes(federation.algorithm.message(federation.start, 0))
+    assert told[0].bytes_sent == 6 * message + told[0].measures["relayed_bytes"] > 6 * message
     assert all(each.local_cross_term != each.local_cross_term and each.rho != each.rho for each in told)
     assert all(not each.relayed for each in select_events(read_events(run), Evaluated))
     assert not (run / "adapters" / "relayed.safetensors").exists()
     page = write_report(run).read_text()
     assert "Age of the entries that clients hold" in page and "relayed model" not in page
-
-
-def chosen_message(config):
-    """The bytes of one client's message."""
-    from peerlora.exchange.schema import encoded_bytes
-
-    federation = compose(config)
-    return encoded_bytes(federation.algorithm.message(federation.start, 0))
 
 
 def test_who_is_away_on_the_virtual_clock_makes_no_entry_and_stays_as_it_is(config):
