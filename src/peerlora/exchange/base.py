@@ -76,8 +76,8 @@ class Exchange(Protocol):
     def mix_cached(self, x: Adapters) -> Adapters:
         """``x_i <- sum_j alpha_ij (the newest x_j that i holds)``, which goes on through the round's contacts.
 
-        For a method whose ``cache`` gives its settings.  Costs the messages of one ``mix``, and what the ends of each
-        link lack of each other's cache; see ``exchange.relay``.  A private head stays.
+        For a method whose ``cache`` gives its settings; once a round.  Costs the messages of one ``mix``, and what the
+        ends of each link lack of each other's cache; see ``exchange.relay``.  A private head stays.
         """
         ...
 
