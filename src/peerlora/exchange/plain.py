@@ -66,6 +66,13 @@ class PlainExchange:
         """Send adapters to the neighbours, and mix nothing; their cost joins the stats."""
         raise CompositionError("a cache of adapters is not built for this exchange; use another method")
 
+    def _record_relay(self, began: float, **counts: int) -> None:
+        """Add to the stats what a relay that began at this moment cost, by name, and what the caches hold after it."""
+        assert self.relayed is not None
+        self.stats.measures |= self.relayed.measures()
+        self.stats.measures |= {name: torch.tensor([count], dtype=torch.float64) for name, count in counts.items()}
+        self.stats.seconds += time.perf_counter() - began
+
     def relayed_models(self, x: Adapters) -> RelayedModels | None:
         """The averages that the clients held here, whose models are ``x``, deploy; None where nothing is relayed.
 

@@ -39,7 +39,6 @@ class RelayCache:
         """By origin, where its entry is in the pool; changed in place."""
         self.places_before = places.copy()
         """The same before the contacts of this round: what may be passed on in it."""
-        self._done = 0
 
     @property
     def versions(self) -> Int[np.ndarray, " client"]:
@@ -53,9 +52,8 @@ class RelayCache:
 
     def begin(self, t: int) -> None:
         """Begin round ``t``: what is too old for it is dropped, and what is left may be passed on in it."""
-        self._done = t + 1
         if self.settings.max_age is not None:
-            old = self._done - self.versions > self.settings.max_age
+            old = t + 1 - self.versions > self.settings.max_age
             old[self.client] = False
             self.places[old] = UNKNOWN
         self.places_before = self.places.copy()
@@ -166,20 +164,19 @@ class RelayCaches:
 
     def weights(self, clients: Sequence[int]) -> Float[np.ndarray, "client entry"]:
         """The weights that these clients give the entries in ``pool.used``; a row of zeros where nothing is held."""
-        used = {place: column for column, place in enumerate(self.pool.used)}
-        W = np.zeros((len(clients), len(used)))
+        numbers = self.pool.numbers
+        W = np.zeros((len(clients), len(numbers)))
         for row, client in enumerate(clients):
             cache = self[client]
             if len(cache.held):
-                W[row, [used[place] for place in cache.places[cache.held].tolist()]] = cache.weights(self.done)
+                W[row, [numbers[place] for place in cache.places[cache.held].tolist()]] = cache.weights(self.done)
         return W
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the entries by origin and version, who holds which, and of which blocks they consist."""
-        used = self.pool.used
-        order = {place: number for number, place in enumerate(used)} | {UNKNOWN: UNKNOWN}
-        places = [[order[place] for place in row] for row in self.places.tolist()]
-        values = self.pool.values
+        used, values = self.pool.used, self.pool.values
+        numbers = self.pool.numbers | {UNKNOWN: UNKNOWN}
+        places = [[numbers[place] for place in row] for row in self.places.tolist()]
         return {
             "relay.done": torch.tensor([self.done]),
             "relay.blocks": torch.tensor([block in self.layout.blocks for block in BLOCKS]),
