@@ -1,6 +1,7 @@
 """Cached-DFL against dictionaries of numpy rows, its limit cases, what it refuses, and whole runs."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -8,6 +9,10 @@ import torch
 from quadratics import adapters, coupled
 
 from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.cached_dfl import CachedDFL
+from peerlora.algorithms.compatibility import cache_settings
+from peerlora.algorithms.traits import Traits
+from peerlora.config.exchange import CacheConfig
 from peerlora.config.loading import load_config, parse_spec
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.relay import RelayCaches
@@ -203,6 +208,19 @@ def test_on_a_bounded_virtual_clock_the_run_says_that_entries_take_no_time():
     assert told.startswith("algorithm.name=cached-dfl on the virtual clock: relayed entries count as bytes and take no")
 
 
+class Undeclared(CachedDFL):
+    """Of another package: its traits do not say that it keeps a cache."""
+
+    traits: ClassVar = Traits(source="a test", sends="adapters")
+
+
+def test_a_method_with_a_cache_must_say_so_in_its_traits():
+    assert cache_settings(planned(), CachedDFL(keep=2)) == CacheConfig(keep=2)
+    assert cache_settings(planned("algorithm.name=dec-lora"), build_algorithm("dec-lora", {})) is None
+    with pytest.raises(CompositionError, match='has a cache, and its traits say sends="adapters".*; give them sends='):
+        cache_settings(planned(), Undeclared())
+
+
 def test_a_method_that_averages_a_cache_that_nobody_keeps_is_told():
     learner, x = coupled(2, 4), adapters(2, 1, 1, head=2)
     with pytest.raises(CompositionError, match="averages a cache and has none; let its property `cache` give settings"):
@@ -228,6 +246,11 @@ def test_what_an_attacker_sends_is_passed_on_and_averaged_far_away(config):
     entries = [each.exchange.relayed.caches[3] for each in (federation, plain)]
     theirs, true = (cache.entry(0).values - base for cache in entries)
     assert entries[0].versions[0] == 1 and torch.allclose(theirs, -30 * true, rtol=1e-9, atol=1e-12)
+    x, peers = plain.start, federation.exchange
+    x = replace(x, flat=torch.randn(x.flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    peers.begin(3)
+    after = peers.mix_cached(x).flat[0]
+    torch.testing.assert_close(after, x.flat[:2].mean(0), rtol=0, atol=1e-12)  # it goes on from true models around it
 
 
 @pytest.mark.usefixtures("drawn")

@@ -68,7 +68,7 @@ class Method(Protocol):
 
     @property
     def cache(self) -> CacheConfig | None:
-        """Settings of the cache that ``peers.mix_cached`` averages; None for a method that calls it nowhere."""
+        """Settings of the cache that ``peers.mix_cached`` averages, where ``traits.sends`` is "cached"; else None."""
         return None
 
     def check_task(self, kind: str) -> None:

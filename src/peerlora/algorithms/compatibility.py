@@ -45,7 +45,15 @@ def check_wrappers(config: RunConfig, traits: Traits, topology: Topology) -> Non
 
 
 def cache_settings(config: RunConfig, algorithm: Algorithm[Any]) -> CacheConfig | None:
-    """Settings of the cache in which clients keep each other's newest adapters; None where they keep none."""
+    """Settings of the cache in which clients keep each other's newest adapters; None where they keep none.
+
+    Raises CompositionError for a method, of another package, that has one and does not say so in its traits.
+    """
+    if algorithm.cache and algorithm.traits.sends != "cached":
+        raise CompositionError(
+            f'{config.algorithm.name} has a cache, and its traits say sends="{algorithm.traits.sends}", from which '
+            'follows what goes with it; give them sends="cached"'
+        )
     return config.exchange.relay or algorithm.cache
 
 

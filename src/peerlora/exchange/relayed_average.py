@@ -50,7 +50,7 @@ def entry_adapters(caches: RelayCaches, x: Adapters) -> Adapters:
     """The stored entries as adapters, [entry] in the order of ``caches.pool.used``."""
     used = caches.pool.used
     whole = x.exchanged().rows([0] * len(used))
-    flat = whole.flat.clone()
+    flat = whole.flat  # a copy, as rows are taken by number
     if caches.pool.values is not None:
         flat[:, whole.spec.columns_of(caches.layout).to(flat.device)] = caches.pool.values[used].to(flat)
     return replace(whole, flat=flat, ranks=torch.from_numpy(caches.pool.facts[used, 2]))
