@@ -181,8 +181,8 @@ class Trainer:
         rows = self.federation.eval_data if final else self.few_rows
         metric, loss = self._scores(self.participation.evaluated(x), rows)
         relayed = self.federation.exchange.relayed_models(x)
+        relayed_metric, relayed_loss = self._scores((relayed.adapters,), rows) if relayed else (None, None)
         own, averaged = slice(0, x.clients), x.clients if len(metric) > x.clients else None
-        of_relayed = self._relayed_scores(relayed, rows) if relayed else {}
         event = Evaluated(
             round=done,
             rows=len(rows),
@@ -193,18 +193,14 @@ class Trainer:
             seconds=time.perf_counter() - began,
             final=final,
             virtual_seconds=self.rounds.virtual_seconds,
-            **of_relayed,
+            relayed=[] if relayed_metric is None else self._of_honest(relayed_metric),
+            relayed_loss=[] if relayed_loss is None else self._of_honest(relayed_loss),
+            relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
         )
         self._emit(event)
         if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return relayed
-
-    def _relayed_scores(self, relayed: RelayedModels, rows: Dataset) -> dict[str, Any]:
-        """Of the clients' relayed models, by field of Evaluated."""
-        metric, loss = self._scores((relayed.adapters,), rows)
-        cut = float(relayed.cut_share[self.federation.honest_rows].mean())
-        return {"relayed": self._of_honest(metric), "relayed_loss": self._of_honest(loss), "relayed_cut": cut}
 
     def _scores(self, models: Sequence[Adapters], rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Metric and loss of all these clients on the same rows."""
