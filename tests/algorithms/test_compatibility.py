@@ -23,7 +23,7 @@ from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import resume, simulate
 
 PLAIN = [name for name, kind in REGISTRY.items() if kind.traits.sends == "adapters"]
-ATTACKED = [*PLAIN, "decaf", "flexlora", "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "k-gt", "d2"]
+ATTACKED = [*PLAIN, "decaf", "flexlora", "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "k-gt", "d2", "cached-dfl"]
 ATTACK = ["adversary.clients=[2]", "adversary.attack=gaussian", "adversary.scale=50"]
 
 
@@ -48,7 +48,7 @@ def refusal(name, wrapper):
 
 @pytest.mark.parametrize(("wrapper", "goes"), [("codec", PLAIN), ("robust", PLAIN), ("attack", ATTACKED)])
 def test_every_method_goes_with_a_wrapper_or_has_a_reason_why_not(wrapper, goes):
-    assert len(PLAIN) == 18 and len(set(ATTACKED)) == 26
+    assert len(PLAIN) == 18 and len(set(ATTACKED)) == 27
     for name in REGISTRY:
         assert (refusal(name, wrapper) is None) == (name in goes), name
         assert refusal(name, wrapper) != REASONS["other"][wrapper], f"{name} has no reason of its own"

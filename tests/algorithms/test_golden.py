@@ -30,6 +30,7 @@ METHODS |= {"dsgd": {}, "dfedavg": {"interval": 2}, "dfedavgm": {}, "dfedsam": {
 METHODS |= {"fedspeed": {"alpha": 0.7, "interval": 1}, "dfedadmm": {}, "dfedadmm-sam": {}, "k-gt": {"interval": 2}}
 METHODS |= {"d2": {}, "consensus-admm": {"rho": 0.3}}
 METHODS |= {"qg-dsgdm": {"interval": 2}, "qg-adam": {}, "noloco": {}}
+METHODS |= {"cached-dfl": {"max_age": 2, "keep": 2, "weights": "rows", "pull": 0.1}}
 ONE_STEP = ("dsgd", "d2")
 SGD = (*ONE_STEP, "qg-dsgdm", "dfedavgm", "fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm")
 METHODS |= {"salf": {"stragglers": 0.7, "cap": 2.0}, "flood": {"beta": 1.0, "every": 2}}

@@ -20,8 +20,8 @@ from peerlora.runtime.simulate import build_rounds, simulate
 QUIET = [name for name, kind in REGISTRY.items() if kind.traits.quiet_refusal() is None]
 PRODUCTS = ("decaf", "flexlora", "fedhl", "lora-fair")
 """Their exchange keeps the mean of products, as far as the rank allows: on the complete graph, where all are equal."""
-NO_MEAN = ("hetlora", "fedrot-lora")
-"""Their exchange weighs by norms, or turns factors: it keeps no mean in rounds with training either."""
+NO_MEAN = ("hetlora", "fedrot-lora", "cached-dfl")
+"""Their exchange weighs by norms, turns factors or averages old ones: it keeps no mean while clients train either."""
 APART = ("local", "fedsa-lora")
 """They leave clients apart on purpose."""
 SKEWED = ["partition.kind=dirichlet", "partition.concentration=0.3"]

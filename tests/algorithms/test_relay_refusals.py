@@ -26,6 +26,7 @@ REASONS = {
     "sgp": "it sends shares of a sum",
     "push-diging": "it sends shares of a sum",
     "choco": "compressed differences, no models",
+    "cached-dfl": "it keeps that cache itself, and its clients' models are the averages of it",
     "salf": "it sends some layers, and which ones they are",
     "flood": "its exchange is more than one mixing of adapters a round",
     "aedfl": "its clients keep no common rounds",

@@ -99,7 +99,10 @@ def test_doctor_says_who_gets_to_see_a_relayed_adapter(cli, yaml_file, sites):
     told = r"advice +exchange.relay: every site of the run gets this site's adapter, not its 1 neighbours alone: a\n"
     path = yaml_file(*WORDS, "exchange.relay={}")
     assert re.search(told, cli("doctor", path, *options(sites, "b"), "--wait", "0.1").out)
-    assert "exchange.relay" not in cli("doctor", yaml_file(*WORDS), *options(sites, "b"), "--wait", "0.1").out
+    assert "every site of the run" not in cli("doctor", yaml_file(*WORDS), *options(sites, "b"), "--wait", "0.1").out
+    cached = cli("doctor", yaml_file(*WORDS, "algorithm.name=cached-dfl"), *options(sites, "b"), "--wait", "0.1").out
+    assert re.search(told.replace("exchange.relay", "algorithm.name=cached-dfl"), cached)
+    assert "or do without algorithm.name=cached-dfl at all of them" in cached
 
 
 def changed(sites, change):

@@ -38,17 +38,17 @@ def network(clients, timing=QUICK):
 
 
 @contextmanager
-def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0, signatures=None):
+def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0, signatures=None, audits=None):
     """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round.
 
-    ``signatures``: site -> those of its transport.
+    ``signatures`` and ``audits``: site -> those of its transport.
     """
     sites = names(topology.clients)
     with network(topology.clients) as (net, thread):
         made, controls = [], []
         for client, site in sites.items():
             others = [name for name in sites.values() if name != site]
-            transport = net.transport(site, signatures=signatures and signatures[site])
+            transport = net.transport(site, audits and audits.get(site), signatures and signatures[site])
             endpoint = Endpoint(transport, Expected("run", "ba5e", "5bec"), others)
             controls.append(PeerControl(endpoint, {"train": "same"}, deadline))
             protocol = RoundProtocol(endpoint, deadline, lambda kind: largest, controls[-1])

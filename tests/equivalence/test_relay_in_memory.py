@@ -15,7 +15,7 @@ from test_peers_in_memory import products, words
 
 from cases import others_slow
 from peerlora.algorithms import REGISTRY
-from peerlora.config.exchange import RelayConfig
+from peerlora.config.exchange import CacheConfig, RelayConfig
 from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph, StarGraph
 from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.stacked import StackedExchange
@@ -125,6 +125,39 @@ def test_peers_hold_and_deploy_what_simulated_clients_do(graph, settings, option
         assert any(alone) and not all(alone)
         ages = [t + 1 - np.array(whole[t][1]) for t in range(ROUNDS)]
         assert any((each > 0).any() for each in ages), "nothing came over more than one link"
+
+
+CACHES = [
+    (RANDOM, {}, {}),
+    (PathGraph(kind="path"), {"keep": 2, "weights": "rows"}, {"spec": replace(SPEC, private_head=True)}),
+    (RingGraph(kind="ring", drop_links=0.4), {"max_age": 1}, {}),
+]
+
+
+@pytest.mark.parametrize(("graph", "settings", "options"), CACHES)
+def test_peers_that_average_their_caches_have_the_bits_of_the_simulation(tmp_path, graph, settings, options):
+    """What each puts in is what it had, and a step of its own; all clients' rows are averaged in the same order."""
+    signed = sites_signatures(tmp_path, list(names(CLIENTS).values()))
+    topology, settings = build_topology(graph, CLIENTS, seed=2), CacheConfig(**settings)
+    steps = [adapters(t, **options) for t in range(ROUNDS)]
+
+    def run(peers, clients):
+        peers.relayed, told = caches(settings, clients, steps[0].spec), []
+        x = steps[0].rows(clients)
+        for t, step in enumerate(steps):
+            stats = peers.begin(t)
+            x = peers.mix_cached(replace(x, flat=x.flat + step.flat[clients]))
+            assert stats.cached and not stats.missing and "relayed_refused" not in stats.measures
+            told.append((x.flat, peers.relayed.versions))
+        assert peers.relayed_models(x) is None, "a cache for training is no model to deploy"
+        return told
+
+    whole = run(StackedExchange(topology, range(CLIENTS)), list(range(CLIENTS)))
+    with exchanges(topology, signatures=signed) as peers:
+        parts = together([lambda i=i: run(peers[i], [i]) for i in range(CLIENTS)])
+    for t, (flat, versions) in enumerate(whole):
+        assert torch.equal(torch.cat([part[t][0] for part in parts]), flat)
+        assert np.concatenate([part[t][1] for part in parts]).tolist() == versions.tolist()
 
 
 def test_signatures_change_nothing_but_what_a_swap_costs(tmp_path):

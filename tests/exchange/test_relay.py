@@ -330,5 +330,5 @@ def test_an_average_has_the_same_bits_whoever_else_is_computed():
         for origin in range(n):
             assert cache.take(peers.relayed[i].entry(origin))
         caches.end()
-        alone = relayed_models(caches, mixed.rows([i]), [i]).adapters.flat
+        alone = relayed_models(caches, mixed.rows([i]), [i], "products").adapters.flat
         assert torch.equal(alone[0], together[i])

@@ -21,6 +21,7 @@ from peerlora.runs.metrics import select_events, summarise
 from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
+from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.peer.train import train_peer
 from peerlora.runtime.resources import load_resources
 from peerlora.train.schedule import rate
@@ -95,9 +96,8 @@ def later(call):
     return thread, found
 
 
-def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
-    learns = ["train.optimizer_state=keep", "train.schedule=cosine", "train.quiet=0.125"]
-    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *learns)
+def stop_and_return_later(made):
+    """Client 2 dies after some rounds and returns when the others are some more ahead; its result."""
     others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
     first, ended = later(lambda: made.run(2))
     made.until(2, 3)
@@ -112,6 +112,13 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
     back[0].join()
     for thread, _ in others:
         thread.join()
+    return again
+
+
+def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
+    learns = ["train.optimizer_state=keep", "train.schedule=cosine", "train.quiet=0.125"]
+    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *learns)
+    again = stop_and_return_later(made)
     (caught,) = made.events(2, CaughtUp)
     assert caught.pulled and caught.to >= caught.round + 3
     assert len(made.events(2, Resumed)) == 1
@@ -129,6 +136,29 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
         assert [done.round for done in told] == list(range(24))
         assert any("2" in done.missed for done in told) and not told[-1].missed
         assert {"down", "up"} <= {event.kind for event in made.events(client, NeighbourChanged) if event.client == 2}
+
+
+def test_a_peer_that_pulls_a_neighbours_state_keeps_its_own_entries(runs, monkeypatch):
+    """Relayed adapters are no part of a state: it goes on with those that it has, its own among them."""
+    seen, adopt = [], SynchronousPeer._adopted
+
+    def watched(peer, site, state):
+        before = peer.exchange.state_dict()
+        adopted = adopt(peer, site, state)
+        seen.append((before, peer.exchange.state_dict(), state.flat, adopted and adopted.flat))
+        return adopted
+
+    monkeypatch.setattr(SynchronousPeer, "_adopted", watched)
+    made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", "exchange.relay={}")
+    again = stop_and_return_later(made)
+    (caught,) = made.events(2, CaughtUp)
+    ((before, after, own, adopted),) = seen
+    assert caught.pulled and not torch.equal(own, adopted)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before["relay.facts"][:, 0].tolist() == [0, 1, 2] and before["relay.facts"][2, 1] == caught.round
+    told = {done.round: done.measures for done in made.events(2, RoundDone)}
+    assert told[caught.to]["relayed_known_min"] == 3 and told[23]["relayed_age_max"] == 0
+    assert "relayed_refused" not in told[caught.to] and again.summary["scores"]["relayed_mean"] is not None
 
 
 def stop_and_resume_all(made):
@@ -171,18 +201,7 @@ def test_compressed_gossip_goes_on_after_a_restart_with_whole_replicas(runs, wor
 def test_a_peer_returns_to_a_graph_whose_links_go_one_way(runs):
     words = ["algorithm.name=push-diging", "train.optimizer=sgd", "topology.kind=directed-ring"]
     made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *words)
-    others = [later(lambda client=client: made.run(client)) for client in (0, 1)]
-    first, _ = later(lambda: made.run(2))
-    made.until(2, 3)
-    made.dead[2].set()
-    first.join()
-    made.until(0, made.rounds[2] + 5)
-    made.slow |= {0: 0.5, 1: 0.5, 2: 0.0}  # so that they are not done while the process starts
-    back = later(lambda: (made.until(2, made.rounds[0]), made.slow.update({0: 0.0, 1: 0.0})))
-    made.rounds[2] = 0
-    again = made.run(2, resume=True)
-    for thread, _ in [back, *others]:
-        thread.join()
+    again = stop_and_return_later(made)
     assert made.events(2, CaughtUp)[0].pulled and again.adapters.flat.isfinite().all()
     for client, links in ((0, [[0, 1], [2, 0]]), (1, [[0, 1], [1, 2]]), (2, [[1, 2], [2, 0]])):
         assert sorted(made.events(client, RoundDone)[-1].edges) == links

@@ -1,5 +1,6 @@
 """Relayed adapters that no honest peer sends: each is refused by name, costs itself alone, and is never deployed."""
 
+import json
 import struct
 from dataclasses import replace
 
@@ -23,7 +24,8 @@ from peerlora.network.identity.key_files import write_over
 from peerlora.network.identity.members import add_member, remove_member
 from peerlora.network.protocol.peer_relay import PeerRelay
 from peerlora.network.protocol.relay_messages import ReceivedEntries, RelayFormat, SignedEntry, entry_vectors
-from peerlora.network.protocol.wire import Expected, Header, encode_body, with_checksum
+from peerlora.network.protocol.wire import Expected, Header, encode_body, message_facts, with_checksum
+from peerlora.network.transport.audit_log import AuditLog
 from peerlora.topology.schedule import build_topology
 
 SPEC = AdapterSpec((LayerSpec("q", 5, 6), LayerSpec("v", 4, 3)), rank=2, alpha=4.0, head=(("out.weight", (3, 2)),))
@@ -367,12 +369,12 @@ def test_what_others_could_not_verify_any_more_is_kept_and_not_passed_on(tmp_pat
 # --- whole rounds with a malicious peer in the middle
 
 
-def rounds_with(signed, tamper, count=4, deadline=20.0, half_used=False):
+def rounds_with(signed, tamper, count=4, deadline=20.0, half_used=False, audits=None):
     """Client 1 of the path 0 - 1 - 2 replaces what it passes on; what every client then holds, and was told."""
     topology = build_topology(PathGraph(kind="path"), 3, seed=0)
     xs = [Adapters(SPEC, torch.randn(3, SPEC.parameters, generator=torch.Generator().manual_seed(t)),
                    torch.tensor([2, 2, 2])) for t in range(count)]  # fmt: skip
-    with exchanges(topology, deadline, signatures=signed) as peers:
+    with exchanges(topology, deadline, signatures=signed, audits=audits) as peers:
         for i, peer in enumerate(peers):
             peer.relayed = RelayCaches(RelayConfig(), SPEC, {i: 10}, 3)
         tamper(peers[1]._relay)
@@ -404,12 +406,30 @@ def test_honest_peers_know_each_other(honest):
     assert honest[2][-1][0] == [3, 4, 4] and honest[0][-1][0] == [4, 4, 3]
 
 
-def test_a_relay_that_changes_what_it_passes_on_is_named_and_mixed_with_all_the_same(signed, honest):
-    def tamper(relay):
-        pass_on = relay.cache.entries
-        relay.cache.entries = lambda origins: [replace(each, values=flipped(each.values)) for each in pass_on(origins)]
+def flip_what_it_passes_on(relay):
+    pass_on = relay.cache.entries
+    relay.cache.entries = lambda origins: [replace(each, values=flipped(each.values)) for each in pass_on(origins)]
 
-    found, notices = rounds_with(signed, tamper)
+
+def test_the_audit_log_has_every_refused_entry_under_the_neighbour_that_sent_it(signed, tmp_path):
+    path = tmp_path / "audit.jsonl"
+    audit = AuditLog(path, message_facts, peers=list(SITES.values()))
+    rounds_with(signed, flip_what_it_passes_on, audits={SITES[2]: audit})
+    audit.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    refused = [line for line in lines if line["event"] == "refused"]
+    assert [(line["peer"], line["reason"], line["side"]) for line in refused] == [
+        (SITES[1], "bad-signature", "here")
+    ] * 3
+    for t, line in enumerate(refused, start=1):
+        assert line["detail"].startswith(f"adapter of client 0 (site-0), version {t}: ")
+        assert (line["kind"], line["round"]) == ("relay", t)
+    (first, *_) = [line for line in lines if line["event"] == "received" and line.get("kind") == "relay"]
+    assert first["peer"] == SITES[1], "the message itself was taken"
+
+
+def test_a_relay_that_changes_what_it_passes_on_is_named_and_mixed_with_all_the_same(signed, honest):
+    found, notices = rounds_with(signed, flip_what_it_passes_on)
     assert found[2][-1][0] == [0, 4, 4] and found[0][-1][0] == [4, 4, 0]
     assert [refused and float(refused) for _, refused, _ in found[2]] == [None, 1.0, 1.0, 1.0]
     assert found[1][-1][0] == [4, 4, 4]

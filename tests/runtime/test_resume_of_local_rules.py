@@ -16,10 +16,11 @@ METHODS = {
     "k-gt": ["topology.kind=random", "topology.p=0.5"],
     "d2": ["algorithm.interval=2", "train.local_steps=1"],
     "consensus-admm": ["train.optimizer_state=keep"],
+    "cached-dfl": ["topology=path", "algorithm.max_age=2", "algorithm.weights=rows", "algorithm.interval=1"],
 }
 
 
-@pytest.mark.parametrize(("method", "words"), others_slow(METHODS.items(), [1]))
+@pytest.mark.parametrize(("method", "words"), others_slow(METHODS.items(), [1, 4]))
 def test_stopped_and_resumed_is_undisturbed(config, tmp_path, method, words):
     chosen = config("bert", f"algorithm.name={method}", "train.rounds=5", "checkpoint.every=2", "eval.every=5", *words)
     whole = simulate(chosen, tmp_path / "whole")

@@ -10,6 +10,7 @@ from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.algorithms.adf_lora import ADFLoRA
 from peerlora.algorithms.aedfl import AEDFL
 from peerlora.algorithms.base import Algorithm, Method, is_asynchronous
+from peerlora.algorithms.cached_dfl import CachedDFL
 from peerlora.algorithms.choco import Choco
 from peerlora.algorithms.consensus_admm import ConsensusADMM
 from peerlora.algorithms.d2 import D2
@@ -74,6 +75,7 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "qg-dsgdm": QGDSGDm,
     "qg-adam": QGAdam,
     "noloco": NoLoCo,
+    "cached-dfl": CachedDFL,
     "sgp": SGP,
     "push-diging": PushDIGing,
     "choco": Choco,

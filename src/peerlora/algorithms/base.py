@@ -11,6 +11,7 @@ from peerlora.algorithms.traits import Traits
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
+    from peerlora.config.exchange import CacheConfig
     from peerlora.exchange.base import Exchange, Mailbox, Vectors
     from peerlora.exchange.payload import Shapes
     from peerlora.exchange.schema import Schema
@@ -64,6 +65,11 @@ class Method(Protocol):
     def settles(self) -> bool:
         """Whether there are rounds without training."""
         return False
+
+    @property
+    def cache(self) -> CacheConfig | None:
+        """Settings of the cache that ``peers.mix_cached`` averages, where ``traits.sends`` is "cached"; else None."""
+        return None
 
     def check_task(self, kind: str) -> None:
         """Raise CompositionError for a kind of task that the method cannot learn with these settings."""

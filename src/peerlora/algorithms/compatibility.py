@@ -15,6 +15,7 @@ from peerlora.topology.properties import Properties
 if TYPE_CHECKING:
     from peerlora.algorithms.base import Algorithm
     from peerlora.algorithms.traits import Traits
+    from peerlora.config.exchange import CacheConfig
     from peerlora.config.run import RunConfig
     from peerlora.lora.adapters import Adapters
     from peerlora.topology.schedule import Topology
@@ -43,6 +44,24 @@ def check_wrappers(config: RunConfig, traits: Traits, topology: Topology) -> Non
         _check_relay(config, traits)
 
 
+def cache_settings(config: RunConfig, algorithm: Algorithm[Any]) -> CacheConfig | None:
+    """Settings of the cache in which clients keep each other's newest adapters; None where they keep none.
+
+    Raises CompositionError for a method, of another package, that has one and does not say so in its traits.
+    """
+    if algorithm.cache and algorithm.traits.sends != "cached":
+        raise CompositionError(
+            f'{config.algorithm.name} has a cache, and its traits say sends="{algorithm.traits.sends}", from which '
+            'follows what goes with it; give them sends="cached"'
+        )
+    return config.exchange.relay or algorithm.cache
+
+
+def passes_on(config: RunConfig) -> str:
+    """What of a config lets clients pass on each other's adapters, in a word, where something does."""
+    return "exchange.relay" if config.exchange.relay else f"algorithm.name={config.algorithm.name}"
+
+
 def check_relayed_message(config: RunConfig, algorithm: Algorithm[Any], x: Adapters) -> None:
     """Refuse to relay what a method sends unless every factor that stays at home is common to all clients.
 
@@ -56,20 +75,20 @@ def check_relayed_message(config: RunConfig, algorithm: Algorithm[Any], x: Adapt
         raise _refused("exchange.relay", config, ONE_FACTOR, f"one of {_relayable()}")
 
 
-def relay_warnings(config: RunConfig) -> tuple[str, ...]:
+def relay_warnings(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...]:
     """What to know of relayed models among attackers, and of their time on the virtual clock."""
-    if config.exchange.relay is None:
+    if cache_settings(config, algorithm) is None:
         return ()
     warnings = []
-    if config.adversary or config.exchange.robust:
+    if config.exchange.relay and (config.adversary or config.exchange.robust):
         warnings.append(
             "exchange.relay averages every adapter that a client has heard of, those of attackers too: a robust rule "
             "protects the mixing and not the relayed models"
         )
     if config.clock and config.clock.bandwidth is not None:
         warnings.append(
-            "exchange.relay on the virtual clock: relayed entries count as bytes and take no virtual time, so that "
-            "training is what it is without them"
+            f"{passes_on(config)} on the virtual clock: relayed entries count as bytes and take no virtual time, so "
+            "that rounds end when they would without them"
         )
     return tuple(warnings)
 

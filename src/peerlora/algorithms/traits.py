@@ -16,14 +16,14 @@ sends factors on, factors the average again.  Both: one factor is common to all 
 """
 Wrapper = Literal["codec", "robust", "attack", "label-flip", "relay"]
 """What may stand between a method and its exchange; attack: any that changes what is sent."""
-Sends = Literal["adapters", "models", "merges", "sums", "replicas", "layers", "pushes", "nothing", "other"]
+Sends = Literal["adapters", "models", "cached", "merges", "sums", "replicas", "layers", "pushes", "nothing", "other"]
 """What a method's messages hold, which decides the wrappers that fit unless the method says otherwise.
 
 adapters: mixed once a round, and nothing else; any wrapper fits.  models: as they are, and clients go on from what
-arrives, so that they can attack and go on unharmed.  merges: models that receivers merge for good.  sums: shares of a
-sum, with their mass.  replicas: compressed differences.  layers: some layers, and which ones.  pushes: messages at
-times of the sender's own.  other: refused by every wrapper but flipped labels.  Adapters and models can be relayed,
-unless a factor stays at home that differs from client to client.
+arrives, so that they can attack and go on unharmed.  cached: models, which receivers keep and pass on.  merges: models
+that receivers merge for good.  sums: shares of a sum, with their mass.  replicas: compressed differences.  layers: some
+layers, and which ones.  pushes: messages at times of the sender's own.  other: refused by every wrapper but flipped
+labels.  Adapters and models can be relayed, unless a factor stays at home that differs from client to client.
 """
 
 ONE_FACTOR = "it sends one factor, and the other differs from client to client, so that what is sent is no model"
@@ -44,6 +44,11 @@ def _all(reason: str) -> dict[Wrapper, str]:
 REASONS: dict[Sends, dict[Wrapper, str]] = {
     "adapters": {},
     "models": _OWN_RULE,
+    "cached": {
+        "codec": "its clients pass on whole adapters of others, and with a codec receivers know replicas only",
+        "robust": "it averages what came over several links too, and a robust rule sees this round's neighbours only",
+        "relay": "it keeps that cache itself, and its clients' models are the averages of it",
+    },
     "merges": {
         **_OWN_RULE,
         "attack": "an attacker would merge its own lie for good, and could not go on from the truth",

@@ -13,7 +13,7 @@ from peerlora.display import format_fixed
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from peerlora.runtime.launch.processes import PeerProcess
+    from peerlora.runtime.launch.peer_process import PeerProcess
 
 Kill = Annotated[
     list[str] | None, typer.Option("--kill", help="3@5s: SIGKILL peer 3, 5 s after round 0 began; 3@5s:2s: restart it")

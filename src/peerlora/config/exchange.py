@@ -134,8 +134,8 @@ class Krum(Section):
 RobustConfig = Annotated[TrimmedMean | Median | Clipped | Balance | GeometricMedian | Krum, Field(discriminator="kind")]
 
 
-class RelayConfig(Section):
-    """Relayed adapters: each client also keeps the newest adapter of every client that it has heard of."""
+class CacheConfig(Section):
+    """A cache in which each client keeps the newest adapter of every client that it has heard of."""
 
     keep: Positive | None = None
     """Entries of other clients that a client keeps, the newest ones; null: all."""
@@ -143,6 +143,11 @@ class RelayConfig(Section):
     """Rounds; older entries are dropped and not passed on, so that a departed client ages out; null: none is."""
     weights: Literal["uniform", "rows", "age"] = "uniform"
     """Weights of the entries: uniform, rows (training rows of the origins), or age: 1 / (1 + age in rounds)."""
+
+
+class RelayConfig(CacheConfig):
+    """Relayed adapters: each client also keeps the newest adapter of every client that it has heard of."""
+
     average: Literal["products", "factors"] = "products"
     """products: the average of the updates B A, cut to each client's rank by SVD; factors: entry by entry."""
     deploy: Literal["own", "relayed"] = "relayed"

@@ -23,6 +23,7 @@ from peerlora.exchange.combine import CombineRule
 from peerlora.exchange.wrapper import ExchangeWrapper
 from peerlora.lora.adapters import Adapters
 from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.topology.weights import Matrix
 from peerlora.tree import tree_map
 
 
@@ -166,16 +167,23 @@ class Adversarial(ExchangeWrapper):
         """Combines what is sent."""
         return self._own_goes_on(x, self.peers.combine(self._sent(x), rule, merged))
 
+    def mix_cached(self, x: Adapters) -> Adapters:
+        """Average a cache into which attackers send what the attack makes; all around an attacker count alike."""
+        around = self.peers.graph.adjacency | np.eye(len(self.peers.graph.adjacency), dtype=bool)
+        W = around / around.sum(axis=1, keepdims=True)
+        return self._own_goes_on(x, self.peers.mix_cached(self._sent(x, W)), W)
+
     def mix_differences(self, x: Adapters, sent: Any) -> Tensor:
         """Refused: the message is already made."""
         raise CompositionError("choco cannot be attacked; use dec-lora with exchange.codec, or attack=label-flip")
 
-    def _sent(self, x: Adapters) -> Adapters:
+    def _sent(self, x: Adapters, W: Matrix | None = None) -> Adapters:
+        """What crosses; ``W``: weights of who is around, those of the round by default."""
         shared, places = x.spec.shared, self.start.spec.columns_of(x.spec)
         scene = AttackContext(
             x.flat[:, shared],
             self.start.flat[0, places],
-            torch.from_numpy(self.peers.graph.W),
+            torch.from_numpy(self.peers.graph.W if W is None else W),
             self.who,
             self.scale,
             lambda client: torch_generator(self.seed, "attack", client=client, round=self.peers.t),
@@ -184,10 +192,10 @@ class Adversarial(ExchangeWrapper):
         flat[self.who, shared] = self.attack(scene)
         return replace(x, flat=flat)
 
-    def _own_goes_on(self, x: Adapters, mixed: Adapters) -> Adapters:
+    def _own_goes_on(self, x: Adapters, mixed: Adapters, W: Matrix | None = None) -> Adapters:
         flat, shared = mixed.flat.clone(), x.spec.shared
-        W = torch.from_numpy(self.peers.graph.W[self.who]).to(x.flat)
-        flat[self.who, shared] = W @ x.flat[:, shared]
+        own = (self.peers.graph.W if W is None else W)[self.who]
+        flat[self.who, shared] = torch.from_numpy(own).to(x.flat) @ x.flat[:, shared]
         return replace(mixed, flat=flat)
 
 

@@ -38,6 +38,8 @@ class ExchangeStats:
     """Of a real peer: neighbours whose link did not count, and why."""
     measures: dict[str, Float[Tensor, " client"]] = field(default_factory=dict)
     """What combine rules measured, by name."""
+    cached: bool = False
+    """Whether clients averaged the newest adapters that they hold of all clients, in place of mixing by W."""
 
 
 @runtime_checkable
@@ -68,6 +70,14 @@ class Exchange(Protocol):
         What a rule makes of a receiver's own merged parts is kept.  Those of senders cross, and count, with ``merged``
         only; all clients must then have equally many columns.  A client without contact keeps what it has, to the bit;
         a private head stays.
+        """
+        ...
+
+    def mix_cached(self, x: Adapters) -> Adapters:
+        """``x_i <- sum_j alpha_ij (the newest x_j that i holds)``, which goes on through the round's contacts.
+
+        For a method whose ``cache`` gives its settings; once a round.  Costs the messages of one ``mix``, and what the
+        ends of each link lack of each other's cache; see ``exchange.relay``.  A private head stays.
         """
         ...
 
@@ -127,7 +137,7 @@ class MeteredExchange(Exchange, Protocol):
     """What the clients held here know of all others' adapters; None where nothing is relayed."""
 
     def relayed_models(self, x: Adapters) -> RelayedModels | None:
-        """Return the relayed averages of the clients held here, whose models are ``x``; None without relaying."""
+        """Return what the clients held here, whose models are ``x``, deploy; None without ``exchange.relay``."""
         ...
 
     def relay(self) -> None:

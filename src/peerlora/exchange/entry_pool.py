@@ -45,6 +45,11 @@ class EntryPool:
         """The places that hold an entry, by origin and version."""
         return [self._places[key] for key in sorted(self._places)]
 
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Place -> its number among those in ``used``."""
+        return {place: number for number, place in enumerate(self.used)}
+
     def versions(self, places: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
         """The versions of the entries at these places, 0 where there is none."""
         if not len(self.facts):

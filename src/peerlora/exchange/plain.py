@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -10,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.config.exchange import RelayConfig
 from peerlora.errors import CompositionError
+from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.relayed_average import RelayedModels, relayed_models
 from peerlora.exchange.schema import Schema
@@ -25,6 +28,7 @@ class PlainExchange:
     topology: Topology
     clients: Sequence[int]
     t: int
+    stats: ExchangeStats
     relayed: RelayCaches | None = None
     """What the clients held here know of all others' adapters; None where nothing is relayed."""
 
@@ -46,9 +50,37 @@ class PlainExchange:
         if self.relayed:
             raise CompositionError("exchange.relay is not built for this exchange; leave it out")
 
+    def mix_cached(self, x: Adapters) -> Adapters:
+        """``x_i <- sum_j alpha_ij (the newest x_j that i holds)``, after this round's messages and swaps."""
+        if self.relayed is None:
+            raise CompositionError("the method averages a cache and has none; let its property `cache` give settings")
+        self._send(x)
+        self.relay()
+        began = time.perf_counter()
+        averaged = relayed_models(self.relayed, x, self.clients, "factors").adapters
+        self.stats.cached = True
+        self.stats.seconds += time.perf_counter() - began
+        return averaged
+
+    def _send(self, x: Adapters) -> None:
+        """Send adapters to the neighbours, and mix nothing; their cost joins the stats."""
+        raise CompositionError("a cache of adapters is not built for this exchange; use another method")
+
+    def _record_relay(self, began: float, **counts: int) -> None:
+        """Add to the stats what a relay that began at this moment cost, by name, and what the caches hold after it."""
+        assert self.relayed is not None
+        self.stats.measures |= self.relayed.measures()
+        self.stats.measures |= {name: torch.tensor([count], dtype=torch.float64) for name, count in counts.items()}
+        self.stats.seconds += time.perf_counter() - began
+
     def relayed_models(self, x: Adapters) -> RelayedModels | None:
-        """The relayed averages of the clients held here, whose models are ``x``; None where nothing is relayed."""
-        return relayed_models(self.relayed, x, self.clients) if self.relayed else None
+        """The averages that the clients held here, whose models are ``x``, deploy; None where nothing is relayed.
+
+        A cache that the method keeps for its training is no model to deploy.
+        """
+        if self.relayed is None or not isinstance(self.relayed.settings, RelayConfig):
+            return None
+        return relayed_models(self.relayed, x, self.clients, self.relayed.settings.average)
 
     def shared_random(self, purpose: str) -> torch.Generator:
         """Derive the generator from the run's seed, which is the topology's, and the round."""

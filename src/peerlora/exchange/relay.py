@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peerlora.config.exchange import RelayConfig
+from peerlora.config.exchange import CacheConfig
 from peerlora.exchange.entry_pool import UNKNOWN, Entry, EntryPool
 from peerlora.exchange.schema import Schema, encoded_bytes
 from peerlora.lora.adapters import BLOCKS, Adapters, AdapterSpec, Block
@@ -33,13 +33,12 @@ class RelayCache:
     taken too.  ``end`` closes the round.
     """
 
-    def __init__(self, client: int, settings: RelayConfig, pool: EntryPool, places: Int[np.ndarray, " client"]):
+    def __init__(self, client: int, settings: CacheConfig, pool: EntryPool, places: Int[np.ndarray, " client"]):
         self.client, self.settings, self.pool = client, settings, pool
         self.places = places
         """By origin, where its entry is in the pool; changed in place."""
         self.places_before = places.copy()
         """The same before the contacts of this round: what may be passed on in it."""
-        self._done = 0
 
     @property
     def versions(self) -> Int[np.ndarray, " client"]:
@@ -53,9 +52,8 @@ class RelayCache:
 
     def begin(self, t: int) -> None:
         """Begin round ``t``: what is too old for it is dropped, and what is left may be passed on in it."""
-        self._done = t + 1
         if self.settings.max_age is not None:
-            old = self._done - self.versions > self.settings.max_age
+            old = t + 1 - self.versions > self.settings.max_age
             old[self.client] = False
             self.places[old] = UNKNOWN
         self.places_before = self.places.copy()
@@ -114,7 +112,7 @@ class RelayCaches:
     ``rows``: client -> its training rows, of those held here; ``total``: all clients of the run.
     """
 
-    def __init__(self, settings: RelayConfig, whole: AdapterSpec, rows: Mapping[int, int], total: int):
+    def __init__(self, settings: CacheConfig, whole: AdapterSpec, rows: Mapping[int, int], total: int):
         self.settings, self.whole, self.rows, self.clients = settings, whole, dict(rows), sorted(rows)
         self.pool, self.layout = EntryPool(), whole.exchanged()
         self.places: Int[np.ndarray, "holder client"] = np.full((len(rows), total), UNKNOWN, dtype=np.int64)
@@ -166,20 +164,19 @@ class RelayCaches:
 
     def weights(self, clients: Sequence[int]) -> Float[np.ndarray, "client entry"]:
         """The weights that these clients give the entries in ``pool.used``; a row of zeros where nothing is held."""
-        used = {place: column for column, place in enumerate(self.pool.used)}
-        W = np.zeros((len(clients), len(used)))
+        numbers = self.pool.numbers
+        W = np.zeros((len(clients), len(numbers)))
         for row, client in enumerate(clients):
             cache = self[client]
             if len(cache.held):
-                W[row, [used[place] for place in cache.places[cache.held].tolist()]] = cache.weights(self.done)
+                W[row, [numbers[place] for place in cache.places[cache.held].tolist()]] = cache.weights(self.done)
         return W
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the entries by origin and version, who holds which, and of which blocks they consist."""
-        used = self.pool.used
-        order = {place: number for number, place in enumerate(used)} | {UNKNOWN: UNKNOWN}
-        places = [[order[place] for place in row] for row in self.places.tolist()]
-        values = self.pool.values
+        used, values = self.pool.used, self.pool.values
+        numbers = self.pool.numbers | {UNKNOWN: UNKNOWN}
+        places = [[numbers[place] for place in row] for row in self.places.tolist()]
         return {
             "relay.done": torch.tensor([self.done]),
             "relay.blocks": torch.tensor([block in self.layout.blocks for block in BLOCKS]),

@@ -1,10 +1,11 @@
-"""The model that a client deploys of relayed adapters: the weighted average of the entries that it holds."""
+"""The weighted average of the entries that a client holds: a model to deploy, or to go on training from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,15 +30,17 @@ class RelayedModels:
     """Share of the squared norm of the averaged products that the rank cut off; 0 where factors are averaged."""
 
 
-def relayed_models(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> RelayedModels:
+def relayed_models(
+    caches: RelayCaches, x: Adapters, clients: Sequence[int], average: Literal["products", "factors"]
+) -> RelayedModels:
     """Average what these clients hold; ``x`` are their own models.
 
     Factors that never travel are common to all clients, and taken from there.  A client that holds its own entry alone
-    deploys that; one that has none yet, its own model.
+    gets that; one that has none yet, its own model.
     """
-    rule: CombineRule = _products if caches.settings.average == "products" else _factors
-    own, sent, W = _own_entries(caches, x, clients), entry_adapters(caches, x), caches.weights(clients)
-    averaged, measured = apply_rule(own, sent, W, rule)
+    rule: CombineRule = _products if average == "products" else _factors
+    sent = entry_adapters(caches, x)
+    averaged, measured = apply_rule(_own_entries(caches, sent, x, clients), sent, caches.weights(clients), rule)
     none = torch.zeros(x.clients, dtype=torch.float64)
     tail, size = measured.get("tail", none), measured.get("size", none)
     return RelayedModels(x.with_blocks(averaged), torch.where(size > 0, tail / size.clamp_min(1e-300), 0.0))
@@ -47,7 +50,7 @@ def entry_adapters(caches: RelayCaches, x: Adapters) -> Adapters:
     """The stored entries as adapters, [entry] in the order of ``caches.pool.used``."""
     used = caches.pool.used
     whole = x.exchanged().rows([0] * len(used))
-    flat = whole.flat.clone()
+    flat = whole.flat  # a copy, as rows are taken by number
     if caches.pool.values is not None:
         flat[:, whole.spec.columns_of(caches.layout).to(flat.device)] = caches.pool.values[used].to(flat)
     return replace(whole, flat=flat, ranks=torch.from_numpy(caches.pool.facts[used, 2]))
@@ -63,7 +66,7 @@ def uncut_model(caches: RelayCaches, x: Adapters, client: int) -> Adapters:
     if not held:
         return x.with_empty_merges()
     first, *others = held
-    averaged, _ = apply_rule(_own_entries(caches, x, [client]), sent, W, _factors)  # of which only a head stays
+    averaged, _ = apply_rule(_own_entries(caches, sent, x, [client]), sent, W, _factors)  # of which only a head stays
     whole = replace(x.with_blocks(averaged), ranks=sent.ranks[[first]])
     for name in whole.A:
         whole.A[name].copy_(sent.A[name][first])
@@ -87,15 +90,14 @@ def _side_by_side(
     return torch.cat([B[0, :, :0], *left], dim=1), torch.cat([A[0, :0], *right])
 
 
-def _own_entries(caches: RelayCaches, x: Adapters, clients: Sequence[int]) -> Adapters:
-    """Every client's own entry; its own model where it has none yet."""
-    sent, own = entry_adapters(caches, x), x.exchanged()
-    column = {place: number for number, place in enumerate(caches.pool.used)}
+def _own_entries(caches: RelayCaches, sent: Adapters, x: Adapters, clients: Sequence[int]) -> Adapters:
+    """Every client's own of all entries ``sent``; its own model, in ``x``, where it has none yet."""
+    own, numbers = x.exchanged(), caches.pool.numbers
     flat, ranks = own.flat.clone(), own.ranks.clone()
     for row, client in enumerate(clients):
-        place = int(caches[client].places[client])
-        if place in column:
-            flat[row], ranks[row] = sent.flat[column[place]], sent.ranks[column[place]]
+        number = numbers.get(int(caches[client].places[client]))
+        if number is not None:
+            flat[row], ranks[row] = sent.flat[number], sent.ranks[number]
     return replace(own, flat=flat, ranks=ranks)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -71,27 +70,30 @@ class StackedExchange(PlainExchange):
         self.stats.sent = x
         sent = x.exchanged()
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
-        everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=others)
+        everybody = replace(self._everybody(sent), merged=others)
         mixed, measured = apply_rule(sent, everybody, self.graph.W[self.clients], rule)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(mixed), merged=mixed.merged)
+
+    def _send(self, x: Adapters) -> None:
+        """Count the messages: all clients' adapters are here."""
+        began = time.perf_counter()
+        self._count(x)
+        self.stats.sent = x
+        self.stats.seconds += time.perf_counter() - began
 
     def relay(self) -> None:
         """Swap over the links of this round what the clients know of others; see ``exchange.relay``."""
         if self.relayed is None or self.stats.sent is None:
             return
         began = time.perf_counter()
-        sent = self.stats.sent.exchanged()
-        everybody = replace(sent, flat=self._gathered(sent.flat), ranks=self._gathered(sent.ranks), merged=None)
+        everybody = self._everybody(self.stats.sent.exchanged())
         present = [client for client in range(everybody.clients) if client not in self.absent]
         counts = relay_round(self.relayed, self.t, everybody, self.graph.adjacency, present)
         entries, sent_bytes = (int(each[self.clients].sum()) for each in (counts.entries, counts.sent_bytes))
         self.stats.bytes_sent += sent_bytes
-        self.stats.measures |= self.relayed.measures()
-        for name, value in {"relayed_entries": entries, "relayed_bytes": sent_bytes}.items():
-            self.stats.measures[name] = torch.tensor([float(value)], dtype=torch.float64)
-        self.stats.seconds += time.perf_counter() - began
+        self._record_relay(began, relayed_entries=entries, relayed_bytes=sent_bytes)
 
     def _leaf(self, x: Adapters | Tensor) -> Adapters | Tensor:
         """Of Adapters, everything but a private head."""
@@ -103,6 +105,10 @@ class StackedExchange(PlainExchange):
     def _rows(self, x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
         everybody = self.gather(x.reshape(len(x), -1))
         return (operator(self.graph.W[self.clients], everybody) @ everybody).view_as(x)
+
+    def _everybody(self, x: Adapters) -> Adapters:
+        """The adapters of all clients, without merged parts."""
+        return replace(x, flat=self._gathered(x.flat), ranks=self._gathered(x.ranks), merged=None)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The rows of all clients."""

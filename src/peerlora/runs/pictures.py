@@ -61,10 +61,8 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
 
     curves = metric_curves(events, of="relayed")
     told = [each for each in select_events(events, RoundDone) if "relayed_age_mean" in each.measures]
-    if curves is None:
-        return []
     title = f"{start.metric} of every client's relayed model and of the averaged model"
-    found = [figures.clients_figure("relayed", title, curves)]
+    found = [] if curves is None else [figures.clients_figure("relayed", title, curves)]
     if told:
         rounds = [each.round + 1 for each in told]
         shown = {"mean age": "relayed_age_mean", "oldest": "relayed_age_max"}

@@ -49,7 +49,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
-    warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config))
+    warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config, algorithm))
     interval = algorithm.switches_every
     if interval is not None and interval >= config.train.rounds:
         warnings += (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peerlora.algorithms.base import Algorithm
-from peerlora.algorithms.compatibility import check_relayed_message
+from peerlora.algorithms.compatibility import cache_settings, check_relayed_message
 from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
@@ -115,6 +115,7 @@ def assemble(
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
     batches = [config.batches[i] for i in here]
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
+    cache, rows_of = cache_settings(config, planned.algorithm), _rows_of(divided, own, here)
     graph = graph_size(model.base, paths)
     learner = StackedLearner(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
@@ -131,9 +132,7 @@ def assemble(
         eval_data=resources.eval_data,
         model=model,
         learner=learner,
-        exchange=build_exchange(
-            config, StackedExchange(topology, here, gather), start, attacking, _rows_of(divided, own, here)
-        ),
+        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking, cache, rows_of),
         start=start,
         export=export,
         warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),

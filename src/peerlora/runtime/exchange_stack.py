@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from peerlora.config.exchange import CacheConfig
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import CompositionError
@@ -25,17 +26,19 @@ def build_exchange(
     plain: MeteredExchange,
     start: Adapters,
     attacking: tuple[int, ...],
+    cache: CacheConfig | None = None,
     rows: Mapping[int, int] | None = None,
 ) -> Any:
     """The exchange in its wrappers: an attack is compressed like everything else, and a robust rule sees it.
 
-    ``rows``: client -> training rows, of those whose relayed adapters are kept here: in a simulation all.
+    ``cache``: settings of the cache of others' adapters, if there is one.  ``rows``: client -> training rows, of those
+    whose caches are kept here: in a simulation all.
     Raises CompositionError for attackers that would have to know clients of other processes.
     """
     peers: Any = plain
-    codec, robust, relay = config.exchange.codec, config.exchange.robust, config.exchange.relay
-    if relay:
-        plain.relayed = RelayCaches(relay, start.spec, rows or {}, config.clients)
+    codec, robust = config.exchange.codec, config.exchange.robust
+    if cache:
+        plain.relayed = RelayCaches(cache, start.spec, rows or {}, config.clients)
     if codec:
         peers = Compressed(peers, build_codec(codec, start.flat.dtype), codec.step, start)
     if config.adversary and config.adversary.attack != "label-flip":

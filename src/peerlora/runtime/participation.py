@@ -22,6 +22,9 @@ from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.rounds import RoundResult
 from peerlora.topology.weights import remove_links, rho
 
+WITHOUT_W = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
+"""Measures of a round that are not known where no single matrix describes it."""
+
 State = Any
 
 
@@ -110,8 +113,7 @@ class AllClients:
         found = vars(self._diagnose(self.federation.algorithm.model(state), result.sent, W))
         self.mixing_moment += W.T @ W
         if result.W is None:
-            unknown = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
-            return {**found, **dict.fromkeys(unknown, math.nan)}
+            return {**found, **dict.fromkeys(WITHOUT_W, math.nan)}
         doubly = np.allclose(W.sum(axis=0), 1)  # a method may have replaced the topology's weights
         return {**found, "rho": rho(self.mixing_moment / (t + 1)) if doubly else math.nan}
 

@@ -56,7 +56,8 @@ class SynchronousRounds:
             after = advance(t, state, self.learner, self.exchange)
         if absent:
             after = held(state, after, absent)
-        self.exchange.relay()
+        if not stats.cached:  # else the method has relayed
+            self.exchange.relay()
         worked = time.perf_counter() - began
         for client in here:
             self.jobs[client] += 1
@@ -64,7 +65,7 @@ class SynchronousRounds:
         return after, RoundResult(
             losses=trained.losses.tolist(),
             sent=stats.sent,
-            W=graph.W if mixes else np.eye(len(graph.W)),
+            W=None if stats.cached else graph.W if mixes else np.eye(len(graph.W)),
             edges=[edge for edge in graph.edges if own.intersection(edge)] if mixes else [],
             bytes_per_edge=stats.bytes_per_edge,
             bytes_sent=stats.bytes_sent,

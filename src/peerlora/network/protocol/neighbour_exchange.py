@@ -123,6 +123,13 @@ class NeighbourExchange(PlainExchange):
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(combined), merged=combined.merged)
 
+    def _send(self, x: Adapters) -> None:
+        """Exchange adapters with the neighbours."""
+        began = time.perf_counter()
+        (met,), _ = self._collect((x,))
+        self.stats.sent, self.stats.received = x, met
+        self.stats.seconds += time.perf_counter() - began
+
     def _leaf(self, x: Any, others: Any, W: Float[np.ndarray, "1 sender"]) -> Any:
         """The average of one leaf; of Adapters, of everything but a private head."""
         if isinstance(x, Tensor):
@@ -211,13 +218,10 @@ class NeighbourExchange(PlainExchange):
         offered = {peer: relay.entries_for(versions) for peer, versions in told.received.items()}
         swapped = self._swap({peer: message for peer, (message, _) in offered.items()}, relay.decode_entries())
         relay.end({j: swapped.received[peer] for j, peer in met.items() if peer in swapped.received})
-        assert self.relayed is not None
         entries = sum(offered[peer][1] for peer in swapped.delivered)
-        counts = {"relayed_entries": entries, "relayed_bytes": self.stats.bytes_sent - before}
-        counts |= {"relayed_refused": relay.refused} if relay.refused else {}
-        self.stats.measures |= self.relayed.measures()
-        self.stats.measures |= {name: torch.tensor([float(count)]) for name, count in counts.items()}
-        self.stats.seconds += time.perf_counter() - began
+        refused = {"relayed_refused": relay.refused} if relay.refused else {}
+        sent_bytes = self.stats.bytes_sent - before
+        self._record_relay(began, relayed_entries=entries, relayed_bytes=sent_bytes, **refused)
 
     def _swap(self, messages: Mapping[PeerId, OutgoingMessage], decode: Decoder) -> ExchangeResult:
         """One exchange of the kind ``relay``, without anybody there too: all peers count a round's exchanges alike."""

@@ -90,12 +90,8 @@ class RelayFormat:
 
         ``facts``: of the message's header.
         """
-        signed = facts.get(SIGNED, "")
         try:
-            signature = bytes.fromhex(signed if isinstance(signed, str) else "")
-        except ValueError:
-            raise self._named(entry.origin, entry.version, Refused("bad-signature", "not hexadecimal")) from None
-        try:
+            signature = _signature_in(facts)
             self._check_signed(entry, signature, layout)
         except Refused as refusal:
             raise self._named(entry.origin, entry.version, refusal) from None
@@ -179,15 +175,15 @@ class RelayFormat:
         table = read_vectors(files[0], self._table_schema(count))
         if len(files) != 1 + count:
             raise Refused("bad-body", f"{len(files) - 1} entries came, the table has {count}")
-        good, refused = [], []
-        rows = table["entries"].tolist()
-        for number, (origin, version, of_origin) in enumerate(rows):
+        good, refused, origins = [], [], set[int]()
+        for number, (origin, version, rows) in enumerate(table["entries"].tolist()):
             signature = bytes(table["signatures"][number].tolist()) if self.signatures else b""
             try:
-                if origin in {earlier for earlier, *_ in rows[:number]}:
+                if origin in origins:
                     raise Refused("stale-version", "a second entry of this origin")
+                origins.add(origin)
                 self._check_wanted(t, known, origin, version)
-                entry = _read_entry(files[1 + number], like, origin, version, of_origin)
+                entry = _read_entry(files[1 + number], like, origin, version, rows)
                 self._check_signed(entry, signature, layout)
                 _check_values(own, entry, layout)
                 good.append(SignedEntry(entry, signature))
@@ -220,6 +216,15 @@ class RelayFormat:
         entry = widest((start.exchanged().rows([0]),))
         every = largest_body(self._table_schema(self.most)) + self.most * largest_body(entry)
         return max(every, largest_body(versions_schema(self.clients)))
+
+
+def _signature_in(facts: Mapping[str, object]) -> bytes:
+    """The signature that a header tells; empty where it tells none."""
+    signed = facts.get(SIGNED, "")
+    try:
+        return bytes.fromhex(signed if isinstance(signed, str) else "")
+    except ValueError:
+        raise Refused("bad-signature", "not hexadecimal") from None
 
 
 def entry_vectors(entry: Entry, layout: AdapterSpec) -> dict[str, Tensor]:

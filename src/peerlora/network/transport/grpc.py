@@ -8,11 +8,10 @@ keeps open for it.  So only one end of an edge needs an open port.  A process th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import datetime
 
 from peerlora.errors import IdentityError
-from peerlora.network.base import PeerEvent, PeerId, Receiver, Refused, Signatures
+from peerlora.network.base import PeerId, Receiver, Signatures
 from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList, check_address
 from peerlora.network.identity.roster import Roster
@@ -20,11 +19,11 @@ from peerlora.network.identity.signatures import SiteSignatures
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.dialler import dial_for_ever
 from peerlora.network.transport.heartbeat import Timing, give_up
-from peerlora.network.transport.links import LinkTable
+from peerlora.network.transport.links import LinkTable, LinkTransport
 from peerlora.network.transport.listener import Listener
 
 
-class GrpcTransport:
+class GrpcTransport(LinkTransport):
     """One peer's connections over gRPC; see Transport.
 
     ``listen``: host:port to open; None takes the port of the own address on the member list, on all of the machine's
@@ -75,18 +74,6 @@ class GrpcTransport:
                 self._dialling[peer] = asyncio.ensure_future(
                     dial_for_ever(self.ends, self.roster, lambda: self.identity, peer, self.timing, anew)
                 )
-
-    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
-        """See Transport."""
-        await self.ends.send(to, header, body, deadline=deadline)
-
-    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
-        """See Transport."""
-        self.ends.refused(peer, refusal, "here", header)
-
-    def events(self) -> AsyncIterator[PeerEvent]:
-        """See Transport; for one listener."""
-        return self.ends.events()
 
     async def update(self, members: MemberList) -> None:
         """Replace the member list by a newer one; sessions of removed members end at once.  Raises IdentityError."""

@@ -255,3 +255,21 @@ async def _assemble(length: int, read: Read) -> bytearray:
         body[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
     return body
+
+
+class LinkTransport:
+    """What every transport hands to its table of links; see Transport."""
+
+    ends: LinkTable
+
+    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
+        """See Transport."""
+        await self.ends.send(to, header, body, deadline=deadline)
+
+    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
+        """See Transport."""
+        self.ends.refused(peer, refusal, "here", header)
+
+    def events(self) -> AsyncIterator[PeerEvent]:
+        """See Transport; for one listener."""
+        return self.ends.events()

@@ -8,24 +8,17 @@ process dies (the other side's kernel says so), after missed heartbeats when a l
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
 
-from peerlora.network.base import PeerDown, PeerEvent, PeerId, Receiver, Refused, Signatures
+from peerlora.network.base import PeerDown, PeerId, Receiver, Refused, Signatures
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
-from peerlora.network.transport.links import CHUNK, Link, LinkTable, Read
+from peerlora.network.transport.links import CHUNK, Link, LinkTable, LinkTransport, Read
+from peerlora.network.transport.memory_faults import FaultyLinks
 
-What = Literal["message", "ack"]
 
-
-class MemoryNetwork:
-    """Network of ``sites``, by default a complete graph, with faults that tests inject.
-
-    Delays are seconds one way.  Everything random comes from ``seed``.
-    """
+class MemoryNetwork(FaultyLinks):
+    """Network of ``sites``, by default a complete graph, with faults that tests inject."""
 
     def __init__(
         self,
@@ -34,16 +27,10 @@ class MemoryNetwork:
         timing: Timing | None = None,
         seed: int = 0,
     ):
+        super().__init__(seed)
         self.sites, self.timing = set(sites), timing or Timing()
         self.edges = None if edges is None else {frozenset(edge) for edge in edges}
         self.live: dict[PeerId, MemoryTransport] = {}
-        self._draw = random.Random(seed)
-        self._delay: dict[tuple[PeerId, PeerId], float] = defaultdict(float)
-        self._loss: dict[tuple[PeerId, PeerId, What], float] = defaultdict(float)
-        self._lost: dict[tuple[PeerId, PeerId, What], int] = defaultdict(int)
-        self._twice: dict[tuple[PeerId, PeerId], int] = defaultdict(int)
-        self._cut: set[tuple[PeerId, PeerId]] = set()
-        self._awake: dict[PeerId, asyncio.Event] = {}
         self._tasks: set[asyncio.Task] = set()
 
     def transport(
@@ -51,30 +38,6 @@ class MemoryNetwork:
     ) -> MemoryTransport:
         """Create a transport for ``site``: of its first process, or of the one after a crash."""
         return MemoryTransport(self, site, audit, signatures)
-
-    def delay(self, one: PeerId, other: PeerId, seconds: float) -> None:
-        """Set the delay between two sites, each way, from now on."""
-        self._delay[one, other] = self._delay[other, one] = seconds
-
-    def loss(self, source: PeerId, target: PeerId, probability: float, what: What = "message") -> None:
-        """Drop messages from ``source`` to ``target`` (or the acks that answer them) at random from now on."""
-        self._loss[source, target, what] = probability
-
-    def lose(self, source: PeerId, target: PeerId, times: int = 1, what: What = "message") -> None:
-        """Drop the next ``times`` messages from ``source`` to ``target``, or the acks that answer them."""
-        self._lost[source, target, what] += times
-
-    def repeat(self, source: PeerId, target: PeerId, times: int = 1) -> None:
-        """Deliver the next ``times`` messages from ``source`` to ``target`` twice."""
-        self._twice[source, target] += times
-
-    def cut(self, source: PeerId, target: PeerId, both: bool = True) -> None:
-        """Deliver nothing from ``source`` to ``target`` any more; with ``both``, nor the other way."""
-        self._cut |= {(source, target), (target, source)} if both else {(source, target)}
-
-    def heal(self, one: PeerId, other: PeerId) -> None:
-        """Undo ``cut``, in both directions."""
-        self._cut -= {(one, other), (other, one)}
 
     def split(self, group: Iterable[PeerId]) -> None:
         """Cut every link between ``group`` and the other sites."""
@@ -90,14 +53,6 @@ class MemoryNetwork:
             self.wake(site)
             transport.die("the process died")
             self.reset(transport, "the connection was reset")
-
-    def hang(self, site: PeerId) -> None:
-        """Stop the process of ``site``, as SIGSTOP does: connections stay, nothing is read or sent."""
-        self._awake.setdefault(site, asyncio.Event()).clear()
-
-    def wake(self, site: PeerId) -> None:
-        """Let a stopped process continue."""
-        self._awake.pop(site, asyncio.Event()).set()
 
     def expel(self, site: PeerId) -> None:
         """Take ``site`` off everybody's member list."""
@@ -123,29 +78,6 @@ class MemoryNetwork:
             return False
         return one != other
 
-    async def carry(self, source: PeerId, target: PeerId) -> None:
-        """Wait for the delay from ``source`` to ``target``; for ever where nothing arrives."""
-        await self.awake(source)
-        await asyncio.sleep(self._delay[source, target])
-        if (source, target) in self._cut:
-            await asyncio.get_running_loop().create_future()
-        await self.awake(target)
-
-    async def message(self, source: PeerId, target: PeerId, what: What) -> None:
-        """``carry`` for a message of ``source`` or its ack; some are lost."""
-        key = (source, target, what)
-        lost = self._lost[key] > 0 or self._draw.random() < self._loss[key]
-        self._lost[key] -= self._lost[key] > 0
-        await (self.carry(source, target) if what == "message" else self.carry(target, source))
-        if lost:
-            await asyncio.get_running_loop().create_future()
-
-    def copies(self, source: PeerId, target: PeerId) -> int:
-        """How many times the next message arrives."""
-        twice = self._twice[source, target] > 0
-        self._twice[source, target] -= twice
-        return 1 + twice
-
     def later(self, source: PeerId, target: PeerId, do: Callable[[MemoryTransport], None]) -> None:
         """Call ``do`` with the process of ``target`` when something sent now arrives there."""
 
@@ -168,11 +100,6 @@ class MemoryNetwork:
         """Notify all neighbours of a process that it has ended, as its machine would."""
         for peer in list(dead.ends.edges):
             self.later(dead.me, peer, _resetter(dead, why))
-
-    async def awake(self, site: PeerId) -> None:
-        """Wait while the process of ``site`` is stopped."""
-        while site in self._awake:
-            await self._awake[site].wait()
 
 
 def _resetter(theirs: MemoryTransport, why: str) -> Callable[[MemoryTransport], None]:
@@ -214,7 +141,7 @@ def _reader(pieces: Iterator[bytes]) -> Read:
     return read
 
 
-class MemoryTransport:
+class MemoryTransport(LinkTransport):
     """Transport of one process on a MemoryNetwork; see Transport."""
 
     def __init__(
@@ -243,18 +170,6 @@ class MemoryTransport:
         for peer in sorted(self.network.sites):
             if self.network.linked(self.me, peer):
                 self._tasks[peer] = asyncio.get_running_loop().create_task(self._beats(peer))
-
-    async def send(self, to: PeerId, header: bytes, body: bytes | memoryview, *, deadline: float) -> None:
-        """See Transport."""
-        await self.ends.send(to, header, body, deadline=deadline)
-
-    def report_refusal(self, peer: PeerId, refusal: Refused, header: bytes) -> None:
-        """See Transport."""
-        self.ends.refused(peer, refusal, "here", header)
-
-    def events(self) -> AsyncIterator[PeerEvent]:
-        """See Transport."""
-        return self.ends.events()
 
     async def close(self) -> None:
         """See Transport."""

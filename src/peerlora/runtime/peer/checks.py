@@ -7,6 +7,7 @@ from typing import Any
 
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, requirement
+from peerlora.algorithms.compatibility import cache_settings, passes_on
 from peerlora.config.run import RunConfig
 from peerlora.errors import CompositionError
 from peerlora.runs.events import Warned
@@ -46,10 +47,11 @@ def check_links(config: RunConfig, algorithm: Algorithm[Any], topology: Topology
             f"{config.algorithm.name} needs; use algorithm.name=sgp or push-diging, or an undirected graph with "
             "topology.weights=metropolis"
         )
-    if config.exchange.relay and not topology.properties.symmetric:
+    if cache_settings(config, algorithm) and not topology.properties.symmetric:
+        what = passes_on(config)
         raise CompositionError(
-            f"exchange.relay swaps adapters over links that go both ways, and topology={config.topology.kind} has "
-            "others; use an undirected graph, or leave exchange.relay out"
+            f"{what} swaps adapters over links that go both ways, and topology={config.topology.kind} has others; use "
+            f"an undirected graph, or do without {what}"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from peerlora.algorithms.base import is_asynchronous
+from peerlora.algorithms.compatibility import cache_settings, passes_on
 from peerlora.config.run import RunConfig
 from peerlora.errors import PeerloraError
 from peerlora.network.base import PeerId, TransportError, refused_for
@@ -89,8 +90,8 @@ def examine(
         jobs = f"every peer does {config.train.rounds} jobs at its own pace and waits for nobody"
         yield Finding("good", f"{config.algorithm.name} has no common rounds: {jobs}")
     neighbours = site.neighbours(federation.topology)
-    if config.exchange.relay:
-        yield _about_relaying(site, config.clients, len(neighbours))
+    if cache_settings(config, federation.algorithm):
+        yield _about_relaying(passes_on(config), site, config.clients, len(neighbours))
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
         endpoint = Endpoint(transport, expected, list(neighbours.values()))
@@ -108,11 +109,11 @@ def examine(
             thread.call(control.close())
 
 
-def _about_relaying(site: Site, clients: int, neighbours: int) -> Finding:
-    """Who gets this site's adapter where sites pass adapters on."""
+def _about_relaying(what: str, site: Site, clients: int, neighbours: int) -> Finding:
+    """Who gets this site's adapter where sites pass adapters on, because of ``what``."""
     others = [name for client, name in sorted(site.names.items()) if client < clients and client != site.client]
-    told = f"exchange.relay: every site of the run gets this site's adapter, not its {neighbours} neighbours alone: "
-    do = "agree on that with all sites, or leave exchange.relay out at all of them"
+    told = f"{what}: every site of the run gets this site's adapter, not its {neighbours} neighbours alone: "
+    do = f"agree on that with all sites, or do without {what} at all of them"
     return Finding("advice", told + ", ".join(others), do)
 
 

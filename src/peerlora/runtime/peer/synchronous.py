@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from peerlora.algorithms.compatibility import cache_settings
 from peerlora.display import format_now
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.exchange.payload import Shapes
@@ -27,7 +28,7 @@ from peerlora.runs.events import CaughtUp, Event, Warned
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.exchange_stack import build_exchange
-from peerlora.runtime.participation import Opening
+from peerlora.runtime.participation import WITHOUT_W, Opening
 from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.label_counts import StartupSum
 from peerlora.runtime.peer.message_bounds import exchanged_blocks, largest_message
@@ -74,9 +75,9 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
             site.names,
         )
-        rows = _told_rows(federation, site)
-        peers = build_exchange(config, self.exchange, federation.start, federation.attackers, rows)
-        if config.exchange.relay:
+        cache, rows = cache_settings(config, federation.algorithm), _told_rows(federation, site)
+        peers = build_exchange(config, self.exchange, federation.start, federation.attackers, cache, rows)
+        if cache:
             self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
         super().__init__(replace(federation, exchange=peers), site, thread, protocol, control, store)
         self.rounds = SynchronousRounds(self.algorithm, federation.learner, peers, federation.clock)
@@ -117,7 +118,8 @@ class SynchronousPeer(PeerParticipation):
         senders = sorted({me} | set(graph.neighbours(me)))
         found = neighbourhood(after, sent, received, graph.W[[me]][:, senders])
         missed = {str(client): reason for client, reason in sorted(result.missing.items())}
-        return {**vars(found), "rho": float("nan"), "missed": missed}
+        unknown = {} if result.W is not None else dict.fromkeys(WITHOUT_W, float("nan"))
+        return {**vars(found), "rho": float("nan"), **unknown, "missed": missed}
 
     def leave(self, state: State) -> Sequence[Event]:
         """Share the final state while neighbours may still ask for it."""
@@ -195,8 +197,8 @@ class SynchronousPeer(PeerParticipation):
 
 def _told_rows(federation: Federation, site: Site) -> dict[int, int]:
     """This client's training rows, as relayed adapters tell all sites: 1 where their weights do not depend on them."""
-    relay, relayed = federation.config.exchange.relay, federation.exchange.relayed
-    return {site.client: relayed.rows[site.client] if relay and relayed and relay.weights == "rows" else 1}
+    relayed = federation.exchange.relayed
+    return {site.client: relayed.rows[site.client] if relayed and relayed.settings.weights == "rows" else 1}
 
 
 def _everything_sent(federation: Federation) -> Schema:
