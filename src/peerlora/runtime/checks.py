@@ -8,6 +8,7 @@ from typing import Any
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
+from peerlora.algorithms.gossip import FactorGossip, Stateful
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
 from peerlora.environment import main_memory
@@ -45,6 +46,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot end with rounds without training (train.quiet={config.train.quiet:g}): {reason}; use "
             "train.quiet=0, or algorithm.name=dec-lora"
         )
+    _check_selection(config, algorithm)
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
@@ -100,6 +102,27 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
         reason = traits.sgd_preferred
         return (f"{name} with train.optimizer={train.optimizer}: {reason}; it was made for train.optimizer=sgd",)
     return ()
+
+
+def _check_selection(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse best adapters and the early end of training where a method cannot have them."""
+    name, traits = config.algorithm.name, algorithm.traits
+    if config.eval.select and traits.merges_into:
+        raise CompositionError(
+            f"{name} cannot keep the adapters of a best round (eval.select): what a client has merged by then grows "
+            "beside them in every round; drop eval.select and eval.patience, or use algorithm.name=dec-lora"
+        )
+    if not config.eval.patience:
+        return
+    plain = isinstance(algorithm, FactorGossip) and not isinstance(algorithm, Stateful)
+    plain = (plain and type(algorithm).quiet_round is Algorithm.quiet_round) or traits.sends == "nothing"
+    more = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
+    reason = traits.quiet_refusal() or (None if plain else more)
+    if reason:
+        raise CompositionError(
+            f"{name} cannot let a client end its training (eval.patience={config.eval.patience}): {reason}; drop "
+            "eval.patience, or use algorithm.name=dec-lora"
+        )
 
 
 def check_memory(clients: int) -> None:

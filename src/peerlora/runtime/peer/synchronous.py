@@ -119,11 +119,10 @@ class SynchronousPeer(PeerParticipation):
         missed = {str(client): reason for client, reason in sorted(result.missing.items())}
         return {**vars(found), "rho": float("nan"), "missed": missed}
 
-    def leave(self, state: State) -> Sequence[Event]:
+    def leave(self, done: int, state: State) -> Sequence[Event]:
         """Share the final state while neighbours may still ask for it."""
-        rounds = self.config.train.rounds
-        self.publish_state(rounds, state)
-        self.enter_round(rounds)
+        self.publish_state(done, state)
+        self.enter_round(done)
         return self.closing_events()
 
     def publish_state(self, done: int, state: State) -> None:
