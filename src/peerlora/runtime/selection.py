@@ -57,7 +57,8 @@ class BestRounds:
     """Every client's best evaluation so far, by a rule that each follows alone: a strictly better value counts.
 
     A client whose last ``patience`` evaluations were none is ``stopped``: for good, and its best is looked for on.
-    A value that is NaN is never better.  ``honest``: the clients that follow the rule, by their rows.
+    A value that is NaN says nothing, and does not count; a client without any other keeps its newest adapters.
+    ``honest``: the clients that follow the rule, by their rows.
     """
 
     def __init__(self, selection: Selection, patience: int | None, clients: Sequence[int], honest: Sequence[int]):
@@ -75,7 +76,8 @@ class BestRounds:
             self.x = own_copy(x)
         better = self._better(values)
         for row in range(len(self.clients)):
-            self.waited[row] = 0 if better[row] else self.waited[row] + 1
+            if not np.isnan(values[row]):
+                self.waited[row] = 0 if better[row] else self.waited[row] + 1
             if better[row]:
                 self.values[row], self.rounds[row] = values[row], done
                 put_row(self.x, row, rows_of(x, row))
@@ -87,8 +89,7 @@ class BestRounds:
 
     def _better(self, values: np.ndarray) -> np.ndarray:
         sign = 1 if self.selection.mode == "max" else -1
-        first = np.isnan(self.values) & ~np.isnan(values)
-        return first | (sign * values > sign * self.values)
+        return np.isnan(self.values) | (sign * values > sign * self.values)
 
     def told(self) -> dict[str, Any]:
         """The fields of the event that tells of an evaluation."""
