@@ -243,7 +243,8 @@ def test_attackers_neither_end_nor_count(config, tmp_path):
 
 # --- refusals
 
-ALONE = {"dec-lora", "adf-lora", "tad-lora", "ffa-lora", "rolora", "dfedavg", "dsgd", "local", "fedit", "sgp"}
+ALONE = {"dec-lora", "adf-lora", "tad-lora", "ffa-lora", "rolora", "fedit", "fedsa-lora", "decaf", "flexlora", "local"}
+ALONE |= {"fedrot-lora", "lora-fair", "dsgd", "dfedavg", "dfedavgm", "dfedsam", "fedprox", "sgp"}
 TIED = {"k-gt", "d2", "dfedadmm", "choco", "hetlora", "qg-adam", "noloco", "push-diging", "consensus-admm", "ad-psgd"}
 
 

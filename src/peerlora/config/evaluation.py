@@ -29,7 +29,7 @@ class EvalConfig(Section):
     batch: Batch = 64
     """Rows evaluated together."""
     metrics: list[str] = []
-    """Further metrics: of classes accuracy, balanced-accuracy, macro-f1, micro-f1, matthews, auroc, see training.md."""
+    """Further metrics: of classes accuracy, balanced-accuracy, macro-f1, micro-f1, matthews, auroc, see runs.md."""
     own: bool = False
     """Score each client on rows of its own, too: `data.holdout` of them, set aside before training."""
     select: SelectConfig | None = None

@@ -20,7 +20,7 @@ class TrainConfig(Section):
     local_steps: Positive = 10
     """Optimiser steps of each client between two exchanges."""
     batch: Batch | list[Batch] = 16
-    """Rows per step; or a list with one number per client."""
+    """Rows of a minibatch; or a list with one number per client."""
     accumulate: Batch = 1
     """Minibatches whose gradients are averaged for one step: `batch` times as many rows, in the memory of one batch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

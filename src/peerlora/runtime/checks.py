@@ -8,7 +8,6 @@ from typing import Any
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
-from peerlora.algorithms.gossip import FactorGossip, Stateful
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
 from peerlora.environment import main_memory
@@ -106,19 +105,13 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
 
 def _check_selection(config: RunConfig, algorithm: Algorithm[Any]) -> None:
     """Refuse best adapters and the early end of training where a method cannot have them."""
-    name, traits = config.algorithm.name, algorithm.traits
-    if config.eval.select and traits.merges_into:
+    name = config.algorithm.name
+    if config.eval.select and algorithm.traits.merges_into:
         raise CompositionError(
             f"{name} cannot keep the adapters of a best round (eval.select): what a client has merged by then grows "
             "beside them in every round; drop eval.select and eval.patience, or use algorithm.name=dec-lora"
         )
-    if not config.eval.patience:
-        return
-    plain = isinstance(algorithm, FactorGossip) and not isinstance(algorithm, Stateful)
-    plain = (plain and type(algorithm).quiet_round is Algorithm.quiet_round) or traits.sends == "nothing"
-    more = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
-    reason = traits.quiet_refusal() or (None if plain else more)
-    if reason:
+    if config.eval.patience and (reason := algorithm.training_end_refusal):
         raise CompositionError(
             f"{name} cannot let a client end its training (eval.patience={config.eval.patience}): {reason}; drop "
             "eval.patience, or use algorithm.name=dec-lora"
