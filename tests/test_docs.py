@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from peerlora import RunConfig, load_config
 from peerlora.config.exchange import AdversaryConfig, CodecConfig, RelayConfig, RobustConfig
 from peerlora.config.reference import page
-from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, TopologyConfig
+from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, SelectConfig, TopologyConfig
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.inference import detectable_table
 
@@ -35,6 +35,7 @@ def sections():
         *found,
         AdversaryConfig,
         RelayConfig,
+        SelectConfig,
         ClockConfig,
         Absence,
         *(kind for union in UNIONS for kind in kinds(union)),

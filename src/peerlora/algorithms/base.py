@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 State = TypeVar("State")
 
+IN_STEP = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
+"""Why a method refuses that one client alone ends its training, unless it has another reason."""
+
 
 class Method(Protocol):
     """What every method declares, with defaults for all that depends on a method's settings.
@@ -60,6 +63,11 @@ class Method(Protocol):
     def alternates(self) -> bool:
         """Whether A and B train in turn."""
         return self.switches_every is not None
+
+    @property
+    def training_end_refusal(self) -> str | None:
+        """Why one client alone cannot end its training and go on mixing; None where it can."""
+        return self.traits.quiet_refusal() or IN_STEP
 
     @property
     def settles(self) -> bool:

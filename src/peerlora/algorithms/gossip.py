@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.algorithms.base import Method
+from peerlora.algorithms.base import IN_STEP, Algorithm, Method
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import parse_blocks
 
@@ -37,6 +37,13 @@ class FactorGossip(Method):
     def model(self, x: Adapters) -> Adapters:
         """The state is the model."""
         return x
+
+    @property
+    def training_end_refusal(self) -> str | None:
+        """None where a round is local steps and mixing: a client without steps is then an ordinary neighbour."""
+        own = type(self).quiet_round  # pyright: ignore[reportAttributeAccessIssue]
+        more = None if own is Algorithm.quiet_round else IN_STEP
+        return self.traits.quiet_refusal() or more
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,8 @@ class Stateful(Scheduled):
     def model(self, state: Any) -> Adapters:
         """The client's own."""
         return state.x
+
+    @property
+    def training_end_refusal(self) -> str | None:
+        """There is one: what clients remember goes with the training of others."""
+        return self.traits.quiet_refusal() or IN_STEP

@@ -41,6 +41,11 @@ class Local(Method):
         """K local steps."""
         return learner.fit(x, "AB")
 
+    @property
+    def training_end_refusal(self) -> str | None:
+        """None: a client that trains no more stays as it is."""
+        return None
+
     def model(self, x: Adapters) -> Adapters:
         """The state is the model."""
         return x

@@ -14,7 +14,8 @@ def command(
     client: Annotated[int | None, typer.Option("--client", help="the client whose adapter to export")] = None,
     average: Annotated[bool, typer.Option("--average", help="export the average of all clients")] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="own, relayed or averaged; by default the one that the run deploys")
+        str | None,
+        typer.Option("--model", help="own, relayed, averaged or best; by default the one that is deployed"),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="a relayed model with no cut, of a larger rank")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="cut to this rank; the card tells the error")] = None,
@@ -29,7 +30,7 @@ def command(
         raise ConfigError(f"--model {model} given; expected one of {', '.join(models)}")
     if (client is None) != (average or model == "averaged"):
         raise ConfigError("export needs exactly one of --client I and --average (which --model averaged is, too)")
-    if average and model in ("own", "relayed"):
+    if average and model in ("own", "relayed", "best"):
         raise ConfigError(f"--average and --model {model} given; a client's {model} model needs --client I")
     from peerlora.runtime.export import export_from_run
 

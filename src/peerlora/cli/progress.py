@@ -27,6 +27,7 @@ from peerlora.runs.events import (
     RunStarted,
     Warned,
 )
+from peerlora.runs.further_scores import describe_best, describe_further
 from peerlora.runs.metrics import scores_of, worst_of
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class Progress:
             facts["mean client"] = f"{mean(own):.3f}"
             worst = min if self.started is None or self.started.higher_is_better else max
             facts["worst"] = f"{worst(own):.3f}"
+            if personal := _without_nan(self.evaluated.personal):
+                facts["own rows"] = f"{mean(personal):.3f}"
             if relayed := _without_nan(self.evaluated.relayed):
                 facts["relayed mean/worst"] = f"{mean(relayed):.3f}/{worst(relayed):.3f}"
         if event.virtual_seconds == event.virtual_seconds:
@@ -184,6 +187,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, summary in rows:
         console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
+        for line in (*describe_further(summary["metric"], summary), *describe_best(summary)):
+            console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
         if deployed := summary.get("deployed"):
             console.print(f"{name}: the {deployed} models are deployed", highlight=False, markup=False, soft_wrap=True)
         console.print(f"{name}: {summary['run']}", highlight=False, markup=False, soft_wrap=True)

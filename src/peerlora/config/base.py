@@ -11,6 +11,7 @@ Positive = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=16_384)]  # more than the width of any layer
 Batch = Annotated[int, Field(ge=1, le=100_000)]  # rows; a batch goes round a smaller shard, and must fit into memory
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]  # of dropout, of links and clients that fail
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from peerlora.config.base import Positive, Section
 
-ExportedModel = Literal["own", "relayed", "averaged"]
+ExportedModel = Literal["own", "relayed", "averaged", "best"]
 """A client's own adapter, its relayed average, or the average of all clients' own."""
 Share = Annotated[float, Field(gt=0, le=1)]
 

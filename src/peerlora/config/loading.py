@@ -186,7 +186,7 @@ _TAGS = {tag for union in _UNIONS for tag in _by_tag(_models(union))}
 
 def _is_tag(part: str) -> bool:
     """Pydantic puts a discriminated union's tag, and a plain union's type, into the location."""
-    return part in _TAGS or part.startswith(("list[", "constrained-")) or part in ("int", "str", "float")
+    return part in _TAGS or part.startswith(("list[", "constrained-", "literal[")) or part in ("int", "str", "float")
 
 
 _PLUGINS = {"topology": TOPOLOGIES, "partition": PARTITIONS}

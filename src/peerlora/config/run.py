@@ -103,6 +103,13 @@ class RunConfig(Section):
             )
         if kind.has_label and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if flaw := self.eval.contradiction(kind):
+            raise ValueError(flaw)
+        if self.train.class_weights != "none" and not kind.has_classes:
+            raise ValueError(
+                f"train.class_weights weighs classes, which task.kind={self.task.kind} has none of; use "
+                "train.class_weights=none"
+            )
         if self.train.label_prior != "none" and not kind.has_classes:
             raise ValueError(
                 f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "

@@ -8,9 +8,20 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
-from peerlora.config.base import Batch, Builder, Positive, Rank, Rate, Section, Share, kind_decorator, plugin_kinds
+from peerlora.config.base import (
+    Builder,
+    Positive,
+    PositiveFloat,
+    Rank,
+    Rate,
+    Section,
+    Share,
+    kind_decorator,
+    plugin_kinds,
+)
+from peerlora.config.evaluation import EvalConfig, SelectConfig  # noqa: F401 (all sections can be had from here)
 from peerlora.config.task_kinds import KINDS, task_kind
-from peerlora.config.topology import (  # noqa: F401 (all sections can be had from here)
+from peerlora.config.topology import (  # noqa: F401
     CompleteGraph,
     EdgesGraph,
     PathGraph,
@@ -80,7 +91,7 @@ class DataConfig(Section):
     eval_per_class: Positive | None = None
     """Use at most so many evaluation rows of each class; null: all."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of every class's training rows that is set aside where `eval` is null, before clients get theirs."""
+    """Share of every class's rows set aside: where `eval` is null, of all; with `eval.own`, of each client's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -190,17 +201,6 @@ class AlgorithmConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class EvalConfig(Section):
-    """When clients are evaluated, and on how much."""
-
-    every: Positive = 10
-    """Rounds between two evaluations."""
-    rows: Positive | None = None
-    """Rows used during the run, a sample drawn once; null: all.  The last evaluation takes all."""
-    batch: Batch = 64
-    """Rows evaluated together."""
-
-
 class PeerConfig(Section):
     """What real peers need beside the rest; a simulation does not read it."""
 
@@ -223,9 +223,6 @@ class CheckpointConfig(Section):
 
     every: Positive = 10
     """Rounds between two points from which a stopped run can go on."""
-
-
-PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Absence(Section):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from peerlora.config.base import Batch, Positive, Rate, Section, Share
+from peerlora.config.base import Batch, Positive, PositiveFloat, Rate, Section, Share
 
 DECAY = 0.2  # share of the training rounds in which the rate of wsd declines, unless it is given
 
@@ -20,7 +20,9 @@ class TrainConfig(Section):
     local_steps: Positive = 10
     """Optimiser steps of each client between two exchanges."""
     batch: Batch | list[Batch] = 16
-    """Rows per step; or a list with one number per client."""
+    """Rows of a minibatch; or a list with one number per client."""
+    accumulate: Batch = 1
+    """Minibatches whose gradients are averaged for one step: `batch` times as many rows, in the memory of one batch."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (torch's betas and epsilon) or sgd."""
     optimizer_state: Literal["round", "phase", "keep"] = "round"
@@ -43,6 +45,8 @@ class TrainConfig(Section):
     """Largest gradient norm of one client, over everything it trains; null: no limit."""
     label_prior: Literal["none", "uniform", "pooled"] = "none"
     """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
+    class_weights: Literal["none", "balanced"] | Annotated[list[PositiveFloat], Field(min_length=2)] = "none"
+    """Weight of a row's loss by its class: balanced (rare classes of a client's own rows count more), or one each."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
@@ -51,6 +55,8 @@ class TrainConfig(Section):
     """Use the speed paths that work for this model and machine; false: ordinary operations, to check a result."""
     block: Positive | None = None
     """Clients computed together in one graph; null: by the tokens of a step, on a GPU by its free memory."""
+    max_seconds: PositiveFloat | None = None
+    """Seconds after which the run ends, with the round under way, resumed ones included; null: after `rounds`."""
 
     @property
     def quiet_rounds(self) -> int:
@@ -75,6 +81,11 @@ class TrainConfig(Section):
             return (
                 f"train.quiet={self.quiet:g} leaves none of train.rounds={self.rounds} to train in; lower train.quiet, "
                 "or raise train.rounds"
+            )
+        if self.class_weights == "balanced" and self.label_prior != "none":
+            return (
+                f"train.class_weights=balanced and train.label_prior={self.label_prior} both make up for a client's "
+                "own label proportions; use one of them"
             )
         if self.floor and self.schedule == "constant":
             return (

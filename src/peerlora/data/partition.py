@@ -59,14 +59,14 @@ def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed:
     else:
         owner = _KINDS[config.kind](config, train, clients, numpy_generator(seed, "partition"))
         shards = _by_owner(owner, clients)
-    counts = np.stack([_count(train, shard) for shard in shards])
+    counts = np.stack([count_labels(train, shard) for shard in shards])
     return Partition(shards, train.names, counts, tuple(_warnings(counts, train)))
 
 
 def own_rows(train: Dataset, client: int) -> Partition:
     """All rows are those of one client, at its own site."""
     shard = np.arange(len(train), dtype=np.int64)
-    counts = _count(train, shard)[None]
+    counts = count_labels(train, shard)[None]
     return Partition((shard,), train.names, counts, tuple(_warnings(counts, train, [client])))
 
 
@@ -80,7 +80,7 @@ def _dirichlet(config: DirichletPartition, train: Dataset, clients: int, rng: np
     Differs: no client stays empty.
     """
     _need_classes(config.kind, train)
-    have = _count(train, np.arange(len(train)))
+    have = count_labels(train, np.arange(len(train)))
     concentration = np.full(clients, config.concentration)
 
     def draw() -> np.ndarray:
@@ -114,7 +114,7 @@ def _shares(config: SharesPartition, train: Dataset, clients: int, rng: np.rando
             f"partition.shares gives {shares.shape[1]} numbers per row, the data have {len(train.names)} labels "
             f"({', '.join(train.names)}); give one number per label, in this order"
         )
-    have = _count(train, np.arange(len(train)))
+    have = count_labels(train, np.arange(len(train)))
     wanted = _largest(shares, groups, have)
     if wanted.sum() == 0:
         ratio = np.divide(have, groups @ shares, out=np.full(len(have), np.inf), where=groups @ shares > 0)
@@ -255,7 +255,8 @@ def _need_classes(kind: str, train: Dataset) -> None:
         )
 
 
-def _count(train: Dataset, rows: np.ndarray) -> np.ndarray:
+def count_labels(train: Dataset, rows: np.ndarray) -> np.ndarray:
+    """Count these rows by label, int64 [label]; without classes, [1], all of them."""
     if not train.names:
         return np.array([len(rows)], dtype=np.int64)
     return np.bincount(train.labels[rows], minlength=len(train.names)).astype(np.int64)

@@ -13,6 +13,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
+from peerlora.data.holdout import draw_holdout
 from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
@@ -91,16 +92,10 @@ def _owner(config: RunConfig) -> str | None:
 
 def _hold_out(rows: _Rows, share: float, seed: int) -> tuple[_Rows, _Rows]:
     """Set aside ``share`` of every class, at least one row in all; no class loses its last row."""
-    generator = numpy_generator(seed, "holdout")
     classes = rows.classes()
-    members = [generator.permutation(np.flatnonzero(classes == label)) for label in np.unique(classes)]
-    sizes = [min(round(share * len(own)), len(own) - 1) for own in members]
-    if not any(sizes):
-        largest = max(range(len(members)), key=lambda label: len(members[label]))
-        sizes[largest] = min(1, len(members[largest]) - 1)
-    if not any(sizes):
+    held = draw_holdout(classes, share, numpy_generator(seed, "holdout"))
+    if not len(held):
         raise DataError(f"{rows.source}: too few rows to set some aside for evaluation; name a file in data.eval")
-    held = np.sort(np.concatenate([own[:size] for own, size in zip(members, sizes, strict=True)]))
     kept = np.setdiff1d(np.arange(len(classes)), held)
     return _only(rows, kept), _only(rows, held)
 

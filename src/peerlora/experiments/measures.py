@@ -6,18 +6,25 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peerlora.config.metrics import METRICS
 from peerlora.config.run import RunConfig
 from peerlora.runs.events import Evaluated, Event, RoundDone
+from peerlora.runs.further_scores import metric_scores
 from peerlora.runs.metrics import evaluations, find_start, select_events
 
+FURTHER = {"mean client": "own_mean", "worst client": "own_worst", "averaged model": "averaged"}
+"""Measure of a further metric -> its name in a summary."""
 MEASURES = (
     "mean client",
     "worst client",
     "averaged model",
     "relayed client",
     "worst relayed client",
+    "personalised client",
+    "worst personalised client",
     "best round",
     "number of the best round",
+    "best rounds of clients",
     "training rows",
     "gradients",
     "bytes sent",
@@ -25,10 +32,12 @@ MEASURES = (
     "cross-term",
     "seconds",
     "virtual seconds",
+    *(f"{metric}, {of}" for metric in METRICS for of in FURTHER),
 )
 """Scores are of the last evaluation, but for ``best round``: the highest mean client of any evaluation, picked on the
-very rows it is reported on, so it flatters.  Work, bytes and seconds are of the whole run, consensus and cross-term of
-its last round."""
+very rows it is reported on, so it flatters; so does ``best rounds of clients``, the mean of the values by which
+``eval.select`` kept each client's best adapters.  Personalised: on held-out rows of each client's own (``eval.own``).
+Work, bytes and seconds are of the whole run, consensus and cross-term of its last round."""
 
 FEW_EVALUATIONS = 3
 """After training began; with no more than these the best round is hardly a choice, and is left out."""
@@ -49,6 +58,10 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         "averaged model": last.averaged,
         "relayed client": _mean(last.relayed),
         "worst relayed client": _worst(last.relayed, start.higher_is_better),
+        "personalised client": _mean(last.personal),
+        "worst personalised client": _worst(last.personal, start.higher_is_better),
+        "best rounds of clients": _mean(last.best),
+        **_further(last),
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
@@ -58,6 +71,16 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         "seconds": sum(each.seconds_train + each.seconds_mix for each in done) + sum(each.seconds for each in scores),
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _further(last: Evaluated) -> dict[str, float]:
+    """The measures of further metrics; NaN where a run has none."""
+    found = metric_scores(last)
+    return {
+        f"{metric}, {of}": math.nan if told.get(key) is None else float(told[key] or 0.0)
+        for metric, told in found.items()
+        for of, key in FURTHER.items()
+    }
 
 
 def _best_round(scores: Sequence[Evaluated], higher_is_better: bool) -> dict[str, float]:
@@ -89,7 +112,7 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
             trained = range(config.clients)
         rows += sum(config.batches[client] for client in trained)
         trainings += len(trained)
-    steps = config.train.local_steps
+    steps = config.train.local_steps * config.train.accumulate
     return {
         "training rows": float(rows * steps),
         "gradients": float(trainings * steps * algorithm.traits.gradients),

@@ -218,7 +218,7 @@ class _TrialRunner:
 
 def _count_samples(config: RunConfig) -> int:
     """Count the training samples of a run."""
-    return config.train.training_rounds * config.train.local_steps * sum(config.batches)
+    return config.train.training_rounds * config.train.local_steps * config.train.accumulate * sum(config.batches)
 
 
 def _is_finished(run: Path) -> bool:

@@ -6,10 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
+from peerlora.config.metrics import METRICS
 from peerlora.data.numerals import is_number
 from peerlora.display import format_bytes, format_number
 from peerlora.experiments.comparison import MAIN, Comparison
-from peerlora.experiments.measures import MEASURES
+from peerlora.experiments.measures import FURTHER, MEASURES
 from peerlora.experiments.rate_search import RateScore, RateSearch
 from peerlora.experiments.statistics import Difference, Estimate, Line
 
@@ -23,8 +24,20 @@ MARKED = (
 NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm over the table, is above 0.05."
 
 _RELAYED = ("relayed client", "worst relayed client")
-SCORES = (MAIN, "worst client", "averaged model", *_RELAYED, "best round")
-SELDOM = (*_RELAYED, "best round", "training rows", "gradients")
+_PERSONAL = ("personalised client", "worst personalised client")
+_FURTHER = tuple(f"{metric}, {of}" for metric in METRICS for of in FURTHER)
+_MEANS = tuple(name for name in _FURTHER if name.endswith(MAIN))
+SCORES = (
+    MAIN,
+    "worst client",
+    "averaged model",
+    *_RELAYED,
+    *_PERSONAL,
+    *_MEANS,
+    "best rounds of clients",
+    "best round",
+)
+SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round", "training rows", "gradients")
 """Measures that not every comparison has."""
 _WORK = ("training rows", "gradients", "bytes sent")
 

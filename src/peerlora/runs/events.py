@@ -50,6 +50,8 @@ class RunStarted:
     """Client number -> site, for real peers."""
     deploys: str = "own"
     """Which model becomes a client's PEFT folder: own, or relayed."""
+    select: dict[str, Any] | None = None
+    """By what a client's best evaluation is found: metric, mode (max, min), rows (common, own), model; None: none."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,20 @@ class Evaluated:
     relayed_loss: list[float] = field(default_factory=list)
     relayed_cut: float = math.nan
     """Mean share of the squared norm of the relayed averages' products that the clients' ranks cut off."""
+    personal: list[float] = field(default_factory=list)
+    """[client] metric of its own model on held-out rows of its own; empty without such rows, NaN for who has none."""
+    personal_loss: list[float] = field(default_factory=list)
+    personal_relayed: list[float] = field(default_factory=list)
+    """[client] the same of its relayed average."""
+    personal_relayed_loss: list[float] = field(default_factory=list)
+    metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Which scores, in the words of the fields above -> further metric -> [client], of the averaged model [1]."""
+    best_rounds: list[int] = field(default_factory=list)
+    """[client] finished rounds at its best evaluation so far; empty where none is kept."""
+    best: list[float] = field(default_factory=list)
+    """[client] the value by which that one is its best."""
+    stopped: list[int] = field(default_factory=list)
+    """Clients that train no more, since their evaluations had not become better."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +280,12 @@ def contradiction(event: Event, start: RunStarted | None) -> str:
         return f"{type(event).__name__} of round {event.round}, in a run of {start.rounds}"
     clients = len(start.held) or start.clients
     lists = [event.loss] if isinstance(event, RoundDone) else [event.own, event.own_loss]
-    if isinstance(event, Evaluated) and (event.relayed or event.relayed_loss):
-        lists += [event.relayed, event.relayed_loss]
+    if isinstance(event, Evaluated):
+        if event.relayed or event.relayed_loss:
+            lists += [event.relayed, event.relayed_loss]
+        further = [values for of, named in event.metrics.items() if of != "averaged" for values in named.values()]
+        later = [event.personal, event.personal_loss, event.personal_relayed, event.personal_relayed_loss, *further]
+        lists += [values for values in [*later, event.best, event.best_rounds] if values]
     if any(len(values) != clients for values in lists):
         found = next(len(values) for values in lists if len(values) != clients)
         return f"{type(event).__name__} of {found} clients, in a run of {clients}"
@@ -307,6 +327,8 @@ def _fits(kind: Any, value: Any) -> bool:
 def _typed(kind: Any, value: Any) -> Any:
     if kind is float:
         return math.nan if value is None else float(value)
-    if kind == list[float]:
-        return [_typed(float, each) for each in value]
+    if get_origin(kind) is list:
+        return [_typed(get_args(kind)[0], each) for each in value]
+    if get_origin(kind) is dict:
+        return {key: _typed(get_args(kind)[1], each) for key, each in value.items()}
     return value

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from peerlora.files import atomic_file
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
+from peerlora.runs.further_scores import best_scores, mean_and_worst, metric_scores, personal_scores
 
 Row = tuple[int | None, int, str, float]  # client (None: the whole run), finished rounds, metric, value
 Kind = TypeVar("Kind", bound=Event)
@@ -71,9 +72,27 @@ def rows(events: Iterable[Event]) -> Iterator[Row]:
                 yield client, score.round, "relayed", metric
                 yield client, score.round, "relayed_loss", loss
             yield None, score.round, "relayed_cut", score.relayed_cut
+        yield from _further_rows(score, held)
         whole = {"averaged": score.averaged, "averaged_loss": score.averaged_loss}
         for name, value in {**whole, "eval_rows": score.rows, "eval_seconds": score.seconds}.items():
             yield None, score.round, name, float(value)
+
+
+def _further_rows(score: Evaluated, held: Sequence[int]) -> Iterator[Row]:
+    """Personalised scores, further metrics, and the best evaluations so far."""
+    named: dict[str, Sequence[float]] = {
+        "personal": score.personal,
+        "personal_loss": score.personal_loss,
+        "personal_relayed": score.personal_relayed,
+        "personal_relayed_loss": score.personal_relayed_loss,
+        "best": score.best,
+        "best_round": score.best_rounds,
+    }
+    named |= {f"{of}_{name}": values for of, further in score.metrics.items() for name, values in further.items()}
+    for name, values in named.items():
+        clients = [None] if name.startswith("averaged_") else held or range(len(values))
+        for client, value in zip(clients if values else (), values, strict=True):
+            yield client, score.round, name, float(value)
 
 
 def evaluated_within(events: Iterable[Event], seconds: float = math.inf, sent: float = math.inf) -> Evaluated | None:
@@ -149,7 +168,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
     virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  Where clients
     relay, scores also have relayed_mean, relayed_worst and relayed_cut, and deployed says which models become PEFT
-    folders, own or relayed.  The scores of every metric have the older name accuracy, too.
+    folders, own or relayed.  Further metrics, scores on clients' own rows and best evaluations: see ``further_scores``.
+    The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)
     last = done[-1] if done else None
@@ -160,7 +180,10 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "diagnostics": sum(each.seconds_diagnostics for each in done),
         "eval": sum(each.seconds for each in select_events(events, Evaluated)),
     }
-    spread = _spread(scores[-1] if scores else None) | _relayed(scores[-1] if scores else None, start)
+    score = scores[-1] if scores else None
+    spread = _spread(score) | _relayed(score, start)
+    spread |= personal_scores(score, start is None or start.higher_is_better)
+    further, best = metric_scores(score), best_scores(score, start)
     return {
         "method": start.method if start else None,
         "clients": clients,
@@ -170,6 +193,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "scores": spread,
         "accuracy": spread,  # the older name, of every metric
         **({"deployed": start.deploys} if start and "relayed_mean" in spread else {}),
+        **({"metrics": further} if further else {}),
+        **({"best": best} if best else {}),
         "consensus": {
             "A": last and _known(last.consensus_A),
             "B": last and _known(last.consensus_B),
@@ -200,13 +225,8 @@ def _relayed(score: Evaluated | None, start: RunStarted | None) -> dict[str, flo
     """The scores of the relayed models; empty where there are none."""
     if score is None or not score.relayed:
         return {}
-    known = [value for value in score.relayed if not math.isnan(value)]
-    worst = min if start is None or start.higher_is_better else max
-    return {
-        "relayed_mean": sum(known) / len(known) if known else None,
-        "relayed_worst": worst(known, default=None),
-        "relayed_cut": _known(score.relayed_cut),
-    }
+    mean, worst = mean_and_worst(score.relayed, start is None or start.higher_is_better)
+    return {"relayed_mean": mean, "relayed_worst": worst, "relayed_cut": _known(score.relayed_cut)}
 
 
 def _known(value: float) -> float | None:

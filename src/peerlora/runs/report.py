@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
 from peerlora.runs.store import read_events, resume_command
@@ -132,6 +133,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         (f"{start.metric}, worst client", worst_of(facts)),
         (f"{start.metric}, averaged model", scores["averaged"]),
         *_relayed_rows(start.metric, facts),
+        *table_rows(start.metric, facts),
         ("consensus distance of A", distance["A"]),
         ("consensus distance of B", distance["B"]),
         ("consensus distance of the product B·A", distance["product"]),
@@ -142,7 +144,8 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
-    return table_html(rows) + f'<p class="note">{escape(start.metric)}: {better} is better.</p>'
+    notes = [f"{start.metric}: {better} is better.", *describe_best(facts)]
+    return table_html(rows) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 
 def _relayed_rows(metric: str, facts: Mapping[str, Any]) -> list[tuple[str, Cell]]:

@@ -45,6 +45,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot end with rounds without training (train.quiet={config.train.quiet:g}): {reason}; use "
             "train.quiet=0, or algorithm.name=dec-lora"
         )
+    _check_selection(config, algorithm)
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
@@ -100,6 +101,21 @@ def _check_training(name: str, algorithm: Algorithm[Any], train: TrainConfig) ->
         reason = traits.sgd_preferred
         return (f"{name} with train.optimizer={train.optimizer}: {reason}; it was made for train.optimizer=sgd",)
     return ()
+
+
+def _check_selection(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse best adapters and the early end of training where a method cannot have them."""
+    name = config.algorithm.name
+    if config.eval.select and algorithm.traits.merges_into:
+        raise CompositionError(
+            f"{name} cannot keep the adapters of a best round (eval.select): what a client has merged by then grows "
+            "beside them in every round; drop eval.select and eval.patience, or use algorithm.name=dec-lora"
+        )
+    if config.eval.patience and (reason := algorithm.training_end_refusal):
+        raise CompositionError(
+            f"{name} cannot let a client end its training (eval.patience={config.eval.patience}): {reason}; drop "
+            "eval.patience, or use algorithm.name=dec-lora"
+        )
 
 
 def check_memory(clients: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
-from peerlora.data.partition import Partition, own_rows, partition
+from peerlora.data.holdout import set_aside_own
+from peerlora.data.partition import Partition, count_labels, own_rows, partition
+from peerlora.errors import DataError
 from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
@@ -37,7 +39,8 @@ from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
 from peerlora.train.learner import StackedLearner
-from peerlora.train.loss_rules import LabelPrior
+from peerlora.train.loss_rules import ClassWeights, LabelPrior
+from peerlora.train.metrics import absent_classes
 from peerlora.train.tasks import task
 
 
@@ -63,6 +66,8 @@ class Federation:
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
     clock: VirtualClock | None = None
+    own_rows: tuple[np.ndarray, ...] = ()
+    """[client] of those held here, the training rows that each is scored on and does not train on; empty: none are."""
 
     @property
     def honest_rows(self) -> list[int]:
@@ -106,6 +111,7 @@ def assemble(
     config, topology, attacking = planned.config, planned.topology, planned.attackers
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
+    divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))
     built = build_model(config, resources)
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
@@ -123,6 +129,8 @@ def assemble(
     learner.shares_prefix = resources.share_prefix
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
+    if config.train.class_weights != "none":
+        learner.loss_rules += (class_weights(config.train.class_weights, shards),)
     return Federation(
         config=config,
         algorithm=planned.algorithm,
@@ -135,11 +143,18 @@ def assemble(
         exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking, cache, rows_of),
         start=start,
         export=export,
-        warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),
+        warnings=(
+            *planned.warnings,
+            *divided.warnings,
+            *built.warnings,
+            *start_warnings,
+            *absent_classes(config.eval.metrics, resources.eval_data),
+        ),
         notes=planned.notes,
         paths=paths,
         clock=planned.clock,
         attackers=attacking,
+        own_rows=held if own or not held else tuple(held[i] for i in here),
     )
 
 
@@ -149,6 +164,27 @@ def _divided(config: RunConfig, resources: RunResources, here: list[int], partit
     if own:
         return own_rows(data, here[0]), True
     return partition(partitioner or config.partition, data, config.clients, config.seed), False
+
+
+def _set_aside(
+    config: RunConfig, train: Dataset, divided: Partition, clients: Sequence[int]
+) -> tuple[Partition, tuple[np.ndarray, ...]]:
+    """What clients train on, and the rows of their own that they are scored on; none without ``eval.own``."""
+    if not config.eval.own:
+        return divided, ()
+    return set_aside_own(divided, train, config.data.holdout, config.seed, clients)
+
+
+def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:
+    """The class weights of clients by the labels that each learns from; raises DataError where they do not fit."""
+    assert weights != "none"
+    names = shards.data.names
+    if weights != "balanced" and len(weights) != len(names):
+        raise DataError(
+            f"train.class_weights lists {len(weights)} numbers, the data have {len(names)} labels "
+            f"({', '.join(names)}); give one number per label, in this order"
+        )
+    return ClassWeights(np.stack([count_labels(shards.data, own) for own in shards.shards]), weights)
 
 
 def _rows_of(divided: Partition, own: bool, here: list[int]) -> dict[int, int]:

@@ -31,6 +31,7 @@ from peerlora.lora.peft_io import ExportContext, export_adapter
 from peerlora.runs.metrics import find_start, scores_of, worst_of
 from peerlora.runs.store import clients_of, read_events, read_facts, resume_command
 from peerlora.runs.write_failures import write_failures_told
+from peerlora.runtime.best_export import BEST, EXPORTED, best_facts, read_best
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.plan import plan
@@ -45,8 +46,6 @@ from peerlora.runtime.relayed_export import (
 )
 from peerlora.runtime.resources import RunResources, build_model
 from peerlora.tree import leaves, rebuild
-
-EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,9 @@ def export_from_run(
     """Write one client's adapter (None: the average of all) of a finished run as a PEFT folder at ``to``.
 
     Needs the run folder and, unless the run wrote this folder itself, the base model; never the data.
-    ``rank``: its best approximation of at most this rank, since merges make a rank grow.  ``model``: the client's own
-    or its relayed average, by default the one that the run deploys.  ``exact``: a relayed average with no cut, whose
-    rank is the sum of the ranks of all that is averaged.
+    ``rank``: its best approximation of at most this rank, since merges make a rank grow.  ``model``: the client's own,
+    its relayed average or its best round's, by default the one that the run deploys.  ``exact``: a relayed average with
+    no cut, whose rank is the sum of the ranks of all that is averaged.
     Raises RunError when ``run`` is no run or unfinished, the client, rank or model impossible, or ``to`` not empty.
     """
     if not (run / "run.json").is_file():
@@ -214,6 +213,8 @@ def _chosen(
         raise RunError(f"--model {chosen} given; {needed}, since the averaged model is that of all clients")
     if chosen == "relayed" and config.exchange.relay is None:
         raise RunError(f"--model relayed given; {run} has no relayed models (exchange.relay is null); use --model own")
+    if chosen == "best" and config.eval.select is None:
+        raise RunError(f"--model best given; {run} has kept no best adapters (eval.select is null); use --model own")
     if exact and chosen != "relayed":
         raise RunError("--exact is for relayed models, which are cut to a client's rank; leave it out")
     if exact and rank is not None:
@@ -238,6 +239,12 @@ def _export(run: Path, folder: Path, client: int | None, rank: int | None, model
     row = list(to.clients).index(client)
     if model == "own":
         to.write(folder, x, row, summary, client, rank)
+        return
+    if model == "best":
+        best = read_best(run, to.layout)
+        if best is None:
+            raise RunError(f"{run} has lost its best adapters ({BEST}); finish it again: {resume_command(run)}")
+        to.write(folder, best, row, summary, client, rank, best_facts(summary, row))
         return
     relayed = read_relayed(run, to.layout)
     if relayed is None:

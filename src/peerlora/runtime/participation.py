@@ -64,8 +64,8 @@ class Participation(Protocol):
         """Add to a run's first event which clients are held here."""
         ...
 
-    def leave(self, state: State) -> Sequence[Event]:
-        """End the rounds; the final evaluation follows."""
+    def leave(self, done: int, state: State) -> Sequence[Event]:
+        """End the rounds after ``done`` of them; the final evaluation follows."""
         ...
 
     def resume_command(self, folder: Path) -> str:
@@ -134,7 +134,7 @@ class AllClients:
         """Add nothing: an event without ``held`` is of all clients."""
         return started
 
-    def leave(self, state: State) -> Sequence[Event]:
+    def leave(self, done: int, state: State) -> Sequence[Event]:
         """Do nothing: nobody waits."""
         return ()
 

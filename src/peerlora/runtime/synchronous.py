@@ -36,6 +36,8 @@ class SynchronousRounds:
         self.now, self.jobs = 0, [0] * len(exchange.clients)
         self.ready: dict[int, int] = {}
         """Client that has begun a job -> when its result will have been sent."""
+        self.stopped: set[int] = set()
+        """Clients that train no more, and go on exchanging; only of methods whose rounds do no more than that."""
         self.step_seconds = torch.full((len(exchange.clients),), float("nan"), dtype=torch.float64)
         """Of each client's latest job, as long as it took from its beginning."""
 
@@ -51,7 +53,8 @@ class SynchronousRounds:
         stats = self.exchange.begin(t, absent)
         began = time.perf_counter()
         jobs, step_seconds = (self.jobs, self.step_seconds) if self.clock else (None, None)
-        with self.learner.round(t, jobs, here, step_seconds) as trained:
+        training = [place for place in here if self.exchange.clients[place] not in self.stopped]
+        with self.learner.round(t, jobs, training, step_seconds) as trained:
             advance = self.algorithm.quiet_round if self.learner.settings.is_quiet(t) else self.algorithm.round
             after = advance(t, state, self.learner, self.exchange)
         if absent:
@@ -110,9 +113,10 @@ class SynchronousRounds:
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        gradients = 0 if self.learner.settings.is_quiet(t) else self.algorithm.traits.gradients
+        quiet = self.learner.settings.is_quiet(t)
         limit = self.algorithm.time_limit
         for i in [i for i in idle if i not in away]:
+            gradients = 0 if quiet or i in self.stopped else self.algorithm.traits.gradients
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
             whole = clock.compute(i, gradients * steps, self.now)
             computed = self.now + (whole if limit is None else min(whole, ticks(limit)))

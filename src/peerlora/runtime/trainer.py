@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from peerlora.data.dataset import Dataset
 from peerlora.display import format_now
 from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.exchange.relayed_average import RelayedModels
-from peerlora.lora.adapters import Adapters
-from peerlora.runs.events import Evaluated, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
+from peerlora.runs.events import Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
 from peerlora.runs.store import RunStore, read_events
-from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
+from peerlora.runtime.best_export import write_best, write_best_folders
+from peerlora.runtime.compose import Federation, resolve_threads
+from peerlora.runtime.evaluation import Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.relayed_export import write_relayed
+from peerlora.runtime.result import Result
 from peerlora.runtime.rounds import Rounds
+from peerlora.runtime.selection import BestRounds, Selection, stop_notice
+from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.runtime.wall_clock import WallClock
 from peerlora.train.schedule import rate
 from peerlora.tree import leaves, rebuild
 
@@ -34,37 +36,6 @@ _LISTED_LINKS = 5000  # links of a round, beyond which its event holds only thei
 State = Any
 Sink = Callable[[Event], None]
 """Takes every event of a run, in order."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    summary: dict[str, Any]
-    """What ``peerlora train --json`` prints."""
-    run: Path
-    """The run folder, with events, metrics, report and a PEFT folder per client."""
-    load: Callable[[], Adapters] = field(repr=False)
-    """Gives ``adapters``."""
-    load_relayed: Callable[[], Adapters | None] = field(default=lambda: None, repr=False)
-    """Gives ``relayed``."""
-
-    @cached_property
-    def adapters(self) -> Adapters:
-        """Every client's own final adapter."""
-        return self.load()
-
-    @cached_property
-    def relayed(self) -> Adapters | None:
-        """Every client's relayed average; None where nothing is relayed."""
-        return self.load_relayed()
-
-    @property
-    def metrics(self):
-        """The long metrics table (client, round, metric, value) as a pyarrow Table."""
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.run / "metrics.parquet")
 
 
 class Trainer:
@@ -90,8 +61,10 @@ class Trainer:
         self.federation, self.rounds, self.participation = federation, rounds, participation
         self.store, self.sinks, self.stop = store, (store.emit, *sinks), stop
         self.config, self.algorithm, self.learner = federation.config, federation.algorithm, federation.learner
-        self.few_rows = evaluation_rows(federation)
+        self.evaluator = Evaluator(federation, participation)
+        self.best = _best_rounds(federation)
         self.opening_bytes = 0
+        self.wall_clock = WallClock(self.config.train.max_seconds)
 
     def run(self, resumed: bool = False) -> Result:
         """Run all rounds that are left, evaluate, and write the results."""
@@ -104,11 +77,11 @@ class Trainer:
         if first == 0:
             self._evaluate(0, state, final=False)
         self._emit(*self.participation.join(first, state))
-        return self._finish(self._all_rounds(first, state))
+        return self._finish(*self._all_rounds(first, state))
 
-    def _all_rounds(self, done: int, state: State) -> State:
+    def _all_rounds(self, done: int, state: State) -> tuple[int, State]:
         rounds = self.config.train.rounds
-        while done < rounds:
+        while done < rounds and not self.wall_clock.ended:
             t, state, events = self.participation.next_round(done, state)
             self._emit(*events)
             if t != done:
@@ -119,13 +92,15 @@ class Trainer:
             done = t + 1
             if done % self.config.eval.every == 0 and done < rounds:
                 self._evaluate(done, state, final=False)
-            stopping = self.stop() and done < rounds
-            if done % self.config.checkpoint.every == 0 or done == rounds or stopping:
+            if self.wall_clock.look() and done < rounds:
+                self._emit(Warned(self.wall_clock.describe(done, rounds)))
+            stopping = self.stop() and done < rounds and not self.wall_clock.ended
+            if done % self.config.checkpoint.every == 0 or done == rounds or stopping or self.wall_clock.ended:
                 self._save(done, state)
             if stopping:
                 command = self.participation.resume_command(self.store.folder)
                 raise Stopped(f"stopped after {done} of {rounds} rounds; go on with: {command}")
-        return state
+        return done, state
 
     def _round(self, t: int, state: State) -> State:
         try:
@@ -135,7 +110,7 @@ class Trainer:
         began = time.perf_counter()
         event = RoundDone(
             round=t,
-            loss=self._of_honest(np.array(result.losses)),
+            loss=self.evaluator.of_honest(np.array(result.losses)),
             **self.participation.observe(t, state, result),
             edges=[list(edge) for edge in result.edges] if len(result.edges) <= _LISTED_LINKS else None,
             contacts=len(result.edges),
@@ -167,60 +142,52 @@ class Trainer:
             f"{reason}. The checkpoint after {done} rounds has been set aside; to go on from {other}: {command}"
         )
 
-    def _of_honest(self, values: np.ndarray) -> list[float]:
-        """[client], NaN for attackers."""
-        honest = self.federation.honest_rows
-        shown = np.full(len(values), np.nan)
-        shown[honest] = values[honest]
-        return shown.tolist()
-
     def _evaluate(self, done: int, state: State, final: bool) -> RelayedModels | None:
         """Evaluate the clients' models, and return their relayed ones."""
         began = time.perf_counter()
-        x = self.algorithm.model(state)
-        rows = self.federation.eval_data if final else self.few_rows
-        metric, loss = self._scores(self.participation.evaluated(x), rows)
-        relayed = self.federation.exchange.relayed_models(x)
-        relayed_metric, relayed_loss = self._scores((relayed.adapters,), rows) if relayed else (None, None)
-        own, averaged = slice(0, x.clients), x.clients if len(metric) > x.clients else None
-        event = Evaluated(
-            round=done,
-            rows=len(rows),
-            own=self._of_honest(metric[own]),
-            averaged=float(metric[averaged]) if averaged else float("nan"),
-            own_loss=self._of_honest(loss[own]),
-            averaged_loss=float(loss[averaged]) if averaged else float("nan"),
-            seconds=time.perf_counter() - began,
-            final=final,
-            virtual_seconds=self.rounds.virtual_seconds,
-            relayed=[] if relayed_metric is None else self._of_honest(relayed_metric),
-            relayed_loss=[] if relayed_loss is None else self._of_honest(relayed_loss),
-            relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
-        )
-        self._emit(event)
-        if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
+        found = self.evaluator.evaluate(self.algorithm.model(state), final)
+        fresh = self._select(done, found)
+        event = self.evaluator.event(done, found, began, self.rounds.virtual_seconds, final)
+        self._emit(replace(event, **self.best.told()) if self.best else event)
+        if fresh and self.best and self.best.patience and not final:
+            self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
+        loss = found.own.loss[self.federation.honest_rows]
+        if final and not np.isfinite(loss).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
-        return relayed
+        return found.relayed_models
 
-    def _scores(self, models: Sequence[Adapters], rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Metric and loss of all these clients on the same rows."""
-        found = [self.learner.evaluate(some, rows, self.config.eval.batch) for some in models]
-        return np.concatenate([each.metric for each in found]), np.concatenate([each.loss for each in found])
+    def _select(self, done: int, found: Evaluation) -> list[int]:
+        """Keep the clients' best adapters; return who trains no more from now on."""
+        if self.best is None:
+            return []
+        selection = self.best.selection
+        kept = found.relayed_models.adapters if selection.model == "relayed" and found.relayed_models else found.models
+        fresh = self.best.offer(done, value_of(self.evaluator.rescored(found, selection.of), selection), kept)
+        self._end_training()
+        return fresh
+
+    def _end_training(self) -> None:
+        """Let those train no more that have had patience; asynchronous methods refuse ``eval.patience``."""
+        if self.best and isinstance(self.rounds, SynchronousRounds):
+            self.rounds.stopped = self.best.stopped
 
     def _save(self, done: int, state: State) -> None:
         if not self.algorithm.model(state).flat.isfinite().all():
             raise DivergenceError(f"adapters are not finite after {done} rounds; {_CURE}")
         in_flight, facts = self.rounds.state_dict()
+        kept, choice = self.best.state_dict() if self.best else ({}, {})
         parts = {
             "state": leaves(state),
             "learner": self.learner.state_dict(),
             "exchange": self.federation.exchange.state_dict(),
             "rounds": in_flight,
+            "best": kept,
         }
         tensors = {f"{part}.{name}": leaf.cpu() for part, named in parts.items() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
+        facts = {"trained": self.learner.trained, "rounds": facts, "best": choice, "time": self.wall_clock.state_dict()}
         try:
-            self.store.save_checkpoint(done, tensors, {"trained": self.learner.trained, "rounds": facts})
+            self.store.save_checkpoint(done, tensors, {name: each for name, each in facts.items() if each != {}})
         except TooManyFiles as error:  # of many connections, say; the next checkpoint may be possible again
             self._emit(Warned(f"no checkpoint after {done} rounds: {error}"))
 
@@ -240,7 +207,12 @@ class Trainer:
         self.learner.load_state_dict(part("learner"), checkpoint.facts["trained"])
         self.federation.exchange.load_state_dict(part("exchange"))
         state = rebuild(start, _below("state.", checkpoint.tensors))
-        self.rounds.load_state_dict(part("rounds"), checkpoint.facts.get("rounds", {}), self.algorithm.model(state))
+        x = self.algorithm.model(state)
+        self.rounds.load_state_dict(part("rounds"), checkpoint.facts.get("rounds", {}), x)
+        self.wall_clock.load_state_dict(checkpoint.facts.get("time", {}))
+        if self.best and "best" in checkpoint.facts:
+            self.best.load_state_dict(part("best"), checkpoint.facts["best"], x)
+            self._end_training()
         return checkpoint.round, state
 
     def _started(self) -> RunStarted:
@@ -263,30 +235,43 @@ class Trainer:
             paths=federation.paths,
             clock=federation.clock.describe() if federation.clock else None,
             deploys=config.exchange.relay.deploy if config.exchange.relay else "own",
+            select=self.best.selection.describe() if self.best else None,
         )
         return self.participation.describe(started)
 
-    def _finish(self, state: State) -> Result:
-        self._emit(*self.participation.leave(state))
+    def _finish(self, done: int, state: State) -> Result:
+        self._emit(*self.participation.leave(done, state))
         x = self.algorithm.model(state).to("cpu")
-        relayed, caches = self._evaluate(self.config.train.rounds, state, final=True), self.federation.exchange.relayed
+        relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:
                 write_relayed(self.store.folder, relayed, caches)
+            if self.best:
+                write_best(self.store.folder, self.best)
             events = read_events(self.store.folder)
             if find_start(events) is None:  # its line is damaged
                 events.insert(0, self._started())
             summary = summarise(events) | {"run": str(self.store.folder)}
-            write_peft_folders(self.store.folder, x, exporter(self.federation), summary, relayed)
+            to = exporter(self.federation)
+            write_peft_folders(self.store.folder, x, to, summary, relayed)
+            if self.best:
+                write_best_folders(self.store.folder, to, summary)
         self._emit(RunFinished(format_now(), plain(summary)))
-        deployed = relayed and relayed.adapters.to("cpu")
-        return Result(summary, self.store.folder, lambda: x, lambda: deployed)
+        deployed, best = relayed and relayed.adapters.to("cpu"), self.best and self.best.x and self.best.x.to("cpu")
+        return Result(summary, self.store.folder, lambda: x, lambda: deployed, lambda: best)
 
     def _emit(self, *events: Event) -> None:
         for event in events:
             for sink in self.sinks:
                 sink(event)
+
+
+def _best_rounds(federation: Federation) -> BestRounds | None:
+    """What keeps the clients' best adapters; None where nothing is selected."""
+    selection = Selection.of_run(federation.config, federation.learner.task)
+    clients, patience = federation.exchange.clients, federation.config.eval.patience
+    return selection and BestRounds(selection, patience, clients, federation.honest_rows)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -60,6 +60,20 @@ class Scores:
     metric: Float[np.ndarray, " client"]
     loss: Float[np.ndarray, " client"]
     rows: int
+    metrics: Mapping[str, Float[np.ndarray, " client"]] = field(default_factory=dict)
+    """Further metrics, by name."""
+
+    def repeat(self, clients: int) -> Scores:
+        """The scores of one client as those of so many."""
+        more = {name: values.repeat(clients) for name, values in self.metrics.items()}
+        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more)
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """The scores of all these clients on the same rows."""
+        more = {name: np.concatenate([each.metrics[name] for each in parts]) for name in parts[0].metrics}
+        metric, loss = (np.concatenate([getattr(each, name) for each in parts]) for name in ("metric", "loss"))
+        return cls(metric, loss, parts[0].rows, more)
 
 
 class Learner(Protocol):
@@ -124,8 +138,8 @@ class Learner(Protocol):
         """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
         ...
 
-    def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
-        """Every client in ``x`` on the same rows of ``data``, ``batch`` rows at a time."""
+    def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too."""
         ...
 
     @property

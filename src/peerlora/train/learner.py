@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -16,18 +16,20 @@ from peerlora.config.train import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
-from peerlora.lora.adapters import Adapters, AdapterSpec, Block, Slot
+from peerlora.lora.adapters import Adapters, AdapterSpec, Block
 from peerlora.lora.attach import StackedModel
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
 from peerlora.train.base import LocalPlan, Scores, TrainStats
+from peerlora.train.closure import Closure, active_part, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
+from peerlora.train.local_rules import ClientRows, LocalStep
 from peerlora.train.loss_rules import LossRule, weigh_rows
+from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
-from peerlora.train.tasks import Task
+from peerlora.train.tasks import Task, loss_terms
 from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -135,8 +137,8 @@ class StackedLearner:
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
-        steps, start = self.settings.local_steps, x.flat.clone()
-        rows = [self.shards.rows(i, self._round.jobs[i], steps) for i in clients]
+        steps, several, start = self.settings.local_steps, self.settings.accumulate, x.flat.clone()
+        rows = [self.shards.rows(i, self._round.jobs[i], steps * several) for i in clients]
         seen, active, trained, before = [], None, [], x.flat
         with self.model.training(self._streams(clients)):
             for k in range(steps):
@@ -146,11 +148,12 @@ class StackedLearner:
                     before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
-                batch = self._collated(self.shards.data, [own[k] for own in rows], x)
-                self.model.step.extents = batch.extents
-                losses_of = partial(self._losses, batch, clients, plan.row_weights)
-                closure = _Closure(self.model, losses_of, trained, repeats=plan.rule is not None)
-                at = LocalStep(x.flat, start, active, clients, partial(_gradients, x, closure, active))
+                minibatches = [
+                    partial(self._losses, [own[at] for own in rows], x, clients, plan.row_weights)
+                    for at in range(k * several, (k + 1) * several)
+                ]
+                closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
+                at = LocalStep(x.flat, start, active, clients, partial(flat_gradients, x, closure, active))
                 found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
                 step(self.settings, self._round.rate, x.flat, found, moments, active)
                 assert closure.losses is not None, "a rule has to look at the minibatch"
@@ -164,7 +167,7 @@ class StackedLearner:
     @cached_property
     def _rows_return(self) -> bool:
         """Whether the average row is seen again, so that what was computed of it is worth keeping."""
-        steps = self.settings.rounds * self.settings.local_steps
+        steps = self.settings.rounds * self.settings.local_steps * self.settings.accumulate
         return self.shares_prefix or steps * sum(self.shards.batches) > len(self.shards.data)
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
@@ -174,15 +177,22 @@ class StackedLearner:
         return [view for view in views if view.requires_grad]
 
     def _losses(
-        self, batch: Batch, clients: ClientRows, row_weights: Float[Tensor, "everybody row"] | None
-    ) -> Float[Tensor, " client"]:
-        """The training losses of one step, by the task, the loss rules and the weights of rows."""
+        self,
+        rows: Sequence[np.ndarray],
+        x: Adapters,
+        clients: ClientRows,
+        row_weights: Float[Tensor, "everybody row"] | None,
+    ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
+        """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
+        batch = self._collated(self.shards.data, rows, x)
+        self.model.step.extents = batch.extents
         logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
-        for rule in self.loss_rules:
-            logits, batch = rule(logits, batch, clients)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
-        return self.task.losses(logits, batch)
+        terms = loss_terms(self.task, batch)
+        for rule in self.loss_rules:  # after the weights of rows, which sum to 1: those of classes need not
+            logits, batch = rule(logits, batch, clients)
+        return self.task.losses(logits, batch), terms
 
     def _require_finite(self, history: Float[Tensor, "step client"], clients: ClientRows) -> None:
         bad = (~history.isfinite()).nonzero()
@@ -228,18 +238,26 @@ class StackedLearner:
             yield part.tolist()
 
     @torch.no_grad()
-    def evaluate(self, x: Adapters, data: Dataset, batch: int) -> Scores:
+    def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
         """See ``Learner``."""
         equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
-            one = self.evaluate(x.rows(slice(0, 1)), data, batch)
-            return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
-        outcomes = np.zeros((x.clients, len(data), 2))
+            return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
+        outcomes, shares = np.zeros((x.clients, len(data), 2)), None
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
             outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
-        scores = [self.task.score(own, data.labels) for own in outcomes]
-        return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
+            if any(name in NEEDS_SHARES for name in metrics):
+                if shares is None:
+                    shares = np.zeros((x.clients, len(data), logits.shape[1]), dtype=np.float32)
+                shares[clients, rows] = logits.softmax(1).view(-1, len(rows), logits.shape[1]).cpu().numpy()
+        scores = np.array([self.task.score(own, data.labels) for own in outcomes])
+        predictions = [
+            Predictions(own[:, 1], data.labels, loss, None if shares is None else shares[i])
+            for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
+        ]
+        more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}
+        return Scores(scores[:, 0], scores[:, 1], len(data), more)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
@@ -318,43 +336,6 @@ def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
     """One autograd leaf per slot, each a view into the flat buffer; only those of active parts ask for gradients."""
     views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
     return [
-        view.requires_grad_(_part(slot, active) is not None) for slot, view in zip(x.spec.slots, views, strict=True)
+        view.requires_grad_(active_part(slot, active) is not None)
+        for slot, view in zip(x.spec.slots, views, strict=True)
     ]
-
-
-def _part(slot: Slot, active: Mapping[str, slice]) -> str | None:
-    """The active part that a slot lies in."""
-    return next((name for name, own in active.items() if own.start <= slot.start and slot.stop <= own.stop), None)
-
-
-class _Closure:
-    """Losses and gradients of one minibatch, as often as a rule asks: with the same dropout every time."""
-
-    def __init__(self, model: StackedModel, losses_of: Callable[[], Tensor], trained: Sequence[Tensor], repeats: bool):
-        self._losses_of, self.trained = losses_of, trained
-        self.losses: Float[Tensor, " client"] | None = None
-        """Of the first evaluation."""
-        self._streams = model.step.streams or []
-        self._dropout = [stream.get_state() for stream in self._streams] if repeats else []
-
-    def gradients(self) -> Sequence[Tensor]:
-        """One per trained view, at the values that these have now."""
-        if self.losses is not None:
-            for stream, state in zip(self._streams, self._dropout, strict=True):
-                stream.set_state(state)
-        losses = self._losses_of()
-        if self.losses is None:
-            self.losses = losses.detach()
-        # No two clients share a parameter.  A layer may be left out of one step, such as an expert nobody was sent to.
-        return torch.autograd.grad(losses.sum(), self.trained, allow_unused=True, materialize_grads=True)
-
-
-def _gradients(x: Adapters, closure: _Closure, active: Mapping[str, slice]) -> Gradients:
-    """The gradients of each active part as [client, its columns], in the order of the flat buffer."""
-    left = iter(closure.gradients())
-    found: dict[str, list[Tensor]] = {name: [] for name in active}
-    for slot in x.spec.slots:
-        name = _part(slot, active)
-        if name is not None:
-            found[name].append(next(left).flatten(1))
-    return {name: torch.cat(own, dim=1) for name, own in found.items()}

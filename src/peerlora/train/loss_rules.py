@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
 
@@ -42,8 +42,37 @@ def weigh_rows(batch: Batch, row_weights: Float[Tensor, "client row"], shards: S
     v = torch.stack([row_weights[i, torch.from_numpy(own)] for i, own in zip(clients, places, strict=True)])
     return replace(batch, weights=F.normalize(batch.weights * v.to(batch.weights), p=1.0, dim=1))
 
+
+class ClassWeights:
+    """Multiplies the loss of every row by the weight of its class, scaled so that a client's rows weigh 1 on average.
+
+    Over all of a client's rows that is the loss of torch's ``CrossEntropyLoss(weight)``.  A minibatch is not divided by
+    the weights of the rows that it happens to hold, so its expectation is that loss, whatever its size.
+    ``counts``: each client's rows by label; ``weights``: one number per label, or "balanced".
+    """
+
+    def __init__(self, counts: Int[np.ndarray, "client label"], weights: Literal["balanced"] | Sequence[float]):
+        own = torch.from_numpy(counts).double()
+        given = balanced_weights(own) if weights == "balanced" else torch.tensor(weights, dtype=torch.float64)
+        self.weights = given * own.sum(1, keepdim=True) / (given * own).sum(1, keepdim=True)
+
     def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
-        """Need nothing: the values are the clients' own."""
+        """Need nothing: a client's weights follow from its own rows."""
+
+    def __call__(self, logits: Tensor, batch: Batch, clients: ClientRows) -> tuple[Tensor, Batch]:
+        """Each client's weights on each of its rows."""
+        labels = batch.labels.view(len(clients), -1)
+        of_rows = self.weights[clients].to(batch.weights).gather(1, labels)
+        return logits, replace(batch, weights=batch.weights * of_rows)
+
+
+def balanced_weights(counts: Float[Tensor, "client label"]) -> Float[Tensor, "client label"]:
+    """``n / (k n_c)``: of n rows with k classes n_c have class c; 0 for a class that a client lacks.
+
+    Source: King and Zeng 2001, Logistic regression in rare events data; scikit-learn's ``class_weight="balanced"``.
+    """
+    present = (counts > 0).sum(1, keepdim=True)
+    return torch.where(counts > 0, counts.sum(1, keepdim=True) / (present * counts), 0.0)
 
 
 SMOOTHING = 1.0  # rows per class that every client counts beside its own

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.data.batches import Batch
+from peerlora.train.metrics import spearman
 
 
 @runtime_checkable
@@ -89,11 +90,7 @@ class Regression:
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """(Spearman correlation, mean squared error); 0 where either side is constant, since no order exists."""
-        from scipy.stats import spearmanr
-
-        constant = len(labels) < 2 or np.ptp(outcomes[:, 1]) == 0 or np.ptp(labels) == 0
-        correlation = 0.0 if constant else float(spearmanr(outcomes[:, 1], labels)[0])  # pyright: ignore
-        return correlation, float(outcomes[:, 0].mean())
+        return spearman(outcomes[:, 1], labels), float(outcomes[:, 0].mean())
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,13 @@ class CausalLM:
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
         loss, tokens = self._sums(logits, batch)
-        real = (batch.weights / batch.weights.amax(1, keepdim=True)).to(loss.dtype)  # 1, or by a loss rule less
-        return (loss.view_as(real) * real).sum(1) / (tokens.view_as(real) * real).sum(1)
+        real = self._real(batch, loss.dtype)
+        return (loss.view_as(real) * real).sum(1) / self._counted(tokens, real)
+
+    def loss_terms(self, batch: Batch) -> Float[Tensor, " client"]:
+        """The tokens over which ``losses`` takes its means."""
+        real = self._real(batch, batch.weights.dtype)
+        return self._counted(batch.inputs["attention_mask"][:, 1:].to(real.dtype).sum(1), real)
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy per token."""
@@ -125,11 +127,28 @@ class CausalLM:
         return loss, loss
 
     @staticmethod
+    def _real(batch: Batch, dtype: torch.dtype) -> Float[Tensor, "client row"]:
+        return (batch.weights / batch.weights.amax(1, keepdim=True)).to(dtype)  # 1, or by a loss rule less
+
+    @staticmethod
+    def _counted(tokens: Tensor, real: Tensor) -> Float[Tensor, " client"]:
+        return (tokens.view_as(real) * real).sum(1)
+
+    @staticmethod
     def _sums(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         targets = batch.inputs["input_ids"][:, 1:]
         known = batch.inputs["attention_mask"][:, 1:].to(logits.dtype)
         each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(known)
         return (each * known).sum(1), known.sum(1)
+
+
+def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:
+    """How many terms each client's mean loss has: where they differ between minibatches, a task counts them itself.
+
+    A task may have the method ``loss_terms``; of others every minibatch counts the same, having equally many rows.
+    """
+    count = getattr(task, "loss_terms", None)
+    return batch.weights.new_ones(len(batch.weights)) if count is None else count(batch)
 
 
 def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:

@@ -89,11 +89,13 @@ class AsynchronousPeer(PeerParticipation):
         missed |= {str(self.numbers[peer]): reason for peer, reason in sorted(self.failed.items())}
         return {**vars(unknown), "rho": float("nan"), "missed": missed}
 
-    def leave(self, state: State) -> Sequence[Event]:
-        """Refuse further messages: all jobs are done."""
+    def leave(self, done: int, state: State) -> Sequence[Event]:
+        """Refuse further messages, and let those in flight arrive: no job is left."""
         with self.mailbox.lock:
             self.mailbox.closed = True
-        self.enter_round(self.config.train.rounds)
+        if done < self.config.train.rounds:  # of train.max_seconds; the last of all jobs has waited for its messages
+            self.thread.call(self.send_queue.flush(self.config.peer.deadline))
+        self.enter_round(done)
         return self.closing_events()
 
     def _send(self, messages: Sequence[PushMessage]) -> None:

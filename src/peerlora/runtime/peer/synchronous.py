@@ -121,11 +121,10 @@ class SynchronousPeer(PeerParticipation):
         unknown = {} if result.W is not None else dict.fromkeys(WITHOUT_W, float("nan"))
         return {**vars(found), "rho": float("nan"), **unknown, "missed": missed}
 
-    def leave(self, state: State) -> Sequence[Event]:
+    def leave(self, done: int, state: State) -> Sequence[Event]:
         """Share the final state while neighbours may still ask for it."""
-        rounds = self.config.train.rounds
-        self.publish_state(rounds, state)
-        self.enter_round(rounds)
+        self.publish_state(done, state)
+        self.enter_round(done)
         return self.closing_events()
 
     def publish_state(self, done: int, state: State) -> None:

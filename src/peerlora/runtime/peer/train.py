@@ -13,6 +13,7 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.report import ReportWriter, write_report
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
+from peerlora.runtime.best_export import read_best
 from peerlora.runtime.compose import Federation, assemble, resolve_threads, use_threads
 from peerlora.runtime.export import exporter_of, read_adapters
 from peerlora.runtime.inputs import check_inputs, facts_of
@@ -85,6 +86,7 @@ def finished(config: RunConfig, folder: Path) -> Result | None:
         folder,
         lambda: read_adapters(folder, exporter_of(folder)),
         lambda: relayed_adapters(folder, exporter_of(folder).layout),
+        lambda: read_best(folder, exporter_of(folder).layout),
     )
 
 

@@ -1,0 +1,148 @@
+"""Metrics of predictions over a data set, beside a task's own; ``config.metrics`` says which task each fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from peerlora.data.dataset import Dataset
+
+NEEDS_SHARES = ("auroc",)
+"""Metrics that look at the predicted shares of all classes."""
+BY_CLASS = ("balanced-accuracy", "macro-f1", "auroc")
+"""Metrics that average over classes, and leave out those that rows lack."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one client's model says of a data set."""
+
+    predicted: Float[np.ndarray, " row"]
+    """Class ids or numbers; of language models, tokens."""
+    labels: np.ndarray
+    """[row]"""
+    loss: float
+    """Mean loss, as the task takes it."""
+    shares: Float[np.ndarray, "row label"] | None = None
+    """Softmax over the classes, where a metric needs it."""
+
+
+def confusion(predicted: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "label label"]:
+    """Count the rows of each class (first axis) that are predicted as each class (second axis)."""
+    size = int(max(predicted.max(), labels.max())) + 1
+    pairs = labels.astype(np.int64) * size + predicted.astype(np.int64)
+    return np.bincount(pairs, minlength=size * size).reshape(size, size)
+
+
+def accuracy(counts: Int[np.ndarray, "label label"]) -> float:
+    """Share of rows predicted right."""
+    return float(np.trace(counts) / counts.sum())
+
+
+def balanced_accuracy(counts: Int[np.ndarray, "label label"]) -> float:
+    """Mean recall of the classes that rows have.
+
+    Source: Brodersen et al. 2010, The balanced accuracy and its posterior distribution.
+    """
+    rows = counts.sum(1)
+    return float((np.diagonal(counts)[rows > 0] / rows[rows > 0]).mean())
+
+
+def macro_f1(counts: Int[np.ndarray, "label label"]) -> float:
+    """Mean of ``2 right / (rows + predictions)`` over the classes that rows have or that are predicted."""
+    both = counts.sum(0) + counts.sum(1)
+    return float((2 * np.diagonal(counts)[both > 0] / both[both > 0]).mean())
+
+
+def micro_f1(counts: Int[np.ndarray, "label label"]) -> float:
+    """``2 right / (rows + predictions)`` over all classes together: the accuracy, where a row has one class."""
+    return float(2 * np.trace(counts) / (counts.sum() + counts.sum()))
+
+
+def matthews(counts: Int[np.ndarray, "label label"]) -> float:
+    """Matthews' correlation of classes with predictions; 0 where either is constant.
+
+    Source: Gorodkin 2004, Comparing two K-category assignments by a K-category correlation coefficient.
+    """
+    rows, predictions, total = counts.sum(1).astype(float), counts.sum(0).astype(float), float(counts.sum())
+    scale = math.sqrt(total**2 - predictions @ predictions) * math.sqrt(total**2 - rows @ rows)
+    return float((np.trace(counts) * total - rows @ predictions) / scale) if scale else 0.0
+
+
+def auroc(found: Predictions) -> float:
+    """Area under the ROC curve: how often a row of a class has a larger share of it than another row; ties are half.
+
+    Of two classes, that of the second; of more, the mean over classes against the rest, of those that some rows have
+    and some have not.  NaN where all rows have one class.
+    Source: Hanley and McNeil 1982 (by ranks, Mann and Whitney 1947); Provost and Domingos 2000 (one against the rest).
+    """
+    from scipy.stats import rankdata
+
+    assert found.shares is not None
+    classes, areas = found.shares.shape[1], []
+    for label in range(1, 2) if classes == 2 else range(classes):
+        inside = found.labels == label
+        own, others = int(inside.sum()), int((~inside).sum())
+        if own and others:
+            above = rankdata(found.shares[:, label])[inside].sum() - own * (own + 1) / 2
+            areas.append(above / (own * others))
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where either side is constant, since no order exists."""
+    from scipy.stats import spearmanr
+
+    return 0.0 if _constant(predicted, labels) else float(spearmanr(predicted, labels)[0])  # pyright: ignore
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation; 0 where either side is constant."""
+    return 0.0 if _constant(predicted, labels) else float(np.corrcoef(predicted, labels.astype(float))[0, 1])
+
+
+def _constant(predicted: np.ndarray, labels: np.ndarray) -> bool:
+    return bool(len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0)
+
+
+def perplexity(loss: float) -> float:
+    """``exp`` of the mean loss per token; infinite where that is beyond the largest number."""
+    return math.exp(loss) if loss < 709 else math.inf if loss == loss else math.nan
+
+
+_OF_COUNTS: Mapping[str, Callable[[np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "balanced-accuracy": balanced_accuracy,
+    "macro-f1": macro_f1,
+    "micro-f1": micro_f1,
+    "matthews": matthews,
+}
+_COMPUTE: Mapping[str, Callable[[Predictions], float]] = {
+    **{
+        name: lambda found, compute=compute: compute(confusion(found.predicted, found.labels))
+        for name, compute in _OF_COUNTS.items()
+    },
+    "auroc": auroc,
+    "pearson": lambda found: pearson(found.predicted, found.labels),
+    "spearman": lambda found: spearman(found.predicted, found.labels),
+    "mean-absolute-error": lambda found: float(np.abs(found.predicted - found.labels).mean()),
+    "perplexity": lambda found: perplexity(found.loss),
+}
+
+
+def compute_metric(name: str, found: Predictions) -> float:
+    """One of ``config.metrics.METRICS`` over one client's predictions; at least one row."""
+    return _COMPUTE[name](found)
+
+
+def absent_classes(metrics: Sequence[str], rows: Dataset) -> tuple[str, ...]:
+    """Warn where the common evaluation rows lack a class over which a metric averages."""
+    lacking = [name for label, name in enumerate(rows.names) if not (rows.labels == label).any()]
+    affected = [name for name in metrics if name in BY_CLASS]
+    if not lacking or not affected:
+        return ()
+    return (f"no evaluation row is of class {', '.join(lacking)}; left out of: {', '.join(affected)}",)

@@ -1,0 +1,148 @@
+"""Further metrics against published examples, definitions and hand computation."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peerlora.config.metrics import METRICS, higher_is_better
+from peerlora.config.task_kinds import KINDS
+from peerlora.data.dataset import Dataset
+from peerlora.errors import ConfigError
+from peerlora.runtime.compose import compose
+from peerlora.train.metrics import Predictions, absent_classes, compute_metric
+
+
+def metric(name, predicted, labels, shares=None, loss=0.0):
+    shares = None if shares is None else np.array(shares, dtype=float)
+    return compute_metric(name, Predictions(np.array(predicted, dtype=float), np.array(labels), loss, shares))
+
+
+def of_scores(labels, second):
+    """AUROC of two classes by the scores of the second."""
+    return metric("auroc", np.zeros(len(labels)), labels, [[1 - share, share] for share in second])
+
+
+# The examples of scikit-learn's documentation
+def test_the_examples_of_scikit_learn():
+    assert metric("balanced-accuracy", [0, 1, 0, 0, 0, 1], [0, 1, 0, 0, 1, 0]) == pytest.approx(0.625)
+    assert metric("macro-f1", [0, 2, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2]) == pytest.approx(0.2666666, abs=1e-6)
+    assert metric("micro-f1", [0, 2, 1, 0, 0, 1], [0, 1, 2, 0, 1, 2]) == pytest.approx(1 / 3)
+    assert metric("matthews", [1, 0, 1, 1], [1, 1, 1, 0]) == pytest.approx(-1 / 3)
+    assert of_scores([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == pytest.approx(0.75)
+    assert metric("mean-absolute-error", [2.5, 0.0, 2, 8], [3, -0.5, 2, 7]) == pytest.approx(0.5)
+
+
+ROWS = st.integers(2, 25).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.integers(0, 3), min_size=n, max_size=n),
+        st.lists(st.integers(0, 3), min_size=n, max_size=n),
+        st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=n, max_size=n),
+    )
+)
+
+
+def by_definition(name, predicted, labels):
+    predicted, labels = np.array(predicted), np.array(labels)
+    if name in ("accuracy", "micro-f1"):
+        return (predicted == labels).mean()
+    if name == "balanced-accuracy":
+        return np.mean([(predicted[labels == c] == c).mean() for c in set(labels)])
+    if name == "macro-f1":
+        found = []
+        for c in set(labels) | set(predicted):
+            right, said, there = ((predicted == c) & (labels == c)).sum(), (predicted == c).sum(), (labels == c).sum()
+            precision, recall = right / said if said else 0, right / there if there else 0
+            found.append(2 * precision * recall / (precision + recall) if right else 0.0)
+        return np.mean(found)
+    one, other = np.eye(4)[predicted], np.eye(4)[labels]  # Matthews: the correlation of indicator matrices
+    one, other = one - one.mean(0), other - other.mean(0)
+    scale = math.sqrt((one**2).sum() * (other**2).sum())
+    return (one * other).sum() / scale if scale else 0.0
+
+
+@pytest.mark.parametrize("name", ["accuracy", "micro-f1", "balanced-accuracy", "macro-f1", "matthews"])
+@given(ROWS)
+def test_class_metrics_are_their_definitions_whatever_classes_are_there(name, drawn):
+    predicted, labels, _ = drawn
+    assert metric(name, predicted, labels) == pytest.approx(by_definition(name, predicted, labels), abs=1e-12)
+
+
+def pairs_right(scores, inside):
+    """How often a row inside has the larger score of a pair; ties are half."""
+    own, others = scores[inside], scores[~inside]
+    return np.mean([(a > b) + 0.5 * (a == b) for a in own for b in others])
+
+
+@given(ROWS)
+def test_auroc_is_the_share_of_pairs_in_the_right_order(drawn):
+    _, labels, scores = drawn
+    labels, shares = np.array(labels), np.array(scores, dtype=float)
+    areas = [pairs_right(shares[:, c], labels == c) for c in range(4) if 0 < (labels == c).sum() < len(labels)]
+    found = metric("auroc", labels, labels, shares)
+    assert math.isnan(found) if not areas else found == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_rows_of_one_class_have_no_auroc_and_no_crash():
+    assert math.isnan(of_scores([1, 1], [0.2, 0.7]))
+    assert metric("matthews", [0, 0], [0, 0]) == 0.0 and metric("macro-f1", [1, 1], [1, 1]) == 1.0
+
+
+def test_numbers_and_tokens():
+    assert metric("pearson", [1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx(1.0)
+    assert metric("pearson", [1.0, 2.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(1.5 / math.sqrt(7 / 3 * 1), abs=1e-12)
+    assert metric("pearson", [1.0, 1.0], [1.0, 2.0]) == 0.0 == metric("spearman", [1.0, 2.0], [3.0, 3.0])
+    assert metric("spearman", [10, 20, 15, 100], [1, 2, 3, 4]) == pytest.approx(0.8)
+    assert metric("perplexity", [1], [0], loss=math.log(7)) == pytest.approx(7)
+    assert metric("perplexity", [1], [0], loss=1e4) == math.inf
+    assert math.isnan(metric("perplexity", [1], [0], loss=math.nan))
+
+
+def test_every_metric_has_a_direction_and_a_kind_of_task():
+    assert {name for name in METRICS if not higher_is_better(name)} == {"mean-absolute-error", "perplexity"}
+    assert set(METRICS.values()) <= {kind.target for kind in KINDS.values()}
+
+
+def test_clients_are_scored_by_their_own_logits(config):
+    """AUROC, which alone sees more than losses and predictions, from the logits of each client."""
+    federation = compose(config("bert"))
+    x, rows = federation.start, federation.eval_data
+    x.flat.add_(torch.randn(x.flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    found = federation.learner.evaluate(x, rows, 5, ["auroc", "macro-f1"])
+    logits = federation.learner.logits(x, rows, 5)
+    for client in range(4):
+        z = np.exp(logits[client])
+        shares = (z / z.sum(1, keepdims=True)).astype(np.float32)
+        assert found.metrics["auroc"][client] == metric("auroc", rows.labels, rows.labels, shares)
+        assert found.metrics["macro-f1"][client] == metric("macro-f1", logits[client].argmax(1), rows.labels)
+    assert len(set(found.metrics["auroc"])) > 1
+
+
+def test_one_note_names_the_classes_that_evaluation_rows_lack():
+    rows = Dataset(np.zeros(4, np.int32), np.arange(5), None, np.array([0, 0, 2, 2]), ("bad", "fair", "good", "best"))
+    told = "no evaluation row is of class fair, best; left out of: macro-f1, auroc"
+    assert absent_classes(["matthews", "macro-f1", "auroc"], rows) == (told,)
+    assert absent_classes(["matthews"], rows) == () == absent_classes([], rows)
+
+
+REFUSED = {
+    "eval.metrics=[perplexity]": "'perplexity' does not fit for task.kind=classification; expected of accuracy, ",
+    "eval.metrics=[macro-f2]": "'macro-f2' is unknown for task.kind=classification (did you mean 'macro-f1'?)",
+    "eval.metrics=[auroc, auroc]": "eval.metrics lists 'auroc' twice",
+    "eval.metrics=auroc": "eval.metrics: 'auroc' given",
+    "eval.select.metric=pearson": "eval.select.metric: 'pearson' does not fit",
+    "eval.select={rows: own}": "eval.select.rows=own needs rows of each client's own; set eval.own=true",
+    "eval.patience=3": "eval.patience=3 given; eval.select says by which value",
+    "eval.select={mode: best}": "eval.select.mode: 'best' given",
+    "eval.patience=0": "eval.patience: 0 given",
+}
+
+
+@pytest.mark.parametrize(("word", "said"), REFUSED.items())
+def test_a_metric_that_does_not_fit_is_one_message(config, word, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        config("bert", word)
