@@ -36,6 +36,7 @@ from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_r
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
+from peerlora.train.kernels.speed import Speed
 from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import LabelPrior
 from peerlora.train.tasks import task
@@ -58,7 +59,8 @@ class Federation:
     export: ExportContext
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
-    """What the method has to say about the run, such as what it chose."""
+    """What there is to know about the run, such as what its method chose, and speeds that were measured."""
+    speed: Speed
     paths: Paths
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
@@ -72,7 +74,7 @@ class Federation:
     @cached_property
     def base_digest(self) -> str:
         """By which other sites, and this run when it is resumed, know the same base model."""
-        return base_digest(self.model.base)
+        return base_digest(self.model.base, halved=self.config.train.dtype == "auto")
 
 
 def compose(
@@ -82,14 +84,16 @@ def compose(
     partitioner: Any = None,
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    speed: Speed | None = None,
 ) -> Federation:
     """Plan a run, load what it needs, and assemble it; nothing is written.
 
     ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
-    an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
+    an instance of a flwr-datasets partitioner to use in place of ``config.partition``.  ``speed``: that of a run which
+    is resumed; None: the best on this machine.
     """
     planned = plan(config, clients)
-    return assemble(planned, resources or load_resources(config), clients, gather, partitioner)
+    return assemble(planned, resources or load_resources(config), clients, gather, partitioner, speed)
 
 
 def assemble(
@@ -98,6 +102,7 @@ def assemble(
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     partitioner: Any = None,
+    speed: Speed | None = None,
 ) -> Federation:
     """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
 
@@ -106,7 +111,7 @@ def assemble(
     config, topology, attacking = planned.config, planned.topology, planned.attackers
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
-    built = build_model(config, resources)
+    built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
@@ -136,7 +141,8 @@ def assemble(
         start=start,
         export=export,
         warnings=(*planned.warnings, *divided.warnings, *built.warnings, *start_warnings),
-        notes=planned.notes,
+        notes=(*planned.notes, *built.speed.notes(config.train.dtype)),
+        speed=built.speed,
         paths=paths,
         clock=planned.clock,
         attackers=attacking,

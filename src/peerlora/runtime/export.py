@@ -33,6 +33,7 @@ from peerlora.runs.store import clients_of, read_events, read_facts, resume_comm
 from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
+from peerlora.runtime.inputs import speed_of
 from peerlora.runtime.plan import plan
 from peerlora.runtime.relayed_export import (
     MODEL_FACTS,
@@ -102,7 +103,7 @@ def exporter_of(run: Path) -> Exporter:
     tokenizer, causal = load_tokenizer(config.model.source), task_kind(config.task.kind).target == "tokens"
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), _classes(run, config))
-    built = build_model(config, RunResources(rows, rows, tokenizer))
+    built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
     model, context = built.model, replace(built.export, base_source=named)
     start, _ = start_adapters(config, model, context, here)
     exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)

@@ -31,6 +31,7 @@ from peerlora.runtime.model_checks import (
 )
 from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
+from peerlora.train.kernels.speed import Speed, choose_speed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PreparedBase:
 
     base: Base
     targets: Targets
+    speed: Speed
     paths: Paths
     layout: Layout
     warnings: tuple[str, ...]
@@ -50,6 +52,7 @@ class BuiltModel:
 
     model: StackedModel
     export: ExportContext
+    speed: Speed
     paths: Paths
     warnings: tuple[str, ...]
 
@@ -116,7 +119,8 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "auto": torch.float32, "fp64": torch.float64}
+"""Of adapters, optimiser and loss, by ``train.dtype``."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,10 @@ def load_resources(config: RunConfig) -> RunResources:
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
-def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
+def build_model(config: RunConfig, resources: RunResources, begun: Speed | None = None) -> BuiltModel:
     """Load the base model, or take it from the cache, and attach adapters.
 
+    ``begun``: the precision and layout that the run began with; None: choose them for this machine.
     Raises ConfigError, ModelError, or DataError where the model cannot read the tokens of the data.
     """
     data, source, tokenizer = resources.train_data, config.model.source, resources.tokenizer
@@ -152,8 +157,9 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
         config.device,
         config.adapter.targets,
         config.model.dropout > 0,
+        begun,
     )
-    prepared = bases.get(key, config.seed, lambda: _prepared(config, resources))
+    prepared = bases.get(key, config.seed, lambda: _prepared(config, resources, begun))
     base, targets = prepared.base, prepared.targets
     of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
@@ -172,9 +178,8 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
     export = ExportContext(
         source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
     )
-    return BuiltModel(
-        model, export, prepared.paths | use_encoder(model, config.train.fast), prepared.warnings + of_tokens
-    )
+    paths = prepared.paths | use_encoder(model, config.train.fast)
+    return BuiltModel(model, export, prepared.speed, paths, prepared.warnings + of_tokens)
 
 
 class _BaseKey(NamedTuple):
@@ -188,9 +193,10 @@ class _BaseKey(NamedTuple):
     device: str
     targets: list[str] | str | None
     dropout: bool
+    begun: Speed | None
 
 
-def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
+def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -> PreparedBase:
     source, dtype, data = config.model.source, DTYPES[config.train.dtype], resources.train_data
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
     base = load_base(source, task.name, data.names, config.seed, pad, dtype)
@@ -200,8 +206,9 @@ def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
     warnings = base.warnings + check_head(base, targets, data.names)
     base.model.to(_device(config))
     targets, layout, more = _observed(config, base, targets, resources)
-    paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
-    return PreparedBase(base, targets, paths, layout, warnings + more)
+    speed = begun or choose_speed(base.model, targets.heads, config.train.dtype, config.train.fast)
+    paths = prepare_base(base.model, targets.heads, speed, config.train.fast)
+    return PreparedBase(base, targets, speed, paths, layout, warnings + more + speed.warnings(config.train.dtype))
 
 
 def _observed(

@@ -9,17 +9,20 @@ from peerlora.lora.attach import StackedModel
 from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
+from peerlora.train.kernels.speed import Speed
 
 Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else the reason why not
 
 
-def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool) -> Paths:
+def prepare_base(base: nn.Module, heads: tuple[str, ...], speed: Speed, fast: bool) -> Paths:
     """Make a frozen base fast, in place, before adapters are attached; ``heads`` stay as they are."""
-    if dtype == "bf16":
+    if speed.dtype == "bf16":
         lower_precision(base, heads)
         if next(base.parameters()).device.type == "cpu":  # the fused kernel's backward is several times slower there
             base.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-    return {"packed weights": freeze_linears(base, skip=heads) if fast else "train.fast is false"}
+    if not fast:
+        return {"packed weights": "train.fast is false"}
+    return {"packed weights": freeze_linears(base, heads, speed.packed) or speed.not_packed}
 
 
 def use_encoder(model: StackedModel, fast: bool) -> Paths:
