@@ -45,6 +45,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             f"{name} cannot end with rounds without training (train.quiet={config.train.quiet:g}): {reason}; use "
             "train.quiet=0, or algorithm.name=dec-lora"
         )
+    _check_init(config, algorithm)
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
@@ -57,6 +58,28 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             "trained, as in FFA-LoRA",
         )
     return warnings
+
+
+def _check_init(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse a start of the factors that the method would undo, or that clients could not have in common."""
+    init, name = config.adapter.init, config.algorithm.name
+    if init == "default":
+        return
+    if algorithm.traits.merges_into:
+        raise CompositionError(
+            f"{name} cannot begin with adapter.init={init}: it draws new factors after every merge; use "
+            "adapter.init=default, or algorithm.name=dec-lora"
+        )
+    if len(set(config.ranks)) > 1:
+        raise CompositionError(
+            f"adapter.init={init} gives all clients the same factors, adapter.rank lists {sorted(set(config.ranks))}; "
+            "give one rank, or use adapter.init=default"
+        )
+    if config.adapter.start is not None:
+        raise CompositionError(
+            f"adapter.init={init} and adapter.start={config.adapter.start} both say how adapters begin; drop one of "
+            "them"
+        )
 
 
 def _reason(algorithm: Algorithm[Any]) -> str:

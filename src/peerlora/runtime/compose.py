@@ -24,6 +24,7 @@ from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
+from peerlora.lora.adapter_init import orthogonal_factors, with_factors
 from peerlora.lora.adapter_start import read_adapter
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
@@ -62,6 +63,8 @@ class Federation:
     """What there is to know about the run, such as what its method chose, and speeds that were measured."""
     speed: Speed
     paths: Paths
+    originals: dict[str, str]
+    """Digests of weights that the base came with, by name, where the adapters' start changed them."""
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
     clock: VirtualClock | None = None
@@ -74,7 +77,7 @@ class Federation:
     @cached_property
     def base_digest(self) -> str:
         """By which other sites, and this run when it is resumed, know the same base model."""
-        return base_digest(self.model.base, halved=self.config.train.dtype == "auto")
+        return base_digest(self.model.base, self.config.train.dtype == "auto", self.originals)
 
 
 def compose(
@@ -144,6 +147,7 @@ def assemble(
         notes=(*planned.notes, *built.speed.notes(config.train.dtype)),
         speed=built.speed,
         paths=paths,
+        originals=built.originals,
         clock=planned.clock,
         attackers=attacking,
     )
@@ -178,12 +182,17 @@ def start_adapters(
 ) -> tuple[Adapters, tuple[str, ...]]:
     """The adapters that the clients held here begin with, and warnings."""
     ranks = [config.ranks[i] for i in here]
-    spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
+    adapter = config.adapter
+    spec = model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
     generator = torch_generator(config.seed, "adapter")
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
     warnings = ()
-    if config.adapter.start is not None:
-        start, warnings = read_adapter(Path(config.adapter.start), start, model, export)
+    if export.principal is not None:
+        start = with_factors(start, export.principal.factors)
+    if adapter.init == "orthogonal":
+        start = with_factors(start, orthogonal_factors(spec, generator))
+    if adapter.start is not None:
+        start, warnings = read_adapter(Path(adapter.start), start, model, export)
     return start.to(config.device), warnings
 
 

@@ -15,7 +15,10 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, ModelError
-from peerlora.lora.attach import StackedModel, Targets, find_targets
+from peerlora.lora.adapter_init import Principal, take_principal, weights_of
+from peerlora.lora.adapters import AdapterSpec
+from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets
+from peerlora.lora.base_digest import tensor_digest
 from peerlora.lora.base_models import Base, load_base, load_tokenizer, locate_base
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
@@ -43,6 +46,10 @@ class PreparedBase:
     speed: Speed
     paths: Paths
     layout: Layout
+    principal: Principal | None
+    """What clients begin with and the base is without; None where it is whole."""
+    originals: dict[str, str]
+    """Digests of the weights that were whole before, by name."""
     warnings: tuple[str, ...]
 
 
@@ -54,6 +61,8 @@ class BuiltModel:
     export: ExportContext
     speed: Speed
     paths: Paths
+    originals: dict[str, str]
+    """Digests of weights that the base came with, by name, where they were changed."""
     warnings: tuple[str, ...]
 
 
@@ -119,6 +128,8 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
+PRINCIPAL = ("pissa", "olora")
+"""Values of ``adapter.init`` that change the base."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "auto": torch.float32, "fp64": torch.float64}
 """Of adapters, optimiser and loss, by ``train.dtype``."""
 
@@ -158,6 +169,10 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         config.adapter.targets,
         config.model.dropout > 0,
         begun,
+        (config.adapter.init, config.adapter.rank, config.adapter.alpha, config.adapter.rslora)
+        if config.adapter.init in PRINCIPAL
+        else None,
+        config.adapter.modules_to_save,
     )
     prepared = bases.get(key, config.seed, lambda: _prepared(config, resources, begun))
     base, targets = prepared.base, prepared.targets
@@ -176,10 +191,17 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
     extra = tuple(name for name in base.initialised if not within(name, targets.heads))
     peft_type = task_kind(config.task.kind).peft_type
     export = ExportContext(
-        source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
+        source,
+        peft_type,
+        config.adapter.dropout,
+        extra,
+        tokenizer,
+        data.names,
+        location=locate_base(source),
+        principal=prepared.principal,
     )
     paths = prepared.paths | use_encoder(model, config.train.fast)
-    return BuiltModel(model, export, prepared.speed, paths, prepared.warnings + of_tokens)
+    return BuiltModel(model, export, prepared.speed, paths, prepared.originals, prepared.warnings + of_tokens)
 
 
 class _BaseKey(NamedTuple):
@@ -194,6 +216,8 @@ class _BaseKey(NamedTuple):
     targets: list[str] | str | None
     dropout: bool
     begun: Speed | None
+    principal: tuple[Any, ...] | None
+    saved: list[str]
 
 
 def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -> PreparedBase:
@@ -203,12 +227,27 @@ def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -
     check_lengths(config, base)
     check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
     targets = find_targets(base.model, task.peft_type, config.adapter.targets)
+    targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save))
     warnings = base.warnings + check_head(base, targets, data.names)
     base.model.to(_device(config))
     targets, layout, more = _observed(config, base, targets, resources)
+    principal, originals = _principal(config, base, targets)
     speed = begun or choose_speed(base.model, targets.heads, config.train.dtype, config.train.fast)
-    paths = prepare_base(base.model, targets.heads, speed, config.train.fast)
-    return PreparedBase(base, targets, speed, paths, layout, warnings + more + speed.warnings(config.train.dtype))
+    paths = prepare_base(base.model, targets.heads, speed, config.train.fast, targets.saved)
+    warnings += more + speed.warnings(config.train.dtype)
+    return PreparedBase(base, targets, speed, paths, layout, principal, originals, warnings)
+
+
+def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Principal | None, dict[str, str]]:
+    """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
+    if config.adapter.init not in PRINCIPAL:
+        return None, {}
+    rank = config.ranks[0]  # all are equal
+    weights = weights_of(base.model, [layer.name for layer in targets.layers])
+    halved = config.train.dtype == "auto"
+    originals = {f"{name}.base.weight": tensor_digest(weight, halved) for name, weight in weights.items()}
+    spec = AdapterSpec(targets.layers, rank, config.adapter.alpha, rslora=config.adapter.rslora)
+    return take_principal(weights, rank, spec.scaling(rank), config.adapter.init), originals
 
 
 def _observed(
@@ -217,7 +256,7 @@ def _observed(
     """The targets that the model's forward uses, how it lays out rows, and warnings.  Raises ModelError."""
     task, source = task_kind(config.task.kind), config.model.source
     layers = [layer.name for layer in targets.layers]
-    watched = [*layers, *linears_of(base.model, targets.heads)]
+    watched = [*layers, *linears_of(base.model, targets.heads), *targets.saved]
     if config.model.dropout:
         watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
     facts = observe_forward(
