@@ -42,10 +42,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
 
     shell = _without_weights(model)
     try:
-        with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+        with without_peft_warnings():
             asked = LoraConfig(
                 r=1, target_modules=targets, task_type=task_type, exclude_modules=_in_heads(shell, targets)
             )
@@ -102,6 +99,18 @@ def _weight(module: nn.Module) -> Any:
     """A module's own weight; where it has none, the module, which is no other's."""
     weight = module._parameters.get("weight")
     return module if weight is None else weight
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hold back what PEFT warns of where its models are built and which is known here."""
+    with warnings.catch_warnings():
+        # peft 0.21 calls a name that transformers 5.23 renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them
+        yield
 
 
 def _in_heads(model: nn.Module, targets: list[str] | str | None) -> list[str] | None:

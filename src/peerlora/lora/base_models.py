@@ -39,7 +39,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     place, more = _place(source)
-    with _quiet(), _named(source):
+    with quiet(), _named(source):
         tokenizer = AutoTokenizer.from_pretrained(*place, trust_remote_code=False, **more)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     if words < 2:  # transformers makes one out of nothing where a folder has no files of a tokenizer
@@ -67,7 +67,7 @@ def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_to
     task = task_kind(kind)
     auto = getattr(transformers, task.auto_model)
     place, more = _place(source)
-    with _quiet(), _named(source):
+    with quiet(), _named(source):
         given = {} if more else transformers.PreTrainedConfig.get_config_dict(*place)[0]
         options = {"trust_remote_code": False, **more}
         config = transformers.AutoConfig.from_pretrained(*place, **options, **task.model_options(labels))
@@ -174,7 +174,7 @@ def _named(source: str):
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Hold back the library's report of new heads and its bars while loading: both are expected here."""
     from transformers.utils import logging
 
