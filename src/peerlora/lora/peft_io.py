@@ -37,6 +37,8 @@ class ExportContext:
     facts: Mapping[str, Any] = field(default_factory=dict)
     location: str = ""
     """Where PEFT finds the base model, if that is not ``base_source``."""
+    revision: str | None = None
+    """Of the base model on the hub."""
     principal: Principal | None = None
     """What the run's base is without and the adapters began with; an export is for the whole base."""
 
@@ -73,6 +75,7 @@ def export_adapter(
         modules_to_save=full or None,
         task_type=context.task_type,
         base_model_name_or_path=context.location or context.base_source,
+        revision=context.revision,
         fan_in_fan_out=_transposed(model),
         use_rslora=factors.rslora,
         inference_mode=True,

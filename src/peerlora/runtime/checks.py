@@ -46,6 +46,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             "train.quiet=0, or algorithm.name=dec-lora"
         )
     _check_init(config, algorithm)
+    _check_quantised(config, algorithm)
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
@@ -79,6 +80,27 @@ def _check_init(config: RunConfig, algorithm: Algorithm[Any]) -> None:
         raise CompositionError(
             f"adapter.init={init} and adapter.start={config.adapter.start} both say how adapters begin; drop one of "
             "them"
+        )
+
+
+def _check_quantised(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse what needs a base's weights in full precision where only a quantised form of them is kept."""
+    how, name = config.model.quantize, config.algorithm.name
+    if how == "none":
+        return
+    if algorithm.traits.merges_into == "base":
+        raise CompositionError(
+            f"{name} merges into the base, and model.quantize={how} keeps none in full precision; use "
+            "model.quantize=none, or algorithm.name=dec-lora"
+        )
+    if config.adapter.init in ("pissa", "olora"):
+        raise CompositionError(
+            f"adapter.init={config.adapter.init} takes directions out of the base's weights, and model.quantize={how} "
+            "keeps none in full precision; use adapter.init=default, or model.quantize=none"
+        )
+    if config.train.dtype == "fp64":
+        raise CompositionError(
+            f"model.quantize={how} computes in fp32 or bf16, train.dtype=fp64 given; use train.dtype=fp32"
         )
 
 

@@ -110,7 +110,10 @@ def exporter_of(run: Path) -> Exporter:
     config, named = config_of(run)
     held = clients_of(run)
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
-    tokenizer, causal = load_tokenizer(config.model.source), task_kind(config.task.kind).target == "tokens"
+    tokenizer, causal = (
+        load_tokenizer(config.model.source, config.model.revision),
+        task_kind(config.task.kind).target == "tokens",
+    )
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), class_names(run, config))
     built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))

@@ -21,7 +21,7 @@ from peerlora.data.files import read_table
 from peerlora.data.tokens import tokenise
 from peerlora.errors import ConfigError, DataError, ModelError, first_line
 from peerlora.lora.attach import inputs_of, without_peft_warnings
-from peerlora.lora.base_models import load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
 from peerlora.lora.base_weights import real_names
 from peerlora.runtime.reading import Reading
 
@@ -62,11 +62,12 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
     reading = replace(reading, text=text or reading.text, max_length=max_length or reading.max_length)
     labels = real_names(_json(folder / "labels.json")) if (folder / "labels.json").is_file() else real_names(settings)
     source = str(settings.get("base_model_name_or_path")) if adapter.is_file() else str(folder.resolve())
-    tokenizer = load_tokenizer(source)
+    revision = settings.get("revision") if adapter.is_file() else None
+    tokenizer = load_tokenizer(source, revision)
     kind = task_kind(reading.task)
     if kind.has_classes and not labels:
         labels = tuple(f"LABEL_{i}" for i in range(_outputs(folder, settings)))
-    base = load_base(source, kind.name, labels, 0, tokenizer.pad_token_id, torch.float32)
+    base = load_base(source, kind.name, labels, 0, tokenizer.pad_token_id, torch.float32, Storage(revision=revision))
     model = _with_adapter(base.model, folder) if adapter.is_file() else base.model
     if not adapter.is_file() and base.initialised:
         raise ModelError(f"{folder} has no weights for {', '.join(base.initialised)}; give a model of this task")

@@ -19,7 +19,7 @@ from peerlora.lora.adapter_init import Principal, take_principal, weights_of
 from peerlora.lora.adapters import AdapterSpec
 from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets
 from peerlora.lora.base_digest import tensor_digest
-from peerlora.lora.base_models import Base, load_base, load_tokenizer, locate_base
+from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, locate_base
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
@@ -147,7 +147,7 @@ class RunResources:
 
 def load_resources(config: RunConfig) -> RunResources:
     """Read and tokenise the data of a config."""
-    tokenizer = load_tokenizer(config.model.source)
+    tokenizer = load_tokenizer(config.model.source, config.model.revision)
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
@@ -173,6 +173,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         if config.adapter.init in PRINCIPAL
         else None,
         config.adapter.modules_to_save,
+        (config.model.quantize, config.model.revision),
     )
     prepared = bases.get(key, config.seed, lambda: _prepared(config, resources, begun))
     base, targets = prepared.base, prepared.targets
@@ -199,6 +200,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         data.names,
         location=locate_base(source),
         principal=prepared.principal,
+        revision=config.model.revision,
     )
     paths = prepared.paths | use_encoder(model, config.train.fast)
     return BuiltModel(model, export, prepared.speed, paths, prepared.originals, prepared.warnings + of_tokens)
@@ -218,24 +220,33 @@ class _BaseKey(NamedTuple):
     begun: Speed | None
     principal: tuple[Any, ...] | None
     saved: list[str]
+    kept: tuple[str, str | None]
 
 
 def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -> PreparedBase:
     source, dtype, data = config.model.source, DTYPES[config.train.dtype], resources.train_data
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
-    base = load_base(source, task.name, data.names, config.seed, pad, dtype)
+    storage = Storage(config.model.quantize, config.device, config.model.revision)
+    base = load_base(source, task.name, data.names, config.seed, pad, _kept_in(config, dtype), storage)
     check_lengths(config, base)
     check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
     targets = find_targets(base.model, task.peft_type, config.adapter.targets)
     targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save))
     warnings = base.warnings + check_head(base, targets, data.names)
-    base.model.to(_device(config))
+    device = _device(config)
+    if config.model.quantize == "none":
+        base.model.to(device)
     targets, layout, more = _observed(config, base, targets, resources)
     principal, originals = _principal(config, base, targets)
     speed = begun or choose_speed(base.model, targets.heads, config.train.dtype, config.train.fast)
     paths = prepare_base(base.model, targets.heads, speed, config.train.fast, targets.saved)
     warnings += more + speed.warnings(config.train.dtype)
     return PreparedBase(base, targets, speed, paths, layout, principal, originals, warnings)
+
+
+def _kept_in(config: RunConfig, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a base is loaded; a quantised one computes in it."""
+    return torch.bfloat16 if config.model.quantize != "none" and config.train.dtype == "bf16" else dtype
 
 
 def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Principal | None, dict[str, str]]:

@@ -19,7 +19,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.errors import RunError
 from peerlora.files import sync_tree
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
 from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.export import class_names, config_of, export_from_run
 from peerlora.runtime.reading import Reading
@@ -109,10 +109,13 @@ def require_new(to: Path) -> None:
 def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
     """The base model of a run in fp32, with the run's class names, its tokenizer, and the config."""
     config, _ = config_of(run)
-    tokenizer = load_tokenizer(config.model.source)
+    tokenizer, storage = (
+        load_tokenizer(config.model.source, config.model.revision),
+        Storage(revision=config.model.revision),
+    )
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
-    base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32)
+    base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
     return base.model, tokenizer, config
 
 
@@ -120,15 +123,17 @@ def _merged(base: Any, adapter: Path) -> Any:
     """A base model with an adapter folder added to its weights."""
     from peft import PeftModel
 
-    _untie(base)
+    _untie(base, json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
     with quiet(), without_peft_warnings():
         return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).merge_and_unload()
 
 
-def _untie(model: Any) -> None:
-    """Give the output layer of a language model weights of its own: what is merged into it is not for its inputs."""
+def _untie(model: Any, settings: dict[str, Any]) -> None:
+    """Give the output layer weights of its own where an adapter changes it: that is not meant for the input tokens."""
     out, into = model.get_output_embeddings(), model.get_input_embeddings()
-    if out is not None and out.weight is into.weight:
+    changed = {*settings["target_modules"], *(settings["modules_to_save"] or ())}
+    touched = any(name in changed for name, module in model.named_modules() if module is out or module is into)
+    if touched and out is not None and out.weight is into.weight:
         out.weight = nn.Parameter(out.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False
 
