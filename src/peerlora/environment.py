@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, nearest
 
-EXTRAS = {"peer": ("grpc", "cryptography", "msgspec")}
+EXTRAS = {"peer": ("grpc", "cryptography", "msgspec"), "quantize": ("bitsandbytes",)}
 """The modules that an optional part of peerlora imports."""
 
 

@@ -26,7 +26,7 @@ from peerlora.config.sections import RingGraph, StarGraph
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.exchange.stacked import StackedExchange
-from peerlora.lora.adapters import redrawn
+from peerlora.lora.adapter_init import redrawn
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.merged import Merged
 from peerlora.runs.events import Evaluated, RoundDone

@@ -83,9 +83,9 @@ def one_at_a_time():
     """Models are loaded one after another: drawing a missing head seeds torch's global generator."""
     lock, assemble = threading.Lock(), peer_train.assemble
 
-    def locked(*arguments):
+    def locked(*arguments, **options):
         with lock:
-            return assemble(*arguments)
+            return assemble(*arguments, **options)
 
     with patch.object(peer_train, "assemble", locked):
         yield

@@ -167,7 +167,7 @@ def test_layers_that_the_config_does_not_adapt_are_refused(exported):
         read("adapter.targets=[query]")
 
 
-@pytest.mark.parametrize("values", [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"query": 32}}])
+@pytest.mark.parametrize("values", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}])
 def test_a_folder_that_means_another_update_is_refused(exported, values):
     folder, read = exported
     edit_config(folder, **values)

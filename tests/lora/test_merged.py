@@ -14,7 +14,7 @@ from test_peft_io import load_with_peft, logits_of
 
 from peerlora.data.batches import collate
 from peerlora.errors import ModelError
-from peerlora.lora.adapters import redrawn
+from peerlora.lora.adapter_init import redrawn
 from peerlora.lora.merged import Merged, Update, consensus, distances2, whole
 from peerlora.lora.peft_io import export_adapter
 from peerlora.runtime.compose import compose

@@ -12,7 +12,8 @@ import torch
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
 from peerlora.exchange.combine import Combined, Received
-from peerlora.lora.adapters import mask_ranks, redrawn
+from peerlora.lora.adapter_init import redrawn
+from peerlora.lora.adapters import mask_ranks
 from peerlora.lora.product import joined
 from peerlora.topology.properties import Properties
 

@@ -16,7 +16,8 @@ from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import REASONS, Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
-from peerlora.lora.adapters import Block, redrawn
+from peerlora.lora.adapter_init import redrawn
+from peerlora.lora.adapters import Block
 from peerlora.lora.merged import Merged, Update
 from peerlora.lora.product import norms2
 from peerlora.topology.properties import Properties

@@ -13,8 +13,11 @@ from peerlora.cli import (
     init,
     launch,
     members,
+    merge,
     methods,
     peer,
+    predict,
+    push,
     schema,
     show,
     topology,
@@ -29,7 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (demo, init, train, compare, peer, launch, doctor, methods, topology, show, export, schema):
+commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, show)
+for module in (*commands, export, merge, predict, push, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
 app.add_typer(identity.app, name="identity")
 app.add_typer(members.app, name="members")

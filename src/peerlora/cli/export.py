@@ -1,11 +1,11 @@
 """``peerlora export``."""
 
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from peerlora.cli.options import AsJson, print_json
+from peerlora.cli.options import AsJson, chosen_model, print_json
 
 
 def command(
@@ -19,21 +19,20 @@ def command(
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="a relayed model with no cut, of a larger rank")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help="cut to this rank; the card tells the error")] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="with the base model in the folder, so that pipelines load it")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Write one client's adapter, or the average, as a folder that PEFT loads."""
-    from peerlora.config.exchange import ExportedModel
-    from peerlora.errors import ConfigError
+    which = chosen_model("export", client, average, model)
+    if with_base:
+        from peerlora.runtime.whole_model import export_with_base
 
-    models = get_args(ExportedModel)
-    if model is not None and model not in models:
-        raise ConfigError(f"--model {model} given; expected one of {', '.join(models)}")
-    if (client is None) != (average or model == "averaged"):
-        raise ConfigError("export needs exactly one of --client I and --average (which --model averaged is, too)")
-    if average and model in ("own", "relayed", "best"):
-        raise ConfigError(f"--average and --model {model} given; a client's {model} model needs --client I")
-    from peerlora.runtime.export import export_from_run
+        export_with_base(run, to, client, rank, which, exact)
+    else:
+        from peerlora.runtime.export import export_from_run
 
-    export_from_run(run, to, client, rank, cast("ExportedModel | None", model), exact)
+        export_from_run(run, to, client, rank, which, exact)
     told = {"run": str(run), "client": client, "to": str(to)} | ({"model": model} if model else {})
     print_json(told) if json else print(f"wrote {to}")

@@ -1,9 +1,12 @@
 """Arguments that several commands take."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
+
+if TYPE_CHECKING:
+    from peerlora.config.exchange import ExportedModel
 
 
 def _in_order(words: list[str] | None) -> list[str] | None:
@@ -34,3 +37,18 @@ def print_json(result: Any) -> None:
     import json
 
     print(json.dumps(result, allow_nan=False))
+
+
+def chosen_model(command: str, client: int | None, average: bool, model: str | None) -> "ExportedModel | None":
+    """Check which of a run's models is asked for; None: the one that the run deploys.  Raises ConfigError."""
+    from peerlora.config.exchange import ExportedModel
+    from peerlora.errors import ConfigError
+
+    models = get_args(ExportedModel)
+    if model is not None and model not in models:
+        raise ConfigError(f"--model {model} given; expected one of {', '.join(models)}")
+    if (client is None) != (average or model == "averaged"):
+        raise ConfigError(f"{command} needs exactly one of --client I and --average (which --model averaged is, too)")
+    if average and model in ("own", "relayed", "best"):
+        raise ConfigError(f"--average and --model {model} given; a client's {model} model needs --client I")
+    return cast("ExportedModel | None", model)

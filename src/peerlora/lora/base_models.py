@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from peerlora.config.task_kinds import task_kind
-from peerlora.environment import package_model
+from peerlora.environment import need_extra, package_model
 from peerlora.errors import ModelError, PeerloraError, first_line
-from peerlora.lora.base_weights import check_weights, real_names
+from peerlora.lora.base_weights import check_weights, real_names, top_modules
 from peerlora.randomness import derive
 
 
@@ -31,15 +32,26 @@ class Base:
     warnings: tuple[str, ...] = ()
 
 
-def load_tokenizer(source: str) -> Any:
+@dataclass(frozen=True)
+class Storage:
+    """How a base model is kept, beside its precision."""
+
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    device: str = "cpu"
+    """Where quantised weights are put; others are moved later."""
+    revision: str | None = None
+    """Of a hub id."""
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer that belongs to a base model; it always has words and a padding token.
 
     Raises ModelError.
     """
     from transformers import AutoTokenizer
 
-    place, more = _place(source)
-    with _quiet(), _named(source):
+    place, more = _place(source, revision)
+    with quiet(), _named(source):
         tokenizer = AutoTokenizer.from_pretrained(*place, trust_remote_code=False, **more)
         words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     if words < 2:  # transformers makes one out of nothing where a folder has no files of a tokenizer
@@ -57,25 +69,40 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_base(source: str, kind: str, labels: tuple[str, ...], seed: int, pad_token: int, dtype: torch.dtype) -> Base:
+def load_base(
+    source: str,
+    kind: str,
+    labels: tuple[str, ...],
+    seed: int,
+    pad_token: int,
+    dtype: torch.dtype,
+    storage: Storage = Storage(),  # noqa: B008 (frozen)
+) -> Base:
     """The base model for a ``task.kind``; a head that the weights lack is drawn from ``seed``, the same for all.
 
-    Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head.
+    Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head;
+    ExtraMissing where it is to be quantised without bitsandbytes.
     """
     import transformers
 
     task = task_kind(kind)
     auto = getattr(transformers, task.auto_model)
-    place, more = _place(source)
-    with _quiet(), _named(source):
-        given = {} if more else transformers.PreTrainedConfig.get_config_dict(*place)[0]
+    place, more = _place(source, storage.revision)
+    if storage.quantize != "none":
+        need_extra("quantize")
+    with quiet(), _named(source):
+        given = {} if "gguf_file" in more else transformers.PreTrainedConfig.get_config_dict(*place, **more)[0]
         options = {"trust_remote_code": False, **more}
         config = transformers.AutoConfig.from_pretrained(*place, **options, **task.model_options(labels))
-        model, info = _loaded(auto, place, config, {"dtype": dtype, **options}, derive(seed, "head"))
+        quantised = quantised_options(auto, config, dtype, storage)
+        model, info = _loaded(auto, place, config, {"dtype": dtype, **options, **quantised}, derive(seed, "head"))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(_is_adapter(source))
     own_names = real_names(given)
     initialised, warnings = check_weights(source, model, info, kind, own_names, labels)
+    for module in model.modules():  # else bitsandbytes re-orders weights in the first forward without gradients, which
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # changes the bits of all that is computed later
+            module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = pad_token
     model.config.use_cache = False
     return Base(model, source, initialised, longest(model), own_names, warnings)
@@ -102,6 +129,24 @@ def _loaded(
     raise AssertionError("every model has the plain attention")
 
 
+def quantised_options(auto: Any, config: Any, dtype: torch.dtype, storage: Storage) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a quantised base: heads and poolers, which it may lack, stay as they are."""
+    if storage.quantize == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    with torch.device("meta"):
+        shell = auto.from_config(config)
+    pooled = {name for name, _ in shell.named_modules() if name.rsplit(".", 1)[-1] == "pooler"}
+    settings: dict[str, Any] = {"llm_int8_skip_modules": [*top_modules(shell), *pooled]}
+    if storage.quantize == "int8":
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # it says so at every step
+        settings |= {"load_in_8bit": True}
+    else:
+        settings |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": storage.device}}
+
+
 def longest(model: Any) -> int | None:
     """The most tokens that the position tables serve; where positions start behind padding, fewer than rows."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -113,8 +158,12 @@ def longest(model: Any) -> int | None:
     return limit
 
 
-def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
-    """Arguments of ``from_pretrained``: where the model lies, and the GGUF file where it is one."""
+def _place(source: str, revision: str | None = None) -> tuple[tuple[str], dict[str, Any]]:
+    """Arguments of ``from_pretrained``: where the model lies, and the GGUF file where it is one, or the revision."""
+    if revision is not None and (source.startswith(("packaged:", ".", "/", "~")) or Path(source).is_dir()):
+        raise ModelError(
+            f"model.revision={revision} given with model.source={source!r}; only a hub id has revisions: drop one"
+        )
     if source.startswith("packaged:"):
         found = package_model(source.removeprefix("packaged:"))
         return ((str(found.parent),), {"gguf_file": found.name}) if found.is_file() else ((str(found),), {})
@@ -125,7 +174,7 @@ def _place(source: str) -> tuple[tuple[str], dict[str, Any]]:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(_is_adapter(source))
-    return ((str(folder) if folder.is_dir() else source,), {})
+    return ((str(folder) if folder.is_dir() else source,), {} if revision is None else {"revision": revision})
 
 
 def same_base(one: str, other: str) -> bool:
@@ -174,7 +223,7 @@ def _named(source: str):
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Hold back the library's report of new heads and its bars while loading: both are expected here."""
     from transformers.utils import logging
 

@@ -101,7 +101,7 @@ def neighbourhood(
 def agreement(x: Adapters) -> Agreement:
     """Consensus of A, of B and of their product, and the global cross-term."""
     D_A = D_B = D_product = cross2 = 0.0
-    scale, unit = _relative_scaling(x), x.spec.alpha / x.spec.rank
+    scale, unit = _relative_scaling(x), _unit(x)
     for layer, A in x.A.items():
         A, B = A.double(), x.B[layer].double()
         D_A += _norm2(deviation(A)) / x.clients
@@ -126,7 +126,7 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
         if after.merged is None or before.merged is after.merged:
             weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
             continue
-        earlier, unit = (before.merged or before.with_empty_merges().merged), after.spec.alpha / after.spec.rank
+        earlier, unit = (before.merged or before.with_empty_merges().merged), _unit(after)
         assert earlier is not None  # with_empty_merges() gives one
         was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
         now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
@@ -274,8 +274,14 @@ def _mean(x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
 
 
 def _relative_scaling(x: Adapters) -> Float[Tensor, "client 1 1"]:
-    """alpha/rank of every client relative to that of the largest rank: a client's product is what its model adds.
+    """The scaling of every client relative to that of the largest rank: a client's product is what its model adds.
 
     All ones where ranks are equal, since the scaling is left out of all figures.
     """
-    return (x.spec.rank / x.ranks.double())[:, None, None]
+    ratio = x.spec.rank / x.ranks.double()
+    return (ratio.sqrt() if x.spec.rslora else ratio)[:, None, None]
+
+
+def _unit(x: Adapters) -> float:
+    """The scaling of a client of the largest rank."""
+    return x.spec.scaling(x.spec.rank)

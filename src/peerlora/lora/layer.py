@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peerlora.lora.merged import Update
@@ -134,3 +135,23 @@ class StackedHead(nn.Module):
         z = x.reshape(self.step.clients, -1, x.shape[-1]).to(self.weight.dtype)
         y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
         return y.view(*x.shape[:-1], -1)
+
+
+class StackedEmbedding(nn.Module):
+    """An embedding table trained in full: weight [client, word, width]; the row of padding keeps its values."""
+
+    weight: Tensor
+
+    def __init__(self, base: nn.Embedding, step: Step):
+        super().__init__()
+        self.base, self.step = base, step
+
+    def forward(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row token width"]:
+        """Each client's rows from its own table, in the precision of the body."""
+        clients, words, width = self.weight.shape
+        first = torch.arange(clients, device=ids.device) * words
+        own = ids.view(clients, -1) + first[:, None]
+        found = F.embedding(own, self.weight.reshape(-1, width)).view(*ids.shape, width)
+        if self.base.padding_idx is not None:
+            found = torch.where((ids == self.base.padding_idx)[..., None], found.detach(), found)
+        return found.to(self.base.weight.dtype)

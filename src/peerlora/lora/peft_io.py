@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peerlora.lora.adapter_init import Principal
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.merged import whole
@@ -36,6 +37,10 @@ class ExportContext:
     facts: Mapping[str, Any] = field(default_factory=dict)
     location: str = ""
     """Where PEFT finds the base model, if that is not ``base_source``."""
+    revision: str | None = None
+    """Of the base model on the hub."""
+    principal: Principal | None = None
+    """What the run's base is without and the adapters began with; an export is for the whole base."""
 
 
 def export_adapter(
@@ -49,21 +54,30 @@ def export_adapter(
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
+    x = context.principal.subtracted(x) if context.principal else x
     factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
     context = replace(context, facts={**context.facts, **factors.facts, **context.facts})
     tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
-    full = [*model.targets.heads, *(name for name in context.extra_modules if name not in adapted)]
+    full = [
+        *model.targets.heads,
+        *model.targets.saved,
+        *(name for name in context.extra_modules if name not in adapted),
+    ]
     config = LoraConfig(
         r=factors.rank,
         lora_alpha=whole_number(factors.alpha),  # pyright: ignore[reportArgumentType] # PEFT takes fractions too
         lora_dropout=context.dropout,
         target_modules=[layer.name for layer in x.spec.layers],
+        rank_pattern=factors.rank_pattern,
+        alpha_pattern=factors.alpha_pattern,
         modules_to_save=full or None,
         task_type=context.task_type,
         base_model_name_or_path=context.location or context.base_source,
+        revision=context.revision,
         fan_in_fan_out=_transposed(model),
+        use_rslora=factors.rslora,
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -84,19 +98,32 @@ def whole_number(alpha: float) -> int | float:
 
 @dataclass(frozen=True)
 class Factors:
-    """One client's update as PEFT wants it: by layer (B, A) of one rank, and alpha."""
+    """One client's update as PEFT wants it: by layer (B, A), and alpha."""
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
     rank: int
+    """Of layers that have no pattern."""
     alpha: float
     facts: Mapping[str, Any]
     """For the card."""
+    rslora: bool = False
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """The ranks of the layers that have a smaller one."""
+        return {f"^{name}": len(A) for name, (_, A) in self.layers.items() if len(A) != self.rank}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """The alphas by which layers of a smaller rank have the same scaling."""
+        power = 0.5 if self.rslora else 1.0
+        return {name: self.alpha * (rank / self.rank) ** power for name, rank in self.rank_pattern.items()}
 
 
 def _own_factors(x: Adapters, client: int) -> Factors:
     rank = int(x.ranks[client])
-    layers = {name: (x.B[name][client, :, :rank], A[client, :rank]) for name, A in x.A.items()}
-    return Factors(layers, rank, x.spec.alpha, {})
+    layers = {name: _without_zeros(x.B[name][client, :, :rank], A[client, :rank]) for name, A in x.A.items()}
+    return Factors(layers, rank, x.spec.alpha, {}, x.spec.rslora)
 
 
 def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
@@ -123,14 +150,16 @@ def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
         layers[layer.name] = found.factors(kept)
         left_out += float(found.tail(torch.tensor(kept, device=found.values.device)))
         size += float(found.values.square().sum())
-    widest = max(1, *(A.shape[0] for _, A in layers.values()))
-    padded = {name: _padded(B.to(x.flat), A.to(x.flat), widest) for name, (B, A) in layers.items()}
-    return Factors(padded, widest, float(widest), _merge_facts(rank, left_out, size))
+    layers = {name: _without_zeros(B.to(x.flat), A.to(x.flat)) for name, (B, A) in layers.items()}
+    widest = max(len(A) for _, A in layers.values())
+    return Factors(layers, widest, float(widest), _merge_facts(rank, left_out, size))
 
 
-def _padded(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - A.shape[0]
-    return torch.nn.functional.pad(B, (0, missing)), torch.nn.functional.pad(A, (0, 0, 0, missing))
+def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors without the columns and rows at the end that are zero in both; one of them stays."""
+    used = (B.any(0) | A.any(1)).nonzero()
+    rank = max(1, int(used[-1]) + 1 if len(used) else 0)
+    return B[:, :rank], A[:rank]
 
 
 def _merge_facts(rank: int | None, left_out: float, size: float) -> dict[str, str]:
@@ -154,7 +183,7 @@ def full_tensors(x: Adapters, client: int, model: StackedModel, context: ExportC
     trained = {name: value[client] for name, value in x.head.items()}
     tensors = {}
     adapted = {layer.name for layer in x.spec.layers}
-    for module in (*model.targets.heads, *context.extra_modules):
+    for module in (*model.targets.heads, *model.targets.saved, *context.extra_modules):
         inside = f"{module}.base_layer." if module in adapted else f"{module}."  # PEFT's name under a LoRA layer
         for name, value in model.base.get_submodule(module).state_dict(prefix=inside).items():
             plain = name.replace(".base.", ".")  # a swapped-in layer keeps the original under `base`

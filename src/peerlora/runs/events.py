@@ -41,7 +41,7 @@ class RunStarted:
     paths: dict[str, str | None] = field(default_factory=dict)
     """Speed paths: null where one is used, else why not."""
     notes: list[str] = field(default_factory=list)
-    """Notes of the method about this run: what it chose, and why."""
+    """Notes about this run: what its method chose, and why; what was measured of the machine."""
     clock: dict[str, Any] | None = None
     """Virtual time: the settings, and every client's speed and bandwidth in bytes per second (null: unlimited)."""
     held: list[int] = field(default_factory=list)

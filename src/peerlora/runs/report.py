@@ -240,7 +240,7 @@ def _setting(start: RunStarted) -> str:
         ("seed", str(start.seed)),
         ("CPU threads", start.threads),
         ("speed paths", "; ".join(describe_speed_paths(start.paths))),
-        *(("the method says", note) for note in start.notes),
+        *(("note", note) for note in start.notes),
         ("versions", ", ".join(f"{name} {version}" for name, version in start.versions.items())),
     ]
     return table_html(rows)

@@ -46,6 +46,8 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             "train.quiet=0, or algorithm.name=dec-lora"
         )
     _check_selection(config, algorithm)
+    _check_init(config, algorithm)
+    _check_quantised(config, algorithm)
     algorithm.check_task(config.task.kind)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
@@ -58,6 +60,49 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
             "trained, as in FFA-LoRA",
         )
     return warnings
+
+
+def _check_init(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse a start of the factors that the method would undo, or that clients could not have in common."""
+    init, name = config.adapter.init, config.algorithm.name
+    if init == "default":
+        return
+    if algorithm.traits.merges_into:
+        raise CompositionError(
+            f"{name} cannot begin with adapter.init={init}: it draws new factors after every merge; use "
+            "adapter.init=default, or algorithm.name=dec-lora"
+        )
+    if len(set(config.ranks)) > 1:
+        raise CompositionError(
+            f"adapter.init={init} gives all clients the same factors, adapter.rank lists {sorted(set(config.ranks))}; "
+            "give one rank, or use adapter.init=default"
+        )
+    if config.adapter.start is not None:
+        raise CompositionError(
+            f"adapter.init={init} and adapter.start={config.adapter.start} both say how adapters begin; drop one of "
+            "them"
+        )
+
+
+def _check_quantised(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse what needs a base's weights in full precision where only a quantised form of them is kept."""
+    how, name = config.model.quantize, config.algorithm.name
+    if how == "none":
+        return
+    if algorithm.traits.merges_into == "base":
+        raise CompositionError(
+            f"{name} merges into the base, and model.quantize={how} keeps none in full precision; use "
+            "model.quantize=none, or algorithm.name=dec-lora"
+        )
+    if config.adapter.init in ("pissa", "olora"):
+        raise CompositionError(
+            f"adapter.init={config.adapter.init} takes directions out of the base's weights, and model.quantize={how} "
+            "keeps none in full precision; use adapter.init=default, or model.quantize=none"
+        )
+    if config.train.dtype == "fp64":
+        raise CompositionError(
+            f"model.quantize={how} computes in fp32 or bf16, train.dtype=fp64 given; use train.dtype=fp32"
+        )
 
 
 def _reason(algorithm: Algorithm[Any]) -> str:

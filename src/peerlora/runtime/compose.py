@@ -26,6 +26,7 @@ from peerlora.exchange.base import MeteredExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
+from peerlora.lora.adapter_init import orthogonal_factors, with_factors
 from peerlora.lora.adapter_start import read_adapter
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
@@ -38,6 +39,7 @@ from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_r
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
 from peerlora.train.kernels.selection import Paths, graph_size
+from peerlora.train.kernels.speed import Speed
 from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import ClassWeights, LabelPrior
 from peerlora.train.metrics import absent_classes
@@ -61,8 +63,11 @@ class Federation:
     export: ExportContext
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
-    """What the method has to say about the run, such as what it chose."""
+    """What there is to know about the run, such as what its method chose, and speeds that were measured."""
+    speed: Speed
     paths: Paths
+    originals: dict[str, str]
+    """Digests of weights that the base came with, by name, where the adapters' start changed them."""
     attackers: tuple[int, ...] = ()
     """Clients whose results don't count."""
     clock: VirtualClock | None = None
@@ -77,7 +82,7 @@ class Federation:
     @cached_property
     def base_digest(self) -> str:
         """By which other sites, and this run when it is resumed, know the same base model."""
-        return base_digest(self.model.base)
+        return base_digest(self.model.base, self.config.train.dtype == "auto", self.originals)
 
 
 def compose(
@@ -87,14 +92,16 @@ def compose(
     partitioner: Any = None,
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    speed: Speed | None = None,
 ) -> Federation:
     """Plan a run, load what it needs, and assemble it; nothing is written.
 
     ``clients``: those to hold here (all by default), with ``gather`` to collect the others' rows.  ``partitioner``:
-    an instance of a flwr-datasets partitioner to use in place of ``config.partition``.
+    an instance of a flwr-datasets partitioner to use in place of ``config.partition``.  ``speed``: that of a run which
+    is resumed; None: the best on this machine.
     """
     planned = plan(config, clients)
-    return assemble(planned, resources or load_resources(config), clients, gather, partitioner)
+    return assemble(planned, resources or load_resources(config), clients, gather, partitioner, speed)
 
 
 def assemble(
@@ -103,6 +110,7 @@ def assemble(
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     partitioner: Any = None,
+    speed: Speed | None = None,
 ) -> Federation:
     """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
 
@@ -112,7 +120,7 @@ def assemble(
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
     divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))
-    built = build_model(config, resources)
+    built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
@@ -150,8 +158,10 @@ def assemble(
             *start_warnings,
             *absent_classes(config.eval.metrics, resources.eval_data),
         ),
-        notes=planned.notes,
+        notes=(*planned.notes, *built.speed.notes(config.train.dtype)),
+        speed=built.speed,
         paths=paths,
+        originals=built.originals,
         clock=planned.clock,
         attackers=attacking,
         own_rows=held if own or not held else tuple(held[i] for i in here),
@@ -208,12 +218,17 @@ def start_adapters(
 ) -> tuple[Adapters, tuple[str, ...]]:
     """The adapters that the clients held here begin with, and warnings."""
     ranks = [config.ranks[i] for i in here]
-    spec = model.spec(max(config.ranks), config.adapter.alpha, config.adapter.head == "private")
+    adapter = config.adapter
+    spec = model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
     generator = torch_generator(config.seed, "adapter")
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
     warnings = ()
-    if config.adapter.start is not None:
-        start, warnings = read_adapter(Path(config.adapter.start), start, model, export)
+    if export.principal is not None:
+        start = with_factors(start, export.principal.factors)
+    if adapter.init == "orthogonal":
+        start = with_factors(start, orthogonal_factors(spec, generator))
+    if adapter.start is not None:
+        start, warnings = read_adapter(Path(adapter.start), start, model, export)
     return start.to(config.device), warnings
 
 

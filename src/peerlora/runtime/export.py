@@ -34,7 +34,9 @@ from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.best_export import BEST, EXPORTED, best_facts, read_best
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
+from peerlora.runtime.inputs import speed_of
 from peerlora.runtime.plan import plan
+from peerlora.runtime.reading import Reading
 from peerlora.runtime.relayed_export import (
     MODEL_FACTS,
     MODELS,
@@ -78,7 +80,9 @@ class Exporter:
         shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
         facts = told | {"client": client} | reached | dict(told_too or {})
-        return export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
+        export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
+        Reading.of(self.config).write(folder)
+        return folder
 
 
 def exporter(federation: Federation) -> Exporter:
@@ -87,28 +91,38 @@ def exporter(federation: Federation) -> Exporter:
     return Exporter(federation.config, federation.exchange.clients, layout, federation.model, federation.export)
 
 
+def config_of(run: Path) -> tuple[RunConfig, str]:
+    """The config of a run folder, with its base model where it lies now, and how the run named that."""
+    config, base = load_config(run / "config.yaml"), read_facts(run).get("base")
+    named = config.model.source
+    if base and Path(base).is_dir():  # a relative source is one of the folder in which the run was begun
+        config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
+    adapter = config.adapter.model_copy(update={"start": None})  # long since read
+    return config.model_copy(update={"adapter": adapter}), named
+
+
 def exporter_of(run: Path) -> Exporter:
     """The Exporter of a run folder; it loads the base model, and no data.
 
     Raises ModelError where the base model is gone.
     """
-    config, held, base = load_config(run / "config.yaml"), clients_of(run), read_facts(run).get("base")
-    named = config.model.source
-    if base and Path(base).is_dir():  # a relative source is one of the folder in which the run was begun
-        config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
-    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})  # long since read
+    config, named = config_of(run)
+    held = clients_of(run)
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
-    tokenizer, causal = load_tokenizer(config.model.source), task_kind(config.task.kind).target == "tokens"
+    tokenizer, causal = (
+        load_tokenizer(config.model.source, config.model.revision),
+        task_kind(config.task.kind).target == "tokens",
+    )
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
-    rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), _classes(run, config))
-    built = build_model(config, RunResources(rows, rows, tokenizer))
+    rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), class_names(run, config))
+    built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
     model, context = built.model, replace(built.export, base_source=named)
     start, _ = start_adapters(config, model, context, here)
     exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
     return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
 
 
-def _classes(run: Path, config: RunConfig) -> tuple[str, ...]:
+def class_names(run: Path, config: RunConfig) -> tuple[str, ...]:
     """The class names of a run; () for other tasks."""
     kept = read_facts(run).get("classes")
     if kept is not None or not task_kind(config.task.kind).has_classes:

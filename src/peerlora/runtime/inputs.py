@@ -14,6 +14,9 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
+from peerlora.train.kernels.speed import Speed
+
+_CHOSEN = ("fp32", "bf16", "fp64")
 
 
 def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
@@ -37,7 +40,24 @@ def facts_of(federation: Federation) -> dict[str, Any]:
         "inputs": describe_inputs(federation),
         "classes": list(federation.train_data.names),
         "base": federation.export.location,
+        "speed": {"dtype": federation.speed.dtype, "packed": federation.speed.packed},
     }
+
+
+def speed_of(facts: Mapping[str, Any], config: RunConfig) -> Speed:
+    """The precision and layout that a run began with, from its facts; older versions packed wherever that works.
+
+    Raises RunError where ``train.dtype=auto`` and the facts lack what it was resolved to.
+    """
+    found = facts.get("speed")
+    if isinstance(found, dict) and found.get("dtype") in _CHOSEN and isinstance(found.get("packed"), bool):
+        return Speed(found["dtype"], found["packed"])
+    if found is not None or config.train.dtype == "auto":
+        raise RunError(
+            f"run.json tells speed={found!r}; expected the dtype that the run began with ({', '.join(_CHOSEN)}) and "
+            "whether weights were packed; put run.json back, or start a new run with another --out"
+        )
+    return Speed(config.train.dtype)
 
 
 def check_inputs(store: RunStore, federation: Federation) -> None:

@@ -15,8 +15,11 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, ModelError
-from peerlora.lora.attach import StackedModel, Targets, find_targets
-from peerlora.lora.base_models import Base, load_base, load_tokenizer, locate_base
+from peerlora.lora.adapter_init import Principal, take_principal, weights_of
+from peerlora.lora.adapters import AdapterSpec
+from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets
+from peerlora.lora.base_digest import tensor_digest
+from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, locate_base
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
@@ -32,6 +35,7 @@ from peerlora.runtime.model_checks import (
 from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.prefix_cache import HiddenStates
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
+from peerlora.train.kernels.speed import Speed, choose_speed
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,13 @@ class PreparedBase:
 
     base: Base
     targets: Targets
+    speed: Speed
     paths: Paths
     layout: Layout
+    principal: Principal | None
+    """What clients begin with and the base is without; None where it is whole."""
+    originals: dict[str, str]
+    """Digests of the weights that were whole before, by name."""
     warnings: tuple[str, ...]
     hidden: HiddenStates = field(default_factory=HiddenStates)
     """Of the blocks below the lowest adapted one, for runs that share them."""
@@ -53,7 +62,10 @@ class BuiltModel:
 
     model: StackedModel
     export: ExportContext
+    speed: Speed
     paths: Paths
+    originals: dict[str, str]
+    """Digests of weights that the base came with, by name, where they were changed."""
     warnings: tuple[str, ...]
 
 
@@ -119,7 +131,10 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of adapters, optimiser, loss
+PRINCIPAL = ("pissa", "olora")
+"""Values of ``adapter.init`` that change the base."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "auto": torch.float32, "fp64": torch.float64}
+"""Of adapters, optimiser and loss, by ``train.dtype``."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +152,14 @@ class RunResources:
 
 def load_resources(config: RunConfig) -> RunResources:
     """Read and tokenise the data of a config."""
-    tokenizer = load_tokenizer(config.model.source)
+    tokenizer = load_tokenizer(config.model.source, config.model.revision)
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
 
 
-def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
+def build_model(config: RunConfig, resources: RunResources, begun: Speed | None = None) -> BuiltModel:
     """Load the base model, or take it from the cache, and attach adapters.
 
+    ``begun``: the precision and layout that the run began with; None: choose them for this machine.
     Raises ConfigError, ModelError, or DataError where the model cannot read the tokens of the data.
     """
     data, source, tokenizer = resources.train_data, config.model.source, resources.tokenizer
@@ -157,8 +173,14 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
         config.device,
         config.adapter.targets,
         config.model.dropout > 0,
+        begun,
+        (config.adapter.init, config.adapter.rank, config.adapter.alpha, config.adapter.rslora)
+        if config.adapter.init in PRINCIPAL
+        else None,
+        config.adapter.modules_to_save,
+        (config.model.quantize, config.model.revision),
     )
-    prepared = bases.get(key, config.seed, lambda: _prepared(config, resources))
+    prepared = bases.get(key, config.seed, lambda: _prepared(config, resources, begun))
     base, targets = prepared.base, prepared.targets
     of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
@@ -175,11 +197,19 @@ def build_model(config: RunConfig, resources: RunResources) -> BuiltModel:
     extra = tuple(name for name in base.initialised if not within(name, targets.heads))
     peft_type = task_kind(config.task.kind).peft_type
     export = ExportContext(
-        source, peft_type, config.adapter.dropout, extra, tokenizer, data.names, location=locate_base(source)
+        source,
+        peft_type,
+        config.adapter.dropout,
+        extra,
+        tokenizer,
+        data.names,
+        location=locate_base(source),
+        principal=prepared.principal,
+        revision=config.model.revision,
     )
     prepared.hidden.keep_only((data, resources.eval_data))
     paths = prepared.paths | use_encoder(model, config.train.fast, prepared.hidden if resources.share_prefix else None)
-    return BuiltModel(model, export, paths, prepared.warnings + of_tokens)
+    return BuiltModel(model, export, prepared.speed, paths, prepared.originals, prepared.warnings + of_tokens)
 
 
 class _BaseKey(NamedTuple):
@@ -193,20 +223,48 @@ class _BaseKey(NamedTuple):
     device: str
     targets: list[str] | str | None
     dropout: bool
+    begun: Speed | None
+    principal: tuple[Any, ...] | None
+    saved: list[str]
+    kept: tuple[str, str | None]
 
 
-def _prepared(config: RunConfig, resources: RunResources) -> PreparedBase:
+def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -> PreparedBase:
     source, dtype, data = config.model.source, DTYPES[config.train.dtype], resources.train_data
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
-    base = load_base(source, task.name, data.names, config.seed, pad, dtype)
+    storage = Storage(config.model.quantize, config.device, config.model.revision)
+    base = load_base(source, task.name, data.names, config.seed, pad, _kept_in(config, dtype), storage)
     check_lengths(config, base)
     check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
     targets = find_targets(base.model, task.peft_type, config.adapter.targets)
+    targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save))
     warnings = base.warnings + check_head(base, targets, data.names)
-    base.model.to(_device(config))
+    device = _device(config)
+    if config.model.quantize == "none":
+        base.model.to(device)
     targets, layout, more = _observed(config, base, targets, resources)
-    paths = prepare_base(base.model, targets.heads, config.train.dtype, config.train.fast)
-    return PreparedBase(base, targets, paths, layout, warnings + more)
+    principal, originals = _principal(config, base, targets)
+    speed = begun or choose_speed(base.model, targets.heads, config.train.dtype, config.train.fast)
+    paths = prepare_base(base.model, targets.heads, speed, config.train.fast, targets.saved)
+    warnings += more + speed.warnings(config.train.dtype)
+    return PreparedBase(base, targets, speed, paths, layout, principal, originals, warnings)
+
+
+def _kept_in(config: RunConfig, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a base is loaded; a quantised one computes in it."""
+    return torch.bfloat16 if config.model.quantize != "none" and config.train.dtype == "bf16" else dtype
+
+
+def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Principal | None, dict[str, str]]:
+    """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
+    if config.adapter.init not in PRINCIPAL:
+        return None, {}
+    rank = config.ranks[0]  # all are equal
+    weights = weights_of(base.model, [layer.name for layer in targets.layers])
+    halved = config.train.dtype == "auto"
+    originals = {f"{name}.base.weight": tensor_digest(weight, halved) for name, weight in weights.items()}
+    spec = AdapterSpec(targets.layers, rank, config.adapter.alpha, rslora=config.adapter.rslora)
+    return take_principal(weights, rank, spec.scaling(rank), config.adapter.init), originals
 
 
 def _observed(
@@ -215,7 +273,7 @@ def _observed(
     """The targets that the model's forward uses, how it lays out rows, and warnings.  Raises ModelError."""
     task, source = task_kind(config.task.kind), config.model.source
     layers = [layer.name for layer in targets.layers]
-    watched = [*layers, *linears_of(base.model, targets.heads)]
+    watched = [*layers, *linears_of(base.model, targets.heads), *targets.saved]
     if config.model.dropout:
         watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
     facts = observe_forward(

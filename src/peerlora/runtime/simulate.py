@@ -14,7 +14,7 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
-from peerlora.runtime.inputs import check_inputs, facts_of
+from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.participation import AllClients
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
@@ -68,7 +68,8 @@ def resume(
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
         use_threads(config)
-        federation = compose(config, resources=resources, partitioner=partitioner)
+        speed = speed_of(store.facts, config)
+        federation = compose(config, resources=resources, partitioner=partitioner, speed=speed)
         check_inputs(store, federation)
         return build_trainer(federation, store, sinks, stop, report).run(resumed=True)
 

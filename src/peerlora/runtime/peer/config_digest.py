@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
+from peerlora.config.sections import AdapterConfig
 from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
@@ -19,6 +20,9 @@ _SITE_TRAIN = ("fast", "block", "max_seconds")
 _NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights")
 _NEWER = {name: TrainConfig.model_fields[name].default for name in _NEWER_NAMES}
 """Settings that older versions lack, with the values by which a run is as it was before: then their hashes agree."""
+_NEWER_ADAPTER = {
+    name: AdapterConfig.model_fields[name].get_default() for name in ("rslora", "init", "modules_to_save")
+}
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
@@ -28,11 +32,11 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
     Where data lie is left out if every site has its own; the model has a hash of its own.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
-    train = _without(tree["train"], _SITE_TRAIN)
-    tree["train"] = {name: value for name, value in train.items() if name not in _NEWER or value != _NEWER[name]}
+    tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
         del tree["exchange"]["relay"]
+    tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
     tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
     if config.partition.kind == "own":
@@ -43,11 +47,18 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
 
 def spec_digest(spec: AdapterSpec) -> str:
     """Of the layout that all clients' adapters have: SHA-256, hexadecimal."""
-    return hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()
+    layout = asdict(spec)
+    if not spec.rslora:  # then a site agrees with one whose version does not know it
+        del layout["rslora"]
+    return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
 def _without(section: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if name not in names}
+
+
+def _without_defaults(section: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in newer or value != newer[name]}
 
 
 def _file(path: Path) -> str:

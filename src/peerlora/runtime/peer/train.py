@@ -16,7 +16,7 @@ from peerlora.runs.store import RunStore, require_free
 from peerlora.runtime.best_export import read_best
 from peerlora.runtime.compose import Federation, assemble, resolve_threads, use_threads
 from peerlora.runtime.export import exporter_of, read_adapters
-from peerlora.runtime.inputs import check_inputs, facts_of
+from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.peer.asynchronous import AsynchronousPeer
 from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_beyond
 from peerlora.runtime.peer.site import Site
@@ -25,6 +25,7 @@ from peerlora.runtime.plan import Plan
 from peerlora.runtime.relayed_export import relayed_adapters
 from peerlora.runtime.resources import RunResources, load_resources
 from peerlora.runtime.trainer import Result, Sink, Trainer
+from peerlora.train.kernels.speed import Speed
 
 
 def train_peer(
@@ -57,7 +58,7 @@ def train_peer(
         with RunStore.open(begun) as store:
             stored = stored_config(store)
             check_same(stored, config, store, None)
-            federation = _assembled(planned, stored.threads, resources, site)
+            federation = _assembled(planned, stored.threads, resources, site, speed_of(store.facts, stored))
             check_inputs(store, federation)
             return _run(federation, site, transport, thread, store, sinks, stop, notices, resumed=True)
     folder = Path(out) if out is not None else default_folder(config)
@@ -90,10 +91,12 @@ def finished(config: RunConfig, folder: Path) -> Result | None:
     )
 
 
-def _assembled(planned: Plan, threads: int | None, resources: RunResources | None, site: Site) -> Federation:
+def _assembled(
+    planned: Plan, threads: int | None, resources: RunResources | None, site: Site, speed: Speed | None = None
+) -> Federation:
     config = planned.config.model_copy(update={"threads": threads})
     use_threads(config)
-    return assemble(replace(planned, config=config), resources or load_resources(config), [site.client])
+    return assemble(replace(planned, config=config), resources or load_resources(config), [site.client], speed=speed)
 
 
 def _run(

@@ -1,7 +1,7 @@
 """Linear layers with frozen weights: in a lower precision, and re-ordered once for oneDNN.
 
 On x86 CPUs whose vendor BLAS does not pick its widest kernels this is 1.2 to 2.3 times as fast as ``F.linear`` in fp32
-(docs/performance.md); where the operations are missing, the same layer uses ``F.linear``.
+(docs/performance.md); where the operations are missing or slower (``speed``), the same layer uses ``F.linear``.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ def packing_unavailable(weight: Tensor) -> str | None:
     return None
 
 
-def freeze_linears(model: nn.Module, skip: tuple[str, ...] = ()) -> str | None:
-    """Swap every nn.Linear outside ``skip`` for a FrozenLinear; returns why its weights can't be packed, or None."""
+def freeze_linears(model: nn.Module, skip: tuple[str, ...] = (), pack: bool = True) -> str | None:
+    """Swap every nn.Linear outside ``skip`` for a FrozenLinear; returns why its weights can't be packed, or None.
+
+    ``pack``: whether to pack those that can be.
+    """
     frozen, others = [], []
     for name, module in list(model.named_modules()):
         if name.startswith(skip or ("\0",)) or not isinstance(module, nn.Linear):
             continue
         if type(module) is nn.Linear:  # others compute in a way of their own, such as on weights of 4 bits
-            frozen.append(FrozenLinear(module))
+            frozen.append(FrozenLinear(module, pack))
             model.set_submodule(name, frozen[-1])
         else:
             others.append(type(module).__name__)
@@ -65,12 +68,12 @@ def _in_fp32(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, 
 class FrozenLinear(nn.Module):
     """``F.linear(x, weight, bias)`` with a weight that never changes, packed for both directions where that works."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, pack: bool = True):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         weight = linear.weight.detach()
-        self._packed = packing_unavailable(weight) is None
+        self._packed = pack and packing_unavailable(weight) is None
         if self._packed:
             self._up = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
             self._back = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), _ROWS)

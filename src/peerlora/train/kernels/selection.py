@@ -10,23 +10,34 @@ from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
 from peerlora.train.kernels.prefix_cache import HiddenStates
+from peerlora.train.kernels.speed import Speed
 
 Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else the reason why not
 
 
-def prepare_base(base: nn.Module, heads: tuple[str, ...], dtype: str, fast: bool) -> Paths:
-    """Make a frozen base fast, in place, before adapters are attached; ``heads`` stay as they are."""
-    if dtype == "bf16":
+def prepare_base(
+    base: nn.Module, heads: tuple[str, ...], speed: Speed, fast: bool, saved: tuple[str, ...] = ()
+) -> Paths:
+    """Make a frozen base fast, in place, before adapters are attached; ``heads`` stay as they are.
+
+    So do linear layers among ``saved``, which train in full; embeddings there take the precision of the body.
+    """
+    heads = (*heads, *(name for name in saved if isinstance(base.get_submodule(name), nn.Linear)))
+    if speed.dtype == "bf16":
         lower_precision(base, heads)
         if next(base.parameters()).device.type == "cpu":  # the fused kernel's backward is several times slower there
             base.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-    return {"packed weights": freeze_linears(base, skip=heads) if fast else "train.fast is false"}
+    if not fast:
+        return {"packed weights": "train.fast is false"}
+    return {"packed weights": freeze_linears(base, heads, speed.packed) or speed.not_packed}
 
 
 def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = None) -> Paths:
     """Switch a model to the fast forward where that works; ``shared``: what earlier runs on its base have computed."""
     device = next(model.base.parameters()).device.type
     reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
+    if reason is None and model.targets.saved:
+        reason = "layers of the body train in full (adapter.modules_to_save)"
     if reason is not None:
         return {"packed tokens": reason, "frozen prefix": reason}
     encoder = PackedEncoder(model, shared)

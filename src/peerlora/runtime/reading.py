@@ -1,0 +1,46 @@
+"""How the rows of a run were read, kept beside its models for those who use them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from peerlora.config.run import RunConfig
+from peerlora.errors import ModelError
+
+FILE = "peerlora.json"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The task, the columns of text and the most tokens of a row with which a model was trained."""
+
+    task: str
+    text: tuple[str, ...]
+    max_length: int
+
+    @staticmethod
+    def of(config: RunConfig) -> Reading:
+        """Return that of a run."""
+        return Reading(config.task.kind, tuple(config.data.text), config.data.max_length)
+
+    @staticmethod
+    def read(folder: Path) -> Reading | None:
+        """Return what `write` wrote; None where a folder has none.  Raises ModelError where it is damaged."""
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            found = Reading(str(tree["task"]), tuple(map(str, tree["text"])), int(tree["max_length"]))
+        except (ValueError, OSError, RecursionError, KeyError, TypeError) as error:
+            raise ModelError(f"{path} cannot be read ({error}); mend it, or remove it and give --text") from None
+        if not 1 <= len(found.text) <= 2 or not 1 <= found.max_length <= 1 << 20:
+            raise ModelError(f"{path}: one or two columns of text and at least one token expected; mend it")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``peerlora.json`` into a folder."""
+        tree = {"task": self.task, "text": list(self.text), "max_length": self.max_length}
+        (folder / FILE).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,277 @@
+"""``merge``, ``predict``, ``push`` and ``export --with-base``: what is done with a run's models."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from peerlora.config.loading import load_config
+from peerlora.data.sources import load_datasets
+from peerlora.lora.base_models import load_tokenizer
+from peerlora.runtime.compose import compose
+from peerlora.runtime.export import exporter_of, read_adapters
+
+README = Path(__file__).parents[2] / "README.md"
+CAUSAL = ("task.kind=causal-lm", "data.label=null")
+QUICK = ("train.rounds=1", "eval.every=1", "train.dtype=fp32", "train.lr=0.1")
+
+
+@pytest.fixture
+def finished(cli, yaml_file, tmp_path):
+    """A function that runs a federation and gives its folder."""
+
+    def run(*words, kind="bert", name="run"):
+        answer = cli("train", yaml_file(*QUICK, *words, kind=kind), "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def five_classes(tmp_path):
+    """Words of a config whose rows have five classes."""
+    path = tmp_path / "five.jsonl"
+    rows = [{"text": f"w{i % 40} w{i % 7}", "label": f"kind{i % 5}"} for i in range(50)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return (f"data.train=jsonl:{path}",)
+
+
+def shares_of(run, client=None):
+    """[row, class] what a client of a run (None: the average) says of its evaluation rows."""
+    config = load_config(run / "config.yaml")
+    federation, x = compose(config), read_adapters(run, exporter_of(run))
+    own = x.mean() if client is None else x.rows([client])
+    return torch.softmax(torch.from_numpy(federation.learner.logits(own, federation.eval_data, 7)[0]).double(), 1)
+
+
+def rows_of(run, tmp_path):
+    """A file with the texts of the evaluation rows, in their order."""
+    config = load_config(run / "config.yaml")
+    tokenizer = load_tokenizer(config.model.source)
+    _, evaluation = load_datasets(config, tokenizer, cache=None)
+    texts = [
+        " ".join(tokenizer.convert_ids_to_tokens(evaluation.ids[a + 1 : b - 1].tolist()))
+        for a, b in zip(evaluation.starts[:-1], evaluation.starts[1:], strict=True)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def answers(cli, *words):
+    answer = cli("predict", *words)
+    assert answer.code == 0, answer.err
+    return [json.loads(line) for line in answer.out.splitlines()]
+
+
+@pytest.mark.parametrize("words", [(), ("adapter.init=pissa",), ("adapter.modules_to_save=[word_embeddings]",)])
+def test_merged_and_adapter_folders_answer_as_the_run_does(cli, finished, five_classes, tmp_path, words):
+    run = finished(*five_classes, *words)
+    rows, expected = rows_of(run, tmp_path), shares_of(run, 2)
+    answer = cli("merge", run, "--client", "2", "--to", tmp_path / "model", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out) == {"run": str(run), "client": 2, "to": str(tmp_path / "model")}
+    names = [f"kind{i}" for i in range(5)]
+    for folder in (tmp_path / "model", run / "adapters" / "client-02"):
+        found = answers(cli, folder, "--rows", rows, "--batch", "3")
+        assert [each["row"] for each in found] == list(range(1, len(expected) + 1))
+        shares = np.array([[each["probabilities"][name] for name in names] for each in found])
+        assert np.abs(shares - expected.numpy()).max() < 1e-5
+        assert [each["label"] for each in found] == [names[i] for i in expected.argmax(1).tolist()]
+
+
+def test_the_average_merges_and_can_be_written_in_bf16(cli, finished, five_classes, tmp_path):
+    from safetensors.torch import load_file
+
+    run = finished(*five_classes)
+    rows, expected = rows_of(run, tmp_path), shares_of(run)
+    assert cli("merge", run, "--average", "--to", tmp_path / "half", "--dtype", "bf16").code == 0
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    found = answers(cli, tmp_path / "half", "--rows", rows)
+    shares = np.array([list(each["probabilities"].values()) for each in found])
+    assert np.abs(shares - expected.numpy()).max() < 0.05
+    assert "the average of all clients" in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_a_number_and_a_continuation_are_answers_too(cli, finished, tmp_path):
+    run = finished("task.kind=regression", "data.label=score")
+    rows = rows_of(run, tmp_path)
+    found = answers(cli, run / "adapters" / "average", "--rows", rows)
+    assert all(set(each) == {"row", "value"} for each in found) and found
+    run = finished(*CAUSAL, kind="llama", name="causal")
+    assert cli("merge", run, "--client", "0", "--to", tmp_path / "model").code == 0
+    whole = answers(cli, tmp_path / "model", "--rows", rows, "--new-tokens", "5")
+    adapter = answers(cli, run / "adapters" / "client-00", "--rows", rows, "--new-tokens", "5")
+    assert whole == adapter and all(len(each["answer"].split()) <= 5 for each in whole)
+    assert any(each["answer"] for each in whole)
+    far = answers(cli, tmp_path / "model", "--rows", rows, "--new-tokens", "5000")  # the model reads 40 tokens
+    assert all(len(each["answer"].split()) <= 40 for each in far)
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 " * 60}))
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "long.jsonl", "--max-length", "40")
+    assert answer.code == 2 and "leave no room for an answer" in answer.err
+
+
+def test_tied_weights_are_untied_where_a_head_is_adapted(cli, finished, tmp_path):
+    run = finished(*CAUSAL, "adapter.targets=[lm_head]", kind="gpt2")
+    rows = rows_of(run, tmp_path)
+    assert cli("merge", run, "--client", "1", "--to", tmp_path / "model").code == 0
+    assert not json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"]
+    assert answers(cli, tmp_path / "model", "--rows", rows) == answers(
+        cli, run / "adapters" / "client-01", "--rows", rows
+    )
+
+
+def test_answers_go_into_a_new_file(cli, finished, tmp_path):
+    run = finished()
+    rows, to = rows_of(run, tmp_path), tmp_path / "answers.jsonl"
+    answer = cli("predict", run / "adapters" / "average", "--rows", rows, "--to", to, "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["rows"] == len(to.read_text().splitlines()) > 0
+    assert cli("predict", run / "adapters" / "average", "--rows", rows, "--to", to).code == 2
+
+
+def test_pipelines_and_peft_load_an_adapter_with_its_base(cli, finished, five_classes, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import pipeline
+
+    run = finished(*five_classes)
+    expected = shares_of(run, 1)
+    answer = cli("export", run, "--client", "1", "--to", tmp_path / "adapter", "--with-base")
+    assert answer.code == 0, answer.err
+    texts = [json.loads(line)["text"] for line in rows_of(run, tmp_path).read_text().splitlines()]
+    monkeypatch.chdir("/")
+    found = pipeline("text-classification", model=str(tmp_path / "adapter"))(texts)
+    assert [each["label"] for each in found] == [f"kind{i}" for i in expected.argmax(1).tolist()]
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.id2label == {i: f"kind{i}" for i in range(5)}
+    assert answers(cli, tmp_path / "adapter", "--rows", tmp_path / "rows.jsonl")[0]["label"] == found[0]["label"]
+
+
+def test_the_snippets_of_the_readme_run_with_five_classes(cli, finished, five_classes, tmp_path, monkeypatch):
+    text = README.read_text(encoding="utf-8")
+    part = text[text.index("## Using an adapter") : text.index("## Limits")]
+    whole, adapter = re.findall(r"```python\n(.*?)```", part, flags=re.S)
+    run = finished(*five_classes)
+    assert cli("merge", run, "--average", "--to", tmp_path / "model").code == 0
+    assert cli("export", run, "--average", "--to", tmp_path / "adapter").code == 0
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(whole, scope)
+    exec(adapter, scope)
+    with torch.no_grad():
+        logits = scope["model"](**scope["tokenizer"](["w1 w2"], return_tensors="pt")).logits
+    answered = scope["pipeline"]("text-classification", model="model")("w1 w2")[0]["label"]
+    assert answered == scope["model"].config.id2label[int(logits.argmax())] and logits.shape == (1, 5)
+
+
+def test_a_folder_without_the_projects_notes_asks_for_its_columns(cli, finished, tmp_path):
+    run = finished()
+    rows, folder = rows_of(run, tmp_path), tmp_path / "foreign"
+    shutil.copytree(run / "adapters" / "average", folder)
+    known = answers(cli, folder, "--rows", rows)
+    (folder / "peerlora.json").unlink()
+    answer = cli("predict", folder, "--rows", rows)
+    assert answer.code == 2 and "give --text NAME" in answer.err
+    assert answers(cli, folder, "--rows", rows, "--text", "text", "--max-length", "12") == known
+    (folder / "labels.json").unlink()
+    unnamed = answers(cli, folder, "--rows", rows, "--text", "text")
+    assert set(unnamed[0]["probabilities"]) == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "[]", '{"task": "classification"}', '{"task": "x", "text": [], "max_length": 3}']
+)
+def test_damaged_notes_are_told(cli, finished, tmp_path, content):
+    run = finished()
+    (run / "adapters" / "average" / "peerlora.json").write_text(content)
+    answer = cli("predict", run / "adapters" / "average", "--rows", rows_of(run, tmp_path))
+    assert answer.code == 2 and "peerlora.json" in answer.err and "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["merge", "RUN", "--to", "NEW"], "merge needs exactly one of --client I and --average"),
+        (["merge", "RUN", "--client", "9", "--to", "NEW"], "has clients 0 to 3"),
+        (["merge", "RUN", "--average", "--to", "RUN"], "is not empty"),
+        (["merge", "RUN", "--average", "--to", "NEW", "--dtype", "int8"], "expected one of fp32, bf16, fp16"),
+        (["merge", "NEW", "--average", "--to", "OTHER"], "is not a run folder"),
+        (["predict", "NEW", "--rows", "x.csv"], "holds neither config.json nor adapter_config.json"),
+        (["predict", "RUN/adapters/average", "--rows", "nowhere.csv"], "file does not exist"),
+        (["predict", "RUN/adapters/average", "--rows", "RUN/rows.jsonl", "--text", "other"], "no column 'other'"),
+        (["predict", "RUN/adapters/average", "--rows", "RUN/rows.jsonl", "--text", "n"], "expected text"),
+    ],
+)
+def test_bad_words_give_one_message(cli, finished, tmp_path, words, told):
+    run = finished()
+    (run / "rows.jsonl").write_text('{"text": "w1", "n": 1}')
+    places = {"NEW": str(tmp_path / "new"), "OTHER": str(tmp_path / "other")}
+    answer = cli(*(places.get(word, word.replace("RUN", str(run))) for word in words))
+    assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.making").exists()
+
+
+# --- push
+
+
+def test_a_dry_run_tells_the_files_and_sends_nothing(cli, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    run = finished()
+    assert cli("merge", run, "--average", "--to", tmp_path / "model").code == 0
+    (tmp_path / "model" / "notes.py").write_text("private")
+    answer = cli("push", tmp_path / "model", "me/model", "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "model.safetensors" in answer.out and "notes.py" not in answer.out and "nothing was sent" in answer.out
+
+
+def test_an_upload_names_the_base_and_leaves_the_folder_alone(cli, finished, monkeypatch):
+    run, seen = finished(), {}
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            seen.update(repo=repo, private=private)
+
+        def upload_folder(self, folder_path, repo_id, commit_message):
+            seen["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            return type("Commit", (), {"commit_url": "https://hub/me/adapter/commit/1"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    folder = run / "adapters" / "average"
+    before = (folder / "adapter_config.json").read_bytes()
+    answer = cli("push", folder, "me/adapter", "--base", "owner/base", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["commit"].endswith("commit/1")
+    assert seen["repo"] == "me/adapter" and seen["private"] is True
+    assert json.loads(seen["files"]["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
+    assert b'"base_model": "owner/base"' in seen["files"]["README.md"]
+    assert seen["files"].keys() >= {"adapter_model.safetensors", "tokenizer.json", "labels.json", "peerlora.json"}
+    assert (folder / "adapter_config.json").read_bytes() == before
+
+
+def test_offline_is_one_message(cli, finished, tmp_path):
+    run = finished()
+    assert cli("merge", run, "--average", "--to", tmp_path / "model").code == 0
+    answer = cli("push", tmp_path / "model", "me/model")  # HF_HUB_OFFLINE is set
+    assert answer.code == 2 and "me/model cannot be written" in answer.err and "--dry-run" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["FOLDER", "no-owner"], "expected OWNER/NAME"),
+        (["FOLDER", "me/x", "--base", "../x"], "--base is '../x'; expected OWNER/NAME"),
+        (["FOLDER", "me/x"], "which others cannot load; give --base OWNER/NAME"),
+        (["RUN", "me/x"], "holds neither config.json nor adapter_config.json"),
+    ],
+)
+def test_uploads_that_nobody_could_use_are_refused(cli, finished, words, told):
+    run = finished()
+    places = {"FOLDER": str(run / "adapters" / "average"), "RUN": str(run)}
+    answer = cli("push", *(places.get(word, word) for word in words), "--dry-run")
+    assert answer.code == 2 and told in answer.err

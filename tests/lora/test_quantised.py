@@ -1,0 +1,122 @@
+"""A base in 8 or 4 bits under the clients' adapters, against PEFT on the same quantised base."""
+
+import json
+
+import pytest
+import torch
+from peft_folders import export, trained
+
+from peerlora.data.batches import collate
+from peerlora.environment import EXTRAS
+from peerlora.errors import CompositionError, ExtraMissing, ModelError, Stopped
+from peerlora.lora.base_models import Storage, load_base
+from peerlora.runtime.compose import compose
+from peerlora.runtime.simulate import resume, simulate
+
+FP32 = "train.dtype=fp32"
+
+
+@pytest.fixture
+def needs_bitsandbytes():
+    pytest.importorskip("bitsandbytes")
+
+
+def logits_of(federation, x, client):
+    batch = collate(federation.eval_data, [torch.arange(6).numpy()], 0, x.flat.dtype)
+    with torch.no_grad():
+        federation.model.bind_adapters(x.rows([client]))
+        return federation.model(batch.inputs), batch.inputs
+
+
+@pytest.mark.usefixtures("needs_bitsandbytes")
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_logits_are_those_of_peft_on_the_same_base(config, tmp_path, kind, quantize):
+    from peft import PeftModel
+
+    federation = compose(config(kind, FP32, f"model.quantize={quantize}"))
+    x = trained(federation)
+    export(federation, tmp_path, x, 1)
+    settings = federation.config
+    names = federation.train_data.names
+    base = load_base(settings.model.source, "classification", names, 0, 0, torch.float32, Storage(quantize)).model
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    ours, inputs = logits_of(federation, x, 1)
+    with torch.no_grad():
+        theirs = loaded(**inputs).logits
+    assert (ours - theirs).abs().max() < 2e-5 * float(theirs.abs().max().clamp_min(1))
+    whole = compose(config(kind, FP32))
+    other, _ = logits_of(whole, x, 1)
+    assert 1e-4 < (ours - other).abs().max() < 3 * float(other.abs().max())
+    assert federation.base_digest != whole.base_digest
+
+
+@pytest.mark.usefixtures("needs_bitsandbytes")
+@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")])
+def test_clients_train_together_as_each_would_alone(config, quantize, dtype):
+    words = [f"train.dtype={dtype}", f"model.quantize={quantize}", "algorithm.name=local"]
+    results, losses = [], []
+    for block in ("null", "1"):
+        federation = compose(config("bert", *words, f"train.block={block}"))
+        x = federation.start
+        for t in range(3):
+            with federation.learner.round(t) as stats:
+                x = federation.learner.fit(x, "AB")
+                losses.append(float(stats.losses.mean()))
+        results.append(x.flat)
+    assert (results[0] - federation.start.flat).abs().max() > 1e-3
+    assert torch.allclose(results[0], results[1], atol=1e-4 if dtype == "fp32" else 0.1)
+    reason = federation.paths["packed tokens"]
+    assert reason is not None and "bit" in reason
+
+
+@pytest.mark.usefixtures("needs_bitsandbytes", "no_reports")
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_stopped_run_goes_on_bit_by_bit(config, tmp_path, quantize):
+    settings = config("bert", FP32, f"model.quantize={quantize}", "train.rounds=2")
+    whole = simulate(settings, tmp_path / "whole", report=False)
+    with pytest.raises(Stopped):
+        simulate(settings, tmp_path / "run", report=False, stop=lambda: True)
+    assert torch.equal(resume(tmp_path / "run", report=False).adapters.flat, whole.adapters.flat)
+    named = json.loads((whole.run / "adapters" / "client-00" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == settings.model.source
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["algorithm.name=rac-lora"], "rac-lora merges into the base, and model.quantize=nf4"),
+        (["algorithm.name=flora"], "flora merges into the base"),
+        (["adapter.init=pissa"], "takes directions out of the base's weights"),
+        (["train.dtype=fp64"], "computes in fp32 or bf16"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(config, words, told):
+    with pytest.raises(CompositionError, match=told):
+        compose(config("bert", FP32, "model.quantize=nf4", *words))
+
+
+def test_a_missing_library_is_named(models, monkeypatch):
+    monkeypatch.setitem(EXTRAS, "quantize", ("no_such_module_here",))
+    with pytest.raises(ExtraMissing, match=r"needs no_such_module_here.*\[quantize\]"):
+        load_base(models("bert"), "classification", ("a", "b"), 0, 0, torch.float32, Storage("nf4"))
+
+
+def test_a_revision_is_of_a_hub_id_only(config):
+    with pytest.raises(ModelError, match="only a hub id has revisions"):
+        compose(config("bert", "model.revision=main"))
+
+
+def test_a_revision_reaches_the_hub_and_the_exported_folder(config, monkeypatch, models):
+    import transformers
+
+    asked = []
+
+    def from_pretrained(*place, **options):
+        asked.append((place, options.get("revision")))
+        raise OSError("offline")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelError, match="offline"):
+        compose(config("bert", "model.source=owner/name", "model.revision=v1.2"))
+    assert asked == [(("owner/name",), "v1.2")]
