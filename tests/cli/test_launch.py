@@ -187,6 +187,26 @@ def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
     assert refused.code == 2 and "give --client 1" in refused.err
 
 
+def known_to_each(folder):
+    """How many clients' adapters each of three peers on a path holds, and how old the oldest is, after each round."""
+    rounds = [select_events(read_events(folder / f"peer-{i:02d}"), RoundDone) for i in range(3)]
+    assert not any("relayed_refused" in done.measures for each in rounds for done in each)
+    if not any(done.missed for each in rounds for done in each):  # on a busy machine a peer may come late
+        assert [each[-1].measures["relayed_known_min"] for each in rounds] == [3, 3, 3]
+        assert [each[-1].measures["relayed_age_max"] for each in rounds] == [1, 0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_launched_federation_trains_on_from_what_its_peers_pass_on(cli, yaml_file, tmp_path):
+    settings = ["clients=3", "topology=path", "train.rounds=4", "algorithm.name=cached-dfl", "algorithm.weights=rows"]
+    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    summary = json.loads(answer.out.strip().splitlines()[-1])
+    assert summary["ok"] and "deployed" not in summary
+    known_to_each(tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file, tmp_path):
@@ -195,11 +215,7 @@ def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file
     assert answer.code == 0, answer.err
     summary = json.loads(answer.out.strip().splitlines()[-1])
     assert summary["deployed"] == "relayed" and summary["relayed_mean"] is not None
-    rounds = [select_events(read_events(tmp_path / "out" / f"peer-{i:02d}"), RoundDone) for i in range(3)]
-    if not any(done.missed for each in rounds for done in each):  # on a busy machine a peer may come late
-        assert [each[-1].measures["relayed_known_min"] for each in rounds] == [3, 3, 3]
-        assert [each[-1].measures["relayed_age_max"] for each in rounds] == [1, 0, 1]
-    assert not any("relayed_refused" in done.measures for each in rounds for done in each)
+    known_to_each(tmp_path / "out")
     exported = cli("export", tmp_path / "out" / "peer-02", "--client", "2", "--exact", "--to", tmp_path / "adapter")
     assert exported.code == 0, exported.err
 

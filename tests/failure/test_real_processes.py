@@ -110,9 +110,10 @@ def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(pro
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(processes):
+@pytest.mark.parametrize("relaying", ["exchange.relay={}", "algorithm.name=cached-dfl"])
+def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(processes, relaying):
     """Over gRPC every entry is signed; on a path the two ends know each other by the one between them alone."""
-    found = processes("train.rounds=40", "train.local_steps=40", "topology.kind=path", "exchange.relay={}")
+    found = processes("train.rounds=40", "train.local_steps=40", "topology.kind=path", relaying)
     kill_and_restart(found, 2)
     events = read_events(found.run("run", 2))
     assert len(select_events(events, Resumed)) == 1
