@@ -213,7 +213,7 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
         judged=[0, 1],
         costs=True,
     )
-    page = tmp_path / "docs/results/toy.md"
+    page = studies.PAGES / study.page
     page.parent.mkdir(parents=True)
     page.write_text("<!-- study-toy -->\n<!-- /study-toy -->\n")
     found = studies.conduct("toy", study, data)
