@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from peerlora.algorithms.salf import SALF
 from peerlora.exchange.attacks import alie_quantile
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.trials import plan_search, plan_trials
@@ -191,6 +193,9 @@ def test_stragglers_fit_the_virtual_budget(studies, data):
     assert rounds["dec-lora, deadline 6 s"] * 6.0 <= systems.BUDGET and rounds["alone"] == 100
     jobs = 5 * (systems.BUDGET / 5) + 5 * (systems.BUDGET / 50)
     assert rounds["ad-psgd"] == int(jobs / 10)
+    salf = SALF(depth="deadline", deadline=systems.CUT)
+    seconds = torch.tensor([1.0, systems.SLOW])
+    assert salf.in_time(systems.CUT, 3, seconds, 5).tolist() == [3, 2]  # head and two blocks; the slow lack one
 
 
 def test_list_counts_runs_and_rows(studies, data):
