@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from peerlora.experiments.measures import measure_run
 from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trials import Trial
+from study_costs import Look, follow, only_of
 
 PLACE = Path("bench/results/outcomes")
 
@@ -17,36 +21,50 @@ PLACE = Path("bench/results/outcomes")
 class OutcomeLines:
     """Keeps the outcomes of a study's finished runs, by their whole config without this machine's folders."""
 
-    def __init__(self, study: str, data: Path):
-        self.path, self.data = PLACE / f"{study}.jsonl", data
+    def __init__(self, study: str, data: Path, judged: Sequence[int] | None = None):
+        """``judged``: the clients whose scores are measured; null: all."""
+        self.path, self.data, self.judged = PLACE / f"{study}.jsonl", data, judged
         self._found: dict[str, Outcome] = {}
+        self._looks: dict[str, list[Look]] = {}
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
             kept = json.loads(line)
             self._found[kept["config"]] = Outcome(**kept["outcome"])
+            self._looks[kept["config"]] = [Look(**look) for look in kept.get("looks", ())]
+
+    def __len__(self) -> int:
+        """The finished runs."""
+        return len(self._found)
 
     def find(self, trial: Trial) -> Outcome | None:
         """Return the outcome of a run with this config, under the trial's own names."""
         kept = self._found.get(self._key(trial))
         return kept and restored(kept, trial)
 
+    def looks(self, trial: Trial) -> list[Look]:
+        """Return a finished run's evaluations by round; empty where it diverged, or an older line has none."""
+        return self._looks.get(self._key(trial), [])
+
     def keep(self, trial: Trial, outcome: Outcome) -> None:
         """Append a line, which is whole even if the next one is cut off."""
-        self._found[self._key(trial)] = outcome
+        key, events = self._key(trial), outcome.events
+        if self.judged is not None and events:
+            events = only_of(events, self.judged)
+            outcome = replace(outcome, measures=measure_run(events, trial.config))
+        self._found[key], self._looks[key] = replace(outcome, events=()), follow(events, trial.config)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"config": self._key(trial), "machine": machine(), "outcome": json.loads(outcome.to_json())}
+        line = {"config": key, "machine": machine(), "outcome": json.loads(outcome.to_json())}
+        line["looks"] = [asdict(look) for look in self._looks[key]]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _key(self, trial: Trial) -> str:
-        config = without_folder(trial.config.model_dump(mode="json"), self.data)
+        config = without_folder(without_folder(trial.config.model_dump(mode="json"), self.data), Path.cwd())
         config = {name: value for name, value in config.items() if name not in ("threads", "peer", "checkpoint")}
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def restored(outcome: Outcome, trial: Trial) -> Outcome:
     """The same outcome for a trial that names its axes otherwise."""
-    from dataclasses import replace
-
     return replace(outcome, setting=trial.setting, labels=trial.labels, folder=trial.folder)
 
 

@@ -1,96 +1,41 @@
-"""Grids of the studies whose rows share loss, schedule, memory and work, and differ in what the study is about.
-
-MiniLM with its upper two blocks adapted, ten clients with skewed labels, 5 steps x 8 rows a round.  Every row's rate is
-searched on rows set aside, with two seeds that are not reported, in a grid that grows until its best is inside.
-"""
+"""Studies of sparse graphs, alternating factors, methods, optimisers and momenta, whose rows are of equal work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Tree = dict[str, Any]
-ROUNDS, STEPS, BATCH, CLIENTS = 60, 5, 8, 10
-SEEDS, SEARCHED = [0, 1, 2, 3, 4], [100, 101]
-RATES = [2e-3, 4e-3, 8e-3]
-UPPER_BLOCKS = r".*layer\.[45]\..*(query|value)"
+from study_base import (
+    ALONE,
+    BATCH,
+    LEARNED,
+    RESULTS,
+    SGD_RATES,
+    STEPS,
+    Study,
+    Tree,
+    base,
+    grid,
+    learned,
+    named,
+    pooled,
+    row,
+    search,
+)
 
-BINARY = {"kind": "shares", "shares": [[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]], "counts": [3, 3, 4]}
-FOUR = {
-    "kind": "shares",
-    "shares": [[0.85, 0.05, 0.05, 0.05], [0.05, 0.85, 0.05, 0.05], [0.05, 0.05, 0.85, 0.05], [0.05, 0.05, 0.05, 0.85]],
-    "counts": [3, 3, 2, 2],
-}
-TASKS: dict[str, Tree] = {
-    "sst2": {"folder": "glue/sst2", "text": ["sentence"], "labels": ["negative", "positive"], "partition": BINARY},
-    "agnews": {
-        "folder": "extra/ag_news",
-        "text": ["text"],
-        "labels": ["World", "Sports", "Business", "Sci/Tech"],
-        "partition": FOUR,
-        "eval_per_class": 250,
-    },
-}
-LEARNED = {"schedule": "cosine", "optimizer_state": "keep", "label_prior": "uniform"}
-"""What the recipe sets for training."""
-RELAY: Tree = {"exchange": {"relay": {}}}
+COMPLETE: Tree = {"kind": "complete"}
+POOLED = "all data in one place"
 
 
-def base(task: str, data: Path, p: float = 0.02, rounds: int = ROUNDS) -> Tree:
-    """What the rows of one table have in common."""
-    about = TASKS[task]
-    rows = {
-        "train": f"parquet:{data / about['folder'] / 'train.parquet'}",
-        "eval": f"parquet:{data / about['folder'] / 'validation.parquet'}",
-        "text": about["text"],
-        "label": "label",
-        "max_length": 32,
-        "eval_per_class": about.get("eval_per_class"),
-    }
-    return {
-        "data": rows,
-        "task": {"labels": about["labels"]},
-        "partition": about["partition"],
-        "clients": CLIENTS,
-        "adapter": {"rank": 8, "alpha": 16, "targets": UPPER_BLOCKS},
-        "topology": {"kind": "random", "p": p},
-        "train": {"rounds": rounds, "local_steps": STEPS, "batch": BATCH},
-        "eval": {"every": rounds},
-        "checkpoint": {"every": rounds},
-        "threads": 1,
-    }
-
-
-def row(method: Any = "dec-lora", graph: Any = None, relay: bool = False, **train: Any) -> Tree:
-    """A change to the base: method, graph, settings of ``train``."""
-    change: Tree = {"algorithm": {"name": method} if isinstance(method, str) else method, "train": train}
-    if graph is not None:
-        change["topology"] = graph
-    return change | (RELAY if relay else {})
-
-
-def pooled(**train: Any) -> Tree:
-    """All data in one place: one client, whose steps take the batches of all."""
-    alone = {"clients": 1, "partition": {"kind": "iid"}, "topology": {"kind": "complete"}}
-    return row("local", batch=CLIENTS * BATCH, **train) | alone
-
-
-def search(task: str) -> Tree:
-    """Every row has a rate of its own."""
-    share = {"sst2": 500 / 67349, "agnews": 500 / 5934}[task]
-    each = ["algorithm.name", "algorithm.interval", "topology.kind", "topology.p", "clients"]
-    each += [f"train.{name}" for name in ("schedule", "optimizer_state", "label_prior", "batch")]
-    return {"rates": RATES, "seeds": SEARCHED, "holdout": share, "each": each, "grow": True, "ties": "common"}
-
-
-def sparse(task: str) -> Callable[[Path], Tree]:
+def sparse(task: str) -> Study:
     """From plain dec-lora to the recipe, one change at a time; then the recipe over other methods and graphs.
 
     60 rounds, 24,000 rows in all, in every row; "all data in one place" is one client whose steps take all batches.
     """
 
-    def grid(data: Path) -> Tree:
+    def parts(data: Path) -> list[Tree]:
         prior = {"label_prior": "uniform"}
         systems = {
             "dec-lora": row(),
@@ -102,20 +47,13 @@ def sparse(task: str) -> Callable[[Path], Tree]:
             "recipe, adf-lora T = 5": row({"name": "adf-lora", "interval": 5}, relay=True, **LEARNED),
             "recipe, p = 0.01": row(graph={"kind": "random", "p": 0.01}, relay=True, **LEARNED),
             "recipe, p = 0.1": row(graph={"kind": "random", "p": 0.1}, relay=True, **LEARNED),
-            "recipe, complete graph": row(graph={"kind": "complete"}, **LEARNED),
-            "all data in one place": pooled(**LEARNED),
-            "all data in one place, constant rate": pooled(**{**LEARNED, "schedule": "constant"}),
+            "recipe, complete graph": row(graph=COMPLETE, **LEARNED),
+            POOLED: pooled(**LEARNED),
+            f"{POOLED}, constant rate": pooled(**{**LEARNED, "schedule": "constant"}),
         }
-        return {
-            "base": base(task, data),
-            "axes": {"system": systems},
-            "seeds": SEEDS,
-            "baseline": {"system": "all data in one place"},
-            "search": search(task),
-            "share_prefix": True,
-        }
+        return [grid(task, base(task, data), systems) | {"search": search(task)}]
 
-    return grid
+    return Study(parts, "sparse.md", {"system": POOLED})
 
 
 GRAPHS: dict[str, Any] = {
@@ -130,10 +68,10 @@ FACTORS: dict[str, Any] = {"dec-lora": "dec-lora", **ADF, "ffa-lora": "ffa-lora"
 BUDGETS = (24, 48, 96)
 
 
-def alternating(rounds: int, schedule: str) -> Callable[[Path], Tree]:
+def alternating(rounds: int, schedule: str) -> Study:
     """Whether alternating factors helps: every graph and method at one budget and schedule, each at its best rate."""
 
-    def grid(data: Path) -> Tree:
+    def parts(data: Path) -> list[Tree]:
         chosen = {"p = 0.1": 2, "ring": 3}
         systems = {}
         for graph, topology in GRAPHS.items():
@@ -142,22 +80,142 @@ def alternating(rounds: int, schedule: str) -> Callable[[Path], Tree]:
                 methods[f"tad-lora (T = {chosen[graph]})"] = {"name": "adf-lora", "interval": chosen[graph]}
             for name, method in methods.items():
                 systems[f"{graph}: {name}"] = row(method, topology, **{**LEARNED, "schedule": schedule})
-        return {
-            "base": base("sst2", data, rounds=rounds),
-            "axes": {"system": systems},
-            "seeds": SEEDS,
-            "search": search("sst2"),
-            "share_prefix": True,
+        return [grid("sst2", base("sst2", data, rounds=rounds), systems) | {"search": search("sst2")}]
+
+    return Study(parts, "alternating.md", {"method": "dec-lora"}, split=("graph", "method"))
+
+
+LORA_METHODS: dict[str, Any] = {
+    ALONE: "local",
+    "dec-lora (= fedit)": "dec-lora",
+    "adf-lora, T = 1": {"name": "adf-lora", "interval": 1},
+    "adf-lora, T = 5": {"name": "adf-lora", "interval": 5},
+    "decaf (= flexlora)": "decaf",
+    **{
+        name: name
+        for name in (
+            "tad-lora", "rolora", "ffa-lora", "fedsa-lora", "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "flora",
+            "fedex-lora", "fedhl",
+        )
+    },
+}  # fmt: skip
+"""On graphs without a server fedit is dec-lora, and with equal ranks flexlora is decaf."""
+METHOD_ROUNDS = 48
+
+
+def methods(graph: str, names: Mapping[str, Any]) -> Study:
+    """Every LoRA method on one graph, 48 rounds; where a method can't keep its optimiser's memory its label says so."""
+
+    def parts(data: Path) -> list[Tree]:
+        common = base("sst2", data, rounds=METHOD_ROUNDS)
+        topology = {"kind": "ring", "weights": "laplacian"} if graph == "drift" else GRAPHS[graph]
+        systems = {named(label, method): learned(method) for label, method in names.items()}
+        return [grid("sst2", common | {"topology": topology}, systems)]
+
+    return Study(parts, "lora-methods.md", {"system": next(name for name in names if name.startswith("dec-lora"))})
+
+
+MERGING: dict[str, Any] = {
+    "dec-lora": "dec-lora",
+    "flora": "flora",
+    "fedex-lora": "fedex-lora",
+    "rac-lora": "rac-lora",
+    "rac-lora, mix_merged": {"name": "rac-lora", "mix_merged": True},
+}
+"""What is merged is never mixed again, and differences grow along negative eigenvalues of W (docs/methods.md), which
+the ring of ``drift`` does not have; dec-lora shows what else these weights change."""
+
+
+def optimisers(p: float | None) -> Study:
+    """The second gap: why even the complete graph is behind all data in one place; ``p``: null, the complete graph.
+
+    60 rounds x 5 steps x 8 rows a client in every row, in other portions where the label says so.
+    """
+
+    def parts(data: Path) -> list[Tree]:
+        adamw = {
+            "batch 8": learned(),
+            "batch 16, half the steps": learned(rounds=75, local_steps=2, batch=2 * BATCH),
+            "batch 40, 1 step a round": learned(local_steps=1, batch=STEPS * BATCH),
+            named("decaf", "decaf"): learned("decaf"),
+            "adf-lora, T = 1": learned(ADF["adf-lora, T = 1"]),
+            "rank 4": learned() | {"adapter": {"rank": 4, "alpha": 8}},
+            "rank 16": learned() | {"adapter": {"rank": 16, "alpha": 32}},
+            "warm-up 0.1": learned(warmup=0.1),
+            "qg-adam": learned("qg-adam"),
+            "noloco": learned("noloco"),
+            POOLED: pooled(**LEARNED),
         }
+        if p is None:  # on a rare graph five times the rounds are five times the contacts, so another question
+            adamw["batch 8, 1 step a round"] = learned(rounds=300, local_steps=1)
+        momentum = {"optimizer": "sgd", "momentum": 0.9}
+        sgd = {"sgd, momentum 0.9": learned(**momentum), f"{POOLED}, sgd, momentum 0.9": pooled(**LEARNED, **momentum)}
+        common = base("sst2", data)
+        common["topology"] = COMPLETE if p is None else {"kind": "random", "p": p}
+        return [grid("sst2", common, adamw), grid("sst2", common, sgd, SGD_RATES)]
 
-    return grid
+    return Study(parts, "optimisers.md", {"system": POOLED})
 
 
-STUDIES: dict[str, Callable[[Path], Tree]] = {
-    **{f"sparse-{task}": sparse(task) for task in TASKS},
+MOMENTA = ("dec-lora", "qg-adam", "noloco")
+"""Methods whose rates are AdamW's."""
+SGD_MOMENTA = ("qg-dsgdm",)
+
+
+def momenta(data: Path) -> list[Tree]:
+    """Momentum that saw the mixing, and outer steps, at p = 0.02 with the recipe's training, not relayed."""
+    common = base("sst2", data)
+    return [
+        grid("sst2", common, {name: learned(name) for name in MOMENTA}),
+        grid("sst2", common, {name: learned(name) for name in SGD_MOMENTA}, SGD_RATES),
+    ]
+
+
+PAPER = {name: method for name, method in FACTORS.items() if name != "adf-lora, T = 10"}
+PAPER_SEEDS = [0]
+
+
+def paper_budget(p: float, rates: Mapping[str, float]) -> Study:
+    """The papers' own budget, 150 rounds x 20 steps x 32 rows, head frozen; ``rates``: by row, none is searched.
+
+    What ``rates`` lacks is taken from the study alternating-96-cosine, at the same p.
+    """
+
+    def parts(data: Path) -> list[Tree]:
+        missing = [name for name in PAPER if name not in rates]
+        known = {**found_rates("alternating-96-cosine", f"p = {p:g}", missing), **rates}
+        common = base("sst2", data, p, rounds=150)
+        common["train"] |= {"local_steps": 20, "batch": 32}
+        common["adapter"] |= {"head": "frozen"}
+        systems = {name: row(method, **LEARNED, lr=known[name]) for name, method in PAPER.items()}
+        return [{"base": common, "axes": {"system": systems}, "seeds": PAPER_SEEDS, "share_prefix": True}]
+
+    return Study(parts, "alternating.md", {"system": "dec-lora"})
+
+
+def found_rates(study: str, graph: str, rows: Sequence[str]) -> dict[str, float]:
+    """Read the rates that a finished study took on a graph; SystemExit with what to do where it has not been run."""
+    path = RESULTS / f"study-{study}.json"
+    if not rows:
+        return {}
+    if not path.is_file():
+        raise SystemExit(f"no rates for {', '.join(rows)}: run the study {study} first, or give --rate 'ROW=RATE' each")
+    found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    known = {each["labels"]["method"]: each["rate"] for each in found if each["labels"]["graph"] == graph}
+    return {name: known[name] for name in rows}
+
+
+STUDIES: dict[str, Study] = {
+    **{f"sparse-{task}": sparse(task) for task in ("sst2", "agnews")},
     **{
         f"alternating-{rounds}-{schedule}": alternating(rounds, schedule)
         for rounds in BUDGETS
         for schedule in ("constant", "cosine")
     },
+    "methods": methods("p = 0.1", LORA_METHODS),
+    "methods-ring": methods("ring", LORA_METHODS),
+    "drift": methods("drift", MERGING),
+    "optimisers": optimisers(None),
+    "optimisers-sparse": optimisers(0.02),
+    "momenta": Study(momenta, "optimisers.md", {"system": "dec-lora"}),
 }

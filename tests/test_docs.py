@@ -120,10 +120,9 @@ def test_source_files_that_pages_and_comments_name_exist():
 
 def test_every_harness_finds_the_markers_that_it_writes_between():
     import studies
-    import systems
 
-    places = [(studies.page(study), f"study-{study}") for study in studies.STUDIES]
-    places += [(systems.PAGES / "hard-federations.md", f"system-{name}") for name in systems.CONDITIONS]
+    places = [(studies.PAGES / study.page, f"study-{name}") for name, study in studies.STUDIES.items()]
+    places += [(studies.PAGES / "studies.md", "study-list")]
     for path in (ROOT / "bench").glob("*.py"):
         places += re.findall(r'insert\(Path\("([^"]+)"\), "([\w-]+)"', path.read_text(encoding="utf-8"))
     assert len(places) >= 20

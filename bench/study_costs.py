@@ -1,0 +1,123 @@
+"""The comparison of runs at equal cost: their evaluations with bytes and virtual seconds, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from peerlora.algorithms import method_class
+from peerlora.config.run import RunConfig
+from peerlora.experiments.statistics import pair_differences
+from peerlora.experiments.tables import format_difference
+from peerlora.runs.events import Evaluated, Event, RoundDone
+from peerlora.runs.metrics import evaluations, select_events
+
+UPLINK = 1e6
+"""Bytes a virtual second of every client, where a run has no clock; a gradient of a minibatch then takes 1 s."""
+SLACK = 1.05
+"""Of a budget: so much may be spent, for runs do not end on the byte."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One evaluation after training began, and what the run had spent by then."""
+
+    round: int
+    bytes: float
+    """Of all clients."""
+    seconds: float
+    """Virtual."""
+    mean: float
+    """Over clients."""
+    worst: float
+
+
+def follow(events: Sequence[Event], config: RunConfig) -> list[Look]:
+    """Make the looks of a finished run; a score is higher where it is better."""
+    done = select_events(events, RoundDone)
+    sent = [0.0, *accumulate(float(each.bytes_sent) for each in done)]
+    found = []
+    for score in evaluations(events):
+        own = np.array(score.own)
+        if score.round and not np.isnan(own).all():
+            seconds = score.virtual_seconds if config.clock else uniform_seconds(config, score.round, sent[score.round])
+            spent = (score.round, sent[score.round], seconds)
+            found.append(Look(*spent, float(np.nanmean(own)), float(np.nanmin(own))))
+    return found
+
+
+def uniform_seconds(config: RunConfig, rounds: int, sent: float) -> float:
+    """Return the virtual seconds that a clock of equal clients would have counted, an upload being the mean of all.
+
+    A clock that waits for all changes no bit of a run, so it need not have been there.
+    """
+    gradients = method_class(config.algorithm.name).traits.gradients
+    return rounds * config.train.local_steps * gradients + sent / config.clients / UPLINK
+
+
+def only_of(events: Sequence[Event], clients: Sequence[int]) -> list[Event]:
+    """Return a run's events with the scores of these clients only."""
+    return [_of_clients(each, clients) if isinstance(each, Evaluated) else each for each in events]
+
+
+def _of_clients(score: Evaluated, clients: Sequence[int]) -> Evaluated:
+    lists = {name: getattr(score, name) for name in ("own", "own_loss", "relayed", "relayed_loss")}
+    return replace(score, **{name: [values[i] for i in clients] for name, values in lists.items() if values})
+
+
+def last_within(looks: Sequence[Look], seconds: float = float("inf"), sent: float = float("inf")) -> Look | None:
+    """Return the last look that a budget allows; None where there is none."""
+    return next((look for look in reversed(looks) if look.seconds <= seconds and look.bytes <= sent), None)
+
+
+Runs = Mapping[str, Mapping[int, Sequence[Look]]]
+"""Row -> seed -> looks, of the runs that ended."""
+
+
+def cost_table(runs: Runs, baseline: str) -> str:
+    """Write mean and worst client at the end, at the fewest bytes that any row sent, and at the baseline's time."""
+    seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
+    least = {seed: SLACK * min(own[seed][-1].bytes for own in runs.values() if own[seed][-1].bytes) for seed in seeds}
+    limit = {seed: SLACK * runs[baseline][seed][-1].seconds for seed in seeds}
+    in_time = {row: {seed: last_within(own[seed], seconds=limit[seed]) for seed in seeds} for row, own in runs.items()}
+    head = ["system", "rounds", "virtual s", "sent, MB", "mean (worst) client at its end", "at the fewest bytes"]
+    head += [f"at the virtual time of {baseline}", "difference then"]
+    lines = [head, ["---"] * len(head)]
+    for row, own in runs.items():
+        ends = [own[seed][-1] for seed in seeds]
+        spent = [str(ends[0].round), _mean([end.seconds for end in ends], 1), _mean([end.bytes for end in ends], 1e6)]
+        bought = [last_within(own[seed], sent=least[seed]) for seed in seeds]
+        scores = [_told(ends), _told(bought), _told(list(in_time[row].values()))]
+        lines.append([row, *spent, *scores, _difference(in_time[row], in_time[baseline])])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\nAt equal cost, over seeds {', '.join(map(str, seeds))}: {NOTE}\n"
+
+
+NOTE = (
+    f"the last evaluation before a run had spent the budget ({SLACK - 1:.0%} more allowed); '–': none by then. A rate "
+    "that falls has not fallen to its end at such an evaluation, so a run whose own rounds fill the budget has an "
+    "advantage. In brackets behind a difference the 95 % t interval, paired by seed and not corrected for the rows."
+)
+
+
+def _mean(values: Sequence[float], unit: float) -> str:
+    return f"{np.mean(values) / unit:.{0 if unit == 1 else 2}f}"
+
+
+def _told(looks: Sequence[Look | None]) -> str:
+    known = [look for look in looks if look is not None]
+    if not known or len(known) < len(looks):
+        return "–"
+    means = [look.mean for look in known]
+    spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+    return f"{np.mean(means):.3f}{spread} ({np.mean([look.worst for look in known]):.3f})"
+
+
+def _difference(own: Mapping[int, Look | None], base: Mapping[int, Look | None]) -> str:
+    if own is base:
+        return "baseline"
+    scores = [{seed: look.mean for seed, look in side.items() if look is not None} for side in (own, base)]
+    return format_difference(pair_differences(*scores))

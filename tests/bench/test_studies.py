@@ -1,0 +1,208 @@
+"""The studies of docs/results: every grid runs, and rows of a table share what the table is not about."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from peerlora.algorithms.salf import SALF
+from peerlora.exchange.attacks import alie_quantile
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.trials import plan_search, plan_trials
+from peerlora.runtime.plan import plan
+
+BENCH = Path(__file__).parents[2] / "bench"
+RATES = {name: 1e-3 for name in ("dec-lora", "adf-lora, T = 1", "adf-lora, T = 5", "ffa-lora", "rolora")}
+ABOUT_TRAINING = ("sparse-", "label-prior")
+"""Studies whose rows differ in loss, schedule or memory on purpose."""
+
+
+def load(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    return load(monkeypatch, "studies")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Tiny parquet files of every task, large enough for every client to find its labels."""
+    folder, draw = tmp_path_factory.mktemp("glue"), np.random.default_rng(0)
+    tables = {
+        "glue/sst2": (["sentence"], 2),
+        "glue/qnli": (["question", "sentence"], 2),
+        "glue/qqp": (["question1", "question2"], 2),
+        "extra/ag_news": (["text"], 4),
+    }
+    for place, (columns, labels) in tables.items():
+        (folder / place).mkdir(parents=True)
+        for split in ("train", "validation"):
+            texts = {column: [f"{column} {i}" for i in range(12000)] for column in columns}
+            marks = draw.integers(labels, size=12000).astype("int64")
+            pq.write_table(pa.table({**texts, "label": marks}), folder / place / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def data(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return files
+
+
+def every_study(studies):
+    papers = {name: studies.study_grids.paper_budget(p, RATES) for name, p in studies.PAPER.items()}
+    return {**studies.STUDIES, **papers}
+
+
+def reported(study, data):
+    """Label of a row -> its config, of one seed."""
+    trials = [trial for tree in study.parts(data) for trial in plan_trials(load_grid(tree)).trials]
+    return {trial.setting: trial.config for trial in trials}
+
+
+NAMES = (
+    *("sparse-sst2", "sparse-agnews", "methods", "methods-ring", "drift", "optimisers", "optimisers-sparse", "momenta"),
+    *(f"alternating-{rounds}-{schedule}" for rounds in (24, 48, 96) for schedule in ("constant", "cosine")),
+    *("paper-budget", "paper-budget-sparse", "label-skew", "label-skew-sgd", "stragglers", "attackers", "compression"),
+    *("strangers", "qnli", "qqp", "dtype", "label-prior", "label-prior-uneven", "label-prior-agnews"),
+)
+
+
+def test_the_names_below_are_all_studies(studies):
+    assert set(NAMES) == studies.STUDIES.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_cell_of_a_study_is_refused(name, studies, data):
+    study = every_study(studies)[name]
+    study.prepare(data)
+    for tree in study.parts(data):
+        rows = tree["axes"].get("system", {})
+        tuned = {row: each for row, each in (study.tuned or {}).items() if row in rows}
+        assert tuned.keys() == (study.tuned or {}).keys()
+        grids = [tree, *(studies.tuning_grid(tree, row, each.setting, each.values) for row, each in tuned.items())]
+        for grid in map(load_grid, grids):
+            assert not {*grid.seeds} & {*grid.search.seeds} or not grid.search.rates
+            for planned in (plan_trials(grid), plan_search(grid)):
+                assert not planned.refused
+                seen = {trial.setting: trial for trial in planned.trials}  # one seed of each row
+                for trial in seen.values():
+                    plan(trial.config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
+    study = every_study(studies)[name]
+    rows = reported(study, data)
+    assert len(rows) > 1
+    for label, config in rows.items():
+        fresh = config.train.optimizer_state == "round"
+        assert fresh == ("(fresh memory)" in label) or name.startswith("sparse")
+    if not name.startswith(ABOUT_TRAINING):
+        assert {config.train.label_prior for config in rows.values()} == {"uniform"}
+        assert len({config.train.schedule for config in rows.values()}) == 1
+        assert len({config.seed for config in rows.values()}) == 1
+    if name != "stragglers":  # there the budget is virtual time
+        assert len({studies.training_rows(config) for config in rows.values()}) == 1
+    assert len({config.train.optimizer for config in rows.values()}) == 1 or name.startswith(("optimisers", "momenta"))
+    searched = [load_grid(tree).search for tree in study.parts(data)]
+    assert all(search.grow and search.ties == "common" for search in searched if search.rates)
+    assert all(bool(search.rates) != name.startswith("paper") for search in searched)
+    assert len({config.data.eval for config in rows.values()}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_baseline_of_a_study_is_one_of_its_rows(name, studies, data):
+    study = every_study(studies)[name]
+    labels = [trial.labels for tree in study.parts(data) for trial in plan_trials(load_grid(tree)).trials]
+    labels = [studies.split_labels(study, each) for each in labels]
+    (axis, label), *_ = study.baseline.items()
+    assert any(each[axis] == label for each in labels)
+    assert not study.costs or axis == "system"
+
+
+def test_every_row_has_a_rate_of_its_own(studies, data):
+    for name in ("label-skew-sgd", "stragglers", "attackers", "optimisers", "compression", "methods"):
+        for tree in every_study(studies)[name].parts(data):
+            groups = {trial.setting for trial in plan_search(load_grid(tree)).trials}
+            assert groups == set(tree["axes"]["system"]), name
+
+
+def test_budgets_are_what_the_pages_say(studies, data):
+    known = {name: every_study(studies)[name] for name in ("sparse-sst2", "methods", "paper-budget", "label-skew-sgd")}
+    rows = {name: studies.training_rows(next(iter(reported(study, data).values()))) for name, study in known.items()}
+    expected = {"sparse-sst2": 24_000, "methods": 19_200, "paper-budget": 960_000, "label-skew-sgd": 38_400}
+    assert rows == expected
+    paper = reported(known["paper-budget"], data)
+    assert all(config.adapter.head == "frozen" for config in paper.values())
+    assert {label: config.train.lr for label, config in paper.items()} == RATES
+    optimisers = reported(studies.STUDIES["optimisers"], data)
+    steps = {label: config.train.rounds * config.train.local_steps for label, config in optimisers.items()}
+    assert steps["batch 16, half the steps"] * 2 == steps["batch 8"] == steps["batch 8, 1 step a round"]
+
+
+def test_paper_budget_takes_the_rates_of_the_study_before_it(studies, data, tmp_path):
+    study = studies.study_grids.paper_budget(0.1, {"dec-lora": 7e-3})
+    with pytest.raises(SystemExit, match="run the study alternating-96-cosine first"):
+        study.parts(data)
+    rows = [
+        {"labels": {"graph": graph, "method": method}, "rate": rate}
+        for graph, rate in (("p = 0.1", 3e-3), ("p = 0.02", 9e-3))
+        for method in RATES
+    ]
+    (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/study-alternating-96-cosine.json").write_text(json.dumps({"rows": rows}))
+    rates = {label: config.train.lr for label, config in reported(study, data).items()}
+    assert rates == {**dict.fromkeys(RATES, 3e-3), "dec-lora": 7e-3}
+    assert studies.given_rates(["adf-lora, T = 1=0.004"]) == {"adf-lora, T = 1": 0.004}
+    for wrong in ("dec-lora", "dec-lora=fast", "dec-lora=-1", "local=0.1"):
+        with pytest.raises(SystemExit, match="expected ROW=RATE"):
+            studies.given_rates([wrong])
+
+
+def test_alie_attacks(studies):
+    assert alie_quantile(10, studies.study_systems.ATTACKING) > 0 >= alie_quantile(10, 2)
+
+
+def test_strangers_hold_news_under_random_labels(studies, data):
+    systems = studies.study_systems
+    systems.write_strangers(data)
+    table = pq.read_table(systems.strangers_file()).to_pandas()
+    assert table["client"].value_counts().to_dict() == dict.fromkeys(range(10), 1000)
+    news = table["sentence"].str.startswith("text")
+    assert set(table["client"][news]) == set(systems.STRANGERS)
+    share = table.groupby("client")["label"].mean()
+    assert share[0] == pytest.approx(0.1) and share[3] == pytest.approx(0.9) and share[6] == 0.5
+    assert all(0.4 < share[client] < 0.6 for client in systems.STRANGERS)
+    assert set(systems.OWN_CLIENTS) | set(systems.STRANGERS) == set(range(10))
+
+
+def test_stragglers_fit_the_virtual_budget(studies, data):
+    systems = studies.study_systems
+    rows = reported(studies.STUDIES["stragglers"], data)
+    rounds = {label: config.train.rounds for label, config in rows.items()}
+    assert rounds["dec-lora, waits"] * 5 * systems.SLOW == systems.BUDGET
+    assert rounds["dec-lora, deadline 6 s"] * 6.0 <= systems.BUDGET and rounds["alone"] == 100
+    jobs = 5 * (systems.BUDGET / 5) + 5 * (systems.BUDGET / 50)
+    assert rounds["ad-psgd"] == int(jobs / 10)
+    salf = SALF(depth="deadline", deadline=systems.CUT)
+    seconds = torch.tensor([1.0, systems.SLOW])
+    assert salf.in_time(systems.CUT, 3, seconds, 5).tolist() == [3, 2]  # head and two blocks; the slow lack one
+
+
+def test_list_counts_runs_and_rows(studies, data):
+    tiny = {"momenta": studies.STUDIES["momenta"], "label-skew-sgd": studies.STUDIES["label-skew-sgd"]}
+    table = studies.list_studies(tiny, data)
+    runs = 4 * 5 + 4 * 3 * 2  # rows x seeds, rows x rates x search seeds
+    assert f"| momenta | [optimisers.md](optimisers.md) | {runs} | {runs * 24_000:,} | 0 |" in table
+    rows, tuned = 12, 4
+    runs = rows * 5 + rows * 6 + tuned * 3 * 6  # values x rates x search seeds
+    assert f"| {runs} | {runs * 38_400:,} | 0 |" in table
