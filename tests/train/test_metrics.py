@@ -146,3 +146,14 @@ REFUSED = {
 def test_a_metric_that_does_not_fit_is_one_message(config, word, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         config("bert", word)
+
+
+def test_a_run_whose_evaluation_rows_lack_a_class_says_so_once_and_goes_on(config, texts, tmp_path):
+    rows = [row for row in texts.read_text().splitlines() if "class2" not in row]
+    (tmp_path / "eval.jsonl").write_text("\n".join(rows))
+    words = [f"data.eval=jsonl:{tmp_path}/eval.jsonl", "eval.metrics=[auroc, macro-f1, balanced-accuracy]"]
+    federation = compose(config("bert", *words))
+    told = "no evaluation row is of class class2; left out of: auroc, macro-f1, balanced-accuracy"
+    assert [each for each in federation.warnings if "no evaluation row" in each] == [told]
+    found = federation.learner.evaluate(federation.start, federation.eval_data, 8, federation.config.eval.metrics)
+    assert all(np.isfinite(values).all() for values in found.metrics.values())

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.algorithms.base import IN_STEP, Algorithm, Method
+from peerlora.algorithms.base import IN_STEP, Method
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import parse_blocks
 
@@ -41,9 +41,8 @@ class FactorGossip(Method):
     @property
     def training_end_refusal(self) -> str | None:
         """None where a round is local steps and mixing: a client without steps is then an ordinary neighbour."""
-        own = type(self).quiet_round  # pyright: ignore[reportAttributeAccessIssue]
-        more = None if own is Algorithm.quiet_round else IN_STEP
-        return self.traits.quiet_refusal() or more
+        more = any("quiet_round" in vars(kind) for kind in type(self).__mro__ if kind is not Method)
+        return self.traits.quiet_refusal() or (IN_STEP if more else None)
 
 
 @dataclass(frozen=True)

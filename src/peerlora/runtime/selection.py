@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from peerlora.config.metrics import LOSS, higher_is_better
+from peerlora.config.metrics import higher_is_better
 from peerlora.config.run import RunConfig
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.relayed_export import deployed
@@ -43,7 +43,7 @@ class Selection:
             return None
         metric = select.metric or task.metric
         higher = task.higher_is_better if metric == task.metric else higher_is_better(metric)
-        mode = select.mode or ("max" if higher and metric != LOSS else "min")
+        mode = select.mode or ("max" if higher else "min")
         names = {("common", "own"): "own", ("common", "relayed"): "relayed"}
         names |= {("own", "own"): "personal", ("own", "relayed"): "personal_relayed"}
         return cls(metric, mode, select.rows, names[select.rows, deployed(config)])

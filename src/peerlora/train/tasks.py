@@ -19,7 +19,10 @@ from peerlora.train.metrics import spearman
 
 @runtime_checkable
 class Task(Protocol):
-    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring."""
+    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring.
+
+    A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
+    """
 
     kind: ClassVar[TaskKind]
     metric: ClassVar[str]
