@@ -11,6 +11,7 @@ import pytest
 from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
 from peerlora.algorithms.base import prepare
 from peerlora.config.loading import load_config
+from peerlora.config.train import TrainConfig
 from peerlora.errors import PeerloraError
 from peerlora.runtime.peer.checks import plan_peer
 from peerlora.runtime.peer.site import Site
@@ -83,7 +84,10 @@ def rho_once():
 def test_every_demand_has_the_outcome_that_it_always_had(method):
     for place, numbers in STORED["table"][method].items():
         for demand, number in zip(DEMANDS, numbers, strict=True):
-            assert outcome(method, demand, place == "peer") == STORED["outcomes"][number], (demand, place)
+            expected = STORED["outcomes"][number]
+            if isinstance(expected, dict):  # settings of train that came later have their defaults
+                expected = expected | {"train": TrainConfig().model_dump(mode="json") | expected["train"]}
+            assert outcome(method, demand, place == "peer") == expected, (demand, place)
 
 
 def test_descriptions_keep_what_they_said():

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +29,9 @@ def load(name):
 
 
 def blank(kind, **known):
-    return kind(**dict.fromkeys((field.name for field in fields(kind)), 0.0) | known)
+    """An event with zeros where a field has no default."""
+    needed = (field.name for field in fields(kind) if MISSING is field.default is field.default_factory)
+    return kind(**dict.fromkeys(needed, 0.0) | known)
 
 
 def evaluated(round, own, seconds=float("nan")):
