@@ -77,6 +77,14 @@ def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 
 
+@pytest.mark.parametrize("kind", others_slow(["llama", "gpt2"], ["llama"]))
+def test_chats_equal_plain_peft(config, chats, kind):
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
 def test_unequal_ranks_equal_plain_peft(config):
     chosen = config("bert", "algorithm.name=local", "adapter.rank=[1, 3, 2, 3]")
     x = run_stacked(compose(chosen))

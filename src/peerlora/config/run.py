@@ -27,7 +27,7 @@ from peerlora.config.sections import (
     TopologyConfig,
     TrainConfig,
 )
-from peerlora.config.task_kinds import task_kind
+from peerlora.config.task_kinds import TaskKind, task_kind
 from peerlora.plugins import METHODS
 
 
@@ -101,14 +101,28 @@ class RunConfig(Section):
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"
             )
-        if kind.has_label and self.data.label is None:
-            raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
+        if flaw := self.data.contradiction(kind) or self._ungenerated(kind):
+            raise ValueError(flaw)
         if self.train.label_prior != "none" and not kind.has_classes:
             raise ValueError(
                 f"train.label_prior={self.train.label_prior} adjusts class logits, which task.kind={self.task.kind} "
                 "has none of; use train.label_prior=none"
             )
         return self
+
+    def _ungenerated(self, kind: TaskKind) -> str | None:
+        """Why ``eval.generate`` cannot be had; None if it can."""
+        wanted = self.eval.generate
+        if wanted is None:
+            return None
+        if not kind.is_chat:
+            return f"eval.generate given; task.kind={kind.name} writes no answers; remove it, or use task.kind=chat"
+        if self.data.loss_on != "answers":
+            return f"eval.generate given; data.loss_on={self.data.loss_on} does not tell answers apart; use answers"
+        if wanted.client >= self.clients:
+            last = self.clients - 1
+            return f"eval.generate.client={wanted.client} given; {self.clients} clients are numbered 0 to {last}"
+        return None
 
     @model_validator(mode="after")
     def _take_defaults(self, info: ValidationInfo):

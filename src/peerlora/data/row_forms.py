@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from peerlora.config.task_kinds import CHAT_FORMS
 from peerlora.data.columns import is_text
 from peerlora.data.numerals import is_number
+from peerlora.data.roles import find_roles
 from peerlora.errors import DataError
 
 _ADVICE = (
-    "training on chats, or on answers alone, is not supported; write each row as one text (docs/data.md shows how) and "
-    "give its column by --text, which trains on all of its tokens; or name a label by --label"
+    "training on them as such is not supported; give a column of text by --text, which trains on all of its tokens; or "
+    "name a label by --label"
 )
-_ANSWERS = ("output", "response", "answer", "completion", "chosen")
 _FORMS = (  # what rows are; columns of the first tuple; and one of the second, if any
-    ("chats", ("messages",), ()),
-    ("chats", ("conversations",), ()),
-    ("chats", ("conversation",), ()),
     ("answers to choose from", ("chosen", "rejected"), ()),
-    ("instructions with answers", ("instruction",), _ANSWERS),
-    ("prompts with answers", ("prompt",), _ANSWERS),
     ("words with a label each", ("tokens",), ("ner_tags", "pos_tags", "tags", "labels")),
 )
-_PAIRS = (  # the same where the second column has too many values for a label
+_PAIRS = (  # what rows are where the second column has too many values for a label
     ("questions with answers", ("question", "query", "input"), ("answer", "answers", "response", "output")),
     ("texts with translations or targets", ("source", "input"), ("target", "output")),
     ("texts with summaries", ("article", "document", "dialogue", "text"), ("summary", "highlights")),
 )
 
 
-def refuse_other_rows(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> None:
-    """Raise DataError for rows of a form that no task reads.
+def find_chats(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> dict[str, str] | None:
+    """The columns by role where rows are chats, instructions or prompts with answers; None where they are texts.
 
-    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.
+    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.  Raises DataError
+    for rows of a form that no task reads.
     """
     names = {name.lower(): name for name in reversed(table.column_names)}
-    for form, needed, answers in _FORMS:
-        found = [name for name in answers if name in names]
-        if all(name in names for name in needed) and (found or not answers):
+    for form, needed, others in _FORMS:
+        found = [name for name in others if name in names]
+        if all(name in names for name in needed) and (found or not others):
             _refuse(source, form, [names[name] for name in (*needed, *found[:1])])
-    for form, firsts, seconds in _PAIRS if named is None else ():
+    roles = find_roles(table.column_names, CHAT_FORMS)
+    if roles is not None and (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
+        return roles
+    return _find_pair(table, names, labels, source) if named is None else None
+
+
+def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:
+    """Two columns, of which the second is to be written for the first, by names that mean something else as well."""
+    for form, firsts, seconds in _PAIRS:
         first = next((names[name] for name in firsts if name in names), None)
         second = next((names[name] for name in seconds if name in names), None)
-        numbers = second is not None and _is_number(table.schema.field(second).type)
-        if first and second and second not in labels and not numbers:
+        if not first or not second or second in labels or _is_number(table.schema.field(second).type):
+            continue
+        if not all(is_text(table.schema.field(name).type) for name in (first, second)):
             _refuse(source, form, [first, second])
+        return {"prompt": first, "completion": second}
+    return None
 
 
 def refuse_missing_header(table: pa.Table, source: str) -> None:

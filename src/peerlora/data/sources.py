@@ -1,21 +1,26 @@
 """From the config's data section to tokenised training and evaluation rows."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from peerlora.config.data import DataConfig
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
+from peerlora.data.chat_rows import read_chats
+from peerlora.data.chat_tokens import chat_dataset
 from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
+from peerlora.data.roles import read_roles
 from peerlora.data.tokens import default_cache, tokenise
 from peerlora.errors import DataError
 from peerlora.randomness import numpy_generator
@@ -30,6 +35,7 @@ class _Rows:
     labels: np.ndarray  # of all rows of the table
     meaning: Classes | None  # None where labels are no classes
     chosen: np.ndarray  # row numbers, ascending
+    roles: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)  # columns by role, for kinds with forms
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,8 +51,9 @@ def load_datasets(
 ) -> tuple[Dataset, Dataset]:
     """The training and the evaluation rows of a run, tokenised by a transformers tokenizer.
 
-    Every random choice depends on ``config.seed`` only. Labels get the same ids in both. For causal-lm, rows with
-    fewer than 2 tokens have nothing to predict; they are left out, and a log line says how many.
+    Every random choice depends on ``config.seed`` only. Labels get the same ids in both. Rows with nothing to
+    predict (of causal-lm those with fewer than 2 tokens, of chat those without an answer) are left out, and a log line
+    says how many.
     ``cache``: the folder for tokens; "default" is the user's cache folder, None keeps nothing.
     Raises DataError: missing files, columns, texts and labels; labels that do not fit the task. ConfigError: bad
     task.labels.
@@ -68,6 +75,9 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     """One source with its labels; ``train``: the training rows, None while these are read."""
     data, kind = config.data, task_kind(config.task.kind)
     label, owner = data.label if kind.has_label else None, _owner(config) if train is None else None
+    if kind.forms:
+        table, roles = read_roles(source, split, data.columns, kind, owner)
+        return _Rows(source, table, np.zeros(table.num_rows, np.int64), None, np.arange(table.num_rows), roles)
     table = read_table(source, split, Columns(tuple(data.text), label, owner))
     everything = np.arange(table.num_rows)
     if label is None:
@@ -121,6 +131,8 @@ def _only(rows: _Rows, places: np.ndarray) -> _Rows:
 
 def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | None, kept: str | None) -> Dataset:
     data, kind = config.data, task_kind(config.task.kind)
+    if kind.is_chat:
+        return _chats(data, rows, tokenizer, kept)
     if len(data.text) > kind.texts:
         raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
     texts = [_texts(rows, name) for name in data.text]
@@ -129,6 +141,12 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
     columns = {kept: _values(rows, kept)} if kept else {}
     found = Dataset(*tokens, labels=rows.labels[rows.chosen], names=rows.names, columns=columns)
     return _without_short(found, rows, kind.tokens, drop=predicts_tokens)
+
+
+def _chats(data: DataConfig, rows: _Rows, tokenizer: Any, kept: str | None) -> Dataset:
+    found = chat_dataset(data, read_chats(rows.roles, rows.chosen, rows.source), rows.chosen, rows.source, tokenizer)
+    columns = {kept: _values(rows, kept)[found.labels]} if kept else {}
+    return replace(found, labels=np.zeros(len(found), dtype=np.int64), columns=columns)
 
 
 def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Dataset:

@@ -26,7 +26,6 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.files import atomic_file, sync_tree
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
-from peerlora.lora.base_models import load_tokenizer
 from peerlora.lora.peft_io import ExportContext, export_adapter
 from peerlora.runs.metrics import find_start, scores_of, worst_of
 from peerlora.runs.store import clients_of, read_events, read_facts, resume_command
@@ -43,7 +42,7 @@ from peerlora.runtime.relayed_export import (
     read_relayed,
     read_uncut,
 )
-from peerlora.runtime.resources import RunResources, build_model
+from peerlora.runtime.resources import RunResources, build_model, run_tokenizer
 from peerlora.tree import leaves, rebuild
 
 EXPORTED = 64  # a run of more clients writes their adapters in one file only; `peerlora export` makes folders of it
@@ -99,7 +98,7 @@ def exporter_of(run: Path) -> Exporter:
         config = config.model_copy(update={"model": config.model.model_copy(update={"source": base})})
     config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"start": None})})  # long since read
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
-    tokenizer, causal = load_tokenizer(config.model.source), task_kind(config.task.kind).target == "tokens"
+    tokenizer, causal = run_tokenizer(config), task_kind(config.task.kind).predicts_tokens
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), _classes(run, config))
     built = build_model(config, RunResources(rows, rows, tokenizer))

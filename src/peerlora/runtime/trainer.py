@@ -22,6 +22,7 @@ from peerlora.runs.metrics import find_start, summarise
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation, evaluation_rows, resolve_threads
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
+from peerlora.runtime.generation import generate_answers
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.rounds import Rounds
@@ -179,7 +180,8 @@ class Trainer:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        metric, loss = self._scores(self.participation.evaluated(x), rows)
+        models = self.participation.evaluated(x)
+        metric, loss = self._scores(models, rows)
         relayed = self.federation.exchange.relayed_models(x)
         relayed_metric, relayed_loss = self._scores((relayed.adapters,), rows) if relayed else (None, None)
         own, averaged = slice(0, x.clients), x.clients if len(metric) > x.clients else None
@@ -198,6 +200,8 @@ class Trainer:
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
         )
         self._emit(event)
+        if final and self.config.eval.generate:
+            self._emit(generate_answers(self.federation, self.config.eval.generate, models, done))
         if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return relayed

@@ -1,4 +1,4 @@
-"""Losses and metrics of the kinds of tasks: classification, regression, causal language modelling."""
+"""Losses and metrics of the kinds of tasks: classification, regression, causal language modelling, chats."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.data.batches import Batch
+from peerlora.data.dataset import UNLEARNED
 
 
 @runtime_checkable
@@ -126,10 +127,27 @@ class CausalLM:
 
     @staticmethod
     def _sums(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        targets = batch.inputs["input_ids"][:, 1:]
-        known = batch.inputs["attention_mask"][:, 1:].to(logits.dtype)
-        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(known)
-        return (each * known).sum(1), known.sum(1)
+        targets = _next_tokens(batch)
+        each = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=UNLEARNED, reduction="none"
+        )
+        known = (targets != UNLEARNED).to(logits.dtype)
+        return each.view_as(known).sum(1), known.sum(1)
+
+
+@dataclass(frozen=True)
+class Chat(CausalLM):
+    """Next-token cross-entropy of the tokens that are learned: those of answers, with the end of each turn."""
+
+    kind: ClassVar[TaskKind] = KINDS["chat"]
+
+
+def _next_tokens(batch: Batch) -> Int[Tensor, "row token"]:
+    """What is to be predicted at every place but the last: the next token, UNLEARNED where it does not count."""
+    if batch.targets is not None:
+        return batch.targets[:, 1:]
+    inputs = batch.inputs
+    return inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, UNLEARNED)
 
 
 def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:
