@@ -21,9 +21,9 @@ TINY += ["train.rounds=3", "train.local_steps=1", "train.batch=4", "threads=1"]
 def run(models, texts, cache, tmp_path, monkeypatch, capsys):
     """Run a script as `python examples/NAME.py MODEL ROWS OUT ...` does; gives OUT and what was printed."""
 
-    def go(name, *words):
+    def go(name, *words, model="bert", rows=texts):
         out = tmp_path / name
-        given = [models("bert"), str(texts), str(out), *TINY, *words]
+        given = [models(model), str(rows), str(out), *TINY, *words]
         for registry in (METHODS, TOPOLOGIES):  # what a script registers ends with it
             monkeypatch.setattr(registry, "_plugins", dict(registry._plugins))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
@@ -37,6 +37,7 @@ def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
     assert set(scripts) == {
         "own_data",
+        "chat_smollm2",
         "own_method",
         "compare_topologies",
         "flower_partitioner",
@@ -97,3 +98,17 @@ def test_a_flower_partitioner_decides_who_holds_what(run):
     assert [sum(rows > 0 for rows in own) for own in held["counts"]] == [2, 2, 2]
     for client, own in enumerate(held["counts"]):
         assert f"client {client}: {dict(zip(held['names'], own, strict=True))}" in printed
+
+
+def test_a_federation_learns_to_answer(run, chats):
+    out, printed = run(
+        "chat_smollm2", "data.max_length=32", "eval.generate.max_new_tokens=2", model="llama", rows=chats
+    )
+    assert printed.startswith("loss of held-out answers ") and printed.count("expected 'w") == 4
+
+
+def test_the_chat_example_makes_its_own_rows_of_news(tmp_path):
+    write_news = runpy.run_path(str(EXAMPLES / "chat_smollm2.py"))["write_news"]
+    rows = [yaml.safe_load(line) for line in write_news(tmp_path / "news.jsonl", 40).read_text("utf-8").splitlines()]
+    assert len(rows) == 40 and all(row["prompt"].startswith("What is this news about? ") for row in rows)
+    assert {"A takeover.", "Earnings."} <= {row["completion"] for row in rows}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens", "answers"]
+Target = Literal["class", "number", "tokens"]
 Names = Mapping[str, tuple[str, ...]]
 """Role of a column -> the names that it usually has, in lower case."""
 
@@ -38,8 +38,7 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``; its next tokens; or those
-    of a chat's answers."""
+    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
@@ -66,12 +65,12 @@ class TaskKind:
     @property
     def is_chat(self) -> bool:
         """Whether rows are chats, of which the answers are learned."""
-        return self.target == "answers"
+        return self.target == "tokens" and bool(self.forms)
 
     @property
     def predicts_tokens(self) -> bool:
         """Whether a model predicts the next token at every place of a row."""
-        return self.target in ("tokens", "answers")
+        return self.target == "tokens"
 
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
@@ -97,7 +96,7 @@ _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
-    TaskKind("chat", "answers", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
+    TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 
@@ -115,7 +114,13 @@ def task_kind(name: Any) -> TaskKind:
 
 
 def register_task(
-    name: str, target: Target, peft_type: str, auto_model: str = _SEQUENCE, texts: int = 2, tokens: int = 1
+    name: str,
+    target: Target,
+    peft_type: str,
+    auto_model: str = _SEQUENCE,
+    texts: int = 2,
+    tokens: int = 1,
+    forms: tuple[Form, ...] = (),
 ) -> Callable[[type[Any]], type[Any]]:
     """Register the Task class that this decorates (see ``train.tasks.Task``) as ``task.kind=NAME``.
 
@@ -124,7 +129,8 @@ def register_task(
 
     def register(task: type[Any]) -> type[Any]:
         where = f"{task.__module__}:{task.__qualname__}"
-        TASKS.register(name, TaskKind(name, target, where, peft_type, auto_model, texts, tokens), task.__module__)
+        kind = TaskKind(name, target, where, peft_type, auto_model, texts, tokens, forms)
+        TASKS.register(name, kind, task.__module__)
         return task
 
     return register

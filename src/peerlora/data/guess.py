@@ -63,7 +63,7 @@ PAIRS = (
 NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
 TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
-_MARKS = 8  # tokens that a chat template puts round a turn; a default system turn is one more turn
+_MARKS = 12  # tokens that a chat template puts round a turn; a default system turn is one more turn
 _LOOKED_AT = 1000  # chats
 
 

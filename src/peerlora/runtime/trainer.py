@@ -180,8 +180,7 @@ class Trainer:
         began = time.perf_counter()
         x = self.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
-        models = self.participation.evaluated(x)
-        metric, loss = self._scores(models, rows)
+        metric, loss = self._scores(self.participation.evaluated(x), rows)
         relayed = self.federation.exchange.relayed_models(x)
         relayed_metric, relayed_loss = self._scores((relayed.adapters,), rows) if relayed else (None, None)
         own, averaged = slice(0, x.clients), x.clients if len(metric) > x.clients else None
@@ -200,8 +199,6 @@ class Trainer:
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
         )
         self._emit(event)
-        if final and self.config.eval.generate:
-            self._emit(generate_answers(self.federation, self.config.eval.generate, models, done))
         if final and not np.isfinite(loss[self.federation.honest_rows]).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return relayed
@@ -274,6 +271,9 @@ class Trainer:
         self._emit(*self.participation.leave(state))
         x = self.algorithm.model(state).to("cpu")
         relayed, caches = self._evaluate(self.config.train.rounds, state, final=True), self.federation.exchange.relayed
+        if wanted := self.config.eval.generate:
+            models = self.participation.evaluated(self.algorithm.model(state))
+            self._emit(generate_answers(self.federation, wanted, models, self.config.train.rounds))
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:
