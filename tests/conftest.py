@@ -211,6 +211,22 @@ def chats(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tagged(tmp_path_factory):
+    """A jsonl file of 40 rows of words, tagged by their number: w0 to w4 begin places, w5 to w9 go on."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("tagged") / "tagged.jsonl"
+    rows = []
+    for _ in range(40):
+        numbers = [draw.randrange(20) for _ in range(draw.randint(2, 9))]
+        tags = [("B-LOC", "I-LOC")[number // 5] if number < 10 else "O" for number in numbers]
+        rows.append({"tokens": [WORDS[number] for number in numbers], "tags": tags})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 

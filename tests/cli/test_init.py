@@ -130,7 +130,6 @@ CHATS = {
 }
 OTHERS = {
     "answers to choose from": {"prompt": LONG, "chosen": LONG, "rejected": LONG},
-    "words with a label each": {"tokens": [["a"]] * 20, "ner_tags": [[1]] * 20},
     "questions with answers": {"question": LONG, "context": LONG, "answers": [{"text": ["a"]}] * 20},
 }
 

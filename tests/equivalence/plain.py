@@ -69,6 +69,12 @@ def loss_of(model, data, rows, kind):
         logits = model(**inputs).logits[:, :-1]
         targets = answers_of(ids)[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if kind == "token-classification":
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            labels[i, : len(texts[i])] = torch.tensor(data.targets[slice(*data.starts[row : row + 2])].astype("int64"))
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     labels = torch.tensor(data.labels[rows])
     if kind == "regression":
         labels = labels.to(next(model.parameters()).dtype)

@@ -85,6 +85,25 @@ def test_chats_equal_plain_peft(config, chats, kind):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    others_slow(
+        [
+            ("bert", []),
+            ("bert", ["adapter.dropout=0.0", "train.fast=false"]),
+            ("bert", ["adapter.head=frozen", "train.batch=[1, 3, 4, 2]"]),
+            ("llama", ["adapter.head=private"]),
+        ],
+        [0, 3],
+    ),
+)
+def test_tags_of_words_equal_plain_peft(config, tagged, kind, words):
+    task = ["task.kind=token-classification", f"data.train=jsonl:{tagged}", "data.label=null"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *task, *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
 def test_unequal_ranks_equal_plain_peft(config):
     chosen = config("bert", "algorithm.name=local", "adapter.rank=[1, 3, 2, 3]")
     x = run_stacked(compose(chosen))

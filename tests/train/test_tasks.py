@@ -32,6 +32,7 @@ def test_the_registry_names_what_the_config_knows():
         "classification": True,
         "regression": True,
         "causal-lm": False,
+        "token-classification": True,
         "chat": False,
     }
 
@@ -120,6 +121,7 @@ def test_a_kind_and_its_task_refer_to_each_other():
 
 @pytest.mark.parametrize("given", ["clasification", 3, ["regression"]])
 def test_an_unknown_kind_is_refused_with_those_that_exist(given):
-    told = f"task.kind: {given!r} given; input should be 'classification', 'regression', 'causal-lm' or 'chat'"
+    known = [f"'{name}'" for name in KINDS]
+    told = f"task.kind: {given!r} given; input should be {', '.join(known[:-1])} or {known[-1]}"
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config({"task": {"kind": given}})

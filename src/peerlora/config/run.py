@@ -96,7 +96,7 @@ class RunConfig(Section):
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
             )
         kind = task_kind(self.task.kind)
-        if self.partition.kind == "own" and kind.has_classes and not self.task.labels:
+        if self.partition.kind == "own" and kind.has_names and not self.task.labels:
             raise ValueError(
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"

@@ -59,9 +59,9 @@ class TaskConfig(Section):
     """What is learned from the data."""
 
     kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned: classification, regression, causal-lm or chat."""
+    """What is learned: classification, regression, causal-lm, token-classification or chat."""
     labels: list[str] | None = None
-    """Class names in order of their ids; null: read from the data."""
+    """Names of the classes, or of the tags of words, in order of their ids; null: read from the data."""
 
 
 class IidPartition(Section):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens"]
+Target = Literal["class", "number", "tokens", "tags"]
 Names = Mapping[str, tuple[str, ...]]
 """Role of a column -> the names that it usually has, in lower case."""
 
@@ -38,7 +38,8 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
+    """What a model predicts of a row: a class or a number, both in the column ``data.label``, its next tokens, or
+    a class of each word."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
@@ -58,6 +59,11 @@ class TaskKind:
         return self.target == "class"
 
     @property
+    def has_names(self) -> bool:
+        """Whether the outputs of a model's head have names: those of classes, or of the tags of words."""
+        return self.target in ("class", "tags")
+
+    @property
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
         return self.target in ("class", "number")
@@ -74,7 +80,7 @@ class TaskKind:
 
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
-        if self.target == "class":
+        if self.has_names:
             return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         return {"num_labels": 1, "problem_type": "regression"} if self.target == "number" else {}
 
@@ -92,10 +98,19 @@ CHAT_FORMS = (
         _SYSTEM,
     ),
 )
+TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")}),)
 _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
+    TaskKind(
+        "token-classification",
+        "tags",
+        "peerlora.train.tasks:TokenClassification",
+        "TOKEN_CLS",
+        "AutoModelForTokenClassification",
+        forms=TAG_FORMS,
+    ),
     TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
 )
 KINDS = {kind.name: kind for kind in _KINDS}

@@ -22,11 +22,16 @@ class Dataset:
     """int64 [row] class ids, or float32 [row] for regression, or int64 numbers that mean nothing for language
     models"""
     names: tuple[str, ...]
-    """Class names by id; () for regression and language models"""
+    """Names by id, of the classes or of the tags of words; () for regression and language models"""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """[row] the column that ``partition: {kind: column}`` names, else empty"""
     targets: np.ndarray | None = None
     """int32 [token], what is learned of each token, UNLEARNED for nothing; None: what the task makes of all tokens"""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the rows' labels; () where rows have no class, only their tokens may."""
+        return self.names if self.targets is None else ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -18,7 +18,8 @@ from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number, whole_number
-from peerlora.data.row_forms import find_chats
+from peerlora.data.row_forms import find_form
+from peerlora.data.tag_rows import read_tagged
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
 
@@ -86,7 +87,7 @@ class Guess:
     """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression, causal-lm or chat."""
+    """The ``task.kind``: classification, regression, causal-lm, token-classification or chat."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -95,7 +96,7 @@ class Guess:
     candidates: tuple[Candidate, ...] = ()
     """The columns that could be the label, the chosen one first."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column by role, of chats."""
+    """Column by role, of chats and of words with tags."""
 
 
 def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
@@ -114,8 +115,9 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     usual = None if unlabelled else _named_label(table, text)
     if label is None and not text:
         few = [name for name in _plain_names(table) if _is_few(table, name)]
-        if roles := find_chats(table, few, usual, source):
-            return _guess_chats(table, roles, source)
+        if form := find_form(table, few, usual, source):
+            guess_form = _guess_chats if form[0] == "chat" else _guess_tags
+            return guess_form(table, form[1], source)
     found = list(text) or _text_columns(table, given or usual, source)
     chosen = None if unlabelled else given or usual or _few_values(table, found)
     kind = _kind(table, chosen) if chosen else "causal-lm"
@@ -134,6 +136,16 @@ def _guess_chats(table: pa.Table, roles: dict[str, str], source: str) -> Guess:
     longest = _rounded(float(np.percentile(np.add(words, marks), 90)), 1024)
     reason = f"rows are chats, by {', '.join(roles.values())}; the answers are learned"
     return Guess([*roles.values()][:2], None, "chat", longest, _clients(table), reason, (), roles)
+
+
+def _guess_tags(table: pa.Table, roles: dict[str, str], source: str) -> Guess:
+    """Words with a tag each; all are read, so that a flaw is told at once."""
+    columns = {role: table.column(name) for role, name in roles.items()}
+    rows, _ = read_tagged(columns, class_names(table, roles["tags"]), None, source)
+    longest = float(np.percentile([len(words) for words in rows.words], 90)) * TOKENS_PER_WORD
+    reason = f"{roles['tags']} holds a tag for each word in {roles['tokens']}"
+    named = "token-classification"
+    return Guess([*roles.values()], None, named, _rounded(longest, 256), _clients(table), reason, (), roles)
 
 
 def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:

@@ -16,8 +16,8 @@ from peerlora.errors import DataError, nearest
 
 def read_roles(
     source: str, split: str, given: Mapping[str, str] | None, kind: TaskKind, owner: str | None
-) -> tuple[pa.Table, dict[str, pa.ChunkedArray]]:
-    """Read a source into its table and its columns by role.
+) -> tuple[pa.Table, Mapping[str, str], dict[str, pa.ChunkedArray]]:
+    """Read a source: its table, and by role the names of its columns and the columns.
 
     ``given``: ``data.columns``, None to find the columns by their usual names; a name with dots is a field inside a
     column of objects.  ``owner``: as in ``Columns``.  Raises DataError, also where no form of ``kind`` fits.
@@ -36,7 +36,7 @@ def read_roles(
             f"{source}: has no columns for task.kind={kind.name}; expected {wanted}; its columns are "
             f"{shown(table.column_names)}; name yours in data.columns, e.g. {_example(kind.forms[-1])}"
         )
-    return table, {role: _column(source, table, name) for role, name in found.items()}
+    return table, found, {role: _column(source, table, name) for role, name in found.items()}
 
 
 def find_roles(names: Sequence[str], forms: Sequence[Form]) -> dict[str, str] | None:

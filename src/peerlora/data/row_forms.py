@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from peerlora.config.task_kinds import CHAT_FORMS
+from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS
 from peerlora.data.columns import is_text
 from peerlora.data.numerals import is_number
 from peerlora.data.roles import find_roles
@@ -18,7 +18,6 @@ _ADVICE = (
 )
 _FORMS = (  # what rows are; columns of the first tuple; and one of the second, if any
     ("answers to choose from", ("chosen", "rejected"), ()),
-    ("words with a label each", ("tokens",), ("ner_tags", "pos_tags", "tags", "labels")),
 )
 _PAIRS = (  # what rows are where the second column has too many values for a label
     ("questions with answers", ("question", "query", "input"), ("answer", "answers", "response", "output")),
@@ -27,8 +26,10 @@ _PAIRS = (  # what rows are where the second column has too many values for a la
 )
 
 
-def find_chats(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> dict[str, str] | None:
-    """The columns by role where rows are chats, instructions or prompts with answers; None where they are texts.
+def find_form(
+    table: pa.Table, labels: Sequence[str], named: str | None, source: str
+) -> tuple[str, dict[str, str]] | None:
+    """``task.kind`` and columns by role where rows are words with tags, chats or questions with answers; else None.
 
     ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.  Raises DataError
     for rows of a form that no task reads.
@@ -38,10 +39,14 @@ def find_chats(table: pa.Table, labels: Sequence[str], named: str | None, source
         found = [name for name in others if name in names]
         if all(name in names for name in needed) and (found or not others):
             _refuse(source, form, [names[name] for name in (*needed, *found[:1])])
+    if tags := find_roles(table.column_names, TAG_FORMS):
+        if all(_is_list(table.schema.field(name).type) for name in tags.values()):
+            return "token-classification", tags
     roles = find_roles(table.column_names, CHAT_FORMS)
     if roles is not None and (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
-        return roles
-    return _find_pair(table, names, labels, source) if named is None else None
+        return "chat", roles
+    pair = _find_pair(table, names, labels, source) if named is None else None
+    return pair and ("chat", pair)
 
 
 def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:
@@ -76,6 +81,10 @@ def refuse_missing_header(table: pa.Table, source: str) -> None:
 
 def _refuse(source: str, form: str, columns: Sequence[str]) -> None:
     raise DataError(f"{source}: rows are {form} (columns {', '.join(columns)}); {_ADVICE}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -21,6 +21,7 @@ from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
 from peerlora.data.roles import read_roles
+from peerlora.data.tag_rows import TaggedRows, read_tagged, tagged_dataset
 from peerlora.data.tokens import default_cache, tokenise
 from peerlora.errors import DataError
 from peerlora.randomness import numpy_generator
@@ -36,6 +37,7 @@ class _Rows:
     meaning: Classes | None  # None where labels are no classes
     chosen: np.ndarray  # row numbers, ascending
     roles: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)  # columns by role, for kinds with forms
+    tagged: TaggedRows | None = None  # words with their tags, of all rows of the table
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,8 +78,7 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     data, kind = config.data, task_kind(config.task.kind)
     label, owner = data.label if kind.has_label else None, _owner(config) if train is None else None
     if kind.forms:
-        table, roles = read_roles(source, split, data.columns, kind, owner)
-        return _Rows(source, table, np.zeros(table.num_rows, np.int64), None, np.arange(table.num_rows), roles)
+        return _read_roles(config, source, split, train, owner)
     table = read_table(source, split, Columns(tuple(data.text), label, owner))
     everything = np.arange(table.num_rows)
     if label is None:
@@ -93,6 +94,17 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     ids = class_ids(labels, classes, where)
     warn_of_labels(labels, classes, ids, first=train is None, own_rows=config.partition.kind == "own", where=where)
     return _Rows(source, table, ids, classes, everything)
+
+
+def _read_roles(config: RunConfig, source: str, split: str, train: _Rows | None, owner: str | None) -> _Rows:
+    """A source whose columns have roles; its rows have no class of their own."""
+    table, names, roles = read_roles(source, split, config.data.columns, task_kind(config.task.kind), owner)
+    nobody = np.zeros(table.num_rows, dtype=np.int64), np.arange(table.num_rows)
+    if task_kind(config.task.kind).target != "tags":
+        return _Rows(source, table, nobody[0], None, nobody[1], roles)
+    wanted = train.meaning if train else config.task.labels
+    tagged, meaning = read_tagged(roles, class_names(table, names["tags"]), wanted, source)
+    return _Rows(source, table, nobody[0], meaning, nobody[1], roles, tagged)
 
 
 def _owner(config: RunConfig) -> str | None:
@@ -133,6 +145,9 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
     data, kind = config.data, task_kind(config.task.kind)
     if kind.is_chat:
         return _chats(data, rows, tokenizer, kept)
+    if rows.tagged is not None:
+        found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
+        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
     if len(data.text) > kind.texts:
         raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
     texts = [_texts(rows, name) for name in data.text]

@@ -27,7 +27,7 @@ from peerlora.train.loss_rules import LossRule, weigh_rows
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
-from peerlora.train.tasks import Task
+from peerlora.train.tasks import Task, outcomes_width
 from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -232,10 +232,11 @@ class StackedLearner:
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             one = self.evaluate(x.rows(slice(0, 1)), data, batch)
             return Scores(one.metric.repeat(x.clients), one.loss.repeat(x.clients), one.rows)
-        outcomes = np.zeros((x.clients, len(data), 2))
+        width = outcomes_width(self.task, data)
+        outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
+            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
         scores = [self.task.score(own, data.labels) for own in outcomes]
         return Scores(np.array([metric for metric, _ in scores]), np.array([loss for _, loss in scores]), len(data))
 

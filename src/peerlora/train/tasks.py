@@ -1,7 +1,8 @@
-"""Losses and metrics of the kinds of tasks: classification, regression, causal language modelling, chats."""
+"""Losses and metrics of the kinds of tasks: classification, regression, language models, chats, tags of words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.data.batches import Batch
-from peerlora.data.dataset import UNLEARNED
+from peerlora.data.dataset import UNLEARNED, Dataset
+from peerlora.train.entities import ENTITY_COUNTS, count_entities, entity_types, f1
 
 
 @runtime_checkable
@@ -97,13 +99,8 @@ class Regression:
         return correlation, float(outcomes[:, 0].mean())
 
 
-@dataclass(frozen=True)
-class CausalLM:
-    """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
-
-    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
-    metric: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
+class TokenLosses:
+    """Cross-entropy of tokens, for tasks that learn something of each token: means are over tokens, not rows."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
@@ -116,6 +113,33 @@ class CausalLM:
         loss, tokens = self._sums(logits, batch)
         return loss / tokens
 
+    def _sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Per row, the summed cross-entropy and the number of tokens of which something is learned."""
+        logits, targets = self.aligned(logits, batch)
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNLEARNED, reduction="none")
+        known = (targets != UNLEARNED).to(logits.dtype)
+        return each.view_as(known).sum(1), known.sum(1)
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Int[Tensor, "row token"]]:
+        """Logits, and by the same places what they are to predict: UNLEARNED where it does not count."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CausalLM(TokenLosses):
+    """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
+
+    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Int[Tensor, "row token"]]:
+        """All places but the last, and the tokens behind them."""
+        if batch.targets is not None:
+            return logits[:, :-1], batch.targets[:, 1:]
+        padding = batch.inputs["attention_mask"][:, 1:] == 0
+        return logits[:, :-1], batch.inputs["input_ids"][:, 1:].masked_fill(padding, UNLEARNED)
+
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, number of predicted tokens)."""
         return torch.stack(self._sums(logits, batch), dim=1)
@@ -125,15 +149,6 @@ class CausalLM:
         loss = float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
         return loss, loss
 
-    @staticmethod
-    def _sums(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        targets = _next_tokens(batch)
-        each = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=UNLEARNED, reduction="none"
-        )
-        known = (targets != UNLEARNED).to(logits.dtype)
-        return each.view_as(known).sum(1), known.sum(1)
-
 
 @dataclass(frozen=True)
 class Chat(CausalLM):
@@ -142,12 +157,44 @@ class Chat(CausalLM):
     kind: ClassVar[TaskKind] = KINDS["chat"]
 
 
-def _next_tokens(batch: Batch) -> Int[Tensor, "row token"]:
-    """What is to be predicted at every place but the last: the next token, UNLEARNED where it does not count."""
-    if batch.targets is not None:
-        return batch.targets[:, 1:]
-    inputs = batch.inputs
-    return inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, UNLEARNED)
+@dataclass(frozen=True)
+class TokenClassification(TokenLosses):
+    """Cross-entropy of the tags of words; micro-averaged F1 of entities."""
+
+    kind: ClassVar[TaskKind] = KINDS["token-classification"]
+    metric: ClassVar[str] = "entity-f1"
+    higher_is_better: ClassVar[bool] = True
+
+    def aligned(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Int[Tensor, "row token"]]:
+        """All places, with the tags that stand on the first tokens of words."""
+        assert batch.targets is not None
+        return logits, batch.targets
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, words, and the numbers of entities by type (``ENTITY_COUNTS``)."""
+        return 2 + ENTITY_COUNTS * len(entity_types(names))
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(summed cross-entropy, number of words, then per type of entity: true, predicted, both)."""
+        assert batch.targets is not None and batch.origin is not None
+        loss, words = self._sums(logits, batch)
+        known = (batch.targets != UNLEARNED).cpu().numpy()
+        true, predicted = batch.targets.cpu().numpy(), logits.argmax(-1).cpu().numpy()
+        names = batch.origin.data.names
+        counts = [count_entities(true[row][own], predicted[row][own], names) for row, own in enumerate(known)]
+        found = torch.from_numpy(np.stack(counts)).to(loss)
+        return torch.cat([torch.stack([loss, words], dim=1), found], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(micro-averaged F1 of entities, mean cross-entropy per word)."""
+        counts = outcomes[:, 2:].reshape(len(outcomes), -1, ENTITY_COUNTS).sum((0, 1))
+        return f1(*counts.tolist()), float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
+
+
+def outcomes_width(task: Task, data: Dataset) -> int:
+    """How many numbers ``outcomes`` gives per row of these data: 2, unless a task has a method of this name."""
+    own = getattr(task, "outcomes_width", None)
+    return 2 if own is None else own(data.names)
 
 
 def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:
