@@ -176,7 +176,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score (real), site."""
+    """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score, site, several (labels)."""
     import random
 
     draw = random.Random(0)
@@ -187,6 +187,7 @@ def texts(tmp_path_factory):
         words = [draw.choice(WORDS[label * 10 : label * 10 + 14]) for _ in range(draw.randint(2, 9))]
         row = {"text": " ".join(words), "other": " ".join(words[::-1]), "label": f"class{label}"}
         rows.append(row | {"score": draw.random() * 3, "site": f"site{i % 4}"})
+        rows[-1]["several"] = [f"class{other}" for other in range(3) if other == label or words[0][-1] in "135"]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 

@@ -56,6 +56,9 @@ def facts(found):
             (["text"], "label", "classification"),
         ),
         ({"sentence1": LONG, "sentence2": LONG}, (["sentence1"], None, "causal-lm")),
+        ({"text": LONG, "labels": [["a"], ["a", "b"]] * 10}, (["text"], "labels", "multi-label")),
+        ({"text": LONG, "Genres": [[0], [1, 2]] * 10, "k": ["x", "y"] * 10}, (["text"], "Genres", "multi-label")),
+        ({"text": LONG, "topics": [["only"]] * 20, "k": ["x", "y"] * 10}, (["text"], "k", "classification")),
     ],
 )
 def test_text_label_and_kind_are_guessed(columns, expected):

@@ -120,7 +120,7 @@ def test_a_tag_that_training_rows_lack_is_refused(models, tmp_path):
 
 
 def test_one_tag_is_too_few(models, tmp_path):
-    with pytest.raises(DataError, match="only one tag, 'O'"):
+    with pytest.raises(DataError, match="only one label, 'O'"):
         load(models, write(tmp_path, [{"tokens": ["w1"], "tags": ["O"]}] * 8))
 
 

@@ -76,7 +76,7 @@ def loss_of(model, data, rows, kind):
         logits = model(**inputs).logits
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     labels = torch.tensor(data.labels[rows])
-    if kind == "regression":
+    if kind in ("regression", "multi-label"):
         labels = labels.to(next(model.parameters()).dtype)
     return model(**inputs, labels=labels).loss
 

@@ -63,12 +63,13 @@ def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
             ("bert", ["adapter.head=frozen"]),
             ("bert", ["data.text=[text, other]"]),
             ("bert", ["task.kind=regression", "data.label=score"]),
+            ("bert", ["task.kind=multi-label", "data.label=several"]),
             ("llama", ["task.kind=causal-lm", "data.label=null"]),
             ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
             ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
             ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
         ],
-        [1, 4, 6],
+        [1, 4, 5, 7],
     ),
 )
 def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):

@@ -19,7 +19,7 @@ class DataConfig(Section):
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
     """One text column, or two for sentence pairs."""
     label: str | None = "Category"
-    """The column with the label; null for causal-lm."""
+    """The column with the label, of multi-label with a list of labels; null for causal-lm."""
     columns: dict[str, str] | None = None
     """Columns by role where rows are no texts with a label, e.g. {prompt: question}; null: found by usual names."""
     template: str | None = None

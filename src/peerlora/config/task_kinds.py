@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens", "tags"]
+Target = Literal["class", "number", "labels", "tokens", "tags"]
 Names = Mapping[str, tuple[str, ...]]
 """Role of a column -> the names that it usually has, in lower case."""
 
@@ -38,8 +38,8 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``, its next tokens, or
-    a class of each word."""
+    """What a model predicts of a row: a class, a number or several labels, all in the column ``data.label``; its next
+    tokens; or a class of each word."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
@@ -61,12 +61,12 @@ class TaskKind:
     @property
     def has_names(self) -> bool:
         """Whether the outputs of a model's head have names: those of classes, or of the tags of words."""
-        return self.target in ("class", "tags")
+        return self.target in ("class", "labels", "tags")
 
     @property
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
-        return self.target in ("class", "number")
+        return self.target in ("class", "number", "labels")
 
     @property
     def is_chat(self) -> bool:
@@ -81,7 +81,8 @@ class TaskKind:
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
         if self.has_names:
-            return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+            kind = {"problem_type": "multi_label_classification"} if self.target == "labels" else {}
+            return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kind}
         return {"num_labels": 1, "problem_type": "regression"} if self.target == "number" else {}
 
 
@@ -102,6 +103,7 @@ TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "
 _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
+    TaskKind("multi-label", "labels", "peerlora.train.tasks:MultiLabel", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
     TaskKind(
         "token-classification",

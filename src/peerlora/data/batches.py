@@ -30,7 +30,7 @@ class Batch:
     inputs: dict[str, Tensor]
     """input_ids, attention_mask and perhaps token_type_ids, each [client*row, token]."""
     labels: Tensor
-    """[client*row]"""
+    """[client*row], or [client*row, label]"""
     weights: Float[Tensor, "client row"]
     """1/rows on a client's own rows, 0 on filler rows of clients with a smaller batch."""
     extents: list[tuple[int, int]]

@@ -19,8 +19,8 @@ class Dataset:
     types: np.ndarray | None
     """uint8 [token], the tokenizer's token types, which distinguish a pair's halves; None: it gives none"""
     labels: np.ndarray
-    """int64 [row] class ids, or float32 [row] for regression, or int64 numbers that mean nothing for language
-    models"""
+    """int64 [row] class ids; float32 [row] for regression; float32 [row, label] for multi-label, 1 for each that a row
+    has; int64 [row] that means nothing where something is learned of tokens"""
     names: tuple[str, ...]
     """Names by id, of the classes or of the tags of words; () for regression and language models"""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -30,8 +30,8 @@ class Dataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the rows' labels; () where rows have no class, only their tokens may."""
-        return self.names if self.targets is None else ()
+        """The names of the rows' labels; () where rows have no class: several labels, or one for each token."""
+        return self.names if self.targets is None and self.labels.ndim == 1 else ()
 
     def __len__(self) -> int:
         return len(self.labels)

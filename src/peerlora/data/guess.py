@@ -46,6 +46,9 @@ LABELS = (
     "severity",
     "priority",
     "similarity",
+    "categories",
+    "topics",
+    "genres",
     "y",
 )
 ASIDE = re.compile(  # columns about rows, which are labels only where there is no other
@@ -87,7 +90,7 @@ class Guess:
     """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression, causal-lm, token-classification or chat."""
+    """The ``task.kind``: classification, regression, multi-label, causal-lm, token-classification or chat."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -199,6 +202,8 @@ def _named_label(table: pa.Table, text: Sequence[str]) -> str | None:
 
 def _could_be_label(table: pa.Table, name: str) -> bool:
     kind = table.schema.field(name).type
+    if _is_list_of_labels(kind):
+        return 2 <= _distinct(table, name) <= CLASSES
     if is_text(kind):
         return 2 <= _distinct(table, name) <= max(CLASSES, table.num_rows // 4)
     return _is_number(kind) and _distinct(table, name) >= 2
@@ -239,6 +244,8 @@ def _candidate(table: pa.Table, name: str) -> Candidate:
 
 def _kind(table: pa.Table, label: str) -> str:
     column = table.column(label)
+    if _is_list_of_labels(column.type):
+        return "multi-label"
     if not _is_number(column.type) or pa.types.is_boolean(column.type) or class_names(table, label):
         return "classification"
     values = pc.cast(pc.drop_null(column), pa.float64())
@@ -289,6 +296,7 @@ def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
 def _plain(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table.column(name)
     column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    column = pc.list_flatten(column) if _is_list_of_labels(column.type) else column
     return pc.drop_null(column)
 
 
@@ -298,6 +306,13 @@ def _values(table: pa.Table, name: str) -> pa.Array:
 
 def _distinct(table: pa.Table, name: str) -> int:
     return len(_values(table, name))
+
+
+def _is_list_of_labels(kind: pa.DataType) -> bool:
+    """Whether a column holds lists of words or of whole numbers."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return is_text(kind.value_type) or pa.types.is_integer(kind.value_type)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -18,6 +18,7 @@ from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.label_checks import warn_of_labels
+from peerlora.data.label_lists import as_indicators, read_label_lists
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
 from peerlora.data.roles import read_roles
@@ -33,7 +34,7 @@ class _Rows:
 
     source: str
     table: pa.Table
-    labels: np.ndarray  # of all rows of the table
+    labels: np.ndarray  # of all rows of the table; [row, label] where a row has several
     meaning: Classes | None  # None where labels are no classes
     chosen: np.ndarray  # row numbers, ascending
     roles: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)  # columns by role, for kinds with forms
@@ -45,7 +46,11 @@ class _Rows:
 
     def classes(self) -> np.ndarray:
         """[chosen row] what "per class" means: without classes, all rows are one."""
-        return self.labels[self.chosen] if self.names else np.zeros(len(self.chosen), dtype=np.int64)
+        return (
+            self.labels[self.chosen]
+            if self.names and self.labels.ndim == 1
+            else np.zeros(len(self.chosen), dtype=np.int64)
+        )
 
 
 def load_datasets(
@@ -86,6 +91,10 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     where, column = f"data.label={label} in {source}", table.column(label)
     if kind.target == "number":
         return _Rows(source, table, numbers(column, where), None, everything)
+    if kind.target == "labels":
+        wanted = train.meaning if train else config.task.labels
+        several, classes = read_label_lists(column, class_names(table, label), wanted, where)
+        return _Rows(source, table, as_indicators(several, len(classes.names)), classes, everything)
     labels = read_labels(column, class_names(table, label), where)
     classes = train.meaning if train else training_classes(labels, config.task.labels, where)
     assert classes is not None

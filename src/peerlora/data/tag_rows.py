@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.data.labels import Classes, class_ids, read_labels, training_classes
+from peerlora.data.label_lists import read_label_lists
+from peerlora.data.labels import Classes
 from peerlora.data.numerals import is_number
 from peerlora.data.tokens import CHUNK
 from peerlora.errors import ConfigError, DataError, first_line
@@ -41,19 +42,12 @@ def read_tagged(
     words, tags = (columns[role].to_pylist() for role in ("tokens", "tags"))
     for row, (own, theirs) in enumerate(zip(words, tags, strict=True), 1):
         _check_row(own, theirs, f"{source}: row {row}")
-    lengths = [len(own) for own in words]
-    kind = columns["tags"].type.value_type
-    flat = pa.chunked_array([pa.array([tag for own in tags for tag in own], kind)])
     where = f"tags in {source}"
-    labels = read_labels(flat, own_names, where)
-    classes = wanted if isinstance(wanted, Classes) else training_classes(labels, wanted, where)
-    if len(classes.names) < 2:
-        raise DataError(f"{where}: only one tag, {''.join(classes.names)!r}; expected at least 2")
+    ids, classes = read_label_lists(columns["tags"], own_names, wanted, where)
     if not isinstance(wanted, Classes) and all(map(is_number, classes.names)):
         logging.getLogger(__name__).warning(
             "%s: tags are numbers without names, so each counts as an entity; name them in order in task.labels", where
         )
-    ids = np.split(class_ids(labels, classes, where), np.cumsum(lengths)[:-1])
     return TaggedRows(words, ids), classes
 
 

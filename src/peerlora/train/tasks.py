@@ -71,6 +71,38 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class MultiLabel:
+    """Binary cross-entropy, mean over labels; micro-averaged F1 of labels predicted above one half."""
+
+    kind: ClassVar[TaskKind] = KINDS["multi-label"]
+    metric: ClassVar[str] = "micro-f1"
+    higher_is_better: ClassVar[bool] = True
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean binary cross-entropy per client."""
+        return _weighted(self.row_losses(logits, batch), batch)
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Binary cross-entropy, mean over the labels."""
+        return F.binary_cross_entropy_with_logits(logits, batch.labels.to(logits.dtype), reduction="none").mean(1)
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, and a prediction for each label."""
+        return 1 + len(names)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(binary cross-entropy, then per label 1 where it is predicted)."""
+        loss = self.row_losses(logits, batch)
+        return torch.cat([loss[:, None], (logits > 0).to(loss.dtype)], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(micro-averaged F1 of the labels, mean binary cross-entropy)."""
+        predicted = outcomes[:, 1:]
+        both = float((predicted * labels).sum())
+        return f1(float(labels.sum()), float(predicted.sum()), both), float(outcomes[:, 0].mean())
+
+
+@dataclass(frozen=True)
 class Regression:
     """Squared error; Spearman's rank correlation."""
 

@@ -1,5 +1,7 @@
-"""The fast forward of BERT- and RoBERTa-type classifiers on a CPU: no work on padding, and, where rows are classified,
-in the last block only for the token that is pooled.  Exact: in fp32 it differs from the padded forward by rounding only.
+"""The fast forward of BERT- and RoBERTa-type classifiers on a CPU: no work on padding, and of rows that are classified,
+in the last block only that for the token that is pooled.
+
+Exact: in fp32 it differs from the padded forward by rounding only.
 """
 
 from __future__ import annotations
