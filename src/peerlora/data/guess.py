@@ -14,12 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number, whole_number
-from peerlora.data.row_forms import find_form
-from peerlora.data.tag_rows import read_tagged
+from peerlora.data.row_forms import TOKENS_PER_WORD, find_form
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
 
@@ -66,9 +64,6 @@ PAIRS = (
 )
 NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
-TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
-_MARKS = 12  # tokens that a chat template puts round a turn; a default system turn is one more turn
-_LOOKED_AT = 1000  # chats
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     if label is None and not text:
         few = [name for name in _plain_names(table) if _is_few(table, name)]
         if form := find_form(table, few, usual, source):
-            guess_form = _guess_chats if form[0] == "chat" else _guess_tags
-            return guess_form(table, form[1], source)
+            texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
+            return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
     found = list(text) or _text_columns(table, given or usual, source)
     chosen = None if unlabelled else given or usual or _few_values(table, found)
     kind = _kind(table, chosen) if chosen else "causal-lm"
@@ -128,27 +123,6 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     candidates = _candidates(table, found, chosen)
     reason = "given by --label" if label is not None else _reason(table, chosen, usual, candidates)
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
-
-
-def _guess_chats(table: pa.Table, roles: dict[str, str], source: str) -> Guess:
-    """Rows of which the answers are learned; the first of them are read, so that a flaw is told at once."""
-    looked_at = np.arange(min(table.num_rows, _LOOKED_AT))
-    chats = read_chats({role: table.column(name) for role, name in roles.items()}, looked_at, source)
-    words = [sum(len(turn["content"].split()) for turn in chat) * TOKENS_PER_WORD for chat in chats]
-    marks = [_MARKS * (len(chat) + 1) for chat in chats]
-    longest = _rounded(float(np.percentile(np.add(words, marks), 90)), 1024)
-    reason = f"rows are chats, by {', '.join(roles.values())}; the answers are learned"
-    return Guess([*roles.values()][:2], None, "chat", longest, _clients(table), reason, (), roles)
-
-
-def _guess_tags(table: pa.Table, roles: dict[str, str], source: str) -> Guess:
-    """Words with a tag each; all are read, so that a flaw is told at once."""
-    columns = {role: table.column(name) for role, name in roles.items()}
-    rows, _ = read_tagged(columns, class_names(table, roles["tags"]), None, source)
-    longest = float(np.percentile([len(words) for words in rows.words], 90)) * TOKENS_PER_WORD
-    reason = f"{roles['tags']} holds a tag for each word in {roles['tokens']}"
-    named = "token-classification"
-    return Guess([*roles.values()], None, named, _rounded(longest, 256), _clients(table), reason, (), roles)
 
 
 def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:

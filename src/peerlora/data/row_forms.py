@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS
+from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import is_text
+from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number
 from peerlora.data.roles import find_roles
+from peerlora.data.tag_rows import read_tagged
 from peerlora.errors import DataError
 
+TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
+_MARKS = 12  # tokens that a chat template puts round a turn; a default system turn is one more turn
+_LOOKED_AT = 1000  # chats
 _ADVICE = (
     "training on them as such is not supported; give a column of text by --text, which trains on all of its tokens; or "
     "name a label by --label"
@@ -26,13 +34,24 @@ _PAIRS = (  # what rows are where the second column has too many values for a la
 )
 
 
-def find_form(
-    table: pa.Table, labels: Sequence[str], named: str | None, source: str
-) -> tuple[str, dict[str, str]] | None:
-    """``task.kind`` and columns by role where rows are words with tags, chats or questions with answers; else None.
+@dataclass(frozen=True)
+class RowForm:
+    """What rows are that are no texts with a label."""
+
+    kind: str
+    """The ``task.kind``."""
+    columns: dict[str, str]
+    """By role."""
+    tokens: float
+    """About how many hold nine rows out of ten."""
+    reason: str
+
+
+def find_form(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> RowForm | None:
+    """Recognise words with tags, chats, instructions and questions with answers; None where rows are texts.
 
     ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.  Raises DataError
-    for rows of a form that no task reads.
+    for rows of a form that no task reads, and for flaws in the first of those that one does.
     """
     names = {name.lower(): name for name in reversed(table.column_names)}
     for form, needed, others in _FORMS:
@@ -41,12 +60,28 @@ def find_form(
             _refuse(source, form, [names[name] for name in (*needed, *found[:1])])
     if tags := find_roles(table.column_names, TAG_FORMS):
         if all(_is_list(table.schema.field(name).type) for name in tags.values()):
-            return "token-classification", tags
+            return _tagged(table, tags, source)
     roles = find_roles(table.column_names, CHAT_FORMS)
-    if roles is not None and (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
-        return "chat", roles
-    pair = _find_pair(table, names, labels, source) if named is None else None
-    return pair and ("chat", pair)
+    if roles is None or not (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
+        roles = _find_pair(table, names, labels, source) if named is None else None
+    return roles and _chats(table, roles, source)
+
+
+def _chats(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
+    looked_at = np.arange(min(table.num_rows, _LOOKED_AT))
+    chats = read_chats({role: table.column(name) for role, name in roles.items()}, looked_at, source)
+    words = [sum(len(turn["content"].split()) for turn in chat) * TOKENS_PER_WORD for chat in chats]
+    marks = [_MARKS * (len(chat) + 1) for chat in chats]
+    reason = f"rows are chats, by {', '.join(roles.values())}; the answers are learned"
+    return RowForm("chat", roles, float(np.percentile(np.add(words, marks), 90)), reason)
+
+
+def _tagged(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
+    columns = {role: table.column(name) for role, name in roles.items()}
+    rows, _ = read_tagged(columns, class_names(table, roles["tags"]), None, source)
+    tokens = float(np.percentile([len(words) for words in rows.words], 90)) * TOKENS_PER_WORD
+    reason = f"{roles['tags']} holds a tag for each word in {roles['tokens']}"
+    return RowForm("token-classification", roles, tokens, reason)
 
 
 def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:
