@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import peerlora.algorithms  # noqa: F401 (registers its methods before the fixture takes a copy of them)
 from peerlora import read_events
 from peerlora.plugins import METHODS, TOPOLOGIES
 from peerlora.runs.events import RoundDone
@@ -38,6 +39,7 @@ def test_every_example_is_tested_and_short():
     assert set(scripts) == {
         "own_data",
         "chat_smollm2",
+        "tag_words",
         "own_method",
         "compare_topologies",
         "flower_partitioner",
@@ -105,6 +107,24 @@ def test_a_federation_learns_to_answer(run, chats):
         "chat_smollm2", "data.max_length=32", "eval.generate.max_new_tokens=2", model="llama", rows=chats
     )
     assert printed.startswith("loss of held-out answers ") and printed.count("expected 'w") == 4
+
+
+def test_words_are_tagged_by_clients_and_by_peft(run, tagged, models):
+    from peft import PeftModel
+    from transformers import AutoModelForTokenClassification
+
+    out, printed = run("tag_words", "algorithm.interval=1", rows=tagged)
+    assert printed.startswith("entity-f1: mean client ")
+    base = AutoModelForTokenClassification.from_pretrained(models("bert"), num_labels=3)
+    tuned = PeftModel.from_pretrained(base, str(out / "adapters" / "client-03"))
+    trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
+    assert trained and all(value.abs().max() > 0 for value in trained)
+    assert yaml.safe_load((out / "adapters" / "client-03" / "labels.json").read_text()) is not None
+
+
+def test_own_data_may_have_several_labels(run):
+    out, _ = run("own_data", "task.kind=multi-label", "data.label=several", "partition=iid", "algorithm.interval=1")
+    assert read_events(out)[0].metric == "micro-f1"
 
 
 def test_the_chat_example_makes_its_own_rows_of_news(tmp_path):
