@@ -64,7 +64,7 @@ def find_form(table: pa.Table, labels: Sequence[str], named: str | None, source:
     roles = find_roles(table.column_names, CHAT_FORMS)
     if roles is None or not (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
         roles = _find_pair(table, names, labels, source) if named is None else None
-    return roles and _chats(table, roles, source)
+    return None if roles is None else _chats(table, roles, source)
 
 
 def _chats(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:

@@ -55,7 +55,7 @@ def count_entities(
     """For every type of entity the true ones, the predicted ones and those that are both, of one row of tag ids."""
     types = {kind: place for place, kind in enumerate(entity_types(names))}
     counts = np.zeros((len(types), ENTITY_COUNTS))
-    theirs, ours = (find_entities([names[tag] for tag in row]) for row in (true.tolist(), predicted.tolist()))
+    theirs, ours = (find_entities([names[int(tag)] for tag in row]) for row in (true, predicted))
     for column, some in enumerate((theirs, ours, theirs & ours)):
         for kind, _, _ in some:
             counts[types[kind], column] += 1
