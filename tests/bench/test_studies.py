@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cases import others_slow
 from peerlora.algorithms.salf import SALF
 from peerlora.exchange.attacks import alie_quantile
 from peerlora.experiments.grid import load_grid
@@ -80,7 +81,7 @@ def test_the_names_below_are_all_studies(studies):
     assert set(NAMES) == studies.STUDIES.keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
 def test_no_cell_of_a_study_is_refused(name, studies, data):
     study = every_study(studies)[name]
     study.prepare(data)
@@ -98,7 +99,7 @@ def test_no_cell_of_a_study_is_refused(name, studies, data):
                     plan(trial.config)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
 def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
     study = every_study(studies)[name]
     rows = reported(study, data)
@@ -119,7 +120,7 @@ def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
     assert len({config.data.eval for config in rows.values()}) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
 def test_the_baseline_of_a_study_is_one_of_its_rows(name, studies, data):
     study = every_study(studies)[name]
     labels = [trial.labels for tree in study.parts(data) for trial in plan_trials(load_grid(tree)).trials]
