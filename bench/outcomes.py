@@ -16,6 +16,7 @@ from peerlora.experiments.trials import Trial
 from study_costs import Look, follow, only_of
 
 PLACE = Path("bench/results/outcomes")
+_ALWAYS = ("optimizer", "optimizer_state", "schedule", "label_prior", "lr", "rounds", "local_steps", "batch", "dtype")
 
 
 class OutcomeLines:
@@ -58,8 +59,15 @@ class OutcomeLines:
             file.write(json.dumps(line) + "\n")
 
     def _key(self, trial: Trial) -> str:
-        config = without_folder(without_folder(trial.config.model_dump(mode="json"), self.data), Path.cwd())
+        """What tells runs apart: settings other than the defaults, so that a new setting of peerlora changes no key.
+
+        Those of ``train`` that decide a comparison are always in it, whatever their default becomes.
+        """
+        config = trial.config.model_dump(mode="json", exclude_defaults=True)
         config = {name: value for name, value in config.items() if name not in ("threads", "peer", "checkpoint")}
+        named = {name: getattr(trial.config.train, name) for name in _ALWAYS}
+        config = without_folder({**config, "train": config.get("train", {}) | named}, self.data)
+        config = without_folder(config, Path.cwd())
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
 
 

@@ -12,7 +12,7 @@ import pytest
 from peerlora.config.loading import load_config
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.statistics import Outcome
-from peerlora.experiments.trials import plan_search, plan_trials
+from peerlora.experiments.trials import Trial, plan_search, plan_trials
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -231,3 +231,15 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     assert len(lines) == 8 + 4 + 4  # of the tuned row's search nothing is run twice
     monkeypatch.setattr("peerlora.experiments.runner.simulate", None)  # all is known by its lines
     assert studies.conduct("toy", study, data).result.lines == found.result.lines
+
+
+def test_a_setting_at_its_default_is_no_part_of_a_runs_key_but_training_is():
+    """So that outcomes outlive new settings of peerlora, and a default that changes takes none of another run."""
+    lines = load("outcomes").OutcomeLines("toy", Path("/data"))
+
+    def key(*words):
+        config = load_config(None, ["clients=2", "topology=ring", *words])
+        return lines._key(Trial({}, config, "x", "ring"))
+
+    assert key() == key("train.clip=null", "threads=3", "train.optimizer_state=round")
+    assert len({key(), key("train.clip=1"), key("train.optimizer_state=keep"), key("train.lr=0.5")}) == 4
