@@ -196,7 +196,7 @@ SETTINGS = {
     "exchange.robust": "exchange.robust=median",
     "adversary": "adversary.attack=ipm",
     "train.local_steps > 1": "train.local_steps=3",
-    "train.quiet": "train.quiet=0.5",
+    "train.quiet": "train.quiet=0.1",
     "train.optimizer=adamw": "train.optimizer=adamw",
 }
 

@@ -149,6 +149,15 @@ def test_show_finished(cli, yaml_file, tmp_path):
     assert shown.code == 0 and "finished, 3 of 3 rounds" in shown.out and "report.html" in shown.out
 
 
+def test_show_a_run_that_relays(cli, yaml_file, tmp_path):
+    run = tmp_path / "run"
+    assert cli("train", yaml_file(), "algorithm.name=dec-lora", "exchange.relay=true", "--out", run).code == 0
+    told, shown = last_json(cli("show", run, "--json")), cli("show", run)
+    assert told["deployed"] == "relayed" and 0 <= told["scores"]["relayed_worst"] <= told["scores"]["relayed_mean"] <= 1
+    assert "worst relayed" in shown.out and f"{told['scores']['relayed_mean']:.3f}" in shown.out
+    assert "the relayed models are deployed" in shown.out
+
+
 def test_show_unfinished_names_the_command_that_goes_on(cli, config, tmp_path):
     from peerlora.errors import Stopped
     from peerlora.runtime.simulate import simulate

@@ -210,7 +210,8 @@ def test_in_the_same_order_peers_do_what_simulated_clients_do(config, tmp_path, 
 
 @pytest.mark.parametrize("method", others_slow(["aedfl", "ad-psgd"], [0]))
 def test_alone_a_peer_is_a_client_of_local_also_after_a_stop(config, tmp_path, method):
-    words = [*WORDS, "train.rounds=4", "peer.join=0.2"]
+    """With a rate that follows the peer's own jobs."""
+    words = [*WORDS, "train.rounds=4", "train.schedule=cosine", "train.warmup=0.25", "peer.join=0.2"]
     chosen = config("bert", *words, f"algorithm.name={method}", *(["algorithm.density=1"] if method == "aedfl" else []))
     done = []
     with network(4) as (net, thread):

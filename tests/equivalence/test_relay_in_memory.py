@@ -199,6 +199,27 @@ def test_peers_that_resume_go_on_with_their_entries_and_signatures(tmp_path):
     assert saved[0]["relay.signatures"].shape == (CLIENTS, 97) and bool(saved[0]["relay.signatures"].any(1).all())
 
 
+def test_a_peer_that_has_left_ages_out_of_what_the_others_hold():
+    """It takes part in three rounds; the others wait for it in vain in the next ones."""
+    topology, settings = build_topology(PathGraph(kind="path"), CLIENTS, seed=2), RelayConfig(max_age=2)
+    xs, stays = [adapters(t) for t in range(ROUNDS)], 3
+
+    def one(peers, i):
+        peers[i].relayed, told = caches(settings, [i]), []
+        for t, x in enumerate(xs[:stays] if i == 0 else xs):
+            peers[i].begin(t)
+            with peers[i].extended_deadline(20.0 if t < stays else 0.5):
+                peers[i].mix(x.rows([i]))
+                peers[i].relay()
+            told.append(peers[i].relayed.versions[0].tolist())
+        return told
+
+    with exchanges(topology) as peers:
+        _, next_to_it, beyond, *_ = together([lambda i=i: one(peers, i) for i in range(CLIENTS)])
+    assert [versions[0] for versions in next_to_it] == [1, 2, 3, 3, 3, 0]
+    assert [versions[0] for versions in beyond[:stays]] == [0, 1, 2] and beyond[-1][0] == 0
+
+
 def folder_of(result, client):
     return load_file(result.run / "adapters" / f"client-{client:02d}" / "adapter_model.safetensors")
 

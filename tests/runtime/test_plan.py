@@ -82,3 +82,14 @@ def test_a_peer_is_refused_what_only_a_simulation_can_do(client, words, message)
 def test_an_unknown_method_of_a_peer_gets_the_message_that_a_simulation_gets():
     with pytest.raises(ConfigError, match="did you mean 'adf-lora'"):
         plan_peer(load_config(NOWHERE, ["algorithm.name=adf-lra"]), Site(0, {0: "a", 1: "b"}, "run"))
+
+
+def test_phases_are_of_the_rounds_that_train():
+    """Else a method whose factors take turns could rest one of them in all rounds that train, and say nothing."""
+    quiet = ["topology.kind=random", "topology.p=0.01", "train.rounds=10", "train.quiet=0.5"]
+    trained = planned(*quiet[:2], "algorithm.name=tad-lora", "train.rounds=5")
+    found = planned(*quiet, "algorithm.name=tad-lora")
+    assert found.algorithm == trained.algorithm and found.algorithm.interval < 5
+    (warning,) = (each for each in planned(*quiet, "algorithm.interval=5").warnings if "interval" in each)
+    assert "interval=5 is not shorter than the part of the run that trains, of 5 rounds" in warning
+    assert not any("interval" in each for each in planned(*quiet, "algorithm.interval=4").warnings)

@@ -129,6 +129,7 @@ def test_settings_that_contradict_each_other_are_refused_in_one_sentence(words, 
         ["train.warmup=0.1"],
         ["train.schedule=wsd", "train.warmup=0.3", "train.decay=0.7"],
         ["recipe=sparse", "train.floor=0.1"],  # the recipe brings the schedule
+        ["recipe=sparse", "train.class_weights=balanced"],  # and no second prior
     ],
 )
 def test_a_default_contradicts_nothing(words):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import IN_STEP, Traits
 from peerlora.topology.properties import Properties
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from peerlora.train.base import Learner
 
 State = TypeVar("State")
-
-IN_STEP = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
-"""Why a method refuses that one client alone ends its training, unless it has another reason."""
 
 
 class Method(Protocol):
@@ -210,7 +207,7 @@ class Configurable(Protocol):
     """A method with something to choose or to say once the topology and the length of the run are known."""
 
     def prepared(self, topology: Topology, rounds: int) -> tuple[Algorithm[Any], tuple[str, ...]]:
-        """The method that runs, and notes for the run.
+        """The method that runs, and notes for the run; ``rounds``: those that train.
 
         Only what every client can work out alone may be used: they must all come to the same method.
         """

@@ -117,8 +117,8 @@ class FedSpeed(DFedADMMSAM):
     there, rho 0.1, gradients are clipped at 10 (``train.clip``).
     Differs: the server's average is replaced by gossip; on the complete graph it is the server's round with everybody.
     All terms join the gradient before it is clipped; there the optimiser adds the proximal term's share of x, and
-    weight decay, after clipping, so states differ where clipping acts.  No decay of the rate.  The penalty, 0.1 there,
-    is 1: over a sparse graph lambda = 10 leaves clients near their own optima, or diverges.
+    weight decay, after clipping, so states differ where clipping acts.  The penalty, 0.1 there, is 1: over a
+    sparse graph lambda = 10 leaves clients near their own optima, or diverges.  Their rate decays: ``train.schedule``.
     """
 
     alpha: float = 1.0

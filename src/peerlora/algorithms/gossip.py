@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from peerlora.algorithms.base import IN_STEP, Method
+from peerlora.algorithms.base import Method
+from peerlora.algorithms.traits import IN_STEP
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import parse_blocks
 
@@ -41,8 +42,7 @@ class FactorGossip(Method):
     @property
     def training_end_refusal(self) -> str | None:
         """None where a round is local steps and mixing: a client without steps is then an ordinary neighbour."""
-        more = any("quiet_round" in vars(kind) for kind in type(self).__mro__ if kind is not Method)
-        return self.traits.quiet_refusal() or (IN_STEP if more else None)
+        return self.traits.quiet_refusal() or self.traits.training_end
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peerlora.algorithms.gossip import FactorGossip
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import IN_STEP, Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapters import Adapters
@@ -55,6 +55,7 @@ class HetLoRA(FactorGossip):
         sends="models",
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks=None,
+        training_end=IN_STEP,
         fresh_optimizer="its momentum would move ranks that were cut",
     )
 

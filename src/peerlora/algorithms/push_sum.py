@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from peerlora.algorithms.gossip import IN_TURN, Scheduled
-from peerlora.algorithms.traits import SGD, Traits
+from peerlora.algorithms.traits import IN_STEP, SGD, Traits
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.properties import Properties
 from peerlora.train.base import LocalPlan
@@ -114,6 +114,7 @@ class PushDIGing(SGP):
         topology_reason="senders must hand on all they have",
         positive_vectors=("w",),
         local_only=("g",),
+        training_end=IN_STEP,
         sgd_preferred="it is exact for SGD only",
         train_defaults=SGD,
     )

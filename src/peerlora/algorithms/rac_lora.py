@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peerlora.algorithms.flora import growth
 from peerlora.algorithms.gossip import FactorGossip
-from peerlora.algorithms.traits import REASONS, Traits
+from peerlora.algorithms.traits import IN_STEP, REASONS, Traits
 from peerlora.errors import ConfigError
 from peerlora.exchange.combine import Combined, Received
 from peerlora.lora.adapter_init import redrawn
@@ -74,6 +74,7 @@ class RACLoRA(FactorGossip):
         sends="models",
         refuses={"relay": REASONS["merges"]["relay"]},
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
+        training_end=IN_STEP,
         merges_into="base",
     )
 

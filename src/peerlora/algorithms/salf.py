@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.algorithms.depth_schedule import DepthGossip
-from peerlora.algorithms.traits import Traits
+from peerlora.algorithms.traits import IN_STEP, Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.layer_order import by_column, depth_of, reached_layers
@@ -62,6 +62,7 @@ class SALF(DepthGossip):
         mixes="A and B of the layers that both ends reached",
         sends="layers",
         requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True),
+        training_end=IN_STEP,
         topology_reason="a mask on both ends of a link keeps the sums of a symmetric W only",
     )
 

@@ -27,6 +27,8 @@ labels.  Adapters and models can be relayed, unless a factor stays at home that 
 """
 
 ONE_FACTOR = "it sends one factor, and the other differs from client to client, so that what is sent is no model"
+IN_STEP = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
+"""Why a method refuses that one client alone ends its training, unless it has another reason."""
 REPLICAS = "compressed gossip keeps replicas of one set of adapters, and of nothing else"
 SGD = {"optimizer": "sgd", "lr": 0.1}
 """The defaults of ``train`` for a method that was made for SGD."""
@@ -107,6 +109,8 @@ class Traits:
     """Why the optimiser's memory cannot outlast a round, with the default settings."""
     quiet: str | None = None
     """Why there can be no rounds at the end that exchange without training."""
+    training_end: str | None = None
+    """Why one client alone cannot end its training, where the state is the adapters and nothing else says so."""
     gradients: int = 1
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
     own_gauge: bool = False

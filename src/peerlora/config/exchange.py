@@ -7,7 +7,7 @@ from pydantic import Field, TypeAdapter, field_validator
 from peerlora.config.base import Positive, Section
 
 ExportedModel = Literal["own", "relayed", "averaged", "best"]
-"""A client's own adapter, its relayed average, or the average of all clients' own."""
+"""A client's own adapter, its relayed average, the average of all clients' own, or its own of its best round."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
 

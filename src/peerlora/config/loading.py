@@ -25,8 +25,8 @@ def load_config(
 ) -> RunConfig:
     """Read a YAML file (or a mapping), apply dotted ``key=value`` words, check everything.
 
-    Of two words for one setting the later one counts.  Without ``train_defaults`` the method is not imported, and its
-    own defaults of ``train`` are left out.
+    Of two words for one setting the later one counts.  Without ``train_defaults`` the method's own defaults of
+    ``train`` are left out, and it is imported for a recipe only.
     Raises ConfigError with what was given, what was expected and the nearest valid key.
     """
     tree = read_tree(source)

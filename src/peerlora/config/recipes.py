@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peerlora.config.base import Section
-from peerlora.config.task_kinds import TaskKind
+from peerlora.config.task_kinds import task_kind
+
+if TYPE_CHECKING:
+    from peerlora.config.run import RunConfig
 
 Settings = dict[str, dict[str, Any]]
 """By section of a config, then by setting."""
 
 
-def sparse(task: TaskKind, own: Mapping[str, Any], relays: bool) -> Settings:
+def sparse(config: RunConfig, own: Mapping[str, Any], relays: bool) -> Settings:
     """Clients that meet rarely: what brings the model that each of them deploys near the averaged one.
 
     A rate that falls to zero lets disagreement fall with it; kept moments spare a client the first steps of a fresh
@@ -22,13 +25,13 @@ def sparse(task: TaskKind, own: Mapping[str, Any], relays: bool) -> Settings:
     train: dict[str, Any] = {"schedule": "cosine"}
     if "optimizer_state" not in own:
         train["optimizer_state"] = "keep"
-    if task.has_classes:
+    if task_kind(config.task.kind).has_classes and config.train.class_weights != "balanced":  # which is a prior, too
         train["label_prior"] = "uniform"
     return {"train": train, "exchange": {"relay": {}}} if relays else {"train": train}
 
 
-RECIPES: dict[str, Callable[[TaskKind, Mapping[str, Any], bool], Settings]] = {"sparse": sparse}
-"""A recipe's settings for a kind of task, and a method by its own defaults of ``train`` and whether it relays."""
+RECIPES: dict[str, Callable[[RunConfig, Mapping[str, Any], bool], Settings]] = {"sparse": sparse}
+"""A recipe's settings for a config, and its method by its own defaults of ``train`` and whether it relays."""
 
 
 def fill(section: Section, settings: Mapping[str, Any]) -> Section:

@@ -126,12 +126,13 @@ class RunConfig(Section):
         open_ones = self.train.model_fields_set < TrainConfig.model_fields.keys()
         wanted = open_ones and (info.context or {}).get("train_defaults", True)
         method = METHODS.find(self.algorithm.name) if wanted or self.recipe is not None else None
-        own = method.traits.own_train_defaults() if method is not None and wanted else {}
+        own = {} if method is None else method.traits.own_train_defaults()
         if self.recipe is not None:
             relays = method is not None and method.traits.refusal("relay") is None and self.exchange.codec is None
-            for name, settings in RECIPES[self.recipe](task_kind(self.task.kind), own, relays).items():
+            for name, settings in RECIPES[self.recipe](self, own, relays).items():
                 self._fill(name, settings)
-        self._fill("train", own)
+        if wanted:
+            self._fill("train", own)
         if flaw := self.train.contradiction():
             raise ValueError(flaw)
         return self

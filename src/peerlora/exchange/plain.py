@@ -46,9 +46,8 @@ class PlainExchange:
             self.relayed.load_state_dict(saved)
 
     def relay(self) -> None:
-        """Relay nothing, where it is not asked for; an exchange that can relay overrides it."""
-        if self.relayed:
-            raise CompositionError("exchange.relay is not built for this exchange; leave it out")
+        """Swap over the links of this round what the clients know of others; see ``exchange.relay``."""
+        raise NotImplementedError
 
     def mix_cached(self, x: Adapters) -> Adapters:
         """``x_i <- sum_j alpha_ij (the newest x_j that i holds)``, after this round's messages and swaps."""
@@ -64,7 +63,7 @@ class PlainExchange:
 
     def _send(self, x: Adapters) -> None:
         """Send adapters to the neighbours, and mix nothing; their cost joins the stats."""
-        raise CompositionError("a cache of adapters is not built for this exchange; use another method")
+        raise NotImplementedError
 
     def _record_relay(self, began: float, **counts: int) -> None:
         """Add to the stats what a relay that began at this moment cost, by name, and what the caches hold after it."""

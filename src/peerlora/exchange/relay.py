@@ -113,6 +113,7 @@ class RelayCaches:
     """
 
     def __init__(self, settings: CacheConfig, whole: AdapterSpec, rows: Mapping[int, int], total: int):
+        assert min(rows.values(), default=1) > 0, "a client without rows would weigh nothing"
         self.settings, self.whole, self.rows, self.clients = settings, whole, dict(rows), sorted(rows)
         self.pool, self.layout = EntryPool(), whole.exchanged()
         self.places: Int[np.ndarray, "holder client"] = np.full((len(rows), total), UNKNOWN, dtype=np.int64)

@@ -104,22 +104,27 @@ def _own_entries(caches: RelayCaches, sent: Adapters, x: Adapters, clients: Sequ
 def _products(received: Received) -> Combined:
     """The average of the products, cut to each rank, and the squared norms of what was cut and of the whole."""
     cut = partial(decompose_leading, rank=received.own.spec.rank)
-    found = average_products(received, cut)
+    found, own = average_products(received, cut), received.own
     measures = {"tail": found.tail, "size": found.size.expand_as(found.tail)}
-    return received.with_factors(found.factors, measures, average_in_order(received))
+    head = own.spec.columns("head")  # all that the factors below leave of an average
+    averaged = replace(own, flat=own.flat.clone())
+    averaged.flat[:, head] = _sum_in_order(received, head).to(own.flat)
+    return received.with_factors(found.factors, measures, averaged)
 
 
 def _factors(received: Received) -> Combined:
-    return Combined(average_in_order(received))
+    own, whole = received.own, slice(0, received.everybody.flat.shape[1])
+    averaged = _sum_in_order(received, whole).to(own.flat).expand(own.clients, -1).contiguous()
+    return Combined(replace(own, flat=averaged))
 
 
-def average_in_order(received: Received) -> Adapters:
-    """The receivers with the average entry by entry, added up in the order of the senders.
+def _sum_in_order(received: Received, columns: slice) -> Float[Tensor, "#receiver column"]:
+    """The weighted average of these columns, entry by entry, added up in the order of the senders.
 
     So it has the same bits whoever else's entries are in the table, which a matrix product does not promise.
     """
-    total = torch.zeros(len(received.senders), received.everybody.flat.shape[1], dtype=torch.float64)
-    total = total.to(received.everybody.flat.device)
+    values = received.everybody.flat[:, columns]
+    total = torch.zeros(len(received.senders), values.shape[1], dtype=torch.float64, device=values.device)
     for senders, weights in zip(received.senders.T, received.weights.T, strict=True):
-        total += weights[:, None] * received.everybody.flat[senders].double()
-    return replace(received.own, flat=total.to(received.own.flat).expand(received.own.clients, -1).contiguous())
+        total += weights[:, None] * values[senders].double()
+    return total

@@ -54,10 +54,12 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
         gossip_rounds(topology)
     warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config, algorithm))
     interval = algorithm.switches_every
-    if interval is not None and interval >= config.train.rounds:
+    trained = config.train.training_rounds
+    if interval is not None and interval >= trained:
+        which = "run" if trained == config.train.rounds else "part of the run that trains,"
         warnings += (
-            f"algorithm.interval={interval} is not shorter than the run of {config.train.rounds} rounds: only B is "
-            "trained, as in FFA-LoRA",
+            f"algorithm.interval={interval} is not shorter than the {which} of {trained} rounds: only B is trained, as "
+            "in FFA-LoRA",
         )
     return warnings
 

@@ -53,7 +53,7 @@ def plan(
     topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
     attacking = attackers(config.adversary, config.clients, config.seed)
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
-    algorithm, notes = prepare(algorithm, topology, config.train.rounds)
+    algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
     notes = (*notes, *_prior_notes(config, topology), *attack_notes(config, attacking))
     return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
 

@@ -56,7 +56,7 @@ def read_uncut(run: Path, config: RunConfig, clients: Sequence[int], own: Adapte
         raise RunError(
             f"{run} averages factors (exchange.relay.average=factors), of which nothing is cut; leave out --exact"
         )
-    caches = RelayCaches(config.exchange.relay, own.spec, dict.fromkeys(clients, 0), config.clients)
+    caches = RelayCaches(config.exchange.relay, own.spec, dict.fromkeys(clients, 1), config.clients)
     caches.load_state_dict(load_file(run / ENTRIES))
     return uncut_model(caches, own, client)
 

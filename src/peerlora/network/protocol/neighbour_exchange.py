@@ -65,6 +65,7 @@ class NeighbourExchange(PlainExchange):
         self.protocol, self.thread = protocol, thread
         self.replicas = None if start is None else ReplicaCache(start.flat[:1])
         self._deadline = protocol.deadline
+        self._peer_relay: PeerRelay | None = None
         self.positive_vectors, self.one_way = tuple(positive_vectors), not topology.properties.symmetric
         self._set(0)
 
@@ -194,10 +195,12 @@ class NeighbourExchange(PlainExchange):
         most = min(clients, self.relayed.settings.keep or clients)
         return RelayFormat(endpoint.expected, clients, most, self.sites, endpoint.transport.signatures)
 
-    @cached_property
+    @property
     def _relay(self) -> PeerRelay | None:
-        """This client's side of relaying; asked for once ``relayed`` is set."""
-        return PeerRelay(self.relayed, self.relay_format, self._report_refusal) if self.relayed else None
+        """This client's side of relaying, from when ``relayed`` is set."""
+        if self._peer_relay is None and self.relayed is not None:
+            self._peer_relay = PeerRelay(self.relayed, self.relay_format, self._report_refusal)
+        return self._peer_relay
 
     def _report_refusal(self, header: Header, refusal: Refused) -> None:
         report = self.protocol.endpoint.transport.report_refusal

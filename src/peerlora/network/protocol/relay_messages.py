@@ -171,11 +171,12 @@ class RelayFormat:
         files = read_files(header, body, lambda number: parts[min(number, 1)], 1 + self.most)
         if not files:
             raise Refused("bad-body", "no table of entries")
-        count = min(claimed_shapes(files[0], parts[0]).get("entries", (0,))[0], self.most)
+        rows, *_ = (*claimed_shapes(files[0], parts[0]).get("entries", ()), 0)
+        count = min(rows, self.most)
         table = read_vectors(files[0], self._table_schema(count))
         if len(files) != 1 + count:
             raise Refused("bad-body", f"{len(files) - 1} entries came, the table has {count}")
-        good, refused, origins = [], [], set[int]()
+        mine, good, refused, origins = entry_vectors(own, layout), [], [], set[int]()
         for number, (origin, version, rows) in enumerate(table["entries"].tolist()):
             signature = bytes(table["signatures"][number].tolist()) if self.signatures else b""
             try:
@@ -185,7 +186,7 @@ class RelayFormat:
                 self._check_wanted(t, known, origin, version)
                 entry = _read_entry(files[1 + number], like, origin, version, rows)
                 self._check_signed(entry, signature, layout)
-                _check_values(own, entry, layout)
+                _check_values(mine, entry, layout)
                 good.append(SignedEntry(entry, signature))
             except Refused as refusal:
                 refused.append(self._named(origin, version, refusal))
@@ -243,10 +244,10 @@ def _read_entry(file: memoryview, like: Adapters, origin: int, version: int, row
     return Entry(origin, version, int(x.ranks[0]), rows, x.flat[0])
 
 
-def _check_values(own: Entry, entry: Entry, layout: AdapterSpec) -> None:
-    """Raise Refused for values that are not finite, or far from the own ones."""
+def _check_values(own: Mapping[str, Tensor], entry: Entry, layout: AdapterSpec) -> None:
+    """Raise Refused for values that are not finite, or far from the own vectors."""
     given = entry_vectors(entry, layout)
     for name, vector in given.items():
         if not is_finite(vector):
             raise Refused("not-finite", name)
-    check_values(entry_vectors(own, layout), given)
+    check_values(own, given)
