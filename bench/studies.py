@@ -37,7 +37,7 @@ from peerlora.experiments.runner import Callbacks, start_grid
 from peerlora.experiments.statistics import Outcome, compare
 from peerlora.experiments.trials import plan_search, plan_trials, search_labels
 from peerlora.runs.resume import run_facts
-from study_base import PAGES, PLACE, RESULTS, Study, Tree, training_rows
+from study_base import PAGES, PLACE, RESULTS, Study, Tree
 from study_costs import Look, cost_table
 from study_tuning import tuned_grids, tuning_grid
 
@@ -153,7 +153,7 @@ def count_effort(study: Study, data: Path) -> Effort:
         for part in map(load_grid, [tree, *tuning]):
             planned = [plan_trials(part), plan_search(part)]
             configs += [trial.config for each in planned for trial in each.trials]
-    return Effort(len(configs), sum(map(training_rows, configs)))
+    return Effort(len(configs), sum(config.training_samples for config in configs))
 
 
 def list_studies(studies: Mapping[str, Study], data: Path) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.algorithms import method_class
-from peerlora.config.run import RunConfig
 
 Tree = dict[str, Any]
 PLACE, RESULTS, PAGES = Path(".bench/studies"), Path("bench/results"), Path("docs/results")
@@ -186,8 +185,3 @@ def settings_of(changes: Any) -> list[str]:
             if section not in ("eval", "checkpoint"):
                 found |= {f"{section}.{name}": None for name in value} if isinstance(value, dict) else {section: None}
     return [name for name in found if name != "exchange.relay"]
-
-
-def training_rows(config: RunConfig) -> int:
-    """The rows that a run is given to train on: rounds x steps x batches of all clients."""
-    return config.train.training_rounds * config.train.local_steps * sum(config.batches)

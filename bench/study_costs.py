@@ -55,7 +55,7 @@ def uniform_seconds(config: RunConfig, rounds: int, sent: float) -> float:
     A clock that waits for all changes no bit of a run, so it need not have been there.
     """
     gradients = method_class(config.algorithm.name).traits.gradients
-    return rounds * config.train.local_steps * gradients + sent / config.clients / UPLINK
+    return rounds * config.train.minibatches * gradients + sent / config.clients / UPLINK
 
 
 def only_of(events: Sequence[Event], clients: Sequence[int]) -> list[Event]:

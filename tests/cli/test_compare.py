@@ -142,7 +142,7 @@ def rows_counted(grid, evaluated):
     for trial in [*plan_search(grid, most).trials, *plan_trials(grid).trials]:
         config = trial.config
         models, seen = config.clients + 1, min(config.eval.rows, evaluated)
-        total += config.train.rounds * config.train.local_steps * sum(config.batches)
+        total += config.training_samples
         total += models * evaluated + seen + models * seen * ((config.train.rounds - 1) // config.eval.every)
     return total
 

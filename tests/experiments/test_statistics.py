@@ -142,18 +142,22 @@ def test_the_detectable_difference_is_that_of_holms_first_level():
     assert assess_design(compare(_only("a"), {"method": "a"}), "mean client") is None
 
 
-WORK = {"training rows": 1000.0, "gradients": 100.0}
+WORK = {"training rows": 1000.0, "row gradients": 1000.0, "gradients": 100.0}
 
 
 @pytest.mark.parametrize(
     ("work", "unequal"),
     [
         (WORK, False),
-        ({"training rows": 991.0, "gradients": 99.0}, False),  # within 1 %
-        ({"training rows": 1009.0, "gradients": 100.9}, False),
-        ({"training rows": 989.0, "gradients": 98.9}, True),
-        ({"training rows": 1000.0, "gradients": 200.0}, True),
-        ({"training rows": 2000.0, "gradients": 100.0}, False),  # larger batches, as many gradients
+        ({"row gradients": 991.0}, False),  # within 1 %
+        ({"row gradients": 1009.0}, False),
+        ({"row gradients": 989.0}, True),
+        ({"row gradients": 1011.0}, True),
+        ({**WORK, "gradients": 10.0}, False),  # larger batches, the same rows
+        ({"training rows": 2000.0, "row gradients": 2000.0, "gradients": 100.0}, True),  # as many minibatches
+        ({"training rows": 1000.0, "row gradients": 2000.0, "gradients": 200.0}, True),  # SAM
+        ({"training rows": 2000.0, "gradients": 100.0}, True),  # stored before row gradients were
+        ({"training rows": 1000.0, "gradients": 10.0}, False),
         ({}, False),  # of an outcome that was stored without
     ],
 )
@@ -172,6 +176,18 @@ def test_a_row_of_unequal_work_is_told_and_not_ranked(work, unequal, tmp_path):
     assert order == (["a", "b", "c"] if unequal else ["a", "c", "b"])
     assert table.count(" ‡ |") == unequal and ("Unequal work" in table) == unequal
     assert ("c, ring: " in table) == unequal
+
+
+def test_a_row_of_unequal_work_is_told_in_row_gradients():
+    outcomes = [
+        replace(each, method=method, measures={**each.measures, "training rows": 24_000.0, "gradients": minibatches})
+        for runs, method, minibatches in (("a", "local", 300.0), ("b", "dec-lora", 3000.0), ("c", "dfedsam", 6000.0))
+        for each in _only(runs)
+    ]
+    lines = {line.labels["method"]: line for line in compare(outcomes, {"method": "a"})}
+    assert lines["b"].unequal_work == "" and lines["b"].differences["mean client"].p_holm is not None
+    assert lines["c"].unequal_work == "48,000 row gradients, the baseline 24,000 (2.00 times)"
+    assert lines["c"].estimates["row gradients"].mean == 48_000
 
 
 def test_outcomes_are_compared_from_what_was_stored_of_them(tmp_path):

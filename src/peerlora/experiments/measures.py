@@ -26,6 +26,7 @@ MEASURES = (
     "number of the best round",
     "best rounds of clients",
     "training rows",
+    "row gradients",
     "gradients",
     "bytes sent",
     "consensus of B·A",
@@ -93,11 +94,11 @@ def _best_round(scores: Sequence[Evaluated], higher_is_better: bool) -> dict[str
 
 
 def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]:
-    """Count the training rows and the gradients of minibatches that a run took, from what its rounds report.
+    """Count the training rows, and the gradients of rows and of minibatches, that a run took, from its rounds' reports.
 
     A client trained in a round where it has a loss.  Attackers, whose losses are not written down, train whenever an
     honest client does and they are not absent.  Of a method without common rounds a round is as many local trainings
-    as there are clients, whoever does them; each counts the mean batch.
+    as there are clients, whoever does them; each counts the mean batch.  A cut backward pass counts whole.
     """
     from peerlora.algorithms import build_algorithm
     from peerlora.algorithms.base import is_asynchronous
@@ -112,10 +113,11 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
             trained = range(config.clients)
         rows += sum(config.batches[client] for client in trained)
         trainings += len(trained)
-    steps = config.train.local_steps * config.train.accumulate
+    each, passes = config.train.minibatches, algorithm.traits.gradients
     return {
-        "training rows": float(rows * steps),
-        "gradients": float(trainings * steps * algorithm.traits.gradients),
+        "training rows": float(rows * each),
+        "row gradients": float(rows * each * passes),
+        "gradients": float(trainings * each * passes),
     }
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peerlora.config.run import RunConfig
 from peerlora.errors import DivergenceError, RunError, Stopped
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import GridConfig, load_grid, search_warnings
@@ -159,11 +158,11 @@ class _TrialRunner:
     def expect(self, trials: Sequence[Trial]) -> None:
         """Count trials that are to be run."""
         self.trials += len(trials)
-        self.total += sum(_count_samples(trial.config) for trial in trials)
+        self.total += sum(trial.config.training_samples for trial in trials)
 
     def finish(self, trial: Trial, cache: ResourceCache) -> None:
         """Run a trial to its end, unless it is finished already."""
-        work, run, store = _count_samples(trial.config), self.folder / trial.folder, self.callbacks.outcomes
+        work, run, store = trial.config.training_samples, self.folder / trial.folder, self.callbacks.outcomes
         self.number += 1
         if _is_finished(run):
             _require_same(run, trial)
@@ -214,11 +213,6 @@ class _TrialRunner:
         return Stopped(
             f"stopped after {done} of {self.trials} cells; go on with: peerlora compare --resume {self.folder}"
         )
-
-
-def _count_samples(config: RunConfig) -> int:
-    """Count the training samples of a run."""
-    return config.train.training_rounds * config.train.local_steps * config.train.accumulate * sum(config.batches)
 
 
 def _is_finished(run: Path) -> bool:

@@ -20,11 +20,9 @@ from peerlora.experiments.inference import (
     t_test,
 )
 from peerlora.experiments.measures import MEASURES, measure_run
+from peerlora.experiments.work import JUDGED, compare_work, with_row_gradients
 from peerlora.runs.events import Event
 from peerlora.runs.metrics import find_start, rows
-
-UNEQUAL = 0.01
-"""Share of the baseline's work by which a row must differ to be of unequal work."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class Line:
     searched_on: Mapping[str, str] | None = None
     """The labels of the setting that the rate was searched on; None where none was."""
     unequal_work: str = ""
-    """What differs from the baseline, where fewer rows were trained or more gradients taken, by over 1 %."""
+    """The row gradients beside the baseline's, where they differ by over 1 %; such a row is not ranked."""
 
     @property
     def rate_from(self) -> str:
@@ -200,7 +198,7 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Li
     """
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for each in outcomes:
-        found.setdefault(each.setting, {})[each.seed] = each.measures
+        found.setdefault(each.setting, {})[each.seed] = with_row_gradients(each.measures, each.method)
     first = {each.setting: each for each in reversed(outcomes)}
     lines = []
     for setting, runs in found.items():
@@ -219,7 +217,7 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Li
                 diverged=sum(each.diverged is not None for each in same),
                 method=next((each.method for each in same if each.method), ""),
                 searched_on=own.searched_on,
-                unequal_work=compare_work(_estimates(runs), _estimates(base)),
+                unequal_work=compare_work(_mean(runs, JUDGED), _mean(base, JUDGED)),
             )
         )
     return _adjusted(lines)
@@ -229,19 +227,13 @@ def _estimates(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
     return {name: estimate(values) for name in MEASURES if (values := list(_by_seed(runs, name).values()))}
 
 
+def _mean(runs: Mapping[int, Mapping[str, float]], name: str) -> float | None:
+    known = list(_by_seed(runs, name).values())
+    return estimate(known).mean if known else None
+
+
 def _by_seed(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
     return {seed: run[name] for seed, run in runs.items() if name in run}
-
-
-def compare_work(own: Mapping[str, Estimate], base: Mapping[str, Estimate]) -> str:
-    """Say by how much a row trained fewer rows or took more gradients than its baseline; empty within 1 %."""
-    words = []
-    for name in ("training rows", "gradients"):
-        if name in own and name in base and base[name].mean > 0:
-            share = own[name].mean / base[name].mean
-            if share < 1 - UNEQUAL if name == "training rows" else share > 1 + UNEQUAL:
-                words.append(f"{own[name].mean:,.0f} {name}, the baseline {base[name].mean:,.0f} ({share:.2f} times)")
-    return "; ".join(words)
 
 
 def _adjusted(lines: Sequence[Line]) -> list[Line]:

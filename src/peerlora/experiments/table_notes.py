@@ -83,8 +83,8 @@ def _work(result: Comparison) -> Iterator[str]:
     unequal = [f"{line.setting}: {line.unequal_work}" for line in result.ranked if line.unequal_work]
     if unequal:
         yield (
-            f"{UNEQUAL_SIGN.strip()} Unequal work, so not ranked, below the others: fewer training rows or more "
-            f"gradients than the baseline, by over 1 %. {'. '.join(unequal)}."
+            f"{UNEQUAL_SIGN.strip()} Unequal work, so not ranked, below the others: row gradients (training rows, each "
+            f"as often as a step takes its gradient) other than the baseline's by over 1 %. {'. '.join(unequal)}."
         )
 
 

@@ -37,9 +37,10 @@ SCORES = (
     "best rounds of clients",
     "best round",
 )
-SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round", "training rows", "gradients")
+SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round")
+SELDOM += ("training rows", "row gradients", "gradients")
 """Measures that not every comparison has."""
-_WORK = ("training rows", "gradients", "bytes sent")
+_WORK = ("training rows", "row gradients", "bytes sent")
 
 
 def shown_measures(result: Comparison, brief: bool = False) -> list[str]:
@@ -147,7 +148,7 @@ def format_estimate(line: Line, name: str) -> str:
     forms: dict[str, Callable[[float], str]] = {
         "bytes sent": format_bytes,
         "training rows": lambda mean: f"{mean:,.0f}",
-        "gradients": lambda mean: f"{mean:,.0f}",
+        "row gradients": lambda mean: f"{mean:,.0f}",
         "consensus of B·A": lambda mean: format_number(float(f"{mean:.3g}")),
     }
     return forms[name](known.mean) if name in forms else _spread(known) + gauge_marker(line, name)
