@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +121,8 @@ def search_warnings(grid: GridConfig) -> list[str]:
     both = sorted({*grid.search.seeds} & {*grid.seeds})
     if not grid.search.rates or not both:
         return []
-    free = next(seed for seed in range(len(grid.seeds) + 1) if seed not in grid.seeds)
+    unused = (seed for seed in count() if seed not in grid.seeds)
+    free = ", ".join(str(seed) for seed in islice(unused, len(grid.search.seeds)))
     return [
         f"search.seeds and seeds both have {', '.join(map(str, both))}: the rates are chosen on other rows, but with "
         f"the shards and starts of runs that are reported; give the search seeds of its own, e.g. "

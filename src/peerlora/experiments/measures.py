@@ -40,6 +40,9 @@ very rows it is reported on, so it flatters; so does ``best rounds of clients``,
 ``eval.select`` kept each client's best adapters.  Personalised: on held-out rows of each client's own (``eval.own``).
 Work, bytes and seconds are of the whole run, consensus and cross-term of its last round."""
 
+UNRELAYED = {"relayed client": "mean client", "worst relayed client": "worst client"}
+"""Measure of relayed models -> the same of the clients' own, which is what a run deploys that relays nothing."""
+
 FEW_EVALUATIONS = 3
 """After training began; with no more than these the best round is hardly a choice, and is left out."""
 

@@ -21,9 +21,11 @@ MARKED = (
     "† The mean of factors that lie in different coordinates, since the method averages products or turns factors: it "
     "says little about the method."
 )
-NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm over the table, is above 0.05."
+NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm, is above 0.05."
 
 _RELAYED = ("relayed client", "worst relayed client")
+COMPARED = ("worst client", *_RELAYED)
+"""Measures whose differences stand in a table of their own, below that of the mean client."""
 _PERSONAL = ("personalised client", "worst personalised client")
 _FURTHER = tuple(f"{metric}, {of}" for metric in METRICS for of in FURTHER)
 _MEANS = tuple(name for name in _FURTHER if name.endswith(MAIN))
@@ -124,6 +126,23 @@ def difference_cells(line: Line, name: str) -> list[str]:
     """A line's difference with its interval and sign, and its adjusted p."""
     gap = line.differences.get(name)
     return [format_difference(gap) + difference_marker(line, name), format_p(gap and gap.p_holm)]
+
+
+def difference_columns(result: Comparison, names: Sequence[str]) -> list[str]:
+    """The columns of a table of differences to the baseline, of the measures in ``names`` that some line has."""
+    return ["", *(word for name in known_measures(result, names) for word in (name, "p (Holm)"))]
+
+
+def difference_rows(result: Comparison, names: Sequence[str]) -> list[list[str]]:
+    """The lines that have a baseline, each with its differences and adjusted p, by measure."""
+    known = known_measures(result, names)
+    lines = [line for line in result.ranked if line.differences]
+    return [[line.setting, *(cell for name in known for cell in _measured(line, name))] for line in lines]
+
+
+def _measured(line: Line, name: str) -> list[str]:
+    shown, adjusted = difference_cells(line, name)
+    return [shown + gauge_marker(line, name), adjusted]
 
 
 def difference_marker(line: Line, name: str) -> str:
