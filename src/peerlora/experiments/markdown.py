@@ -19,17 +19,18 @@ from peerlora.experiments.tables import (
 
 def markdown(result: Comparison) -> str:
     """Write the tables, each with its notes."""
-    text = _table(column_names(result), [row_cells(result, line) for line in result.ranked])
+    text = markdown_table(column_names(result), [row_cells(result, line) for line in result.ranked])
     if rows := difference_rows(result, COMPARED):
-        text += f"\n{further_differences(result)}\n\n" + _table(difference_columns(result, COMPARED), rows)
+        text += f"\n{further_differences(result)}\n\n" + markdown_table(difference_columns(result, COMPARED), rows)
     text += "\n" + "\n".join(table_notes(result)) + "\n"
     if result.searches:
-        text += "\n" + _table(rate_columns(result.searches), rate_rows(result.searches))
+        text += "\n" + markdown_table(rate_columns(result.searches), rate_rows(result.searches))
         text += "\n" + "\n".join(rate_notes(result)) + "\n"
     return text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, one line per row."""
     lines = [_row(head), "|" + " --- |" * len(head), *map(_row, rows)]
     return "\n".join(lines) + "\n"
 

@@ -76,6 +76,20 @@ class Callbacks:
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
     """Run a grid in a new folder; nothing is written before every trial has been composed once."""
+    return _run(*_prepare(grid, out, callbacks))
+
+
+def search_rates(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> list[RateSearch]:
+    """Run the search of a grid alone, in a new folder; return what the rates of each group reached."""
+    grid, runner, cache = _prepare(grid, out, callbacks)
+    runner.expect(plan_search(grid).trials)
+    return _search(grid, runner, cache)
+
+
+def _prepare(
+    grid: GridConfig, out: Path | str | None, callbacks: Callbacks
+) -> tuple[GridConfig, _TrialRunner, ResourceCache]:
+    """Check every trial of a grid, and make its folder."""
     folder = Path(out) if out is not None else new_folder("compare")
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
@@ -87,7 +101,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -
         write_atomically(folder / "grid.yaml", grid.to_yaml())
     except OSError as error:
         raise RunError(f"output folder {folder} cannot be written ({error.strerror}); choose another --out") from None
-    return _run(grid, folder, callbacks, cache)
+    return grid, _TrialRunner(callbacks, folder), cache
 
 
 def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], callbacks: Callbacks) -> Comparison:
@@ -108,11 +122,10 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
             f"{folder} was started with another grid ({'; '.join(changed)}); "
             "resume with the same grid, or start a new one with another --out"
         )
-    return _run(stored, folder, callbacks, ResourceCache(stored.share_prefix))
+    return _run(stored, _TrialRunner(callbacks, folder), ResourceCache(stored.share_prefix))
 
 
-def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
-    runner = _TrialRunner(callbacks, folder)
+def _run(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> Comparison:
     runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
     searches = _search(grid, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
