@@ -160,16 +160,14 @@ def tuning_table(tried: Tried) -> str:
     rows = [each for own in tried.values() for _, each in sorted(own.items())]
     if not rows:
         return ""
-    note = (
-        "Tuned on the rows set aside, each value at rates of its own; the value whose best rate reached most is taken."
-    )
+    note = "Tuned on rows set aside, each value at rates of its own; the value whose best rate reached most is taken."
     return f"\n{markdown_table(rate_columns(rows), rate_rows(rows))}{note}\n"
 
 
 def machine_note(runs: Sequence[Mapping[str, Any]]) -> str:
     """On which kinds of machine a table's runs were computed."""
     kinds = Counter(each["machine"] for each in runs)
-    where = ", ".join(f"{kind} ({count:,} runs)" for kind, count in kinds.most_common())
+    where = ", ".join(f"{kind} ({count:,} run{'s' * (count > 1)})" for kind, count in kinds.most_common())
     differ = " Kinds of machines round differently, which long runs make visible." if len(kinds) > 1 else ""
     return f"Computed on: {where}, those of the search included.{differ}\n"
 

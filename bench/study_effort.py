@@ -98,7 +98,7 @@ def hours_note(kept: Mapping[str, Sequence[Kept]], pace: float | None) -> str:
     if pace is None:
         return "Core-hours are told once a run has finished."
     machines = Counter(each.machine for own in kept.values() for each in own)
-    where = ", ".join(f"{name} ({count:,} runs)" for name, count in machines.most_common())
+    where = ", ".join(f"{name} ({count:,})" for name, count in machines.most_common())
     lacking = " A study without a finished run is reckoned by the median of all." if not all(kept.values()) else ""
     return (
         f"Core-hours: training rows times the median of the seconds that a run has taken per row, evaluation included, "

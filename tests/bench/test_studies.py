@@ -271,7 +271,7 @@ def test_list_counts_runs_rows_and_core_hours(studies, data):
     hours, others = runs * 36 / 3600, more * 38_400 / 24_000 * 36 / 3600
     assert f"| {runs} | {runs * 24_000:,} | {effort.told(hours)} | 3 |" in table and effort.told(0.55) == "0.55"
     assert f"| {effort.told(others)} | 0 |" in table and f"| {effort.told(hours + others)} | 3 |" in table
-    assert "1.5 s per 1,000 rows. A study without a finished run" in table and "avx2 (3 runs)" in table
+    assert "1.5 s per 1,000 rows. A study without a finished run" in table and "computed on: avx2 (3)." in table
 
 
 def test_the_page_says_what_five_seeds_can_show(studies, data):
