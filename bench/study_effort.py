@@ -41,10 +41,11 @@ def count_effort(study: Study, data: Path) -> Effort:
         reported, searched = planned(study, tree)
         trials += [*reported, *searched]
         for labels in {each.setting: split_labels(study, each.labels) for each in reported}.values():
-            families[tuple(labels[axis] for axis in study.family)] += 1
+            is_baseline = {**labels, **study.baseline} == labels
+            families[tuple(labels[axis] for axis in study.family)] += not is_baseline
     runs = {each.config.model_dump_json(): each.config.training_samples for each in trials}
     seeds = max(len(tree["seeds"]) for tree in study.parts(data))
-    return Effort(len(runs), sum(runs.values()), max(families.values()) - 1, seeds)
+    return Effort(len(runs), sum(runs.values()), max(families.values()), seeds)
 
 
 def planned(study: Study, tree: Tree) -> tuple[list[Trial], list[Trial]]:
@@ -99,7 +100,12 @@ def hours_note(kept: Mapping[str, Sequence[Kept]], pace: float | None) -> str:
         return "Core-hours are told once a run has finished."
     machines = Counter(each.machine for own in kept.values() for each in own)
     where = ", ".join(f"{name} ({count:,})" for name, count in machines.most_common())
-    lacking = " A study without a finished run is reckoned by the median of all." if not all(kept.values()) else ""
+    lacking = ""
+    if not all(kept.values()):
+        lacking = (
+            " A study without a finished run is reckoned by the median of all, which is too little where texts are "
+            "longer or all blocks adapted, as in those of text pairs."
+        )
     return (
         f"Core-hours: training rows times the median of the seconds that a run has taken per row, evaluation included, "
         f"on one thread; over all studies that is {1e3 * pace:.2g} s per 1,000 rows.{lacking} Finished runs were "

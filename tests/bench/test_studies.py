@@ -278,6 +278,7 @@ def test_the_page_says_what_five_seeds_can_show(studies, data):
     effort = importlib.import_module("study_effort")
     known = effort.count_effort(studies.STUDIES["momenta"], data)
     assert (known.tests, known.seeds) == (4, 5)
+    assert effort.count_effort(studies.STUDIES["dtype"], data).tests == 2  # two methods, each against itself in fp32
     table = effort.seeds_table([known, replace(known, tests=99, seeds=1)])  # one seed tests nothing
     found = [f"{detectable_difference(sd, 5, 0.05 / 4):.3f}" for sd in effort.DEVIATIONS]
     rows = [line for line in table.splitlines() if line.startswith(("| 1 ", "| 4 ", "| 99 "))]

@@ -139,12 +139,18 @@ def _rates(result: Comparison) -> Iterator[str]:
     yield from result.warnings
 
 
+def rates_title(result: Comparison) -> str:
+    """What the table of searched rates shows."""
+    relayed = any(each.measure == RELAYED for each in result.searches)
+    models = ", of relayed models where these are deployed" if relayed else ""
+    return f"{result.metric or 'metric'} of the mean client by learning rate, on training rows set aside{models}"
+
+
 def rate_notes(result: Comparison) -> list[str]:
     """How to read the table of searched rates."""
-    text = f"{result.metric or 'metric'} of the mean client by learning rate, on training rows set aside"
-    if any(each.measure == RELAYED for each in result.searches):
-        text += ", of relayed models where these are deployed"
-    sentences = [f"{text}, after the same number of rounds: mean ± standard deviation over the search's seeds."]
+    sentences = [
+        f"{rates_title(result)}, after the same number of rounds: mean ± standard deviation over the search's seeds."
+    ]
     if any(each.taken != each.best for each in result.searches):
         sentences.append(
             "Where the best rate is not taken, the one taken is worse by no more than the standard error, and more "
