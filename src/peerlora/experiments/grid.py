@@ -33,7 +33,7 @@ class SearchConfig(Section):
     each: Annotated[list[str], Field(min_length=1)] = ["algorithm.name"]
     """Trials that agree on these settings share a rate, searched on the first of them."""
     grow: bool = False
-    """While the best rate of a group lies at an edge of its rates, try one more beyond it, by the rates' own ratio."""
+    """While a group's best rate, or the one it takes, lies at an edge of its rates, try one beyond by their ratio."""
     most: Annotated[int, Field(ge=2)] = 8
     """Rates that a group may come to by growing."""
     ties: Literal["best", "common"] = "best"
