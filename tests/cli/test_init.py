@@ -1,6 +1,7 @@
 """``peerlora init``: what it guesses from a file, and that its config can be used as it is."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -188,6 +189,9 @@ def test_the_budget_is_told_in_epochs(tmp_path):
     # 100 rounds x 10 steps x 16 rows x 10 clients over 540 rows
     assert round(first.epochs) == 296 and first.config.model.source == "./mine"
     assert "about 296 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
+    train = first.config.train.model_copy(update={"accumulate": 4})
+    accumulated = replace(first, config=first.config.model_copy(update={"train": train}))
+    assert accumulated.epochs == pytest.approx(4 * first.epochs)
 
 
 def test_integers_with_class_names_are_classes_however_many():

@@ -154,7 +154,7 @@ class GridProgress:
 def _print(result: Comparison) -> None:
     from rich.console import Console
 
-    from peerlora.experiments.table_notes import mark_notes
+    from peerlora.experiments.table_notes import mark_notes, rates_title
     from peerlora.experiments.tables import column_names, rate_columns, rate_rows, row_cells
 
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
@@ -162,8 +162,7 @@ def _print(result: Comparison) -> None:
     rows = [row_cells(result, line, brief=True) for line in result.ranked]
     console.print(_table(title, column_names(result, brief=True), rows))
     if result.searches:
-        title = "mean client by learning rate, on rows set aside"
-        console.print(_table(title, rate_columns(result.searches), rate_rows(result.searches)))
+        console.print(_table(rates_title(result), rate_columns(result.searches), rate_rows(result.searches)))
     for note in mark_notes(result):
         console.print(note, highlight=False, markup=False)
     console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

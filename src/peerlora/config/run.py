@@ -154,6 +154,11 @@ class RunConfig(Section):
         """The rows per step of every client."""
         return self.train.batch if isinstance(self.train.batch, list) else [self.train.batch] * self.clients
 
+    @property
+    def training_samples(self) -> int:
+        """The rows that all clients together train on in a whole run, each as often as it is used."""
+        return self.train.training_rounds * self.train.minibatches * sum(self.batches)
+
     def to_yaml(self) -> str:
         """The whole config, defaults written out, in the order of the sections."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

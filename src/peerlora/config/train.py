@@ -68,6 +68,11 @@ class TrainConfig(Section):
         """Rounds with training; the schedule of the rate runs over these."""
         return self.rounds - self.quiet_rounds
 
+    @property
+    def minibatches(self) -> int:
+        """Minibatches that a client trains on between two exchanges."""
+        return self.local_steps * self.accumulate
+
     def is_quiet(self, t: int) -> bool:
         """Whether clients exchange without training in round ``t``, counted from 0."""
         return self.quiet_rounds > 0 and t >= self.training_rounds

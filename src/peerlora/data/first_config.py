@@ -31,8 +31,7 @@ class FirstConfig:
     @property
     def epochs(self) -> float:
         """How often the written budget trains on each row."""
-        train, kept = self.config.train, self.rows * (1 - self.config.data.holdout)
-        return train.training_rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
+        return self.config.training_samples / max(self.rows * (1 - self.config.data.holdout), 1)
 
     @property
     def budget(self) -> str:

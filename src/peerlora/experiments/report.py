@@ -17,9 +17,9 @@ from peerlora.experiments.tables import (
     SCORES,
     column_names,
     difference_cells,
+    difference_columns,
+    difference_rows,
     format_p,
-    gauge_marker,
-    known_measures,
     rate_columns,
     rate_rows,
     row_cells,
@@ -67,9 +67,7 @@ def _differences(result: Comparison) -> str:
     top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
     head = [MAIN, "standard deviation", "t test, p", "p (Holm)", "sign-flip, p", "detectable"]
     whole = table_html([[line.setting, *_inferred(line)] for line in lines], ["", *head])
-    shown = known_measures(result, SCORES[1:])
-    others = [[line.setting, *(cell for name in shown for cell in _difference(line, name))] for line in lines]
-    return top + whole + table_html(others, ["", *(word for name in shown for word in (name, "p (Holm)"))])
+    return top + whole + table_html(difference_rows(result, SCORES[1:]), difference_columns(result, SCORES[1:]))
 
 
 def _inferred(line: Line) -> list[str | float | None]:
@@ -79,11 +77,6 @@ def _inferred(line: Line) -> list[str | float | None]:
         return [shown, None, None, adjusted, None, None]
     flipped = f"{format_p(gap.p_sign_flip)} (of {gap.p_sign_flip_smallest:.2g} at least)"
     return [shown, gap.deviation, format_p(gap.p), adjusted, flipped, gap.detectable]
-
-
-def _difference(line: Line, name: str) -> list[str]:
-    shown, adjusted = difference_cells(line, name)
-    return [shown + gauge_marker(line, name), adjusted]
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:

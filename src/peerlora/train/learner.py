@@ -167,8 +167,8 @@ class StackedLearner:
     @cached_property
     def _rows_return(self) -> bool:
         """Whether the average row is seen again, so that what was computed of it is worth keeping."""
-        steps = self.settings.rounds * self.settings.local_steps * self.settings.accumulate
-        return self.shares_prefix or steps * sum(self.shards.batches) > len(self.shards.data)
+        each = self.settings.training_rounds * self.settings.minibatches
+        return self.shares_prefix or each * sum(self.shards.batches) > len(self.shards.data)
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
