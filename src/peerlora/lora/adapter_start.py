@@ -19,7 +19,7 @@ from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, LayerSpec, shape_at_rank
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import same_base
-from peerlora.lora.base_weights import check_class_order, real_names
+from peerlora.lora.base_weights import check_class_order, real_names, within
 from peerlora.lora.peft_io import PREFIX, ExportContext, full_tensors, whole_number
 
 _PLAIN = frozenset(
@@ -116,7 +116,7 @@ def _check_unused(
         held = frozen.get(name, base.get(name.removeprefix(PREFIX)))
         if held is not None and held.shape == value.shape and torch.equal(value.to(held), held):
             continue
-        if name in frozen and any(name.startswith(f"{PREFIX}{head}.") for head in model.targets.heads):
+        if name in frozen and within(name.removeprefix(PREFIX), model.targets.heads):
             raise ModelError(
                 f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
                 "would drop it; use adapter.head=mixed or private"
