@@ -173,6 +173,17 @@ def test_ranks_that_do_not_fit_a_start_are_refused(config, words, told):
         compose(config("bert", *words))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_directions_are_not_taken_out_of_a_weight_that_another_module_has_too(config, init):
+    words = ["adapter.targets=[lm_head, c_attn]", *CAUSAL]
+    with pytest.raises(ModelError, match=f"adapter.init={init} .*lm_head shares its weights with transformer.wte"):
+        compose(config("gpt2", *words, f"adapter.init={init}"))
+    assert compose(config("llama", "adapter.targets=[lm_head]", *CAUSAL, f"adapter.init={init}")).start.A.keys() == {
+        "lm_head"
+    }
+    assert "lm_head" in compose(config("gpt2", *words, "adapter.init=orthogonal", "adapter.rank=4")).start.A
+
+
 @pytest.mark.parametrize("init", ["pissa", "orthogonal"])
 def test_a_stopped_run_goes_on_bit_by_bit_and_exports(config, tmp_path, no_reports, init):
     settings = config("bert", FP32, f"adapter.init={init}", "adapter.rank=4", "train.rounds=2")

@@ -90,13 +90,18 @@ def find_saved(model: nn.Module, targets: Targets, endings: list[str], frozen_he
             raise ModelError(f"{told} is a {type(module).__name__}; linear and embedding layers can be trained in full")
         if any(layer.name == name for layer in targets.layers):
             raise ModelError(f"{told} is adapted, too; take it out of adapter.targets, or out of here")
-        tied = [other for other, one in model.named_modules() if other != name and _weight(one) is _weight(module)]
-        if tied:
+        if other := tied_to(model, name):
             raise ModelError(
-                f"{told} shares its weights with {tied[0]}, and training one of them would untie them; drop it, or "
+                f"{told} shares its weights with {other}, and training one of them would untie them; drop it, or "
                 "adapt linear layers by adapter.targets"
             )
     return tuple(found)
+
+
+def tied_to(model: nn.Module, name: str) -> str | None:
+    """The name of another module with the very weights of this one; None where it has them for itself."""
+    own = _weight(model.get_submodule(name))
+    return next((other for other, one in model.named_modules() if other != name and _weight(one) is own), None)
 
 
 def _weight(module: nn.Module) -> Any:
@@ -111,7 +116,7 @@ def without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.21 calls a name that transformers 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT mends it by layer
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them
         yield

@@ -17,7 +17,7 @@ from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, ModelError
 from peerlora.lora.adapter_init import Principal, take_principal, weights_of
 from peerlora.lora.adapters import AdapterSpec
-from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets
+from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
 from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, locate_base
 from peerlora.lora.base_weights import within
@@ -255,6 +255,13 @@ def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Princip
     """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
     if config.adapter.init not in PRINCIPAL:
         return None, {}
+    for layer in targets.layers:
+        if other := tied_to(base.model, layer.name):
+            raise ModelError(
+                f"adapter.init={config.adapter.init} takes directions out of every adapted layer, and {layer.name} "
+                f"shares its weights with {other}, which would lose them, too; drop it from adapter.targets, or use "
+                "adapter.init=default or orthogonal"
+            )
     rank = config.ranks[0]  # all are equal
     weights = weights_of(base.model, [layer.name for layer in targets.layers])
     halved = config.train.dtype == "auto"
