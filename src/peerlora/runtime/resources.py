@@ -15,7 +15,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, ModelError
-from peerlora.lora.adapter_init import Principal, take_principal, weights_of
+from peerlora.lora.adapter_init import PRINCIPAL, Principal, take_principal, weights_of
 from peerlora.lora.adapters import AdapterSpec
 from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
@@ -131,8 +131,6 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
-PRINCIPAL = ("pissa", "olora")
-"""Values of ``adapter.init`` that change the base."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "auto": torch.float32, "fp64": torch.float64}
 """Of adapters, optimiser and loss, by ``train.dtype``."""
 
