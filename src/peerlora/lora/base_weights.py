@@ -50,6 +50,11 @@ def inside_body(model: Any, name: str) -> bool:
     return name.startswith(f"{body}.") if body and hasattr(model, body) else True
 
 
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or a parameter is one of these modules, or lies inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def top_modules(model: Any) -> tuple[str, ...]:
     """What a task puts on top of a model: its modules with parameters outside the model itself."""
     children = [name for name, module in model.named_children() if next(module.parameters(), None) is not None]

@@ -121,20 +121,23 @@ class StackedLinear(nn.Module):
 
 
 class StackedHead(nn.Module):
-    """A linear layer of the head, trained in full: weight [client, d_out, d_in], bias [client, d_out]."""
+    """A linear layer of the head, trained in full: weight [client, d_out, d_in], bias [client, d_out].
+
+    ``in_body``: it is one of the body, so what it gives has the precision of what it gets.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, base: nn.Linear, step: Step):
+    def __init__(self, base: nn.Linear, step: Step, in_body: bool = False):
         super().__init__()
-        self.base, self.step, self.bias = base, step, None
+        self.base, self.step, self.bias, self.in_body = base, step, None, in_body
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """Each client's rows through its own weights."""
         z = x.reshape(self.step.clients, -1, x.shape[-1]).to(self.weight.dtype)
         y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1).to(x.dtype if self.in_body else y.dtype)
 
 
 class StackedEmbedding(nn.Module):

@@ -13,6 +13,7 @@ from peerlora.config.sections import TrainConfig
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
 from peerlora.exchange.gossip_sum import gossip_rounds
+from peerlora.lora.adapter_init import PRINCIPAL
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 
@@ -96,7 +97,7 @@ def _check_quantised(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             f"{name} merges into the base, and model.quantize={how} keeps none in full precision; use "
             "model.quantize=none, or algorithm.name=dec-lora"
         )
-    if config.adapter.init in ("pissa", "olora"):
+    if config.adapter.init in PRINCIPAL:
         raise CompositionError(
             f"adapter.init={config.adapter.init} takes directions out of the base's weights, and model.quantize={how} "
             "keeps none in full precision; use adapter.init=default, or model.quantize=none"

@@ -13,7 +13,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.attach import Targets, inputs_of
 from peerlora.lora.base_models import Base
-from peerlora.lora.base_weights import check_class_order
+from peerlora.lora.base_weights import check_class_order, within
 
 _UNKNOWN = 0.3  # share of a data set's words; more of them unknown is told
 _SHOWN = 4  # names in one message
@@ -157,11 +157,6 @@ def check_head(base: Base, targets: Targets, names: tuple[str, ...]) -> tuple[st
             "adapters",
         )
     return warnings
-
-
-def within(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a module is one of these, or lies inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def linears_of(base: nn.Module, modules: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import ModelError
+from peerlora.lora.model_folder import read_settings
 
 FILE = "peerlora.json"
 
@@ -31,10 +32,10 @@ class Reading:
         path = folder / FILE
         if not path.is_file():
             return None
+        tree = read_settings(path)
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
             found = Reading(str(tree["task"]), tuple(map(str, tree["text"])), int(tree["max_length"]))
-        except (ValueError, OSError, RecursionError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path} cannot be read ({error}); mend it, or remove it and give --text") from None
         if not 1 <= len(found.text) <= 2 or not 1 <= found.max_length <= 1 << 20:
             raise ModelError(f"{path}: one or two columns of text and at least one token expected; mend it")

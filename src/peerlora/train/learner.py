@@ -166,9 +166,12 @@ class StackedLearner:
 
     @cached_property
     def _rows_return(self) -> bool:
-        """Whether the average row is seen again, so that what was computed of it is worth keeping."""
-        each = self.settings.training_rounds * self.settings.minibatches
-        return self.shares_prefix or each * sum(self.shards.batches) > len(self.shards.data)
+        """Whether the average row held here is seen again, so that what was computed of it is worth keeping.
+
+        Not of the data: a peer reads those of all clients, and is to decide as a simulation of equal clients does.
+        """
+        minibatches = self.settings.training_rounds * self.settings.minibatches
+        return self.shares_prefix or minibatches * sum(self.shards.batches) > sum(map(len, self.shards.shards))
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
@@ -295,7 +298,10 @@ class StackedLearner:
 
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"
-        return collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        batch = collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        if self.shares_prefix or data is not self.shards.data:  # other runs may divide the same rows otherwise
+            return batch
+        return replace(batch, origin=batch.origin and replace(batch.origin, parts=self.shards.shards))
 
     def _together(self, clients: int) -> int:
         """How many of these clients may share a graph: one, where layers mix the rows of a batch."""

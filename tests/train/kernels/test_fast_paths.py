@@ -87,7 +87,8 @@ def test_the_frozen_prefix_is_computed_once_per_chunk_of_rows(config):
     for t in range(6):
         with federation.learner.round(t):
             federation.learner.fit(federation.start, "AB")
-    assert 0 < len(asked) <= -(-len(federation.train_data) // prefix_cache._CHUNK)
+    shards = federation.learner.shards.shards
+    assert 0 < len(asked) <= sum(-(-len(own) // prefix_cache._CHUNK) for own in shards)
     federation.learner.evaluate(federation.start, federation.eval_data, 7)
     first = len(asked)
     federation.learner.evaluate(federation.start, federation.eval_data, 3)
@@ -116,6 +117,41 @@ def test_rows_that_training_sees_once_are_not_kept(config):
         with federation.learner.round(0):
             found.append(federation.learner.fit(federation.start, "AB").flat)
     assert float((found[0] - found[1]).abs().max()) < 1e-9
+
+
+def test_a_peer_keeps_the_rows_that_the_simulation_keeps_of_it_and_no_others(config):
+    """To the bit, and where one client's draws are more than its rows and fewer than those of the whole data."""
+    words = [UPPER, "train.dtype=fp32"]
+    whole = compose(config("bert", *words))
+    draws = whole.config.train.rounds * whole.config.train.local_steps * whole.config.batches[0]
+    assert len(whole.learner.shards.shards[0]) < draws < len(whole.train_data)
+    with whole.learner.round(0):
+        whole.learner.fit(whole.start, "AB")
+    for client in range(whole.config.clients):
+        peer = compose(config("bert", *words), clients=[client])
+        with peer.learner.round(0):
+            peer.learner.fit(peer.start, "AB")
+        (all_kept,), (own_kept,) = (each.model.forward.prefix._kept.values() for each in (whole, peer))
+        known = np.flatnonzero(own_kept.known[own_kept.chunk_of])
+        own = peer.learner.shards.shards[0]
+        assert 0 < len(known) and set(known.tolist()) <= set(own.tolist())
+        tokens = prefix_cache._tokens(peer.train_data, known)
+        assert all_kept.known[all_kept.chunk_of[known]].all()
+        assert torch.equal(all_kept.hidden[tokens], own_kept.hidden[tokens])
+
+
+def test_runs_that_share_what_is_kept_may_divide_the_rows_otherwise(config, monkeypatch):
+    shared = resources.load_resources(config("bert"))
+    cache = resources.BaseModelCache()
+    shared = resources.RunResources(shared.train_data, shared.eval_data, shared.tokenizer, cache, share_prefix=True)
+    found = []
+    for words in (["clients=4"], ["clients=3"]):
+        federation = compose(config("bert", UPPER, *words), resources=shared)
+        with federation.learner.round(0):
+            federation.learner.fit(federation.start, "AB")
+        (kept,) = federation.model.forward.prefix._kept.values()
+        found.append(kept.chunks)
+    assert found[0] is found[1] and len(found[0]) == -(-len(shared.train_data) // prefix_cache._CHUNK)
 
 
 def test_rows_too_many_to_keep_are_computed_anew(config, monkeypatch):
