@@ -81,6 +81,13 @@ def test_patience_counts_evaluations_in_a_row_and_ends_training_for_good():
     assert kept.rounds == [5, 4], "its best is looked for on, since it mixes on"
 
 
+def test_the_last_evaluation_ends_nobodys_training():
+    kept = best(patience=1)
+    offered(kept, [0.5, 0.5], [0.4, 0.6])
+    assert kept.stopped == {0} and kept.offer(2, np.array([0.9, 0.1]), x_of(20, 21), last=True) == []
+    assert kept.stopped == {0} and kept.rounds == [2, 1], "the best is looked for, to the end"
+
+
 def test_attackers_do_not_follow_the_rule():
     kept = best(patience=1, clients=(4, 7), honest=(0,))
     assert offered(kept, [0.5, 0.5], [0.5, 0.5]) == [[], [4]]
@@ -172,6 +179,14 @@ def test_a_stopped_run_goes_on_to_the_bit(config, tmp_path, words, rounds):
     again = resume(tmp_path / "part")
     assert torch.equal(again.adapters.flat, whole.adapters.flat) and torch.equal(again.best.flat, whole.best.flat)
     assert told(again.run) == told(whole.run) and whole.summary["best"]["stopped"]
+
+
+def test_a_run_that_ends_with_patience_tells_of_nobody_who_trained_to_its_end(config, tmp_path):
+    given = [*EVERY, "train.rounds=1", "eval.select.metric=loss", "eval.select.mode=max", "eval.patience=1"]
+    result = simulate(config("bert", *given), tmp_path / "run")
+    assert 0 in result.summary["best"]["rounds"], "a client that has waited"
+    assert result.summary["best"]["stopped"] == []
+    assert not any("no more" in each.message for each in select_events(read_events(result.run), Warned))
 
 
 def test_a_client_that_ends_on_a_clock_takes_no_more_time(config, tmp_path):

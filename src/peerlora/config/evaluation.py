@@ -37,6 +37,12 @@ class EvalConfig(Section):
     patience: Positive | None = None
     """With `select`: evaluations without a better value after which a client trains no more; it goes on mixing."""
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The metrics that are asked for by name, to list or to select by."""
+        chosen = self.select.metric if self.select else None
+        return tuple(dict.fromkeys([*self.metrics, *([chosen] if chosen else [])]))
+
     def contradiction(self, kind: TaskKind) -> str | None:
         """What cannot hold together, or does not fit the task, and what to do; None where all can."""
         twice = [name for name, times in Counter(self.metrics).items() if times > 1]

@@ -132,13 +132,18 @@ def _check_meaning(config: dict[str, Any], x: Adapters, folder: Path) -> dict[st
         special.insert(0, f"peft_type={config.get('peft_type')}")
     if config.get("bias", "none") != "none":
         special.append(f"bias={config['bias']}")
-    if bool(config.get("use_rslora")) != x.spec.rslora:
-        special.append(f"use_rslora={bool(config.get('use_rslora'))} where adapter.rslora={x.spec.rslora}")
     if start not in _STARTS:
         special.append(f"init_lora_weights={start}, which changes the base,")
     if special:
         raise ModelError(
-            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
+            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA, an update of "
+            "scaling times B A"
+        )
+    rslora = bool(config.get("use_rslora"))
+    if rslora != x.spec.rslora:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} has use_rslora={rslora} where adapter.rslora={x.spec.rslora}; make "
+            "adapter.rslora equal to the folder's"
         )
     layers = _rank_and_alpha(config, x.spec.layers, folder)
     widest = max((own for own, _ in layers.values()), default=0)

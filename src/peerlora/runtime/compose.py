@@ -156,7 +156,7 @@ def assemble(
             *divided.warnings,
             *built.warnings,
             *start_warnings,
-            *absent_classes(config.eval.metrics, resources.eval_data),
+            *_absent_classes(config, resources.eval_data),
         ),
         notes=(*planned.notes, *built.speed.notes(config.train.dtype)),
         speed=built.speed,
@@ -232,13 +232,20 @@ def start_adapters(
     return start.to(config.device), warnings
 
 
-def evaluation_rows(federation: Federation) -> Dataset:
+def evaluation_rows(config: RunConfig, data: Dataset) -> Dataset:
     """The rows that clients are evaluated on during the run: a seeded sample of ``eval.rows``, or all."""
-    data, wanted = federation.eval_data, federation.config.eval.rows
+    wanted = config.eval.rows
     if wanted is None or wanted >= len(data):
         return data
-    draw = numpy_generator(federation.config.seed, "evaluation").choice(len(data), wanted, replace=False)
+    draw = numpy_generator(config.seed, "evaluation").choice(len(data), wanted, replace=False)
     return data.take(np.sort(draw))
+
+
+def _absent_classes(config: RunConfig, data: Dataset) -> tuple[str, ...]:
+    """Warnings on classes that the evaluation rows lack, or only the sample of them."""
+    sample = evaluation_rows(config, data)
+    told = absent_classes(config.eval.computed, data)
+    return told or absent_classes(config.eval.computed, sample, f"row of the sample (eval.rows={config.eval.rows})")
 
 
 def resolve_threads(threads: int | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peerlora.config.metrics import LOSS
 from peerlora.data.dataset import Dataset
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.lora.adapters import Adapters
@@ -47,10 +48,9 @@ class Evaluator:
     def __init__(self, federation: Federation, participation: Participation):
         self.federation, self.participation = federation, participation
         self.learner, self.settings = federation.learner, federation.config.eval
-        self.few_rows = evaluation_rows(federation)
+        self.few_rows = evaluation_rows(federation.config, federation.eval_data)
         self.own_rows = [federation.train_data.take(rows) if len(rows) else None for rows in federation.own_rows]
-        wanted = [*self.settings.metrics, *([self.settings.select.metric] if self.settings.select else [])]
-        self.metrics = further_metrics(wanted, self.learner.task.metric)
+        self.metrics = further_metrics(self.settings.computed, self.learner.task.metric)
 
     def evaluate(self, x: Adapters, final: bool) -> Evaluation:
         """Evaluate the clients' models ``x``, their average, and their relayed ones: at the end, on all rows."""
@@ -119,9 +119,9 @@ class Evaluator:
         )
 
 
-def further_metrics(wanted: Sequence[str | None], main: str) -> tuple[str, ...]:
-    """The metrics to compute beside a task's main one and its loss, each once."""
-    return tuple(name for name in dict.fromkeys(wanted) if name not in (None, main, "loss"))
+def further_metrics(wanted: Sequence[str], main: str) -> tuple[str, ...]:
+    """The metrics to compute beside a task's main one and its loss."""
+    return tuple(name for name in wanted if name not in (main, LOSS))
 
 
 def _part(scores: Scores, clients: slice) -> Scores:

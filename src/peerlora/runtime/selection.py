@@ -70,8 +70,11 @@ class BestRounds:
         self.x: Adapters | None = None
         """[client] the adapters of its best evaluation."""
 
-    def offer(self, done: int, values: np.ndarray, x: Adapters) -> list[int]:
-        """Compare the evaluation after ``done`` rounds; return the clients that train no more from now on."""
+    def offer(self, done: int, values: np.ndarray, x: Adapters, last: bool = False) -> list[int]:
+        """Compare the evaluation after ``done`` rounds; return the clients that train no more from now on.
+
+        ``last``: no training follows, so it ends nobody's.
+        """
         if self.x is None:
             self.x = own_copy(x)
         better = self._better(values)
@@ -81,7 +84,7 @@ class BestRounds:
             if better[row]:
                 self.values[row], self.rounds[row] = values[row], done
                 put_row(self.x, row, rows_of(x, row))
-        waiting = self.patience is not None
+        waiting = self.patience is not None and not last
         ended = [self.clients[row] for row in self.honest if waiting and self.waited[row] >= (self.patience or 0)]
         fresh = [client for client in ended if client not in self.stopped]
         self.stopped.update(fresh)

@@ -90,10 +90,10 @@ class Trainer:
                 break
             state = self._round(t, state)
             done = t + 1
-            if done % self.config.eval.every == 0 and done < rounds:
-                self._evaluate(done, state, final=False)
             if self.wall_clock.look() and done < rounds:
                 self._emit(Warned(self.wall_clock.describe(done, rounds)))
+            if done % self.config.eval.every == 0 and done < rounds and not self.wall_clock.ended:
+                self._evaluate(done, state, final=False)
             stopping = self.stop() and done < rounds and not self.wall_clock.ended
             if done % self.config.checkpoint.every == 0 or done == rounds or stopping or self.wall_clock.ended:
                 self._save(done, state)
@@ -146,23 +146,24 @@ class Trainer:
         """Evaluate the clients' models, and return their relayed ones."""
         began = time.perf_counter()
         found = self.evaluator.evaluate(self.algorithm.model(state), final)
-        fresh = self._select(done, found)
+        fresh = self._select(done, found, final)
         event = self.evaluator.event(done, found, began, self.rounds.virtual_seconds, final)
         self._emit(replace(event, **self.best.told()) if self.best else event)
-        if fresh and self.best and self.best.patience and not final:
+        if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
         loss = found.own.loss[self.federation.honest_rows]
         if final and not np.isfinite(loss).all():  # no training follows that would show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return found.relayed_models
 
-    def _select(self, done: int, found: Evaluation) -> list[int]:
+    def _select(self, done: int, found: Evaluation, final: bool) -> list[int]:
         """Keep the clients' best adapters; return who trains no more from now on."""
         if self.best is None:
             return []
         selection = self.best.selection
         kept = found.relayed_models.adapters if selection.model == "relayed" and found.relayed_models else found.models
-        fresh = self.best.offer(done, value_of(self.evaluator.rescored(found, selection.of), selection), kept)
+        values = value_of(self.evaluator.rescored(found, selection.of), selection)
+        fresh = self.best.offer(done, values, kept, last=final)
         self._end_training()
         return fresh
 

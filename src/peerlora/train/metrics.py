@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from peerlora.data.dataset import Dataset
 
-NEEDS_SHARES = ("auroc",)
-"""Metrics that look at the predicted shares of all classes."""
-BY_CLASS = ("balanced-accuracy", "macro-f1", "auroc")
+NEEDS_MARGINS = ("auroc",)
+"""Metrics that look at the margins of all classes."""
+_OF_ROWS = ("balanced-accuracy", "auroc")
 """Metrics that average over classes, and leave out those that rows lack."""
+_OF_ROWS_AND_PREDICTIONS = ("macro-f1",)
+"""Those that leave out classes only which rows lack and nothing is predicted as."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,22 @@ class Predictions:
     """[row]"""
     loss: float
     """Mean loss, as the task takes it."""
-    shares: Float[np.ndarray, "row label"] | None = None
-    """Softmax over the classes, where a metric needs it."""
+    margins: Float[np.ndarray, "row label"] | None = None
+    """What `class_margins` gives, where a metric needs it."""
+
+
+@torch.no_grad()
+def class_margins(logits: Float[Tensor, "row label"]) -> Float[Tensor, "row label"]:
+    """Log odds of each class, ``z_c - logsumexp of the others``, in float64.
+
+    They order rows as the softmax shares do, which in fp32 are all 1 or 0 where a model is sure of itself.
+    """
+    z = logits.double()
+    largest = z.argmax(1, keepdim=True)
+    # no share but the largest is above 1/2, so 1 - share is precise
+    margins = z - z.logsumexp(1, keepdim=True) - torch.log1p(-z.softmax(1).clamp(max=0.5))
+    others = z.scatter(1, largest, -math.inf).logsumexp(1, keepdim=True)
+    return margins.scatter(1, largest, z.gather(1, largest) - others)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "label label"]:
@@ -74,7 +92,7 @@ def matthews(counts: Int[np.ndarray, "label label"]) -> float:
 
 
 def auroc(found: Predictions) -> float:
-    """Area under the ROC curve: how often a row of a class has a larger share of it than another row; ties are half.
+    """Area under the ROC curve: how often a row of a class has larger odds of it than another row; ties are half.
 
     Of two classes, that of the second; of more, the mean over classes against the rest, of those that some rows have
     and some have not.  NaN where all rows have one class.
@@ -82,13 +100,13 @@ def auroc(found: Predictions) -> float:
     """
     from scipy.stats import rankdata
 
-    assert found.shares is not None
-    classes, areas = found.shares.shape[1], []
+    assert found.margins is not None
+    classes, areas = found.margins.shape[1], []
     for label in range(1, 2) if classes == 2 else range(classes):
         inside = found.labels == label
         own, others = int(inside.sum()), int((~inside).sum())
         if own and others:
-            above = rankdata(found.shares[:, label])[inside].sum() - own * (own + 1) / 2
+            above = rankdata(found.margins[:, label])[inside].sum() - own * (own + 1) / 2
             areas.append(above / (own * others))
     return float(np.mean(areas)) if areas else math.nan
 
@@ -139,10 +157,13 @@ def compute_metric(name: str, found: Predictions) -> float:
     return _COMPUTE[name](found)
 
 
-def absent_classes(metrics: Sequence[str], rows: Dataset) -> tuple[str, ...]:
-    """Warn where the common evaluation rows lack a class over which a metric averages."""
+def absent_classes(metrics: Sequence[str], rows: Dataset, what: str = "evaluation row") -> tuple[str, ...]:
+    """Warn where evaluation rows lack a class over which a metric averages; ``what``: one of these rows."""
     lacking = [name for label, name in enumerate(rows.names) if not (rows.labels == label).any()]
-    affected = [name for name in metrics if name in BY_CLASS]
-    if not lacking or not affected:
+    out = [name for name in metrics if name in _OF_ROWS]
+    zero = [name for name in metrics if name in _OF_ROWS_AND_PREDICTIONS]
+    if not lacking or not out + zero:
         return ()
-    return (f"no evaluation row is of class {', '.join(lacking)}; left out of: {', '.join(affected)}",)
+    left_out = f"; left out of: {', '.join(out)}" if out else ""
+    counted = f"; 0 in {', '.join(zero)} where a row is taken for it" if zero else ""
+    return (f"no {what} is of class {', '.join(lacking)}{left_out}{counted}",)
