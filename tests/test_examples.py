@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import peerlora.algorithms  # noqa: F401 (registers its methods before the fixture takes a copy of them)
 from peerlora import read_events
 from peerlora.plugins import METHODS, TOPOLOGIES
 from peerlora.runs.events import RoundDone
@@ -21,9 +22,9 @@ TINY += ["train.rounds=3", "train.local_steps=1", "train.batch=4", "threads=1"]
 def run(models, texts, cache, tmp_path, monkeypatch, capsys):
     """Run a script as `python examples/NAME.py MODEL ROWS OUT ...` does; gives OUT and what was printed."""
 
-    def go(name, *words):
+    def go(name, *words, model="bert", rows=texts):
         out = tmp_path / name
-        given = [models("bert"), str(texts), str(out), *TINY, *words]
+        given = [models(model), str(rows), str(out), *TINY, *words]
         for registry in (METHODS, TOPOLOGIES):  # what a script registers ends with it
             monkeypatch.setattr(registry, "_plugins", dict(registry._plugins))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
@@ -37,6 +38,8 @@ def test_every_example_is_tested_and_short():
     scripts = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
     assert set(scripts) == {
         "own_data",
+        "chat_smollm2",
+        "tag_words",
         "own_method",
         "compare_topologies",
         "flower_partitioner",
@@ -97,3 +100,35 @@ def test_a_flower_partitioner_decides_who_holds_what(run):
     assert [sum(rows > 0 for rows in own) for own in held["counts"]] == [2, 2, 2]
     for client, own in enumerate(held["counts"]):
         assert f"client {client}: {dict(zip(held['names'], own, strict=True))}" in printed
+
+
+def test_a_federation_learns_to_answer(run, chats):
+    out, printed = run(
+        "chat_smollm2", "data.max_length=32", "eval.generate.max_new_tokens=2", model="llama", rows=chats
+    )
+    assert printed.startswith("loss of held-out answers ") and printed.count("expected 'w") == 4
+
+
+def test_words_are_tagged_by_clients_and_by_peft(run, tagged, models):
+    from peft import PeftModel
+    from transformers import AutoModelForTokenClassification
+
+    out, printed = run("tag_words", "algorithm.interval=1", rows=tagged)
+    assert printed.startswith("entity-f1: mean client ")
+    base = AutoModelForTokenClassification.from_pretrained(models("bert"), num_labels=3)
+    tuned = PeftModel.from_pretrained(base, str(out / "adapters" / "client-03"))
+    trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
+    assert trained and all(value.abs().max() > 0 for value in trained)
+    assert yaml.safe_load((out / "adapters" / "client-03" / "labels.json").read_text()) is not None
+
+
+def test_own_data_may_have_several_labels(run):
+    out, _ = run("own_data", "task.kind=multi-label", "data.label=several", "partition=iid", "algorithm.interval=1")
+    assert read_events(out)[0].metric == "micro-f1"
+
+
+def test_the_chat_example_makes_its_own_rows_of_news(tmp_path):
+    write_news = runpy.run_path(str(EXAMPLES / "chat_smollm2.py"))["write_news"]
+    rows = [yaml.safe_load(line) for line in write_news(tmp_path / "news.jsonl", 40).read_text("utf-8").splitlines()]
+    assert len(rows) == 40 and all(row["prompt"].startswith("What is this news about? ") for row in rows)
+    assert {"A takeover.", "Earnings."} <= {row["completion"] for row in rows}

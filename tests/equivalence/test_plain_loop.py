@@ -63,16 +63,44 @@ def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
             ("bert", ["adapter.head=frozen"]),
             ("bert", ["data.text=[text, other]"]),
             ("bert", ["task.kind=regression", "data.label=score"]),
+            ("bert", ["task.kind=multi-label", "data.label=several"]),
             ("llama", ["task.kind=causal-lm", "data.label=null"]),
             ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
             ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
             ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
         ],
-        [1, 4, 6],
+        [1, 4, 5, 7],
     ),
 )
 def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):
     chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+@pytest.mark.parametrize("kind", others_slow(["llama", "gpt2"], ["llama"]))
+def test_chats_equal_plain_peft(config, chats, kind):
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    others_slow(
+        [
+            ("bert", []),
+            ("bert", ["adapter.dropout=0.0", "train.fast=false"]),
+            ("bert", ["adapter.head=frozen", "train.batch=[1, 3, 4, 2]"]),
+            ("llama", ["adapter.head=private"]),
+        ],
+        [0, 3],
+    ),
+)
+def test_tags_of_words_equal_plain_peft(config, tagged, kind, words):
+    task = ["task.kind=token-classification", f"data.train=jsonl:{tagged}", "data.label=null"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *task, *words)
     x = run_stacked(compose(chosen))
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 

@@ -19,7 +19,8 @@ from peerlora.train.metrics import Predictions, absent_classes, compute_metric
 
 def metric(name, predicted, labels, shares=None, loss=0.0):
     shares = None if shares is None else np.array(shares, dtype=float)
-    return compute_metric(name, Predictions(np.array(predicted, dtype=float), np.array(labels), loss, shares))
+    outcomes = np.stack([np.zeros(len(predicted)), predicted], axis=1)
+    return compute_metric(name, Predictions(outcomes, np.array(labels), loss, shares))
 
 
 def of_scores(labels, second):

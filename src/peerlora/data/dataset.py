@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+UNLEARNED = -100  # among targets, as in torch's cross-entropy and PEFT's examples: a token of which nothing is learned
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -17,11 +19,19 @@ class Dataset:
     types: np.ndarray | None
     """uint8 [token], the tokenizer's token types, which distinguish a pair's halves; None: it gives none"""
     labels: np.ndarray
-    """int64 [row] class ids, or float32 [row] for regression, or int64 zeros for causal-lm"""
+    """int64 [row] class ids; float32 [row] for regression; float32 [row, label] for multi-label, 1 for each that a row
+    has; int64 [row] that means nothing where something is learned of tokens"""
     names: tuple[str, ...]
-    """Class names by id; () for regression and causal-lm"""
+    """Names by id, of the classes or of the tags of words; () for regression and language models"""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """[row] the column that ``partition: {kind: column}`` names, else empty"""
+    targets: np.ndarray | None = None
+    """int32 [token], what is learned of each token, UNLEARNED for nothing; None: what the task makes of all tokens"""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the rows' labels; () where rows have no class: several labels, or one for each token."""
+        return self.names if self.targets is None and self.labels.ndim == 1 else ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,4 +54,5 @@ class Dataset:
             labels=self.labels[rows],
             names=self.names,
             columns={name: values[rows] for name, values in self.columns.items()},
+            targets=None if self.targets is None else self.targets[tokens],
         )

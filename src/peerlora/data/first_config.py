@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.config.template import template_lines
 from peerlora.data.columns import Columns
 from peerlora.data.files import has_header_line, read_table
@@ -64,7 +65,8 @@ def write_template(
     if has_header_line(train):
         refuse_missing_header(table, train)
     guess = guess_columns(table, train, label, text or ())
-    read_table(train, columns=Columns(tuple(guess.text), guess.label))  # whose label tells whether rows were swallowed
+    needed = Columns(tuple(guess.text), guess.label, roles=tuple(guess.columns.values()))
+    read_table(train, columns=needed)  # whose label tells whether rows were swallowed
     first = FirstConfig(guess, template_config(train, guess, model, recipe), table.num_rows)
     head = (
         f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data.  "
@@ -77,8 +79,9 @@ def write_template(
 def template_config(train: str, guess: Guess, model: str | None = None, recipe: str | None = None) -> RunConfig:
     """The defaults of every section, changed where the guess or the recipe says more."""
     classes = guess.kind == "classification"
-    source = model or (CAUSAL_MODEL if guess.kind == "causal-lm" else None)
+    source = model or (CAUSAL_MODEL if task_kind(guess.kind).predicts_tokens else None)
     data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
+    data |= {"columns": guess.columns} if guess.columns else {}
     return load_config(
         {
             "recipe": recipe,

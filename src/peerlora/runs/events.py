@@ -138,6 +138,21 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What models of a run of chats answered to some evaluation rows."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    client: int
+    """Whose own model answered."""
+    answers: list[dict[str, str]]
+    """By row: prompt, expected, own, and averaged where the averaged model is known."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """own, averaged -> name of a score -> its mean over these rows."""
+
+
+@dataclass(frozen=True)
 class CheckpointSaved:
     """A checkpoint was saved, from which the run can resume."""
 
@@ -223,6 +238,7 @@ Event = (
     RunStarted
     | RoundDone
     | Evaluated
+    | Generated
     | CheckpointSaved
     | Resumed
     | Warned

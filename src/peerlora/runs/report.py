@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
+from peerlora.runs.answers import answers_html
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
@@ -69,7 +70,7 @@ def write_report(folder: Path | str) -> Path:
     body = [_lead(start, events), _warnings(start, events)]
     if start:
         body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
-        body += [_neighbours(events) if start.held else _contacts(start, events)]
+        body += [answers_html(events), _neighbours(events) if start.held else _contacts(start, events)]
         body += ["<h2>How it was run</h2>", _setting(start)]
     body.append(f"<details><summary>The resolved config</summary><pre>{escape(config)}</pre></details>")
     return write_page(folder / "report.html", title, body)

@@ -188,7 +188,7 @@ def _set_aside(
 def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:
     """The class weights of clients by the labels that each learns from; raises DataError where they do not fit."""
     assert weights != "none"
-    names = shards.data.names
+    names = shards.data.classes
     if weights != "balanced" and len(weights) != len(names):
         raise DataError(
             f"train.class_weights lists {len(weights)} numbers, the data have {len(names)} labels "

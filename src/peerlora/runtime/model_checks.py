@@ -54,7 +54,7 @@ def check_tokens(base: Base, tokenizer: Any, data: Iterable[Dataset]) -> tuple[s
     for rows in data:
         if size is not None:
             _check_ids(base, tokenizer, rows, size)
-        if rows.names and getattr(model.config, "is_encoder_decoder", False):
+        if rows.classes and getattr(model.config, "is_encoder_decoder", False):
             _check_ends(base, tokenizer, rows)
         warnings += (*_types(base, rows), *_unknown(base, tokenizer, rows))
     return tuple(dict.fromkeys(warnings))

@@ -29,7 +29,7 @@ from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
-from peerlora.train.tasks import Task, loss_terms
+from peerlora.train.tasks import Task, loss_terms, outcomes_width
 from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -243,17 +243,18 @@ class StackedLearner:
         equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        outcomes, shares = np.zeros((x.clients, len(data), 2)), None
+        width, shares = outcomes_width(self.task, data), None
+        outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
+            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
             if any(name in NEEDS_SHARES for name in metrics):
                 if shares is None:
                     shares = np.zeros((x.clients, len(data), logits.shape[1]), dtype=np.float32)
                 shares[clients, rows] = logits.softmax(1).view(-1, len(rows), logits.shape[1]).cpu().numpy()
         scores = np.array([self.task.score(own, data.labels) for own in outcomes])
         predictions = [
-            Predictions(own[:, 1], data.labels, loss, None if shares is None else shares[i])
+            Predictions(own, data.labels, loss, None if shares is None else shares[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
         more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}

@@ -21,14 +21,19 @@ BY_CLASS = ("balanced-accuracy", "macro-f1", "auroc")
 class Predictions:
     """What one client's model says of a data set."""
 
-    predicted: Float[np.ndarray, " row"]
-    """Class ids or numbers; of language models, tokens."""
+    outcomes: Float[np.ndarray, "row number"]
+    """What the task tells of each row (``Task.outcomes``), the loss first."""
     labels: np.ndarray
     """[row]"""
     loss: float
     """Mean loss, as the task takes it."""
     shares: Float[np.ndarray, "row label"] | None = None
     """Softmax over the classes, where a metric needs it."""
+
+    @property
+    def predicted(self) -> Float[np.ndarray, " row"]:
+        """Class ids or numbers."""
+        return self.outcomes[:, 1]
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "label label"]:
@@ -141,7 +146,7 @@ def compute_metric(name: str, found: Predictions) -> float:
 
 def absent_classes(metrics: Sequence[str], rows: Dataset) -> tuple[str, ...]:
     """Warn where the common evaluation rows lack a class over which a metric averages."""
-    lacking = [name for label, name in enumerate(rows.names) if not (rows.labels == label).any()]
+    lacking = [name for label, name in enumerate(rows.classes) if not (rows.labels == label).any()]
     affected = [name for name in metrics if name in BY_CLASS]
     if not lacking or not affected:
         return ()
