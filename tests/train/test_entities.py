@@ -1,13 +1,18 @@
 """Entities in tags, by hand and by the examples of seqeval and conlleval; losses and F1 of tags."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peerlora.data.batches import collate
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.train.entities import count_entities, entity_types, f1, find_entities
+from peerlora.train.entities import count_entities, entity_types, find_entities
+from peerlora.train.metrics import f1
 from peerlora.train.tasks import TokenClassification
 
 
@@ -47,6 +52,14 @@ def test_f1_of_seqevals_example():
     assert [f1(*own) for own in by_type.tolist()] == [0.0, 1.0]
     assert f1(*by_type.sum(0).tolist()) == 0.5
     assert f1(0, 0, 0) == 0.0
+
+
+@given(st.lists(st.sampled_from(NAMES), max_size=12))
+def test_entities_are_runs_that_a_regular_expression_finds(tags):
+    """One letter per tag: B or b begins, I or i goes on, of one type each; an I alone begins, too."""
+    written = "".join({"B-MISC": "B", "I-MISC": "I", "B-PER": "b", "I-PER": "i", "O": "."}[tag] for tag in tags)
+    runs = re.finditer(r"BI*|I+|bi*|i+", written)
+    assert find_entities(tags) == {("MISC" if run[0][0] in "BI" else "PER", run.start(), run.end() - 1) for run in runs}
 
 
 def rows(*tags):

@@ -60,8 +60,3 @@ def count_entities(
         for kind, _, _ in some:
             counts[types[kind], column] += 1
     return counts.reshape(-1)
-
-
-def f1(true: float, predicted: float, both: float) -> float:
-    """``2 both / (true + predicted)``; 0 where there is none of either."""
-    return 2 * both / (true + predicted) if true + predicted else 0.0

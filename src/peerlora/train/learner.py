@@ -257,7 +257,8 @@ class StackedLearner:
             Predictions(own, data.labels, loss, None if shares is None else shares[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
-        more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}
+        target = self.task.kind.target
+        more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
         return Scores(scores[:, 0], scores[:, 1], len(data), more)
 
     @torch.no_grad()

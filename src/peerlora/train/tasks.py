@@ -16,8 +16,8 @@ from torch import Tensor
 from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.data.batches import Batch
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.train.entities import ENTITY_COUNTS, count_entities, entity_types, f1
-from peerlora.train.metrics import spearman
+from peerlora.train.entities import ENTITY_COUNTS, count_entities, entity_types
+from peerlora.train.metrics import counts_of_entities, counts_of_labels, pooled_f1, spearman
 
 
 @runtime_checkable
@@ -39,11 +39,14 @@ class Task(Protocol):
         """The loss of every row alone (per token, for language models)."""
         ...
 
-    def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row 2"]:
-        """(loss, prediction) per row, from which ``score`` computes the metric; for language models (loss, tokens)."""
+    def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row number"]:
+        """Numbers per row from which ``score`` and further metrics follow: of classes and numbers (loss, prediction).
+
+        Of targets ``labels``, ``tokens`` and ``tags`` they are what the tasks here that predict these give.
+        """
         ...
 
-    def score(self, outcomes: Float[np.ndarray, "row 2"], labels: np.ndarray) -> tuple[float, float]:
+    def score(self, outcomes: Float[np.ndarray, "row number"], labels: np.ndarray) -> tuple[float, float]:
         """(metric, loss) of one client over a data set."""
         ...
 
@@ -101,9 +104,7 @@ class MultiLabel:
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """(micro-averaged F1 of the labels, mean binary cross-entropy)."""
-        predicted = outcomes[:, 1:]
-        both = float((predicted * labels).sum())
-        return f1(float(labels.sum()), float(predicted.sum()), both), float(outcomes[:, 0].mean())
+        return pooled_f1(counts_of_labels(outcomes, labels)), float(outcomes[:, 0].mean())
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,12 @@ class TokenLosses:
         known = (targets != UNLEARNED).to(logits.dtype)
         return each.view_as(known).sum(1), known.sum(1)
 
+    def _scored(self, logits: Tensor, batch: Batch) -> Float[Tensor, "row 3"]:
+        """Per row the summed cross-entropy, the number of learned tokens, and how many are predicted right."""
+        loss, tokens = self._sums(logits, batch)
+        right = self.predictions(logits).argmax(-1) == self.targets(batch)  # UNLEARNED is no class
+        return torch.stack([loss, tokens, right.sum(1).to(loss.dtype)], dim=1)
+
     @staticmethod
     def _real(batch: Batch, dtype: torch.dtype) -> Float[Tensor, "client row"]:
         return (batch.weights / batch.weights.amax(1, keepdim=True)).to(dtype)  # 1, or by a loss rule less
@@ -172,6 +179,11 @@ class TokenLosses:
     @staticmethod
     def _counted(tokens: Tensor, real: Tensor) -> Float[Tensor, " client"]:
         return (tokens.view_as(real) * real).sum(1)
+
+
+def mean_of_tokens(outcomes: Float[np.ndarray, "row number"]) -> float:
+    """Mean loss per token, from the summed loss and the number of tokens of each row."""
+    return float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
 
 
 @dataclass(frozen=True)
@@ -194,12 +206,16 @@ class CausalLM(TokenLosses):
         return logits[:, :-1]
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(summed cross-entropy, number of predicted tokens)."""
-        return torch.stack(self._sums(logits, batch), dim=1)
+        """(summed cross-entropy, numbers of predicted tokens and of those predicted right)."""
+        return self._scored(logits, batch)
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, tokens, right ones."""
+        return 3
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """Mean loss per token, twice: it is the metric and the loss."""
-        loss = float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
+        loss = mean_of_tokens(outcomes)
         return loss, loss
 
 
@@ -224,24 +240,22 @@ class TokenClassification(TokenLosses):
         return batch.targets
 
     def outcomes_width(self, names: Sequence[str]) -> int:
-        """Loss, words, and the numbers of entities by type (``ENTITY_COUNTS``)."""
-        return 2 + ENTITY_COUNTS * len(entity_types(names))
+        """Loss, words, right ones, and the numbers of entities by type (``ENTITY_COUNTS``)."""
+        return 3 + ENTITY_COUNTS * len(entity_types(names))
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(summed cross-entropy, number of words, then per type of entity: true, predicted, both)."""
+        """(summed cross-entropy, numbers of words and right ones, then per type of entity: true, predicted, both)."""
         assert batch.targets is not None and batch.origin is not None
-        loss, words = self._sums(logits, batch)
         known = (batch.targets != UNLEARNED).cpu().numpy()
         true, predicted = batch.targets.cpu().numpy(), logits.argmax(-1).cpu().numpy()
         names = batch.origin.data.names
         counts = [count_entities(true[row][own], predicted[row][own], names) for row, own in enumerate(known)]
-        found = torch.from_numpy(np.stack(counts)).to(loss)
-        return torch.cat([torch.stack([loss, words], dim=1), found], dim=1)
+        of_words = self._scored(logits, batch)
+        return torch.cat([of_words, torch.from_numpy(np.stack(counts)).to(of_words)], dim=1)
 
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """(micro-averaged F1 of entities, mean cross-entropy per word)."""
-        counts = outcomes[:, 2:].reshape(len(outcomes), -1, ENTITY_COUNTS).sum((0, 1))
-        return f1(*counts.tolist()), float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
+        return pooled_f1(counts_of_entities(outcomes)), mean_of_tokens(outcomes)
 
 
 def outcomes_width(task: Task, data: Dataset) -> int:
