@@ -145,6 +145,9 @@ def tiny_model(kind, folder):
         model = tf.BertModel(tf.BertConfig(**small))
     elif kind == "roberta":
         model = tf.RobertaModel(tf.RobertaConfig(**small), add_pooling_layer=False)
+    elif kind == "t5":
+        t5 = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        model = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=size, pad_token_id=0, eos_token_id=2, **t5))
     elif kind == "llama":
         model = tf.LlamaForCausalLM(
             tf.LlamaConfig(**small, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
@@ -163,7 +166,7 @@ def tiny_model(kind, folder):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5."""
     made = {}
 
     def get(kind):
@@ -207,6 +210,21 @@ def chats(tmp_path_factory):
             turns += [{"role": "user", "content": " ".join(words)}]
             turns += [{"role": "assistant", "content": " ".join(words[::-1])}]
         rows.append({"messages": turns, "site": f"site{i % 4}"})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A jsonl file of 40 prompts with completions: their words turned round, once or twice."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for i in range(40):
+        words = [draw.choice(WORDS[:12]) for _ in range(draw.randint(1, 4))]
+        rows.append({"prompt": " ".join(words), "completion": " ".join(words[::-1] * (1 + i % 2))})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 

@@ -9,7 +9,7 @@ import yaml
 
 import peerlora.algorithms  # noqa: F401 (registers its methods before the fixture takes a copy of them)
 from peerlora import read_events
-from peerlora.plugins import METHODS, TOPOLOGIES
+from peerlora.plugins import METHODS, TASKS, TOPOLOGIES
 from peerlora.runs.events import RoundDone
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def run(models, texts, cache, tmp_path, monkeypatch, capsys):
     def go(name, *words, model="bert", rows=texts):
         out = tmp_path / name
         given = [models(model), str(rows), str(out), *TINY, *words]
-        for registry in (METHODS, TOPOLOGIES):  # what a script registers ends with it
+        for registry in (METHODS, TASKS, TOPOLOGIES):  # what a script registers ends with it
             monkeypatch.setattr(registry, "_plugins", dict(registry._plugins))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
@@ -41,6 +41,7 @@ def test_every_example_is_tested_and_short():
         "chat_smollm2",
         "tag_words",
         "own_method",
+        "own_task",
         "compare_topologies",
         "flower_partitioner",
         "rolora_toy",
@@ -70,6 +71,36 @@ def test_a_script_brings_a_method_and_a_topology_of_its_own(run):
     stored = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     assert stored["algorithm"] == {"name": "half-step", "share": 0.25}
     assert (stored["topology"]["kind"], stored["topology"]["opposite"]) == ("ring-of-pairs", True)
+
+
+def test_a_script_brings_a_task_of_its_own(run):
+    out, printed = run("own_task", "train.rounds=20", "train.local_steps=3", "train.lr=0.02", "eval.every=20")
+    first, *_, last = [event for event in read_events(out) if type(event).__name__ == "Evaluated"]
+    assert last.averaged > first.averaged and last.averaged_loss < first.averaged_loss - 0.1
+    assert printed.startswith("contrastive: mean client ")
+    assert (read_events(out)[0].metric, yaml.safe_load((out / "config.yaml").read_text())["task"]["kind"]) == (
+        "accuracy",
+        "contrastive",
+    )
+
+
+def test_the_contrastive_loss_is_that_of_rows_and_of_classes():
+    import torch
+    import torch.nn.functional as F
+
+    from peerlora.data.batches import Batch
+
+    script = runpy.run_path(str(EXAMPLES / "own_task.py"))
+    logits = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, weights = (
+        torch.tensor([0, 1, 1, 2, 0, 2]),
+        torch.tensor([[1 / 3] * 3, [0.5, 0.5, 0.0]], dtype=torch.float64),
+    )
+    found = script["Contrastive"]().losses(logits, Batch({}, labels, weights, [(3, 1), (2, 1)]))
+    for client, rows in enumerate([slice(0, 3), slice(3, 5)]):  # the last row is filler
+        z, own = logits[rows] / script["TEMPERATURE"], labels[rows]
+        of_rows = torch.stack([F.log_softmax(z[:, label], 0)[row] for row, label in enumerate(own.tolist())])
+        assert float(found[client]) == pytest.approx(float(F.cross_entropy(z, own) - of_rows.mean()) / 2, abs=1e-12)
 
 
 def test_topologies_are_compared_on_the_same_shards(run):

@@ -231,9 +231,19 @@ def test_rows_that_a_quotation_mark_swallows_are_found_by_the_guessed_label(tmp_
 def test_the_budget_is_told_in_epochs(tmp_path):
     source = csv_file(tmp_path, "text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(600)))
     first = write_template(source, tmp_path / "new.yaml", model="./mine")
-    # 100 rounds x 10 steps x 16 rows x 10 clients over 540 rows
-    assert round(first.epochs) == 296 and first.config.model.source == "./mine"
-    assert "about 296 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
+    # 25 rounds x 2 steps x 16 rows x 10 clients over 540 rows
+    assert round(first.epochs, 1) == 14.8 and first.config.model.source == "./mine"
+    assert "about 14.8 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "rounds", "steps"),
+    [(60, 25, 2), (600, 25, 2), (3_200, 20, 5), (16_000, 50, 10), (10**6, 100, 10)],
+)
+def test_the_budget_follows_the_number_of_rows(rows, rounds, steps):
+    """Five epochs, of 10 clients with 16 rows a step, but for the least and the most steps."""
+    train = template_config("csv:rows.csv", Guess(["text"], "label", "classification", 32, 10), rows).train
+    assert (train.rounds, train.local_steps, train.epochs) == (rounds, steps, None)
 
 
 def test_integers_with_class_names_are_classes_however_many():
@@ -269,7 +279,7 @@ def test_a_file_without_text_is_refused_with_its_columns():
 @pytest.mark.parametrize("kind", ["classification", "regression", "causal-lm"])
 def test_every_section_and_setting_is_there_with_a_comment(kind):
     label = None if kind == "causal-lm" else "label"
-    config = template_config("csv:rows.csv", Guess(["text"], label, kind, 32, 4))
+    config = template_config("csv:rows.csv", Guess(["text"], label, kind, 32, 4), 500)
     lines = list(template_lines(config, "head", METHOD))
     tree = yaml.safe_load("\n".join(lines))
     assert list(tree) == list(RunConfig.model_fields)
@@ -284,7 +294,9 @@ def test_every_section_and_setting_is_there_with_a_comment(kind):
 @settings(max_examples=60, deadline=None)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_any_column_name_survives_the_yaml(name):
-    lines = template_lines(template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2)), name, METHOD)
+    lines = template_lines(
+        template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2), 500), name, METHOD
+    )
     config = load_config(yaml.safe_load("\n".join(lines)))
     assert (config.data.text, config.data.label, config.data.train) == ([name], name, f"csv:{name}")
 

@@ -69,6 +69,13 @@ def loss_of(model, data, rows, kind):
         logits = model(**inputs).logits[:, :-1]
         targets = answers_of(ids)[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if kind == "sequence-to-sequence":
+        written = [data.targets[data.target_starts[r] : data.target_starts[r + 1]].astype("int64") for r in rows]
+        labels = torch.full((len(rows), max(map(len, written))), -100)
+        for i, own in enumerate(written):
+            labels[i, : len(own)] = torch.tensor(own)
+        logits = model(**inputs, labels=labels).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     if kind == "token-classification":
         labels = torch.full_like(ids, -100)
         for i, row in enumerate(rows):

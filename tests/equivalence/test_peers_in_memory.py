@@ -130,14 +130,18 @@ def test_other_ranks_heads_and_graphs(config, tmp_path, extra):
     check(simulated(chosen, tmp_path), federation(chosen, tmp_path))
 
 
-@pytest.mark.parametrize("task", others_slow(["chat", "token-classification", "multi-label"], ["chat"]))
-def test_peers_learn_other_tasks_as_the_simulation_does(config, chats, tagged, tmp_path, task):
+OTHER_TASKS = ["chat", "token-classification", "multi-label", "sequence-to-sequence"]
+
+
+@pytest.mark.parametrize("task", others_slow(OTHER_TASKS, ["chat"]))
+def test_peers_learn_other_tasks_as_the_simulation_does(config, chats, tagged, pairs, tmp_path, task):
     words = {
         "chat": [f"data.train=jsonl:{chats}", "data.label=null", "eval.generate={rows: 2, max_new_tokens: 3}"],
         "token-classification": [f"data.train=jsonl:{tagged}", "data.label=null"],
         "multi-label": ["data.label=several"],
+        "sequence-to-sequence": [f"data.train=jsonl:{pairs}", "data.label=null"],
     }[task]
-    base = "llama" if task == "chat" else "bert"
+    base = {"chat": "llama", "sequence-to-sequence": "t5"}.get(task, "bert")
     settings = [
         "algorithm.name=dec-lora",
         "train.dtype=fp32",

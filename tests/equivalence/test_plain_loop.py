@@ -86,6 +86,28 @@ def test_chats_equal_plain_peft(config, chats, kind):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 
 
+PAIRS = ["task.kind=sequence-to-sequence", "data.label=null", "data.max_length=12"]
+
+
+@pytest.mark.parametrize("words", [[], ["adapter.targets=all-linear", "train.batch=[1, 3, 4, 2]"]])
+def test_encoder_and_decoder_equal_plain_peft(config, pairs, words):
+    chosen = config("t5", "algorithm.name=adf-lora", "algorithm.interval=1", *PAIRS, f"data.train={pairs}", *words)
+    federation = compose(chosen)
+    names = [layer.name for layer in federation.start.spec.layers]
+    assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
+    x = run_stacked(federation)
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+def test_draws_of_a_decoder_depend_neither_on_neighbours_nor_on_padding(config, pairs):
+    words = ["adapter.dropout=0.3", "model.dropout=0.1", "train.batch=[1, 3, 4, 2]", *PAIRS, f"data.train={pairs}"]
+    one, other = (
+        run_stacked(compose(config("t5", "algorithm.name=dec-lora", *words, f"train.block={block}")))
+        for block in (1, 4)
+    )
+    assert (one.flat - other.flat).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     others_slow(

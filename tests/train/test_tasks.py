@@ -34,6 +34,7 @@ def test_the_registry_names_what_the_config_knows():
         "multi-label": True,
         "causal-lm": False,
         "token-classification": True,
+        "sequence-to-sequence": False,
         "chat": False,
     }
 

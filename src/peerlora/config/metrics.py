@@ -20,8 +20,8 @@ METRICS: dict[str, tuple[Target, ...]] = {
     "pearson": ("number",),
     "spearman": ("number",),
     "mean-absolute-error": ("number",),
-    "perplexity": ("tokens",),
-    "token-accuracy": ("tokens", "tags"),
+    "perplexity": ("tokens", "text"),
+    "token-accuracy": ("tokens", "text", "tags"),
     "entity-f1": ("tags",),
 }
 """Name -> what a task has to predict, one of these."""

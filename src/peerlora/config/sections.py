@@ -101,7 +101,7 @@ class TaskConfig(Section):
     """What is learned from the data."""
 
     kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned: classification, regression, multi-label, causal-lm, token-classification or chat."""
+    """What is learned; docs/data.md says what rows each task reads."""
     labels: list[str] | None = None
     """Names of the classes, or of the tags of words, in order of their ids; null: read from the data."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "labels", "tokens", "tags"]
+Target = Literal["class", "number", "labels", "tokens", "tags", "text"]
 Names = Mapping[str, tuple[str, ...]]
 """Role of a column -> the names that it usually has, in lower case."""
 
@@ -39,7 +39,7 @@ class TaskKind:
     name: str
     target: Target
     """What a model predicts of a row: a class, a number or several labels, all in the column ``data.label``; its next
-    tokens; or a class of each word."""
+    tokens; a class of each word; or a text, which a decoder writes for what an encoder has read."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
@@ -74,6 +74,11 @@ class TaskKind:
         return self.target == "tokens" and bool(self.forms)
 
     @property
+    def has_language_head(self) -> bool:
+        """Whether a model's own head, over its vocabulary, says what is predicted, so that none is drawn or trained."""
+        return self.target in ("tokens", "text")
+
+    @property
     def predicts_tokens(self) -> bool:
         """Whether a model predicts the next token at every place of a row."""
         return self.target == "tokens"
@@ -100,6 +105,14 @@ CHAT_FORMS = (
     ),
 )
 TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")}),)
+PAIR_FORMS = (
+    Form(
+        {
+            "prompt": ("prompt", "source", "input", "question", "query", "document", "article", "dialogue", "text"),
+            "completion": ("completion", "target", "output", "answer", "response", "summary", "highlights"),
+        }
+    ),
+)
 _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
@@ -112,6 +125,14 @@ _KINDS = (
         "TOKEN_CLS",
         "AutoModelForTokenClassification",
         forms=TAG_FORMS,
+    ),
+    TaskKind(
+        "sequence-to-sequence",
+        "text",
+        "peerlora.train.tasks:SequenceToSequence",
+        "SEQ_2_SEQ_LM",
+        "AutoModelForSeq2SeqLM",
+        forms=PAIR_FORMS,
     ),
     TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
 )

@@ -38,6 +38,8 @@ class Batch:
     origin: Origin | None = None
     targets: Tensor | None = None
     """[client*row, token], where the data set has some; UNLEARNED on padding."""
+    written: list[int] | None = None
+    """Each client's longest row of targets, where a decoder writes them; their padding is on the right."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -59,25 +61,44 @@ def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dt
     for own, weight in zip(rows, weights, strict=True):
         weight[: len(own)] = 1 / len(own)
     labels = torch.from_numpy(data.labels[numbers])
-    inside, source = _places(data, numbers, longest, pad_left)
+    inside, source = _places(data.starts, numbers, longest, pad_left)
     return Batch(
         inputs=_padded(data, inside, source, pad),
         labels=labels.to(dtype) if labels.is_floating_point() else labels,
         weights=weights,
         extents=[(len(own), int(data.lengths[own].max())) for own in rows],
         origin=Origin(data, numbers),
-        targets=None if data.targets is None else _laid_out(data.targets, inside, source, UNLEARNED),
+        targets=_targets(data, numbers, longest, inside, source),
+        written=_written(data, rows),
     )
 
 
+def _targets(
+    data: Dataset, numbers: np.ndarray, longest: int, inside: np.ndarray, source: np.ndarray
+) -> Int[Tensor, "row token"] | None:
+    """Targets by the places of the tokens, or of a decoder in a rectangle of their own."""
+    if data.targets is not None and data.target_starts is not None:
+        most = int(np.diff(data.target_starts)[numbers].max())
+        width = most + (most == longest)  # by their widths, layers tell activations of the decoder from others
+        inside, source = _places(data.target_starts, numbers, width, False)
+    return None if data.targets is None else _laid_out(data.targets, inside, source, UNLEARNED)
+
+
+def _written(data: Dataset, rows: Sequence[np.ndarray]) -> list[int] | None:
+    if data.target_starts is None:
+        return None
+    lengths = np.diff(data.target_starts)
+    return [int(lengths[own].max()) for own in rows]
+
+
 def _places(
-    data: Dataset, numbers: np.ndarray, longest: int, pad_left: bool
+    starts: np.ndarray, numbers: np.ndarray, longest: int, pad_left: bool
 ) -> tuple[Bool[np.ndarray, "row token"], Int[np.ndarray, " real"]]:
     """Which places of the rectangle hold tokens, and where these lie in the data set."""
-    lengths = data.lengths[numbers]
+    lengths = np.diff(starts)[numbers]
     place = np.arange(longest) - (longest - lengths[:, None] if pad_left else 0)  # [row, token]
     inside = (place >= 0) & (place < lengths[:, None])
-    return inside, (data.starts[numbers][:, None] + place)[inside]
+    return inside, (starts[numbers][:, None] + place)[inside]
 
 
 def _padded(data: Dataset, inside: np.ndarray, source: np.ndarray, pad: int) -> dict[str, Tensor]:

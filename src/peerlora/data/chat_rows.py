@@ -14,6 +14,8 @@ Chat = list[dict[str, str]]
 """Turns in order, each with ``role`` and ``content``, as ``apply_chat_template`` takes them."""
 
 ASSISTANT = "assistant"
+ANSWER_ROLES = ("completion", "output")
+"""The roles of columns (``task_kinds.CHAT_FORMS``) that hold answers."""
 _ROLES = {name: name for name in ("system", "developer", "user", ASSISTANT, "tool")}
 _ROLES |= {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT}
 _TURNS = 1000  # of one chat, whose prefixes are rendered one by one
@@ -33,15 +35,25 @@ def read_chats(columns: Mapping[str, pa.ChunkedArray], chosen: np.ndarray, sourc
     ]
 
 
+def read_prompts(columns: Mapping[str, pa.ChunkedArray], chosen: np.ndarray, source: str) -> list[Chat]:
+    """What is to be answered: chats as `read_chats` gives them, without an answer at their end.
+
+    Columns of answers are not needed.  Raises DataError.
+    """
+    chats = read_chats({role: column for role, column in columns.items() if role not in ANSWER_ROLES}, chosen, source)
+    return [chat[:-1] if chat[-1]["role"] == ASSISTANT else chat for chat in chats]
+
+
 def _of_texts(row: Mapping[str, Any], where: str) -> Chat:
-    """A question, perhaps with a system's text in front, and its answer."""
+    """A question, perhaps with a system's text in front, and its answer, where there is a column of answers."""
     system, more = row.get("system"), row.get("input")
-    asked, answered = ("instruction", "output") if "instruction" in row else ("prompt", "completion")
-    question, answer = _text(row[asked], where, asked), _text(row[answered], where, answered)
+    asked = "instruction" if "instruction" in row else "prompt"
+    question = _text(row[asked], where, asked)
+    answers = [_text(row[name], where, name) for name in ANSWER_ROLES if name in row]
     if not _is_blank(more):
         question = f"{question}\n\n{_text(more, where, 'input')}"
     first = [] if _is_blank(system) else [_turn("system", _text(system, where, "system"))]
-    return [*first, _turn("user", question), _turn(ASSISTANT, answer)]
+    return [*first, _turn("user", question), *(_turn(ASSISTANT, answer) for answer in answers)]
 
 
 def _of_messages(row: Mapping[str, Any], where: str) -> Chat:

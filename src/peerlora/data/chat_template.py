@@ -78,6 +78,10 @@ class ChatTemplate:
             spans.append((len(before), max(len(before), len(upto.rstrip()))))
         return whole, spans
 
+    def render_prompt(self, chat: Chat, where: str) -> str:
+        """The text behind which a model is to write its answer.  Raises DataError where the template refuses."""
+        return self._rendered(chat, True, where)
+
     def _rendered(self, chat: Chat, prompt: bool, where: str) -> str:
         try:
             return self._render(chat, prompt)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from peerlora.config.data import DataConfig
-from peerlora.data.chat_rows import Chat
+from peerlora.data.chat_rows import ASSISTANT, Chat
 from peerlora.data.chat_template import ChatTemplate, Span
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.errors import DataError, ModelError
+from peerlora.errors import ConfigError, DataError, ModelError
 
 _CHUNK = 500  # chats at a time, whose letters' places are Python lists
 _TOLD = {
@@ -114,6 +114,22 @@ def special_tokens(tokenizer: Any) -> frozenset[int]:
     """The ids of the special tokens, also of those that have no name of their own."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def answer_ends(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end of text, and the special token that its template puts there.
+
+    A template that refuses a plain question with an answer tells none of its own.
+    """
+    end = tokenizer.eos_token_id
+    ends = set() if end is None else {int(end)}
+    try:
+        chat = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "a"}]
+        text, spans = ChatTemplate(tokenizer, None).render(chat, "a question with an answer")
+    except (ConfigError, DataError):
+        return sorted(ends)
+    ids = tokenizer(text[: spans[-1][1]], add_special_tokens=False)["input_ids"]
+    return sorted(ends | ({ids[-1]} & special_tokens(tokenizer)))
 
 
 def _warn_of_ends(rows: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: Any, source: str) -> None:

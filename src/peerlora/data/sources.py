@@ -22,6 +22,7 @@ from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.label_lists import as_indicators, read_label_lists
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
+from peerlora.data.pair_tokens import pair_dataset, read_pairs
 from peerlora.data.roles import read_roles
 from peerlora.data.tag_rows import TaggedRows, read_tagged, tagged_dataset
 from peerlora.data.tokens import default_cache, tokenise
@@ -149,6 +150,9 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
     data, kind = config.data, task_kind(config.task.kind)
     if kind.is_chat:
         return _chats(data, rows, tokenizer, kept)
+    if kind.target == "text":
+        found = pair_dataset(*read_pairs(rows.roles, rows.chosen, rows.source), data.max_length, tokenizer, rows.source)
+        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
     if rows.tagged is not None:
         found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
         return replace(found, columns={kept: _values(rows, kept)} if kept else {})

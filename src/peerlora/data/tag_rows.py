@@ -51,18 +51,28 @@ def read_tagged(
     return TaggedRows(words, ids), classes
 
 
-def _check_row(words: Any, tags: Any, where: str) -> None:
-    for name, cell in (("tokens", words), ("tags", tags)):
-        if not isinstance(cell, list):
-            given = "empty" if cell is None else f"a {type(cell).__name__}"
-            raise DataError(f"{where}: {name} is {given}; expected a list with one item per word")
+def check_words(words: Any, where: str) -> None:
+    """Raise DataError, naming the row ``where``, unless this is a list of words."""
+    _check_list("tokens", words, where)
     if not words:
         raise DataError(f"{where}: has no words; remove the row")
-    if len(words) != len(tags):
-        raise DataError(f"{where}: {len(words)} tokens and {len(tags)} tags; expected one tag per token; correct it")
-    for place, (word, tag) in enumerate(zip(words, tags, strict=True), 1):
+    for place, word in enumerate(words, 1):
         if not isinstance(word, str) or not word.strip():
             raise DataError(f"{where}: token {place} is {word!r}; expected a word; correct the row")
+
+
+def _check_list(name: str, cell: Any, where: str) -> None:
+    if not isinstance(cell, list):
+        given = "empty" if cell is None else f"a {type(cell).__name__}"
+        raise DataError(f"{where}: {name} is {given}; expected a list with one item per word")
+
+
+def _check_row(words: Any, tags: Any, where: str) -> None:
+    check_words(words, where)
+    _check_list("tags", tags, where)
+    if len(words) != len(tags):
+        raise DataError(f"{where}: {len(words)} tokens and {len(tags)} tags; expected one tag per token; correct it")
+    for place, tag in enumerate(tags, 1):
         if tag is None or (isinstance(tag, str) and not tag.strip()):
             raise DataError(f"{where}: token {place} has no tag; correct the row")
 

@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 
 from peerlora.config.generation import GenerateConfig
-from peerlora.data.chat_tokens import special_tokens
+from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters
 from peerlora.randomness import numpy_generator
@@ -29,7 +29,7 @@ def generate_answers(
     data, tokenizer = federation.eval_data, federation.export.tokenizer
     rows = _drawn_rows(data, wanted.rows, federation.config.seed)
     prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
-    ends, pad = _ends(expected, tokenizer), federation.learner.pad
+    ends, pad = answer_ends(tokenizer), federation.learner.pad
     held = federation.exchange.clients
     place = held.index(wanted.client) if wanted.client in held else 0
     singles = [some.rows([row]) for some in models for row in range(some.clients)]
@@ -51,14 +51,6 @@ def generate_answers(
 def _drawn_rows(data: Dataset, wanted: int, seed: int) -> list[int]:
     draw = numpy_generator(seed, "generation").choice(len(data), min(wanted, len(data)), replace=False)
     return np.sort(draw).tolist()
-
-
-def _ends(answers: Sequence[np.ndarray], tokenizer: object) -> list[int]:
-    """The tokens that end an answer: the tokenizer's end of text, and the last special token of the expected ones."""
-    special = special_tokens(tokenizer)
-    last = {int(own[-1]) for own in answers if int(own[-1]) in special}
-    end = getattr(tokenizer, "eos_token_id", None)
-    return sorted(last | ({end} if end is not None else set()))
 
 
 def _text(tokenizer: object, tokens: Sequence[int] | np.ndarray) -> str:

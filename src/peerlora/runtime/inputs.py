@@ -102,7 +102,8 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _describe(data: Dataset) -> dict[str, Any]:
     types = [] if data.types is None else [data.types]
-    targets = {} if data.targets is None else {"targets": _digest([data.targets])}
+    written = [] if data.target_starts is None else [data.target_starts]
+    targets = {} if data.targets is None else {"targets": _digest([data.targets, *written])}
     columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
     return {
         "rows": len(data),

@@ -285,9 +285,7 @@ def _observed(
     watched = [*layers, *linears_of(base.model, targets.heads), *targets.saved]
     if config.model.dropout:
         watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
-    facts = observe_forward(
-        base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task.predicts_tokens
-    )
+    facts = observe_forward(base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task)
     if facts.sees_later_tokens:
         raise ModelError(
             f"model.source={source!r}: {type(base.model).__name__} sees the tokens that it is to predict; "

@@ -16,13 +16,15 @@ from torch import nn
 from peerlora.config.exchange import ExportedModel
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
+from peerlora.data.chat_tokens import answer_ends
 from peerlora.errors import RunError
 from peerlora.files import sync_tree
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.runs.write_failures import write_failures_told
 from peerlora.runtime.export import class_names, config_of, export_from_run
 from peerlora.runtime.reading import Reading
+from peerlora.runtime.resources import run_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = dict(zip(get_args(Precision), (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -109,13 +111,12 @@ def require_new(to: Path) -> None:
 def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
     """The base model of a run in fp32, with the run's class names, its tokenizer, and the config."""
     config, _ = config_of(run)
-    tokenizer, storage = (
-        load_tokenizer(config.model.source, config.model.revision),
-        Storage(revision=config.model.revision),
-    )
+    tokenizer, storage = run_tokenizer(config), Storage(revision=config.model.revision)
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
+    if kind.is_chat:
+        base.model.generation_config.eos_token_id = answer_ends(tokenizer)
     return base.model, tokenizer, config
 
 
@@ -150,7 +151,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _card(config: RunConfig, whose: str) -> str:
-    kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
+    kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lora", "peerlora", "merged"]}
     if kind := kinds.get(task_kind(config.task.kind).peft_type):
         head["pipeline_tag"] = kind

@@ -17,7 +17,7 @@ from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
-from peerlora.lora.attach import StackedModel
+from peerlora.lora.attach import StackedModel, with_decoder_inputs
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
 from peerlora.train.base import LocalPlan, Scores, TrainStats
@@ -185,7 +185,7 @@ class StackedLearner:
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
         batch = self._collated(self.shards.data, rows, x)
-        self.model.step.extents = batch.extents
+        self.model.step.extents, self.model.step.written = batch.extents, batch.written
         logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
@@ -233,7 +233,7 @@ class StackedLearner:
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.lengths))
+        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.all_lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
@@ -283,7 +283,7 @@ class StackedLearner:
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
-            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max()))
+            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.all_lengths[rows].max()))
             size = self._together(max(1, most))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
@@ -297,7 +297,10 @@ class StackedLearner:
 
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"
-        return collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        batch = collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        if batch.written is None:
+            return batch
+        return replace(batch, inputs=with_decoder_inputs(self.model.base, batch.inputs, batch.targets))
 
     def _together(self, clients: int) -> int:
         """How many of these clients may share a graph: one, where layers mix the rows of a batch."""

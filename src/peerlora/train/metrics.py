@@ -157,6 +157,10 @@ _OF_CLASSES: Mapping[str, Callable[[np.ndarray], float]] = {
     "micro-f1": lambda pairs: pooled_f1(counts_of_classes(pairs)),
     "matthews": matthews,
 }
+_OF_TEXT: Mapping[str, Callable[[Predictions], float]] = {
+    "perplexity": lambda found: perplexity(found.loss),
+    "token-accuracy": token_accuracy,
+}
 _COMPUTE: Mapping[Target, Mapping[str, Callable[[Predictions], float]]] = {
     "class": {
         name: lambda found, compute=compute: compute(confusion(found.predicted, found.labels))
@@ -172,7 +176,8 @@ _COMPUTE: Mapping[Target, Mapping[str, Callable[[Predictions], float]]] = {
         "micro-f1": lambda found: pooled_f1(counts_of_labels(found.outcomes, found.labels)),
         "macro-f1": lambda found: mean_f1(counts_of_labels(found.outcomes, found.labels)),
     },
-    "tokens": {"perplexity": lambda found: perplexity(found.loss), "token-accuracy": token_accuracy},
+    "tokens": _OF_TEXT,
+    "text": _OF_TEXT,
     "tags": {
         "entity-f1": lambda found: pooled_f1(counts_of_entities(found.outcomes)),
         "macro-f1": lambda found: mean_f1(counts_of_entities(found.outcomes)),

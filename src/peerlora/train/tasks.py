@@ -186,24 +186,11 @@ def mean_of_tokens(outcomes: Float[np.ndarray, "row number"]) -> float:
     return float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
 
 
-@dataclass(frozen=True)
-class CausalLM(TokenLosses):
-    """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
+class WrittenTokens(TokenLosses):
+    """Cross-entropy of the tokens of texts; the metric is the mean loss per token (lower is better)."""
 
-    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
-
-    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
-        """The tokens behind all places but the last."""
-        if batch.targets is not None:
-            return batch.targets[:, 1:]
-        padding = batch.inputs["attention_mask"][:, 1:] == 0
-        return batch.inputs["input_ids"][:, 1:].masked_fill(padding, UNLEARNED)
-
-    def predictions(self, logits: Tensor) -> Tensor:
-        """All places but the last."""
-        return logits[:, :-1]
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, numbers of predicted tokens and of those predicted right)."""
@@ -220,10 +207,40 @@ class CausalLM(TokenLosses):
 
 
 @dataclass(frozen=True)
+class CausalLM(WrittenTokens):
+    """Next-token cross-entropy."""
+
+    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
+
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """The tokens behind all places but the last."""
+        if batch.targets is not None:
+            return batch.targets[:, 1:]
+        padding = batch.inputs["attention_mask"][:, 1:] == 0
+        return batch.inputs["input_ids"][:, 1:].masked_fill(padding, UNLEARNED)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """All places but the last."""
+        return logits[:, :-1]
+
+
+@dataclass(frozen=True)
 class Chat(CausalLM):
     """Next-token cross-entropy of the tokens that are learned: those of answers, with the end of each turn."""
 
     kind: ClassVar[TaskKind] = KINDS["chat"]
+
+
+@dataclass(frozen=True)
+class SequenceToSequence(WrittenTokens):
+    """Cross-entropy of the tokens that a decoder writes for what its encoder has read."""
+
+    kind: ClassVar[TaskKind] = KINDS["sequence-to-sequence"]
+
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """The tokens of the answers; the decoder's inputs are the same, one place to the right."""
+        assert batch.targets is not None
+        return batch.targets
 
 
 @dataclass(frozen=True)
