@@ -86,6 +86,7 @@ def test_chats_equal_plain_peft(config, chats, kind):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 
 
+T5 = 1e-6  # its layer norm takes variances in fp32, whose rounding depends on the shape of a batch
 PAIRS = ["task.kind=sequence-to-sequence", "data.label=null", "data.max_length=12"]
 
 
@@ -96,7 +97,7 @@ def test_encoder_and_decoder_equal_plain_peft(config, pairs, words):
     names = [layer.name for layer in federation.start.spec.layers]
     assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
     x = run_stacked(federation)
-    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < T5
 
 
 def test_draws_of_a_decoder_depend_neither_on_neighbours_nor_on_padding(config, pairs):
@@ -105,7 +106,7 @@ def test_draws_of_a_decoder_depend_neither_on_neighbours_nor_on_padding(config, 
         run_stacked(compose(config("t5", "algorithm.name=dec-lora", *words, f"train.block={block}")))
         for block in (1, 4)
     )
-    assert (one.flat - other.flat).abs().max() < 1e-9
+    assert (one.flat - other.flat).abs().max() < T5
 
 
 @pytest.mark.parametrize(
