@@ -325,6 +325,14 @@ def test_words_get_the_tags_of_the_run(cli, finished, tagged, tmp_path):
     (tmp_path / "wrong.jsonl").write_text('{"tokens": ["w1"]}\n{"tokens": ["w1", ""]}')
     answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "wrong.jsonl")
     assert answer.code == 2 and "wrong.jsonl: row 2: token 2 is ''; expected a word" in answer.err
+    (tmp_path / "other.jsonl").write_text('{"said": ["w1"]}')
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "other.jsonl")
+    assert answer.code == 2 and "has no columns for task.kind=token-classification; expected tokens" in answer.err
+    assert len(answers(cli, tmp_path / "model", "--rows", tmp_path / "other.jsonl", "--text", "said")) == 1
+    kept = json.loads((tmp_path / "model" / "peerlora.json").read_text()) | {"columns": {"words": "said"}}
+    (tmp_path / "model" / "peerlora.json").write_text(json.dumps(kept))
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "other.jsonl")
+    assert answer.code == 2 and "mend columns in peerlora.json" in answer.err
 
 
 def test_several_labels_are_told_by_name(cli, finished, tmp_path):

@@ -16,6 +16,7 @@ from peerlora.data.chat_template import ChatTemplate
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.roles import read_roles
 from peerlora.data.tag_rows import TaggedRows, check_words, tagged_dataset
+from peerlora.errors import DataError
 
 _EXPECTED = (*ANSWER_ROLES, "tags")
 """Roles of what a model is to say: needed to train, not to ask."""
@@ -29,6 +30,12 @@ def read_asked(rows: str, kind: TaskKind, given: Mapping[str, str] | None) -> di
     """
     forms = tuple(Form(_asked(form.needed), _asked(form.optional)) for form in kind.forms)
     columns = None if given is None else _asked(given)
+    if columns is not None and not any(form.fits(columns) for form in forms):
+        wanted = "; or ".join(map(str, forms))
+        raise DataError(
+            f"{rows}: columns are to be {', '.join(columns) or 'none'}; task.kind={kind.name} wants {wanted}; mend "
+            "columns in peerlora.json, or give --text NAME"
+        )
     return read_roles(rows, "train", columns, replace(kind, forms=forms), None)[2]
 
 
