@@ -87,6 +87,34 @@ def test_changed_answers_are_noticed_at_resume(chat_config, chats, tmp_path):
     assert "targets" not in describe_rows(*2 * [replace(data, targets=None)])["train"]
 
 
+@pytest.mark.parametrize("task", ["token-classification", "multi-label"])
+def test_the_last_evaluation_tells_f1_of_every_label(config, tagged, tmp_path, task):
+    from peerlora.runtime.compose import compose
+    from peerlora.train.metrics import f1
+
+    words = {
+        "token-classification": [f"data.train={tagged}", "data.label=null"],
+        "multi-label": ["data.label=several", "partition=iid"],
+    }[task]
+    chosen = config("bert", f"task.kind={task}", *words, "algorithm.name=dec-lora", "train.rounds=12", "train.lr=0.03")
+    result = simulate(chosen, tmp_path / "run")
+    first, *_, last = select_events(read_events(result.run), Evaluated)
+    rows = compose(chosen).eval_data
+    counts = [compose(chosen).learner.evaluate(result.adapters.rows([i]), rows, 8).counts[0] for i in range(4)]
+    if task == "multi-label":
+        assert [own["true"] for own in last.by_name.values()] == rows.labels.sum(0).tolist()
+    else:  # a place begins at a tag B-LOC, or at an I-LOC behind an O
+        names = [rows.names[tag] if tag >= 0 else "O" for tag in rows.targets.tolist()]
+        before = ["O", *names[:-1]]
+        begun = [one == "B-LOC" or (one == "I-LOC" and prior == "O") for prior, one in zip(before, names, strict=True)]
+        assert {name: own["true"] for name, own in last.by_name.items()} == {"LOC": sum(begun)}
+    assert first.by_name == {} and any(own["averaged"] > 0 for own in last.by_name.values())
+    for place, own in enumerate(last.by_name.values()):
+        assert own["own"] == pytest.approx(sum(f1(*each[place]) for each in counts) / 4)
+    page = (result.run / "report.html").read_text()
+    assert "<h2>Label by label</h2>" in page and all(f'<th scope="row">{name}</th>' in page for name in last.by_name)
+
+
 ABOUT = {
     "colour": ("What colour is the {}?", "The {} is {}, as every {} here."),
     "things": ["boat", "door", "house", "wagon", "lamp", "coat", "chair", "barn", "cup", "flag", "roof", "gate"],

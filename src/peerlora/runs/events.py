@@ -129,6 +129,9 @@ class Evaluated:
     personal_relayed_loss: list[float] = field(default_factory=list)
     metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Which scores, in the words of the fields above -> further metric -> [client], of the averaged model [1]."""
+    by_name: dict[str, dict[str, float]] = field(default_factory=dict)
+    """At the end, of each label or type of entity: how often it is ``true``, F1 of ``own`` (mean of clients) and of
+    ``averaged``; empty for tasks without these."""
     best_rounds: list[int] = field(default_factory=list)
     """[client] finished rounds at its best evaluation so far; empty where none is kept."""
     best: list[float] = field(default_factory=list)

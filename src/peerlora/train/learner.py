@@ -25,7 +25,7 @@ from peerlora.train.closure import Closure, active_part, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
 from peerlora.train.local_rules import ClientRows, LocalStep
 from peerlora.train.loss_rules import LossRule, weigh_rows
-from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric
+from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
@@ -259,7 +259,8 @@ class StackedLearner:
         ]
         target = self.task.kind.target
         more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
-        return Scores(scores[:, 0], scores[:, 1], len(data), more)
+        counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
+        return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:

@@ -157,6 +157,10 @@ _OF_CLASSES: Mapping[str, Callable[[np.ndarray], float]] = {
     "micro-f1": lambda pairs: pooled_f1(counts_of_classes(pairs)),
     "matthews": matthews,
 }
+_COUNTS: Mapping[Target, Callable[[Predictions], Counts]] = {
+    "labels": lambda found: counts_of_labels(found.outcomes, found.labels),
+    "tags": lambda found: counts_of_entities(found.outcomes),
+}
 _OF_TEXT: Mapping[str, Callable[[Predictions], float]] = {
     "perplexity": lambda found: perplexity(found.loss),
     "token-accuracy": token_accuracy,
@@ -173,17 +177,23 @@ _COMPUTE: Mapping[Target, Mapping[str, Callable[[Predictions], float]]] = {
         "mean-absolute-error": lambda found: float(np.abs(found.predicted - found.labels).mean()),
     },
     "labels": {
-        "micro-f1": lambda found: pooled_f1(counts_of_labels(found.outcomes, found.labels)),
-        "macro-f1": lambda found: mean_f1(counts_of_labels(found.outcomes, found.labels)),
+        "micro-f1": lambda found: pooled_f1(_COUNTS["labels"](found)),
+        "macro-f1": lambda found: mean_f1(_COUNTS["labels"](found)),
     },
     "tokens": _OF_TEXT,
     "text": _OF_TEXT,
     "tags": {
-        "entity-f1": lambda found: pooled_f1(counts_of_entities(found.outcomes)),
-        "macro-f1": lambda found: mean_f1(counts_of_entities(found.outcomes)),
+        "entity-f1": lambda found: pooled_f1(_COUNTS["tags"](found)),
+        "macro-f1": lambda found: mean_f1(_COUNTS["tags"](found)),
         "token-accuracy": token_accuracy,
     },
 }
+
+
+def counts_by_name(target: Target, found: Predictions) -> Counts | None:
+    """The counts of every label or type of entity, in the order of their names; None for other targets."""
+    count = _COUNTS.get(target)
+    return None if count is None else count(found)
 
 
 def compute_metric(name: str, target: Target, found: Predictions) -> float:

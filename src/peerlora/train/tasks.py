@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
+from peerlora.config.task_kinds import KINDS, Target, TaskKind, task_kind
 from peerlora.data.batches import Batch
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.train.entities import ENTITY_COUNTS, count_entities, entity_types
@@ -279,6 +279,11 @@ def outcomes_width(task: Task, data: Dataset) -> int:
     """How many numbers ``outcomes`` gives per row of these data: 2, unless a task has a method of this name."""
     own = getattr(task, "outcomes_width", None)
     return 2 if own is None else own(data.names)
+
+
+def names_of_counts(target: Target, names: Sequence[str]) -> Sequence[str]:
+    """What ``metrics.counts_by_name`` counts: labels, or the types of entities that tags make."""
+    return entity_types(names) if target == "tags" else names
 
 
 def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:
