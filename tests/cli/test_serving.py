@@ -259,7 +259,7 @@ def test_damaged_folders_are_one_message(cli, finished, tmp_path, file, content,
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'; rows can be answered by SEQ_CLS"),
+        ({"task_type": "QUESTION_ANS"}, "task_type='QUESTION_ANS'; rows can be answered by SEQ_CLS"),
         ({"task_type": None}, "task_type=None"),
     ],
 )
@@ -438,3 +438,101 @@ def test_uploads_that_nobody_could_use_are_refused(cli, finished, words, told):
     places = {"FOLDER": str(run / "adapters" / "average"), "RUN": str(run)}
     answer = cli("push", *(places.get(word, word) for word in words), "--dry-run")
     assert answer.code == 2 and told in answer.err
+
+
+CHAT = ("task.kind=chat", "data.label=null", "data.max_length=32", "train.rounds=20", "algorithm.name=dec-lora")
+
+
+def test_chats_are_answered_with_or_without_their_answers(cli, finished, chats, tmp_path):
+    """The run's own answers, of a merged model, of an adapter folder, and of questions alone."""
+    single = [row for row in map(json.loads, chats.read_text().splitlines()) if len(row["messages"]) == 2]
+    (tmp_path / "whole.jsonl").write_text("\n".join(map(json.dumps, single)))
+    asked = [{"prompt": row["messages"][0]["content"]} for row in single]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    generate = "eval.generate={rows: 4, max_new_tokens: 6, client: 1}"
+    run = finished(*CHAT, "data.template=alpaca", generate, f"data.train={tmp_path}/whole.jsonl", kind="llama")
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    told = next(each["answers"] for each in events if "answers" in each)
+    assert cli("merge", run, "--client", "1", "--to", tmp_path / "model").code == 0
+    found = [
+        [
+            each["answer"]
+            for each in answers(cli, folder, "--rows", tmp_path / file, "--new-tokens", "6", "--batch", "3")
+        ]
+        for folder in (tmp_path / "model", run / "adapters" / "client-01")
+        for file in ("whole.jsonl", "asked.jsonl")
+    ]
+    assert found[1:] == found[:1] * 3 and len(set(found[0])) > 1
+    by_question = {row["prompt"]: answer for row, answer in zip(asked, found[0], strict=True)}
+    assert told and all(row["own"] == by_question[" ".join(row["expected"].split()[::-1])] for row in told)
+    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] in (2, [2])
+
+
+def test_words_get_the_tags_of_the_run(cli, finished, tagged, tmp_path):
+    task = ("task.kind=token-classification", "data.label=null", f"data.train=jsonl:{tagged}", "train.rounds=20")
+    run = finished(*task, "algorithm.name=dec-lora", "data.max_length=8")
+    assert cli("merge", run, "--average", "--to", tmp_path / "model").code == 0
+    rows = [json.loads(line) for line in tagged.read_text().splitlines()]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"tokens": row["tokens"]}) for row in rows))
+    whole = answers(cli, tmp_path / "model", "--rows", tmp_path / "words.jsonl", "--batch", "7")
+    assert whole == answers(cli, run / "adapters" / "average", "--rows", tagged)
+    assert [each["tokens"] for each in whole] == [row["tokens"] for row in rows]
+    seen = 8 - 2  # tokens between [CLS] and [SEP], a word each
+    pairs = [
+        pair for each, row in zip(whole, rows, strict=True) for pair in zip(each["tags"], row["tags"], strict=True)
+    ]
+    assert all(each["tags"][seen:] == [None] * (len(each["tags"]) - seen) for each in whole if len(each["tags"]) > seen)
+    known = [one == other for one, other in pairs if one is not None]
+    assert len(known) < len(pairs) and sum(known) / len(known) > 0.8
+    (tmp_path / "wrong.jsonl").write_text('{"tokens": ["w1"]}\n{"tokens": ["w1", ""]}')
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "wrong.jsonl")
+    assert answer.code == 2 and "wrong.jsonl: row 2: token 2 is ''; expected a word" in answer.err
+    (tmp_path / "other.jsonl").write_text('{"said": ["w1"]}')
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "other.jsonl")
+    assert answer.code == 2 and "has no columns for task.kind=token-classification; expected tokens" in answer.err
+    assert len(answers(cli, tmp_path / "model", "--rows", tmp_path / "other.jsonl", "--text", "said")) == 1
+    kept = json.loads((tmp_path / "model" / "peerlora.json").read_text()) | {"columns": {"words": "said"}}
+    (tmp_path / "model" / "peerlora.json").write_text(json.dumps(kept))
+    answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "other.jsonl")
+    assert answer.code == 2 and "mend columns in peerlora.json" in answer.err
+
+
+def test_several_labels_are_told_by_name(cli, finished, tmp_path):
+    run = finished("task.kind=multi-label", "data.label=several", "partition=iid", "algorithm.name=dec-lora")
+    rows = rows_of(run, tmp_path)
+    config = load_config(run / "config.yaml")
+    federation, x = compose(config), read_adapters(run, exporter_of(run))
+    logits = federation.learner.logits(x.rows([3]), federation.eval_data, 7)[0]
+    shares = torch.sigmoid(torch.from_numpy(logits).double())
+    assert cli("merge", run, "--client", "3", "--to", tmp_path / "model").code == 0
+    for folder in (tmp_path / "model", run / "adapters" / "client-03"):
+        for each, expected in zip(answers(cli, folder, "--rows", rows), shares.tolist(), strict=True):
+            assert each["probabilities"] == pytest.approx({f"class{i}": expected[i] for i in range(3)}, abs=1e-5)
+            assert each["labels"] == [f"class{i}" for i in range(3) if expected[i] > 0.5]
+    (tmp_path / "model" / "peerlora.json").unlink()
+    again = answers(cli, tmp_path / "model", "--rows", rows, "--text", "text")
+    assert [each["labels"] for each in again] == [
+        [f"class{i}" for i in range(3) if own[i] > 0.5] for own in shares.tolist()
+    ]
+
+
+def test_an_encoder_decoder_answers_prompts(cli, finished, pairs, tmp_path):
+    """Of a merged model, of an adapter folder, and as the library's own generation does."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    task = ("task.kind=sequence-to-sequence", "data.label=null", f"data.train={pairs}", "data.max_length=12")
+    run = finished(*task, "algorithm.name=dec-lora", "train.rounds=20", kind="t5")
+    assert cli("merge", run, "--client", "2", "--to", tmp_path / "model").code == 0
+    prompts = [json.loads(line)["prompt"] for line in pairs.read_text().splitlines()]
+    (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    found = [
+        answers(cli, tmp_path / "model", "--rows", tmp_path / "asked.jsonl", "--new-tokens", "6", "--batch", "7"),
+        answers(cli, run / "adapters" / "client-02", "--rows", pairs, "--new-tokens", "6"),
+    ]
+    assert found[0] == found[1] and len({each["answer"] for each in found[0]}) > 1
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    given = tokenizer(prompts[0], return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=1)
+    assert found[0][0]["answer"] == tokenizer.decode(written[0, 1:], skip_special_tokens=True)

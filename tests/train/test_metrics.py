@@ -14,12 +14,15 @@ from peerlora.config.task_kinds import KINDS
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError
 from peerlora.runtime.compose import compose
+from peerlora.train import metrics
 from peerlora.train.metrics import Predictions, absent_classes, class_margins, compute_metric
 
 
 def metric(name, predicted, labels, margins=None, loss=0.0):
     margins = None if margins is None else np.asarray(margins, dtype=float)
-    return compute_metric(name, Predictions(np.array(predicted, dtype=float), np.array(labels), loss, margins))
+    outcomes = np.stack([np.zeros(len(predicted)), predicted], axis=1)
+    target = METRICS[name][0]
+    return compute_metric(name, target, Predictions(outcomes, np.array(labels), loss, margins))
 
 
 def of_scores(labels, second):
@@ -131,7 +134,10 @@ def test_numbers_and_tokens():
 
 def test_every_metric_has_a_direction_and_a_kind_of_task():
     assert {name for name in METRICS if not higher_is_better(name)} == {"mean-absolute-error", "perplexity"}
-    assert set(METRICS.values()) <= {kind.target for kind in KINDS.values()}
+    assert {target for targets in METRICS.values() for target in targets} == {kind.target for kind in KINDS.values()}
+    assert {(name, target) for name, targets in METRICS.items() for target in targets} == {
+        (name, target) for target, named in metrics._COMPUTE.items() for name in named
+    }
 
 
 def test_clients_are_scored_by_their_own_logits(config):
@@ -201,3 +207,32 @@ def test_a_metric_that_rounds_are_selected_by_and_a_sample_are_looked_at_too(con
     few = compose(config("bert", "eval.rows=2", "eval.metrics=[balanced-accuracy]")).warnings
     assert [each for each in few if each.startswith("no row of the sample (eval.rows=2) is of class class")]
     assert not any("is of class" in each for each in compose(config("bert", "eval.metrics=[auroc]")).warnings)
+
+
+LABEL_ROWS = st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=12)
+
+
+@given(LABEL_ROWS)
+def test_f1_of_several_labels_is_its_definition(rows):
+    labels, predicted = (np.array(rows, dtype=float)[:, part] for part in (slice(3), slice(3, 6)))
+
+    def by_hand(true, said):
+        right = sum(1 for one, other in zip(true, said, strict=True) if one and other)
+        precision, recall = right / max(1, sum(said)), right / max(1, sum(true))
+        return 2 * precision * recall / (precision + recall) if right else 0.0
+
+    found = Predictions(np.concatenate([np.zeros((len(rows), 1)), predicted], axis=1), labels, 0.0)
+    known = [place for place in range(3) if labels[:, place].any() or predicted[:, place].any()]
+    each = [by_hand(labels[:, place], predicted[:, place]) for place in known]
+    assert compute_metric("macro-f1", "labels", found) == pytest.approx(np.mean(each) if each else 0.0)
+    assert compute_metric("micro-f1", "labels", found) == pytest.approx(by_hand(labels.ravel(), predicted.ravel()))
+
+
+def test_metrics_of_tokens_and_tags_are_sums_over_rows():
+    """Rows of (loss, tokens, right ones), then of tags per type of entity (true, predicted, both)."""
+    of_tokens = Predictions(np.array([[1.0, 4, 3], [2.0, 1, 0]]), np.zeros(2), 0.5)
+    assert compute_metric("token-accuracy", "tokens", of_tokens) == pytest.approx(3 / 5)
+    of_tags = Predictions(np.array([[1.0, 4, 3, 1, 1, 1, 0, 2, 0], [2.0, 2, 1, 1, 0, 0, 0, 0, 0]]), np.zeros(2), 0.5)
+    assert compute_metric("token-accuracy", "tags", of_tags) == pytest.approx(4 / 6)
+    assert compute_metric("entity-f1", "tags", of_tags) == pytest.approx(2 * 1 / (2 + 3))
+    assert compute_metric("macro-f1", "tags", of_tags) == pytest.approx((2 * 1 / (2 + 1) + 0) / 2)

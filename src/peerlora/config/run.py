@@ -27,7 +27,7 @@ from peerlora.config.sections import (
     TopologyConfig,
     TrainConfig,
 )
-from peerlora.config.task_kinds import task_kind
+from peerlora.config.task_kinds import TaskKind, task_kind
 from peerlora.plugins import METHODS
 
 
@@ -96,14 +96,12 @@ class RunConfig(Section):
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
             )
         kind = task_kind(self.task.kind)
-        if self.partition.kind == "own" and kind.has_classes and not self.task.labels:
+        if self.partition.kind == "own" and kind.has_names and not self.task.labels:
             raise ValueError(
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"
             )
-        if kind.has_label and self.data.label is None:
-            raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
-        if flaw := self.eval.contradiction(kind):
+        if flaw := self.data.contradiction(kind) or self._ungenerated(kind) or self.eval.contradiction(kind):
             raise ValueError(flaw)
         if self.train.class_weights != "none" and not kind.has_classes:
             raise ValueError(
@@ -116,6 +114,20 @@ class RunConfig(Section):
                 "has none of; use train.label_prior=none"
             )
         return self
+
+    def _ungenerated(self, kind: TaskKind) -> str | None:
+        """Why ``eval.generate`` cannot be had; None if it can."""
+        wanted = self.eval.generate
+        if wanted is None:
+            return None
+        if not kind.is_chat:
+            return f"eval.generate given; task.kind={kind.name} writes no answers; remove it, or use task.kind=chat"
+        if self.data.loss_on != "answers":
+            return f"eval.generate given; data.loss_on={self.data.loss_on} does not tell answers apart; use answers"
+        if wanted.client >= self.clients:
+            last = self.clients - 1
+            return f"eval.generate.client={wanted.client} given; {self.clients} clients are numbered 0 to {last}"
+        return None
 
     @model_validator(mode="after")
     def _take_defaults(self, info: ValidationInfo):

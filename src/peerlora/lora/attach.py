@@ -34,7 +34,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     """The layers that PEFT would adapt in ``model``, in forward order.
 
     PEFT itself is asked, on a copy without weights, so its rules are not written a second time here.
-    ``task_type`` is PEFT's: SEQ_CLS or CAUSAL_LM.  Raises ModelError where nothing matches.
+    ``task_type`` is PEFT's, such as SEQ_CLS or CAUSAL_LM.  Raises ModelError where nothing matches.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -51,7 +51,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
         raise ModelError(_no_targets(model, targets, error)) from None
     modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
     heads = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
-    if not heads and task_type != "CAUSAL_LM":  # PEFT knows heads named classifier and score only
+    if not heads and task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # PEFT knows heads named classifier and score only
         heads = list(top_modules(model))
     own = dict(model.named_modules())
     every = _is_every_linear(targets)  # PEFT counts routers and experts among them, which are no linear layers
@@ -175,6 +175,12 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     return read - {"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) in (0, 1) else read
 
 
+def with_decoder_inputs(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor | None) -> dict[str, Tensor]:
+    """The inputs of a model whose decoder is to write ``targets``: these, one place to the right."""
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=targets)  # pyright: ignore[reportCallIssue]
+    return {**inputs, "decoder_input_ids": shifted}
+
+
 class StackedModel:
     """A frozen base model whose target layers hold one low-rank update per client.
 
@@ -275,6 +281,8 @@ class StackedModel:
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
         self.step.shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        if "decoder_input_ids" in inputs:
+            self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
         logits = self.forward({name: value for name, value in inputs.items() if name in self._read}, origin)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

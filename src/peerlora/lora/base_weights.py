@@ -35,7 +35,7 @@ def check_weights(
             f"model.source={source!r}: the weights of {len(inner)} tensors of {type(model).__name__} are missing: "
             f"{_some(inner)}{told}; give a model whose weights and config.json belong together"
         )
-    if missing and task_kind(kind).target == "tokens":
+    if missing and task_kind(kind).has_language_head:
         raise ModelError(
             f"model.source={source!r} has no weights for its language head ({_some(missing)}); task.kind={kind} needs "
             "a model that was saved with it; give one, or another task.kind"

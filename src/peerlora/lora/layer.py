@@ -38,8 +38,12 @@ class Step:
     extents: list[tuple[int, int]] = field(default_factory=list)
     streams: list[torch.Generator] | None = None
     layout: Layout = Layout()
+    written: list[int] | None = None
+    """Each client's own tokens in the decoder, before padding on the right; None where there is none."""
     shape: tuple[int, int] = (0, 0)
     """(rows, tokens) of the inputs of this forward pass."""
+    written_shape: tuple[int, int] = (0, 0)
+    """The same of the decoder, whose tokens are another number."""
 
     def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
         """Inverted dropout drawn per client over its own rows and tokens.
@@ -57,16 +61,19 @@ class Step:
         if self.layout.rows_first and rows and shape[0] != rows:  # a row's tokens, or heads, one after another
             shape = (rows, shape[0] // rows, *shape[1:])
         mask = torch.zeros(self.clients, shape[0] // self.clients, *shape[1:], dtype=like.dtype)  # as the streams: CPU
-        for own, extent, stream in zip(mask, self.extents, self.streams, strict=True):
-            part = self._part(own, *extent)
+        for client, (own, stream) in enumerate(zip(mask, self.streams, strict=True)):
+            part = self._part(own, client)
             draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
             part.copy_((draw >= p).to(mask.dtype).div_(1 - p))
         return mask.view(*given).to(like.device, non_blocking=True)
 
-    def _part(self, own: Tensor, rows: int, tokens: int) -> Tensor:
+    def _part(self, own: Tensor, client: int) -> Tensor:
         """A client's own rows and tokens in its share of a mask."""
+        rows, tokens = self.extents[client]
         if not self.layout.rows_first:  # then the client is alone in the graph, and nobody pads it further
             return own
+        if self.written is not None and own.ndim == 3 and own.shape[1] == self.written_shape[1]:
+            return own[:rows, : self.written[client]]
         if own.ndim != 3 or (self.shape[1] and own.shape[1] != self.shape[1]):
             return own[:rows]
         return own[:rows, -tokens:] if self.layout.padding == "left" else own[:rows, :tokens]

@@ -129,12 +129,30 @@ class Evaluated:
     personal_relayed_loss: list[float] = field(default_factory=list)
     metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Which scores, in the words of the fields above -> further metric -> [client], of the averaged model [1]."""
+    by_name: dict[str, dict[str, float]] = field(default_factory=dict)
+    """At the end, of each label or type of entity: how often it is ``true``, F1 of ``own`` (mean of clients) and of
+    ``averaged``; empty for tasks without these."""
     best_rounds: list[int] = field(default_factory=list)
     """[client] finished rounds at its best evaluation so far; empty where none is kept."""
     best: list[float] = field(default_factory=list)
     """[client] the value by which that one is its best."""
     stopped: list[int] = field(default_factory=list)
     """Clients that train no more, since their evaluations had not become better."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What models of a run of chats answered to some evaluation rows."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    client: int
+    """Whose own model answered."""
+    answers: list[dict[str, str]]
+    """By row: prompt, expected, own, and averaged where the averaged model is known."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """own, averaged -> name of a score -> its mean over these rows."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +241,7 @@ Event = (
     RunStarted
     | RoundDone
     | Evaluated
+    | Generated
     | CheckpointSaved
     | Resumed
     | Warned

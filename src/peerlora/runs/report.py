@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes, format_number
 from peerlora.files import write_atomically
+from peerlora.runs.answers import answers_html
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.scores_by_name import HEAD, by_name_rows
 from peerlora.runs.store import read_events, resume_command
 from peerlora.runs.write_failures import write_failures_told
 
@@ -69,7 +71,9 @@ def write_report(folder: Path | str) -> Path:
     body = [_lead(start, events), _warnings(start, events)]
     if start:
         body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
-        body += [_neighbours(events) if start.held else _contacts(start, events)]
+        if rows := by_name_rows(events):
+            body += ["<h2>Label by label</h2>", table_html(rows, HEAD)]
+        body += [answers_html(events), _neighbours(events) if start.held else _contacts(start, events)]
         body += ["<h2>How it was run</h2>", _setting(start)]
     body.append(f"<details><summary>The resolved config</summary><pre>{escape(config)}</pre></details>")
     return write_page(folder / "report.html", title, body)

@@ -39,7 +39,9 @@ def run_facts(
         "threads": config.threads,
         "partitioner": type(partitioner).__name__ if partitioner is not None else None,
         **(inputs or {}),
-    } | ({} if held is None else {"held": list(held)})
+        **({} if held is None else {"held": list(held)}),
+        **({} if config.train.epochs is None else {"epochs": config.train.epochs}),
+    }
 
 
 def stored_config(store: RunStore) -> RunConfig:
@@ -55,6 +57,9 @@ def stored_config(store: RunStore) -> RunConfig:
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:
     """Raise RunError, listing the differences, unless a resumed run is the run that was started."""
+    if expected.train.epochs is not None and expected.train.epochs == store.facts.get("epochs"):
+        same = {"rounds": stored.train.rounds, "epochs": None}  # which followed from these epochs then
+        expected = expected.model_copy(update={"train": expected.train.model_copy(update=same)})
     was, now = stored.model_dump(mode="json"), expected.model_dump(mode="json")
     if now.get("threads") is None:
         now["threads"] = was.get("threads")

@@ -33,6 +33,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_digest import base_digest
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
 from peerlora.runtime.plan import Plan, plan
 from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_resources
@@ -101,7 +102,9 @@ def compose(
     is resumed; None: the best on this machine.
     """
     planned = plan(config, clients)
-    return assemble(planned, resources or load_resources(config), clients, gather, partitioner, speed)
+    resources = resources or load_resources(config)
+    planned = plan_rounds(planned, len(resources.train_data), clients)
+    return assemble(planned, resources, clients, gather, partitioner, speed)
 
 
 def assemble(
@@ -188,7 +191,7 @@ def _set_aside(
 def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:
     """The class weights of clients by the labels that each learns from; raises DataError where they do not fit."""
     assert weights != "none"
-    names = shards.data.names
+    names = shards.data.classes
     if weights != "balanced" and len(weights) != len(names):
         raise DataError(
             f"train.class_weights lists {len(weights)} numbers, the data have {len(names)} labels "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,8 @@ from peerlora.runtime.compose import Federation, evaluation_rows
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.selection import Selection
 from peerlora.train.base import Scores
+from peerlora.train.metrics import f1
+from peerlora.train.tasks import names_of_counts
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Evaluator:
         relayed = self.federation.exchange.relayed_models(x)
         return Evaluation(
             rows,
-            _part(found, slice(0, x.clients)),
-            _part(found, slice(x.clients, x.clients + 1)) if len(found.metric) > x.clients else None,
+            found.of(slice(0, x.clients)),
+            found.of(slice(x.clients, x.clients + 1)) if len(found.metric) > x.clients else None,
             self._score(relayed.adapters, rows) if relayed else None,
             self._score_own(x),
             self._score_own(relayed.adapters) if relayed else None,
@@ -87,6 +89,7 @@ class Evaluator:
             virtual_seconds=virtual_seconds,
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
             metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
+            by_name=self._by_name(found) if final else {},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
         )
 
@@ -97,6 +100,19 @@ class Evaluator:
     def _further(self, of: str, scores: Scores) -> dict[str, list[float]]:
         hides = of != "averaged"
         return {name: self.of_honest(values) if hides else values.tolist() for name, values in scores.metrics.items()}
+
+    def _by_name(self, found: Evaluation) -> dict[str, dict[str, float]]:
+        """Of each label or type of entity its number in the rows, and F1 of honest clients and of their average."""
+        if found.own.counts is None:
+            return {}
+        names, averaged = names_of_counts(self.learner.task.kind.target, found.rows.names), found.averaged
+        told = {}
+        for place, name in enumerate(names):
+            own = found.own.counts[self.federation.honest_rows, place]
+            told[name] = {"true": float(own[0, 0]), "own": float(np.mean([f1(*each) for each in own.tolist()]))}
+            if averaged is not None and averaged.counts is not None:
+                told[name]["averaged"] = f1(*averaged.counts[0, place].tolist())
+        return told
 
     def of_honest(self, values: np.ndarray) -> list[float]:
         """[client], NaN for attackers."""
@@ -122,11 +138,6 @@ class Evaluator:
 def further_metrics(wanted: Sequence[str], main: str) -> tuple[str, ...]:
     """The metrics to compute beside a task's main one and its loss."""
     return tuple(name for name in wanted if name not in (main, LOSS))
-
-
-def _part(scores: Scores, clients: slice) -> Scores:
-    more: Mapping[str, np.ndarray] = {name: values[clients] for name, values in scores.metrics.items()}
-    return Scores(scores.metric[clients], scores.loss[clients], scores.rows, more)
 
 
 def value_of(scores: Scores, selection: Selection) -> np.ndarray:

@@ -23,7 +23,6 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.files import atomic_file, sync_tree
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
-from peerlora.lora.base_models import load_tokenizer
 from peerlora.lora.peft_io import ExportContext, export_adapter
 from peerlora.runs.json_files import read_json
 from peerlora.runs.metrics import find_start, scores_of, worst_of
@@ -45,7 +44,7 @@ from peerlora.runtime.relayed_export import (
     read_relayed,
     read_uncut,
 )
-from peerlora.runtime.resources import RunResources, build_model
+from peerlora.runtime.resources import RunResources, build_model, run_tokenizer
 from peerlora.tree import leaves, rebuild
 
 
@@ -108,10 +107,7 @@ def exporter_of(run: Path) -> Exporter:
     config, named = config_of(run)
     held = clients_of(run)
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
-    tokenizer, causal = (
-        load_tokenizer(config.model.source, config.model.revision),
-        task_kind(config.task.kind).target == "tokens",
-    )
+    tokenizer, causal = run_tokenizer(config), task_kind(config.task.kind).predicts_tokens
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), class_names(run, config))
     built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
@@ -124,7 +120,7 @@ def exporter_of(run: Path) -> Exporter:
 def class_names(run: Path, config: RunConfig) -> tuple[str, ...]:
     """The class names of a run; () for other tasks."""
     kept = read_facts(run).get("classes")
-    if kept is not None or not task_kind(config.task.kind).has_classes:
+    if kept is not None or not task_kind(config.task.kind).has_names:
         return tuple(kept or ())
     start = find_start(read_events(run))  # a run of an older version: its first event knows them, too
     if start is None:

@@ -102,10 +102,13 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _describe(data: Dataset) -> dict[str, Any]:
     types = [] if data.types is None else [data.types]
+    written = [] if data.target_starts is None else [data.target_starts]
+    targets = {} if data.targets is None else {"targets": _digest([data.targets, *written])}
     columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
     return {
         "rows": len(data),
         "tokens": _digest([data.ids, data.starts, *types]),
+        **targets,
         "labels": _digest([data.labels]),
         "classes": hashlib.sha256("\0".join(data.names).encode()).hexdigest(),
     } | ({"columns": _digest(columns)} if columns else {})

@@ -54,7 +54,7 @@ def check_tokens(base: Base, tokenizer: Any, data: Iterable[Dataset]) -> tuple[s
     for rows in data:
         if size is not None:
             _check_ids(base, tokenizer, rows, size)
-        if rows.names and getattr(model.config, "is_encoder_decoder", False):
+        if rows.classes and getattr(model.config, "is_encoder_decoder", False):
             _check_ends(base, tokenizer, rows)
         warnings += (*_types(base, rows), *_unknown(base, tokenizer, rows))
     return tuple(dict.fromkeys(warnings))
@@ -75,6 +75,8 @@ def _check_ids(base: Base, tokenizer: Any, rows: Dataset, size: int) -> None:
             "expected the tokenizer that the model was trained with; add its files to the folder"
         )
     largest = max(int(rows.ids.max(initial=0)), tokenizer.pad_token_id)
+    if rows.target_starts is not None and rows.targets is not None:
+        largest = max(largest, int(rows.targets.max(initial=0)))
     if largest >= size:
         what = "padding token" if largest == tokenizer.pad_token_id else "tokenizer"
         raise ModelError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peerlora.config.chat import resolve_template
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
@@ -150,8 +151,16 @@ class RunResources:
 
 def load_resources(config: RunConfig) -> RunResources:
     """Read and tokenise the data of a config."""
-    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    tokenizer = run_tokenizer(config)
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
+
+
+def run_tokenizer(config: RunConfig) -> Any:
+    """The base model's tokenizer, with the chat template of the config where it gives one."""
+    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    if config.data.template is not None:
+        tokenizer.chat_template = resolve_template(config.data.template)
+    return tokenizer
 
 
 def build_model(config: RunConfig, resources: RunResources, begun: Speed | None = None) -> BuiltModel:
@@ -277,9 +286,7 @@ def _observed(
     watched = [*layers, *linears_of(base.model, targets.heads), *targets.saved]
     if config.model.dropout:
         watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
-    facts = observe_forward(
-        base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task.target == "tokens"
-    )
+    facts = observe_forward(base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task)
     if facts.sees_later_tokens:
         raise ModelError(
             f"model.source={source!r}: {type(base.model).__name__} sees the tokens that it is to predict; "

@@ -45,7 +45,7 @@ def simulate(
     use_threads(config)
     federation = compose(config, resources=resources, partitioner=partitioner)
     facts = run_facts(config, partitioner, inputs=facts_of(federation))
-    with RunStore.create(folder, config.to_yaml(), facts) as store:
+    with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
         return build_trainer(federation, store, sinks, stop, report).run()
 
 

@@ -20,6 +20,7 @@ from peerlora.runtime.best_export import write_best, write_best_folders
 from peerlora.runtime.compose import Federation, resolve_threads
 from peerlora.runtime.evaluation import Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
+from peerlora.runtime.generation import generate_answers
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.result import Result
@@ -244,6 +245,9 @@ class Trainer:
         self._emit(*self.participation.leave(done, state))
         x = self.algorithm.model(state).to("cpu")
         relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
+        if wanted := self.config.eval.generate:
+            models = self.participation.evaluated(self.algorithm.model(state))
+            self._emit(generate_answers(self.federation, wanted, models, done))
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:

@@ -12,13 +12,15 @@ from torch import nn
 
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
+from peerlora.data.chat_tokens import answer_ends
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.lora.model_folder import ADAPTER, read_settings, with_base
 from peerlora.runtime.export import class_names, config_of, write_export
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.new_folder import new_folder
 from peerlora.runtime.reading import Reading
+from peerlora.runtime.resources import run_tokenizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = dict(zip(get_args(Precision), (torch.float32, torch.bfloat16, torch.float16), strict=True))
@@ -63,11 +65,12 @@ def export_with_base(run: Path, to: Path, choice: ModelChoice | int | None) -> P
 def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
     """The base model of a run in fp32, with the run's class names, its tokenizer, and the config."""
     config, _ = config_of(run)
-    storage = Storage(revision=config.model.revision)
-    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    tokenizer, storage = run_tokenizer(config), Storage(revision=config.model.revision)
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
+    if kind.is_chat:
+        base.model.generation_config.eos_token_id = answer_ends(tokenizer)
     return base.model, tokenizer, config
 
 
@@ -102,7 +105,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _card(config: RunConfig, whose: str) -> str:
-    kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
+    kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lora", "peerlora", "merged"]}
     if kind := kinds.get(task_kind(config.task.kind).peft_type):
         head["pipeline_tag"] = kind

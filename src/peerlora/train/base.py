@@ -62,18 +62,28 @@ class Scores:
     rows: int
     metrics: Mapping[str, Float[np.ndarray, " client"]] = field(default_factory=dict)
     """Further metrics, by name."""
+    counts: Float[np.ndarray, "client kind 3"] | None = None
+    """Of each label or type of entity: how often it is true, predicted, and both; None for tasks without these."""
 
     def repeat(self, clients: int) -> Scores:
         """The scores of one client as those of so many."""
         more = {name: values.repeat(clients) for name, values in self.metrics.items()}
-        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more)
+        counts = None if self.counts is None else self.counts.repeat(clients, 0)
+        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more, counts)
+
+    def of(self, clients: slice) -> Scores:
+        """The scores of some of these clients."""
+        more = {name: values[clients] for name, values in self.metrics.items()}
+        counts = None if self.counts is None else self.counts[clients]
+        return Scores(self.metric[clients], self.loss[clients], self.rows, more, counts)
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """The scores of all these clients on the same rows."""
         more = {name: np.concatenate([each.metrics[name] for each in parts]) for name in parts[0].metrics}
         metric, loss = (np.concatenate([getattr(each, name) for each in parts]) for name in ("metric", "loss"))
-        return cls(metric, loss, parts[0].rows, more)
+        counts = [each.counts for each in parts if each.counts is not None]
+        return cls(metric, loss, parts[0].rows, more, np.concatenate(counts) if len(counts) == len(parts) else None)
 
 
 class Learner(Protocol):

@@ -17,7 +17,7 @@ from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
-from peerlora.lora.attach import StackedModel
+from peerlora.lora.attach import StackedModel, with_decoder_inputs
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
 from peerlora.train.base import LocalPlan, Scores, TrainStats
@@ -25,11 +25,11 @@ from peerlora.train.closure import Closure, active_part, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
 from peerlora.train.local_rules import ClientRows, LocalStep
 from peerlora.train.loss_rules import LossRule, weigh_rows
-from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric
+from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
-from peerlora.train.tasks import Task, loss_terms
+from peerlora.train.tasks import Task, loss_terms, outcomes_width
 from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -188,7 +188,7 @@ class StackedLearner:
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
         batch = self._collated(self.shards.data, rows, x)
-        self.model.step.extents = batch.extents
+        self.model.step.extents, self.model.step.written = batch.extents, batch.written
         logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
@@ -236,7 +236,7 @@ class StackedLearner:
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.lengths))
+        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.all_lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
@@ -246,21 +246,24 @@ class StackedLearner:
         equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        outcomes, margins = np.zeros((x.clients, len(data), 2)), None
+        width, margins = outcomes_width(self.task, data), None
+        outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
+            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
             if any(name in NEEDS_MARGINS for name in metrics):
                 if margins is None:
                     margins = np.zeros((x.clients, len(data), logits.shape[1]))
                 margins[clients, rows] = class_margins(logits).view(-1, len(rows), logits.shape[1]).cpu().numpy()
         scores = np.array([self.task.score(own, data.labels) for own in outcomes])
         predictions = [
-            Predictions(own[:, 1], data.labels, loss, None if margins is None else margins[i])
+            Predictions(own, data.labels, loss, None if margins is None else margins[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
-        more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}
-        return Scores(scores[:, 0], scores[:, 1], len(data), more)
+        target = self.task.kind.target
+        more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
+        counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
+        return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
@@ -284,7 +287,7 @@ class StackedLearner:
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
-            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max()))
+            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.all_lengths[rows].max()))
             size = self._together(max(1, most))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
@@ -299,6 +302,8 @@ class StackedLearner:
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"
         batch = collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        if batch.written is not None:
+            batch = replace(batch, inputs=with_decoder_inputs(self.model.base, batch.inputs, batch.targets))
         if self.shares_prefix or data is not self.shards.data:  # other runs may divide the same rows otherwise
             return batch
         return replace(batch, origin=batch.origin and replace(batch.origin, parts=self.shards.shards))

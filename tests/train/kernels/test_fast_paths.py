@@ -62,6 +62,22 @@ def test_packed_tokens_equal_the_padded_forward(config, kind, words):
     assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
 
 
+@pytest.mark.parametrize("kind", others_slow(["bert", "roberta"], ["bert"]))
+@pytest.mark.parametrize(
+    "words",
+    [[], [EVERY_LINEAR, "adapter.dropout=0.3", "model.dropout=0.2"], [UPPER], ["train.batch=[1, 3, 4, 2]"]],
+    ids=lambda words: " ".join(words) or "default",
+)
+def test_packed_tokens_classify_words_as_the_padded_forward_does(config, tagged, kind, words):
+    task = ["task.kind=token-classification", f"data.train=jsonl:{tagged}", "data.label=null"]
+    fast, x, losses, scores = trained(config(kind, *task, *words))
+    plain, y, expected, others = trained(config(kind, *task, *words, "train.fast=false"))
+    assert isinstance(fast.model.forward, PackedEncoder) and plain.model.forward == plain.model.plain
+    assert float((y - plain.start.flat).abs().max()) > 1e-3, "nothing was trained"
+    assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
+    assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
+
+
 @pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])
 def test_packed_tokens_with_one_active_factor(config, schedule):
     _, x, _, _ = trained(config("bert"), "AB", *schedule)
