@@ -295,7 +295,7 @@ def test_every_section_and_setting_is_there_with_a_comment(kind):
     assert config.task.kind == kind and config.data.label == label
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_any_column_name_survives_the_yaml(name):
     lines = template_lines(

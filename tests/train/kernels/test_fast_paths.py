@@ -186,7 +186,7 @@ def ragged(lengths, width):
     return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 3), st.booleans())
 def test_attention_equals_torchs_on_padded_rows(lengths, heads, pooled):
     width, rows, size = 4 * heads, len(lengths), max(lengths)
@@ -209,7 +209,7 @@ def test_attention_equals_torchs_on_padded_rows(lengths, heads, pooled):
         assert torch.allclose(found, expected, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=6, max_size=6), st.sampled_from([1, 2, 3, 6]))
 def test_rectangles_by_client_lose_and_invent_nothing(lengths, clients):
     packing = TokenPacking.of(ragged(lengths, max(lengths)), clients)
