@@ -116,9 +116,9 @@ class CausalLM:
         return self._counted(batch.inputs["attention_mask"][:, 1:].to(real.dtype).sum(1), real)
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy per token."""
+        """Cross-entropy per token; 0 for a row of one token, of which none is predicted."""
         loss, tokens = self._sums(logits, batch)
-        return loss / tokens
+        return loss / tokens.clamp_min(1)
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, number of predicted tokens)."""
