@@ -28,6 +28,7 @@ MEASURES = (
     "training rows",
     "gradients",
     "bytes sent",
+    "epsilon spent",
     "consensus of B·A",
     "cross-term",
     "seconds",
@@ -37,7 +38,8 @@ MEASURES = (
 """Scores are of the last evaluation, but for ``best round``: the highest mean client of any evaluation, picked on the
 very rows it is reported on, so it flatters; so does ``best rounds of clients``, the mean of the values by which
 ``eval.select`` kept each client's best adapters.  Personalised: on held-out rows of each client's own (``eval.own``).
-Work, bytes and seconds are of the whole run, consensus and cross-term of its last round."""
+Work, bytes and seconds are of the whole run, consensus and cross-term of its last round.  Epsilon: of the client that
+spent most."""
 
 FEW_EVALUATIONS = 3
 """After training began; with no more than these the best round is hardly a choice, and is left out."""
@@ -65,6 +67,7 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
+        "epsilon spent": max(last.privacy.get("epsilon", [math.nan])),
         "consensus of B·A": done[-1].consensus_product,
         "cross-term": done[-1].cross_term,
         "virtual seconds": done[-1].virtual_seconds,

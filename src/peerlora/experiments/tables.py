@@ -37,9 +37,18 @@ SCORES = (
     "best rounds of clients",
     "best round",
 )
-SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round", "training rows", "gradients")
+SELDOM = (
+    *_RELAYED,
+    *_PERSONAL,
+    *_FURTHER,
+    "best rounds of clients",
+    "best round",
+    "training rows",
+    "gradients",
+    "epsilon spent",
+)
 """Measures that not every comparison has."""
-_WORK = ("training rows", "gradients", "bytes sent")
+_WORK = ("training rows", "gradients", "bytes sent", "epsilon spent")
 
 
 def shown_measures(result: Comparison, brief: bool = False) -> list[str]:

@@ -27,7 +27,7 @@ class RowGradients:
 
     def add(self, weight: int, left: Float[Tensor, "row token m"], right: Float[Tensor, "row token n"]) -> None:
         """Add ``left' right`` of every row to the gradient of the tensor with this ``id``."""
-        pair = _Pair(left, right)
+        pair = _Pair(left.detach(), right.detach())  # saved inputs would bring their graph along
         before = self._found.get(weight)
         if before is None:
             self._found[weight] = pair if pair.is_smaller else pair.product()

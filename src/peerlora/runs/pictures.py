@@ -69,3 +69,17 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
         lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
         found.append(figures.lines_figure("relayed-age", "Age of the entries that clients hold", lines, "rounds"))
     return found
+
+
+def epsilon_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
+    """Draw the metric of clients' own models by what they had spent then; None without privacy."""
+    import numpy as np
+
+    from peerlora.runs.figures import Curves, clients_figure
+
+    scores = [each for each in evaluations(events) if each.privacy and np.isfinite(each.privacy["epsilon"]).all()]
+    if not scores:
+        return None
+    spent = [max(each.privacy["epsilon"]) for each in scores]
+    curves = Curves(spent, np.array([each.own for each in scores], float))
+    return clients_figure("epsilon", f"{start.metric} by epsilon spent (the client that spent most)", curves, "epsilon")

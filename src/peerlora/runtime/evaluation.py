@@ -87,6 +87,7 @@ class Evaluator:
             virtual_seconds=virtual_seconds,
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
             metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
+            privacy=self.learner.privacy.spent() if self.learner.privacy else {},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
         )
 

@@ -24,7 +24,7 @@ def require_accountants() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a library, at its import
-            from opacus import accountants
+            from opacus import accountants  # pyright: ignore[reportMissingImports] # of an extra
     except ImportError:
         raise ConfigError(
             "privacy needs opacus, which counts epsilon and is not installed; install the extra: "
@@ -81,7 +81,8 @@ def noise_for(epsilon: float, rate: float, releases: int, delta: float, accounta
             )
     while low > _LEAST and excess(math.log(low)) <= 0:
         low, high = low / _WIDER, min(high, low)
-    found = math.exp(brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2)) if low < high else high
+    root: Any = brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2) if low < high else math.log(high)
+    found = math.exp(root)
     while spent_epsilon(found, rate, releases, delta, accountant) > epsilon:  # a root is met from either side
         found *= 1 + _PRECISION / 2
     return found

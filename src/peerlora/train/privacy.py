@@ -1,8 +1,8 @@
 """Differential privacy in local training: sampled rows, clipped gradients, noise, and how often each was spent.
 
-Row level is DP-SGD (Abadi et al. 2016, arXiv 1607.00133): rows sampled one by one, gradients clipped row by row, noise on
-their sum, a denominator that does not depend on the draw.  Client level is DP-FedAvg's clipped and noised change of a
-round (McMahan et al. 2018, arXiv 1710.06963), without a server: every client adds noise of its own.
+Row level is DP-SGD (Abadi et al. 2016, arXiv 1607.00133): rows sampled one by one, gradients clipped row by row, noise
+on their sum, a denominator that does not depend on the draw.  Client level is the clipped and noised change of a round
+of DP-FedAvg (McMahan et al. 2018, arXiv 1710.06963), without a server: every client adds noise of its own.
 """
 
 from __future__ import annotations
@@ -164,6 +164,6 @@ class PrivateStep:
     step: int = 0
 
 
-def clip_factor(lengths: Float[Tensor, "..."], largest: float) -> Float[Tensor, "..."]:
+def clip_factor(lengths: Float[Tensor, " vector"], largest: float) -> Float[Tensor, " vector"]:
     """What vectors of these lengths are multiplied by to be no longer than ``largest``."""
     return (largest / (lengths + _TINY)).clamp_max(1.0)

@@ -79,17 +79,15 @@ class _LoraLinear(torch.autograd.Function):
         # u and du are zero in the positions that are no token, so no gradient comes from there.
         g = ctx.positions.by_client(gradients[0])
         du = ctx.positions.only_tokens(torch.bmm(g, up))
-        dA = dB = None
-        if want_A and rows is None:
-            dA = torch.bmm(du.mT, z).to(dtype)
-        elif want_A:
-            rows.add(rows.A, packed(du).to(dtype), packed(z).to(dtype))
-            dA = no_gradient(ctx.A)
-        if want_B and rows is None:
-            dB = torch.bmm(g.mT, u).to(dtype) * scaling
-        elif want_B:
-            rows.add(rows.B, gradients[0].to(dtype), packed(u.to(dtype) * scaling))
-            dB = no_gradient(ctx.B)
+        if rows is None:
+            dA = torch.bmm(du.mT, z).to(dtype) if want_A else None
+            dB = torch.bmm(g.mT, u).to(dtype) * scaling if want_B else None
+        else:
+            dA, dB = (no_gradient(weight) if want else None for weight, want in ((ctx.A, want_A), (ctx.B, want_B)))
+            if want_A:
+                rows.add(rows.A, packed(du).to(dtype), packed(z).to(dtype))
+            if want_B:
+                rows.add(rows.B, gradients[0].to(dtype), packed(u.to(dtype) * scaling))
         dx = None
         if want_x:
             low = packed(torch.bmm(du, down))
