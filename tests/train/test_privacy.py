@@ -205,5 +205,5 @@ def _opacus_gradients(grad_sample, federation, x, rows):
         warnings.simplefilter("ignore")  # of opacus, on hooks of modules without trained weights
         wrapped = grad_sample(model, loss_reduction="sum", strict=False)
         logits = wrapped(**batch.inputs).logits
-    torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+        torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
     return {slot: weight.grad_sample for slot, weight in weights.items()}

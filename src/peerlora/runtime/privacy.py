@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
 from peerlora.errors import CompositionError, ModelError
 from peerlora.lora.attach import StackedModel
-from peerlora.train.accounting import noise_for, require_accountants, spent_epsilon
+from peerlora.train.accounting import has_accountants, noise_for, require_accountants, spent_epsilon
 from peerlora.train.privacy import Guarantee, PrivateTraining
 from peerlora.train.private_draws import SeededDraws, SystemDraws
 
@@ -31,7 +30,7 @@ def check_privacy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ..
     """
     if config.privacy is None:
         return ()
-    if find_spec("opacus") is None:
+    if not has_accountants():
         require_accountants()
     unit, name = config.privacy.unit, config.algorithm.name
     if reason := algorithm.traits.privacy_refusal(unit):
