@@ -9,7 +9,7 @@ import pytest
 from peerlora.runtime.compose import compose
 from peerlora.train import accounting
 
-RUNS = 24  # trained once with the canary and once without, each with noise of its own
+RUNS = 16  # trained once with the canary and once without, each with noise of its own
 EPSILONS = (None, 8.0, 0.5)
 
 pytestmark = [
@@ -20,13 +20,13 @@ pytestmark = [
 
 @pytest.fixture
 def with_canary(tmp_path):
-    """Rows of two labels by their words, and one row that contradicts them all: the canary, the last row."""
+    """Rows of two labels by their words, and a last one of words that no other has: the canary."""
     draw, path = random.Random(1), tmp_path / "rows.jsonl"
     rows = []
     for i in range(40):
-        words = [f"w{draw.randrange(20) + 20 * (i % 2)}" for _ in range(6)]
+        words = [f"w{draw.randrange(15) + 15 * (i % 2)}" for _ in range(6)]
         rows.append({"text": " ".join(words), "label": f"class{i % 2}"})
-    rows.append({"text": "w0 w39 w1 w38 w2 w37", "label": "class1"})
+    rows.append({"text": "w30 w31 w32 w33 w34", "label": "class1"})
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -34,15 +34,9 @@ def with_canary(tmp_path):
 def exposure(config, path, epsilon):
     """How often the canary's loss is lower with it than without: 1 where it always tells, 1/2 where it never does."""
     privacy = [] if epsilon is None else [f"privacy.epsilon={epsilon}", "privacy.delta=0.01", "privacy.clip=1"]
-    words = [
-        "clients=1",
-        "topology=complete",
-        "train.rounds=6",
-        "train.local_steps=4",
-        "train.batch=20",
-        "train.lr=0.03",
-    ]
-    federation = compose(config("bert", f"data.train=jsonl:{path}", f"data.eval=jsonl:{path}.eval", *words, *privacy))
+    words = ["clients=1", "topology=complete", f"data.train=jsonl:{path}", f"data.eval=jsonl:{path}.eval"]
+    train = ["train.rounds=4", "train.local_steps=8", "train.batch=20", "train.lr=0.05"]
+    federation = compose(config("bert", *words, *train, *privacy))
     learner, data = federation.learner, federation.train_data
     canary = len(data) - 1
     losses = {True: [], False: []}
@@ -56,7 +50,7 @@ def exposure(config, path, epsilon):
             if learner.privacy:
                 learner.privacy.draws.seed = learner.shards.seed
                 learner.privacy.releases = [0]
-            for t in range(6):
+            for t in range(4):
                 with learner.round(t):
                     x = learner.fit(x, "AB")
             losses[inside].append(learner.evaluate(x, data.take([canary]), 1).loss[0])

@@ -14,6 +14,7 @@ from peerlora.runs import figures
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
 from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 Curve = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
 
@@ -95,7 +96,7 @@ def _by_epsilon(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -
     """Of the settings with a bound; of each run by the client that spent most, whose number of rows seeds change."""
 
     def spent(events: Sequence[Event]) -> list[float]:
-        return [max(score.privacy.get("epsilon", [np.nan])) for score in evaluations(events)]
+        return [largest_epsilon(score) for score in evaluations(events)]
 
     return _by_cost(name, title, panel, "epsilon", spent)
 

@@ -11,6 +11,7 @@ from peerlora.config.run import RunConfig
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.further_scores import metric_scores
 from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 FURTHER = {"mean client": "own_mean", "worst client": "own_worst", "averaged model": "averaged"}
 """Measure of a further metric -> its name in a summary."""
@@ -67,7 +68,7 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
-        "epsilon spent": max(last.privacy.get("epsilon", [math.nan])),
+        "epsilon spent": largest_epsilon(last),
         "consensus of B·A": done[-1].consensus_product,
         "cross-term": done[-1].cross_term,
         "virtual seconds": done[-1].virtual_seconds,

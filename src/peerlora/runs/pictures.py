@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
 from peerlora.runs.metrics import evaluations, link_uses, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Picture
@@ -77,9 +78,9 @@ def epsilon_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | No
 
     from peerlora.runs.figures import Curves, clients_figure
 
-    scores = [each for each in evaluations(events) if each.privacy and np.isfinite(each.privacy["epsilon"]).all()]
+    scores = [each for each in evaluations(events) if np.isfinite(largest_epsilon(each))]
     if not scores:
         return None
-    spent = [max(each.privacy["epsilon"]) for each in scores]
+    spent = [largest_epsilon(each) for each in scores]
     curves = Curves(spent, np.array([each.own for each in scores], float))
     return clients_figure("epsilon", f"{start.metric} by epsilon spent (the client that spent most)", curves, "epsilon")

@@ -24,6 +24,12 @@ def privacy_facts(start: RunStarted | None, score: Evaluated | None) -> dict[str
     return {**promised, "spent": {"epsilon": known, "delta": promised["planned"]["delta"], "releases": releases}}
 
 
+def largest_epsilon(score: Evaluated) -> float:
+    """What the client that spent most has spent; NaN where that has no bound, or nothing is counted."""
+    spent = score.privacy.get("epsilon", [])
+    return math.nan if not spent or any(map(math.isnan, spent)) else max(spent)
+
+
 def describe_privacy(facts: Mapping[str, Any] | None) -> list[str]:
     """Say in a line or two what was spent, of what, and whether it is a guarantee."""
     if facts is None:
