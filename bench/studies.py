@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import study_grids
+import study_privacy
 import study_systems
 import study_tasks
 from markers import insert
@@ -56,6 +57,7 @@ STUDIES: dict[str, Study] = {
     **{name: study_grids.paper_budget(p, {}) for name, p in PAPER.items()},
     **study_systems.STUDIES,
     **study_tasks.STUDIES,
+    **study_privacy.STUDIES,
 }
 
 

@@ -382,6 +382,22 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
 
 
+def test_private_cells_are_drawn_and_summed_up_by_the_epsilon_of_the_client_that_spent_most():
+    def private(each, largest):
+        spent = {"epsilon": [0.0, largest], "releases": [3.0, 3.0]}
+        events = [replace(event, privacy=spent) if isinstance(event, Evaluated) else event for event in each.events]
+        return replace(each, events=events)
+
+    def titles(outcomes):
+        return [picture.title for picture in comparison_figures(outcomes, "method") if "epsilon" in picture.title]
+
+    cells = [private(outcome("a", 0, 0.5, 0.9), 8.0), private(outcome("b", 0, 0.5, 0.9), np.nan)]
+    assert measure_run(cells[0].events)["epsilon spent"] == 8.0
+    assert "epsilon spent" not in measure_run(outcome("a", 0, 0.5, 0.9).events)
+    assert titles(cells) == ["accuracy of the mean client by epsilon spent, graph ring"]
+    assert titles(cells[1:]) == titles([outcome("a", 0, 0.5, 0.9)]) == []
+
+
 def by_p(trials, axis):
     """Title -> legend, of the figures of accuracy by p alone, since drawing takes time; ``cells``: (labels, p)."""
     outcomes = [replace(outcome("a", seed, 0.5, 0.9), labels=labels, p=p) for labels, p in trials for seed in (0, 1)]

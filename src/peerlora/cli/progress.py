@@ -29,6 +29,7 @@ from peerlora.runs.events import (
 )
 from peerlora.runs.further_scores import describe_best, describe_further
 from peerlora.runs.metrics import scores_of, worst_of
+from peerlora.runs.privacy_summary import describe_privacy
 
 if TYPE_CHECKING:
     from peerlora.experiments.demo import DemoReport
@@ -187,7 +188,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, summary in rows:
         console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
-        for line in (*describe_further(summary["metric"], summary), *describe_best(summary)):
+        told = (*describe_further(summary["metric"], summary), *describe_best(summary))
+        for line in (*told, *describe_privacy(summary.get("privacy"))):
             console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
         if deployed := summary.get("deployed"):
             console.print(f"{name}: the {deployed} models are deployed", highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.privacy import PrivacyConfig
 from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
     AdapterConfig,
@@ -51,6 +52,8 @@ class RunConfig(Section):
     adversary: AdversaryConfig | None = None
     """Clients that attack, to see what a method makes of them; null: nobody does."""
     train: TrainConfig = TrainConfig()
+    privacy: PrivacyConfig | None = None
+    """Differential privacy of rows or clients, such as {epsilon: 8}; null: none is promised."""
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     clock: ClockConfig | None = None

@@ -11,6 +11,7 @@ from peerlora.config.run import RunConfig
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.further_scores import metric_scores
 from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 FURTHER = {"mean client": "own_mean", "worst client": "own_worst", "averaged model": "averaged"}
 """Measure of a further metric -> its name in a summary."""
@@ -29,6 +30,7 @@ MEASURES = (
     "row gradients",
     "gradients",
     "bytes sent",
+    "epsilon spent",
     "consensus of B·A",
     "cross-term",
     "seconds",
@@ -38,7 +40,8 @@ MEASURES = (
 """Scores are of the last evaluation, but for ``best round``: the highest mean client of any evaluation, picked on the
 very rows it is reported on, so it flatters; so does ``best rounds of clients``, the mean of the values by which
 ``eval.select`` kept each client's best adapters.  Personalised: on held-out rows of each client's own (``eval.own``).
-Work, bytes and seconds are of the whole run, consensus and cross-term of its last round."""
+Work, bytes and seconds are of the whole run, consensus and cross-term of its last round.  Epsilon: of the client that
+spent most."""
 
 UNRELAYED = {"relayed client": "mean client", "worst relayed client": "worst client"}
 """Measure of relayed models -> the same of the clients' own, which is what a run deploys that relays nothing."""
@@ -69,6 +72,7 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
+        "epsilon spent": largest_epsilon(last),
         "consensus of B·A": done[-1].consensus_product,
         "cross-term": done[-1].cross_term,
         "virtual seconds": done[-1].virtual_seconds,

@@ -40,9 +40,9 @@ SCORES = (
     "best round",
 )
 SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round")
-SELDOM += ("training rows", "row gradients", "gradients")
+SELDOM += ("training rows", "row gradients", "gradients", "epsilon spent")
 """Measures that not every comparison has."""
-_WORK = ("training rows", "row gradients", "bytes sent")
+_WORK = ("training rows", "row gradients", "bytes sent", "epsilon spent")
 
 
 def shown_measures(result: Comparison, brief: bool = False) -> list[str]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peerlora.lora.merged import Update
+from peerlora.lora.row_gradients import RowGradients, client_product
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Step:
     """(rows, tokens) of the inputs of this forward pass."""
     written_shape: tuple[int, int] = (0, 0)
     """The same of the decoder, whose tokens are another number."""
+    row_gradients: RowGradients | None = None
+    """Where the backward of this forward pass leaves the gradients of rows, in place of those of clients."""
 
     def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
         """Inverted dropout drawn per client over its own rows and tokens.
@@ -123,7 +126,9 @@ class StackedLinear(nn.Module):
         if self.merged is not None:
             y = y + self.merged.apply(x.reshape(self.step.clients, -1, self.d_in)).view(y.shape)
         z = self.step.dropout(x, self.p).reshape(self.step.clients, -1, self.d_in)
-        u = torch.bmm(z, self.A.mT.to(z.dtype)) * self.step.scaling.to(z.dtype)
+        u = client_product(z, self.A, self.step.row_gradients) * self.step.scaling.to(z.dtype)
+        if self.step.row_gradients is not None:
+            return y + client_product(u, self.B, self.step.row_gradients).view(y.shape)
         return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT.to(z.dtype)).view(y.shape)
 
 
@@ -143,8 +148,19 @@ class StackedHead(nn.Module):
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """Each client's rows through its own weights."""
         z = x.reshape(self.step.clients, -1, x.shape[-1]).to(self.weight.dtype)
-        y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
+        if self.step.row_gradients is not None:
+            y = client_product(z, self.weight, self.step.row_gradients) + self._bias(z)
+        elif self.bias is None:
+            y = torch.bmm(z, self.weight.mT)
+        else:
+            y = torch.baddbmm(self.bias[:, None], z, self.weight.mT)
         return y.view(*x.shape[:-1], -1).to(x.dtype if self.in_body else y.dtype)
+
+    def _bias(self, z: Float[Tensor, "client input d_in"]) -> Tensor | float:
+        """The bias as a product with ones, so that its gradients by row are found as those of weights."""
+        if self.bias is None:
+            return 0.0
+        return client_product(z.new_ones(*z.shape[:2], 1), self.bias[..., None], self.step.row_gradients, self.bias)
 
 
 class StackedEmbedding(nn.Module):

@@ -52,6 +52,9 @@ class RunStarted:
     """Which model becomes a client's PEFT folder: own, or relayed."""
     select: dict[str, Any] | None = None
     """By what a client's best evaluation is found: metric, mode (max, min), rows (common, own), model; None: none."""
+    privacy: dict[str, Any] | None = None
+    """What is promised to rows or clients: unit, clip, accountant, generator, guarantee, and planned with [client]
+    epsilon, delta, releases, noise, rate and rows; None: nothing is."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,8 @@ class Evaluated:
     """[client] the value by which that one is its best."""
     stopped: list[int] = field(default_factory=list)
     """Clients that train no more, since their evaluations had not become better."""
+    privacy: dict[str, list[float]] = field(default_factory=dict)
+    """[client] epsilon, NaN where it has no bound, and releases spent so far; empty without privacy."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +309,7 @@ def contradiction(event: Event, start: RunStarted | None) -> str:
             lists += [event.relayed, event.relayed_loss]
         further = [values for of, named in event.metrics.items() if of != "averaged" for values in named.values()]
         later = [event.personal, event.personal_loss, event.personal_relayed, event.personal_relayed_loss, *further]
+        later += event.privacy.values()
         lists += [values for values in [*later, event.best, event.best_rounds] if values]
     if any(len(values) != clients for values in lists):
         found = next(len(values) for values in lists if len(values) != clients)

@@ -11,7 +11,8 @@ from peerlora.runs.answers import answers_html
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
-from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.pictures import epsilon_picture, graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.privacy_summary import describe_privacy
 from peerlora.runs.scores_by_name import HEAD, by_name_rows
 from peerlora.runs.store import read_events, resume_command
 from peerlora.runs.write_failures import write_failures_told
@@ -148,7 +149,7 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
-    notes = [f"{start.metric}: {better} is better.", *describe_best(facts)]
+    notes = [f"{start.metric}: {better} is better.", *describe_best(facts), *describe_privacy(facts.get("privacy"))]
     return table_html(rows) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
 
 
@@ -281,7 +282,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
-        found[1:1] = relayed_pictures(start, events)
+        found[1:1] = [epsilon_picture(start, events), *relayed_pictures(start, events)]
     return [picture for picture in found if picture]
 
 

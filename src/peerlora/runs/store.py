@@ -5,6 +5,7 @@
     checkpoints/round-000010.safetensors, round-000010.json        the newest two
     metrics.parquet, summary.json                                  written at the end
     label_counts.json         of a peer: what the network holds, where it was summed before round 0
+    privacy.jsonl             noisy releases that ever began, where they cannot be repeated; never cut back
 
 A checkpoint counts when its ``.json`` is there.  A resumed run cuts the event log back to the length that it tells, so
 it goes on exactly where the undisturbed run would have been.
@@ -118,6 +119,13 @@ class RunStore:
     def writing(self) -> Iterator[None]:
         """Turn the failure of a write in the folder into a RunError that says what to do."""
         with write_failures_told(self.folder, self._what_then):
+            yield
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Like ``writing``, of what a run spends for good: its folder is never taken away again."""
+        self._unused = False
+        with self.writing():
             yield
 
     def _what_then(self) -> str:

@@ -14,6 +14,7 @@ from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.lora.adapter_init import PRINCIPAL
+from peerlora.runtime.privacy import check_privacy
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 
@@ -53,7 +54,11 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
-    warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config, algorithm))
+    warnings = (
+        *_check_training(name, algorithm, config.train),
+        *relay_warnings(config, algorithm),
+        *check_privacy(config, algorithm),
+    )
     interval = algorithm.switches_every
     trained = config.train.training_rounds
     if interval is not None and interval >= trained:

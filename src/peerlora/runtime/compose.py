@@ -36,6 +36,7 @@ from peerlora.randomness import numpy_generator, torch_generator
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
 from peerlora.runtime.plan import Plan, plan
+from peerlora.runtime.privacy import build_privacy
 from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_resources
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
@@ -138,6 +139,7 @@ def assemble(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
     learner.shares_prefix = resources.share_prefix
+    learner.privacy, of_privacy = build_privacy(config, shards, model, start.spec.parameters, clients is not None)
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     if config.train.class_weights != "none":
@@ -159,6 +161,7 @@ def assemble(
             *divided.warnings,
             *built.warnings,
             *start_warnings,
+            *of_privacy,
             *_absent_classes(config, resources.eval_data),
         ),
         notes=(*planned.notes, *built.speed.notes(config.train.dtype)),

@@ -90,6 +90,7 @@ class Evaluator:
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
             metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
             by_name=self._by_name(found) if final else {},
+            privacy=self.learner.privacy.spent() if self.learner.privacy else {},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
         )
 

@@ -26,6 +26,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext, export_adapter
 from peerlora.runs.json_files import read_json
 from peerlora.runs.metrics import find_start, scores_of, worst_of
+from peerlora.runs.privacy_summary import privacy_card
 from peerlora.runs.store import clients_of, read_events, read_facts, resume_command
 from peerlora.runtime.best_export import BEST, EXPORTED, FOLDERS, best_facts, read_best
 from peerlora.runtime.compose import Federation, start_adapters
@@ -77,7 +78,8 @@ class Exporter:
         shown["averaged model"] = scores.get("averaged")
         shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
-        facts = told | {"client": client} | reached | dict(told_too or {})
+        private = privacy_card(summary, None if isinstance(client, str) else list(self.clients).index(client))
+        facts = told | {"client": client} | reached | private | dict(told_too or {})
         export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
         Reading.of(self.config).write(folder)
         return folder

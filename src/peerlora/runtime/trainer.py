@@ -15,6 +15,7 @@ from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.runs.events import Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
+from peerlora.runs.privacy_ledger import PrivacyLedger
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.best_export import write_best, write_best_folders
 from peerlora.runtime.compose import Federation, resolve_threads
@@ -22,6 +23,7 @@ from peerlora.runtime.evaluation import Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.generation import generate_answers
 from peerlora.runtime.participation import Participation
+from peerlora.runtime.privacy import describe_promises, exhaustion_notice
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.result import Result
 from peerlora.runtime.rounds import Rounds
@@ -65,6 +67,10 @@ class Trainer:
         self.evaluator = Evaluator(federation, participation)
         self.best = _best_rounds(federation)
         self.opening_bytes = 0
+        self.privacy, self._exhausted = federation.learner.privacy, 0
+        self.ledger = PrivacyLedger(store.folder)
+        if self.privacy and not self.privacy.repeatable:
+            self.privacy.record = self._spend
         self.wall_clock = WallClock(self.config.train.max_seconds)
 
     def run(self, resumed: bool = False) -> Result:
@@ -125,7 +131,15 @@ class Trainer:
             absent=result.absent,
         )
         self._emit(event)
+        if self.privacy and (fresh := self.privacy.exhausted[self._exhausted :]):
+            self._exhausted += len(fresh)
+            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t)))
         return state
+
+    def _spend(self, client: int, job: int, releases: int) -> None:
+        """Write down what is about to be spent: from then on the folder is that of a run."""
+        with self.store.spending():
+            self.ledger.append(client, job, releases)
 
     def _rate(self, t: int) -> dict[str, float]:
         """The learning rate of a training round, where it is not the same in all."""
@@ -188,6 +202,7 @@ class Trainer:
         tensors = {f"{part}.{name}": leaf.cpu() for part, named in parts.items() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
         facts = {"trained": self.learner.trained, "rounds": facts, "best": choice, "time": self.wall_clock.state_dict()}
+        facts |= {"privacy": self.privacy.state() if self.privacy else {}}
         try:
             self.store.save_checkpoint(done, tensors, {name: each for name, each in facts.items() if each != {}})
         except TooManyFiles as error:  # of many connections, say; the next checkpoint may be possible again
@@ -196,6 +211,8 @@ class Trainer:
     def _restore(self, start: State) -> tuple[int, State]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
         checkpoint = self.store.load_checkpoint()
+        if self.privacy:
+            self.privacy.restore(checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries())
         self.store.rewind(checkpoint)
         if checkpoint is None:
             return 0, start
@@ -238,6 +255,7 @@ class Trainer:
             clock=federation.clock.describe() if federation.clock else None,
             deploys=config.exchange.relay.deploy if config.exchange.relay else "own",
             select=self.best.selection.describe() if self.best else None,
+            privacy=describe_promises(self.privacy) if self.privacy else None,
         )
         return self.participation.describe(started)
 

@@ -18,6 +18,7 @@ from peerlora.train.local_rules import LocalRule
 if TYPE_CHECKING:
     from peerlora.config.train import TrainConfig
     from peerlora.data.dataset import Dataset
+    from peerlora.train.privacy import PrivateTraining
     from peerlora.train.row_scores import Measure
     from peerlora.train.tasks import Task
 
@@ -120,6 +121,8 @@ class Learner(Protocol):
     task: Task
     step_seconds: Float[Tensor, " client"] | None
     """Seconds that each client's local step takes in this round, on a virtual clock; None without one."""
+    privacy: PrivateTraining | None
+    """What makes local training differentially private; None: nothing does."""
 
     def round(
         self,
@@ -139,7 +142,7 @@ class Learner(Protocol):
         """The adapters after K local steps of every client, with the rate of the round; ``x`` is not changed.
 
         In a quiet round (``train.quiet``) they are those of ``x``, to the bit, without losses: no row is drawn and no
-        optimiser's memory touched.
+        optimiser's memory touched.  With ``privacy`` a client whose budget is used up stays as it is, too.
         Raises DivergenceError at the first loss that is not finite.
         """
         ...

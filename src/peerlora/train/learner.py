@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,15 +18,18 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
 from peerlora.lora.attach import StackedModel, with_decoder_inputs
+from peerlora.lora.row_gradients import RowGradients
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
 from peerlora.train.base import LocalPlan, Scores, TrainStats
 from peerlora.train.closure import Closure, active_part, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import ClientRows, LocalStep
+from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
 from peerlora.train.loss_rules import LossRule, weigh_rows
 from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
+from peerlora.train.privacy import PrivateStep, PrivateTraining
+from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
 from peerlora.train.tasks import Task, loss_terms, outcomes_width
@@ -71,6 +74,8 @@ class StackedLearner:
         """Whether later runs ask for the same rows again."""
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
+        self.privacy: PrivateTraining | None = None
+        """What makes local training differentially private; None: nothing does."""
         self.step_seconds: Float[Tensor, " client"] | None = None
         """Seconds that each client's local step takes in this round, on a virtual clock."""
         self.memory: Moments | None = None
@@ -108,6 +113,8 @@ class StackedLearner:
         if self._round.quiet:
             return replace(x, flat=x.flat.clone())
         plan = LocalPlan.of(plan)
+        if self.privacy is not None:
+            self._round = replace(self._round, clients=self.privacy.admit(self._round.clients, self._round.jobs))
         blocks = plan.trained(x.spec)
         per_layer_moments = plan.depth is not None and self.settings.optimizer_state != "round"
         memory = self._remembered(x, blocks, per_layer_moments)
@@ -138,7 +145,7 @@ class StackedLearner:
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
         steps, several, start = self.settings.local_steps, self.settings.accumulate, x.flat.clone()
-        rows = [self.shards.rows(i, self._round.jobs[i], steps * several) for i in clients]
+        rows = [self._rows(i, steps, several) for i in clients]
         seen, active, trained, before = [], None, [], x.flat
         with self.model.training(self._streams(clients)):
             for k in range(steps):
@@ -148,21 +155,47 @@ class StackedLearner:
                     before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
-                minibatches = [
-                    partial(self._losses, [own[at] for own in rows], x, clients, plan.row_weights)
-                    for at in range(k * several, (k + 1) * several)
-                ]
-                closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
-                at = LocalStep(x.flat, start, active, clients, partial(flat_gradients, x, closure, active))
+                drawn = [[own[at] for own in rows] for at in range(k * several, (k + 1) * several)]
+                closure, gradients = self._closure(drawn, x, clients, plan, trained, active, k)
+                at = LocalStep(x.flat, start, active, clients, gradients)
                 found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
                 step(self.settings, self._round.rate, x.flat, found, moments, active)
                 assert closure.losses is not None, "a rule has to look at the minibatch"
                 seen.append(closure.losses)
         x.flat.copy_(columns.corrected(before, x.flat))
+        if self.privacy is not None and not self.privacy.by_row:
+            self.privacy.release_change(x, start, PrivateStep(columns.full, clients, self._round.jobs))
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
         history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
         self._require_finite(history, clients)
         return history[:-1].double().mean(0)
+
+    def _rows(self, i: int, steps: int, several: int) -> list[np.ndarray]:
+        """The rows of a client's minibatches, ``several`` for each local step."""
+        if self.privacy is not None and self.privacy.by_row:
+            return self.privacy.sample(i, self._round.jobs[i], self.shards.shards[i], steps, several)
+        return self.shards.rows(i, self._round.jobs[i], steps * several)
+
+    def _closure(
+        self,
+        drawn: Sequence[Sequence[np.ndarray]],
+        x: Adapters,
+        clients: ClientRows,
+        plan: LocalPlan,
+        trained: Sequence[Tensor],
+        active: Mapping[str, slice],
+        k: int,
+    ) -> tuple[Closure, Callable[[], Gradients]]:
+        """What local step ``k`` is computed by, from minibatches of each client's rows, and its gradients."""
+        if self.privacy is not None and self.privacy.by_row:
+            expected = x.flat.new_tensor([self.privacy.guarantees[i].expected_rows for i in clients])
+            by_row = [partial(self._row_losses, rows, x, clients) for rows in drawn]
+            private = PrivateClosure(by_row, trained, self.privacy.settings.clip, expected)
+            at = PrivateStep(active, clients, self._round.jobs, k)
+            return private, partial(noisy_gradients, self.privacy, x, private, at)
+        minibatches = [partial(self._losses, rows, x, clients, plan.row_weights) for rows in drawn]
+        closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
+        return closure, partial(flat_gradients, x, closure, active)
 
     @cached_property
     def _rows_return(self) -> bool:
@@ -187,15 +220,34 @@ class StackedLearner:
         row_weights: Float[Tensor, "everybody row"] | None,
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
-        batch = self._collated(self.shards.data, rows, x)
-        self.model.step.extents, self.model.step.written = batch.extents, batch.written
-        logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
+        logits, batch = self._train_forward(rows, x)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
         terms = loss_terms(self.task, batch)
         for rule in self.loss_rules:  # after the weights of rows, which sum to 1: those of classes need not
             logits, batch = rule(logits, batch, clients)
         return self.task.losses(logits, batch), terms
+
+    def _row_losses(
+        self, rows: Sequence[np.ndarray], x: Adapters, clients: ClientRows
+    ) -> tuple[Float[Tensor, "client row"], RowGradients]:
+        """The losses of a minibatch's rows, and where their backward leaves gradients; a client may have no row."""
+        shown = [own if len(own) else self.shards.shards[i][:1] for i, own in zip(clients, rows, strict=True)]
+        width = max(map(len, shown))
+        collected = self.model.step.row_gradients = RowGradients(len(clients), len(clients) * width)
+        try:
+            logits, batch = self._train_forward(shown, x)
+        finally:
+            self.model.step.row_gradients = None
+        losses = self.task.row_losses(logits, batch).view(len(clients), width)
+        counts = torch.tensor([len(own) for own in rows], device=losses.device)
+        return losses * (torch.arange(width, device=losses.device) < counts[:, None]), collected
+
+    def _train_forward(self, rows: Sequence[np.ndarray], x: Adapters) -> tuple[Tensor, Batch]:
+        """Logits of a training minibatch, and the minibatch."""
+        batch = self._collated(self.shards.data, rows, x)
+        self.model.step.extents, self.model.step.written = batch.extents, batch.written
+        return self.model(batch.inputs, batch.origin if self._rows_return else None), batch
 
     def _require_finite(self, history: Float[Tensor, "step client"], clients: ClientRows) -> None:
         bad = (~history.isfinite()).nonzero()
@@ -213,6 +265,8 @@ class StackedLearner:
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:
         """Each client's draws of dropout."""
         seed, numbers = self.shards.seed, self.shards.clients
+        if self.privacy is not None:
+            return [self.privacy.draws.dropout(numbers[i], self._round.jobs[i]) for i in clients]
         return [torch_generator(seed, "dropout", client=numbers[i], round=self._round.jobs[i]) for i in clients]
 
     def _groups(

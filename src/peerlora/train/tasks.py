@@ -147,9 +147,9 @@ class TokenLosses:
         return self._counted((self.targets(batch) != UNLEARNED).to(real.dtype).sum(1), real)
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy per token."""
+        """Cross-entropy per token; 0 for a row of one token, of which none is predicted."""
         loss, tokens = self._sums(logits, batch)
-        return loss / tokens
+        return loss / tokens.clamp_min(1)
 
     def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
         """What is to be predicted, by the places of ``predictions``: UNLEARNED where it does not count."""

@@ -135,7 +135,8 @@ class PackedEncoder:
             if linear.merged is not None:
                 update = positions.packed(linear.merged.apply(positions.by_client(x)))
                 plus = update if plus is None else plus + update
-            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus)
+            rows = None if self.step.row_gradients is None else packing.by_row(positions)
+            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus, rows)
         assert isinstance(linear, FrozenLinear)
         return linear(x, plus)
 
