@@ -89,6 +89,7 @@ class FLood(Stateful):
             "label-flip": _SELF_REPORTED,
         },
         topology_reason="of its mixings push-sum alone, with beta above 0, can do with one-way links",
+        own_loop="it weighs and scores rows, which only the loop has",
         positive_vectors=("c",),
         local_only=("scores",),  # of the own rows one by one; w and c go out with messages
     )

@@ -55,9 +55,9 @@ def export_adapter(
 
     folder.mkdir(parents=True, exist_ok=True)
     x = context.principal.subtracted(x) if context.principal else x
-    factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
+    factors = own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
     context = replace(context, facts={**context.facts, **factors.facts, **context.facts})
-    tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
+    tensors = lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
     full = [
@@ -87,7 +87,7 @@ def export_adapter(
     if context.labels:  # PEFT's config has no place for them
         names = {"id2label": dict(enumerate(context.labels))}
         (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(context, factors), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(context, factors), encoding="utf-8")
     return folder
 
 
@@ -120,7 +120,8 @@ class Factors:
         return {name: self.alpha * (rank / self.rank) ** power for name, rank in self.rank_pattern.items()}
 
 
-def _own_factors(x: Adapters, client: int) -> Factors:
+def own_factors(x: Adapters, client: int) -> Factors:
+    """One client's factors as they are, without ranks that are zero."""
     rank = int(x.ranks[client])
     layers = {name: _without_zeros(x.B[name][client, :, :rank], A[client, :rank]) for name, A in x.A.items()}
     return Factors(layers, rank, x.spec.alpha, {}, x.spec.rslora)
@@ -170,7 +171,8 @@ def _merge_facts(rank: int | None, left_out: float, size: float) -> dict[str, st
     return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": told}
 
 
-def _lora_tensors(factors: Factors) -> dict[str, Tensor]:
+def lora_tensors(factors: Factors) -> dict[str, Tensor]:
+    """The factors by their names in an adapter folder."""
     tensors = {}
     for name, (B, A) in factors.layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
@@ -205,7 +207,8 @@ def _sort_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(context: ExportContext, factors: Factors) -> str:
+def adapter_card(context: ExportContext, factors: Factors) -> str:
+    """The README.md of an adapter folder."""
     head = {"base_model": context.base_source, "library_name": "peft", "tags": ["lora", "peerlora"]}
     facts = "\n".join(f"| {key} | {value} |" for key, value in context.facts.items())
     return (

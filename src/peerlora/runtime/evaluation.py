@@ -81,7 +81,7 @@ class Evaluator:
         relayed = found.relayed_models
         return Evaluated(
             round=done,
-            rows=len(found.rows),
+            rows=found.own.rows,
             seconds=time.perf_counter() - began,
             final=final,
             virtual_seconds=virtual_seconds,

@@ -26,10 +26,11 @@ _NEWER_ADAPTER = {
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
-def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
+def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | None = None) -> dict[str, str]:
     """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
 
-    Where data lie is left out if every site has its own; the model has a hash of its own.
+    Where data lie is left out if every site has its own; the model has a hash of its own.  ``start_digest``: of the
+    adapter to start from, where that is no file.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
@@ -38,7 +39,7 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
         del tree["exchange"]["relay"]
     tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
-    tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
+    tree["adapter.start"] = start_digest if start is None else _file(Path(start) / "adapter_model.safetensors")
     if config.partition.kind == "own":
         tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text)}
     tree["labels"] = list(names)
