@@ -57,7 +57,7 @@ class PeerCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Join; the first round's adapters are in the model when this returns."""
-        self._abandon()
+        self.leave()
         out = Path(self.out) if self.out is not None else Path(str(args.output_dir)) / "peer"
         if state.global_step == 0 and (out / "summary.json").is_file():
             raise RunError(f"{out} holds a run that is over; give PeerCallback another out, and peer.run another name")
@@ -80,7 +80,7 @@ class PeerCallback(TrainerCallback):
         peer = self.peer
         assert peer is not None, "training has begun"
         peer.driver.count()
-        peer.save_now = control.should_save
+        peer.save_now = saves_soon(args, state, control, self.peer.config.train.local_steps)
         try:
             peer.step()
         except BaseException as error:
@@ -101,11 +101,28 @@ class PeerCallback(TrainerCallback):
         if self.peer is not None:
             self.peer.close()
 
-    def _abandon(self) -> None:
-        """End a run whose training was broken off, as in a notebook."""
+    def leave(self) -> None:
+        """End the part in a run whose training was broken off by an error, where the program goes on after it.
+
+        A program that ends leaves by itself.  The run can go on from its last checkpoint.
+        """
         if self.peer is not None and self.peer.result is None:
             error = RunError("training was broken off and has begun again")
             self.peer.__exit__(RunError, error, None)
+
+
+def saves_soon(args: TrainingArguments, state: TrainerState, control: TrainerControl, steps: int) -> bool:
+    """Whether the Trainer writes a checkpoint now, or within the round of so many steps that begins here.
+
+    Then the run writes one of this moment, from which the Trainer's can be gone on from within the round.
+    """
+    if control.should_save:
+        return True
+    strategy = getattr(args.save_strategy, "value", args.save_strategy)
+    if strategy != "steps":
+        return strategy != "no"
+    every = state.save_steps or int(args.save_steps)
+    return (state.global_step // every + 1) * every < state.global_step + steps
 
 
 def task_of(args: TrainingArguments) -> LoopTask:

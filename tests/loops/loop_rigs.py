@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 
 
 def peft_model(config, federation, seed=0, **settings):
-    """A PEFT model with the task, base and head of a config, in evaluation mode: nothing drops out."""
+    """A PEFT model with the task, base and head of a config; nothing drops out."""
     tokenizer, kind = load_tokenizer(config.model.source), config.task.kind
     dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
     base = load_base(config.model.source, kind, federation.train_data.names, config.seed, tokenizer.pad_token_id, dtype)
@@ -35,7 +35,11 @@ def peft_model(config, federation, seed=0, **settings):
             **settings,
         }
     )
-    return get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
+    model = get_peft_model(base.model, lora, autocast_adapter_dtype=False).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def own_settings(config):
@@ -82,9 +86,9 @@ def memory_run(net, thread, client, clients, folder, **options):
     return run
 
 
-def joined(config, folder, client, net, thread, model, optimizer, options=None, **settings):
+def joined(config, folder, client, net, thread, model, optimizer, options=None, settings=None, **more):
     run = memory_run(net, thread, client, config.clients, folder / f"peer-{client}", **(options or {}))
-    return JoinedPeer(model, optimizer, own_settings(config), run, **settings)
+    return JoinedPeer(model, optimizer, settings or own_settings(config), run, **more)
 
 
 def plain_loops(config, folder, steps=take_steps, seed=lambda client: 0, **settings):
@@ -125,3 +129,60 @@ def alone(config, folder, model, optimizer, **settings):
 
 def read(model):
     return PeftAdapter(model).read()
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of a run's training data, in a given order, as a Trainer takes them."""
+
+    def __init__(self, federation, numbers):
+        self.data, self.numbers = federation.train_data, [int(number) for number in numbers]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, place):
+        row = self.numbers[place]
+        ids = self.data.ids[self.data.starts[row] : self.data.starts[row + 1]]
+        return {"input_ids": ids.tolist(), "labels": int(self.data.labels[row])}
+
+
+def collate(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([r["labels"] for r in rows])}
+
+
+def trainer_of(config, federation, client, folder, model, callbacks=(), kind=None, **settings):
+    """A transformers.Trainer that takes the same local steps as our learner: AdamW, rows in order."""
+    from transformers import Trainer, TrainingArguments
+
+    train = config.train
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": config.batches[client],
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": train.clip or 0.0,
+        "max_steps": train.rounds * train.local_steps,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "optim": "adamw_torch",
+        "dataloader_drop_last": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    } | settings
+    rows = Rows(federation, torch.cat([torch.as_tensor(own) for own in batches(config, federation, client)]))
+    evaluation = Rows(federation, federation.learner.shards.shards[client])
+    return (kind or Trainer)(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )

@@ -31,7 +31,7 @@ _KEPT = {
     "eval": ("every",),
 }
 """Settings that count, of sections in which others are the loop's own."""
-_OWN = ("model", "task", "data", "partition", "device", "threads", "clock", "adversary")
+_OWN = ("model", "task", "data", "partition", "device", "clock", "adversary")
 """Sections that are the loop's own."""
 NOTE = (
     "local steps are those of a training loop of the user's own: rows, loss, optimiser and learning rate are the "
@@ -78,11 +78,11 @@ def check_loop(planned: Plan) -> None:
 
 
 def assemble_loops(
-    planned: Plan, adapter: PeftAdapter, start: Adapters, learner: LoopLearner, clients: Sequence[int]
+    planned: Plan, adapter: PeftAdapter, start: Adapters, learner: LoopLearner, clients: Sequence[int], *notes: str
 ) -> Federation:
     """Build the Federation of these clients, whose model and rows are their loops' own.
 
-    ``start``: what they begin with, a row each.
+    ``start``: what they begin with, a row each.  ``notes``: further ones for the run.
     """
     check_loop(planned)
     config = planned.config
@@ -103,7 +103,7 @@ def assemble_loops(
         start=start,
         export=ExportContext(adapter.source, adapter.task_type or "", 0.0, location=location),
         warnings=planned.warnings,
-        notes=(*planned.notes, NOTE),
+        notes=(*planned.notes, NOTE, *notes),
         speed=Speed(config.train.dtype, packed=False),
         paths={},
         originals={},

@@ -24,15 +24,13 @@ from peerlora.train.loop_learner import LoopLearner, LoopTask
 class SequentialLearner:
     """The learner of ``simulate(config, learner=...)`` whose clients are Trainers, trained one after another.
 
-    ``make_trainer(client)`` returns the ``transformers.Trainer`` (or TRL's) of a client, with its rows and a PEFT model:
-    one model for all is enough, since adapters are swapped.  Every Trainer keeps an optimiser, rows and random state of
-    its own, and evaluates by its own evaluation rows.  How long it trains and that it saves nothing is decided here.
-    ``metric``: the number of its evaluations by which they are told, without ``eval_``.
+    ``make_trainer(client)`` returns the ``transformers.Trainer`` (or TRL's) of a client, with its rows and a PEFT
+    model: one model for all is enough, since adapters are swapped.  Every Trainer keeps an optimiser, rows and random
+    state of its own, and evaluates by its own evaluation rows.  How long it trains and that it saves nothing is decided
+    here.  ``metric``: the number of its evaluations by which they are told, without ``eval_``.
     """
 
-    def __init__(
-        self, make_trainer: Callable[[int], Any], metric: str = "loss", higher_is_better: bool | None = None
-    ):
+    def __init__(self, make_trainer: Callable[[int], Any], metric: str = "loss", higher_is_better: bool | None = None):
         self.make_trainer = make_trainer
         higher = metric != "loss" if higher_is_better is None else higher_is_better
         self.task = LoopTask(metric, higher)
@@ -61,17 +59,23 @@ class SequentialLearner:
         learner = LoopLearner(config.train, self.task, [loop.handover for loop in self._loops], asked=True)
         if config.clock is not None or config.adversary is not None:
             raise CompositionError("clock and adversary need our own learner; drop them, or simulate without learner=")
-        return assemble_loops(plan(config), adapters[0], start_of(adapters), learner, range(config.clients))
+        note = (
+            f"learner: {type(trainers[0]).__name__} of every client, one after another: a round takes as long as the "
+            "local steps of all clients together"
+        )
+        return assemble_loops(plan(config), adapters[0], start_of(adapters), learner, range(config.clients), note)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within the block the Trainers take the local steps that are asked of them."""
-        for loop in self._loops:
-            loop.start()
+        started: list[_TrainerLoop] = []
         try:
+            for loop in self._loops:
+                started.append(loop)
+                loop.start()
             yield
         finally:
-            for loop in self._loops:
+            for loop in started:
                 loop.stop()
 
 
@@ -95,10 +99,11 @@ class _TurnHandover(Handover):
 
     def __init__(self):
         super().__init__()
-        self.turn = _Turn()
+        self.turn, self.waits = _Turn(), threading.Event()
 
     def take(self) -> Any:
         self.turn.end()
+        self.waits.set()
         try:
             return super().take()
         finally:
@@ -114,8 +119,9 @@ class _TrainerLoop:
         self._thread = threading.Thread(target=self._train, name="peerlora trainer", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it waits for the first job."""
+        """Start the thread, and return when it waits for the first job: no two Trainers work at a time."""
         self._thread.start()
+        self.handover.waits.wait()
 
     def stop(self) -> None:
         """End the training, and wait for that."""
@@ -166,3 +172,4 @@ class _TrainerLoop:
                 self.handover.abort(error)
         finally:
             self.handover.turn.end()
+            self.handover.waits.set()

@@ -19,12 +19,12 @@ _POLL = 1.0  # seconds between two looks whether the program is at its end
 class LoopEnded(Exception):
     """The loop is over before the rounds are; raised where a method waits for local steps.
 
-    ``steps``: those that it took since it last handed adapters over.
+    ``steps``: those that it took since it last handed adapters over; ``report``: what it logged meanwhile.
     """
 
-    def __init__(self, steps: int = 0):
+    def __init__(self, steps: int, report: LoopReport):
         super().__init__(f"the training loop is over, {steps} steps after its last exchange")
-        self.steps = steps
+        self.steps, self.report = steps, report
 
 
 class LoopFailed(PeerloraError):
@@ -96,7 +96,7 @@ class LoopReport:
 class Handover:
     """Jobs one way, reports the other, one at a time; whichever side ends wakes the other.
 
-    The method's side calls ``ask``, ``finish`` and ``fail``; the loop's side ``take``, ``give``, ``end`` and ``abort``.
+    The method's side calls ``ask``, ``finish`` and ``fail``; the loop's side ``take``, ``give``, ``check``, ``end`` and ``abort``.
     """
 
     def __init__(self):
@@ -113,6 +113,8 @@ class Handover:
         Raises LoopEnded where the loop is over, LoopFailed where it ended by an error or the program is at its end.
         """
         with self._changed:
+            if self._loop_over is not None:
+                raise self._loop_over
             self._job, self._report = job, None
             self._changed.notify_all()
             while self._report is None and self._loop_over is None:
@@ -151,9 +153,14 @@ class Handover:
             self._report = report
             self._changed.notify_all()
 
-    def end(self, steps: int) -> None:
-        """The loop is over, ``steps`` after its last report."""
-        self._close(LoopEnded(steps))
+    def check(self) -> None:
+        """Raise the method's error, with its traceback, where it has ended by one."""
+        if self._error is not None:
+            raise self._error
+
+    def end(self, steps: int, report: LoopReport) -> None:
+        """The loop is over, ``steps`` after its last report; this one tells what it logged since."""
+        self._close(LoopEnded(steps, report))
 
     def abort(self, error: BaseException) -> None:
         """The loop ended by an error."""

@@ -87,7 +87,9 @@ class LoopDriver:
                 f"{self._taken} optimiser steps since the last exchange, train.local_steps={job.steps}; call "
                 "peer.step() after every step of the optimiser"
             )
-        self._give(self.adapter.read())
+        report = self._report(self.adapter.read())
+        if self.group.speaks:
+            self.handover.give(report)
         self._next()
         return True
 
@@ -106,10 +108,12 @@ class LoopDriver:
 
     def end(self) -> None:
         """The loop is over: report what was logged last, or end the round under way; give back all that was changed."""
-        if self.over:
-            self._give(None)
-        else:
-            self.handover.end(self._taken)
+        report = self._report(None)
+        if self.group.speaks:
+            if self.over:
+                self.handover.give(report)
+            else:
+                self.handover.end(self._taken, report)
         self.release()
 
     def release(self) -> None:
@@ -119,13 +123,12 @@ class LoopDriver:
         self._hooks, self._job = [], None
         self._hold(BLOCKS)
 
-    def _give(self, flat: Tensor | None) -> None:
+    def _report(self, flat: Tensor | None) -> LoopReport:
         logs = {name: math.fsum(values) / len(values) for name, values in self._logged.items()}
         rate = float(self.optimizer.param_groups[0]["lr"])
         report = LoopReport(flat, self.total, rate, logs, self._scores, tuple(self._notes))
         self._logged, self._scores, self._notes = {}, None, []
-        if self.group.speaks:
-            self.handover.give(report)
+        return report
 
     def _next(self) -> None:
         while isinstance(job := self._shared_job(), EvaluateJob):
@@ -133,7 +136,7 @@ class LoopDriver:
             evaluate = self._evaluate
             assert evaluate is not None, "an evaluation is asked of a loop that has one"
             self.log({f"{EVALUATION}{name.removeprefix(EVALUATION)}": value for name, value in evaluate().items()})
-            self._give(None)
+            self.handover.give(self._report(None))
         self._taken, self._job = 0, None
         if isinstance(job, TrainJob):
             self._begin(job)
@@ -244,8 +247,8 @@ def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if type(optimizer).__module__.startswith("deepspeed") or not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(
             f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}; expected a "
-            "torch.optim.Optimizer, which steps on the model's own parameters: DeepSpeed keeps copies of them; use DDP, "
-            "or one process"
+            "torch.optim.Optimizer, which steps on the model's own parameters: DeepSpeed keeps copies of them; use "
+            "DDP, or one process"
         )
     return optimizer
 

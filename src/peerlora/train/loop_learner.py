@@ -18,7 +18,7 @@ from peerlora.errors import CompositionError, DivergenceError
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Evaluated, Warned
 from peerlora.train.base import LocalPlan, Scores, TrainStats
-from peerlora.train.handover import EvaluateJob, Handover, LastJob, LoggedScores, LoopReport, TrainJob
+from peerlora.train.handover import EvaluateJob, Handover, LastJob, LoggedScores, LoopEnded, LoopReport, TrainJob
 from peerlora.train.local_rules import Gradients, LocalRule, LocalStep
 from peerlora.train.loss_rules import LossRule
 from peerlora.train.row_scores import Measure
@@ -175,7 +175,10 @@ class LoopLearner:
         for row in range(x.clients):
             client = row if row < len(self.loops) else 0
             job = EvaluateJob(x.flat[row]) if self.asked else LastJob(x.flat[row])
-            report = self.loops[client].ask(job)
+            try:
+                report = self.loops[client].ask(job)
+            except LoopEnded as ended:  # before its rounds were over
+                report = ended.report
             scores = report.scores or (None if self.asked else self._newest[client])
             found.append(self._split(scores or LoggedScores({})) + (scores.rows if scores else 0,))
         names = set.intersection(*({*more} for _, _, more, _ in found))

@@ -119,8 +119,7 @@ class JoinedPeer:
         """The loop is over: end the run, write its results, and wait for that.  Raises the run's error, if any."""
         self.driver.end()
         self._join()
-        if self._thread is not None and self.driver.group.speaks:
-            self._handover.take()
+        self._handover.check()
 
     def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
         """See ``OwnLoop``."""
