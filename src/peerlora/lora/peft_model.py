@@ -93,6 +93,28 @@ class PeftAdapter:
         with without_peft_warnings():
             set_peft_model_state_dict(self.model, state, adapter_name=self.name)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is exchanged, by the names in PEFT's state dict, as copies on the CPU in fp32 or better."""
+        flat = self.read()
+        shared = {name: slot for name, slot in self.slots.items() if slot.start < self.spec.shared.stop}
+        return {name: self._part(flat, slot).clone() for name, slot in shared.items()}
+
+    def put_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put in what ``tensors`` gave, here or elsewhere.  Raises ModelError for other names, shapes or values."""
+        expected = self.tensors()
+        wrong = sorted(set(tensors) ^ set(expected)) or [
+            name for name, value in tensors.items() if value.shape != expected[name].shape or not value.isfinite().all()
+        ]
+        if wrong:
+            raise ModelError(
+                f"{wrong[0]} and {len(wrong) - 1} others of the tensors are not those of this adapter: missing, "
+                "unknown, of another shape or not finite; compare LoraConfig at both ends"
+            )
+        flat = self.read()
+        for name, value in tensors.items():
+            self._part(flat, self.slots[name]).copy_(value)
+        self.write(flat)
+
     def gradients(self, blocks: Collection[Block]) -> Float[Tensor, " parameter"]:
         """The gradients of these blocks on the CPU; zero elsewhere, and where a parameter has none."""
         flat = torch.zeros(self.spec.parameters, dtype=self.dtype)

@@ -86,7 +86,7 @@ class Evaluator:
             final=final,
             virtual_seconds=virtual_seconds,
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
-            metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
+            metrics={of: self._further(of, each) for of, each in found.scores().items() if each.metrics},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
         )
 

@@ -50,6 +50,14 @@ def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.
             f"adapter.head=frozen given, the PEFT model trains {adapter.spec.head[0][0]} in full; use "
             "adapter.head=mixed or private, or leave it out of LoraConfig(modules_to_save=...)"
         )
+    if not isinstance(config.adapter.rank, list) and config.adapter.rank not in (
+        RunConfig().adapter.rank,
+        adapter.rank,
+    ):
+        raise ConfigError(
+            f"adapter.rank={config.adapter.rank} given, the PEFT model has rank {adapter.rank}; make them equal, or drop "
+            "adapter.rank"
+        )
     found = {"alpha": float(adapter.config.lora_alpha), "rslora": bool(adapter.config.use_rslora)}
     unset = RunConfig().adapter
     for name, value in found.items():
@@ -125,12 +133,9 @@ def _no_rows() -> Dataset:
 def require_rank(config: RunConfig, adapter: PeftAdapter, client: int) -> None:
     """Raise ConfigError where a client's PEFT model has another rank than the config gives it."""
     given = config.ranks[client]
-    if given not in (adapter.rank, RunConfig().adapter.rank) or (
-        isinstance(config.adapter.rank, list) and given != adapter.rank
-    ):
+    if given != adapter.rank:
         raise ConfigError(
-            f"adapter.rank={given} given for client {client}, its PEFT model has rank {adapter.rank}; make them equal, "
-            "or drop adapter.rank where all have one rank"
+            f"adapter.rank={given} given for client {client}, its PEFT model has rank {adapter.rank}; make them equal"
         )
 
 

@@ -96,7 +96,8 @@ class LoopReport:
 class Handover:
     """Jobs one way, reports the other, one at a time; whichever side ends wakes the other.
 
-    The method's side calls ``ask``, ``finish`` and ``fail``; the loop's side ``take``, ``give``, ``check``, ``end`` and ``abort``.
+    The method's side calls ``ask``, ``finish`` and ``fail``; the loop's side ``take``, ``give``, ``check``, ``end`` and
+    ``abort``.
     """
 
     def __init__(self):
