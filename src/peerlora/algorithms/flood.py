@@ -90,6 +90,7 @@ class FLood(Stateful):
         },
         topology_reason="of its mixings push-sum alone, with beta above 0, can do with one-way links",
         looks_at_rows="it scores its own rows, and weighs them and itself by the scores",
+        own_loop="it weighs and scores rows, which only the loop has",
         positive_vectors=("c",),
         local_only=("scores",),  # of the own rows one by one; w and c go out with messages
     )

@@ -114,6 +114,8 @@ class Traits:
     """Why the optimiser's memory cannot outlast a round, with the default settings."""
     quiet: str | None = None
     """Why there can be no rounds at the end that exchange without training."""
+    own_loop: str | None = None
+    """Why a training loop of the user's own cannot take its local steps, where nothing else says so."""
     training_end: str | None = None
     """Why one client alone cannot end its training, where the state is the adapters and nothing else says so."""
     gradients: int = 1
@@ -154,6 +156,16 @@ class Traits:
         twice = "it takes two gradients of each minibatch, and the second would need noise of its own"
         return self.looks_at_rows or (twice if self.gradients > 1 else None)
 
+    def own_loop_refusal(self) -> str | None:
+        """Why a training loop of the user's own cannot take its local steps; None where it can."""
+        if self.sends == "pushes":
+            return "its clients keep no common rounds, and a loop exchanges at the end of its own"
+        if self.merges_into:
+            return "it merges products into the base model, which belongs to the loop"
+        if self.gradients > 1:
+            return "it looks at each minibatch at two places, and a loop shows it at one"
+        return self.own_loop
+
     def not_with(self) -> dict[str, str]:
         """What a config may ask for that the method does not go with, and why; of its topology see ``requires``."""
         flip, attack, preferred = self.refusal("label-flip"), self.refusal("attack"), self.sgd_preferred
@@ -164,6 +176,7 @@ class Traits:
             "adversary": flip or attack and f"all but label-flip: {attack}",
             "train.local_steps > 1": self.one_step,
             "train.quiet": self.quiet_refusal(),
+            "peerlora.join": self.own_loop_refusal(),
             "train.optimizer=adamw": self.sgd_only or preferred and f"only warned of: {preferred}",
             "privacy.unit=row": self.privacy_refusal("row"),
             "privacy.unit=client": self.privacy_refusal("client"),

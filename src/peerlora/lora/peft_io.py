@@ -57,9 +57,9 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     x, client = x.rows([client]), 0  # a run writes a folder of each, and what follows is for this one alone
     x = context.principal.subtracted(x) if context.principal else x
-    factors = _own_factors(x) if rank is None and x.merged is None else _whole_factors(x, rank, context)
+    factors = own_factors(x) if rank is None and x.merged is None else _whole_factors(x, rank, context)
     context = replace(context, facts={**context.facts, **factors.facts, **context.facts})
-    tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
+    tensors = lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
     full = [
@@ -89,9 +89,7 @@ def export_adapter(
     if context.labels:  # PEFT's config has no place for them
         names = {"id2label": dict(enumerate(context.labels))}
         (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    holds = f"Rank {factors.rank}, alpha {whole_number(factors.alpha)}, {len(factors.layers)} layers"
-    card = write_card(context.base_source, context.location, holds, context.facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(context, factors), encoding="utf-8")
     return folder
 
 
@@ -124,7 +122,8 @@ class Factors:
         return {name: self.alpha * (rank / self.rank) ** power for name, rank in self.rank_pattern.items()}
 
 
-def _own_factors(x: Adapters) -> Factors:
+def own_factors(x: Adapters) -> Factors:
+    """The factors of adapters of one client as they are, without ranks that are zero."""
     rank = int(x.ranks[0])
     layers = {name: _without_zeros(x.B[name][0, :, :rank], A[0, :rank]) for name, A in x.A.items()}
     return Factors(layers, rank, x.spec.alpha, {}, x.spec.rslora)
@@ -179,7 +178,8 @@ def _cut_facts(rank: int, left_out: float, size: float) -> dict[str, str]:
     return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": told}
 
 
-def _lora_tensors(factors: Factors) -> dict[str, Tensor]:
+def lora_tensors(factors: Factors) -> dict[str, Tensor]:
+    """The factors by their names in an adapter folder."""
     tensors = {}
     for name, (B, A) in factors.layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
@@ -212,3 +212,9 @@ def _sort_config(path: Path) -> None:
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adapter_card(context: ExportContext, factors: Factors) -> str:
+    """The README.md of an adapter folder."""
+    holds = f"Rank {factors.rank}, alpha {whole_number(factors.alpha)}, {len(factors.layers)} layers"
+    return write_card(context.base_source, context.location, holds, context.facts)

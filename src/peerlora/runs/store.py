@@ -16,7 +16,7 @@ which a neighbour may have spoiled, that is marked, and a resumed run goes on fr
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -168,9 +168,11 @@ class RunStore:
         with self.writing():
             return self._checkpoints.mark_diverged(round)
 
-    def load_checkpoint(self) -> Checkpoint | None:
-        """Load the newest checkpoint that is whole; see ``Checkpoints``."""
-        return self._checkpoints.load()
+    def load_checkpoint(
+        self, unfit: "Callable[[Mapping[str, torch.Tensor]], str]" = lambda tensors: ""
+    ) -> Checkpoint | None:
+        """Load the newest checkpoint that is whole and fits; see ``Checkpoints``."""
+        return self._checkpoints.load(unfit)
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""

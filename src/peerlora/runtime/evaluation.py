@@ -83,12 +83,12 @@ class Evaluator:
         relayed = found.relayed_models
         return Evaluated(
             round=done,
-            rows=len(found.rows),
+            rows=found.own.rows,
             seconds=time.perf_counter() - began,
             final=final,
             virtual_seconds=virtual_seconds,
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
-            metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
+            metrics={of: self._further(of, each) for of, each in found.scores().items() if each.metrics},
             by_name=self._by_name(found) if final else {},
             privacy=self.learner.privacy.spent() if self.learner.privacy else {},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},

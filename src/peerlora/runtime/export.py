@@ -24,6 +24,7 @@ from peerlora.files import atomic_file, sync_tree
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext, export_adapter
+from peerlora.lora.peft_model import PeftAdapter
 from peerlora.runs.json_files import read_json
 from peerlora.runs.metrics import find_start, scores_of, worst_of
 from peerlora.runs.privacy_summary import privacy_card
@@ -58,7 +59,7 @@ class Exporter:
     """Those held in the run's folder."""
     layout: Adapters
     """Adapters as the run's method keeps them; their values do not count."""
-    model: StackedModel
+    model: StackedModel | PeftAdapter
     context: ExportContext
 
     def write(
@@ -80,7 +81,10 @@ class Exporter:
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
         private = privacy_card(summary, None if isinstance(client, str) else list(self.clients).index(client))
         facts = told | {"client": client} | reached | private | dict(told_too or {})
-        export_adapter(folder, x, row, self.model, replace(self.context, facts=facts), rank)
+        context = replace(self.context, facts=facts)
+        if isinstance(self.model, PeftAdapter):  # a training loop's, which reads its rows in its own way
+            return self.model.export(folder, x, row, context)
+        export_adapter(folder, x, row, self.model, context, rank)
         Reading.of(self.config).write(folder)
         return folder
 
@@ -106,6 +110,11 @@ def exporter_of(run: Path) -> Exporter:
 
     Raises ModelError where the base model is gone.
     """
+    if read_facts(run).get("loop"):
+        raise RunError(
+            f"{run} was trained by a loop of your own, whose base model is not known here; its adapters are in "
+            f"{run / 'adapters'}, a PEFT folder each"
+        )
     config, named = config_of(run)
     held = clients_of(run)
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held

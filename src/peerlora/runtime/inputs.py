@@ -12,6 +12,7 @@ import numpy as np
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
+from peerlora.lora.peft_model import PeftAdapter
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
 from peerlora.train.kernels.speed import Speed
@@ -41,7 +42,7 @@ def facts_of(federation: Federation) -> dict[str, Any]:
         "classes": list(federation.train_data.names),
         "base": federation.export.location,
         "speed": {"dtype": federation.speed.dtype, "packed": federation.speed.packed},
-    }
+    } | ({"loop": True} if isinstance(federation.model, PeftAdapter) else {})
 
 
 def speed_of(facts: Mapping[str, Any], config: RunConfig) -> Speed:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from peerlora.algorithms.base import AsynchronousAlgorithm
 from peerlora.config.run import RunConfig
+from peerlora.errors import RunError
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.runs.report import ReportWriter
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
@@ -18,6 +20,7 @@ from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.participation import AllClients
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
+from peerlora.runtime.sequential import SequentialLearner
 from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.runtime.trainer import Result, Sink, Trainer
 
@@ -31,22 +34,28 @@ def simulate(
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     report: bool = True,
+    learner: SequentialLearner | None = None,
 ) -> Result:
     """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
 
     Each of ``sinks`` takes every event, in order, after the run folder; ``stop`` is asked after every round and, when
     true, a checkpoint is written and Stopped raised.  Without ``report`` no report.html is drawn at the end, which
-    takes about a second; ``runs.report.write_report`` does it later.  Nothing is written before everything has been
+    takes about a second; ``runs.report.write_report`` does it later.  ``learner``: Trainers that take the local steps,
+    in place of our own learner.  Nothing is written before everything has been
     loaded and checked.
     """
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
     use_threads(config)
-    federation = compose(config, resources=resources, partitioner=partitioner)
-    facts = run_facts(config, partitioner, inputs=facts_of(federation))
+    if learner is not None:
+        federation = learner.federation(config)
+    else:
+        federation = compose(config, resources=resources, partitioner=partitioner)
+    facts = run_facts(federation.config, partitioner, inputs=facts_of(federation))
     with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
-        return build_trainer(federation, store, sinks, stop, report).run()
+        with learner.running() if learner is not None else nullcontext():
+            return build_trainer(federation, store, sinks, stop, report).run()
 
 
 def resume(
@@ -65,6 +74,11 @@ def resume(
     data, base model or start adapter that changed since.
     """
     with RunStore.open(folder) as store:
+        if store.facts.get("loop"):
+            raise RunError(
+                f"{store.folder} was trained by loops of your own, whose optimisers and rows no checkpoint holds; "
+                "start a new run with another --out"
+            )
         config = stored_config(store)
         check_same(config, expected(config), store, partitioner)
         use_threads(config)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.selection import BestRounds, Selection, stop_notice
 from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.runtime.wall_clock import WallClock
+from peerlora.train.handover import LoopEnded
 from peerlora.train.schedule import rate
 from peerlora.tree import leaves, rebuild
 
@@ -41,6 +42,18 @@ Sink = Callable[[Event], None]
 """Takes every event of a run, in order."""
 
 
+@dataclass(frozen=True)
+class CheckpointRule:
+    """When a run writes checkpoints, and which of them a resumed run goes on from."""
+
+    due: Callable[[int], bool]
+    """Whether to write one after so many rounds."""
+    unfit: Callable[[Mapping[str, Tensor]], str] = lambda tensors: ""
+    """Why a checkpoint with these tensors does not fit; an empty string where it does."""
+    or_newest: bool = False
+    """Whether to go on from the newest where none fits; else from the start."""
+
+
 class Trainer:
     """One run in its folder, for the clients held here.
 
@@ -49,7 +62,8 @@ class Trainer:
 
     ``rounds`` advances these clients by one round, ``participation`` finds the others.  The store takes every event
     first, then the ``sinks`` in order.  ``stop`` is asked after every round; when it is true, a checkpoint is written
-    and Stopped raised.
+    and Stopped raised.  ``checkpoints``: when they are written, by default every
+    ``checkpoint.every`` rounds, and which can be gone on from.
     """
 
     def __init__(
@@ -60,9 +74,11 @@ class Trainer:
         store: RunStore,
         sinks: Sequence[Sink] = (),
         stop: Callable[[], bool] = lambda: False,
+        checkpoints: CheckpointRule | None = None,
     ):
         self.federation, self.rounds, self.participation = federation, rounds, participation
         self.store, self.sinks, self.stop = store, (store.emit, *sinks), stop
+        self.checkpoints = checkpoints or CheckpointRule(lambda done: done % federation.config.checkpoint.every == 0)
         self.config, self.algorithm, self.learner = federation.config, federation.algorithm, federation.learner
         self.evaluator = Evaluator(federation, participation)
         self.best = _best_rounds(federation)
@@ -95,14 +111,19 @@ class Trainer:
                 self._save(t, state)
             if t == rounds:
                 break
-            state = self._round(t, state)
+            try:
+                state = self._round(t, state)
+            except LoopEnded as ended:
+                self._emit(Warned(describe_end(ended, done, rounds)))
+                self._save(done, state)
+                break
             done = t + 1
             if self.wall_clock.look() and done < rounds:
                 self._emit(Warned(self.wall_clock.describe(done, rounds)))
             if done % self.config.eval.every == 0 and done < rounds and not self.wall_clock.ended:
                 self._evaluate(done, state, final=False)
             stopping = self.stop() and done < rounds and not self.wall_clock.ended
-            if done % self.config.checkpoint.every == 0 or done == rounds or stopping or self.wall_clock.ended:
+            if self.checkpoints.due(done) or done == rounds or stopping or self.wall_clock.ended:
                 self._save(done, state)
             if stopping:
                 command = self.participation.resume_command(self.store.folder)
@@ -114,6 +135,7 @@ class Trainer:
             state, result = self.rounds.advance(t, state)
         except DivergenceError as error:
             raise self._diverged(t, str(error)) from None
+        self._emit(*result.events)
         began = time.perf_counter()
         event = RoundDone(
             round=t,
@@ -159,6 +181,8 @@ class Trainer:
 
     def _evaluate(self, done: int, state: State, final: bool) -> RelayedModels | None:
         """Evaluate the clients' models, and return their relayed ones."""
+        if self.learner.logs_evaluations and not final:
+            return None
         began = time.perf_counter()
         found = self.evaluator.evaluate(self.algorithm.model(state), final)
         fresh = self._select(done, found, final)
@@ -167,7 +191,9 @@ class Trainer:
         if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
         loss = found.own.loss[self.federation.honest_rows]
-        if final and not np.isfinite(loss).all():  # no training follows that would show it
+        if (
+            final and not self.learner.logs_evaluations and not np.isfinite(loss).all()
+        ):  # no training follows to show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return found.relayed_models
 
@@ -210,7 +236,9 @@ class Trainer:
 
     def _restore(self, start: State) -> tuple[int, State]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
-        checkpoint = self.store.load_checkpoint()
+        checkpoint = self.store.load_checkpoint(self.checkpoints.unfit)
+        if checkpoint is None and self.checkpoints.or_newest:
+            checkpoint = self.store.load_checkpoint()
         if self.privacy:
             self.privacy.restore(checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries())
         self.store.rewind(checkpoint)
@@ -295,6 +323,12 @@ def _best_rounds(federation: Federation) -> BestRounds | None:
     selection = Selection.of_run(federation.config, federation.learner.task)
     clients, patience = federation.exchange.clients, federation.config.eval.patience
     return selection and BestRounds(selection, patience, clients, federation.honest_rows)
+
+
+def describe_end(ended: LoopEnded, done: int, rounds: int) -> str:
+    """Say after how many rounds a training loop was over, and what of its steps was not exchanged."""
+    lost = f"; its last {ended.steps} steps are in its own model only" if ended.steps else ""
+    return f"the training loop ended after {done} of {rounds} rounds, and so does the run{lost}"
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block, parse_blocks
+from peerlora.runs.events import Event
 from peerlora.train.backward_depth import BackwardDepth
 from peerlora.train.local_rules import LocalRule
 
 if TYPE_CHECKING:
     from peerlora.config.train import TrainConfig
     from peerlora.data.dataset import Dataset
+    from peerlora.train.loss_rules import LossRule
     from peerlora.train.privacy import PrivateTraining
     from peerlora.train.row_scores import Measure
-    from peerlora.train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class TrainStats:
 
     losses: Float[Tensor, " client"]
     """Mean training loss of the last ``fit``; NaN for clients that did not train."""
+    measures: dict[str, list[float]] = field(default_factory=dict)
+    """Name -> what each client's own training loop has logged."""
+    events: list[Event] = field(default_factory=list)
+    """Evaluations and warnings of training loops of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,27 @@ class Learner(Protocol):
     ([[0.0, 1.0], [0.0, 3.0]], [17.0, 9.0])
     """
 
-    settings: TrainConfig
-    task: Task
+    task: Any
+    """A ``Task``; of a training loop of the user's own a ``LoopTask``, which has a metric alone."""
+    loss_rules: tuple[LossRule, ...]
+    """What is changed between logits and losses in training, in this order."""
     step_seconds: Float[Tensor, " client"] | None
     """Seconds that each client's local step takes in this round, on a virtual clock; None without one."""
     privacy: PrivateTraining | None
     """What makes local training differentially private; None: nothing does."""
+
+    @property
+    def settings(self) -> TrainConfig:
+        """What local steps are taken with."""
+        ...
+
+    @property
+    def logs_evaluations(self) -> bool:
+        """Whether evaluations come with rounds, as a training loop of the user's own logs them, and are not asked for.
+
+        Then ``evaluate`` is asked at the end only.
+        """
+        ...
 
     def round(
         self,

@@ -59,6 +59,8 @@ class StackedLearner:
     A ``fit`` outside a round draws as in round 0.
     """
 
+    logs_evaluations = False
+
     def __init__(
         self,
         model: StackedModel,

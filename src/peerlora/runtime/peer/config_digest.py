@@ -28,10 +28,11 @@ _NEWER_DATA = {name: DataConfig.model_fields[name].default for name in (*_READIN
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
-def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
+def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | None = None) -> dict[str, str]:
     """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
 
-    Where data lie is left out if every site has its own; the model has a hash of its own.
+    Where data lie is left out if every site has its own; the model has a hash of its own.  ``start_digest``: of the
+    adapter to start from, where that is no file.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
@@ -40,7 +41,7 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
         del tree["exchange"]["relay"]
     tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
-    tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
+    tree["adapter.start"] = start_digest if start is None else _file(Path(start) / "adapter_model.safetensors")
     tree["data"] = _without_defaults(tree["data"], _NEWER_DATA)
     if config.partition.kind == "own":
         read = {name: tree["data"][name] for name in _READING if name in tree["data"]}

@@ -20,7 +20,7 @@ from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.network.transport.reload import reload_on_change
 from peerlora.runtime.peer.checks import plan_peer, sums_known
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.train import finished, train_peer
+from peerlora.runtime.peer.train import OwnLoop, finished, train_peer
 from peerlora.runtime.trainer import Result, Sink
 
 
@@ -34,13 +34,14 @@ def run_peer(
     listen: str | None = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
+    loop: OwnLoop | None = None,
 ) -> Result:
     """Take part in a run as the site whose identity this is, with the others on the member list.
 
     A renewed certificate or a newer list is taken up when its file is replaced.
 
     ``resume``: go on with the run in ``out``, or begin one there where there is none yet.  ``listen``: host:port to
-    open in place of the port of the own address on all of the machine's addresses.
+    open in place of the port of the own address on all of the machine's addresses.  ``loop``: as in `train_peer`.
     """
     if resume and out is None:
         raise ConfigError("--resume given without --out; name the folder of the run to go on with")
@@ -67,6 +68,7 @@ def run_peer(
                 sinks=sinks,
                 stop=stop,
                 notices=ExpiryWatch(transport.ends_of_validity),
+                loop=loop,
             )
     finally:
         audit.close()

@@ -62,7 +62,7 @@ class SynchronousPeer(PeerParticipation):
         self._shared: dict[str, Tensor] | None = None
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
-        hashes = section_hashes(config, federation.train_data.names)
+        hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
         control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind])
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
         self.exchange = NeighbourExchange(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.run import RunConfig
@@ -24,8 +25,23 @@ from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.relayed_export import relayed_adapters
 from peerlora.runtime.resources import RunResources, load_resources
-from peerlora.runtime.trainer import Result, Sink, Trainer
+from peerlora.runtime.trainer import CheckpointRule, Result, Sink, Trainer
 from peerlora.train.kernels.speed import Speed
+
+
+class OwnLoop(Protocol):
+    """A training loop of the user's own, as far as a peer's run depends on it."""
+
+    checkpoints: CheckpointRule | None
+    """None: as the config says."""
+
+    def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
+        """Build the Federation; ``begun``: the folder of a run that goes on."""
+        ...
+
+    def keep_start(self, folder: Path) -> None:
+        """Keep what the run begins with in its folder."""
+        ...
 
 
 def train_peer(
@@ -40,10 +56,12 @@ def train_peer(
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     notices: Callable[[], Sequence[str]] = lambda: (),
+    loop: OwnLoop | None = None,
 ) -> Result:
     """Train as one client of a federation, over a transport whose event loop is ``thread``.
 
-    ``notices`` returns warnings of this site that are due, once a round.  With ``resume``, go on from the newest
+    ``notices`` returns warnings of this site that are due, once a round.  ``loop``: the training loop that takes the
+    local steps, where it is the user's own.  With ``resume``, go on from the newest
     checkpoint in ``out``; a finished run is not touched.  Raises RunError when every neighbour refuses.
     """
     begun = Path(out) if resume and out is not None else None
@@ -58,15 +76,23 @@ def train_peer(
         with RunStore.open(begun) as store:
             stored = stored_config(store)
             check_same(stored, config, store, None)
-            federation = _assembled(planned, stored.threads, resources, site, speed_of(store.facts, stored))
+            if loop is not None:
+                federation = loop.assemble(planned, site.client, begun)
+            else:
+                federation = _assembled(planned, stored.threads, resources, site, speed_of(store.facts, stored))
             check_inputs(store, federation)
-            return _run(federation, site, transport, thread, store, sinks, stop, notices, resumed=True)
+            return _run(federation, site, transport, thread, store, sinks, stop, notices, loop, resumed=True)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
-    federation = _assembled(planned, resolve_threads(config.threads), resources, site)
+    if loop is not None:
+        federation = loop.assemble(planned, site.client, None)
+    else:
+        federation = _assembled(planned, resolve_threads(config.threads), resources, site)
     facts = run_facts(federation.config, held=[site.client], inputs=facts_of(federation))
     with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
-        return _run(federation, site, transport, thread, store, sinks, stop, notices, resumed=False)
+        if loop is not None:
+            loop.keep_start(folder)
+        return _run(federation, site, transport, thread, store, sinks, stop, notices, loop, resumed=False)
 
 
 def finished(config: RunConfig, folder: Path) -> Result | None:
@@ -108,10 +134,12 @@ def _run(
     sinks: Sequence[Sink],
     stop: Callable[[], bool],
     notices: Callable[[], Sequence[str]],
+    loop: OwnLoop | None,
     resumed: bool,
 ) -> Result:
     kind = AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer
     with kind(federation, site, transport, thread, store) as peer:
         peer.stop, peer.notices = stop, notices
         every = (*sinks, ReportWriter(store.folder))
-        return Trainer(peer.federation, peer.rounds, peer, store, every, stop).run(resumed)
+        checkpoints = loop.checkpoints if loop is not None else None
+        return Trainer(peer.federation, peer.rounds, peer, store, every, stop, checkpoints).run(resumed)
