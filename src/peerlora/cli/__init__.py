@@ -22,6 +22,7 @@ from peerlora.cli import (
     show,
     topology,
     train,
+    watch,
 )
 from peerlora.errors import PeerloraError
 
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, show)
+commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, show, watch)
 for module in (*commands, export, merge, predict, push, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
 app.add_typer(identity.app, name="identity")

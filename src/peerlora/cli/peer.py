@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from peerlora.cli.options import AsJson, Out, Overrides, print_json
+from peerlora.cli.watch import Watch, watched
 
 Identity = Annotated[Path, typer.Option("--identity", help="folder with this site's key and certificate")]
 Members = Annotated[Path, typer.Option("--members", help="the consortium's signed member list")]
@@ -31,6 +32,7 @@ def command(
         typer.Option("--metrics", help="host:port for /metrics, /healthz and /readyz, such as 127.0.0.1:9464"),
     ] = None,
     log: Log = "plain",
+    watch: Watch = False,
     json: AsJson = False,
 ) -> None:
     """Train as one site of a real federation, with the other sites on the member list."""
@@ -40,12 +42,15 @@ def command(
     from peerlora.cli.progress import print_summary, stop_on_interrupt
     from peerlora.config.loading import load_config
     from peerlora.network.transport import quiet_grpc
+    from peerlora.runs.resume import default_folder
 
     quiet_grpc()
     progress = open_log(log)
     wanted = load_config(config, words or [])
     ended = resume and out is not None and (Path(out) / "summary.json").is_file()
-    with progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
+    if watch and out is None:
+        out = default_folder(wanted)  # known before the run begins
+    with watched(watch, out), progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
         from peerlora.runtime.peer.participation import check_quorum
         from peerlora.runtime.peer.run import run_peer
 
