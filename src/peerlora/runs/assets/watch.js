@@ -112,7 +112,7 @@ function options(width, height, series, extra = {}) {
   const looks = series.map((s) => ({ label: s.label, value: s.value, scale: "y", spanGaps: true, width: s.thin ? 1 : s.edge ? 0 : s.width || 2, dash: s.dash, show: true,
     stroke: s.thin ? (String(s.client) === chosen ? css("--worst") : css("--thin")) : s.edge ? css("--thin") : css(s.line), points: { show: (u) => u.data[0].length < 26 && !s.thin && !s.edge } }));
   return { width, height, scales: { x: { time: false }, y: extra.log ? { distr: 3 } : { range: extra.zero ? (u, min, max) => [0, (max || 1) * 1.05] : undefined } },
-    axes: [{ ...axis, label: "round", labelSize: 18, labelFont: "12px system-ui, sans-serif" }, { ...axis, size: 62, values: (u, splits) => splits.map((v) => (v === null ? "" : extra.format ? extra.format(v) : small(v))) }],
+    axes: [axis, { ...axis, size: 62, values: (u, splits) => splits.map((v) => (v === null ? "" : extra.format ? extra.format(v) : small(v))) }],
     series: [{ label: "round", value: (_, v) => (v === null ? "–" : String(v)) }, ...looks], bands: extra.bands, cursor: { focus: { prox: 24 }, drag: { x: true, y: false } }, focus: { alpha: 0.35 }, legend: { live: true } };
 }
 
@@ -122,7 +122,8 @@ function plot(id, label, series, data, extra = {}) {
   if (plots[id] && plots[id].shape === shape) { plots[id].chart.setData(data); return; }
   if (plots[id]) plots[id].chart.destroy();
   const chart = new uPlot(options(width, height, series, extra), data, box);
-  if (series.length > 12) chart.root.querySelector(".u-legend").hidden = true;
+  const rows = chart.root.querySelectorAll(".u-legend .u-series"), many = series.filter((s) => s.thin).length > (innerWidth < 600 ? 0 : 12);
+  series.forEach((s, i) => { rows[i + 1].hidden = (s.thin && many) || s.edge; });
   box.setAttribute("role", "img");
   box.setAttribute("aria-label", label);
   plots[id] = { chart, shape };
@@ -130,7 +131,7 @@ function plot(id, label, series, data, extra = {}) {
 
 function drawPlots() {
   const scored = sorted(state.score), lost = sorted(state.loss), rounds = sorted(state.rounds);
-  $("score-title").textContent = `${state.meta.metric} of the clients' own models`;
+  $("score-title").textContent = `${state.meta.metric} of the clients' own models, by round`;
   $("score-hint").textContent = `${state.meta.higher ? "Higher" : "Lower"} is better. Drag to zoom, double click to see all.`;
   if (scored.length) withClients("score", `${state.meta.metric} by round; latest mean ${fixed(scored.at(-1).mean)}`, scored);
   if (lost.length) withClients("loss", `training loss by round; latest mean ${fixed(lost.at(-1).mean)}`, lost);
@@ -164,6 +165,7 @@ function drawGraph() {
   const key = JSON.stringify([clients, now, status, chosen, standing.state]);
   if ($("graph").dataset.key === key) return;
   $("graph").dataset.key = key;
+  $("graph-hint").textContent = clients <= FEW ? "Moving links: the last round; thin ones: the rounds before it." : "One square a client: the stronger its colour, the larger its loss.";
   clients <= FEW ? drawCircle(clients, rounds, now, status, busy) : drawField(clients, now, status, busy);
 }
 
