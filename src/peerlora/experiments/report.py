@@ -25,7 +25,7 @@ from peerlora.experiments.tables import (
     row_cells,
 )
 from peerlora.files import atomic_file
-from peerlora.runs.report import picture_html, table_html, write_page
+from peerlora.runs.page import picture_html, table_html, write_page
 
 
 def write_grid_report(

@@ -55,7 +55,7 @@ class PageServer:
 
     def run(self) -> None:
         """Serve until the process is interrupted."""
-        import uvicorn
+        import uvicorn  # pyright: ignore[reportMissingImports]
 
         config = uvicorn.Config(
             self.app(), log_level="warning", access_log=False, lifespan="on", ws="none", timeout_graceful_shutdown=1
@@ -64,8 +64,8 @@ class PageServer:
 
     def app(self) -> Any:
         """The application, which answers GET only."""
-        from starlette.applications import Starlette
-        from starlette.routing import Route
+        from starlette.applications import Starlette  # pyright: ignore[reportMissingImports]
+        from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -104,7 +104,7 @@ class PageServer:
         return self._file(request, name, _ASSETS[name]) if name in _ASSETS else _refused()
 
     def _file(self, request: Any, name: str, kind: str) -> Any:
-        from starlette.responses import Response
+        from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
         if not self._admits(request):
             return _refused()
@@ -112,7 +112,7 @@ class PageServer:
         return Response(body, media_type=kind, headers=_HEADERS)
 
     async def _client(self, request: Any) -> Any:
-        from starlette.responses import Response
+        from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
         source = self._source(request)
         if not self._admits(request) or not isinstance(source, RunSource):
@@ -134,7 +134,7 @@ class PageServer:
         return self.cells.setdefault(name, RunSource(self.source.folder / name))
 
     async def _events(self, request: Any) -> Any:
-        from starlette.responses import StreamingResponse
+        from starlette.responses import StreamingResponse  # pyright: ignore[reportMissingImports]
 
         source = self._source(request)
         if not self._admits(request) or source is None:
@@ -201,7 +201,7 @@ def _dump(body: dict[str, Any]) -> str:
 
 
 def _refused() -> Any:
-    from starlette.responses import PlainTextResponse
+    from starlette.responses import PlainTextResponse  # pyright: ignore[reportMissingImports]
 
     return PlainTextResponse("not found\n", 404)
 

@@ -207,7 +207,7 @@ class LiveRun:
 
     def _final(self, rows: int, own: Sequence[float | None], held: Sequence[int]) -> None:
         """Keep an evaluation on other rows apart from the curves; that of several peers is put together."""
-        all_rows = self.final["own"] if self.final else [None] * self.loss.clients
+        all_rows: Row = self.final["own"] if self.final else [None] * self.loss.clients
         for client, value in zip(held or range(len(all_rows)), own, strict=False):
             all_rows[client] = value
         known = [each for each in all_rows if each is not None]

@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str) -> tuple[int, str, bytes]:
         metrics = self.server.metrics
         if path == "/metrics":
-            from prometheus_client.exposition import choose_encoder
+            from prometheus_client.exposition import choose_encoder  # pyright: ignore[reportMissingImports]
 
             encode, kind = choose_encoder(self.headers.get("Accept", ""))
             return 200, kind, encode(metrics.registry)

@@ -37,7 +37,7 @@ class PeerMetrics:
 
     def __init__(self, folder: Path, ends: Callable[[], Ends] = dict, clock: Callable[[], datetime] = utc_now):
         need_extra("metrics")
-        from prometheus_client import CollectorRegistry
+        from prometheus_client import CollectorRegistry  # pyright: ignore[reportMissingImports]
 
         self.registry = CollectorRegistry()
         self.ends, self.clock = ends, clock
@@ -53,7 +53,7 @@ class PeerMetrics:
             )
 
     def _build(self) -> None:
-        from prometheus_client import Counter, Gauge, Histogram, Info
+        from prometheus_client import Counter, Gauge, Histogram, Info  # pyright: ignore[reportMissingImports]
 
         def made(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
             return kind(f"peerlora_{name}", text, labels, registry=self.registry, **options)
