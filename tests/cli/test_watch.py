@@ -252,3 +252,13 @@ class TestInABrowser:
         until(page, "document.getElementById('one-title').textContent === 'client 999'")
         time.sleep(0.1)
         assert page.evaluate("plots.loss.chart.series.length") == 6  # round, band of two, mean, worst, the client
+
+
+def test_show_lists_the_trials_of_a_comparison(cli, config, tmp_path):
+    for name in ("adf__seed-0", "adf__seed-1"):
+        folder = write(tmp_path / "cmp" / "cells" / name, events(4, 10))
+        (folder / "config.yaml").write_text(config().to_yaml())
+    (tmp_path / "cmp" / "grid.yaml").write_text("")
+    answer = cli("show", tmp_path / "cmp")
+    assert answer.code == 0, answer.err
+    assert "adf__seed-0" in answer.out and "adf__seed-1: not finished, 10 of 3 rounds" in answer.out
