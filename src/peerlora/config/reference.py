@@ -51,6 +51,7 @@ SEE = {
     "clock": "[virtual time](virtual-time.md)",
     "peer": "[real peers](real-peers.md)",
     "privacy": "[privacy](privacy.md)",
+    "track": "[trackers](watching.md#trackers)",
 }
 """Section -> pages that say more."""
 

@@ -29,6 +29,7 @@ from peerlora.config.sections import (
     TrainConfig,
 )
 from peerlora.config.task_kinds import TaskKind, task_kind
+from peerlora.config.tracking import TrackConfig
 from peerlora.plugins import METHODS
 
 
@@ -59,6 +60,7 @@ class RunConfig(Section):
     clock: ClockConfig | None = None
     """Virtual time: {speed: [1, 0.1, ...], deadline: 30}; null: count rounds only."""
     peer: PeerConfig = PeerConfig()
+    track: TrackConfig = TrackConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU (not yet measured)."""
     threads: Positive | None = None
@@ -78,6 +80,12 @@ class RunConfig(Section):
     @classmethod
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _words_are_trackers(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
+        return {"to": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _one_per_client(self):

@@ -11,6 +11,7 @@ from matplotlib.ticker import ScalarFormatter
 from peerlora.display import byte_unit
 from peerlora.experiments.statistics import Outcome
 from peerlora.runs import figures
+from peerlora.runs.chart import Chart, Line
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
 from peerlora.runs.metrics import evaluations, find_start, select_events
@@ -184,7 +185,24 @@ def _lines(
             if apart:
                 axes.plot(x[-1:], y.mean(0)[-1:], "D", color=colour, markersize=6.0)
     note = "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if apart else ""
-    return Picture(title, out.getvalue(), [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")], note)
+    legend = [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")]
+    return Picture(title, out.getvalue(), legend, note, chart=_seeds_chart(lines, xlabel, apart))
+
+
+def _seeds_chart(lines: Mapping[str, Curve], xlabel: str, apart: bool) -> Chart:
+    """The mean over seeds of every line, and every seed; points where the last evaluation is on other rows."""
+    found = []
+    for (label, (x, y)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
+        line = slice(None, -1 if apart else None)
+        seeds = y if len(y) > 1 else []
+        found += [
+            Line(f"{label}, seed {number + 1}", colour, "thin", x[line], each[line])
+            for number, each in enumerate(seeds)
+        ]
+        found.append(Line(label, colour, "thick", x[line], y.mean(0)[line]))
+        if apart:
+            found.append(Line(f"{label}, all rows", colour, "points", x[-1:], y.mean(0)[-1:]))
+    return Chart(found, xlabel)
 
 
 def _ends_on_other_rows(events: Sequence[Event]) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from peerlora.config.run import RunConfig
 from peerlora.experiments.comparison import MAIN, Comparison
-from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Estimate, Line, Outcome
@@ -25,13 +24,15 @@ from peerlora.experiments.tables import (
     row_cells,
 )
 from peerlora.files import atomic_file
-from peerlora.runs.report import picture_html, table_html, write_page
+from peerlora.runs.figures import Picture
+from peerlora.runs.page import picture_html, table_html, write_page
 
 
 def write_grid_report(
     result: Comparison,
     outcomes: Sequence[Outcome],
     searched: Sequence[Outcome],
+    pictures: Sequence[Picture],
     grid: str,
     configs: Mapping[str, RunConfig],
     published: str | None,
@@ -47,8 +48,7 @@ def write_grid_report(
     body += [_differences(result), _diverged([*outcomes, *searched])]
     rates = sorted({each.rate for each in searched})
     body += [_published(result, paper, configs, rates, seeds) for paper in find_papers(configs.values(), published)]
-    axis = next(iter(result.baseline), None)
-    body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
+    body += ["<h2>Figures</h2>", *map(picture_html, pictures)]
     body += [*_searched(result), _grid(grid)]
     with atomic_file(result.folder / "report.html") as temporary:
         write_page(temporary, f"{len(result.lines)} settings compared", body)

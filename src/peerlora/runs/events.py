@@ -100,6 +100,8 @@ class RoundDone:
     """Clients without part in this synchronous round: late or away."""
     missed: dict[str, str] = field(default_factory=dict)
     """Neighbour -> why its link was not used, for real peers."""
+    behind: int | None = None
+    """Rounds by which the foremost neighbour present is ahead, for real peers with common rounds; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, RunError
 from peerlora.runs.store import RunStore, new_folder
 
-_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull", "peer.audit_days", "peer.quorum")  # not what is trained
+_MAY_CHANGE = (
+    *("peer.deadline", "peer.join", "peer.pull", "peer.audit_days", "peer.quorum"),
+    *("track.to", "track.project", "track.group", "track.adapters"),
+)  # not what is trained
 
 
 def default_folder(config: RunConfig) -> Path:

@@ -14,6 +14,7 @@ from peerlora.exchange.stacked import StackedExchange
 from peerlora.runs.report import ReportWriter
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
+from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
 from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
@@ -22,6 +23,7 @@ from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.sequential import SequentialLearner
 from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.runtime.tracking import tracked_sinks
 from peerlora.runtime.trainer import Result, Sink, Trainer
 
 
@@ -46,6 +48,7 @@ def simulate(
     """
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
+    check_trackers(config)
     config = config.model_copy(update={"threads": resolve_threads(config.threads)})
     use_threads(config)
     if learner is not None:
@@ -53,9 +56,12 @@ def simulate(
     else:
         federation = compose(config, resources=resources, partitioner=partitioner)
     facts = run_facts(federation.config, partitioner, inputs=facts_of(federation))
-    with RunStore.create(folder, federation.config.to_yaml(), facts) as store:
-        with learner.running() if learner is not None else nullcontext():
-            return build_trainer(federation, store, sinks, stop, report).run()
+    with (
+        RunStore.create(folder, federation.config.to_yaml(), facts) as store,
+        tracked_sinks(federation.config, store, sinks) as every,
+        learner.running() if learner is not None else nullcontext(),
+    ):
+        return build_trainer(federation, store, every, stop, report).run()
 
 
 def resume(
@@ -80,12 +86,15 @@ def resume(
                 "start a new run with another --out"
             )
         config = stored_config(store)
-        check_same(config, expected(config), store, partitioner)
+        asked = expected(config)
+        check_same(config, asked, store, partitioner)
+        check_trackers(asked)
         use_threads(config)
         speed = speed_of(store.facts, config)
         federation = compose(config, resources=resources, partitioner=partitioner, speed=speed)
         check_inputs(store, federation)
-        return build_trainer(federation, store, sinks, stop, report).run(resumed=True)
+        with tracked_sinks(asked, store, sinks) as every:
+            return build_trainer(federation, store, every, stop, report).run(resumed=True)
 
 
 def build_trainer(

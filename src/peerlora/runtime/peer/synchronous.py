@@ -119,7 +119,8 @@ class SynchronousPeer(PeerParticipation):
         found = neighbourhood(after, sent, received, graph.W[[me]][:, senders])
         missed = {str(client): reason for client, reason in sorted(result.missing.items())}
         unknown = {} if result.W is not None else dict.fromkeys(WITHOUT_W, float("nan"))
-        return {**vars(found), "rho": float("nan"), **unknown, "missed": missed}
+        behind = max(0, self.thread.ask(self.protocol.endpoint.peers.rounds_behind, t + 1))
+        return {**vars(found), "rho": float("nan"), **unknown, "missed": missed, "behind": behind}
 
     def leave(self, done: int, state: State) -> Sequence[Event]:
         """Share the final state while neighbours may still ask for it."""

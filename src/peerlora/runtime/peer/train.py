@@ -14,6 +14,7 @@ from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.report import ReportWriter, write_report
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free
+from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime.best_export import read_best
 from peerlora.runtime.compose import Federation, assemble, resolve_threads, use_threads
 from peerlora.runtime.export import exporter_of, read_adapters
@@ -25,6 +26,7 @@ from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.relayed_export import relayed_adapters
 from peerlora.runtime.resources import RunResources, load_resources
+from peerlora.runtime.tracking import tracked_sinks
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink, Trainer
 from peerlora.train.kernels.speed import Speed
 
@@ -65,6 +67,7 @@ def train_peer(
     checkpoint in ``out``; a finished run is not touched.  Raises RunError when every neighbour refuses.
     """
     begun = Path(out) if resume and out is not None else None
+    check_trackers(config)
     planned = plan_peer(config, site, sums_known(begun))
     for warning in warn_of_sites_beyond(config, site):
         for sink in sinks:
@@ -138,8 +141,11 @@ def _run(
     resumed: bool,
 ) -> Result:
     kind = AsynchronousPeer if is_asynchronous(federation.algorithm) else SynchronousPeer
-    with kind(federation, site, transport, thread, store) as peer:
+    with (
+        kind(federation, site, transport, thread, store) as peer,
+        tracked_sinks(federation.config, store, sinks) as tracked,
+    ):
         peer.stop, peer.notices = stop, notices
-        every = (*sinks, ReportWriter(store.folder))
+        every = (*tracked, ReportWriter(store.folder))
         checkpoints = loop.checkpoints if loop is not None else None
         return Trainer(peer.federation, peer.rounds, peer, store, every, stop, checkpoints).run(resumed)
