@@ -11,10 +11,12 @@ from peerlora.config.generation import GenerateConfig
 from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters
+from peerlora.lora.attach import StackedModel
 from peerlora.randomness import numpy_generator
 from peerlora.runs.events import Generated
 from peerlora.runtime.compose import Federation
 from peerlora.train.generation import ANSWER_SCORES, greedy_answers, last_answer
+from peerlora.train.learner import StackedLearner
 
 _LETTERS = 4000  # of a text in an event, the last ones
 
@@ -29,14 +31,16 @@ def generate_answers(
     data, tokenizer = federation.eval_data, federation.export.tokenizer
     rows = _drawn_rows(data, wanted.rows, federation.config.seed)
     prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
-    ends, pad = answer_ends(tokenizer), federation.learner.pad
+    model, learner = federation.model, federation.learner
+    assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner)  # a loop of one's own has no chats
+    ends = answer_ends(tokenizer)
     held = federation.exchange.clients
     place = held.index(wanted.client) if wanted.client in held else 0
     singles = [some.rows([row]) for some in models for row in range(some.clients)]
     answering = {"own": singles[place]} | ({"averaged": singles[len(held)]} if len(singles) > len(held) else {})
     texts = {"expected": [_text(tokenizer, own) for own in expected]}
     for name, x in answering.items():
-        found = greedy_answers(federation.model, x, prompts, wanted.max_new_tokens, pad, ends)
+        found = greedy_answers(model, x, prompts, wanted.max_new_tokens, learner.pad, ends)
         texts[name] = [_text(tokenizer, own) for own in found]
     told = {"prompt": [_text(tokenizer, own) for own in prompts], **texts}
     scores = {
