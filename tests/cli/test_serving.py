@@ -69,9 +69,19 @@ def answers(cli, *words):
     return [json.loads(line) for line in answer.out.splitlines()]
 
 
-@pytest.mark.parametrize("words", [(), ("adapter.init=pissa",), ("adapter.modules_to_save=[word_embeddings]",)])
-def test_merged_and_adapter_folders_answer_as_the_run_does(cli, finished, five_classes, tmp_path, words):
-    run = finished(*five_classes, *words)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bert", ()),
+        ("bert", ("adapter.init=pissa",)),
+        ("bert", ("adapter.modules_to_save=[word_embeddings]",)),
+        ("roberta", ("adapter.modules_to_save=[classifier.dense]",)),  # a head of two layers, and no pooler
+        ("gpt2", ()),  # weights stored transposed
+        ("gpt2", ("adapter.init=olora",)),
+    ],
+)
+def test_merged_and_adapter_folders_answer_as_the_run_does(cli, finished, five_classes, tmp_path, kind, words):
+    run = finished(*five_classes, *words, kind=kind)
     rows, expected = rows_of(run, tmp_path), shares_of(run, 2)
     answer = cli("merge", run, "--client", "2", "--to", tmp_path / "model", "--json")
     assert answer.code == 0, answer.err
@@ -97,6 +107,16 @@ def test_the_average_merges_and_can_be_written_in_bf16(cli, finished, five_class
     shares = np.array([list(each["probabilities"].values()) for each in found])
     assert np.abs(shares - expected.numpy()).max() < 0.05
     assert "the average of all clients" in (tmp_path / "half" / "README.md").read_text()
+
+
+def test_the_card_of_a_whole_model_names_the_base_as_the_run_did(cli, finished, models, tmp_path, monkeypatch):
+    shutil.copytree(models("bert"), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    run = finished("model.source=./base")
+    monkeypatch.chdir("/")
+    assert cli("merge", run, "--client", "0", "--to", tmp_path / "model").code == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "`./base` with the LoRA adapter of client 0" in card and str(tmp_path) not in card
 
 
 def test_a_number_and_a_continuation_are_answers_too(cli, finished, tmp_path):

@@ -37,12 +37,13 @@ def merge_from_run(run: Path, to: Path, choice: ModelChoice | int | None, dtype:
     with new_folder(to) as half:
         adapter = half / "adapter"
         write_export(run, adapter, chosen)
-        whole, tokenizer, config = _base_of(run)
+        config, named = config_of(run)
+        whole, tokenizer = _base_of(run, config)
         merged = _merged(whole, adapter)
         shutil.rmtree(adapter)
         _save(merged.to(_DTYPES[dtype]), tokenizer, half)
         Reading.of(config).write(half)
-        (half / "README.md").write_text(_card(config, chosen.whose), encoding="utf-8")
+        (half / "README.md").write_text(_card(config, named, chosen.whose), encoding="utf-8")
     return to
 
 
@@ -55,23 +56,23 @@ def export_with_base(run: Path, to: Path, choice: ModelChoice | int | None) -> P
     chosen = ModelChoice.of(choice).checked(run)
     with new_folder(to) as half:
         write_export(run, half, chosen)
-        whole, tokenizer, _ = _base_of(run)
+        whole, tokenizer = _base_of(run, config_of(run)[0])
         _save(whole, tokenizer, half / "base")
         for name, text in with_base(half, str(to.resolve() / "base")).items():
             (half / name).write_text(text, encoding="utf-8")
     return to
 
 
-def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
-    """The base model of a run in fp32, with the run's class names, its tokenizer, and the config."""
-    config, _ = config_of(run)
+def _base_of(run: Path, config: RunConfig) -> tuple[Any, Any]:
+    """The base model of a run in fp32, with the run's class names, and its tokenizer."""
     tokenizer, storage = run_tokenizer(config), Storage(revision=config.model.revision)
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
+    model: Any = base.model
     if kind.is_chat:
-        base.model.generation_config.eos_token_id = answer_ends(tokenizer)
-    return base.model, tokenizer, config
+        model.generation_config.eos_token_id = answer_ends(tokenizer)
+    return model, tokenizer
 
 
 def _merged(base: Any, adapter: Path) -> Any:
@@ -104,14 +105,15 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _card(config: RunConfig, whose: str) -> str:
+def _card(config: RunConfig, base: str, whose: str) -> str:
+    """The README.md; ``base``: as the run named it, not where it lies."""
     kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lora", "peerlora", "merged"]}
     if kind := kinds.get(task_kind(config.task.kind).peft_type):
         head["pipeline_tag"] = kind
     return (
         f"---\n{json.dumps(head, indent=2)}\n---\n\n# A model trained without a server\n\n"
-        f"`{config.model.source}` with the LoRA adapter of {whose} added to its weights.  Trained with peerlora "
+        f"`{base}` with the LoRA adapter of {whose} added to its weights.  Trained with peerlora "
         f"({config.algorithm.name}, {config.clients} clients): every client keeps its data and averages adapters with "
         f"its neighbours.  Rows were cut at {config.data.max_length} tokens.\n"
     )
