@@ -115,9 +115,10 @@ def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
+    whole: Any = base.model
     if kind.is_chat:
-        base.model.generation_config.eos_token_id = answer_ends(tokenizer)
-    return base.model, tokenizer, config
+        whole.generation_config.eos_token_id = answer_ends(tokenizer)
+    return whole, tokenizer, config
 
 
 def _merged(base: Any, adapter: Path) -> Any:
