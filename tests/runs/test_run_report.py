@@ -10,7 +10,7 @@ from peerlora.errors import RunError
 from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import figures
 from peerlora.runs.client_table import client_rows, describe_outcome
-from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
+from peerlora.runs.events import Evaluated, Generated, RoundDone, RunStarted, Warned
 from peerlora.runs.figures import clients_figure, runs_figure
 from peerlora.runs.metrics import summarise
 from peerlora.runs.page import picture_html
@@ -59,6 +59,15 @@ def report(folder, events, config="clients: 3\n") -> Page:
         for event in events:
             store.emit(event)
     return Page(write_report(folder))
+
+
+def test_answers_and_names_of_labels_are_shown_as_text(tmp_path, run):
+    *before, last, end = run()
+    told = {NASTY: {"true": 12.0, "own": 0.25, "averaged": 0.5}, "B": {"true": 3.0, "own": 1.0}, "damaged": {}}
+    answers = Generated(4, 1, [{"prompt": NASTY, "expected": NASTY, "own": "so"}], {"own": {"rouge-l": 0.5}})
+    page = report(tmp_path / "run", [*before, replace(last, by_name=told), answers, end])
+    assert "script" not in page.tags and page.text.count("<script>alert('x')</script>") == 3
+    assert "12 0.25 0.5" in page.text and "client 1: rouge-l 0.5" in page.text
 
 
 def test_the_report_is_self_contained_and_well_formed(tmp_path, run):

@@ -15,4 +15,6 @@ def by_name_rows(events: Sequence[Event]) -> list[tuple[Cell, ...]]:
     """Of each label or type of entity its name, how often it is true, and F1, at the last evaluation; [] if none."""
     last = evaluations(events)[-1:]
     found = last[0].by_name if last else {}
-    return [(name or "entity", int(own["true"]), own["own"], own.get("averaged")) for name, own in found.items()]
+    return [
+        (name or "entity", *(own.get(which) for which in ("true", "own", "averaged"))) for name, own in found.items()
+    ]
