@@ -23,8 +23,8 @@ def to_arrays(model: Any, private_head: bool = False) -> Any:
         from flwr.app import Array, ArrayRecord  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ExtraMissing(
-            "the bridge to Flower needs the package flwr, which is not installed; pip install flwr, in an environment of "
-            "its own where its requirements differ from peerlora's"
+            "the bridge to Flower needs the package flwr, which is not installed; pip install flwr, in an environment "
+            "of its own where its requirements differ from peerlora's"
         ) from None
     tensors = PeftAdapter(model, private_head).tensors()
     return ArrayRecord({name: Array(value.numpy()) for name, value in tensors.items()})
