@@ -258,7 +258,7 @@ SETTINGS = [
     ({"task": {"kind": "regression"}}, "task.kind='regression' given"),
     ({"model": {"quantize": "nf4"}}, "model.quantize='nf4' given"),
     ({"eval": {"select": {"metric": "loss"}}}, "eval.select"),
-    ({"adapter": {"rank": 4}}, "adapter.rank=4 given, the PEFT model has rank 3"),
+    ({"adapter": {"rank": 4}}, "adapter.rank=4 given, the PEFT model has 3"),
     ({"adapter": {"alpha": 5}}, "adapter.alpha=5.0 given, the PEFT model has 6.0"),
     ({"adapter": {"head": "frozen"}}, "adapter.head=frozen given, the PEFT model trains classifier"),
 ]

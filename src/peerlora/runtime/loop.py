@@ -50,24 +50,17 @@ def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.
             f"adapter.head=frozen given, the PEFT model trains {adapter.spec.head[0][0]} in full; use "
             "adapter.head=mixed or private, or leave it out of LoraConfig(modules_to_save=...)"
         )
-    if not isinstance(config.adapter.rank, list) and config.adapter.rank not in (
-        RunConfig().adapter.rank,
-        adapter.rank,
-    ):
-        raise ConfigError(
-            f"adapter.rank={config.adapter.rank} given, the PEFT model has rank {adapter.rank}; make them equal, or "
-            "drop adapter.rank"
-        )
-    found = {"alpha": float(adapter.config.lora_alpha), "rslora": bool(adapter.config.use_rslora)}
+    found: dict[str, Any] = {"alpha": float(adapter.config.lora_alpha), "rslora": bool(adapter.config.use_rslora)}
+    if not isinstance(config.adapter.rank, list):  # a list is of all clients
+        found["rank"] = adapter.rank
     unset = RunConfig().adapter
     for name, value in found.items():
         given = getattr(config.adapter, name)
         if given not in (getattr(unset, name), value):
             raise ConfigError(f"adapter.{name}={given} given, the PEFT model has {value}; make them equal, or drop it")
-    rank = config.adapter.rank if isinstance(config.adapter.rank, list) else adapter.rank
     kind = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adamw"
     sections = {
-        "adapter": {**found, "rank": rank},
+        "adapter": found,
         "train": {"optimizer": kind, "dtype": "fp64" if adapter.dtype == torch.float64 else "fp32"},
         "model": {"source": adapter.source, "quantize": adapter.quantisation},
     }
