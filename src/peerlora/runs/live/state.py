@@ -60,7 +60,7 @@ class Table:
         found: dict[str, Any] = {"x": round, "mean": None, "worst": None, "who": None}
         if known.size:
             worst = int(np.nanargmin(row) if higher else np.nanargmax(row))
-            found |= {"mean": _known(known.mean()), "worst": _known(row[worst]), "who": worst}
+            found |= {"mean": _known(float(known.mean())), "worst": _known(row[worst]), "who": worst}
         if self.clients <= FEW_CLIENTS:
             return found | {"all": [_known(each) for each in row]}
         return found | {"band": [_known(each) for each in np.quantile(known, _QUANTILES)] if known.size else None}
@@ -198,7 +198,7 @@ class LiveRun:
             self.status[int(client)] = "refused" if "refused" in str(reason) else "late"
 
     def _evaluated(self, event: LineFacts, held: Sequence[int]) -> None:
-        t, rows = int(event["round"]), event.get("rows")
+        t, rows = int(event["round"]), int(event["rows"])
         if event.get("final") and self._rows not in (None, rows):
             self._final(rows, event["own"], held)
             return
