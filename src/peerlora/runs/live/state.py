@@ -60,7 +60,7 @@ class Table:
         found: dict[str, Any] = {"x": round, "mean": None, "worst": None, "who": None}
         if known.size:
             worst = int(np.nanargmin(row) if higher else np.nanargmax(row))
-            found |= {"mean": _known(float(known.mean())), "worst": _known(row[worst]), "who": worst}
+            found |= {"mean": _known(known.mean()), "worst": _known(row[worst]), "who": worst}
         if self.clients <= FEW_CLIENTS:
             return found | {"all": [_known(each) for each in row]}
         return found | {"band": [_known(each) for each in np.quantile(known, _QUANTILES)] if known.size else None}
@@ -240,6 +240,6 @@ def _added(name: str, before: float | None, now: float | None) -> float | None:
     return before if now is None else now
 
 
-def _known(value: float) -> float | None:
+def _known(value: float | np.floating) -> float | None:
     """Four digits of a number; None where there is none."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
