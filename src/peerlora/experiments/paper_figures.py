@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ SIZE = (3.3, 2.3)
 """Inches: the column of a paper with two."""
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vP*X"
-_STYLE = {"font.size": 8.0, "font.family": ["DejaVu Sans"], "svg.hashsalt": "peerlora", "pdf.fonttype": 42}
+_STYLE: Any = {"font.size": 8.0, "font.family": ["DejaVu Sans"], "svg.hashsalt": "peerlora", "pdf.fonttype": 42}
 
 
 def write_figures(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
@@ -63,7 +64,7 @@ def file_name(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:100] or "figure"
 
 
-def _look(line: Line, number: int) -> dict:
+def _look(line: Line, number: int) -> dict[str, Any]:
     if line.style == "thin":
         return {"color": line.colour, "linewidth": 0.5, "alpha": 0.4}
     if line.style == "points":

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LineStyle = Literal["thin", "thick", "dashed", "points", "edge"]
 """edge: one side of a band to the line before it, also an edge."""
@@ -18,8 +21,8 @@ class Line:
     label: str
     colour: str
     style: LineStyle
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)

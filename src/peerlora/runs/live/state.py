@@ -198,7 +198,7 @@ class LiveRun:
             self.status[int(client)] = "refused" if "refused" in str(reason) else "late"
 
     def _evaluated(self, event: LineFacts, held: Sequence[int]) -> None:
-        t, rows = int(event["round"]), event.get("rows")
+        t, rows = int(event["round"]), int(event["rows"])
         if event.get("final") and self._rows not in (None, rows):
             self._final(rows, event["own"], held)
             return
@@ -240,6 +240,6 @@ def _added(name: str, before: float | None, now: float | None) -> float | None:
     return before if now is None else now
 
 
-def _known(value: float) -> float | None:
+def _known(value: float | np.floating) -> float | None:
     """Four digits of a number; None where there is none."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
