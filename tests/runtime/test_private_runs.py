@@ -140,8 +140,9 @@ def test_a_damaged_count_is_refused_and_half_a_line_is_none(tmp_path, damage):
     with open(ledger.path, "ab") as file:
         file.write(damage[:-1])
     assert list(ledger.entries()) == [(3, 10)]
-    with open(ledger.path, "ab") as file:
-        file.write(b"\n")
+    ledger.append(1, 0, 5)
+    assert list(ledger.entries()) == [(3, 10), (1, 5)], "the next line begins anew"
+    ledger.path.write_bytes(b'{"client":3,"job":0,"releases":10}\n' + damage)
     with pytest.raises(RunError, match="line 2 is damaged"):
         list(ledger.entries())
 

@@ -24,7 +24,9 @@ class PrivacyLedger:
     def append(self, client: int, job: int, releases: int) -> None:
         """Note the releases of one job; they may be made once this returns."""
         line = json.dumps({"client": client, "job": job, "releases": releases}, separators=(",", ":")) + "\n"
-        with open(self.path, "ab") as file:
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have left half a line, whose job never began
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
