@@ -8,6 +8,7 @@ from in_memory import network
 from loop_rigs import memory_run, own_settings, peft_model, read, trainer_of
 from transformers import Trainer
 
+from cases import others_slow
 from peerlora.errors import ConfigError, ModelError, RunError
 from peerlora.hf import PeerCallback
 from peerlora.runs.events import CheckpointSaved, Evaluated, Resumed, RoundDone, RunStarted, Warned
@@ -80,7 +81,7 @@ class KilledTrainer(Trainer):
         return super().training_step(*words, **options)
 
 
-@pytest.mark.parametrize("checkpoint", [3, 6])
+@pytest.mark.parametrize("checkpoint", others_slow([3, 6], [0]))
 def test_a_trainer_that_goes_on_from_its_checkpoint_ends_as_one_that_was_not_stopped(chosen, tmp_path, checkpoint):
     keep, saves = chosen("train.optimizer_state=keep"), {"save_strategy": "steps", "save_steps": 3}
     whole, _, _ = trained(keep, tmp_path / "whole")
@@ -97,6 +98,7 @@ def test_a_trainer_that_goes_on_from_its_checkpoint_ends_as_one_that_was_not_sto
     assert not [each for each in select_events(events, Warned) if "goes on from its step" in each.message]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit_are_told(chosen, tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 6}
     with pytest.raises(Killed):
@@ -109,6 +111,7 @@ def test_checkpoints_that_do_not_fit_are_told(chosen, tmp_path):
     assert any("goes on from its step 5, the adapters from the end of a round at step 6" in each for each in told)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over_is_not_begun_again(chosen, tmp_path):
     trained(chosen(), tmp_path)
     with pytest.raises(RunError, match="holds a run that is over"):
