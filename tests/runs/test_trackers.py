@@ -251,6 +251,7 @@ def wandb_records(folder):
                 yield record
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb(config, tmp_path):
     words = ("track={to: [wandb], project: trials, group: first, adapters: true}",)
@@ -278,6 +279,7 @@ def test_wandb(config, tmp_path):
     assert artifacts or "model" in "".join(str(record) for record in records)
 
 
+@pytest.mark.slow
 @needs("mlflow")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_mlflow(config, tmp_path):
@@ -300,6 +302,7 @@ def test_mlflow(config, tmp_path):
     assert client.list_artifacts(run.info.run_id, "adapters")
 
 
+@pytest.mark.slow
 @needs("trackio")
 def test_trackio(config, tmp_path, monkeypatch):
     import trackio
