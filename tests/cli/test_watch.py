@@ -127,7 +127,8 @@ def test_train_shows_its_page_until_it_ends(process, yaml_file, tmp_path):
         address = text.removeprefix("watch: ").strip() if text.startswith("watch: ") else ""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     assert opener.open(address, timeout=20).status == 200
-    assert started.wait(240) == 0
+    started.communicate(timeout=240)
+    assert started.returncode == 0
     with pytest.raises(urllib.error.URLError):
         opener.open(address, timeout=20)
 

@@ -57,9 +57,10 @@ class Tracking:
         folder: Path,
         tell: Callable[[str], None],
         build: Callable[[str], Tracker] = build_tracker,
-        patience: float = _PATIENCE,
+        patience: float | None = None,
     ):
-        self.config, self.folder, self.tell, self.patience = config, folder, tell, patience
+        self.config, self.folder, self.tell = config, folder, tell
+        self.patience = _PATIENCE if patience is None else patience
         self.feeds = [TrackerFeed(name, build(name)) for name in config.track.to]
         self.start: RunStarted | None = None
         self.summary: Mapping[str, Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Wandb:
         import wandb  # pyright: ignore[reportMissingImports]
 
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        _wait_for_a_new_second(run)
         self.run = wandb.init(
             project=run.project,
             id=run.id,
@@ -57,3 +59,9 @@ class Wandb:
             artifact.add_dir(str(adapters))
             self.run.log_artifact(artifact)
         self.run.finish(exit_code=_EXIT[ending])
+
+
+def _wait_for_a_new_second(run: TrackedRun) -> None:
+    """Parts of one run are told apart by the second they began in; of two in one second, the later would be lost."""
+    while any(run.folder.glob(f"wandb/*-{time.strftime('%Y%m%d_%H%M%S')}-{run.id}")):
+        time.sleep(0.05)
