@@ -26,10 +26,12 @@ def load(source: str, rows: str):
     data = load_dataset("json", data_files=rows, split="train").class_encode_column("label")
     base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=data.features["label"].num_classes)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=4))
-    inputs = AutoTokenizer.from_pretrained(source)(data["text"], padding=True, truncation=True, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(source)(
+        list(data["text"]), padding=True, truncation=True, return_tensors="pt"
+    )
     batches = torch.randperm(len(data)).split(8)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
-    return model, optimizer, [dict(inputs, labels=torch.tensor(data["label"])), batches]
+    return model, optimizer, [dict(inputs, labels=torch.tensor(list(data["label"]))), batches]
 
 
 def step(model, optimizer, batch):

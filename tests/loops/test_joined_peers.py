@@ -81,6 +81,19 @@ def test_a_held_factor_is_neither_decayed_nor_moved_by_old_moments(lone, tmp_pat
     assert all(value.requires_grad for value in (*factor(model, "A"), *factor(model, "B")))
 
 
+def test_a_held_factor_stays_held_where_peft_lets_it_train_again(lone, tmp_path):
+    made = lone("algorithm.name=ffa-lora", "train.weight_decay=0.5", "train.rounds=1")
+    _, _, model, optimizer = made
+    with alone(made[0], tmp_path, model, optimizer) as peer:
+        before = [value.detach().clone() for value in factor(model, "A")]
+        with model.disable_adapter():
+            pass
+        assert all(value.requires_grad for value in factor(model, "A")), "PEFT's own doing"
+        while not peer.over:
+            step_on(peer, made)
+    assert all(torch.equal(value, was) for value, was in zip(factor(model, "A"), before, strict=True))
+
+
 @pytest.mark.parametrize(("state", "expected"), [("round", [0, 0, 0]), ("phase", [2, 0, 2]), ("keep", [2, 4, 6])])
 def test_the_optimiser_s_memory_begins_anew_as_the_settings_say(lone, tmp_path, state, expected):
     method = ["algorithm.name=adf-lora", "algorithm.interval=2"] if state == "phase" else []

@@ -95,12 +95,14 @@ def test_preference_tuning_with_trl(run, chat, tmp_path):
 def test_a_loop_is_a_flower_client_and_then_a_peer(run, models, texts, tmp_path, monkeypatch):
     import torch
     from flwr.app import ConfigRecord, Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
 
     from peerlora.errors import ModelError
     from peerlora.flower import put_arrays, to_arrays
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     script = runpy.run_path(str(EXAMPLES / "flower_bridge.py"))
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1  # what Flower's runtime sets
     model = script["load"](models("bert"), str(texts))[0]
     sent = to_arrays(model)
     assert all("lora_" in name or "classifier" in name for name in sent)

@@ -187,13 +187,20 @@ class LoopDriver:
         for zero in self._zeroes:
             zero.remove()
         self._held = self.adapter.of_blocks([block for block in BLOCKS if block not in trained])
-        several = self.group.size > 1  # DDP waits for the gradient of everything that it knows
-        for value in self.adapter.of_blocks(trained):
+        for value in self.adapter.parameters.values():
             value.requires_grad_(True)
-        for value in self._held:
-            value.requires_grad_(several)
+        self._zeroes = [value.register_hook(torch.zeros_like) for value in self._held]
+        for value in self._held:  # PEFT's disable_adapter sets it again, hence the hooks
+            value.requires_grad_(self._keeps_gradients())
             value.grad = None
-        self._zeroes = [value.register_hook(torch.zeros_like) for value in self._held if several]
+
+    def _keeps_gradients(self) -> bool:
+        """Whether held factors must go on asking for gradients, which are zeroed.
+
+        DDP waits for all that it knows; a checkpointed forward pass must save the same tensors when computed anew.
+        """
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.adapter.model.modules())
+        return self.group.size > 1 or checkpointed
 
     def _before_step(self, *_: Any) -> None:
         """Take away gradients of what is held, and let the method's rule change the others."""
