@@ -97,7 +97,7 @@ def test_a_grid_is_run_and_written_down(whole, tree):
     assert all((out / "cells" / name / "summary.json").is_file() for name in trials)
     assert [line.setting for line in whole.lines] == [setting.name for setting in expand_settings(load_grid(tree()))]
     assert {path.name for path in out.iterdir()} == {
-        *("cells", "grid.yaml", "results.parquet", "table.csv", "table.md", "report.html"),
+        *("cells", "figures", "grid.yaml", "results.parquet", "table.csv", "table.md", "table.tex", "report.html"),
     }
     table = pq.read_table(out / "results.parquet")
     assert table.column_names[:4] == ["method", "purpose", "seed", "learning rate"]

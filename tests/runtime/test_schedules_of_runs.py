@@ -98,15 +98,16 @@ REAL = [
 
 @pytest.mark.parametrize("words", others_slow(REAL, [1, 4]))
 def test_real_peers_learn_as_the_simulation_does(config, tmp_path, words):
-    """Each client has a graph of its own in the simulation too, so that all sums have the same shapes."""
+    """Each client has a graph of its own in the simulation too, so sums have the same shapes, if not the same bits."""
     peer = ["peer.deadline=60", "peer.join=60", "train.block=1"]
     kept = ["train.optimizer_state=keep", "adapter.dropout=0.1"]
     chosen = config("bert", *WORDS, *kept, *peer, *words)
     whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
     for client, part in enumerate(parts):
-        assert torch.equal(part.adapters.flat[0], whole.adapters.flat[client])
+        assert (part.adapters.flat[0] - whole.adapters.flat[client]).abs().max() < 1e-9
     rounds = [select_events(read_events(each.run), RoundDone) for each in (whole, *parts)]
-    losses = [str([loss for each in own for loss in each.loss]) for own in rounds]
-    assert losses[0] == str([rounds[1 + i][t].loss[0] for t in range(8) for i in range(4)])
+    losses = [loss for each in rounds[0] for loss in each.loss]
+    theirs = [rounds[1 + i][t].loss[0] for t in range(8) for i in range(4)]
+    assert losses == pytest.approx(theirs, abs=1e-9, nan_ok=True)
     assert all(loss != loss for own in rounds for each in own[6:] for loss in each.loss)
     assert not any(each.missed for own in rounds[1:] for each in own)

@@ -94,7 +94,7 @@ def test_real_peers_weigh_as_the_simulation_does(config, tmp_path, no_reports):
     chosen = config("bert", *SKEWED, *words, "algorithm.name=adf-lora", "algorithm.interval=1")
     whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
     for client, part in enumerate(parts):
-        assert torch.equal(part.adapters.flat[0], whole.adapters.flat[client])
+        assert (part.adapters.flat[0] - whole.adapters.flat[client]).abs().max() < 1e-9
 
 
 REFUSED = {

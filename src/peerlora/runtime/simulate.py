@@ -55,7 +55,7 @@ def simulate(
         federation = learner.federation(config)
     else:
         federation = compose(config, resources=resources, partitioner=partitioner)
-    facts = run_facts(federation.config, partitioner, inputs=facts_of(federation))
+    facts = run_facts(config, partitioner, inputs=facts_of(federation))
     with (
         RunStore.create(folder, federation.config.to_yaml(), facts) as store,
         tracked_sinks(federation.config, store, sinks) as every,

@@ -131,6 +131,7 @@ class LoopDriver:
         return report
 
     def _next(self) -> None:
+        self._unhook()  # another client's loop may use the model until the next job
         while isinstance(job := self._shared_job(), EvaluateJob):
             self.adapter.write(job.flat)
             evaluate = self._evaluate
@@ -184,8 +185,7 @@ class LoopDriver:
 
     def _hold(self, trained: tuple[Block, ...]) -> None:
         """Let these blocks train, and no others."""
-        for zero in self._zeroes:
-            zero.remove()
+        self._unhook()
         self._held = self.adapter.of_blocks([block for block in BLOCKS if block not in trained])
         for value in self.adapter.parameters.values():
             value.requires_grad_(True)
@@ -193,6 +193,12 @@ class LoopDriver:
         for value in self._held:  # PEFT's disable_adapter sets it again, hence the hooks
             value.requires_grad_(self._keeps_gradients())
             value.grad = None
+
+    def _unhook(self) -> None:
+        """Take the hooks off the held factors."""
+        for zero in self._zeroes:
+            zero.remove()
+        self._zeroes = []
 
     def _keeps_gradients(self) -> bool:
         """Whether held factors must go on asking for gradients, which are zeroed.
