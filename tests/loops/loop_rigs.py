@@ -59,7 +59,7 @@ def batches(config, federation, client):
 def optimizer_of(config, model):
     parameters = [each for each in model.parameters() if each.requires_grad]
     if config.train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.train.lr)
+        return torch.optim.SGD(parameters, lr=config.train.lr, momentum=config.train.momentum)
     return torch.optim.AdamW(parameters, lr=config.train.lr, weight_decay=config.train.weight_decay)
 
 

@@ -233,7 +233,8 @@ def test_every_method_says_whether_a_loop_can_take_its_local_steps(method):
 def words_of(method):
     sgd = REGISTRY[method].traits.train_defaults.get("optimizer") == "sgd"
     steps = "1" if REGISTRY[method].traits.one_step else "2"
-    return [f"train.optimizer={'sgd' if sgd else 'adamw'}", f"train.local_steps={steps}", "train.lr=0.01"]
+    rate = 1 if sgd else 0.01  # by which B moves by more than 1e-4
+    return [f"train.optimizer={'sgd' if sgd else 'adamw'}", f"train.local_steps={steps}", f"train.lr={rate}"]
 
 
 RUNNING = [name for name in METHODS if name not in REFUSED and not is_asynchronous(REGISTRY[name])]
