@@ -248,7 +248,7 @@ RUNS = [
 @pytest.mark.usefixtures("no_reports")
 @pytest.mark.parametrize("settings", others_slow(RUNS, [0]))
 def test_whole_runs_relay_and_deploy_what_the_simulation_does(config, tmp_path, settings):
-    chosen = config("bert", "train.dtype=fp32", "peer.deadline=60", "peer.join=60", "exchange.relay={}", *settings)
+    chosen = config("bert", "peer.deadline=60", "peer.join=60", "exchange.relay={}", *settings, "train.dtype=fp64")
     whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
     told = select_events(read_events(whole.run), RoundDone)
     rounds = [select_events(read_events(part.run), RoundDone) for part in parts]

@@ -166,7 +166,10 @@ def test_methods_run_with_private_rows(config, tmp_path, no_reports, method):
     spent = simulate(chosen, tmp_path / "run").summary["privacy"]["spent"]["releases"]
     jobs = {"rac-lora": 1}.get(method)
     expected = 3 * chosen.train.local_steps * 4
-    assert sum(spent) == expected or jobs or is_asynchronous(REGISTRY[method]) and sum(spent) >= expected
+    if method == "salf":  # who computes no layer in time releases nothing
+        assert 0 < sum(spent) < expected
+    else:
+        assert sum(spent) == expected or jobs or is_asynchronous(REGISTRY[method]) and sum(spent) >= expected
 
 
 @pytest.mark.parametrize("method", others_slow(["dec-lora", "ad-psgd", "rolora"], [0]))
