@@ -50,6 +50,7 @@ SEE = {
     "checkpoint": "[checkpoints and resume](runs.md#checkpoints-and-resume)",
     "clock": "[virtual time](virtual-time.md)",
     "peer": "[real peers](real-peers.md)",
+    "cluster": "[clusters](cluster.md)",
 }
 """Section -> pages that say more."""
 

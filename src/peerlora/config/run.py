@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
 from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
@@ -56,6 +57,8 @@ class RunConfig(Section):
     clock: ClockConfig | None = None
     """Virtual time: {speed: [1, 0.1, ...], deadline: 30}; null: count rounds only."""
     peer: PeerConfig = PeerConfig()
+    cluster: ClusterConfig | None = None
+    """Compute on workers of a cluster: {workers: 4, gpus_per_worker: 1}; null: in one process."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU (not yet measured)."""
     threads: Positive | None = None

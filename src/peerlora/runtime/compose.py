@@ -23,6 +23,7 @@ from peerlora.data.holdout import set_aside_own
 from peerlora.data.partition import Partition, count_labels, own_rows, partition
 from peerlora.errors import DataError
 from peerlora.exchange.base import MeteredExchange
+from peerlora.exchange.blocks import BlockExchange, RowExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
@@ -44,6 +45,15 @@ from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import ClassWeights, LabelPrior
 from peerlora.train.metrics import absent_classes
 from peerlora.train.tasks import task
+
+
+@dataclass(frozen=True)
+class Block:
+    """The clients of one worker of a cluster."""
+
+    tiles: Sequence[Sequence[int]]
+    """Clients that share a graph, see ``train.block``; their numbers rise."""
+    rows: RowExchange
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,15 @@ def assemble(
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     partitioner: Any = None,
     speed: Speed | None = None,
+    block: Block | None = None,
 ) -> Federation:
     """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
 
+    ``block``: of a cluster's worker, in place of ``clients`` and ``gather``.
     Raises DataError, ModelError or CompositionError for what only data and model can show.
     """
     config, topology, attacking = planned.config, planned.topology, planned.attackers
+    clients = clients if block is None else [client for tile in block.tiles for client in tile]
     here = list(range(config.clients) if clients is None else clients)
     divided, own = _divided(config, resources, here, partitioner)
     divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))
@@ -135,6 +148,9 @@ def assemble(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
     learner.shares_prefix = resources.share_prefix
+    if block is not None:
+        learner.hold_block([len(tile) for tile in block.tiles], sum(config.batches))
+    plain = StackedExchange(topology, here, gather) if block is None else BlockExchange(topology, here, block.rows)
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     if config.train.class_weights != "none":
@@ -148,7 +164,7 @@ def assemble(
         eval_data=resources.eval_data,
         model=model,
         learner=learner,
-        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking, cache, rows_of),
+        exchange=build_exchange(config, plain, start, attacking, cache, rows_of),
         start=start,
         export=export,
         warnings=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,6 +42,26 @@ class Evaluation:
         return {name: found for name in names if (found := getattr(self, name)) is not None}
 
 
+class Evaluates(Protocol):
+    """What a Trainer asks of its evaluator."""
+
+    def evaluate(self, state: Any, final: bool) -> Evaluation:
+        """Evaluate the clients' models in a state, their average, and their relayed ones: at the end, on all rows."""
+        ...
+
+    def rescored(self, found: Evaluation, of: str) -> Scores:
+        """Return these scores of a final evaluation as the ones before were made."""
+        ...
+
+    def event(self, done: int, found: Evaluation, began: float, virtual_seconds: float, final: bool) -> Evaluated:
+        """Tell the scores of honest clients after ``done`` rounds; ``began``: when the evaluation did."""
+        ...
+
+    def of_honest(self, values: np.ndarray) -> list[float]:
+        """[client], NaN for attackers."""
+        ...
+
+
 class Evaluator:
     """Evaluates the clients held here, and makes the event that tells of it."""
 
@@ -52,8 +73,9 @@ class Evaluator:
         wanted = [*self.settings.metrics, *([self.settings.select.metric] if self.settings.select else [])]
         self.metrics = further_metrics(wanted, self.learner.task.metric)
 
-    def evaluate(self, x: Adapters, final: bool) -> Evaluation:
-        """Evaluate the clients' models ``x``, their average, and their relayed ones: at the end, on all rows."""
+    def evaluate(self, state: Any, final: bool) -> Evaluation:
+        """See ``Evaluates``."""
+        x = self.federation.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
         found = Scores.join([self._score(models, rows) for models in self.participation.evaluated(x)])
         relayed = self.federation.exchange.relayed_models(x)

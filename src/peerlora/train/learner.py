@@ -30,6 +30,7 @@ from peerlora.train.optim import Moments, step
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.schedule import rate
 from peerlora.train.tasks import Task, loss_terms
+from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
 from peerlora.tree import leaves
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -74,8 +75,14 @@ class StackedLearner:
         self.step_seconds: Float[Tensor, " client"] | None = None
         """Seconds that each client's local step takes in this round, on a virtual clock."""
         self.memory: Moments | None = None
+        self._tiles = tiles_of(len(shards.clients), settings.block) if settings.block else None
+        self._step_rows = sum(shards.batches)
         self._trained: tuple[str, ...] = ()
         self._round = self._begun(0, None, None)
+
+    def hold_block(self, sizes: Sequence[int], rows: int) -> None:
+        """Hold a part of a run's clients: of how many each of its tiles is, and the rows of a step of all clients."""
+        self._tiles, self._step_rows = tiles_of_sizes(sizes) if self.settings.block else None, rows
 
     def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
         held = len(self.shards.clients)
@@ -168,7 +175,7 @@ class StackedLearner:
     def _rows_return(self) -> bool:
         """Whether the average row is seen again, so that what was computed of it is worth keeping."""
         steps = self.settings.rounds * self.settings.local_steps * self.settings.accumulate
-        return self.shares_prefix or steps * sum(self.shards.batches) > len(self.shards.data)
+        return self.shares_prefix or steps * self._step_rows > len(self.shards.data)
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
@@ -230,16 +237,22 @@ class StackedLearner:
 
     def _graphs(self, clients: Int[np.ndarray, " client"]) -> Iterator[ClientRows]:
         """Parts of these clients, so many per graph that its activations stay in reach."""
+        if self._tiles is not None:
+            yield from divide_by_tiles(clients.tolist(), self._tiles, self.model.step.layout.rows_first)
+            return
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.lengths))
+        largest = self._together(self.graph.clients(most, self.shards.data.lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
         """See ``Learner``."""
+        if self._tiles is not None and x.clients > (size := self.settings.block or 1):
+            tiles = evaluated_tiles(x.clients, self._tiles, size)
+            return Scores.join([self.evaluate(x.rows(tile), data, batch, metrics) for tile in tiles])
         equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
         if x.clients > 1 and equal:  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
@@ -276,7 +289,8 @@ class StackedLearner:
         def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
             return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)
 
-        return score_shards(self.shards, batch, self._together(max(_EVALUATED, self.graph.tokens)), forward)
+        tokens = self._together(max(_EVALUATED, self.graph.tokens))
+        return score_shards(self.shards, batch, tokens, forward, self._tiles)
 
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""

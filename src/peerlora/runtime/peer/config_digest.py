@@ -14,7 +14,7 @@ from peerlora.config.sections import AdapterConfig
 from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
-_SITE = ("model", "device", "threads", "eval", "checkpoint")  # sections that are a site's own business
+_SITE = ("model", "device", "threads", "eval", "checkpoint", "cluster")  # sections that are a site's own business
 _NAMED = ("recipe",)  # its settings are compared, wherever they come from
 _SITE_TRAIN = ("fast", "block", "max_seconds")
 _NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights")
