@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from peerlora.config.cluster import ClusterConfig
-from peerlora.config.loading import load_config
-from peerlora.errors import ClusterError, RunError
 from peerlora.runs.events import RoundDone, Warned
 from peerlora.runs.store import read_events
-from peerlora.runtime.cluster.run import resume, simulate
+from peerlora.runtime.cluster.run import simulate
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.simulate import simulate as simulate_here
 from peerlora.tree import leaves

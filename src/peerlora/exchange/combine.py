@@ -118,17 +118,23 @@ def apply_rule(
     place = {row: i for i, row in enumerate(range(len(W)) if held is None else held)}
     (reached,) = np.nonzero(np.count_nonzero(W, axis=1) > 1)
     for whole in receiver_blocks(W[reached], x.spec.parameters):
-        block = whole.of([i for i, row in enumerate(reached[whole.rows].tolist()) if row in place])
-        rows = [place[row] for row in reached[block.rows].tolist()]
+        clients = reached[whole.rows].tolist()
+        here = [i for i, client in enumerate(clients) if client in place]
+        rows = [place[clients[i]] for i in here]
         if not rows:
             continue
+        # Products with what these receivers have in common depend in their last bits on how many they are.  They hear
+        # from each other, so all of them are at hand; only what others have merged is not.
+        together = len(here) < len(clients) and len(whole.senders) == 1 and x.merged is None
+        block = whole if together else whole.of(here)
+        own = everybody.rows(clients) if together else x.rows(rows)
         senders, weights = (torch.from_numpy(part).to(result.device) for part in (block.senders, block.weights))
-        combined = rule(Received(x.rows(rows), everybody, senders, weights))
-        result[rows] = combined.adapters.flat
+        combined = rule(Received(own, everybody, senders, weights))
+        result[rows] = combined.adapters.flat[here] if together else combined.adapters.flat
         parts.append((rows, combined.adapters.merged))
         for name, values in combined.measures.items():
             kept = measured.setdefault(name, torch.zeros(x.clients, dtype=torch.float64))
-            kept[rows] = values.to(kept)
+            kept[rows] = (values[here] if together and len(values) > 1 else values).to(kept)
     return replace(x, flat=result, merged=x.merged and x.merged.with_rows(parts)), measured
 
 

@@ -81,21 +81,21 @@ def wait_for(ray: Any, answers: Sequence[Any], timeout: float, what: str) -> lis
 
     Raises WorkersLost where one died or did not answer in ``timeout`` seconds, else what a worker raised.
     """
-    end, pending = time.monotonic() + timeout, list(answers)
+    end, pending, found = time.monotonic() + timeout, list(answers), {}
     while pending:
         ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
         if not ready:
             late = [answers.index(each) for each in pending]
             raise WorkersLost(f"workers {late} did not answer within {timeout:g} s when asked {what}")
         for each in ready:
-            raise_failure(ray, each, f"worker {answers.index(each)}")
-    return ray.get(list(answers), timeout=timeout)
+            found[answers.index(each)] = fetch(ray, each, f"worker {answers.index(each)}")
+    return [found[worker] for worker in range(len(answers))]
 
 
-def raise_failure(ray: Any, answer: Any, who: str) -> None:
-    """Raise what went wrong with an answer that is there: what ``who`` raised, or WorkersLost where it died."""
+def fetch(ray: Any, answer: Any, who: str) -> Any:
+    """Return an answer that is there; raises what ``who`` raised, or WorkersLost where it died."""
     try:
-        ray.get(answer, timeout=_FETCH)
+        return ray.get(answer, timeout=_FETCH)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, PeerloraError) else error) from None
     except ray.exceptions.RayError as error:

@@ -58,7 +58,7 @@ def _connect(ray: Any, settings: ClusterConfig, store_bytes: int) -> None:
             **quiet,
         )
         return
-    _check_address(settings.address)
+    check_address(settings.address)
     try:
         ray.init(address=settings.address, **quiet)
     except Exception as error:  # of many kinds: another version, no cluster, a wrong token
@@ -68,7 +68,7 @@ def _connect(ray: Any, settings: ClusterConfig, store_bytes: int) -> None:
         ) from None
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Raise ClusterError where nobody listens at host and port; what "auto" means, Ray finds out at once."""
     place = address.removeprefix("ray://")
     if place == "auto":

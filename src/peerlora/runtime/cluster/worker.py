@@ -209,4 +209,4 @@ class BlockClients(AllClients):
 
 def gather_rows(rows: SwappedRows, leaf: Float[Tensor, "client ..."]) -> Float[Tensor, "everybody ..."]:
     """One leaf of a tree, of all clients."""
-    return rows.all_rows(leaf.flatten(1)).view(-1, *leaf.shape[1:])
+    return rows.all_rows(leaf.flatten(1)).view(rows.placement.clients, *leaf.shape[1:])

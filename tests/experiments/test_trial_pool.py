@@ -1,0 +1,121 @@
+"""Comparisons on the workers of a cluster: the table of one process, whatever is killed."""
+
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from peerlora.config.cluster import ClusterConfig
+from peerlora.errors import ConfigError, RunError, Stopped
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
+from peerlora.experiments.trial_pool import TrialJob, TrialWorker, read_files, trial_pools, write_files
+from peerlora.experiments.trials import plan_trials
+from peerlora.runtime.resources import load_resources
+from peerlora.runtime.simulate import simulate
+
+SETTINGS = ClusterConfig(workers=2, timeout=300)
+
+
+@contextmanager
+def unwatched(status):
+    yield lambda event: None
+
+
+QUIET = Callbacks(unwatched)
+
+
+@pytest.fixture
+def grid(config, texts):
+    base = config("bert", "train.rounds=2", f"data.eval=jsonl:{texts}").model_dump(mode="json")
+    del base["seed"], base["cluster"]
+    tree = {
+        "base": base,
+        "axes": {"method": ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]},
+        "seeds": [0, 1],
+        "search": {"rates": [0.01, 0.001], "seeds": [7], "holdout": 0.3},
+        "cluster": SETTINGS.model_dump(),
+    }
+    return load_grid(tree)
+
+
+def test_a_worker_returns_the_files_of_a_run_with_the_drivers_paths(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows = load_resources(trial.config)
+    simulate(trial.config, tmp_path / "here" / "run", resources=rows, report=False)
+    worker, there = TrialWorker(False, "/nowhere"), tmp_path / "there" / "run"
+    files = worker.run(TrialJob(trial.config, there, {}), "rows", rows)
+    write_files(there, files)
+    assert b"/there/run" in files["summary.json"] and not any(b"/tmp/tmp" in files[name] for name in ("summary.json",))
+    assert (there / "all.safetensors").exists() == (tmp_path / "here" / "run" / "all.safetensors").exists()
+    names = [
+        path.name for path in (tmp_path / "here" / "run").rglob("*.safetensors") if "adapters/client" not in str(path)
+    ]
+    assert {name for name in names if "adapter_model" not in name} <= {name.split("/")[-1] for name in files}
+
+
+def test_a_trial_that_was_begun_goes_on_on_a_worker(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows, asked = load_resources(trial.config), iter([True])
+    with pytest.raises(Stopped):
+        simulate(trial.config, tmp_path / "run", resources=rows, stop=lambda: next(asked), report=False)
+    job = TrialJob(trial.config, tmp_path / "run", read_files(tmp_path / "run"))
+    files = TrialWorker(False, "/nowhere").run(job, "rows", rows)
+    assert b'"Resumed"' in files["events.jsonl"] or b"resumed" in files["events.jsonl"].lower()
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
+def test_files_outside_a_run_are_refused(tmp_path, name):
+    with pytest.raises(RunError, match="outside its run"):
+        write_files(tmp_path / "run", {name: b""})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_cluster_is_no_setting_of_a_trial():
+    with pytest.raises(ConfigError, match="a key of the grid itself"):
+        load_grid({"base": {"cluster": {"workers": 2}}})
+    assert load_grid({}, ["cluster.workers=3"]).cluster.workers == 3
+
+
+needs_ray = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def numbers(comparison):
+    return {str(line.labels): {name: each for name, each in line.measures.items()} for line in comparison.lines}
+
+
+class TestOnRay:
+    pytestmark = needs_ray
+
+    def test_the_table_is_that_of_one_process_though_a_worker_and_the_driver_are_stopped(self, grid, tmp_path):
+        pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
+        import psutil
+
+        here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
+        warnings, begun = [], []
+
+        @contextmanager
+        def watched(status):
+            begun.append(status.trial)
+            if len(begun) == 3:
+                actors = [p for p in psutil.Process().children(recursive=True) if "TrialActor" in "".join(p.cmdline())]
+                actors[0].send_signal(signal.SIGKILL)
+            yield lambda event: None
+
+        with trial_pools(SETTINGS, warnings.append) as pool:
+            on_ray = Callbacks(watched, lambda: len(begun) >= 6, pool=pool)
+            with pytest.raises(Stopped, match="go on with: peerlora compare --resume"):
+                start_grid(grid, tmp_path / "there", on_ray)
+            first = list(begun)
+            begun.clear()
+            there = resume_grid(tmp_path / "there", lambda stored: stored, replace(on_ray, stop=lambda: False))
+        assert any("begins again on another worker" in each for each in warnings), warnings
+        assert len(first) >= 6 and len(begun) < 8
+        assert there.as_json()["rows"] == here.as_json()["rows"]
+        assert there.as_json()["searches"] == here.as_json()["searches"]
