@@ -29,7 +29,7 @@ QUIET = Callbacks(unwatched)
 @pytest.fixture
 def grid(config, texts):
     base = config("bert", "train.rounds=2", f"data.eval=jsonl:{texts}").model_dump(mode="json")
-    del base["seed"], base["cluster"]
+    del base["seed"], base["cluster"], base["train"]["lr"]
     tree = {
         "base": base,
         "axes": {"method": ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]},

@@ -3,16 +3,19 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.runs.events import RoundDone, Warned
 from peerlora.runs.store import read_events
-from peerlora.runtime.cluster.run import simulate
+from peerlora.runtime.cluster.run import resume, simulate
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.simulate import simulate as simulate_here
 from peerlora.tree import leaves
@@ -49,12 +52,6 @@ def undisturbed(config, tmp_path):
     return chosen, simulate_here(chosen, tmp_path / "here", report=False).adapters
 
 
-def workers_of(session):
-    from ray.util.state import list_actors
-
-    return [each.pid for each in list_actors(filters=[("state", "=", "ALIVE")])]
-
-
 class Killer:
     """A sink that kills a worker at a moment after a round, as seldom as asked for."""
 
@@ -79,8 +76,6 @@ def kill(pid):
 
 def processes():
     """The processes of this cluster's actors, by the title that Ray gives them."""
-    import psutil
-
     own = psutil.Process().children(recursive=True)
     return [each.pid for each in own if "BlockActor" in " ".join(each.cmdline())]
 
@@ -100,3 +95,58 @@ def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undist
     lost = [each.message for each in read_events(tmp_path / "there") if isinstance(each, Warned)]
     assert any("was lost" in message and "go on from the last checkpoint" in message for message in lost), lost
     assert processes() == []
+
+
+def test_twenty_random_kills_cost_no_bit(config, tmp_path):
+    words = ["clients=6", "topology=ring", "algorithm.name=dec-lora", "train.rounds=40", "train.block=2"]
+    chosen = config("bert", *words, "train.optimizer_state=keep", "exchange.codec={kind: top-k, share: 0.3}")
+    expected = simulate_here(chosen, tmp_path / "here", report=False).adapters
+    killer, settings = Killer(20, 1), SETTINGS.model_copy(update={"retries": 100})
+    found = simulate(chosen, tmp_path / "there", cluster=settings, report=False, sinks=[killer])
+    assert killer.left == 0 and same_bits(found.adapters, expected)
+
+
+def test_a_killed_driver_leaves_no_worker_and_is_resumed_by_another_number_of_them(undisturbed, tmp_path):
+    config, expected = undisturbed
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "peerlora", "train", "config.yaml", "--out", "there", "--cluster", "ray"]
+    driver = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE)
+    checkpoint = tmp_path / "there" / "checkpoints" / "round-000002.json"
+    end = time.monotonic() + 400
+    while not checkpoint.exists():
+        assert driver.poll() is None and time.monotonic() < end, driver.stderr.read()
+        time.sleep(0.02)
+    left = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    _, alive = psutil.wait_procs(left, timeout=120)
+    assert alive == []
+    one = ClusterConfig(workers=1, timeout=300)
+    found = resume(tmp_path / "there", where=lambda stored: one, report=False)
+    assert same_bits(found.adapters, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--workers", "500"], "500 workers with 1 cores each asked for"),
+        (["--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
+        (["--gpus-per-worker", "1", "--workers", "1"], "1 workers with 1 GPUs each asked for, the cluster has 0"),
+        (["data.train=jsonl:missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing_behind(undisturbed, tmp_path, words, reason):
+    (tmp_path / "config.yaml").write_text(undisturbed[0].to_yaml())
+    command = [sys.executable, "-m", "peerlora", "train", "config.yaml", "--out", "there", "--cluster", "ray"]
+    before = {each.pid for each in psutil.process_iter()}
+    settings = [word for word in words if "=" in word]
+    options = [word for word in words if "=" not in word]
+    told = subprocess.run(
+        [*command[:5], *settings, *command[5:], *options], cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
+    assert (told.returncode, reason in told.stderr) == (2, True), told.stderr
+    assert "Traceback" not in told.stderr and not (tmp_path / "there").exists()
+    end = time.monotonic() + 60
+    while [each for each in psutil.process_iter(["name"]) if each.pid not in before and "raylet" in each.info["name"]]:
+        assert time.monotonic() < end
+        time.sleep(0.5)
