@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -134,36 +135,44 @@ class TrialPool:
         again and again.
         """
         waiting = deque(trials)
-        while not stop() and (waiting or any(seat.job for seat in self.seats)):
-            for seat in self.seats:
-                if waiting and seat.job is None:
-                    begun(waiting[0])
-                    self._begin(seat, waiting.popleft(), folder)
-            for seat in self._ended():
-                trial, job = seat.job or (None, None)
-                assert trial is not None and job is not None
-                try:
-                    files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
-                except WorkersLost as error:
-                    self._replace(seat, trial, error)
-                    waiting.appendleft(trial)
-                    continue
-                seat.job = None
-                write_files(job.run, files)
-                yield trial
+        try:
+            while not stop() and (waiting or self._busy):
+                for seat in self.seats:
+                    if waiting and seat.job is None:
+                        begun(waiting[0])
+                        self._begin(seat, waiting.popleft(), folder)
+                for seat, trial, job in self._ended():
+                    try:
+                        files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
+                    except WorkersLost as error:
+                        self._give_up(seat, trial, error)
+                        waiting.appendleft(trial)
+                        continue
+                    seat.job = None
+                    write_files(job.run, files)
+                    yield trial
+        finally:
+            for seat in self._busy:
+                self._end(seat)
+
+    @property
+    def _busy(self) -> list[_Seat]:
+        return [seat for seat in self.seats if seat.job]
 
     def _begin(self, seat: _Seat, trial: Trial, folder: Path) -> None:
         key, run = data_key(trial.config), folder / trial.folder
         if key != self._key:
             rows = replace(self.cache.resources(trial.config), bases=None)
             self._key, self._rows = key, self.ray.put(rows)
+        if seat.actor is None:
+            seat.actor = self._actor()
         job = TrialJob(trial.config, run, read_files(run) if (run / "run.json").is_file() else {})
         seat.job, seat.answer = (trial, job), seat.actor.run.remote(job, key, self._rows)
         seat.ping, seat.asked = seat.actor.describe.remote(), time.monotonic()
 
-    def _ended(self) -> list[_Seat]:
+    def _ended(self) -> list[tuple[_Seat, Trial, TrialJob]]:
         """Seats whose worker has answered or died, after a short wait; workers that are silent too long are ended."""
-        busy = [seat for seat in self.seats if seat.job]
+        busy = self._busy
         ready, _ = self.ray.wait([seat.answer for seat in busy], num_returns=len(busy), timeout=_LOOK)
         now = time.monotonic()
         for seat in busy:
@@ -171,21 +180,27 @@ class TrialPool:
             if answered and now - seat.asked > _PING:
                 seat.ping, seat.asked = seat.actor.describe.remote(), now
             elif not answered and now - seat.asked > self.settings.timeout:
-                self.ray.kill(seat.actor, no_restart=True)
-        return [seat for seat in busy if seat.answer in ready]
+                self.ray.kill(seat.actor, no_restart=True)  # its answer will be that it died
+        return [(seat, *seat.job) for seat in busy if seat.job and seat.answer in ready]
 
-    def _replace(self, seat: _Seat, trial: Trial, error: WorkersLost) -> None:
+    def _give_up(self, seat: _Seat, trial: Trial, error: WorkersLost) -> None:
+        """Count the loss of a worker, and raise RunError where a trial has lost too many."""
+        self._end(seat)
         self.lost[trial.folder] += 1
         if self.lost[trial.folder] > self.settings.retries:
-            raise RunError(f"{error}, for the {self.lost[trial.folder]}th time; see what ends it, and resume")
+            raise RunError(f"{error}, and {self.settings.retries} before it; see what ends them, and resume")
         self.warn(f"{error}; it begins again on another worker")
-        self.ray.kill(seat.actor, no_restart=True)
-        seat.actor, seat.job = self._actor(), None
+
+    def _end(self, seat: _Seat) -> None:
+        """End a worker; the next trial of its seat gets a new one."""
+        if seat.actor is not None:
+            self.ray.kill(seat.actor, no_restart=True)
+        seat.actor = seat.job = None
 
     def close(self) -> None:
         """End all workers."""
         for seat in self.seats:
-            self.ray.kill(seat.actor, no_restart=True)
+            self._end(seat)
 
 
 @contextmanager
@@ -206,7 +221,7 @@ def trial_pools(settings: ClusterConfig, warn: Callable[[str], None]) -> Iterato
 @lru_cache(maxsize=1)
 def actor_class() -> Any:
     """The class of a worker's actor: trials on one thread, questions whether it is alive on another."""
-    import ray
+    ray: Any = import_module("ray")
 
     class TrialActor(TrialWorker):
         @ray.method(concurrency_group="health")

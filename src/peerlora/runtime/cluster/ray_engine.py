@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, Self
 
 from peerlora.config.cluster import ClusterConfig
@@ -117,7 +118,7 @@ def check_versions(facts: Sequence[dict[str, Any]]) -> None:
 @lru_cache(maxsize=1)
 def actor_class() -> Any:
     """The class of a worker's actor: calls of the driver on one thread, deliveries on another."""
-    import ray
+    ray: Any = import_module("ray")
 
     class BlockActor(BlockWorker):
         def describe(self) -> dict[str, Any]:

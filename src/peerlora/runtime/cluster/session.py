@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from peerlora.config.cluster import ClusterConfig
@@ -35,8 +36,7 @@ def ray_session(settings: ClusterConfig, store_bytes: int = STORE_BYTES) -> Iter
     if settings.address is None:
         _check_cores(settings)
         os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
-    import ray
-
+    ray: Any = import_module("ray")
     connected = ray.is_initialized()
     if not connected:
         _connect(ray, settings, store_bytes)
