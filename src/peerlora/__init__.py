@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from peerlora.lora.adapters import Adapters as Adapters
     from peerlora.lora.adapters import AdapterSpec as AdapterSpec
     from peerlora.runs.store import read_events as read_events
+    from peerlora.runtime.cluster.run import resume as resume
+    from peerlora.runtime.cluster.run import simulate as simulate
     from peerlora.runtime.compose import Federation as Federation
     from peerlora.runtime.compose import compose as compose
     from peerlora.runtime.export import export_from_run as export_from_run
-    from peerlora.runtime.simulate import resume as resume
-    from peerlora.runtime.simulate import simulate as simulate
     from peerlora.runtime.trainer import Result as Result
     from peerlora.topology.schedule import Topology as Topology
     from peerlora.topology.schedule import build_topology as build_topology
@@ -64,8 +64,8 @@ _HOMES = {
     "compose": "runtime.compose",
     "export_from_run": "runtime.export",
     "Result": "runtime.trainer",
-    "resume": "runtime.simulate",
-    "simulate": "runtime.simulate",
+    "resume": "runtime.cluster.run",
+    "simulate": "runtime.cluster.run",
     "Topology": "topology.schedule",
     "build_topology": "topology.schedule",
 }

@@ -32,7 +32,9 @@ def simulate(
     stop: Callable[[], bool] = lambda: False,
     report: bool = True,
 ) -> Result:
-    """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
+    """Run a config from the start in this process, in ``out`` or in a new folder under ``runs/``.
+
+    ``runtime.cluster.run`` has the same for runs that may be on a cluster, and is what ``peerlora.simulate`` is.
 
     Each of ``sinks`` takes every event, in order, after the run folder; ``stop`` is asked after every round and, when
     true, a checkpoint is written and Stopped raised.  Without ``report`` no report.html is drawn at the end, which
