@@ -4,6 +4,7 @@ import signal
 from contextlib import contextmanager
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from peerlora.config.cluster import ClusterConfig
@@ -86,8 +87,11 @@ needs_ray = [
 ]
 
 
-def numbers(comparison):
-    return {str(line.labels): {name: each for name, each in line.measures.items()} for line in comparison.lines}
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 class TestOnRay:
@@ -95,8 +99,6 @@ class TestOnRay:
 
     def test_the_table_is_that_of_one_process_though_a_worker_and_the_driver_are_stopped(self, grid, tmp_path):
         pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
-        import psutil
-
         here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
         warnings, begun = [], []
 
@@ -104,7 +106,7 @@ class TestOnRay:
         def watched(status):
             begun.append(status.trial)
             if len(begun) == 3:
-                actors = [p for p in psutil.Process().children(recursive=True) if "TrialActor" in "".join(p.cmdline())]
+                actors = [each for each in psutil.Process().children(recursive=True) if "TrialActor" in title(each)]
                 actors[0].send_signal(signal.SIGKILL)
             yield lambda event: None
 

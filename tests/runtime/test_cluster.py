@@ -19,7 +19,7 @@ from peerlora.runtime.simulate import simulate as simulate_here
 from peerlora.tree import leaves
 
 
-def threads(settings):
+def threads(settings, exchanged_bytes):
     return ThreadEngine()
 
 
@@ -131,7 +131,7 @@ def test_lost_workers_cost_no_bit(config, tmp_path, calls):
     chosen = config("bert", "clients=4", "train.rounds=4", "train.block=2", "train.optimizer_state=keep")
     expected = simulate_here(chosen, tmp_path / "here", report=False)
     engine = Dying(calls)
-    found = on_workers(chosen, tmp_path / "there", engine=lambda settings: engine)
+    found = on_workers(chosen, tmp_path / "there", engine=lambda *settings: engine)
     assert engine.started == len(calls) + 1
     assert same_bits(found.adapters, expected.adapters)
     lost = [each for each in read_events(tmp_path / "there") if isinstance(each, Warned) and "was lost" in each.message]
@@ -143,7 +143,7 @@ def test_workers_that_are_lost_too_often_end_the_run_which_can_be_resumed_in_one
     expected = simulate_here(chosen, tmp_path / "here", report=False)
     engine = Dying([14, 6])
     with pytest.raises(RunError, match="go on with: peerlora train --resume"):
-        on_workers(chosen, tmp_path / "there", engine=lambda settings: engine, retries=1)
+        on_workers(chosen, tmp_path / "there", engine=lambda *settings: engine, retries=1)
     found = resume_here(tmp_path / "there", report=False)
     assert any(isinstance(each, Resumed) for each in read_events(tmp_path / "there"))
     assert same_bits(found.adapters, expected.adapters)

@@ -53,18 +53,17 @@ def undisturbed(config, tmp_path):
 
 
 class Killer:
-    """A sink that kills a worker at a moment after a round, as seldom as asked for."""
+    """A sink that kills a worker at a moment after a round, in training, in an exchange or at a checkpoint."""
 
-    def __init__(self, kills, seed):
-        self.left, self.random = kills, random.Random(seed)
-        self.pids = []
+    def __init__(self, kills, seed, latest=0.3):
+        self.left, self.latest, self.random = kills, latest, random.Random(seed)
 
     def __call__(self, event):
-        if isinstance(event, RoundDone) and self.left and self.random.random() < 0.6:
+        there = processes() if isinstance(event, RoundDone) and self.left else []
+        if there and self.random.random() < 0.6:
             self.left -= 1
-            victim = self.random.choice(processes())
-            wait = self.random.random() * 0.3
-            threading.Thread(target=lambda: (time.sleep(wait), kill(victim)), daemon=True).start()
+            victim, wait = self.random.choice(there), self.random.random() * self.latest
+            threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
 
 
 def kill(pid):
@@ -75,9 +74,22 @@ def kill(pid):
 
 
 def processes():
-    """The processes of this cluster's actors, by the title that Ray gives them."""
-    own = psutil.Process().children(recursive=True)
-    return [each.pid for each in own if "BlockActor" in " ".join(each.cmdline())]
+    """The processes of this cluster's actors that are alive, by the title that Ray gives them."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            if "BlockActor" in " ".join(each.cmdline()):
+                found.append(each.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_actors_get_the_bits_of_one_process(undisturbed, tmp_path):
@@ -90,11 +102,11 @@ def test_actors_get_the_bits_of_one_process(undisturbed, tmp_path):
 
 def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undisturbed, tmp_path):
     config, expected = undisturbed
-    found = on_ray(config, tmp_path / "there", sinks=[Killer(1, 0)])
+    found = on_ray(config, tmp_path / "there", sinks=[Killer(1, 0, latest=0)])
     assert same_bits(found.adapters, expected)
     lost = [each.message for each in read_events(tmp_path / "there") if isinstance(each, Warned)]
     assert any("was lost" in message and "go on from the last checkpoint" in message for message in lost), lost
-    assert processes() == []
+    wait_until(lambda: processes() == [])
 
 
 def test_twenty_random_kills_cost_no_bit(config, tmp_path):
@@ -146,7 +158,5 @@ def test_bad_input_is_one_message_and_leaves_nothing_behind(undisturbed, tmp_pat
     )
     assert (told.returncode, reason in told.stderr) == (2, True), told.stderr
     assert "Traceback" not in told.stderr and not (tmp_path / "there").exists()
-    end = time.monotonic() + 60
-    while [each for each in psutil.process_iter(["name"]) if each.pid not in before and "raylet" in each.info["name"]]:
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    names = ("raylet", "gcs_server")
+    wait_until(lambda: not {each.pid for each in psutil.process_iter(["name"]) if each.name() in names} - before)

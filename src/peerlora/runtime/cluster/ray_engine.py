@@ -17,17 +17,18 @@ from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.cluster.worker import BlockWorker, describe_process
 
 _INBOX = "inbox"  # the threads of an actor that take rows while it computes
+_ASKED = {"describe": "to start; are so many cores and GPUs free?"}
 _FETCH = 60.0  # seconds to fetch an answer that is there
 
 
 class RayEngine(Engine):
     """Starts workers on a Ray cluster."""
 
-    def __init__(self, settings: ClusterConfig):
-        self.settings, self._open = settings, ExitStack()
+    def __init__(self, settings: ClusterConfig, exchanged_bytes: int):
+        self.settings, self.exchanged_bytes, self._open = settings, exchanged_bytes, ExitStack()
 
     def __enter__(self) -> Self:
-        self.ray = self._open.enter_context(ray_session(self.settings))
+        self.ray = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes))
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -66,7 +67,7 @@ class RayGroup:
         """See ``WorkerGroup``."""
         answers = [getattr(worker, method).remote(*own) for worker, own in zip(self.workers, arguments, strict=True)]
         try:
-            return wait_for(self.ray, answers, self.timeout, f"to {method}")
+            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"))
         except BaseException:
             self.close()
             raise

@@ -46,7 +46,7 @@ def simulate(
     out: Path | str | None = None,
     *,
     cluster: ClusterConfig | None = None,
-    engine: Callable[[ClusterConfig], Engine] | None = None,
+    engine: Callable[[ClusterConfig, int], Engine] | None = None,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
     stop: Stop = lambda: False,
@@ -66,7 +66,7 @@ def simulate(
     _refuse_partitioner(partitioner)
     driver = compose_driver(config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker}))
     facts = run_facts(driver.config, inputs=facts_of(driver.federation))
-    with (engine or ray_engine)(settings) as machines:
+    with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
         first, speed = driver.start(machines)
         with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
             return driver.run(machines, first, store, sinks, stop, report, resumed=False)
@@ -76,7 +76,7 @@ def resume(
     folder: Path | str,
     *,
     where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda stored: stored,
-    engine: Callable[[ClusterConfig], Engine] | None = None,
+    engine: Callable[[ClusterConfig, int], Engine] | None = None,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
@@ -102,18 +102,18 @@ def resume(
                 )
             driver = compose_driver(stored, speed_of(store.facts, stored), settings)
             check_inputs(store, driver.federation)
-            with (engine or ray_engine)(settings) as machines:
+            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
                 return driver.run(machines, driver.start(machines)[0], store, sinks, stop, report, resumed=True)
     return here.resume(
         folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
 
 
-def ray_engine(settings: ClusterConfig) -> Engine:
-    """The workers of a Ray cluster."""
+def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
+    """The workers of a Ray cluster, whose machines hold what is under way of an exchange."""
     from peerlora.runtime.cluster.ray_engine import RayEngine
 
-    return RayEngine(settings)
+    return RayEngine(settings, exchanged_bytes)
 
 
 def _refuse_partitioner(partitioner: Any) -> None:
@@ -139,6 +139,11 @@ class Driver:
     def config(self) -> RunConfig:
         """The resolved config."""
         return self.federation.config
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """At most under way at once: the rows of all clients, before an exchange and in the one after it."""
+        return 2 * self.config.clients * self.federation.start.flat[:1].nbytes
 
     def start(self, machines: Engine) -> tuple[WorkerGroup, dict[str, Any]]:
         """Start workers and let them build their blocks; also return the speed that they chose.
@@ -168,7 +173,7 @@ class Driver:
     def run(
         self,
         machines: Engine,
-        group: WorkerGroup,
+        group: WorkerGroup | None,
         store: RunStore,
         sinks: Sequence[Sink],
         stop: Stop,
@@ -179,13 +184,14 @@ class Driver:
         every, events = (*sinks, *([ReportWriter(store.folder)] if report else [])), ()
         for left in range(self.settings.retries, -1, -1):
             try:
+                group = group or self.start(machines)[0]
                 with closing(group):
                     return self._trainer(group, store, every, stop, events).run(resumed)
             except WorkersLost as error:
                 if left == 0:
                     raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
                 events = (Warned(f"{error}; new workers go on from the last checkpoint"),)
-            (group, _), resumed = self.start(machines), True
+            group, resumed = None, True
         raise AssertionError("the last attempt returns or raises")
 
     def _trainer(

@@ -16,7 +16,7 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.environment import need_extra
 from peerlora.errors import ClusterError, first_line
 
-STORE_BYTES = 200_000_000  # bytes of the object store of a cluster that is started here; swapped rows lie there
+STORE_BYTES = 200_000_000  # bytes, at least, of the object store of a cluster that is started here
 _ANSWERS = 20.0  # seconds in which an address must answer
 _CLIENT_PORT = 10001  # of ray:// addresses that name none
 _SETTINGS = {
@@ -26,8 +26,10 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session(settings: ClusterConfig, store_bytes: int = STORE_BYTES) -> Iterator[Any]:
+def ray_session(settings: ClusterConfig, stored_bytes: int = 0) -> Iterator[Any]:
     """Connect, and yield the module ``ray``; what was started here ends with it.
+
+    ``stored_bytes``: what workers put into the object store at once; what does not fit goes through the disk.
 
     A connection that the process has already is used and left as it is.
     Raises ExtraMissing without Ray, ClusterError where the address does not answer or has not what is asked for.
@@ -39,7 +41,7 @@ def ray_session(settings: ClusterConfig, store_bytes: int = STORE_BYTES) -> Iter
     ray: Any = import_module("ray")
     connected = ray.is_initialized()
     if not connected:
-        _connect(ray, settings, store_bytes)
+        _connect(ray, settings, max(STORE_BYTES, stored_bytes))
     try:
         check_resources(settings, ray.cluster_resources())
         yield ray
@@ -52,6 +54,7 @@ def _connect(ray: Any, settings: ClusterConfig, store_bytes: int) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if settings.address is None:
         ray.init(
+            address="local",
             num_cpus=settings.workers * settings.cpus_per_worker,
             include_dashboard=False,
             object_store_memory=store_bytes,
