@@ -34,7 +34,7 @@ def grid(config, texts):
     tree = {
         "base": base,
         "axes": {"method": ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]},
-        "seeds": [0, 1],
+        "seeds": [0],
         "search": {"rates": [0.01, 0.001], "seeds": [7], "holdout": 0.3},
         "cluster": SETTINGS.model_dump(),
     }
@@ -87,6 +87,17 @@ needs_ray = [
 ]
 
 
+def timeless(tree):
+    """What a comparison prints, without its folder and what is measured in seconds."""
+    if isinstance(tree, dict):
+        return {
+            name: timeless(value)
+            for name, value in tree.items()
+            if name not in ("folder", "report") and "second" not in name
+        }
+    return [timeless(each) for each in tree] if isinstance(tree, list) else tree
+
+
 def title(process):
     try:
         return " ".join(process.cmdline())
@@ -105,19 +116,18 @@ class TestOnRay:
         @contextmanager
         def watched(status):
             begun.append(status.trial)
-            if len(begun) == 3:
+            if len(begun) == 2:
                 actors = [each for each in psutil.Process().children(recursive=True) if "TrialActor" in title(each)]
                 actors[0].send_signal(signal.SIGKILL)
             yield lambda event: None
 
         with trial_pools(SETTINGS, warnings.append) as pool:
-            on_ray = Callbacks(watched, lambda: len(begun) >= 6, pool=pool)
+            on_ray = Callbacks(watched, lambda: len(begun) >= 5, pool=pool)
             with pytest.raises(Stopped, match="go on with: peerlora compare --resume"):
                 start_grid(grid, tmp_path / "there", on_ray)
             first = list(begun)
             begun.clear()
             there = resume_grid(tmp_path / "there", lambda stored: stored, replace(on_ray, stop=lambda: False))
         assert any("begins again on another worker" in each for each in warnings), warnings
-        assert len(first) >= 6 and len(begun) < 8
-        assert there.as_json()["rows"] == here.as_json()["rows"]
-        assert there.as_json()["searches"] == here.as_json()["searches"]
+        assert len(first) >= 5 and len(begun) < 6
+        assert timeless(there.as_json()) == timeless(here.as_json())
