@@ -189,6 +189,12 @@ def test_what_a_cluster_cannot_do_is_refused_before_anything_is_written(config, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", [{"partitioner": object()}, {"resources": object()}])
+def test_objects_of_this_process_are_refused(config, tmp_path, given):
+    with pytest.raises(CompositionError, match="given; workers of a cluster"):
+        on_workers(config("bert"), tmp_path / "run", **given)
+
+
 def test_the_config_of_a_run_has_the_graphs_and_the_threads_that_decide_its_bits(config, tmp_path):
     on_workers(config("bert", "clients=5", "threads=null", "train.rounds=1"), tmp_path / "run")
     stored = load_config(tmp_path / "run" / "config.yaml")

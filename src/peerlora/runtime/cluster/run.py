@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +63,7 @@ def simulate(
         return here.simulate(config, out, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
-    _refuse_partitioner(partitioner)
+    _refuse_objects(partitioner, options)
     driver = compose_driver(config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker}))
     facts = run_facts(driver.config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
@@ -94,7 +94,7 @@ def resume(
         settings = where(stored.cluster)
         if settings is not None:
             check_same(stored, expected(stored), store, partitioner)
-            _refuse_partitioner(partitioner)
+            _refuse_objects(partitioner, options)
             if stored.device == "cpu" and stored.train.block is None:
                 raise RunError(
                     f"{folder} was begun in one process without train.block, by which graphs are the same on any "
@@ -116,7 +116,13 @@ def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
     return RayEngine(settings, exchanged_bytes)
 
 
-def _refuse_partitioner(partitioner: Any) -> None:
+def _refuse_objects(partitioner: Any, options: Mapping[str, Any]) -> None:
+    """Raise CompositionError for what is given as an object of this process, which workers do not get."""
+    if options:
+        raise CompositionError(
+            f"{', '.join(sorted(options))} given; workers of a cluster load rows and base model themselves; leave it "
+            "out, or use one process"
+        )
     if partitioner is not None:
         raise CompositionError(
             f"a partitioner {type(partitioner).__name__} given; workers of a cluster divide rows by the section "
