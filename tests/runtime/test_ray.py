@@ -109,6 +109,7 @@ def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undist
     wait_until(lambda: processes() == [])
 
 
+@pytest.mark.timeout(3600)
 def test_twenty_random_kills_cost_no_bit(config, tmp_path):
     words = ["clients=6", "topology=ring", "algorithm.name=dec-lora", "train.rounds=40", "train.block=2"]
     chosen = config("bert", *words, "train.optimizer_state=keep", "exchange.codec={kind: top-k, share: 0.3}")
