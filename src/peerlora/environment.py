@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, nearest
 
-EXTRAS = {"peer": ("grpc", "cryptography", "msgspec"), "quantize": ("bitsandbytes",)}
+EXTRAS = {"peer": ("grpc", "cryptography", "msgspec"), "quantize": ("bitsandbytes",), "rl": ("gymnasium",)}
 """The modules that an optional part of peerlora imports."""
 
 

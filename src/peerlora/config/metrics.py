@@ -21,6 +21,7 @@ METRICS: dict[str, Target] = {
     "spearman": "number",
     "mean-absolute-error": "number",
     "perplexity": "tokens",
+    "share-of-optimum": "action",
 }
 """Name -> what a task has to predict."""
 _LOWER = (LOSS, "mean-absolute-error", "perplexity")

@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.policy import POLICY_DEFAULTS, policy_contradiction
 from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
     AdapterConfig,
@@ -15,8 +16,10 @@ from peerlora.config.sections import (
     ClockConfig,
     DataConfig,
     DirichletPartition,
+    EnvironmentPartition,
     EvalConfig,
     ModelConfig,
+    OnlineConfig,
     PartitionConfig,
     PeerConfig,
     Positive,
@@ -41,7 +44,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = DirichletPartition(kind="dirichlet")
-    """How rows are divided among clients: iid, dirichlet, shares, column or quantity; own at a real site."""
+    """How rows are divided: iid, dirichlet, shares, column or quantity; own at a real site; environment: no rows."""
     clients: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Participants; each trains on its own rows only."""
     topology: TopologyConfig = RandomGraph(kind="random")
@@ -51,6 +54,7 @@ class RunConfig(Section):
     adversary: AdversaryConfig | None = None
     """Clients that attack, to see what a method makes of them; null: nobody does."""
     train: TrainConfig = TrainConfig()
+    online: OnlineConfig = OnlineConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     clock: ClockConfig | None = None
@@ -75,6 +79,16 @@ class RunConfig(Section):
     @classmethod
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _take_policy_defaults(self):
+        """What a flow policy needs in another way than a model of rows, where the config does not say."""
+        if task_kind(self.task.kind).acts:
+            for name, settings in POLICY_DEFAULTS.items():
+                self._fill(name, settings)
+            if "partition" not in self.model_fields_set:
+                object.__setattr__(self, "partition", EnvironmentPartition(kind="environment"))
+        return self
 
     @model_validator(mode="after")
     def _one_per_client(self):
@@ -103,7 +117,7 @@ class RunConfig(Section):
             )
         if kind.has_label and self.data.label is None:
             raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
-        if flaw := self.eval.contradiction(kind):
+        if flaw := self.eval.contradiction(kind) or policy_contradiction(self):
             raise ValueError(flaw)
         if self.train.class_weights != "none" and not kind.has_classes:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens"]
+Target = Literal["class", "number", "tokens", "action"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,14 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
+    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens; or of
+    an environment's state an action, without rows."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
-    """PEFT's task type, by which it chooses target layers and heads."""
+    """PEFT's task type, by which it chooses target layers and heads; empty: none."""
     auto_model: str
-    """Name of the class in ``transformers`` that loads the base model."""
+    """Name of the class in ``transformers`` that loads the base model; empty: none does."""
     texts: int = 2
     """Most columns of text in a row."""
     tokens: int = 1
@@ -40,7 +41,12 @@ class TaskKind:
     @property
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
-        return self.target != "tokens"
+        return self.target in ("class", "number")
+
+    @property
+    def acts(self) -> bool:
+        """Whether clients act in environments, in place of reading rows."""
+        return self.target == "action"
 
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
@@ -54,6 +60,7 @@ _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
+    TaskKind("flow-policy", "action", "peerlora.train.online.task:FlowPolicyTask", "", "", 0, 0),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 

@@ -26,6 +26,7 @@ from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, read_facts, require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.inputs import describe_rows, require_same_inputs
+from peerlora.runtime.resources import RunResources
 from peerlora.runtime.simulate import resume, simulate
 
 
@@ -190,7 +191,8 @@ class _TrialRunner:
     def _run_trial(self, trial: Trial, cache: ResourceCache, listen: Callable[[Event], None]) -> None:
         run = self.folder / trial.folder
         resources = cache.resources(trial.config)
-        if was := self.rows.get(data_key(trial.config)):
+        was = self.rows.get(data_key(trial.config))
+        if was and isinstance(resources, RunResources):
             now = describe_rows(resources.train_data, resources.eval_data)
             require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
         options: dict[str, Any] = {"resources": resources, "sinks": [listen]}

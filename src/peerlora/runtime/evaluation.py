@@ -15,14 +15,15 @@ from peerlora.runs.events import Evaluated
 from peerlora.runtime.compose import Federation, evaluation_rows
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.selection import Selection
-from peerlora.train.base import Scores
+from peerlora.train.base import Learner, Scores
+from peerlora.train.online.episodes import Episodes
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one moment of a run, [client] each: of attackers, too."""
 
-    rows: Dataset
+    rows: Dataset | Episodes
     own: Scores
     """The clients' own models on the common rows."""
     averaged: Scores | None
@@ -46,7 +47,8 @@ class Evaluator:
 
     def __init__(self, federation: Federation, participation: Participation):
         self.federation, self.participation = federation, participation
-        self.learner, self.settings = federation.learner, federation.config.eval
+        self.learner: Learner = federation.learner
+        self.settings = federation.config.eval
         self.few_rows = evaluation_rows(federation)
         self.own_rows = [federation.train_data.take(rows) if len(rows) else None for rows in federation.own_rows]
         wanted = [*self.settings.metrics, *([self.settings.select.metric] if self.settings.select else [])]
@@ -105,7 +107,7 @@ class Evaluator:
         shown[honest] = values[honest]
         return shown.tolist()
 
-    def _score(self, models: Adapters, rows: Dataset) -> Scores:
+    def _score(self, models: Adapters, rows: Dataset | Episodes) -> Scores:
         return self.learner.evaluate(models, rows, self.settings.batch, self.metrics)
 
     def _score_own(self, models: Adapters) -> Scores | None:

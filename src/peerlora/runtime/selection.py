@@ -14,7 +14,7 @@ from peerlora.config.metrics import higher_is_better
 from peerlora.config.run import RunConfig
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.relayed_export import deployed
-from peerlora.train.tasks import Task
+from peerlora.train.tasks import Measured
 from peerlora.tree import leaves, own_copy, put_row, rebuild, rows_of
 
 
@@ -36,7 +36,7 @@ class Selection:
         return "relayed" if self.of.endswith("relayed") else "own"
 
     @classmethod
-    def of_run(cls, config: RunConfig, task: Task) -> Selection | None:
+    def of_run(cls, config: RunConfig, task: Measured) -> Selection | None:
         """The one of a run; None where nothing is selected."""
         select = config.eval.select
         if select is None:

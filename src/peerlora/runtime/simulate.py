@@ -16,6 +16,7 @@ from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
 from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.participation import AllClients
+from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.synchronous import SynchronousRounds
@@ -26,7 +27,7 @@ def simulate(
     config: RunConfig,
     out: Path | str | None = None,
     *,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
@@ -53,7 +54,7 @@ def resume(
     folder: Path | str,
     *,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,

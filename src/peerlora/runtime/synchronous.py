@@ -74,7 +74,10 @@ class SynchronousRounds:
             bytes_sent=stats.bytes_sent,
             seconds_train=worked - stats.seconds,
             seconds_mix=stats.seconds,
-            measures={name: float(values.mean()) for name, values in stats.measures.items()},
+            measures={
+                **{name: float(values.mean()) for name, values in stats.measures.items()},
+                **{name: float(values.nanmean()) for name, values in trained.measures.items()},
+            },
             absent=absent,
             received=stats.received,
             missing=stats.missing,

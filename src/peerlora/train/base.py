@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -17,9 +17,8 @@ from peerlora.train.local_rules import LocalRule
 
 if TYPE_CHECKING:
     from peerlora.config.train import TrainConfig
-    from peerlora.data.dataset import Dataset
     from peerlora.train.row_scores import Measure
-    from peerlora.train.tasks import Task
+    from peerlora.train.tasks import Measured
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,9 @@ class LocalPlan:
     """Cuts backward passes short, client by client."""
     row_weights: Float[Tensor, "client row"] | None = None
     """How much each row of a client's shard counts in its loss, by its place in the shard."""
+    turn: int | None = None
+    """Of a model whose blocks are fine-tuned one after another: the number of the turn, of N blocks turn mod N trains
+    alone.  None: all train."""
 
     @classmethod
     def of(cls, plan: LocalPlan | str) -> LocalPlan:
@@ -51,6 +53,8 @@ class TrainStats:
 
     losses: Float[Tensor, " client"]
     """Mean training loss of the last ``fit``; NaN for clients that did not train."""
+    measures: dict[str, Float[Tensor, " client"]] = field(default_factory=dict)
+    """What else the last ``fit`` measured, by name; NaN for clients that did not train."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,13 @@ class Learner(Protocol):
     """
 
     settings: TrainConfig
-    task: Task
     step_seconds: Float[Tensor, " client"] | None
     """Seconds that each client's local step takes in this round, on a virtual clock; None without one."""
+
+    @property
+    def task(self) -> Measured:
+        """The task, as far as every kind has it."""
+        ...
 
     def round(
         self,
@@ -138,8 +146,11 @@ class Learner(Protocol):
         """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
         ...
 
-    def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
-        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too."""
+    def evaluate(self, x: Adapters, data: Any, batch: int, metrics: Sequence[str] = ()) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too.
+
+        ``data``: what this learner evaluates on, a ``Dataset`` or ``Episodes``.
+        """
         ...
 
     @property

@@ -17,16 +17,20 @@ from peerlora.data.batches import Batch
 from peerlora.train.metrics import spearman
 
 
-@runtime_checkable
-class Task(Protocol):
-    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring.
-
-    A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
-    """
+class Measured(Protocol):
+    """What is known of every task: its kind, and the metric by which models are compared."""
 
     kind: ClassVar[TaskKind]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+
+
+@runtime_checkable
+class Task(Measured, Protocol):
+    """The training half of a ``TaskKind`` of rows: losses per client for training, outcomes per row for scoring.
+
+    A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
+    """
 
     def losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " client"]:
         """Every client's mean loss over its own rows (tokens, for language models); filler rows count nothing."""
