@@ -17,6 +17,7 @@ from peerlora.data.batches import Batch
 from peerlora.train.metrics import spearman
 
 
+@runtime_checkable
 class Measured(Protocol):
     """What is known of every task: its kind, and the metric by which models are compared."""
 

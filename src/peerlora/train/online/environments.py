@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -42,6 +42,7 @@ class Outcome:
     """What the next action answers: ``reached``, or after a terminal step the start of another episode."""
 
 
+@runtime_checkable
 class Environment(Protocol):
     """Episodes side by side, each with attributes of its own; observations are of the order of 1."""
 

@@ -11,9 +11,9 @@ from peerlora.train.online.environments import POINT_MASS, Controller, Environme
 
 ATTRIBUTES = {"goal_x": 0.0, "goal_y": 0.0, "mass": 1.0, "damping": 0.5, "force": 2.0}
 """Attribute -> nominal value: where the goal is, the mass, the friction and the push of an action of 1."""
-DT = 0.1  # seconds of a step
+DT = 0.2  # seconds of a step
 EFFORT = 0.3  # cost of a unit of squared action, in units of squared distance
-HORIZON = 40  # steps of an episode
+HORIZON = 20  # steps of an episode
 FACTS = EnvironmentFacts(POINT_MASS, observation=4, action=2, horizon=HORIZON)
 
 
