@@ -1,19 +1,14 @@
 """Stacked flow policies equal clients that are computed one by one, and a loop that is written out."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-from peerlora.runtime.compose import compose
-from peerlora.train.base import LocalPlan
 from plain_flow import PlainClient
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train" / "online"))
-
-from flow_runs import tiny  # noqa: E402
+from flow_runs import tiny
+from peerlora.runtime.compose import compose
+from peerlora.train.base import LocalPlan
 
 
 def fits(federation, plans):

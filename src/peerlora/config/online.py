@@ -26,7 +26,7 @@ class OnlineConfig(Section):
     """Standard deviation of what is added to actions, in [-1, 1], where clients explore; at the start."""
     noise_end: Annotated[float, Field(ge=0)] = 0.05
     """The same in the last training round; it falls linearly."""
-    discount: Rate = 0.97
+    discount: Rate = 0.95
     """Gamma, per step of the environment."""
     reward_scale: PositiveFloat = 1.0
     """The critic learns rewards times this; returns are told without it."""
@@ -34,9 +34,9 @@ class OnlineConfig(Section):
     """Rounds at the start in which the critic trains alone."""
     critic_rate: PositiveFloat = 1.0
     """The critic's learning rate, as a multiple of train.lr."""
-    target_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    target_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share by which the target critic follows the critic after each local step."""
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = 1.0
     """Step size of the proximal update, the reach of its trust region: a sweep over all blocks is one step of it."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Tau, the weight of the entropy of actions; above zero for at most three action dimensions."""

@@ -11,6 +11,7 @@ from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warn
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.policy_pictures import environment_rows, policy_pictures
 from peerlora.runs.store import read_events, resume_command
 from peerlora.runs.write_failures import write_failures_told
 
@@ -235,6 +236,7 @@ def _setting(start: RunStarted) -> str:
         ("clients", start.clients),
         ("rounds planned", start.rounds),
         ("topology", shape),
+        *environment_rows(start),
         *([("virtual clock", describe_clock(start.clock))] if start.clock else []),
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
@@ -278,7 +280,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
         found[1:1] = relayed_pictures(start, events)
-    return [picture for picture in found if picture]
+    return [picture for picture in [*found, *policy_pictures(events)] if picture]
 
 
 def _swatch(key: "Key") -> str:

@@ -16,8 +16,10 @@ from peerlora.config.run import RunConfig
 from peerlora.config.sections import EnvironmentPartition
 from peerlora.config.task_kinds import task_kind
 from peerlora.exchange.stacked import StackedExchange
+from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.peft_io import ExportContext
+from peerlora.runs.events import PolicyShown
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.federation import Federation, start_adapters
 from peerlora.runtime.plan import Plan
@@ -34,6 +36,7 @@ from peerlora.train.online.base_policy import (
 from peerlora.train.online.demonstrations import scripted_controller
 from peerlora.train.online.episodes import client_environments
 from peerlora.train.online.flow import flow_targets
+from peerlora.train.online.illustrations import illustrate
 from peerlora.train.online.learner import OnlineLearner
 
 
@@ -105,6 +108,17 @@ def build_policy(config: RunConfig, resources: PolicyResources) -> tuple[Stacked
     model = StackedModel(policy, flow_targets(policy), train_head=True)
     folder = str(resources.base.folder.resolve())
     return model, ExportContext(config.model.source, task_kind(config.task.kind).peft_type, 0.0, location=folder)
+
+
+def show_policy(federation: Federation, models: Adapters, done: int) -> Sequence[PolicyShown]:
+    """Show what the last of some models does, where it is a flow policy; ``done``: finished rounds."""
+    learner = federation.learner
+    if not isinstance(learner, OnlineLearner):
+        return ()
+    averaged = models.clients > len(federation.exchange.clients)
+    episodes = learner.environments.episodes(1, learner.horizon, learner.seed)
+    found = illustrate(learner, models.rows([models.clients - 1]), episodes)
+    return [PolicyShown(done, "averaged" if averaged else "own", found.fields, found.shown, found.traces)]
 
 
 def policy_cache() -> Path:

@@ -21,6 +21,7 @@ from peerlora.runtime.compose import Federation, resolve_threads
 from peerlora.runtime.evaluation import Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.participation import Participation
+from peerlora.runtime.policy import show_policy
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.result import Result
 from peerlora.runtime.rounds import Rounds
@@ -243,6 +244,7 @@ class Trainer:
         self._emit(*self.participation.leave(done, state))
         x = self.algorithm.model(state).to("cpu")
         relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
+        self._emit(*show_policy(self.federation, self.participation.evaluated(x)[-1], done))
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:

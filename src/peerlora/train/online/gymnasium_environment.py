@@ -93,8 +93,10 @@ def gymnasium_facts(name: str, varied: Sequence[str]) -> EnvironmentFacts:
 
 
 def _facts(name: str, made: Any) -> EnvironmentFacts:
+    import gymnasium  # pyright: ignore[reportMissingImports]
+
     sizes = (int(np.prod(space.shape)) for space in (made.observation_space, made.action_space))
-    return EnvironmentFacts(name, *sizes, horizon=made.spec.max_episode_steps if made.spec else None)
+    return EnvironmentFacts(name, *sizes, horizon=gymnasium.spec(name).max_episode_steps)
 
 
 def _make(name: str) -> Any:

@@ -136,9 +136,10 @@ class OnlineLearner(LocalTraining):
         seeds = [self._derived("episodes", i) for i in clients]
         numbers = [self._numbers[i] for i in clients]
         level = exploration(self.online, self.settings, self._round.t)
-        self.replay.add(clients, self.explorer.explore(self._act, numbers, seeds, noise, level * wandering))
+        self.replay.add(clients, self.explorer.explore(self.act, numbers, seeds, noise, level * wandering))
 
-    def _act(self, observation: Tensor, noise: Tensor) -> Tensor:
+    def act(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """Actions of the policies that are bound; leaves [client, row, ...]."""
         return stacked_chain(self.policy, observation, noise).actions
 
     def _lessons(self, clients: ClientRows) -> Lessons:
@@ -199,7 +200,7 @@ class OnlineLearner(LocalTraining):
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
         self.model.bind_adapters(x)
         parts = [data.take(np.arange(at, min(at + batch, len(data)))) for at in range(0, len(data), batch)]
-        found = np.concatenate([returns(self._act, x.clients, part, x.flat) for part in parts], axis=1)
+        found = np.concatenate([returns(self.act, x.clients, part, x.flat) for part in parts], axis=1)
         more = {name: _METRICS[name](found, data) for name in metrics}
         return Scores(found.mean(1), -found.mean(1), len(data), more)
 

@@ -84,6 +84,19 @@ def returns(act: Act, policies: int, episodes: Episodes, like: Tensor) -> Float[
     return total
 
 
+@torch.no_grad()
+def record(act: Act, episodes: Episodes, like: Tensor) -> Float[np.ndarray, "episode step observation"]:
+    """What one policy observes in these episodes, without exploration; an episode that ends begins anew."""
+    environment = episodes.environment(1)
+    observation, seen = environment.reset(list(episodes.seeds)), []
+    noise = episode_noise(episodes, environment.facts.action, like)
+    for t in range(episodes.horizon):
+        seen.append(observation)
+        action = act(to_tensor(observation, like)[None], noise[None, :, t])
+        observation = environment.step(action[0].double().numpy()).observation
+    return np.stack(seen, axis=1)
+
+
 def episode_noise(episodes: Episodes, actions: int, like: Tensor) -> Float[Tensor, "episode step action"]:
     """What the flow begins with at every step of every episode, standard normal."""
     generators = [torch.Generator().manual_seed(seed) for seed in episodes.seeds]
