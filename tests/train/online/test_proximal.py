@@ -127,7 +127,7 @@ def test_the_log_determinant_in_the_loss_pushes_as_the_score_does():
     a, old = std * GRID, 0.4 * std * GRID
     slope = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     for _ in range(40):  # Newton on one number
-        dets = log_det(lambda inputs: slope * inputs, a, step)
+        dets = log_det(lambda inputs, slope=slope: slope * inputs, a, step)
         loss = proximal_losses((slope * a)[None], old[None], beta, tau, dets[None], step).sum()
         (first,) = torch.autograd.grad(loss, slope, create_graph=True)
         (second,) = torch.autograd.grad(first, slope)

@@ -48,7 +48,7 @@ class FlowPolicy(nn.Module):
         self.config = shape
         into = shape.observation + shape.action
         self.blocks = nn.ModuleList(_layers(into + 1, shape.width, shape.action) for _ in range(shape.blocks))
-        self.critic = nn.ModuleList(_layers(into, shape.width, 1) for _ in range(TWINS))
+        self.critic = TwinCritic(into, shape.width)
 
     def velocity(
         self, block: int, observation: Float[Tensor, "row observation"], action: Float[Tensor, "row action"], time: Any
@@ -68,6 +68,22 @@ class FlowPolicy(nn.Module):
     ) -> Float[Tensor, "row action"]:
         """Actions in [-1, 1]; ``noise`` is standard normal."""
         return euler_chain(self.at_start(observation), noise, self.config.blocks).actions
+
+
+class TwinCritic(nn.Module):
+    """Two critics of one client, each an MLP of two hidden layers; of many clients see `twin_values`."""
+
+    def __init__(self, into: int, width: int):
+        super().__init__()
+        for twin in range(TWINS):
+            self.add_module(str(twin), _layers(into, width, 1))
+
+    def forward(
+        self, observation: Float[Tensor, "row observation"], action: Float[Tensor, "row action"]
+    ) -> Float[Tensor, "twin row"]:
+        """Both values of actions in states."""
+        head = {f"{CRITIC}.{name}": value[None] for name, value in self.named_parameters()}
+        return twin_values(head, observation[None], action[None])[:, 0]
 
 
 @dataclass(frozen=True)
