@@ -66,9 +66,7 @@ def test_a_client_is_scored_on_the_common_episodes_and_on_those_of_its_own_envir
     x = federation.start
     x.flat.normal_(generator=torch.Generator().manual_seed(1))
     common = federation.learner.evaluate(x, federation.eval_data, 64).metric
-    own = [
-        federation.learner.evaluate(x, federation.eval_data.take(rows), 1).metric for rows in federation.own_rows
-    ]
+    own = [federation.learner.evaluate(x, federation.eval_data.take(rows), 1).metric for rows in federation.own_rows]
     assert common == pytest.approx(np.mean(own, axis=0), rel=1e-12)
     assert [len(rows) for rows in federation.own_rows] == [2, 2, 2]
 
@@ -171,7 +169,10 @@ def test_values_beyond_what_rewards_allow_are_divergence(tmp_path):
     for name, value in x.head.items():
         if name.endswith(".2.bias"):
             value[1].fill_(1e6)  # finite, and senseless
-    with federation.learner.round(5), pytest.raises(DivergenceError, match=r"critic of client 1 .*round 6; the largest"):
+    with (
+        federation.learner.round(5),
+        pytest.raises(DivergenceError, match=r"critic of client 1 .*round 6; the largest"),
+    ):
         federation.learner.fit(x, "AB")
 
 

@@ -35,6 +35,7 @@ class SWFP(Scheduled):
         trains="one block of the flow, in turn, and the critic; with `interval` B or A of it",
         mixes="A and B of all blocks",
         sends="adapters",
+        flow_policies_only=True,
         train_defaults={"optimizer_state": "keep", "local_steps": 30, "batch": 64, "lr": 3e-3},
     )
 

@@ -124,6 +124,8 @@ class Traits:
     """Vectors of a message, by name, that a receiver refuses unless they are above zero."""
     local_only: tuple[str, ...] = ()
     """Vectors of the state, by name, that never leave their client."""
+    flow_policies_only: bool = False
+    """Whether it learns task.kind=flow-policy and nothing else."""
 
     def refusal(self, wrapper: Wrapper) -> str | None:
         """Why the method does not go with a wrapper; None where it does."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
-from peerlora.config.sections import AdapterConfig
+from peerlora.config.sections import AdapterConfig, TaskConfig
 from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
@@ -23,6 +23,7 @@ _NEWER = {name: TrainConfig.model_fields[name].default for name in _NEWER_NAMES}
 _NEWER_ADAPTER = {
     name: AdapterConfig.model_fields[name].get_default() for name in ("rslora", "init", "modules_to_save")
 }
+_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
@@ -33,6 +34,9 @@ def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
+    tree["task"] = _without_defaults(tree["task"], _NEWER_TASK)
+    if config.task.env is None:  # then no site has a use for it
+        del tree["online"]
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
         del tree["exchange"]["relay"]
