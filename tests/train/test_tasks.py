@@ -28,7 +28,7 @@ def surprise(chosen, *others):
 
 
 def test_the_registry_names_what_the_config_knows():
-    assert [task(name).kind.name for name in KINDS] == ["classification", "regression", "causal-lm"]
+    assert [task(name).kind.name for name in KINDS] == ["classification", "regression", "causal-lm", "flow-policy"]
     assert [task(name).higher_is_better for name in ("classification", "regression", "causal-lm")] == [
         True,
         True,
@@ -120,6 +120,6 @@ def test_a_kind_and_its_task_refer_to_each_other():
 
 @pytest.mark.parametrize("given", ["clasification", 3, ["regression"]])
 def test_an_unknown_kind_is_refused_with_those_that_exist(given):
-    told = f"task.kind: {given!r} given; input should be 'classification', 'regression' or 'causal-lm'"
+    told = f"task.kind: {given!r} given; input should be 'classification', 'regression', 'causal-lm' or 'flow-policy'"
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config({"task": {"kind": given}})

@@ -9,7 +9,8 @@ from peerlora.config.run import RunConfig
 from peerlora.config.sections import EnvironmentPartition
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, ConfigError
-from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts, facts_of
+from peerlora.train.online.environment_names import facts_of
+from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
 from peerlora.train.online.flow import FlowShape
 from peerlora.train.online.proximal import LOG_DET_ACTIONS
 

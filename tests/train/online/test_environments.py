@@ -10,7 +10,7 @@ from peerlora.errors import ConfigError, ExtraMissing, PeerloraError
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
 from peerlora.train.online.demonstrations import demonstrate, scripted_controller
-from peerlora.train.online.environments import build_environment, facts_of
+from peerlora.train.online.environment_names import build_environment, facts_of
 from peerlora.train.online.point_mass import HORIZON, PointMass
 
 needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium (extra rl) is not installed")

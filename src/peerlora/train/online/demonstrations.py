@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.randomness import derive, numpy_generator, torch_generator
-from peerlora.train.online.environments import POINT_MASS, Controller, build_environment
+from peerlora.train.online.environment_names import build_environment
+from peerlora.train.online.environments import POINT_MASS, Controller
 from peerlora.train.online.flow import FlowPolicy, draw_layers
 from peerlora.train.online.point_mass import point_mass_controller
 

@@ -1,4 +1,4 @@
-"""Environments: what a policy acts in, many episodes side by side; every one is known by its name."""
+"""Environments: what a policy acts in, many episodes side by side."""
 
 from __future__ import annotations
 
@@ -55,33 +55,6 @@ class Environment(Protocol):
     def step(self, actions: Float[np.ndarray, "episode action"]) -> Outcome:
         """Let every episode take one action in [-1, 1]."""
         ...
-
-
-def facts_of(name: str, varied: Sequence[str] = ()) -> EnvironmentFacts:
-    """What is known of an environment, whose attributes ``varied`` clients are to have values of their own of.
-
-    Raises ConfigError for an unknown environment, one whose actions are no Box, and one without such an attribute;
-    ExtraMissing where gymnasium is needed and not installed.
-    """
-    if name == POINT_MASS:
-        from peerlora.train.online.point_mass import ATTRIBUTES, FACTS
-
-        check_attributes(name, varied, list(ATTRIBUTES))
-        return FACTS
-    from peerlora.train.online.gymnasium_environment import gymnasium_facts
-
-    return gymnasium_facts(name, varied)
-
-
-def build_environment(name: str, episodes: int, values: Values) -> Environment:
-    """So many episodes of an environment side by side; attributes that ``values`` does not name are nominal."""
-    if name == POINT_MASS:
-        from peerlora.train.online.point_mass import PointMass
-
-        return PointMass(episodes, values)
-    from peerlora.train.online.gymnasium_environment import GymnasiumEnvironment
-
-    return GymnasiumEnvironment(name, episodes, values)
 
 
 def check_attributes(name: str, varied: Sequence[str], known: Sequence[str]) -> None:

@@ -12,7 +12,9 @@ from jaxtyping import Float
 
 from peerlora.config.sections import EnvironmentPartition
 from peerlora.randomness import derive, numpy_generator
-from peerlora.train.online.environments import POINT_MASS, Environment, build_environment
+from peerlora.train.online.environment_names import build_environment
+from peerlora.train.online.environments import POINT_MASS, Environment
+from peerlora.train.online.point_mass import PointMass
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class Episodes:
 
     def optimal_returns(self) -> Float[np.ndarray, " episode"]:
         """The largest return of each, where a closed form is known: of the point mass."""
-        from peerlora.train.online.point_mass import PointMass
-
         assert self.env == POINT_MASS
         return PointMass(len(self), self.values).optimal_returns(self.seeds, self.horizon)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ class Illustration:
 
     fields: list[list[list[float]]]
     shown: str
-    traces: Mapping[str, list[float]]
+    traces: dict[str, list[float]]
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.randomness import derive
-from peerlora.train.online.environments import Environment, build_environment
+from peerlora.train.online.environment_names import build_environment
+from peerlora.train.online.environments import Environment
 from peerlora.train.online.episodes import ClientEnvironments, Episodes
 from peerlora.train.online.replay import Transitions
 
