@@ -6,6 +6,7 @@ from in_memory import federation
 from processes import Processes
 from safetensors.torch import load_file
 
+from cases import others_slow
 from flow_runs import tiny
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.metrics import select_events
@@ -24,7 +25,7 @@ def check(expected, found, run, client):
     assert rounds[0].measures["drift_0"] > 0 == rounds[0].measures["drift_1"]
 
 
-@pytest.mark.parametrize("head", ["private", "mixed"])
+@pytest.mark.parametrize("head", others_slow(["private", "mixed"], ["private"]))
 def test_peers_in_memory_give_what_the_simulation_gives(tmp_path, head):
     config = tiny(*WORDS, f"adapter.head={head}")
     whole, parts = simulate(config, tmp_path / "whole"), federation(config, tmp_path)

@@ -19,7 +19,7 @@ def fits(federation, plans):
     return x
 
 
-@pytest.mark.parametrize("turns", [(0, 1, 0), (None, None)])
+@pytest.mark.parametrize("turns", [(0, 1, 0), pytest.param((None, None), marks=pytest.mark.slow)])
 def test_a_stack_of_clients_equals_each_of_them_written_out(cache, turns):
     config = tiny("train.optimizer_state=round", "online.replay=20")
     federation = compose(config)
@@ -44,7 +44,13 @@ def test_a_stack_of_clients_equals_each_of_them_written_out(cache, turns):
             assert torch.allclose(found.head[name][client], each, rtol=0, atol=1e-9), (client, name)
 
 
-@pytest.mark.parametrize("words", [(), ("online.entropy=0.05", "train.accumulate=2", "online.critic_rate=0.5")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("online.entropy=0.05", "train.accumulate=2", "online.critic_rate=0.5"),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+)
 def test_clients_together_equal_clients_alone(cache, words):
     config = tiny(*words)
     plans = [LocalPlan("AB", turn=turn) for turn in (0, 1, None)]

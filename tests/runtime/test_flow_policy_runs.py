@@ -2,25 +2,30 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cases import others_slow
 from flow_runs import TINY, tiny
 from peerlora.config.loading import load_config
-from peerlora.errors import CompositionError, ConfigError, DivergenceError, ModelError, Stopped
+from peerlora.errors import CompositionError, ConfigError, DivergenceError, ModelError, RunError, Stopped
 from peerlora.runs.events import Evaluated, PolicyShown, RoundDone
 from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run, exporter_of, read_adapters
 from peerlora.runtime.plan import plan
+from peerlora.runtime.predict import load_served
 from peerlora.runtime.simulate import resume, simulate
+from peerlora.runtime.whole_model import export_with_base, merge_from_run
 from peerlora.train.online.base_policy import read_policy
 from peerlora.train.online.flow import FlowShape, twin_values
 
 pytestmark = pytest.mark.usefixtures("cache")
+OTHERS = ["dec-lora", "adf-lora", "local", "fedprox", "dfedsam", "qg-adam", "cached-dfl"]
 
 
 def stop_after(rounds):
@@ -71,7 +76,14 @@ def test_a_client_is_scored_on_the_common_episodes_and_on_those_of_its_own_envir
     assert [len(rows) for rows in federation.own_rows] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("words", [(), ("adapter.head=mixed", "online.replay=15"), ("train.optimizer_state=phase",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapter.head=mixed", "online.replay=15"],
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["train.optimizer_state=phase"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, words, no_reports):
     whole = simulate(tiny(*words), tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -110,9 +122,23 @@ def test_a_peft_folder_gives_the_policy_on_the_base_policy(done, tmp_path):
     assert not (folder / "peerlora.json").exists(), "it tells how rows are read"
 
 
-def read_policy_at(folder):
-    from pathlib import Path
+def test_programs_for_rows_refuse_a_flow_policy(done, tmp_path):
+    with pytest.raises(RunError, match="no other program loads.*peerlora export"):
+        merge_from_run(done.run, tmp_path / "whole", 0)
+    with pytest.raises(RunError, match="no other program loads"):
+        export_with_base(done.run, tmp_path / "whole", 0)
+    with pytest.raises(ModelError, match="adapter of a flow policy, which acts"):
+        load_served(done.run / "adapters" / "client-00")
+    with pytest.raises(CompositionError, match="a partitioner divides rows"):
+        compose(tiny(), partitioner=object())
 
+
+def test_the_config_of_the_guide_can_be_planned():
+    config = load_config(Path(__file__).parents[2] / "configs" / "swfp.yaml")
+    assert plan(config).algorithm.turn == 1 and config.clients == 8
+
+
+def read_policy_at(folder):
     return read_policy(Path(folder), "point-mass", FlowShape(4, 2, 2, 8)).policy
 
 
@@ -230,7 +256,7 @@ def test_defaults_that_a_policy_needs_give_way_to_what_is_given():
     assert load_config(config.model_dump(mode="json")) == config
 
 
-@pytest.mark.parametrize("method", ["dec-lora", "adf-lora", "local", "fedprox", "dfedsam", "qg-adam", "cached-dfl"])
+@pytest.mark.parametrize("method", others_slow(OTHERS, ["dec-lora"]))
 def test_other_methods_fine_tune_the_whole_flow_at_once(tmp_path, method, no_reports):
     result = simulate(tiny(f"algorithm.name={method}", "train.rounds=2"), tmp_path / "run")
     drifts = [event.measures for event in read_events(result.run) if isinstance(event, RoundDone)]

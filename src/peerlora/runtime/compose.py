@@ -18,7 +18,7 @@ from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
 from peerlora.data.holdout import set_aside_own
 from peerlora.data.partition import Partition, count_labels, own_rows, partition
-from peerlora.errors import DataError
+from peerlora.errors import CompositionError, DataError
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
@@ -78,6 +78,8 @@ def assemble(
     config, topology, attacking = planned.config, planned.topology, planned.attackers
     here = list(range(config.clients) if clients is None else clients)
     if isinstance(resources, PolicyResources):
+        if partitioner is not None:
+            raise CompositionError("a partitioner divides rows, and flow policies have none; leave it out")
         return assemble_policy(planned, resources, here, gather)
     divided, own = _divided(config, resources, here, partitioner)
     divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))

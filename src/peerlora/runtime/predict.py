@@ -24,6 +24,7 @@ from peerlora.lora.attach import inputs_of, without_peft_warnings
 from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
 from peerlora.lora.base_weights import real_names
 from peerlora.runtime.reading import Reading
+from peerlora.train.online.base_policy import SETTINGS
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
@@ -54,6 +55,10 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
             "`peerlora export`, or one of a run's adapters/"
         )
     settings = _json(adapter if adapter.is_file() else whole)
+    if (Path(str(settings.get("base_model_name_or_path"))) / SETTINGS).is_file():
+        raise ModelError(
+            f"{folder} is the adapter of a flow policy, which acts and answers no rows; give another folder"
+        )
     reading = Reading.read(folder)
     if reading is None:
         if not text:

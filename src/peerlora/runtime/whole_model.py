@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peerlora.config.exchange import ExportedModel
+from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.errors import RunError
@@ -41,6 +42,7 @@ def merge_from_run(
     config.json, and how rows were read.  Needs run folder and base model, no data.  Raises RunError as
     `export_from_run` does, ModelError where the base model is gone.
     """
+    _require_rows(run)
     with _in_the_making(to) as half:
         adapter = half.with_name(f"{half.name}-adapter")
         try:
@@ -69,6 +71,7 @@ def export_with_base(
     ``adapter_config.json`` names that folder, so ``AutoPeftModel...`` and ``pipeline(model=folder)`` find a base whose
     config.json has the run's class names.
     """
+    _require_rows(run)
     with _in_the_making(to) as half:
         half.rmdir()
         export_from_run(run, half, client, rank, model, exact)
@@ -104,6 +107,15 @@ def require_new(to: Path) -> None:
         raise RunError(f"--to {to} is a file; choose a folder that is new or empty")
     if to.is_dir() and any(to.iterdir()):
         raise RunError(f"--to {to} is not empty; choose a folder that is new or empty")
+
+
+def _require_rows(run: Path) -> None:
+    """Refuse a run of flow policies, whose base no other program loads."""
+    if (run / "config.yaml").is_file() and task_kind(load_config(run / "config.yaml").task.kind).acts:
+        raise RunError(
+            f"{run} holds flow policies, which no other program loads as a whole model; use `peerlora export`, and give "
+            "PEFT the base policy's folder (docs/flow-policies.md)"
+        )
 
 
 def _base_of(run: Path) -> tuple[Any, Any, RunConfig]:
