@@ -113,8 +113,8 @@ def _require_rows(run: Path) -> None:
     """Refuse a run of flow policies, whose base no other program loads."""
     if (run / "config.yaml").is_file() and task_kind(load_config(run / "config.yaml").task.kind).acts:
         raise RunError(
-            f"{run} holds flow policies, which no other program loads as a whole model; use `peerlora export`, and give "
-            "PEFT the base policy's folder (docs/flow-policies.md)"
+            f"{run} holds flow policies, which no other program loads as a whole model; use `peerlora export`, and "
+            "give PEFT the base policy's folder (docs/flow-policies.md)"
         )
 
 
