@@ -1,6 +1,6 @@
-"""The section ``online``: how clients of ``task.kind=flow-policy`` act in their environments and learn from it."""
+"""The section ``online``, and the partition of environments: how clients of ``task.kind=flow-policy`` act and learn."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -52,5 +52,20 @@ class OnlineConfig(Section):
         return self
 
 
-BlockCount = Annotated[int, Field(ge=1, le=64)]
-Width = Annotated[int, Field(ge=2, le=4096)]
+class EnvironmentPartition(Section):
+    """Of flow-policy: every client acts in an environment of its own, in which some attributes have other values."""
+
+    kind: Literal["environment"]
+    vary: dict[str, tuple[float, float]] = {}
+    """Attribute -> lowest and highest value; each client's is drawn uniformly from the seed."""
+    values: dict[str, list[float]] = {}
+    """Attribute -> one value per client."""
+
+    @model_validator(mode="after")
+    def _once(self):
+        for name, (low, high) in self.vary.items():
+            if low > high:
+                raise ValueError(f"vary.{name}=[{low:g}, {high:g}] given; expected the lowest value first")
+        if both := sorted(self.vary.keys() & self.values.keys()):
+            raise ValueError(f"{both[0]} stands in vary and in values; keep one of them")
+        return self

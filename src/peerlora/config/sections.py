@@ -6,7 +6,7 @@ Importing this module is cheap (no torch), so the command line can check a confi
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peerlora.config.base import (
     Builder,
@@ -20,8 +20,8 @@ from peerlora.config.base import (
     plugin_kinds,
 )
 from peerlora.config.evaluation import EvalConfig, SelectConfig  # noqa: F401 (all sections can be had from here)
-from peerlora.config.online import BlockCount, OnlineConfig, Width  # noqa: F401
-from peerlora.config.task_kinds import KINDS, task_kind
+from peerlora.config.online import EnvironmentPartition, OnlineConfig  # noqa: F401
+from peerlora.config.task import TaskConfig  # noqa: F401
 from peerlora.config.topology import (  # noqa: F401
     CompleteGraph,
     EdgesGraph,
@@ -91,25 +91,6 @@ class AdapterConfig(Section):
                 f"{asked[0]} given; {_NO_ADAPTERS[asked[0]]}; use LoRA, with adapter.rslora or adapter.init"
             )
         return value
-
-
-def _known_kind(name: Any) -> str:
-    return task_kind(name).name
-
-
-class TaskConfig(Section):
-    """What is learned from the data."""
-
-    kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned: classification, regression, causal-lm or flow-policy."""
-    labels: list[str] | None = None
-    """Class names in order of their ids; null: read from the data."""
-    env: str | None = None
-    """Of flow-policy: point-mass, or a gymnasium id whose actions are a Box, such as Pendulum-v1; else null."""
-    blocks: BlockCount = 4
-    """Of flow-policy: N, the Euler steps of the flow, each a block with weights of its own."""
-    width: Width = 64
-    """Of flow-policy: units in each of the two hidden layers of a block, and of a critic."""
 
 
 class DataConfig(Section):
@@ -197,25 +178,6 @@ class OwnPartition(Section):
     """A real site's file: all its rows are the site's own, and nobody else's."""
 
     kind: Literal["own"]
-
-
-class EnvironmentPartition(Section):
-    """Of flow-policy: every client acts in an environment of its own, in which some attributes have other values."""
-
-    kind: Literal["environment"]
-    vary: dict[str, tuple[float, float]] = {}
-    """Attribute -> lowest and highest value; each client's is drawn uniformly from the seed."""
-    values: dict[str, list[float]] = {}
-    """Attribute -> one value per client."""
-
-    @model_validator(mode="after")
-    def _once(self):
-        for name, (low, high) in self.vary.items():
-            if low > high:
-                raise ValueError(f"vary.{name}=[{low:g}, {high:g}] given; expected the lowest value first")
-        if both := sorted(self.vary.keys() & self.values.keys()):
-            raise ValueError(f"{both[0]} stands in vary and in values; keep one of them")
-        return self
 
 
 PartitionConfig = SerializeAsAny[
