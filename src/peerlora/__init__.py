@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peerlora.runtime.compose import Federation as Federation
     from peerlora.runtime.compose import compose as compose
     from peerlora.runtime.export import export_from_run as export_from_run
+    from peerlora.runtime.model_choice import ModelChoice as ModelChoice
+    from peerlora.runtime.peer.join import join as join
     from peerlora.runtime.simulate import resume as resume
     from peerlora.runtime.simulate import simulate as simulate
     from peerlora.runtime.trainer import Result as Result
@@ -63,6 +65,8 @@ _HOMES = {
     "Federation": "runtime.compose",
     "compose": "runtime.compose",
     "export_from_run": "runtime.export",
+    "ModelChoice": "runtime.model_choice",
+    "join": "runtime.peer.join",
     "Result": "runtime.trainer",
     "resume": "runtime.simulate",
     "simulate": "runtime.simulate",

@@ -103,6 +103,17 @@ def test_peers_of_an_older_version_agree_where_nothing_new_is_set():
         assert section_hashes(load_config({}, [word]), ["a", "b"])["train"] != hashes["train"], word
 
 
+def test_sites_must_read_chats_alike_and_name_their_columns_as_they_like():
+    """The first hash is that of the version before chats."""
+    hashes = section_hashes(load_config({}), ["a", "b"])
+    assert hashes["data"] == "7cfcb13fac43b7ff"
+    own = ["task.kind=chat", "partition=own", "data.label=null"]
+    first = section_hashes(load_config({}, own), ())["data"]
+    assert section_hashes(load_config({}, [*own, "data.columns={messages: turns}"]), ())["data"] == first
+    for word in ("data.template=chatml", "data.loss_on=all", "data.too_long=drop"):
+        assert section_hashes(load_config({}, [*own, word]), ())["data"] != first, word
+
+
 @pytest.mark.parametrize("method", REGISTRY)
 def test_a_method_whose_moments_cannot_outlast_a_round_says_so_by_default(method):
     """So that another default of train.optimizer_state would refuse none of them."""

@@ -81,7 +81,8 @@ def test_the_factors_of_other_blocks_keep_every_bit(cache):
         trained = layer.name.startswith("blocks.1.")
         for before, now in ((x.A, after.A), (x.B, after.B)):
             assert torch.equal(before[layer.name], now[layer.name]) != trained, layer.name
-    assert stats.measures["drift_0"].tolist() == [0.0] * 3 and (stats.measures["drift_1"] > 0).all()
+    assert stats.measures["drift_0"] == [0.0] * 3 and len(stats.measures["drift_1"]) == 3
+    assert min(stats.measures["drift_1"]) > 0
 
 
 def test_the_critic_trains_alone_in_the_first_rounds(cache):

@@ -18,7 +18,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run, exporter_of, read_adapters
 from peerlora.runtime.plan import plan
-from peerlora.runtime.predict import load_served
+from peerlora.runtime.serving import load_served
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.runtime.whole_model import export_with_base, merge_from_run
 from peerlora.train.online.base_policy import read_policy
@@ -217,6 +217,9 @@ def test_values_beyond_what_rewards_allow_are_divergence(tmp_path):
         (["train.batch=[1, 2, 3]"], ConfigError, r"give one number"),
         (["online.critic_rounds=4"], ConfigError, r"leaves the policy none of the 4 rounds"),
         (["online.noise_end=0.5"], ConfigError, r"is above online\.noise"),
+        (["privacy.epsilon=8"], ConfigError, r"privacy clips the gradients of rows.*drop the section"),
+        (["data.columns={prompt: a}"], ConfigError, r"data names rows"),
+        (["eval.generate={}"], ConfigError, r"flow-policy writes no answers"),
         (["eval.metrics=[accuracy]"], ConfigError, r"'accuracy' does not fit.*share-of-optimum"),
         (["train.label_prior=uniform"], ConfigError, r"adjusts class logits"),
         (["algorithm.name=flood"], CompositionError, r"flood cannot fine-tune flow policies"),
@@ -241,6 +244,11 @@ def test_what_does_not_fit_a_flow_policy_is_refused_before_anything_is_loaded(wo
 def test_settings_of_policies_are_refused_where_a_task_has_rows(tree, message):
     with pytest.raises(ConfigError, match=message):
         load_config(tree)
+
+
+def test_a_budget_in_epochs_is_refused_where_there_are_no_rows():
+    with pytest.raises(ConfigError, match=r"train\.epochs counts passes over rows.*use train\.rounds"):
+        load_config({"task": TINY["task"], "train": {"epochs": 2}})
 
 
 def test_swfp_is_refused_where_a_task_has_rows():

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from peerlora.cli.options import AsJson, Out, print_json, split_config
+from peerlora.cli.watch import Watch, watched
 
 
 def command(
@@ -15,12 +16,14 @@ def command(
     ] = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+    watch: Watch = False,
     json: AsJson = False,
 ) -> None:
     """Train a federation as a config says, or go on with one that was stopped."""
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
     from peerlora.config.loading import load_config
     from peerlora.errors import ConfigError
+    from peerlora.runs.resume import default_folder
 
     config, overrides = split_config(words)
     if resume is None and config is None and not overrides:
@@ -30,7 +33,9 @@ def command(
     if resume is not None and out is not None:
         raise ConfigError(f"--out {out} and --resume {resume} given; a resumed run stays in its folder, drop --out")
     wanted = load_config(config, overrides) if config or resume is None else None
-    with Progress() as progress, stop_on_interrupt() as stop:
+    if watch and out is None and wanted is not None and resume is None:
+        out = default_folder(wanted)  # known before the run begins
+    with watched(watch, resume or out), Progress() as progress, stop_on_interrupt() as stop:
         from peerlora.runtime import simulate as runtime
 
         if resume is None:

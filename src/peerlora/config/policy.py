@@ -88,6 +88,10 @@ def _without_meaning(config: RunConfig) -> Iterator[str]:
             yield f"adapter.{name} given; {_PLAIN_BASE}; drop it"
     if config.adapter.init not in ("default", "orthogonal"):
         yield f"adapter.init={config.adapter.init} changes the base; {_PLAIN_BASE}; use default or orthogonal"
+    if config.train.epochs is not None:
+        yield f"train.epochs counts passes over rows, and {_NO_ROWS}; use train.rounds"
+    if config.privacy is not None:
+        yield f"privacy clips the gradients of rows, and {_NO_ROWS}; drop the section"
     for name in ("batches", "block"):
         if _differs(config.train, name, type(config.train)):
             yield f"train.{name} is about rows of different lengths, and {_NO_ROWS}; drop it"

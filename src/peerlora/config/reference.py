@@ -51,6 +51,8 @@ SEE = {
     "checkpoint": "[checkpoints and resume](runs.md#checkpoints-and-resume)",
     "clock": "[virtual time](virtual-time.md)",
     "peer": "[real peers](real-peers.md)",
+    "privacy": "[privacy](privacy.md)",
+    "track": "[trackers](watching.md#trackers)",
 }
 """Section -> pages that say more."""
 

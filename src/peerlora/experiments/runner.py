@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peerlora.config.run import RunConfig
 from peerlora.errors import DivergenceError, RunError, Stopped
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import GridConfig, load_grid, search_warnings
@@ -78,6 +77,20 @@ class Callbacks:
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
     """Run a grid in a new folder; nothing is written before every trial has been composed once."""
+    return _run(*_prepare(grid, out, callbacks))
+
+
+def search_rates(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> list[RateSearch]:
+    """Run the search of a grid alone, in a new folder; return what the rates of each group reached."""
+    grid, runner, cache = _prepare(grid, out, callbacks)
+    runner.expect(plan_search(grid).trials)
+    return _search(grid, runner, cache)
+
+
+def _prepare(
+    grid: GridConfig, out: Path | str | None, callbacks: Callbacks
+) -> tuple[GridConfig, _TrialRunner, ResourceCache]:
+    """Check every trial of a grid, and make its folder."""
     folder = Path(out) if out is not None else new_folder("compare")
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
@@ -89,7 +102,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -
         write_atomically(folder / "grid.yaml", grid.to_yaml())
     except OSError as error:
         raise RunError(f"output folder {folder} cannot be written ({error.strerror}); choose another --out") from None
-    return _run(grid, folder, callbacks, cache)
+    return grid, _TrialRunner(callbacks, folder), cache
 
 
 def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], callbacks: Callbacks) -> Comparison:
@@ -110,11 +123,10 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
             f"{folder} was started with another grid ({'; '.join(changed)}); "
             "resume with the same grid, or start a new one with another --out"
         )
-    return _run(stored, folder, callbacks, ResourceCache(stored.share_prefix))
+    return _run(stored, _TrialRunner(callbacks, folder), ResourceCache(stored.share_prefix))
 
 
-def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
-    runner = _TrialRunner(callbacks, folder)
+def _run(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> Comparison:
     runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
     searches = _search(grid, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
@@ -160,11 +172,11 @@ class _TrialRunner:
     def expect(self, trials: Sequence[Trial]) -> None:
         """Count trials that are to be run."""
         self.trials += len(trials)
-        self.total += sum(_count_samples(trial.config) for trial in trials)
+        self.total += sum(trial.config.training_samples for trial in trials)
 
     def finish(self, trial: Trial, cache: ResourceCache) -> None:
         """Run a trial to its end, unless it is finished already."""
-        work, run, store = _count_samples(trial.config), self.folder / trial.folder, self.callbacks.outcomes
+        work, run, store = trial.config.training_samples, self.folder / trial.folder, self.callbacks.outcomes
         self.number += 1
         if _is_finished(run):
             _require_same(run, trial)
@@ -216,11 +228,6 @@ class _TrialRunner:
         return Stopped(
             f"stopped after {done} of {self.trials} cells; go on with: peerlora compare --resume {self.folder}"
         )
-
-
-def _count_samples(config: RunConfig) -> int:
-    """Count the training samples of a run."""
-    return config.train.training_rounds * config.train.local_steps * config.train.accumulate * sum(config.batches)
 
 
 def _is_finished(run: Path) -> bool:

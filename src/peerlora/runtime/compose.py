@@ -23,10 +23,12 @@ from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.randomness import numpy_generator
+from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
 from peerlora.runtime.federation import Federation, start_adapters
 from peerlora.runtime.plan import Plan, plan
 from peerlora.runtime.policy import PolicyResources, assemble_policy, load_policy
+from peerlora.runtime.privacy import build_privacy
 from peerlora.runtime.resources import RunResources, build_model, load_resources
 from peerlora.train.kernels.selection import graph_size
 from peerlora.train.kernels.speed import Speed
@@ -53,7 +55,10 @@ def compose(
     is resumed; None: the best on this machine.
     """
     planned = plan(config, clients)
-    return assemble(planned, resources or load_run(config), clients, gather, partitioner, speed)
+    resources = resources or load_run(config)
+    if isinstance(resources, RunResources):
+        planned = plan_rounds(planned, len(resources.train_data), clients)
+    return assemble(planned, resources, clients, gather, partitioner, speed)
 
 
 def load_run(config: RunConfig) -> RunResources | PolicyResources:
@@ -98,6 +103,7 @@ def assemble(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
     learner.shares_prefix = resources.share_prefix
+    learner.privacy, of_privacy = build_privacy(config, shards, model, start.spec.parameters, clients is not None)
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     if config.train.class_weights != "none":
@@ -119,7 +125,8 @@ def assemble(
             *divided.warnings,
             *built.warnings,
             *start_warnings,
-            *absent_classes(config.eval.metrics, resources.eval_data),
+            *of_privacy,
+            *_absent_classes(config, resources.eval_data),
         ),
         notes=(*planned.notes, *built.speed.notes(config.train.dtype)),
         speed=built.speed,
@@ -151,7 +158,7 @@ def _set_aside(
 def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:
     """The class weights of clients by the labels that each learns from; raises DataError where they do not fit."""
     assert weights != "none"
-    names = shards.data.names
+    names = shards.data.classes
     if weights != "balanced" and len(weights) != len(names):
         raise DataError(
             f"train.class_weights lists {len(weights)} numbers, the data have {len(names)} labels "
@@ -176,13 +183,21 @@ def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | N
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
-def evaluation_rows(federation: Federation) -> Dataset | Episodes:
+def evaluation_rows(config: RunConfig, data: Dataset | Episodes) -> Dataset | Episodes:
     """The rows that clients are evaluated on during the run: a seeded sample of ``eval.rows``, or all."""
-    data, wanted = federation.eval_data, federation.config.eval.rows
+    wanted = config.eval.rows
     if wanted is None or wanted >= len(data):
         return data
-    draw = numpy_generator(federation.config.seed, "evaluation").choice(len(data), wanted, replace=False)
+    draw = numpy_generator(config.seed, "evaluation").choice(len(data), wanted, replace=False)
     return data.take(np.sort(draw))
+
+
+def _absent_classes(config: RunConfig, data: Dataset) -> tuple[str, ...]:
+    """Warnings on classes that the evaluation rows lack, or only the sample of them."""
+    sample = evaluation_rows(config, data)
+    assert isinstance(sample, Dataset)  # as the rows are that it is of
+    told = absent_classes(config.eval.computed, data)
+    return told or absent_classes(config.eval.computed, sample, f"row of the sample (eval.rows={config.eval.rows})")
 
 
 def resolve_threads(threads: int | None) -> int:

@@ -19,17 +19,17 @@ from peerlora.lora.adapter_init import orthogonal_factors, with_factors
 from peerlora.lora.adapter_start import read_adapter
 from peerlora.lora.adapters import Adapters, initial_adapters
 from peerlora.lora.attach import StackedModel
-from peerlora.lora.base_digest import base_digest
+from peerlora.lora.base_digest import base_digest, digest_of
 from peerlora.lora.peft_io import ExportContext
+from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
 from peerlora.runtime.resources import DTYPES
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology
+from peerlora.train.base import Learner
 from peerlora.train.kernels.selection import Paths
 from peerlora.train.kernels.speed import Speed
-from peerlora.train.learner import StackedLearner
 from peerlora.train.online.episodes import ClientEnvironments, Episodes
-from peerlora.train.online.learner import OnlineLearner
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Federation:
     train_data: Dataset | Episodes
     """Of which ``own_rows`` are rows.  Of a flow policy, whose clients learn from what they meet, ``eval_data``."""
     eval_data: Dataset | Episodes
-    model: StackedModel
-    learner: StackedLearner | OnlineLearner
+    model: StackedModel | PeftAdapter
+    """The latter where a training loop of the user's own has it."""
+    learner: Learner
     exchange: MeteredExchange
     start: Adapters
     export: ExportContext
@@ -69,7 +70,17 @@ class Federation:
     @cached_property
     def base_digest(self) -> str:
         """By which other sites, and this run when it is resumed, know the same base model."""
-        return base_digest(self.model.base, self.config.train.dtype == "auto", self.originals)
+        halved = self.config.train.dtype == "auto"
+        if isinstance(self.model, PeftAdapter):
+            return self.model.digest(halved)
+        return base_digest(self.model.base, halved, self.originals)
+
+    @cached_property
+    def start_digest(self) -> str | None:
+        """By which other sites know the same start, where it comes out of a PEFT model; None where the config tells."""
+        if not isinstance(self.model, PeftAdapter) or len(set(self.config.ranks)) > 1:
+            return None
+        return digest_of({"start": self.start.flat[0, : self.start.spec.shared.stop]})
 
 
 def start_adapters(

@@ -12,6 +12,7 @@ import numpy as np
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
+from peerlora.lora.peft_model import PeftAdapter
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
 from peerlora.train.kernels.speed import Speed
@@ -49,7 +50,7 @@ def facts_of(federation: Federation) -> dict[str, Any]:
         "classes": list(federation.train_data.names),
         "base": federation.export.location,
         "speed": {"dtype": federation.speed.dtype, "packed": federation.speed.packed},
-    }
+    } | ({"loop": True} if isinstance(federation.model, PeftAdapter) else {})
 
 
 def speed_of(facts: Mapping[str, Any], config: RunConfig) -> Speed:
@@ -114,10 +115,13 @@ def _describe(data: Dataset | Episodes) -> dict[str, Any]:
     if isinstance(data, Episodes):
         return data.digests()
     types = [] if data.types is None else [data.types]
+    written = [] if data.target_starts is None else [data.target_starts]
+    targets = {} if data.targets is None else {"targets": _digest([data.targets, *written])}
     columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
     return {
         "rows": len(data),
         "tokens": _digest([data.ids, data.starts, *types]),
+        **targets,
         "labels": _digest([data.labels]),
         "classes": hashlib.sha256("\0".join(data.names).encode()).hexdigest(),
     } | ({"columns": _digest(columns)} if columns else {})

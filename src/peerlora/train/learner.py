@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -14,19 +15,22 @@ from peerlora.config.train import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
-from peerlora.lora.attach import StackedModel
+from peerlora.lora.attach import StackedModel, with_decoder_inputs
+from peerlora.lora.row_gradients import RowGradients
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import TrainableColumns, all_columns, truncated_columns
 from peerlora.train.base import LocalPlan, Scores
 from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import ClientRows, LocalStep
+from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
 from peerlora.train.local_training import LocalTraining
 from peerlora.train.loss_rules import weigh_rows
-from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric
+from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
+from peerlora.train.privacy import PrivateStep
+from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
-from peerlora.train.tasks import Task, loss_terms
+from peerlora.train.tasks import Task, loss_terms, outcomes_width
 from peerlora.tree import equal_rows
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -58,7 +62,7 @@ class StackedLearner(LocalTraining):
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
         steps, several, start = self.settings.local_steps, self.settings.accumulate, x.flat.clone()
-        rows = [self.shards.rows(i, self._round.jobs[i], steps * several) for i in clients]
+        rows = [self._rows(i, steps, several) for i in clients]
         seen, active, trained, before = [], None, [], x.flat
         with self.model.training(self._streams(clients)):
             for k in range(steps):
@@ -68,25 +72,54 @@ class StackedLearner(LocalTraining):
                     before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
-                minibatches = [
-                    partial(self._losses, [own[at] for own in rows], x, clients, plan.row_weights)
-                    for at in range(k * several, (k + 1) * several)
-                ]
-                closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
-                at = LocalStep(x.flat, start, active, clients, partial(flat_gradients, x, closure, active))
+                drawn = [[own[at] for own in rows] for at in range(k * several, (k + 1) * several)]
+                closure, gradients = self._closure(drawn, x, clients, plan, trained, active, k)
+                at = LocalStep(x.flat, start, active, clients, gradients)
                 found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
                 step(self.settings, self._round.rate, x.flat, found, moments, active)
                 assert closure.losses is not None, "a rule has to look at the minibatch"
                 seen.append(closure.losses)
         x.flat.copy_(columns.corrected(before, x.flat))
+        if self.privacy is not None and not self.privacy.by_row:
+            self.privacy.release_change(x, start, PrivateStep(columns.full, clients, self._round.jobs))
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
         return self._mean_losses(seen, clients)
 
+    def _rows(self, i: int, steps: int, several: int) -> list[np.ndarray]:
+        """The rows of a client's minibatches, ``several`` for each local step."""
+        if self.privacy is not None and self.privacy.by_row:
+            return self.privacy.sample(i, self._round.jobs[i], self.shards.shards[i], steps, several)
+        return self.shards.rows(i, self._round.jobs[i], steps * several)
+
+    def _closure(
+        self,
+        drawn: Sequence[Sequence[np.ndarray]],
+        x: Adapters,
+        clients: ClientRows,
+        plan: LocalPlan,
+        trained: Sequence[Tensor],
+        active: Mapping[str, slice],
+        k: int,
+    ) -> tuple[Closure, Callable[[], Gradients]]:
+        """What local step ``k`` is computed by, from minibatches of each client's rows, and its gradients."""
+        if self.privacy is not None and self.privacy.by_row:
+            expected = x.flat.new_tensor([self.privacy.guarantees[i].expected_rows for i in clients])
+            by_row = [partial(self._row_losses, rows, x, clients) for rows in drawn]
+            private = PrivateClosure(by_row, trained, self.privacy.settings.clip, expected)
+            at = PrivateStep(active, clients, self._round.jobs, k)
+            return private, partial(noisy_gradients, self.privacy, x, private, at)
+        minibatches = [partial(self._losses, rows, x, clients, plan.row_weights) for rows in drawn]
+        closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
+        return closure, partial(flat_gradients, x, closure, active)
+
     @cached_property
     def _rows_return(self) -> bool:
-        """Whether the average row is seen again, so that what was computed of it is worth keeping."""
-        steps = self.settings.rounds * self.settings.local_steps * self.settings.accumulate
-        return self.shares_prefix or steps * sum(self.shards.batches) > len(self.shards.data)
+        """Whether the average row held here is seen again, so that what was computed of it is worth keeping.
+
+        Not of the data: a peer reads those of all clients, and is to decide as a simulation of equal clients does.
+        """
+        minibatches = self.settings.training_rounds * self.settings.minibatches
+        return self.shares_prefix or minibatches * sum(self.shards.batches) > sum(map(len, self.shards.shards))
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
@@ -102,9 +135,7 @@ class StackedLearner(LocalTraining):
         row_weights: Float[Tensor, "everybody row"] | None,
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
-        batch = self._collated(self.shards.data, rows, x)
-        self.model.step.extents = batch.extents
-        logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
+        logits, batch = self._train_forward(rows, x)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
         terms = loss_terms(self.task, batch)
@@ -112,9 +143,32 @@ class StackedLearner(LocalTraining):
             logits, batch = rule(logits, batch, clients)
         return self.task.losses(logits, batch), terms
 
+    def _row_losses(
+        self, rows: Sequence[np.ndarray], x: Adapters, clients: ClientRows
+    ) -> tuple[Float[Tensor, "client row"], RowGradients]:
+        """The losses of a minibatch's rows, and where their backward leaves gradients; a client may have no row."""
+        shown = [own if len(own) else self.shards.shards[i][:1] for i, own in zip(clients, rows, strict=True)]
+        width = max(map(len, shown))
+        collected = self.model.step.row_gradients = RowGradients(len(clients), len(clients) * width)
+        try:
+            logits, batch = self._train_forward(shown, x)
+        finally:
+            self.model.step.row_gradients = None
+        losses = self.task.row_losses(logits, batch).view(len(clients), width)
+        counts = torch.tensor([len(own) for own in rows], device=losses.device)
+        return losses * (torch.arange(width, device=losses.device) < counts[:, None]), collected
+
+    def _train_forward(self, rows: Sequence[np.ndarray], x: Adapters) -> tuple[Tensor, Batch]:
+        """Logits of a training minibatch, and the minibatch."""
+        batch = self._collated(self.shards.data, rows, x)
+        self.model.step.extents, self.model.step.written = batch.extents, batch.written
+        return self.model(batch.inputs, batch.origin if self._rows_return else None), batch
+
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:
         """Each client's draws of dropout."""
         seed, numbers = self.shards.seed, self.shards.clients
+        if self.privacy is not None:
+            return [self.privacy.draws.dropout(numbers[i], self._round.jobs[i]) for i in clients]
         return [torch_generator(seed, "dropout", client=numbers[i], round=self._round.jobs[i]) for i in clients]
 
     def _groups(
@@ -140,7 +194,7 @@ class StackedLearner(LocalTraining):
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.lengths))
+        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.all_lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
@@ -149,21 +203,24 @@ class StackedLearner(LocalTraining):
         """See ``Learner``."""
         if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        outcomes, shares = np.zeros((x.clients, len(data), 2)), None
+        width, margins = outcomes_width(self.task, data), None
+        outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
-            if any(name in NEEDS_SHARES for name in metrics):
-                if shares is None:
-                    shares = np.zeros((x.clients, len(data), logits.shape[1]), dtype=np.float32)
-                shares[clients, rows] = logits.softmax(1).view(-1, len(rows), logits.shape[1]).cpu().numpy()
+            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
+            if any(name in NEEDS_MARGINS for name in metrics):
+                if margins is None:
+                    margins = np.zeros((x.clients, len(data), logits.shape[1]))
+                margins[clients, rows] = class_margins(logits).view(-1, len(rows), logits.shape[1]).cpu().numpy()
         scores = np.array([self.task.score(own, data.labels) for own in outcomes])
         predictions = [
-            Predictions(own[:, 1], data.labels, loss, None if shares is None else shares[i])
+            Predictions(own, data.labels, loss, None if margins is None else margins[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
-        more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}
-        return Scores(scores[:, 0], scores[:, 1], len(data), more)
+        target = self.task.kind.target
+        more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
+        counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
+        return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
@@ -187,7 +244,7 @@ class StackedLearner(LocalTraining):
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
-            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max()))
+            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.all_lengths[rows].max()))
             size = self._together(max(1, most))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
@@ -201,7 +258,12 @@ class StackedLearner(LocalTraining):
 
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"
-        return collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        batch = collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        if batch.written is not None:
+            batch = replace(batch, inputs=with_decoder_inputs(self.model.base, batch.inputs, batch.targets))
+        if self.shares_prefix or data is not self.shards.data:  # other runs may divide the same rows otherwise
+            return batch
+        return replace(batch, origin=batch.origin and replace(batch.origin, parts=self.shards.shards))
 
     def _together(self, clients: int) -> int:
         """How many of these clients may share a graph: one, where layers mix the rows of a batch."""

@@ -19,6 +19,7 @@ from peerlora.train.base import LocalPlan, TrainStats
 from peerlora.train.local_rules import ClientRows
 from peerlora.train.loss_rules import LossRule
 from peerlora.train.optim import Moments
+from peerlora.train.privacy import PrivateTraining
 from peerlora.train.schedule import rate
 
 
@@ -44,12 +45,16 @@ class LocalTraining(ABC):
     ``numbers``: the clients held here.  A ``fit`` outside a round draws as in round 0.
     """
 
+    logs_evaluations = False
+
     def __init__(self, settings: TrainConfig, numbers: Sequence[int]):
         self.settings, self._numbers = settings, list(numbers)
         self.step_seconds: Float[Tensor, " client"] | None = None
         """Seconds that each client's local step takes in this round, on a virtual clock."""
         self.loss_rules: tuple[LossRule, ...] = ()
         """What is changed between logits and losses in training, in this order."""
+        self.privacy: PrivateTraining | None = None
+        """What makes local training differentially private; None: nothing does."""
         self.memory: Moments | None = None
         self._trained: tuple[str, ...] = ()
         self._round = self._begun(0, None, None)
@@ -102,6 +107,8 @@ class LocalTraining(ABC):
         if self._round.quiet:
             return replace(x, flat=x.flat.clone())
         plan = LocalPlan.of(plan)
+        if self.privacy is not None:
+            self._round = replace(self._round, clients=self.privacy.admit(self._round.clients, self._round.jobs))
         blocks = plan.trained(x.spec)
         per_layer_moments = self._counts_layers(plan)
         memory = self._remembered(x, blocks, per_layer_moments)

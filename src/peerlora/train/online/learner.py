@@ -173,9 +173,7 @@ class OnlineLearner(LocalTraining):
         noise = self._normal("spread", clients, (SAMPLES, self.policy.config.action), lessons.following)
         last = lessons.part(self._places(self.settings.local_steps - 1)[-1])
         for name, values in measure_policies(self.policy, last, noise).items():
-            every = torch.full((len(self._numbers),), float("nan"), dtype=torch.float64)
-            every[clients] = values.double()
-            self._round.stats.measures[name] = every
+            self._round.stats.measures[name] = values.tolist()
 
     def _require_sane_critics(self, head: Head, lessons: Lessons, clients: ClientRows) -> None:
         """Raise DivergenceError where a critic values actions far beyond all that rewards allow."""
