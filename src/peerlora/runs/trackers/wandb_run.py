@@ -24,7 +24,7 @@ class Wandb:
         """Open the run, or the one of the same id again."""
         import wandb  # pyright: ignore[reportMissingImports]
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         _wait_for_a_new_second(run)
         self.run = wandb.init(
             project=run.project,
