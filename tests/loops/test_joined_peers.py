@@ -230,12 +230,15 @@ def test_every_method_says_whether_a_loop_can_take_its_local_steps(method):
         assert (reason is not None) == (method in REFUSED), reason
 
 
-def test_a_loop_is_no_flow_policy(lone, tmp_path):
+def test_a_loop_is_no_flow_policy(lone):
     """Neither the task nor its method can be asked of a loop, which learns from rows."""
     from peerlora.runtime.peer.join import JoinedPeer
 
     chosen, _, model, optimizer = lone()
-    settings = own_settings(chosen) | {"task": {"kind": "flow-policy", "env": "point-mass"}}
+    settings = own_settings(chosen) | {
+        "task": {"kind": "flow-policy", "env": "point-mass"},
+        "online": {"critic_rounds": 0},
+    }
     with pytest.raises(ConfigError, match="flow-policy given, whose clients act in environments"):
         JoinedPeer(model, optimizer, settings, lambda config, *, loop: pytest.fail("it began"))
     assert "trains all of its model" in REGISTRY["swfp"].traits.own_loop_refusal()

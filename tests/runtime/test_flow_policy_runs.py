@@ -133,6 +133,13 @@ def test_programs_for_rows_refuse_a_flow_policy(done, tmp_path):
         compose(tiny(), partitioner=object())
 
 
+@pytest.mark.parametrize("name", ["BertModel", ""])
+def test_a_whole_model_of_no_task_is_not_taken_for_a_policy(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    with pytest.raises(ModelError, match=r"architectures=.*rows can be answered by SEQ_CLS, CAUSAL_LM"):
+        load_served(tmp_path, ("text",))
+
+
 def test_the_config_of_the_guide_can_be_planned():
     config = load_config(Path(__file__).parents[2] / "configs" / "swfp.yaml")
     assert plan(config).algorithm.turn == 1 and config.clients == 8
