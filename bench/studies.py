@@ -5,8 +5,9 @@
 
 FOLDER holds glue/sst2, glue/qnli, glue/qqp and extra/ag_news, each with train.parquet and validation.parquet.  Every
 finished run is a line in bench/results/outcomes, by which a study that was stopped goes on, here or in another
-checkout.  At the end the table goes to bench/results and between the study's markers of its page in docs/results.
-``--list`` prints how many runs and training rows each study takes and how many runs have finished; with ``--write`` it
+checkout.  At the end the table goes to bench/results and between the study's markers of its page in docs/results.  A
+study runs in one process of a checkout at a time; several studies may run at once.  ``--list`` prints what each study
+takes (runs, training rows, core-hours), how many runs have finished, and what the seeds can show; with ``--write`` it
 goes to docs/results/studies.md.  ``paper-budget`` and ``paper-budget-sparse`` search no rates: give each as
 ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
 """
@@ -14,9 +15,13 @@ goes to docs/results/studies.md.  ``paper-budget`` and ``paper-budget-sparse`` s
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -24,22 +29,27 @@ from pathlib import Path
 from typing import Any
 
 import study_grids
+import study_privacy
 import study_systems
 import study_tasks
 from markers import insert
 from outcomes import OutcomeLines, without_folder
 from peerlora.config.loading import load_config
+from peerlora.errors import Stopped
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid
-from peerlora.experiments.markdown import markdown
-from peerlora.experiments.rate_search import choose_rates
-from peerlora.experiments.runner import Callbacks, start_grid
+from peerlora.experiments.markdown import markdown, markdown_table
+from peerlora.experiments.rate_search import RateSearch, choose_rates
+from peerlora.experiments.runner import Callbacks, search_rates, start_grid
 from peerlora.experiments.statistics import Outcome, compare
-from peerlora.experiments.trials import plan_search, plan_trials, search_labels
+from peerlora.experiments.tables import rate_columns, rate_rows
+from peerlora.experiments.trials import plan_trials, search_labels
+from peerlora.files import write_atomically
 from peerlora.runs.resume import run_facts
-from study_base import PAGES, PLACE, RESULTS, Study, Tree, training_rows
+from study_base import PAGES, PLACE, RESULTS, Study, Tree, split_labels
 from study_costs import Look, cost_table
-from study_tuning import tuned_grids, tuning_grid
+from study_effort import count_effort, list_studies, seeds_table
+from study_tuning import Tried, tuned_grids
 
 PAPER = {"paper-budget": 0.1, "paper-budget-sparse": 0.02}
 STUDIES: dict[str, Study] = {
@@ -47,6 +57,7 @@ STUDIES: dict[str, Study] = {
     **{name: study_grids.paper_budget(p, {}) for name, p in PAPER.items()},
     **study_systems.STUDIES,
     **study_tasks.STUDIES,
+    **study_privacy.STUDIES,
 }
 
 
@@ -56,10 +67,11 @@ class Finished:
 
     result: Comparison
     grids: list[Tree]
-    tried: dict[str, dict[float, float]]
-    """Row -> value of its tuned setting -> the best mean client that it reached on rows set aside."""
+    tried: Tried
     looks: dict[str, dict[int, list[Look]]]
-    """Row -> seed -> evaluations, of the runs that ended."""
+    """Row -> seed -> evaluations; empty of a run that diverged."""
+    runs: list[dict[str, Any]]
+    """Row, seed, rate, purpose and machine of every run, those of the search included."""
 
 
 def conduct(name: str, study: Study, data: Path) -> Finished:
@@ -68,11 +80,11 @@ def conduct(name: str, study: Study, data: Path) -> Finished:
     kept, tried = OutcomeLines(name, data, study.judged), {}
     grids = study.parts(data)
     if study.tuned:
-        grids, tried = tuned_grids(grids, study.tuned, lambda tree: run(name, tree, kept))
+        grids, tried = tuned_grids(grids, study.tuned, lambda tree: run(search_rates, name, tree, kept))
     outcomes: list[Outcome] = []
     searches, looks = [], {}
     for tree in grids:
-        own, part = run(name, tree, kept), load_grid(tree)
+        own, part = run(start_grid, name, tree, kept), load_grid(tree)
         searches += [replace(each, labels=split_labels(study, each.labels)) for each in own.searches]
         searched_on = search_labels(part)
         for trial in plan_trials(part, choose_rates(part, own.searches)).trials:
@@ -80,23 +92,27 @@ def conduct(name: str, study: Study, data: Path) -> Finished:
                 on = searched_on.get(trial.setting)
                 on = None if on is None else split_labels(study, on)
                 outcomes.append(replace(outcome, labels=split_labels(study, outcome.labels), searched_on=on))
-                if found := kept.looks(trial):
-                    looks.setdefault(trial.setting, {})[trial.config.seed] = found
-    known = next(each for each in outcomes if each.metric)
-    lines = compare(outcomes, study.baseline)
-    result = Comparison(PLACE / name, lines, known.metric, known.higher_is_better, study.baseline, searches)
-    return Finished(result, grids, tried, looks)
+                looks.setdefault(trial.setting, {})[trial.config.seed] = kept.looks(trial)
+    return Finished(compared(name, study, outcomes, searches), grids, tried, looks, kept.used)
 
 
-def split_labels(study: Study, labels: Mapping[str, str]) -> dict[str, str]:
-    """A row's labels by axis, where its one label stands for two."""
-    if study.split is None:
-        return dict(labels)
-    return dict(zip(study.split, labels["system"].split(": "), strict=True))
+def compared(name: str, study: Study, outcomes: Sequence[Outcome], searches: Sequence[RateSearch]) -> Comparison:
+    """Compare the rows of a study; SystemExit where not one run ended."""
+    known = next((each for each in outcomes if each.metric), None)
+    if known is None:
+        raise SystemExit(f"{name}: every reported run diverged, so there is nothing to compare")
+    lines, about = compare(outcomes, study.baseline, study.family), (known.metric, known.higher_is_better)
+    where = {"family": study.family, "details": str(result_file(name))}
+    return Comparison(PLACE / name, lines, *about, study.baseline, searches, **where)
 
 
-def run(study: str, tree: Tree, outcomes: OutcomeLines) -> Comparison:
-    """Run the cells of a grid that have no outcome yet."""
+def result_file(name: str) -> Path:
+    """The file with all numbers of a study's table."""
+    return RESULTS / f"study-{name}.json"
+
+
+def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLines) -> Any:
+    """Run the cells of a grid that have no outcome yet; ``start``: ``start_grid``, or ``search_rates``."""
     folder = PLACE / study
 
     @contextmanager
@@ -105,65 +121,57 @@ def run(study: str, tree: Tree, outcomes: OutcomeLines) -> Comparison:
         yield lambda event: None
 
     shutil.rmtree(folder, ignore_errors=True)
-    return start_grid(load_grid(tree), folder, Callbacks(watch, outcomes=outcomes))
+    return start(load_grid(tree), folder, Callbacks(watch, outcomes=outcomes))
+
+
+@contextmanager
+def only_process(study: str) -> Iterator[None]:
+    """Hold a study for this process; SystemExit where another one in this checkout does."""
+    PLACE.mkdir(parents=True, exist_ok=True)
+    with (PLACE / f"{study}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it does
+        except BlockingIOError:
+            raise SystemExit(
+                f"the study {study} is being run by another process in this checkout; wait for it, or run another "
+                "study meanwhile"
+            ) from None
+        yield
 
 
 def write(name: str, study: Study, found: Finished, data: Path) -> None:
     """Put the table into bench/results and the study's page."""
     told = found.result.as_json()
     written = {"date": str(date.today()), "facts": run_facts(load_config(found.grids[0]["base"]))}
-    written |= {"grids": without_folder(without_folder(found.grids, data), Path.cwd()), "tuned": found.tried}
-    written |= {"rows": told["rows"], "search": told["search"]}
+    written |= {"grids": without_folder(without_folder(found.grids, data), Path.cwd())}
+    tried = {row: {value: each.as_json() for value, each in own.items()} for row, own in found.tried.items()}
+    written |= {"tuned": tried, "rows": told["rows"], "search": told["search"], "runs": found.runs}
     written["looks"] = {
         row: {seed: [vars(look) for look in own] for seed, own in seeds.items()} for row, seeds in found.looks.items()
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"study-{name}.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    text = markdown(found.result) + tuning_note(found.tried)
+    write_atomically(result_file(name), json.dumps(written, indent=1) + "\n")
+    text = markdown(found.result) + tuning_table(found.tried) + machine_note(found.runs)
     if study.costs:
         text += "\n" + cost_table(found.looks, study.baseline["system"])
     insert(PAGES / study.page, f"study-{name}", text)
 
 
-def tuning_note(tried: Mapping[str, Mapping[float, float]]) -> str:
-    """Every value of every tuned setting, with what it reached."""
-    rows = [
-        f"{row}: " + ", ".join(f"{value:g} ({score:.3f})" for value, score in sorted(scores.items()))
-        for row, scores in tried.items()
-    ]
-    return f"\nTuned on rows set aside, value (best mean client of any rate): {'; '.join(rows)}.\n" if rows else ""
+def tuning_table(tried: Tried) -> str:
+    """Every rate of every value of every tuned setting, with what it reached."""
+    rows = [each for own in tried.values() for _, each in sorted(own.items())]
+    if not rows:
+        return ""
+    note = "Tuned on rows set aside, each value at rates of its own; the value whose best rate reached most is taken."
+    return f"\n{markdown_table(rate_columns(rows), rate_rows(rows))}{note}\n"
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What a study takes, at least: rates that grow come on top."""
-
-    runs: int
-    rows: int
-    """For training."""
-
-
-def count_effort(study: Study, data: Path) -> Effort:
-    """Count the runs of a study, and the rows that they train on."""
-    configs = []
-    for tree in study.parts(data):
-        systems = tree["axes"].get("system", {})
-        chosen = [(row, each) for row, each in (study.tuned or {}).items() if row in systems]
-        tuning = [tuning_grid(tree, row, each.setting, each.values) for row, each in chosen]
-        for part in map(load_grid, [tree, *tuning]):
-            planned = [plan_trials(part), plan_search(part)]
-            configs += [trial.config for each in planned for trial in each.trials]
-    return Effort(len(configs), sum(map(training_rows, configs)))
-
-
-def list_studies(studies: Mapping[str, Study], data: Path) -> str:
-    """Write one line per study, as a table."""
-    lines = ["| study | page | runs, at least | training rows, at least | finished runs |", "| --- " * 5 + "|"]
-    for name, study in studies.items():
-        effort, finished = count_effort(study, data), len(OutcomeLines(name, data))
-        page = f"[{study.page}]({study.page})"
-        lines.append(f"| {name} | {page} | {effort.runs:,} | {effort.rows:,} | {finished:,} |")
-    return "\n".join(lines) + "\n"
+def machine_note(runs: Sequence[Mapping[str, Any]]) -> str:
+    """On which kinds of machine a table's runs were computed."""
+    kinds = Counter(each["machine"] for each in runs)
+    where = ", ".join(f"{kind} ({count:,} run{'s' * (count > 1)})" for kind, count in kinds.most_common())
+    differ = " Kinds of machines round differently, which long runs make visible." if len(kinds) > 1 else ""
+    return f"Computed on: {where}, those of the search included.{differ}\n"
 
 
 def given_rates(words: Sequence[str]) -> dict[str, float]:
@@ -199,21 +207,40 @@ def read_options() -> Any:
     return options
 
 
+def write_list(options: Any) -> None:
+    """Print what each study takes and what seeds can show; with ``--write`` into docs/results/studies.md, too."""
+    any_rate, data = dict.fromkeys(study_grids.PAPER, 1e-3), options.data or Path("data")
+    papers = {name: study_grids.paper_budget(p, any_rate) for name, p in PAPER.items()}
+    studies = {**STUDIES, **papers}
+    efforts = {name: count_effort(study, data) for name, study in studies.items()}
+    tables = {"study-list": list_studies(studies, efforts, data), "study-seeds": seeds_table(efforts.values())}
+    for name, table in tables.items():
+        print(table)
+        if options.write:
+            insert(PAGES / "studies.md", name, table)
+
+
+def command(options: Any) -> str:
+    """The command by which a study that was stopped goes on."""
+    rates = [word for rate in options.rate for word in ("--rate", rate)]
+    return shlex.join(["python", "bench/studies.py", options.study, "--data", str(options.data), *rates])
+
+
 def main() -> None:
     """Run a study, or list all."""
     options = read_options()
     if options.list:
-        any_rate = dict.fromkeys(study_grids.PAPER, 1e-3)
-        papers = {name: study_grids.paper_budget(p, any_rate) for name, p in PAPER.items()}
-        table = list_studies({**STUDIES, **papers}, options.data or Path("data"))
-        print(table)
-        if options.write:
-            insert(PAGES / "studies.md", "study-list", table)
-        return
+        return write_list(options)
     name, study = options.study, STUDIES[options.study]
     if name in PAPER:
         study = study_grids.paper_budget(PAPER[name], given_rates(options.rate))
-    write(name, study, conduct(name, study, options.data), options.data)
+    try:
+        with only_process(name):
+            write(name, study, conduct(name, study, options.data), options.data)
+    except (Stopped, KeyboardInterrupt):
+        finished = len(OutcomeLines(name, options.data))
+        print(f"stopped; {finished:,} runs of {name} are kept; go on with: {command(options)}", file=sys.stderr)
+        raise SystemExit(Stopped.exit_code) from None
 
 
 if __name__ == "__main__":

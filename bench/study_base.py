@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.algorithms import method_class
-from peerlora.config.run import RunConfig
 
 Tree = dict[str, Any]
 PLACE, RESULTS, PAGES = Path(".bench/studies"), Path("bench/results"), Path("docs/results")
@@ -73,6 +72,11 @@ class Tuned:
     at_most: float = float("inf")
     """The largest value that the setting may have."""
 
+    @property
+    def word(self) -> str:
+        """The last part of the setting's name."""
+        return self.setting.rpartition(".")[2]
+
 
 @dataclass(frozen=True)
 class Study:
@@ -88,12 +92,21 @@ class Study:
     """By row."""
     split: tuple[str, str] | None = None
     """The axes that a row's label has on both sides of its colon."""
+    family: Sequence[str] = ()
+    """Axes on which rows have the same labels whose p values are adjusted together; empty: all rows are."""
     judged: Sequence[int] | None = None
     """The clients whose scores count; null: all."""
     costs: bool = False
     """Whether a second table compares the rows at equal bytes and equal virtual time."""
     prepare: Callable[[Path], None] = lambda data: None
     """Writes what the grids read beside the data folder's files."""
+
+
+def split_labels(study: Study, labels: Mapping[str, str]) -> dict[str, str]:
+    """A row's labels by axis, where its one label stands for two."""
+    if study.split is None:
+        return dict(labels)
+    return dict(zip(study.split, labels["system"].split(": "), strict=True))
 
 
 def base(task: str, data: Path, p: float = 0.02, rounds: int = ROUNDS) -> Tree:
@@ -156,7 +169,8 @@ def pooled(**train: Any) -> Tree:
 def search(task: str, more: Sequence[str] = (), rates: Sequence[float] = tuple(RATES)) -> Tree:
     """Every row has a rate of its own; ``more``: settings in which rows differ beside the usual ones."""
     each = ["algorithm.name", "algorithm.interval", "topology.kind", "topology.p", "clients"]
-    each += [f"train.{name}" for name in ("schedule", "optimizer_state", "label_prior", "batch")]
+    each += [f"train.{name}" for name in ("schedule", "optimizer_state", "label_prior", "batch", "quiet")]
+    each.append("exchange.relay")  # changes no training, but which models the search scores
     return {
         "rates": list(rates),
         "seeds": SEARCHED,
@@ -185,9 +199,4 @@ def settings_of(changes: Any) -> list[str]:
         for section, value in change.items():
             if section not in ("eval", "checkpoint"):
                 found |= {f"{section}.{name}": None for name in value} if isinstance(value, dict) else {section: None}
-    return [name for name in found if name != "exchange.relay"]
-
-
-def training_rows(config: RunConfig) -> int:
-    """The rows that a run is given to train on: rounds x steps x batches of all clients."""
-    return config.train.training_rounds * config.train.local_steps * sum(config.batches)
+    return list(found)

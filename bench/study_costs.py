@@ -10,6 +10,7 @@ import numpy as np
 
 from peerlora.algorithms import method_class
 from peerlora.config.run import RunConfig
+from peerlora.experiments.markdown import markdown_table
 from peerlora.experiments.statistics import pair_differences
 from peerlora.experiments.tables import format_difference
 from peerlora.runs.events import Evaluated, Event, RoundDone
@@ -55,7 +56,7 @@ def uniform_seconds(config: RunConfig, rounds: int, sent: float) -> float:
     A clock that waits for all changes no bit of a run, so it need not have been there.
     """
     gradients = method_class(config.algorithm.name).traits.gradients
-    return rounds * config.train.local_steps * gradients + sent / config.clients / UPLINK
+    return rounds * config.train.minibatches * gradients + sent / config.clients / UPLINK
 
 
 def only_of(events: Sequence[Event], clients: Sequence[int]) -> list[Event]:
@@ -74,26 +75,57 @@ def last_within(looks: Sequence[Look], seconds: float = float("inf"), sent: floa
 
 
 Runs = Mapping[str, Mapping[int, Sequence[Look]]]
-"""Row -> seed -> looks, of the runs that ended."""
+"""Row -> seed -> looks; none of a run that diverged."""
+_HEAD = ("system", "rounds", "virtual s", "sent, MB", "mean (worst) client at its end", "at the fewest bytes")
 
 
 def cost_table(runs: Runs, baseline: str) -> str:
-    """Write mean and worst client at the end, at the fewest bytes that any row sent, and at the baseline's time."""
-    seeds = sorted(set.intersection(*(set(own) for own in runs.values())))
-    least = {seed: SLACK * min(own[seed][-1].bytes for own in runs.values() if own[seed][-1].bytes) for seed in seeds}
-    limit = {seed: SLACK * runs[baseline][seed][-1].seconds for seed in seeds}
-    in_time = {row: {seed: last_within(own[seed], seconds=limit[seed]) for seed in seeds} for row, own in runs.items()}
-    head = ["system", "rounds", "virtual s", "sent, MB", "mean (worst) client at its end", "at the fewest bytes"]
-    head += [f"at the virtual time of {baseline}", "difference then"]
-    lines = [head, ["---"] * len(head)]
+    """Write mean and worst client at the end, at the fewest bytes that any row sent, and at the baseline's time.
+
+    Of every row the seeds count in which it has looks.  Rows that sent nothing set no limit of bytes.
+    """
+    runs = {row: {seed: looks for seed, looks in own.items() if looks} for row, own in runs.items()}
+    least = _limits([{seed: own[-1].bytes for seed, own in each.items()} for each in runs.values()])
+    limit = _limits([{seed: own[-1].seconds for seed, own in runs[baseline].items()}])
+    in_time = {
+        row: {seed: last_within(looks, seconds=limit[seed]) for seed, looks in own.items() if seed in limit}
+        for row, own in runs.items()
+    }
+    head = [*_HEAD, f"at the virtual time of {baseline}", "difference then"]
+    lines = []
     for row, own in runs.items():
-        ends = [own[seed][-1] for seed in seeds]
-        spent = [str(ends[0].round), _mean([end.seconds for end in ends], 1), _mean([end.bytes for end in ends], 1e6)]
-        bought = [last_within(own[seed], sent=least[seed]) for seed in seeds]
+        ends = [looks[-1] for looks in own.values()]
+        bought = [last_within(looks, sent=least[seed]) for seed, looks in own.items() if seed in least]
         scores = [_told(ends), _told(bought), _told(list(in_time[row].values()))]
-        lines.append([row, *spent, *scores, _difference(in_time[row], in_time[baseline])])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\nAt equal cost, over seeds {', '.join(map(str, seeds))}: {NOTE}\n"
+        lines.append([row, *_spent(ends), *scores, _difference(in_time[row], in_time[baseline])])
+    seeds = sorted({seed for own in runs.values() for seed in own})
+    return f"{markdown_table(head, lines)}\nAt equal cost, {_over(seeds)}: {NOTE}{_lacking(runs, seeds)}\n"
+
+
+def _over(seeds: Sequence[int]) -> str:
+    return f"over seeds {', '.join(map(str, seeds))}"
+
+
+def _lacking(runs: Runs, seeds: Sequence[int]) -> str:
+    """A sentence that says which rows have fewer seeds; empty where none has."""
+    fewer = [(row, sorted(own)) for row, own in runs.items() if len(own) < len(seeds)]
+    ended = "; ".join(f"{row} {_over(own) if own else 'in none'}" for row, own in fewer)
+    return f" Where runs diverged, only those count that ended: {ended}." if ended else ""
+
+
+def _limits(spent: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Seed -> the least that was spent above nothing, with the slack; without seeds in which nothing was."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in (each for own in spent for each in own.items() if each[1] > 0):
+        by_seed.setdefault(seed, []).append(value)
+    return {seed: SLACK * min(values) for seed, values in by_seed.items()}
+
+
+def _spent(ends: Sequence[Look]) -> list[str]:
+    """Rounds, virtual seconds and megabytes; dashes of a row without a run that ended."""
+    if not ends:
+        return ["–"] * 3
+    return [str(ends[0].round), _mean([end.seconds for end in ends], 1), _mean([end.bytes for end in ends], 1e6)]
 
 
 NOTE = (

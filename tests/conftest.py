@@ -11,9 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import shape_checks
 
+# How long an example takes, or drawing one, depends on the machine and on what else it does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(1)
 shape_checks.install()
 
@@ -26,6 +30,12 @@ def pytest_collection_finish():
 
 
 WORDS = [f"w{i}" for i in range(40)]
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- ('w39 ' if message['role'] == 'assistant' else 'w38 ') + message['content'] + ' ' + eos_token + ' ' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'w39 ' -}}{%- endif -%}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +126,7 @@ def save_tokenizer(folder):
         sep_token="[SEP]",
         unk_token="[UNK]",
         eos_token="[SEP]",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return len(vocabulary)
 
@@ -138,6 +149,9 @@ def tiny_model(kind, folder):
         model = tf.BertModel(tf.BertConfig(**small))
     elif kind == "roberta":
         model = tf.RobertaModel(tf.RobertaConfig(**small), add_pooling_layer=False)
+    elif kind == "t5":
+        t5 = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        model = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=size, pad_token_id=0, eos_token_id=2, **t5))
     elif kind == "llama":
         model = tf.LlamaForCausalLM(
             tf.LlamaConfig(**small, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
@@ -156,7 +170,7 @@ def tiny_model(kind, folder):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5."""
     made = {}
 
     def get(kind):
@@ -169,7 +183,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score (real), site."""
+    """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score, site, several (labels)."""
     import random
 
     draw = random.Random(0)
@@ -180,6 +194,57 @@ def texts(tmp_path_factory):
         words = [draw.choice(WORDS[label * 10 : label * 10 + 14]) for _ in range(draw.randint(2, 9))]
         row = {"text": " ".join(words), "other": " ".join(words[::-1]), "label": f"class{label}"}
         rows.append(row | {"score": draw.random() * 3, "site": f"site{i % 4}"})
+        rows[-1]["several"] = [f"class{other}" for other in range(3) if other == label or words[0][-1] in "135"]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A jsonl file of 40 chats of one or two questions; an answer repeats the words of its question, turned round."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = []
+    for i in range(40):
+        turns = []
+        for _ in range(1 + i % 2):
+            words = [draw.choice(WORDS[:12]) for _ in range(draw.randint(1, 4))]
+            turns += [{"role": "user", "content": " ".join(words)}]
+            turns += [{"role": "assistant", "content": " ".join(words[::-1])}]
+        rows.append({"messages": turns, "site": f"site{i % 4}"})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A jsonl file of 40 prompts with completions: their words turned round, once or twice."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = []
+    for i in range(40):
+        words = [draw.choice(WORDS[:12]) for _ in range(draw.randint(1, 4))]
+        rows.append({"prompt": " ".join(words), "completion": " ".join(words[::-1] * (1 + i % 2))})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory):
+    """A jsonl file of 40 rows of words, tagged by their number: w0 to w4 begin places, w5 to w9 go on."""
+    import random
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("tagged") / "tagged.jsonl"
+    rows = []
+    for _ in range(40):
+        numbers = [draw.randrange(20) for _ in range(draw.randint(2, 9))]
+        tags = [("B-LOC", "I-LOC")[number // 5] if number < 10 else "O" for number in numbers]
+        rows.append({"tokens": [WORDS[number] for number in numbers], "tags": tags})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
 

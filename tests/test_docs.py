@@ -1,6 +1,7 @@
 """The pages: every link leads somewhere, every config is valid, and settings are as the code has them."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 from urllib.parse import unquote
@@ -13,6 +14,7 @@ from peerlora import RunConfig, load_config
 from peerlora.config.exchange import AdversaryConfig, CodecConfig, RelayConfig, RobustConfig
 from peerlora.config.reference import page
 from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, SelectConfig, TopologyConfig
+from peerlora.environment import EXTRAS
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.inference import detectable_table
 
@@ -50,6 +52,14 @@ def test_every_setting_says_in_one_line_what_it_means(model):
         if section or (name == "kind" and field.is_required()):
             continue  # described by the docstring of its class
         assert field.description and "\n" not in field.description and field.description[-1] == ".", name
+
+
+def test_every_optional_part_is_in_the_readme():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| extra |")[1].split("## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(.+?)`", row)}
+    assert listed == set(extras)
+    assert {name for name in EXTRAS if name not in extras} == set()
 
 
 def test_the_page_of_settings_is_up_to_date():

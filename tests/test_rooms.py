@@ -21,7 +21,7 @@ FLOORS = (
     ("runtime",),
     ("experiments",),
     ("cli",),
-    ("", "__main__", "models"),
+    ("", "__main__", "models", "hf", "flower"),
 )
 """The rooms and modules of ``peerlora``, from the ground up; one imports from floors below its own, and from itself.
 The empty name is the package's own ``__init__``, ``models`` a former place of what scripts import."""

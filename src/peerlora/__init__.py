@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from peerlora.runtime.compose import Federation as Federation
     from peerlora.runtime.compose import compose as compose
     from peerlora.runtime.export import export_from_run as export_from_run
+    from peerlora.runtime.model_choice import ModelChoice as ModelChoice
+    from peerlora.runtime.peer.join import join as join
     from peerlora.runtime.trainer import Result as Result
     from peerlora.topology.schedule import Topology as Topology
     from peerlora.topology.schedule import build_topology as build_topology
@@ -63,6 +65,8 @@ _HOMES = {
     "Federation": "runtime.compose",
     "compose": "runtime.compose",
     "export_from_run": "runtime.export",
+    "ModelChoice": "runtime.model_choice",
+    "join": "runtime.peer.join",
     "Result": "runtime.trainer",
     "resume": "runtime.cluster.run",
     "simulate": "runtime.cluster.run",

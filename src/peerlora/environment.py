@@ -12,7 +12,18 @@ from pathlib import Path
 
 from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, nearest
 
-EXTRAS = {"peer": ("grpc", "cryptography", "msgspec"), "quantize": ("bitsandbytes",), "cluster": ("ray",)}
+EXTRAS = {
+    "peer": ("grpc", "cryptography", "msgspec"),
+    "quantize": ("bitsandbytes",),
+    "cluster": ("ray",),
+    "rl": ("gymnasium",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+    "metrics": ("prometheus_client",),
+    "watch": ("starlette", "uvicorn"),
+}
 """The modules that an optional part of peerlora imports."""
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
@@ -70,7 +70,6 @@ def test_one_average_by_its_two_messages():
     assert torch.equal(active.x.flat[0, head], x.flat[0, head]), "a private head stays"
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-3, 3)), max_size=6))
 def test_the_sum_is_kept_whatever_both_do_meanwhile(moves):
     """Both train between question and answer."""
@@ -132,7 +131,6 @@ def test_on_the_complete_graph_half_are_active(clients):
     assert clients // 2 <= active.sum() <= (clients + 1) // 2
 
 
-@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 10**6), st.floats(0.05, 1))
 def test_links_between_the_roles_connect_what_the_graph_connects(clients, seed, p):
     upper = np.triu(np.random.default_rng(seed).random((clients, clients)) < p, 1)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peerlora.algorithms import build_algorithm
@@ -35,7 +35,6 @@ FORMS = ["polynomial", "fedasmu"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None)
 @given(
     sigma=st.floats(0, 5),
     taus=st.lists(st.integers(0, 60), min_size=0, max_size=7, unique=True),
@@ -67,7 +66,6 @@ def test_rows_sum_to_one_with_no_negative_weight_however_stale(form, sigma, taus
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None)
 @given(sigma=st.floats(0, 5), tau=st.integers(0, 60), version=st.integers(0, 100))
 def test_weight_does_not_grow_with_staleness(form, sigma, tau, version):
     algorithm = build_algorithm("aedfl", {"sigma": sigma, "staleness": form})
@@ -136,7 +134,6 @@ def test_coordinates_are_rows_of_A_columns_of_B_and_the_whole_head():
     assert (x.head["w"] == 1).all()
 
 
-@settings(deadline=None)
 @given(density=st.floats(0.01, 1), ramp=st.integers(0, 30))
 def test_the_density_falls_from_one_to_its_end_and_never_rises(density, ramp):
     algorithm = build_algorithm("aedfl", {"density": density, "ramp": ramp})
@@ -242,7 +239,6 @@ def test_bad_settings_are_refused(parameters, told):
 # --- what comes from elsewhere
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=8, max_size=8))
 def test_every_message_that_is_sent_has_the_form_that_is_taken(held):
     algorithm, x = build_algorithm("aedfl", {}), adapters(1)

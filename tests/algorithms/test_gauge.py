@@ -14,7 +14,7 @@ from test_product_methods import GRAPHS, UNEQUAL, exchange, run, start
 from cases import others_slow
 from peerlora.algorithms import build_algorithm
 
-DRAWN = settings(max_examples=15, deadline=None)
+DRAWN = settings(max_examples=15)
 EQUAL = (4, 4, 4, 4)
 GRAPH, SEEDS, SPREADS = st.sampled_from(GRAPHS), st.integers(0, 2**31 - 1), st.floats(0, 2)
 

@@ -229,7 +229,7 @@ def test_without_its_z_correction_the_dual_would_agree_on_a_point_that_depends_o
 # --- the identities of the dual, for any gradients
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     steps=st.integers(1, 6),
@@ -340,7 +340,7 @@ def test_what_is_remembered_of_a_frozen_factor_is_held_and_the_factor_only_mixed
 GRAPHS = st.sampled_from(["ring", "star", "path", {"kind": "random", "p": 0.3}, {"kind": "ring", "drop_clients": 0.3}])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), topology=GRAPHS, interval=st.sampled_from([None, 1, 2]), steps=st.integers(1, 4))
 def test_corrections_of_k_gt_sum_to_zero_and_mixing_keeps_the_mean(seed, topology, interval, steps):
     learner = coupled(5, 5, seed, local_steps=steps, lr=0.05, noise=1.0)
@@ -353,7 +353,7 @@ def test_corrections_of_k_gt_sum_to_zero_and_mixing_keeps_the_mean(seed, topolog
     assert torch.allclose(again[0].x.flat.mean(0), states[0].x.flat.mean(0)), "the mean does not depend on the graph"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), topology=GRAPHS, interval=st.sampled_from([None, 1, 2]))
 def test_prices_of_consensus_admm_sum_to_zero(seed, topology, interval):
     learner = coupled(5, 5, seed, local_steps=2, lr=0.05, noise=1.0)
@@ -363,7 +363,7 @@ def test_prices_of_consensus_admm_sum_to_zero(seed, topology, interval):
         assert state.gap.sum(0).abs().max() < 1e-12
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), topology=GRAPHS, method=st.sampled_from(DUALS), interval=st.sampled_from([None, 1]))
 def test_the_mean_of_the_models_follows_the_mean_of_z(seed, topology, method, interval):
     x = noisy(adapters(5, 2, 2, head=1), seed)

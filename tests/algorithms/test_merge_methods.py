@@ -34,6 +34,7 @@ from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
+from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.schedule import build_topology
 
@@ -718,7 +719,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(config, tmp_path):
 
 def test_a_run_exports_any_client_at_any_rank(config, tmp_path):
     done = simulate(settings(config, "rac-lora"), tmp_path / "run")
-    card = (export_from_run(done.run, tmp_path / "cut", 1, rank=2) / "README.md").read_text()
+    card = (export_from_run(done.run, tmp_path / "cut", ModelChoice(1, rank=2)) / "README.md").read_text()
     assert "Rank 2, alpha 2" in card and "| left out |" in card
     grown = (export_from_run(done.run, tmp_path / "grown", None) / "README.md").read_text()
     assert "Rank 9, alpha 9" in grown and "all that was merged" in grown

@@ -62,7 +62,7 @@ def test_without_the_mass_it_ends_elsewhere_and_row_averages_do_too():
 
 
 @given(st.sampled_from([CHORD, RANDOM, DROPS]), st.integers(0, 50), st.sampled_from(["sgp", "push-diging"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_mass_is_kept_and_the_sum_changes_by_steps_only(topology, seed, method):
     peers, learner = exchange(topology, 6, seed), coupled(6, seed=seed)
     algorithm = build_algorithm(method, {"interval": 2})

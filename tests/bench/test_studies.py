@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,42 @@ import torch
 
 from cases import others_slow
 from peerlora.algorithms.salf import SALF
+from peerlora.config.loading import load_config
 from peerlora.exchange.attacks import alie_quantile
 from peerlora.experiments.grid import load_grid
+from peerlora.experiments.inference import detectable_difference
+from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trials import plan_search, plan_trials
+from peerlora.experiments.work import compare_work
 from peerlora.runtime.plan import plan
 
 BENCH = Path(__file__).parents[2] / "bench"
 RATES = {name: 1e-3 for name in ("dec-lora", "adf-lora, T = 1", "adf-lora, T = 5", "ffa-lora", "rolora")}
 ABOUT_TRAINING = ("sparse-", "label-prior")
 """Studies whose rows differ in loss, schedule or memory on purpose."""
+
+
+PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine"}
+"""Rows of the sparse studies before the recipe keeps the optimiser's memory."""
+SGD = {
+    **dict.fromkeys(
+        ("optimisers", "optimisers-sparse"),
+        {"sgd, momentum 0.9", "all data in one place, sgd, momentum 0.9", "qg-adam"},
+    ),
+    "momenta": {"qg-adam", "qg-dsgdm"},
+}
+"""Rows whose steps are SGD's where others have AdamW; qg-adam scales them by moments of its own."""
+LESS_OR_MORE = {
+    "label-skew": {"dfedsam"},
+    "label-skew-sgd": {"dfedsam", "dfedadmm-sam", "fedspeed"},
+    **dict.fromkeys(("methods", "methods-ring", "drift"), {"rac-lora"}),
+    "stragglers": {
+        *("alone", "dec-lora, waits", "dec-lora, waits, 60 rounds", "adf-lora, T = 5, waits", "salf, deadline 42 s"),
+        *("dec-lora, deadline 6 s", "adf-lora, T = 5, deadline 6 s"),
+    },
+}
+"""Rows of unequal work: SAM takes two gradients a step, rac-lora only mixes in some rounds, stragglers have a budget of
+virtual time."""
 
 
 def load(monkeypatch, name):
@@ -74,6 +102,7 @@ NAMES = (
     *(f"alternating-{rounds}-{schedule}" for rounds in (24, 48, 96) for schedule in ("constant", "cosine")),
     *("paper-budget", "paper-budget-sparse", "label-skew", "label-skew-sgd", "stragglers", "attackers", "compression"),
     *("strangers", "qnli", "qqp", "dtype", "label-prior", "label-prior-uneven", "label-prior-agnews"),
+    *("privacy-sst2", "privacy-agnews"),
 )
 
 
@@ -83,13 +112,13 @@ def test_the_names_below_are_all_studies(studies):
 
 @pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
 def test_no_cell_of_a_study_is_refused(name, studies, data):
-    study = every_study(studies)[name]
+    study, tuning = every_study(studies)[name], importlib.import_module("study_tuning")
     study.prepare(data)
     for tree in study.parts(data):
         rows = tree["axes"].get("system", {})
         tuned = {row: each for row, each in (study.tuned or {}).items() if row in rows}
         assert tuned.keys() == (study.tuned or {}).keys()
-        grids = [tree, *(studies.tuning_grid(tree, row, each.setting, each.values) for row, each in tuned.items())]
+        grids = [tree, *(tuning.tuning_grid(tree, row, each, each.values) for row, each in tuned.items())]
         for grid in map(load_grid, grids):
             assert not {*grid.seeds} & {*grid.search.seeds} or not grid.search.rates
             for planned in (plan_trials(grid), plan_search(grid)):
@@ -104,20 +133,45 @@ def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
     study = every_study(studies)[name]
     rows = reported(study, data)
     assert len(rows) > 1
-    for label, config in rows.items():
-        fresh = config.train.optimizer_state == "round"
-        assert fresh == ("(fresh memory)" in label) or name.startswith("sparse")
+    fresh = {label for label, config in rows.items() if config.train.optimizer_state == "round"}
+    assert fresh == (PLAIN if name.startswith("sparse") else {label for label in rows if "(fresh memory)" in label})
     if not name.startswith(ABOUT_TRAINING):
-        assert {config.train.label_prior for config in rows.values()} == {"uniform"}
+        prior = "none" if name.startswith("privacy") else "uniform"  # privacy refuses a loss that knows label counts
+        assert {config.train.label_prior for config in rows.values()} == {prior}
         assert len({config.train.schedule for config in rows.values()}) == 1
         assert len({config.seed for config in rows.values()}) == 1
     if name != "stragglers":  # there the budget is virtual time
-        assert len({studies.training_rows(config) for config in rows.values()}) == 1
-    assert len({config.train.optimizer for config in rows.values()}) == 1 or name.startswith(("optimisers", "momenta"))
+        assert len({config.training_samples for config in rows.values()}) == 1
+    sgd = {label for label, config in rows.items() if config.train.optimizer == "sgd"}
+    assert sgd == (set(rows) if name == "label-skew-sgd" else SGD.get(name, set()))
     searched = [load_grid(tree).search for tree in study.parts(data)]
     assert all(search.grow and search.ties == "common" for search in searched if search.rates)
     assert all(bool(search.rates) != name.startswith("paper") for search in searched)
     assert len({config.data.eval for config in rows.values()}) == 1
+
+
+def row_gradients(config):
+    """Of a run in which nobody is late or absent."""
+    algorithm, rounds = plan(config).algorithm, config.train.training_rounds
+    share = 1.0
+    if config.algorithm.name == "rac-lora":
+        share = sum(t % algorithm.period < algorithm.chain for t in range(rounds)) / rounds
+    return config.training_samples * algorithm.traits.gradients * share
+
+
+@pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
+def test_only_named_rows_are_of_unequal_work(name, studies, data):
+    """So that all others are ranked: also one client with large batches, and rows of accumulated minibatches."""
+    study = every_study(studies)[name]
+    trials = {each.setting: each for tree in study.parts(data) for each in plan_trials(load_grid(tree)).trials}
+    work = {setting: row_gradients(each.config) for setting, each in trials.items()}
+    labels = {setting: studies.split_labels(study, each.labels) for setting, each in trials.items()}
+    unequal = set()
+    for setting, own in labels.items():
+        base = next(other for other, known in labels.items() if known == {**own, **study.baseline})
+        if compare_work(work[setting], work[base]):
+            unequal.add(setting)
+    assert unequal == LESS_OR_MORE.get(name, set())
 
 
 @pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
@@ -139,7 +193,7 @@ def test_every_row_has_a_rate_of_its_own(studies, data):
 
 def test_budgets_are_what_the_pages_say(studies, data):
     known = {name: every_study(studies)[name] for name in ("sparse-sst2", "methods", "paper-budget", "label-skew-sgd")}
-    rows = {name: studies.training_rows(next(iter(reported(study, data).values()))) for name, study in known.items()}
+    rows = {name: next(iter(reported(study, data).values())).training_samples for name, study in known.items()}
     expected = {"sparse-sst2": 24_000, "methods": 19_200, "paper-budget": 960_000, "label-skew-sgd": 38_400}
     assert rows == expected
     paper = reported(known["paper-budget"], data)
@@ -199,11 +253,77 @@ def test_stragglers_fit_the_virtual_budget(studies, data):
     assert salf.in_time(systems.CUT, 3, seconds, 5).tolist() == [3, 2]  # head and two blocks; the slow lack one
 
 
-def test_list_counts_runs_and_rows(studies, data):
+def test_list_counts_runs_rows_and_core_hours(studies, data):
+    effort, outcomes = importlib.import_module("study_effort"), importlib.import_module("outcomes")
     tiny = {"momenta": studies.STUDIES["momenta"], "label-skew-sgd": studies.STUDIES["label-skew-sgd"]}
-    table = studies.list_studies(tiny, data)
-    runs = 4 * 5 + 4 * 3 * 2  # rows x seeds, rows x rates x search seeds
-    assert f"| momenta | [optimisers.md](optimisers.md) | {runs} | {runs * 24_000:,} | 0 |" in table
+    efforts = {name: effort.count_effort(study, data) for name, study in tiny.items()}
+    table = effort.list_studies(tiny, efforts, data)
+    runs = 5 * 5 + 5 * 3 * 2  # rows x seeds, rows x rates x search seeds
+    assert f"| momenta | [optimisers.md](optimisers.md) | {runs} | {runs * 24_000:,} | – | 0 |" in table
     rows, tuned = 12, 4
-    runs = rows * 5 + rows * 6 + tuned * 3 * 6  # values x rates x search seeds
-    assert f"| {runs} | {runs * 38_400:,} | 0 |" in table
+    more = rows * 5 + (rows - tuned) * 6 + tuned * 3 * 6  # values x rates x search seeds, which the search needs anyway
+    assert f"| {more} | {more * 38_400:,} | – | 0 |" in table
+    assert f"| all |  | {runs + more} | {runs * 24_000 + more * 38_400:,} | – | 0 |" in table
+    outcome = Outcome("x", {}, 0, 0.1, "", {"training rows": 24_000.0, "seconds": 36.0})
+    for seed, seconds in enumerate((36.0, 24.0, 240.0)):  # one of them on a busy machine
+        known = {"training rows": 24_000.0, "seconds": seconds}
+        line = {"config": str(seed), "machine": "avx2", "outcome": vars(replace(outcome, measures=known)), "looks": []}
+        outcomes.append_line(outcomes.PLACE / "momenta.jsonl", json.dumps(line))
+    table = effort.list_studies(tiny, efforts, data)
+    hours, others = runs * 36 / 3600, more * 38_400 / 24_000 * 36 / 3600
+    assert f"| {runs} | {runs * 24_000:,} | {effort.told(hours)} | 3 |" in table and effort.told(0.55) == "0.55"
+    assert f"| {effort.told(others)} | 0 |" in table and f"| {effort.told(hours + others)} | 3 |" in table
+    assert "1.5 s per 1,000 rows. A study without a finished run" in table and "computed on: avx2 (3)." in table
+
+
+def test_the_page_says_what_five_seeds_can_show(studies, data):
+    effort = importlib.import_module("study_effort")
+    known = effort.count_effort(studies.STUDIES["momenta"], data)
+    assert (known.tests, known.seeds) == (4, 5)
+    assert effort.count_effort(studies.STUDIES["dtype"], data).tests == 2  # two methods, each against itself in fp32
+    table = effort.seeds_table([known, replace(known, tests=99, seeds=1)])  # one seed tests nothing
+    found = [f"{detectable_difference(sd, 5, 0.05 / 4):.3f}" for sd in effort.DEVIATIONS]
+    rows = [line for line in table.splitlines() if line.startswith(("| 1 ", "| 4 ", "| 99 "))]
+    assert len(rows) == 2 and rows[1] == f"| 4 | {' | '.join(found)} |" and "p is 0.0625 at least" in table
+
+
+@pytest.mark.slow
+def test_the_rows_of_one_graph_are_a_family_of_their_own(studies, data):
+    effort = importlib.import_module("study_effort")
+    study = studies.STUDIES["alternating-24-cosine"]
+    assert effort.count_effort(study, data).tests == 6  # of adf-lora three, tad-lora where it differs, ffa-lora, rolora
+    assert study.family == ("graph",) and load_grid(study.parts(data)[0]).search.rates == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+
+
+@pytest.mark.slow
+def test_the_interval_that_the_pages_name_is_the_one_that_tad_lora_takes(studies):
+    grids = studies.study_grids
+    for graph, topology in grids.GRAPHS.items():
+        for rounds in grids.BUDGETS:
+            words = {"clients": 10, "topology": topology, "algorithm": "tad-lora", "train": {"rounds": rounds}}
+            assert plan(load_config(words)).algorithm.interval == grids.TAD_INTERVALS[graph], (graph, rounds)
+
+
+def test_tad_lora_has_a_row_only_where_adf_lora_has_not_its_interval(studies, data):
+    grids = studies.study_grids
+    (tree,) = studies.STUDIES["alternating-24-cosine"].parts(data)
+    named = {row.partition(": ")[0] for row in tree["axes"]["system"] if "tad-lora" in row}
+    assert named == {"p = 0.1", "ring"}
+    for graph in grids.GRAPHS:
+        own = [row["algorithm"] for label, row in tree["axes"]["system"].items() if label.startswith(f"{graph}: ")]
+        assert {"name": "adf-lora", "interval": grids.TAD_INTERVALS[graph]} in own
+        assert all(own.count(each) == 1 for each in own)
+
+
+def test_the_outcomes_that_are_stored_are_still_found(studies, data):
+    """A new setting of peerlora, or a change of the studies' rows, must not lose runs that took hours."""
+    kept = (BENCH / "results/outcomes/sparse-sst2.jsonl").read_text()
+    outcomes = importlib.import_module("outcomes")
+    outcomes.PLACE.mkdir(parents=True)
+    (outcomes.PLACE / "sparse-sst2.jsonl").write_text(kept)
+    lines = outcomes.OutcomeLines("sparse-sst2", data)
+    (tree,) = studies.STUDIES["sparse-sst2"].parts(data)
+    found = {lines._key(trial) for trial in plan_search(load_grid(tree)).trials if lines.find(trial)}
+    first = {json.loads(line)["config"] for line in kept.splitlines()[:10]}
+    assert len(first) == 10 and first <= found
+    assert {run["machine"] for run in lines.used if run["purpose"] == "search"} >= {"x86_64 amx_bf16"}

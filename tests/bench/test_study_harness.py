@@ -2,7 +2,10 @@
 
 import importlib
 import json
-from dataclasses import MISSING, fields
+import multiprocessing
+import re
+from dataclasses import MISSING, fields, replace
+from math import inf
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from peerlora.config.loading import load_config
+from peerlora.errors import Stopped
 from peerlora.experiments.grid import load_grid
+from peerlora.experiments.rate_search import RateScore, RateSearch, next_rate
 from peerlora.experiments.statistics import Outcome
-from peerlora.experiments.trials import Trial, plan_search, plan_trials
+from peerlora.experiments.trials import Trial, expand_settings, plan_search, plan_trials, searched_settings
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -87,6 +92,33 @@ def test_rows_are_compared_at_equal_cost():
         in rows["cheap"]
     )
     assert rows["none"].count(end) == 3 and "| +0.000 [no interval] |" in rows["none"]
+    assert "At equal cost, over seeds 0, 1:" in table and "diverged" not in table
+
+
+def cells(table, row):
+    return next(line for line in table.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")
+
+
+def test_rows_that_diverged_or_sent_nothing_do_not_stop_the_table_of_costs():
+    costs, clock = load("study_costs"), load_config(None, CLOCK)
+    whole = costs.follow(events(100), clock)
+    quiet = costs.follow(events(0), clock)
+    runs = {"base": {0: whole, 1: whole}, "once": {0: whole, 1: []}, "never": {0: [], 1: []}}
+    table = costs.cost_table(runs, "base")
+    end = "0.850 ± 0.000 (0.800)"
+    assert cells(table, "base")[4:6] == [end, end] and cells(table, "once")[4] == "0.850 (0.800)"
+    assert cells(table, "once")[-1] == "+0.000 [no interval]" and cells(table, "never")[1:] == ["–"] * 7
+    assert "only those count that ended: once over seeds 0; never in none." in table
+    nothing = costs.cost_table({"base": {0: quiet}, "alone": {0: quiet}}, "base")
+    assert cells(nothing, "alone")[3:6] == ["0.00", "0.850 (0.800)", "–"]  # nobody sent a byte
+    lost = costs.cost_table({"base": {0: []}, "once": {0: whole}}, "base")
+    assert cells(lost, "once")[4:] == ["0.850 (0.800)", "0.850 (0.800)", "–", "–"]
+
+
+def test_accumulated_minibatches_take_their_time():
+    costs = load("study_costs")
+    words = ["clients=2", "train.local_steps=5", "train.accumulate=4", "topology=ring"]
+    assert costs.follow(events(sent=0), load_config(None, words))[0].seconds == 2 * 5 * 4
 
 
 def trial_of(words=(), name="ring"):
@@ -113,6 +145,135 @@ def test_an_outcome_and_its_looks_are_found_in_another_checkout():
     assert older.find(trial).measures == outcome.measures and older.looks(trial) == []
 
 
+def kept_twice(outcomes):
+    """A file with the lines of two runs."""
+    lines = outcomes.OutcomeLines("toy", Path("/data"))
+    for words in ((), ("train.rounds=7",)):
+        trial = trial_of(words)
+        lines.keep(trial, Outcome.of_events("ring", trial.labels, 0, 1e-3, "x", events(), trial.config))
+    return lines.path
+
+
+def test_a_line_that_was_cut_off_is_skipped_and_told_and_the_next_one_is_whole(capsys):
+    outcomes = load("outcomes")
+    path = kept_twice(outcomes)
+    first, second = path.read_text().splitlines()
+    for cut in (len(second) // 2, 1):
+        path.write_text(f"{first}\n{second[:cut]}")
+        lines = outcomes.OutcomeLines("toy", Path("/data"))
+        assert "the last line was cut off and is skipped" in capsys.readouterr().err
+        assert len(lines) == 1 and lines.find(trial_of()) and lines.find(trial_of(["train.rounds=7"])) is None
+        trial = trial_of(["train.rounds=9"])
+        lines.keep(trial, Outcome.of_events("ring", trial.labels, 0, 1e-3, "x", events(), trial.config))
+        assert len(outcomes.OutcomeLines("toy", Path("/data"))) == 2 and not capsys.readouterr().err
+    path.write_text(f"{first}\n{second}")  # cut off at its very end, so nothing is lost
+    assert len(outcomes.OutcomeLines("toy", Path("/data"))) == 2
+    outcomes.append_line(path, first)
+    assert path.read_text() == f"{first}\n{second}\n{first}\n"
+    path.write_text(f"{second[:9]}")
+    outcomes.append_line(path, first)
+    assert path.read_text() == f"{first}\n"
+    path.write_text(f"{second[:9]}\n{first}\n")
+    with pytest.raises(SystemExit, match="toy.jsonl, line 1: this is no JSON"):
+        outcomes.OutcomeLines("toy", Path("/data"))
+
+
+def append_many(path, text, count):
+    for _ in range(count):
+        load("outcomes").append_line(path, text)
+
+
+def test_lines_of_two_processes_do_not_mix(tmp_path):
+    """Long lines, which no single write of the system need hold together."""
+    path, texts = tmp_path / "lines.jsonl", [json.dumps(letter * 100_000) for letter in "ab"]
+    processes = [multiprocessing.get_context("fork").Process(target=append_many, args=(path, t, 20)) for t in texts]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(60)
+    assert [each.exitcode for each in processes] == [0, 0]
+    assert sorted(path.read_text().splitlines()) == sorted(texts * 20)
+
+
+def test_a_key_tells_models_and_adapters_apart_whatever_their_defaults_become(monkeypatch):
+    outcomes = load("outcomes")
+    lines = outcomes.OutcomeLines("toy", Path("/data"))
+    trial, changes = trial_of(), ["model.source=./other", "adapter.rank=4", "adapter.alpha=8", "adapter.targets=[key]"]
+    keys = {change: lines._key(trial_of([change])) for change in changes}
+    plain = lines._key(trial)
+    assert len({plain, *keys.values()}) == 5
+    later = {"model": {"source": "./other"}, "adapter": {"rank": 4}}
+    for name, settings in later.items():  # as if these were the defaults, under which the dump leaves them out
+        change = [f"{name}.{setting}={value}" for setting, value in settings.items()]
+        own = trial_of(change)
+        dump = type(own.config).model_dump
+
+        def later_dump(self, _dump=dump, _name=name, **options):
+            told = _dump(self, **options)
+            return {key: value for key, value in told.items() if key != _name or not options.get("exclude_defaults")}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(own.config), "model_dump", later_dump)
+            assert lines._key(own) == keys[change[0]] != plain
+    assert outcomes.without_first({"a": 1, "new": 2}, {}, {"a": 1}) == {}
+    assert outcomes.without_first({"a": 1, "new": 2}, {"new": 2}, {"a": 3}) == {"a": 1, "new": 2}
+
+
+def test_the_machine_of_every_run_is_known():
+    outcomes, studies = load("outcomes"), load("studies")
+    path = kept_twice(outcomes)
+    first, second = map(json.loads, path.read_text().splitlines())
+    path.write_text("".join(json.dumps(line) + "\n" for line in (first | {"machine": "z"}, second | {"machine": "y"})))
+    lines = outcomes.OutcomeLines("toy", Path("/data"))
+    assert lines.used == []
+    assert lines.find(trial_of()) and lines.find(trial_of()) and not lines.find(trial_of(["train.rounds=3"]))
+    known = {"row": "ring", "seed": 0, "rate": 1e-3, "purpose": "report", "machine": "z"}
+    assert lines.used == [known]
+    assert studies.machine_note(lines.used) == "Computed on: z (1 run), those of the search included.\n"
+    several = studies.machine_note([known, known, {**known, "machine": "y"}])
+    assert several.startswith("Computed on: z (2 runs), y (1 run)") and "round differently" in several
+
+
+def test_a_study_runs_in_one_process_at_a_time(monkeypatch, capsys):
+    studies = load("studies")
+    with studies.only_process("toy"):
+        with pytest.raises(SystemExit, match="toy is being run by another process"):
+            with studies.only_process("toy"):
+                pass
+        with studies.only_process("other"):
+            pass
+    with studies.only_process("toy"):
+        pass
+
+
+@pytest.mark.parametrize("kind", [Stopped("peerlora compare --resume"), KeyboardInterrupt()])
+def test_a_study_that_is_stopped_says_how_it_goes_on(kind, monkeypatch, capsys):
+    studies = load("studies")
+    words = ["studies.py", "paper-budget", "--data", "my data", "--rate", "dec-lora=0.004"]
+    monkeypatch.setattr("sys.argv", words)
+
+    def conduct(*_):
+        raise kind
+
+    monkeypatch.setattr(studies, "conduct", conduct)
+    with pytest.raises(SystemExit) as told:
+        studies.main()
+    assert told.value.code == 130
+    again = "python bench/studies.py paper-budget --data 'my data' --rate dec-lora=0.004"
+    assert capsys.readouterr().err == f"stopped; 0 runs of paper-budget are kept; go on with: {again}\n"
+
+
+def test_a_study_of_which_every_run_diverged_has_no_table():
+    studies, base = load("studies"), load("study_base")
+    study = base.Study(lambda data: [], "toy.md", {"system": "a"})
+    lost = Outcome("a", {"system": "a"}, 0, 0.1, "", {}, diverged="nan")
+    with pytest.raises(SystemExit, match="toy: every reported run diverged"):
+        studies.compared("toy", study, [lost], [])
+    ended = replace(lost, measures={"mean client": 0.5}, metric="accuracy", diverged=None)
+    result = studies.compared("toy", study, [lost, ended], [])
+    assert result.metric == "accuracy" and result.details == "bench/results/study-toy.json"
+
+
 def test_scores_of_strangers_do_not_count():
     outcomes = load("outcomes")
     trial, kept = trial_of(), outcomes.OutcomeLines("toy", Path("/data"), judged=[1])
@@ -129,56 +290,94 @@ def test_scores_of_strangers_do_not_count():
         ({0.1: 0.5, 0.2: 0.7, 0.4: 0.6}, []),
         ({0.1: 0.5, 0.2: 0.6, 0.4: 0.7}, [0.8]),
         ({0.1: 0.7, 0.2: 0.6, 0.4: 0.7}, [0.05]),  # the lowest of equals
+        ({0.1: 0.3, 0.2: 0.1 + 0.2, 0.4: 0.2}, [0.05]),  # equal but for rounding
         ({0.1: 0.5, 0.4: 0.6, 0.8: 0.7}, [1.0]),
         ({0.1: 0.5, 0.8: 0.6, 1.0: 0.7}, []),
         ({0.1 * 2**i: float(i) for i in range(6)}, []),
+        ({0.1: float("-inf"), 0.2: 0.5, 0.4: float("-inf")}, []),
     ],
 )
 def test_a_tuned_setting_grows_at_an_edge(scores, expected):
     tuning, tuned = load("study_tuning"), load("study_base").Tuned("algorithm.gamma", (0.1, 0.2, 0.4), at_most=1.0)
-    assert tuning.next_values(scores, tuned) == expected
+    assert tuning.next_values(scores, "choco", tuned) == expected
+
+
+def searches_of(grid, reached):
+    """The search of every tried value; ``reached``: what one value reaches at one rate, None where it diverged."""
+    grid, found = load_grid(grid), []
+    for setting in expand_settings(grid):
+        scores = {rate: reached(setting.name, rate) for rate in grid.search.rates}
+        kept = tuple(
+            RateScore(rate, {} if value is None else {100: value, 101: value}, 2 * (value is None))
+            for rate, value in scores.items()
+        )
+        best = max(scores, key=lambda rate: (scores[rate] is not None, scores[rate] or 0.0))
+        found.append(RateSearch(setting.name, setting.labels, kept, best, (best,), best))
+    return found
+
+
+def choco_grid():
+    base = load("study_base")
+    tuned = base.Tuned("algorithm.gamma", (0.1, 0.2))
+    systems = {"choco": base.learned({"name": "choco", "codec": "sign"}), "dec-lora": base.learned()}
+    return base.grid("sst2", base.base("sst2", Path("/data")) | {"topology": {"kind": "ring"}}, systems), tuned
 
 
 def test_tuning_runs_are_those_of_the_search():
-    base, tuning = load("study_base"), load("study_tuning")
-    tuned = base.Tuned("algorithm.gamma", (0.1, 0.2))
-    systems = {"choco": base.learned({"name": "choco", "codec": "sign"}), "dec-lora": base.learned()}
-    tree = base.grid("sst2", base.base("sst2", Path("/data")) | {"topology": {"kind": "ring"}}, systems)
+    tuning, (tree, tuned) = load("study_tuning"), choco_grid()
     tried = []
 
-    def run(grid):
+    def search(grid):
         tried.append(grid)
-        lines = [
-            Line({"tried": value}, {"mean client": Estimate(0.9 if value == "0.2" else 0.5)})
-            for value in grid["axes"]["tried"]
-        ]
-        return Result(lines)
+        return searches_of(grid, lambda name, rate: 0.9 if name == "choco, gamma = 0.2" and rate == 4e-3 else 0.5)
 
-    grids, scores = tuning.tuned_grids([tree], {"choco": tuned}, run)
-    assert scores == {"choco": {0.1: 0.5, 0.2: 0.9, 0.4: 0.5}}  # 0.2 was at the edge
+    grids, found = tuning.tuned_grids([tree], {"choco": tuned}, search)
+    scores = {value: tuning.score(each) for value, each in found["choco"].items()}
+    assert scores == {0.1: 0.5, 0.2: 0.9, 0.4: 0.5}  # 0.2 was at the edge
+    assert {rate.rate for rate in found["choco"][0.4].rates} == {2e-3, 4e-3, 8e-3}
     assert list(grids[0]["axes"]["system"]) == ["choco (gamma = 0.2)", "dec-lora"]
     assert "gamma" not in tree["axes"]["system"]["choco"]["algorithm"]
     kept = load("outcomes").OutcomeLines("toy", Path("/data"))
-    made = {kept._key(trial) for grid in tried for trial in plan_trials(load_grid(grid)).trials}
+    made = {kept._key(trial) for grid in tried for trial in plan_search(load_grid(grid)).trials}
     needed = [t for t in plan_search(load_grid(grids[0])).trials if t.setting.startswith("choco")]
     assert len(needed) == 6 and {kept._key(trial) for trial in needed} <= made and len(made) == 3 * 6
 
 
-class Estimate:
-    def __init__(self, mean):
-        self.mean = mean
+def test_the_rates_of_every_tuned_value_grow():
+    """Each value is a group of the search by itself, which goes on beyond an edge as the study's own search does."""
+    tuning, (tree, tuned) = load("study_tuning"), choco_grid()
+    grid = load_grid(tuning.tuning_grid(tree, "choco", tuned, (0.1, 0.2)))
+    assert [setting.name for setting in searched_settings(grid).values()] == [
+        "choco, gamma = 0.1",
+        "choco, gamma = 0.2",
+    ]
+    assert grid.search.grow and grid.search.seeds == load("study_base").SEARCHED
+    (low, high) = searches_of(grid.model_dump(), lambda name, rate: rate if name.endswith("0.2") else -rate)
+    assert next_rate(low, grid.search) == 1e-3 and next_rate(high, grid.search) == 1.6e-2
 
 
-class Line:
-    diverged = 0
+def test_values_that_diverged_at_every_rate_are_told():
+    tuning, (tree, tuned) = load("study_tuning"), choco_grid()
+    with pytest.raises(SystemExit, match=r"choco: every run with algorithm.gamma = 0.1, 0.2 diverged at every rate"):
+        tuning.tuned_grids([tree], {"choco": tuned}, lambda grid: searches_of(grid, lambda name, rate: None))
+    some = tuning.try_values(
+        tree, "choco", tuned, lambda grid: searches_of(grid, lambda name, rate: 0.5 if name.endswith("0.1") else None)
+    )
+    assert {value: tuning.score(each) for value, each in some.items()} == {0.05: -inf, 0.1: 0.5, 0.2: -inf}
 
-    def __init__(self, labels, estimates):
-        self.labels, self.estimates = labels, estimates
 
+def test_the_page_has_every_rate_of_every_value():
+    studies, tuning, (tree, tuned) = load("studies"), load("study_tuning"), choco_grid()
+    values = {"choco, gamma = 0.1": 0.5, "choco, gamma = 0.2": 0.7, "choco, gamma = 0.4": None}
 
-class Result:
-    def __init__(self, lines):
-        self.lines = lines
+    def search(grid):
+        return searches_of(grid, lambda name, rate: values[name] and values[name] + rate)
+
+    _, tried = tuning.tuned_grids([tree], {"choco": tuned}, search)
+    text = studies.tuning_table(tried)
+    assert "| searched on | 0.002 | 0.004 | 0.008 |" in text and studies.tuning_table({}) == ""
+    row = "| choco, gamma = 0.2 | 0.702 ± 0.000 | 0.704 ± 0.000 | 0.708 ± 0.000 (taken) | at the edge |"
+    assert row in text and text.count("diverged") == 3
 
 
 def tiny_parts(tree, data):
@@ -225,6 +424,16 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     assert [row["labels"]["system"] for row in told["rows"]] == ["dec-lora", chosen]
     assert f"| {chosen} |" in text and "At equal cost, over seeds 0, 1" in text and "Tuned on rows set aside" in text
     assert [each["setting"] for each in told["search"]] == ["dec-lora", chosen]
+    assert [set(each) for each in told["tuned"].values()] == [{"0.2", "0.4"}]
+    assert {(run["purpose"], run["seed"]) for run in told["runs"]} == {
+        *(("report", seed) for seed in (0, 1)),
+        *(("search", seed) for seed in base.SEARCHED),
+    }
+    assert len(told["runs"]) == 8 + 4 + 4 and {run["machine"] for run in told["runs"]} == {load("outcomes").machine()}
+    assert f"Computed on: {load('outcomes').machine()} (16 runs)" in text
+    named = re.search(r"The sign-flip test, in (\S+), assumes", text)
+    assert (tmp_path / named[1]).is_file() and "p_sign_flip" in (tmp_path / named[1]).read_text()
+    assert not re.search(r"table\.csv|the report", text)
     assert set(told["looks"][chosen]) == {"0", "1"} and len(told["looks"][chosen]["0"]) == 2
     assert str(tmp_path) not in json.dumps(told["grids"])
     lines = (tmp_path / "bench/results/outcomes/toy.jsonl").read_text().splitlines()

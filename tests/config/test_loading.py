@@ -108,3 +108,17 @@ def test_a_damaged_config_of_a_run_is_one_message(tmp_path, damage):
     (tmp_path / "run" / "config.yaml").write_bytes(damage)
     with pytest.raises(RunError, match="config.yaml"), RunStore.open(tmp_path / "run") as store:
         stored_config(store)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ([], 6 * 5 * 8 * 4),  # rounds x steps x rows x clients
+        (["train.accumulate=3"], 6 * 5 * 3 * 8 * 4),
+        (["train.quiet=0.5"], 3 * 5 * 8 * 4),
+        (["train.batch=[1,2,3,4]", "train.accumulate=2"], 6 * 5 * 2 * 10),
+    ],
+)
+def test_a_run_counts_its_training_samples(words, rows):
+    tree = {"clients": 4, "topology": "ring", "train": {"rounds": 6, "local_steps": 5, "batch": 8}}
+    assert load_config(tree, words).training_samples == rows

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from cases import ROW_METHODS
 from peerlora.algorithms import REGISTRY
 from peerlora.config.exchange import RelayConfig
 from peerlora.config.loading import load_config
@@ -51,7 +52,7 @@ def test_a_task_without_classes_has_no_label_prior(kind):
     assert changed(found.train) == {"schedule": "cosine", "optimizer_state": "keep"}
 
 
-@pytest.mark.parametrize("method", REGISTRY)
+@pytest.mark.parametrize("method", ROW_METHODS)
 def test_every_method_can_be_planned_with_the_recipe(method):
     graph = "directed-ring" if method in ("sgp", "push-diging") else "ring"
     config = load_config({"recipe": "sparse", "algorithm": method, "topology": graph, "clients": 5})
@@ -100,6 +101,17 @@ def test_peers_of_an_older_version_agree_where_nothing_new_is_set():
     assert hashes["train"] == "1c30a67bec13d4d9" and "recipe" not in hashes
     for word in ("train.schedule=cosine", "train.quiet=0.1", "train.warmup=0.1"):
         assert section_hashes(load_config({}, [word]), ["a", "b"])["train"] != hashes["train"], word
+
+
+def test_sites_must_read_chats_alike_and_name_their_columns_as_they_like():
+    """The first hash is that of the version before chats."""
+    hashes = section_hashes(load_config({}), ["a", "b"])
+    assert hashes["data"] == "7cfcb13fac43b7ff"
+    own = ["task.kind=chat", "partition=own", "data.label=null"]
+    first = section_hashes(load_config({}, own), ())["data"]
+    assert section_hashes(load_config({}, [*own, "data.columns={messages: turns}"]), ())["data"] == first
+    for word in ("data.template=chatml", "data.loss_on=all", "data.too_long=drop"):
+        assert section_hashes(load_config({}, [*own, word]), ())["data"] != first, word
 
 
 @pytest.mark.parametrize("method", REGISTRY)

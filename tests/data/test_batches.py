@@ -70,7 +70,7 @@ def test_real_labels_take_the_runs_precision_and_classes_stay_whole(dtype):
     assert collate(dataset([2, 3]), rows_of([0, 1]), PAD, dtype).labels.dtype == torch.int64
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
 def test_every_row_can_be_read_back(lengths, data):
     made = dataset(lengths)
@@ -110,7 +110,7 @@ def drawn(made, client, rounds, steps):
     return np.concatenate([np.concatenate(made.rows(client, t, steps)) for t in range(rounds)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 12), batch=st.integers(1, 7), steps=st.integers(1, 4))
 def test_every_row_is_seen_once_per_epoch(size, batch, steps):
     made = shards(sizes=(size,), batches=(batch,), clients=(0,))

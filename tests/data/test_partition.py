@@ -59,7 +59,7 @@ WHOLE = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=WHOLE, clients=st.integers(1, 9), extra=st.integers(0, 40), seed=st.integers(0, 2**40))
 def test_shards_are_disjoint_and_together_everything_and_nobody_is_empty(kind, clients, extra, seed):
     count = clients + extra
@@ -135,7 +135,7 @@ def test_shares_never_draw_a_row_twice_however_they_round():
     assert found.counts.tolist() == [[1, 1], [1, 1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), min_size=1, max_size=3),
     have=st.lists(st.integers(20, 60), min_size=3, max_size=3),
@@ -176,7 +176,7 @@ def test_clients_with_one_label_are_named():
     assert report["names"] == ["x", "y"] and report["counts"][2] == [0, 2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(weights=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), total=st.integers(0, 200))
 def test_apportioned_numbers_add_up_and_are_near(weights, total):
     exact = np.array(weights) / sum(weights)

@@ -216,7 +216,7 @@ def test_minus_one_is_a_missing_label_where_the_file_names_its_classes(files, pl
         (["good", "Good", "bad"], "'Good' and 'good' are different classes here"),
         (["caf\u00e9", "cafe\u0301", "bad"], "are different classes here; spell them alike"),
         (["x", "x\u200b"], "are different classes here"),
-        (["a", "b", "a|b"], "'a|b' are classes of their own here; several labels of one row are not supported"),
+        (["a", "b", "a|b"], "'a|b' are classes of their own here; of several labels of one row make a list, for task"),
         (["0.5", "1.25", "1.0"], "'0.5', '1.0', '1.25' are classes here; for numbers use task.kind=regression"),
         ([f"id-{i}" for i in range(30)], "30 classes in 30 rows; is data.label the right column"),
         (["x", "y"], None),

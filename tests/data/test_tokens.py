@@ -112,7 +112,7 @@ def test_a_tokenizer_without_a_description_is_not_cached(tokenizer, tmp_path):
 def test_many_rows_are_the_same_in_one_chunk_or_several(tokenizer, monkeypatch):
     texts = [["ab", "c", "", "abcd", "e"]]
     whole = tokenise(texts, tokenizer, 3, True, None)
-    monkeypatch.setattr("peerlora.data.tokens._CHUNK", 2)
+    monkeypatch.setattr("peerlora.data.tokens.CHUNK", 2)
     assert same(tokenise(texts, tokenizer, 3, True, None), whole)
     assert whole.ids.tolist() == [0, 1, 99, 2, 99, 99, 0, 1, 2, 4, 99]
 

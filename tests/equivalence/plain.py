@@ -65,10 +65,40 @@ def loss_of(model, data, rows, kind):
         logits = model(**inputs).logits[:, :-1]  # HF's own loss for language models rounds to fp32
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if kind == "chat":
+        logits = model(**inputs).logits[:, :-1]
+        targets = answers_of(ids)[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if kind == "sequence-to-sequence":
+        written = [data.targets[data.target_starts[r] : data.target_starts[r + 1]].astype("int64") for r in rows]
+        labels = torch.full((len(rows), max(map(len, written))), -100)
+        for i, own in enumerate(written):
+            labels[i, : len(own)] = torch.tensor(own)
+        logits = model(**inputs, labels=labels).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    if kind == "token-classification":
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            labels[i, : len(texts[i])] = torch.tensor(data.targets[slice(*data.starts[row : row + 2])].astype("int64"))
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     labels = torch.tensor(data.labels[rows])
-    if kind == "regression":
+    if kind in ("regression", "multi-label"):
         labels = labels.to(next(model.parameters()).dtype)
     return model(**inputs, labels=labels).loss
+
+
+def answers_of(ids):
+    """The labels of chats in the tests' template: what stands behind ``w39``, up to and with ``[SEP]``."""
+    speaks, end = 4 + 39, 2
+    labels = torch.full_like(ids, -100)
+    for row, own in enumerate(ids.tolist()):
+        inside = False
+        for place, token in enumerate(own):
+            if inside:
+                labels[row, place] = token
+            inside = token == speaks or (inside and token != end)
+    return labels
 
 
 def optimiser(config, parameters):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from in_memory import federation
 
-from cases import others_slow
-from peerlora.algorithms import REGISTRY
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms.base import is_asynchronous
-from peerlora.runs.events import RoundDone, RunStarted
+from peerlora.runs.events import Generated, RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import simulate
@@ -27,7 +26,7 @@ SETTINGS |= {
     name: ["train.lr=0.7"]
     for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging", "qg-dsgdm")
 }
-METHODS = [name for name, kind in REGISTRY.items() if not is_asynchronous(kind)]
+METHODS = [name for name, kind in ROW_METHODS.items() if not is_asynchronous(kind)]
 TOLERANCE = 1e-5
 ROUNDED = "train.dtype=fp64"  # where a codec rounds, a last bit of fp32 may decide for one of two distant values
 
@@ -128,6 +127,37 @@ OTHERS = [
 def test_other_ranks_heads_and_graphs(config, tmp_path, extra):
     chosen = config("bert", "train.dtype=fp32", "topology.kind=ring", "peer.deadline=60", *extra)
     check(simulated(chosen, tmp_path), federation(chosen, tmp_path))
+
+
+OTHER_TASKS = ["chat", "token-classification", "multi-label", "sequence-to-sequence"]
+
+
+@pytest.mark.parametrize("task", others_slow(OTHER_TASKS, ["chat"]))
+def test_peers_learn_other_tasks_as_the_simulation_does(config, chats, tagged, pairs, tmp_path, task):
+    words = {
+        "chat": [f"data.train=jsonl:{chats}", "data.label=null", "eval.generate={rows: 2, max_new_tokens: 3}"],
+        "token-classification": [f"data.train=jsonl:{tagged}", "data.label=null"],
+        "multi-label": ["data.label=several"],
+        "sequence-to-sequence": [f"data.train=jsonl:{pairs}", "data.label=null"],
+    }[task]
+    base = {"chat": "llama", "sequence-to-sequence": "t5"}.get(task, "bert")
+    settings = [
+        "algorithm.name=dec-lora",
+        "train.dtype=fp64",  # AdamW turns the last bits of a small gradient into a step
+        "train.lr=0.05",
+        "peer.deadline=60",
+        "data.max_length=32",
+    ]
+    chosen = config(base, f"task.kind={task}", *words, *settings)
+    whole, parts = simulated(chosen, tmp_path), federation(chosen, tmp_path)
+    check(whole, parts)
+    told = [select_events(read_events(part.run), Generated) for part in parts]
+    assert [len(each) for each in told] == [task == "chat"] * 4
+    for client, (each,) in enumerate(told if task == "chat" else []):
+        assert each.client == client and set(each.answers[0]) == {"prompt", "expected", "own"}
+    if task == "chat":
+        (simulated_answers,) = select_events(read_events(whole.run), Generated)
+        assert [row["own"] for row in told[0][0].answers] == [row["own"] for row in simulated_answers.answers]
 
 
 ONE_WAY = [

@@ -63,16 +63,67 @@ def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
             ("bert", ["adapter.head=frozen"]),
             ("bert", ["data.text=[text, other]"]),
             ("bert", ["task.kind=regression", "data.label=score"]),
+            ("bert", ["task.kind=multi-label", "data.label=several"]),
             ("llama", ["task.kind=causal-lm", "data.label=null"]),
             ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
             ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
             ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
         ],
-        [1, 4, 6],
+        [1, 4, 5, 7],
     ),
 )
 def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):
     chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+@pytest.mark.parametrize("kind", others_slow(["llama", "gpt2"], ["llama"]))
+def test_chats_equal_plain_peft(config, chats, kind):
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
+
+
+T5 = 1e-6  # its layer norm takes variances in fp32, whose rounding depends on the shape of a batch
+PAIRS = ["task.kind=sequence-to-sequence", "data.label=null", "data.max_length=12"]
+
+
+@pytest.mark.parametrize("words", [[], ["adapter.targets=all-linear", "train.batch=[1, 3, 4, 2]"]])
+def test_encoder_and_decoder_equal_plain_peft(config, pairs, words):
+    chosen = config("t5", "algorithm.name=adf-lora", "algorithm.interval=1", *PAIRS, f"data.train={pairs}", *words)
+    federation = compose(chosen)
+    names = [layer.name for layer in federation.start.spec.layers]
+    assert {name.split(".")[0] for name in names} == {"encoder", "decoder"}
+    x = run_stacked(federation)
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < T5
+
+
+def test_draws_of_a_decoder_depend_neither_on_neighbours_nor_on_padding(config, pairs):
+    words = ["adapter.dropout=0.3", "model.dropout=0.1", "train.batch=[1, 3, 4, 2]", *PAIRS, f"data.train={pairs}"]
+    one, other = (
+        run_stacked(compose(config("t5", "algorithm.name=dec-lora", *words, f"train.block={block}")))
+        for block in (1, 4)
+    )
+    assert (one.flat - other.flat).abs().max() < T5
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    others_slow(
+        [
+            ("bert", []),
+            ("bert", ["adapter.dropout=0.0", "train.fast=false"]),
+            ("bert", ["adapter.head=frozen", "train.batch=[1, 3, 4, 2]"]),
+            ("llama", ["adapter.head=private"]),
+        ],
+        [0, 3],
+    ),
+)
+def test_tags_of_words_equal_plain_peft(config, tagged, kind, words):
+    task = ["task.kind=token-classification", f"data.train=jsonl:{tagged}", "data.label=null"]
+    chosen = config(kind, "algorithm.name=adf-lora", "algorithm.interval=1", *task, *words)
     x = run_stacked(compose(chosen))
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 

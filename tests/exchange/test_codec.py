@@ -33,7 +33,7 @@ def test_nothing_stays_nothing_and_shapes_are_kept(codec):
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 @given(st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_every_codec_is_a_contraction_of_every_tensor(codec, seed):
     x = values(seed)
     if isinstance(codec, RandomK | QSGD):  # in the mean over draws
@@ -90,7 +90,7 @@ def test_qsgd_is_unbiased_up_to_its_scale_and_clients_round_by_themselves():
 
 
 @given(st.integers(1, 8), st.integers(1, 30), st.integers(0, 100))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packing_is_undone(bits, size, seed):
     x = torch.randint(2**bits, (2, size), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     data = packed(x, bits)

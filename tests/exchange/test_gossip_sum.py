@@ -46,7 +46,7 @@ def test_gossip_gives_every_client_the_exact_sum(kind, weights):
     assert torch.equal(found, own.sum(0).double().expand(9, 4))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 8), st.integers(0, 20), st.data())
 def test_gossip_on_drawn_graphs(clients, seed, data):
     counts = data.draw(st.lists(st.integers(0, 10**9 // 8), min_size=clients, max_size=clients))
@@ -88,7 +88,7 @@ def test_a_round_less_would_not_be_enough_on_a_ring_with_a_chord():
     assert 5 * 2**31 * np.abs(share - 1 / 5).max() >= 1 / 20
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(3, 8), st.integers(0, 20), st.data())
 def test_push_sum_on_drawn_graphs(clients, seed, data):
     counts = data.draw(st.lists(st.integers(0, 10**9 // 8), min_size=clients, max_size=clients))
@@ -162,7 +162,7 @@ def test_links_that_fail_early_or_late_only_slow_it_down():
         assert torch.equal(found, own.sum(0).expand(6, 2))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.1, 0.9))
 def test_a_sum_is_right_or_refused_whatever_fails(seed, share):
     plain = topology("random", 5, seed, p=0.6)

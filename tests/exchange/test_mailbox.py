@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peerlora.config.loading import parse_spec
@@ -87,7 +87,6 @@ def test_staleness_by_hand():
     assert made.mailbox(0).poll()[0].staleness == 0, "its second job began with the newest of 0"
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(["job", "push", "arrive", "poll"]), st.integers(0, 3)), max_size=60),
     st.booleans(),

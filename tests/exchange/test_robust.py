@@ -128,7 +128,7 @@ def test_an_infinite_radius_is_plain_gossip_and_none_stays(topology):
 
 
 @given(st.sampled_from(["ring", "complete", "star", "path"]), st.floats(0.01, 5), st.integers(0, 50))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_one_attacker_moves_a_client_by_its_weight_times_the_radius_at_most(topology, radius, seed):
     x = drawn(seed=seed)
     bad = replace(x, flat=x.flat.clone())

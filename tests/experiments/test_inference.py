@@ -10,8 +10,10 @@ from peerlora.experiments.inference import (
     detectable_difference,
     detectable_table,
     holm,
+    is_same,
     sign_flip_test,
     smallest_sign_flip_p,
+    subtract_scores,
     t_interval,
     t_test,
 )
@@ -71,6 +73,25 @@ def test_the_sign_flip_p_of_differences_by_hand():
     assert sign_flip_test([0.0, 0.0]) == 1.0
     assert sign_flip_test([0.1, 0.2, 0.3]) == 0.25  # 0.1 + 0.2 is not 0.3 here, and ties must count all the same
     assert sign_flip_test([0.1, 0.2, -0.3]) == 1.0
+
+
+@pytest.mark.parametrize("count", [4, 6, 8])
+@pytest.mark.parametrize("cancel", [False, True])
+def test_ties_of_the_sign_flip_test_are_those_of_whole_numbers(count, cancel):
+    """Differences of accuracies are whole numbers of rows, whose sums tie often, and as floats rarely exactly; where
+    they cancel out, what is left of them is rounding alone."""
+    draw, signs = np.random.default_rng(count), np.array(list(product((-1, 1), repeat=count)))
+    for _ in range(20):
+        whole = draw.integers(-6, 7, count)
+        whole[-1] = -whole[:-1].sum() if cancel else whole[-1]
+        expected = np.mean(np.abs(signs @ whole) >= abs(whole.sum()))
+        assert sign_flip_test(whole.tolist()) == expected
+        assert sign_flip_test([(711 + each) / 872 - 711 / 872 for each in whole.tolist()]) == expected
+
+
+def test_scores_that_differ_by_rounding_are_the_same():
+    assert subtract_scores(0.1 + 0.2, 0.3) == 0.0 and subtract_scores(0.75, 0.5) == 0.25
+    assert is_same(0.7 + 0.1, 0.8) and not is_same(0.8, 0.8 + 1e-9)
 
 
 def test_the_sign_flip_p_is_fishers_of_darwins_plants():

@@ -24,6 +24,20 @@ def work(done, *words):
     return found["training rows"], found["gradients"]
 
 
+def test_row_gradients_are_rows_as_often_as_a_step_takes_their_gradient():
+    """Ten clients whose steps take 8 rows do the work of one whose steps take 80, accumulated or not."""
+    apart = {"clients": 10, "topology": "complete", "train": {"local_steps": 3, "batch": 8}}
+    together = {"clients": 1, "topology": "complete", "train": {"local_steps": 3, "batch": 80}}
+
+    def row_gradients(tree, *words):
+        done = rounds(*[[1] * tree["clients"]] * 2)
+        return count_work(done, load_config(tree, words))["row gradients"]
+
+    assert row_gradients(apart) == row_gradients(together) == 2 * 3 * 80
+    assert row_gradients(apart, "algorithm.name=dfedsam") == 2 * row_gradients(together)
+    assert row_gradients(together, "train.batch=20", "train.accumulate=4") == 2 * 3 * 80
+
+
 def test_a_client_trained_in_the_rounds_where_it_has_a_loss():
     assert work(rounds([1, 1, 1, 1], [1, 1, 1, 1])) == (2 * 4 * 3 * 8, 2 * 4 * 3)
     assert work(rounds([1, NAN, 1, 1], [NAN] * 4)) == (3 * 3 * 8, 3 * 3)  # a late client; a round of mixing alone
@@ -62,4 +76,5 @@ def test_the_work_of_real_runs(words, trained, config, tmp_path):
     found = measure_run(events, own)
     assert found["training rows"] == trained * own.train.local_steps * own.batches[0]
     assert found["gradients"] == trained * own.train.local_steps
+    assert found["training rows"] == found["row gradients"]
     assert "training rows" not in measure_run(events)

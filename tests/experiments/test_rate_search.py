@@ -69,6 +69,8 @@ def test_a_rate_of_which_a_run_diverged_is_out():
         ({0.01: None, 0.1: None}, -1, 0.001),  # all did: lower
         ({0.002: 0.5, 0.005: 0.6}, 1, 0.0125),
         ({0.003: 0.6, 0.01: 0.5}, -1, 0.0009),
+        ({0.01: 0.3, 0.1: 0.1 + 0.2, 0.2: 0.2}, -1, 0.001),  # equal but for rounding: the lowest is taken, at the edge
+        ({0.01: 0.2, 0.1: 0.3, 0.2: 0.1 + 0.2}, 0, None),
     ],
 )
 def test_rates_grow_beyond_the_edge_at_which_the_best_lies(rates, edge, beyond):
@@ -107,6 +109,48 @@ def test_ties_go_to_the_rate_that_most_groups_have_among_theirs():
     assert taken("common", {"dec-lora": METHODS["dec-lora"]})[1] == {"dec-lora": 0.1}  # nobody else: the best
 
 
+def test_a_rate_that_is_taken_at_an_edge_grows_too_or_is_marked():
+    """The best of dec-lora lies inside, and the one that it shares with others is its lowest."""
+    methods = {
+        "dec-lora": {0.01: (0.58, 0.61), 0.1: (0.62, 0.60), 1.0: (0.5, 0.5)},
+        "ffa-lora": {0.001: (0.5, 0.5), 0.01: (0.7, 0.7), 0.1: (0.5, 0.5)},
+        "rolora": {0.001: (0.5, 0.5), 0.01: (0.8, 0.8), 0.1: (0.5, 0.5)},
+    }
+    grid = grid_of(methods, ties="common", grow=True, rates=[0.01, 0.1])
+    found, *others = gather_searches(grid, outcomes(methods))
+    assert (found.best, found.taken, found.edge) == (0.1, 0.01, -1) and not any(each.edge for each in others)
+    assert next_rate(found, grid.search) == 0.001
+    assert rate_rows([found])[0][-1] == "at the edge" and found.as_json()["at_edge"]
+    lower = methods | {"dec-lora": {0.001: (0.4, 0.4), **methods["dec-lora"]}}
+    inside = gather_searches(grid, outcomes(lower))[0]
+    assert (inside.taken, inside.edge, next_rate(inside, grid.search)) == (0.01, 0, None)
+
+
+def test_ties_within_rounding():
+    """Level in one of two seeds, so that mean and standard error are the same; means that differ by their last bit."""
+    for gap in (0.001, 0.003, 0.007, 0.013):
+        found = searched({0.01: (0.8 - gap, 0.6), 0.1: (0.8, 0.6)}, ties="common")
+        assert found.ties == (0.01, 0.1), gap
+    assert searched({0.01: (0.1, 0.7), 0.1: (0.1 + 0.7 - 0.4, 0.4)}).best == 0.01
+    assert searched({0.01: (0.3, 0.3), 0.1: (0.1 + 0.2, 0.1 + 0.2)}, ties="common").best == 0.01
+
+
+def test_a_rate_is_scored_by_the_models_that_are_deployed():
+    def taken(**relay):
+        base = {"exchange": {"relay": relay}} if relay else {}
+        axes = {"method": ["dec-lora"]}
+        search = {"rates": [0.01, 0.1], "seeds": [5]}
+        grid = load_grid({"base": base, "axes": axes, "seeds": [0], "search": search})
+        known = outcomes({"dec-lora": {0.01: (0.5,), 0.1: (0.6,)}})
+        for each, score in zip(known, (0.9, 0.8), strict=True):
+            each.measures["relayed client"] = score
+        (found,) = gather_searches(grid, known)
+        return found.taken, found.measure, found.rates[0].scores[5]
+
+    assert taken(deploy="relayed") == (0.01, "relayed client", 0.9)
+    assert taken(deploy="own") == taken() == (0.1, "mean client", 0.5)
+
+
 def test_ties_are_judged_by_paired_differences():
     """Seeds far apart do not hide that one rate is the better one in both."""
     found = searched({0.01: (0.50, 0.90), 0.1: (0.52, 0.921)}, ties="common")
@@ -134,7 +178,9 @@ def test_a_search_that_cannot_be_is_refused(search, parts):
 
 def test_seeds_that_are_searched_and_reported_get_a_warning():
     (warning,) = search_warnings(grid_of(seeds=[1, 7]))
-    assert "both have 1:" in warning and "search.seeds=[2]" in warning
+    assert "both have 1:" in warning and "search.seeds=[2, 3]" in warning
+    (warning,) = search_warnings(load_grid({"seeds": [1, 3], "search": {"rates": [0.1], "seeds": [1, 2, 3]}}))
+    assert "both have 1, 3:" in warning and "search.seeds=[0, 2, 4]" in warning
     assert search_warnings(grid_of(seeds=[2, 3])) == search_warnings(grid_of(rates=[], seeds=[0])) == []
 
 

@@ -12,12 +12,14 @@ from scipy import stats
 
 from peerlora.algorithms import REGISTRY
 from peerlora.config.loading import load_config
+from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.figures import _by_p, comparison_figures
 from peerlora.experiments.inference import detectable_difference
 from peerlora.experiments.measures import measure_run
 from peerlora.experiments.rate_search import RateScore, RateSearch
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome, assess_design, compare, estimate, pair_differences
+from peerlora.experiments.table_notes import table_notes
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 
 
@@ -90,6 +92,8 @@ def test_differences_are_paired_by_seed():
     assert found.p == pytest.approx(theirs.pvalue) and found.p_sign_flip == found.p_sign_flip_smallest == 0.25
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval()))
     assert pair_differences({0: 1.0}, {1: 1.0}) is None
+    alike = pair_differences({0: 0.3, 1: 0.7, 2: 0.8}, {0: 0.1 + 0.2, 1: 0.7, 2: 0.7 + 0.1})
+    assert alike is not None and alike.mean == 0.0 and alike.p == alike.p_sign_flip == 1.0
 
 
 def test_no_interval_for_fewer_than_three_seeds():
@@ -124,6 +128,61 @@ def test_p_is_adjusted_over_the_rows_of_a_table_and_decides_what_is_distinguisha
     assert alone.differences["mean client"].distinguishable is True
 
 
+def test_p_may_be_adjusted_over_each_graph_by_itself(tmp_path):
+    """Two methods on one graph and one on another: the one that is alone there keeps its p."""
+    cells = [("ring", name) for name in "abc"] + [("path", name) for name in "ab"]
+    found = [
+        replace(
+            outcome(method, seed, 0.5, 0.5), setting=f"{method}, {graph}", labels={"method": method, "graph": graph}
+        )
+        for graph, method in cells
+        for seed in range(3)
+    ]
+    gaps = {"a": (0.0, 0.0, 0.0)} | GAPS
+    found = [replace(each, measures={"mean client": 0.25 + gaps[each.labels["method"]][each.seed]}) for each in found]
+    raw = {name: float(stats.ttest_1samp(own, 0).pvalue) for name, own in GAPS.items()}
+
+    def adjusted(family):
+        lines = compare(found, {"method": "a"}, family)
+        p = {each.setting: each.differences["mean client"].p_holm for each in lines if each.differences}
+        return p, assess_design(lines, "mean client", family)
+
+    together, whole = adjusted(())
+    apart, design = adjusted(("graph",))
+    assert together["b, path"] == together["b, ring"] == pytest.approx(3 * raw["b"]) and whole.tests == 3
+    assert apart["b, ring"] == pytest.approx(2 * raw["b"]) and apart["b, path"] == pytest.approx(raw["b"])
+    assert (design.tests, design.level) == (2, 0.025)
+    result = Comparison(
+        tmp_path, compare(found, {"method": "a"}, ["graph"]), "m", True, {"method": "a"}, family=["graph"]
+    )
+    assert "adjusted by Holm over the rows of one graph that" in " ".join(table_notes(result))
+
+
+def test_further_differences_have_intervals_and_p_of_their_own_in_the_table(tmp_path):
+    """Relayed models are set against the baseline's own, where it relays nothing."""
+    relayed = {seed: {"relayed client": 0.5 + gap, "worst relayed client": 0.25} for seed, gap in enumerate(GAPS["b"])}
+    base = {"mean client": 0.5, "worst client": 0.25}
+    found = [outcome("a", seed, 0.5, 0.5, known=base) for seed in range(3)]
+    found += [outcome("b", seed, 0.25, 0.75, known=relayed[seed]) for seed in range(3)]
+    result = write_results(tmp_path, found, [], {"method": "a"}, "", {}, None)
+    gap = result.lines[1].differences["relayed client"]
+    assert gap.mean == pytest.approx(np.mean(GAPS["b"])) and gap.p_holm == gap.p
+    text = (tmp_path / "table.md").read_text()
+    head = "|  | worst client | p (Holm) | relayed client | p (Holm) | worst relayed client | p (Holm) |"
+    (row,) = text.split(f"{head}\n| --- | --- | --- | --- | --- | --- | --- |\n")[1].split("\n\n")[0].splitlines()[:1]
+    assert f"| {gap.mean:+.3f} [{gap.interval[0]:+.3f}, {gap.interval[1]:+.3f}] | {gap.p:.3f} |" in row
+    assert row.startswith("| b, ring | +0.000 [+0.000, +0.000] ≈ | 1.000 |")
+    assert "or its own where it relays nothing" in text and "Relayed client: of the average" in text
+
+
+def test_a_note_explains_every_column_that_not_all_tables_have(tmp_path):
+    known = {"personalised client": 0.5, "best rounds of clients": 0.5}
+    write_results(tmp_path, [outcome("a", 0, 0.5, 0.5, known=known)], [], {}, "", {}, None)
+    text = (tmp_path / "table.md").read_text()
+    assert "Personalised client: of its own model" in text and "Best rounds of clients: the mean" in text
+    assert "Relayed client:" not in text and "Of further measures" not in text
+
+
 def _only(method):
     gaps = GAPS.get(method, (0.0, 0.0, 0.0))
     return [outcome(method, seed, *[0.25 + 0.125 * seed + gaps[seed]] * 2) for seed in range(3)]
@@ -142,18 +201,22 @@ def test_the_detectable_difference_is_that_of_holms_first_level():
     assert assess_design(compare(_only("a"), {"method": "a"}), "mean client") is None
 
 
-WORK = {"training rows": 1000.0, "gradients": 100.0}
+WORK = {"training rows": 1000.0, "row gradients": 1000.0, "gradients": 100.0}
 
 
 @pytest.mark.parametrize(
     ("work", "unequal"),
     [
         (WORK, False),
-        ({"training rows": 991.0, "gradients": 99.0}, False),  # within 1 %
-        ({"training rows": 1009.0, "gradients": 100.9}, False),
-        ({"training rows": 989.0, "gradients": 98.9}, True),
-        ({"training rows": 1000.0, "gradients": 200.0}, True),
-        ({"training rows": 2000.0, "gradients": 100.0}, False),  # larger batches, as many gradients
+        ({"row gradients": 991.0}, False),  # within 1 %
+        ({"row gradients": 1009.0}, False),
+        ({"row gradients": 989.0}, True),
+        ({"row gradients": 1011.0}, True),
+        ({**WORK, "gradients": 10.0}, False),  # larger batches, the same rows
+        ({"training rows": 2000.0, "row gradients": 2000.0, "gradients": 100.0}, True),  # as many minibatches
+        ({"training rows": 1000.0, "row gradients": 2000.0, "gradients": 200.0}, True),  # SAM
+        ({"training rows": 2000.0, "gradients": 100.0}, True),  # stored before row gradients were
+        ({"training rows": 1000.0, "gradients": 10.0}, False),
         ({}, False),  # of an outcome that was stored without
     ],
 )
@@ -168,10 +231,23 @@ def test_a_row_of_unequal_work_is_told_and_not_ranked(work, unequal, tmp_path):
     swapped = [each for each in outcomes if each.labels["method"] != "b"] + [*outcomes[3:6]]
     write_results(tmp_path, swapped, [], {"method": "a"}, "", {}, None)
     table = (tmp_path / "table.md").read_text()
-    order = [row.split(" | ")[0][2:] for row in table.splitlines() if row.startswith("| ") and "ring" in row]
+    first, second = table.split("Of further measures")
+    order = [row.split(" | ")[0][2:] for row in first.splitlines() if row.startswith("| ") and "ring" in row]
     assert order == (["a", "b", "c"] if unequal else ["a", "c", "b"])
-    assert table.count(" ‡ |") == unequal and ("Unequal work" in table) == unequal
+    assert first.count(" ‡ |") == second.count(" ‡ |") == unequal and ("Unequal work" in table) == unequal
     assert ("c, ring: " in table) == unequal
+
+
+def test_a_row_of_unequal_work_is_told_in_row_gradients():
+    outcomes = [
+        replace(each, method=method, measures={**each.measures, "training rows": 24_000.0, "gradients": minibatches})
+        for runs, method, minibatches in (("a", "local", 300.0), ("b", "dec-lora", 3000.0), ("c", "dfedsam", 6000.0))
+        for each in _only(runs)
+    ]
+    lines = {line.labels["method"]: line for line in compare(outcomes, {"method": "a"})}
+    assert lines["b"].unequal_work == "" and lines["b"].differences["mean client"].p_holm is not None
+    assert lines["c"].unequal_work == "48,000 row gradients, the baseline 24,000 (2.00 times)"
+    assert lines["c"].estimates["row gradients"].mean == 48_000
 
 
 def test_outcomes_are_compared_from_what_was_stored_of_them(tmp_path):
@@ -262,7 +338,8 @@ def test_the_files(written):
 
 def test_the_report_is_one_file_with_everything(drawn, written):
     page = (written[0] / "report.html").read_text()
-    assert "<script" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    page = page.replace("https://github.com/leeoniya/uPlot", "")  # the page's own script names where it comes from
+    assert "<script>alert" not in page and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     assert "<i>" not in page and "a|&lt;i&gt;" in page
     for part in (
         *("Search of the learning rate", "0.500 (taken)", "Runs that diverged", "loss of client 0", "Second hand"),
@@ -304,6 +381,22 @@ def test_cells_on_clocks_are_drawn_and_summed_up_by_virtual_seconds():
     assert titles(timed) == ["accuracy of the mean client by virtual seconds, graph ring"]
     assert titles([outcome("a", 0, 0.5, 0.9)]) == []
     assert titles([timed[0], outcome("b", 0, 0.5, 0.9)]) != []
+
+
+def test_private_cells_are_drawn_and_summed_up_by_the_epsilon_of_the_client_that_spent_most():
+    def private(each, largest):
+        spent = {"epsilon": [0.0, largest], "releases": [3.0, 3.0]}
+        events = [replace(event, privacy=spent) if isinstance(event, Evaluated) else event for event in each.events]
+        return replace(each, events=events)
+
+    def titles(outcomes):
+        return [picture.title for picture in comparison_figures(outcomes, "method") if "epsilon" in picture.title]
+
+    cells = [private(outcome("a", 0, 0.5, 0.9), 8.0), private(outcome("b", 0, 0.5, 0.9), np.nan)]
+    assert measure_run(cells[0].events)["epsilon spent"] == 8.0
+    assert "epsilon spent" not in measure_run(outcome("a", 0, 0.5, 0.9).events)
+    assert titles(cells) == ["accuracy of the mean client by epsilon spent, graph ring"]
+    assert titles(cells[1:]) == titles([outcome("a", 0, 0.5, 0.9)]) == []
 
 
 def by_p(trials, axis):
@@ -353,7 +446,7 @@ def test_an_average_of_factors_in_different_coordinates_is_marked_everywhere(tmp
     lines = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
     noted = {(line["method"], line["measure"]) for line in lines if "coordinates" in line["note"]}
     assert noted == {(name, "averaged model") for name in expected}
-    for row in (tmp_path / "table.md").read_text().splitlines():
+    for row in (tmp_path / "table.md").read_text().split("Of further measures")[0].splitlines():
         if row.startswith("| ") and not row.startswith(("| method", "| ---")):
             assert row.count("0.750 †") == (row.split(" | ")[0][2:] in expected), row
     assert (tmp_path / "table.md").read_text().count("† The mean of factors") == 1

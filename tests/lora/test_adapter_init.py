@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from peerlora.config.loading import load_config
 from peerlora.data.batches import collate
 from peerlora.errors import CompositionError, ConfigError, ModelError, Stopped
-from peerlora.lora.adapter_init import principal_factors
+from peerlora.lora.adapter_init import Principal, principal_factors
 from peerlora.runtime import resources
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import exporter_of, read_adapters
@@ -173,6 +173,17 @@ def test_ranks_that_do_not_fit_a_start_are_refused(config, words, told):
         compose(config("bert", *words))
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_directions_are_not_taken_out_of_a_weight_that_another_module_has_too(config, init):
+    words = ["adapter.targets=[lm_head, c_attn]", *CAUSAL]
+    with pytest.raises(ModelError, match=f"adapter.init={init} .*lm_head shares its weights with transformer.wte"):
+        compose(config("gpt2", *words, f"adapter.init={init}"))
+    assert compose(config("llama", "adapter.targets=[lm_head]", *CAUSAL, f"adapter.init={init}")).start.A.keys() == {
+        "lm_head"
+    }
+    assert "lm_head" in compose(config("gpt2", *words, "adapter.init=orthogonal", "adapter.rank=4")).start.A
+
+
 @pytest.mark.parametrize("init", ["pissa", "orthogonal"])
 def test_a_stopped_run_goes_on_bit_by_bit_and_exports(config, tmp_path, no_reports, init):
     settings = config("bert", FP32, f"adapter.init={init}", "adapter.rank=4", "train.rounds=2")
@@ -184,6 +195,23 @@ def test_a_stopped_run_goes_on_bit_by_bit_and_exports(config, tmp_path, no_repor
     assert torch.equal(again.flat, whole.adapters.flat)
     written = load_file(whole.run / "adapters" / "client-01" / "adapter_model.safetensors")
     assert max(len(A) for name, A in written.items() if "lora_A" in name) == (8 if init == "pissa" else 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["adapter.init=pissa"], "| holds | the adapter less its start, which the run took out of the base's weights;"),
+        (["algorithm.name=rac-lora"], "| holds | the adapter and all that was merged into the base before it;"),
+        ([], "| client |"),
+    ],
+)
+def test_a_folder_costs_what_its_client_has_and_tells_what_it_holds(config, tmp_path, monkeypatch, words, told):
+    seen, subtracted = [], Principal.subtracted
+    monkeypatch.setattr(Principal, "subtracted", lambda self, x: seen.append(x.clients) or subtracted(self, x))
+    run = simulate(config("bert", FP32, *words, "train.rounds=1"), tmp_path / "run", report=False).run
+    assert seen == ([1] * 5 if words == ["adapter.init=pissa"] else []), "four clients and the average"
+    card = (run / "adapters" / "client-01" / "README.md").read_text()
+    assert told in card and ("less its start" in card) == bool(seen)
 
 
 def test_a_base_of_the_next_run_is_whole_again(config):

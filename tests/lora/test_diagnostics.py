@@ -17,7 +17,7 @@ from peerlora.lora.diagnostics import agreement, before_exchange, diagnose, dist
 from peerlora.topology.graphs import complete, ring
 from peerlora.topology.weights import metropolis
 
-LOCAL = settings(max_examples=40, deadline=None)
+LOCAL = settings(max_examples=40)
 SHAPES = ((5, 9), (9, 5), (6, 6))
 
 

@@ -21,7 +21,7 @@ from peerlora.lora.product import (
 )
 from peerlora.topology.schedule import build_topology
 
-LOCAL = settings(max_examples=60, deadline=None)
+LOCAL = settings(max_examples=60)
 
 
 @st.composite

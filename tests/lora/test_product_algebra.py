@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from peerlora.lora.product import decompose, joined, nearest_rotation, norms2, ridge_correction
 
-LOCAL = settings(max_examples=50, deadline=None)
+LOCAL = settings(max_examples=50)
 DOUBLE = torch.float64
 
 

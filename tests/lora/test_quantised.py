@@ -1,6 +1,7 @@
 """A base in 8 or 4 bits under the clients' adapters, against PEFT on the same quantised base."""
 
 import json
+from functools import wraps
 
 import pytest
 import torch
@@ -16,9 +17,16 @@ from peerlora.runtime.simulate import resume, simulate
 FP32 = "train.dtype=fp32"
 
 
-@pytest.fixture
-def needs_bitsandbytes():
-    pytest.importorskip("bitsandbytes")
+def needs_bitsandbytes(test):
+    """A test for `make test-slow`, which installs the library (125 MB)."""
+
+    @pytest.mark.slow
+    @wraps(test)
+    def run(*words, **more):
+        pytest.importorskip("bitsandbytes")
+        test(*words, **more)
+
+    return run
 
 
 def logits_of(federation, x, client):
@@ -28,7 +36,7 @@ def logits_of(federation, x, client):
         return federation.model(batch.inputs), batch.inputs
 
 
-@pytest.mark.usefixtures("needs_bitsandbytes")
+@needs_bitsandbytes
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_logits_are_those_of_peft_on_the_same_base(config, tmp_path, kind, quantize):
@@ -51,8 +59,8 @@ def test_logits_are_those_of_peft_on_the_same_base(config, tmp_path, kind, quant
     assert federation.base_digest != whole.base_digest
 
 
-@pytest.mark.usefixtures("needs_bitsandbytes")
-@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")])
+@needs_bitsandbytes
+@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "fp32"), ("int8", "bf16"), ("nf4", "fp32"), ("nf4", "bf16")])
 def test_clients_train_together_as_each_would_alone(config, quantize, dtype):
     words = [f"train.dtype={dtype}", f"model.quantize={quantize}", "algorithm.name=local"]
     results, losses = [], []
@@ -70,7 +78,32 @@ def test_clients_train_together_as_each_would_alone(config, quantize, dtype):
     assert reason is not None and "bit" in reason
 
 
-@pytest.mark.usefixtures("needs_bitsandbytes", "no_reports")
+@needs_bitsandbytes
+@pytest.mark.parametrize("head", ["frozen", "mixed"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+def test_in_bf16_only_products_are_rounded(config, kind, head):
+    """Heads stay in fp32, frozen or not, and clients come near to what they come to in fp32."""
+    words = [f"adapter.head={head}", "model.quantize=nf4", "algorithm.name=local", "train.fast=false"]
+    losses, weights = [], []
+    for dtype in ("bf16", "fp32"):
+        federation = compose(config(kind, *words, f"train.dtype={dtype}"))
+        heads = federation.model.targets.heads
+        precisions = {value.dtype for name in heads for value in federation.model.base.get_submodule(name).parameters()}
+        assert precisions == {torch.float32}
+        four_bits = [each for each in federation.model.base.modules() if type(each).__name__ == "Linear4bit"]
+        assert four_bits and {each.compute_dtype for each in four_bits} == {
+            torch.bfloat16 if dtype == "bf16" else torch.float32
+        }
+        weights.append([each.weight.data for each in four_bits])
+        with federation.learner.round(0):
+            x = federation.learner.fit(federation.start, "AB")
+        losses.append(federation.learner.evaluate(x, federation.eval_data, 7).loss)
+    assert all(map(torch.equal, *weights)), "they are quantised from fp32"
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("no_reports")
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_stopped_run_goes_on_bit_by_bit(config, tmp_path, quantize):
     settings = config("bert", FP32, f"model.quantize={quantize}", "train.rounds=2")

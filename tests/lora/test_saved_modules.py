@@ -79,6 +79,44 @@ def test_a_run_mixes_them_and_its_folder_is_a_start(config, tmp_path, no_reports
         compose(config("bert", f"adapter.start={result.run / 'adapters' / 'client-00'}"))
 
 
+@pytest.mark.parametrize("ending", ["classifier.dense", "out_proj", "classifier"])
+def test_what_is_of_a_head_trains_with_it(config, ending):
+    """RoBERTa's head holds two linear layers, which train once, whoever names them."""
+    named = compose(config("roberta", f"adapter.modules_to_save=[{ending}]"))
+    plain = compose(config("roberta"))
+    assert named.model.targets == plain.model.targets and set(named.start.head) == set(plain.start.head)
+    trained = []
+    for federation in (named, plain):
+        with federation.learner.round(0):
+            trained.append(federation.learner.fit(federation.start, "AB").flat)
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("bert", ["adapter.modules_to_save=[output.dense]"]),
+        ("bert", ["adapter.modules_to_save=[intermediate.dense]", "adapter.head=frozen"]),
+        ("roberta", ["adapter.modules_to_save=[dense]"]),
+        ("llama", ["adapter.modules_to_save=[o_proj]", *CAUSAL]),
+        ("llama", ["adapter.modules_to_save=[mlp.down_proj, embed_tokens]"]),
+    ],
+)
+def test_in_bf16_a_linear_layer_of_the_body_is_trained_in_fp32(config, kind, words):
+    """Near to the same run in fp32, which is what bf16 stands for."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        federation = compose(config(kind, *words, f"train.dtype={dtype}"))
+        with federation.learner.round(0):
+            x = federation.learner.fit(federation.start, "AB")
+        scores = federation.learner.evaluate(x, federation.eval_data, 7)
+        saved = [name for name in x.head if name.startswith(federation.model.targets.saved)]
+        assert saved and x.flat.dtype == torch.float32
+        assert all(bool((x.head[name] != federation.start.head[name]).any()) for name in saved)
+        found.append(scores.loss)
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
 def test_in_bf16_a_table_is_trained_in_fp32(config):
     federation = compose(config("bert", *WORDS, "train.dtype=bf16"))
     with federation.learner.round(0):
@@ -97,6 +135,9 @@ def test_in_bf16_a_table_is_trained_in_fp32(config):
         ("bert", ["adapter.modules_to_save=[LayerNorm]"], "is a LayerNorm; linear and embedding layers"),
         ("bert", ["adapter.modules_to_save=[query]"], "is adapted, too"),
         ("gpt2", ["adapter.modules_to_save=[wte]", *CAUSAL], "shares its weights with lm_head"),
+        ("bert", ["adapter.modules_to_save=[classifier]", "adapter.head=frozen"], "is of the head, which adapter.head"),
+        ("roberta", ["adapter.modules_to_save=[out_proj]", "adapter.head=frozen"], "drop one of them"),
+        ("roberta", ["adapter.modules_to_save=[dense]", "adapter.head=frozen"], "drop one of them"),
     ],
 )
 def test_modules_that_cannot_be_saved_are_refused(config, kind, words, told):

@@ -54,7 +54,7 @@ def test_missing_and_unknown_fields_are_named():
         from_json('{"type":"Warned","version":1,"text":"x"}')
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.text(st.characters()))
 def test_any_text_stays_on_one_line(text):
     line = to_json(Warned(text))

@@ -1,15 +1,19 @@
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from peerlora.errors import RunError
 from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import figures
-from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
+from peerlora.runs.client_table import client_rows, describe_outcome
+from peerlora.runs.events import Evaluated, Generated, RoundDone, RunStarted, Warned
 from peerlora.runs.figures import clients_figure, runs_figure
 from peerlora.runs.metrics import summarise
+from peerlora.runs.page import picture_html
 from peerlora.runs.report import metric_curves, write_report
 from peerlora.runs.store import RunStore
 
@@ -24,7 +28,7 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.tags, self.links, self.ids, self.words = [], [], [], [], []
+        self.open, self.tags, self.links, self.ids, self.words, self.scripts = [], [], [], [], [], []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert self.open == []
@@ -44,7 +48,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.words.append(data)
 
 
@@ -55,14 +61,28 @@ def report(folder, events, config="clients: 3\n") -> Page:
     return Page(write_report(folder))
 
 
+def test_answers_and_names_of_labels_are_shown_as_text(tmp_path, run):
+    *before, last, end = run()
+    told = {NASTY: {"true": 12.0, "own": 0.25, "averaged": 0.5}, "B": {"true": 3.0, "own": 1.0}, "damaged": {}}
+    answers = Generated(4, 1, [{"prompt": NASTY, "expected": NASTY, "own": "so"}], {"own": {"rouge-l": 0.5}})
+    page = report(tmp_path / "run", [*before, replace(last, by_name=told), answers, end])
+    assert "script" not in page.tags and page.text.count("<script>alert('x')</script>") == 3
+    assert "12 0.25 0.5" in page.text and "client 1: rouge-l 0.5" in page.text
+
+
 def test_the_report_is_self_contained_and_well_formed(tmp_path, run):
     page = report(tmp_path / "run", run())
     assert page.links and all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids)
-    assert not {"script", "img", "link", "iframe", "object"} & set(page.tags)
+    assert not {"img", "link", "iframe", "object", "form", "base"} & set(page.tags)
     source = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "@import" not in source and set(re.findall(r"url\((.)", source)) <= {"#"}
+    asks = r"fetch\(|XMLHttpRequest|WebSocket|EventSource|sendBeacon|importScripts|import\(|\.src\b|serviceWorker"
+    assert not re.search(asks, source)
+    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[\w./-]*", source))
+    known = ("http://www.w3.org/", "https://github.com/leeoniya/uPlot")  # names of formats, and the library's own page
+    assert all(each.startswith(known) for each in addresses), addresses
     assert page.tags.count("figure") == 6
 
 
@@ -97,7 +117,8 @@ def test_what_users_write_is_escaped(tmp_path, run):
     page = report(
         tmp_path / "run", [*events, Warned(NASTY + "!"), Warned("undecodable \udc80")], config=f"source: {NASTY}\n"
     )
-    assert "script" not in page.tags
+    source = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in source and source.count("<script") == page.tags.count("script")
     assert page.text.count(NASTY) >= 6
 
 
@@ -130,6 +151,54 @@ def test_a_thousand_clients_are_summed_up(tmp_path, run):
 
 def test_a_partition_without_counts_has_no_label_figure(tmp_path, run):
     assert "holds which labels" not in report(tmp_path / "run", run(partition={"rows": 3})).text
+
+
+def test_the_numbers_behind_the_figures_are_in_the_page(tmp_path, run):
+    page = report(tmp_path / "run", run(rounds=4))
+    data = [json.loads(each) for each in page.scripts if each.startswith("{")]
+    assert len(data) == 4  # the score, the loss, the distances, the bytes; labels and graph are drawings only
+    loss = next(each for each in data if each["x"] == [1, 2, 3, 4] and len(each["series"]) == 4)
+    assert [each["label"] for each in loss["series"]] == ["client 0", "client 1", "client 2", "mean over clients"]
+    assert loss["series"][1]["y"] == [0.1, 1.1, 2.1, 3.1] and loss["series"][3]["style"] == "thick"
+    apart = next(each for each in data if each["log"])
+    assert apart["series"][0]["y"] == [0.1] * 4 and apart["series"][3]["y"] == [None] * 4  # zeros have no place
+    score = data[0]
+    assert [each["style"] for each in score["series"][-2:]] == ["points", "points"] and score["x"] == [0, 4]
+    assert score["series"][-2]["y"] == [None, 0.5001] and "on all 50 rows" in score["series"][-2]["label"]
+
+
+def test_many_clients_and_gaps_become_a_band_and_nulls():
+    values = np.full((2, 60), 0.5)
+    values[1, :] = np.nan
+    chart = clients_figure("metric", "title", figures.Curves([0, 1], values)).chart.as_json()
+    assert [each["style"] for each in chart["series"]] == ["edge", "edge", "thick"]
+    assert chart["series"][2]["y"] == [0.5, None]
+
+
+def test_a_label_of_a_user_cannot_end_the_script(tmp_path):
+    picture = figures.lines_figure("a", "t", {NASTY: ([1, 2], [1.0, 2.0])}, "unit")
+    html = picture_html(picture)
+    assert (
+        html.count("</script>") == 1
+        and NASTY in json.loads(html[html.index("{") : html.index("</script>")])["series"][0]["label"]
+    )
+
+
+def test_every_client_has_a_row_the_worst_first(tmp_path, run):
+    text = report(tmp_path / "run", run(clients=3)).text
+    head = "client rows accuracy training loss last exchange"
+    assert f"{head} client 0 3 0.500 3.000 round 4 client 1 4 0.500 3.100 round 4 client 2 5 0.500 3.200 never" in text
+    told = "accuracy of the mean client: 0.500 after round 4, 0.260 after round 0 (then on 20 rows, now on 50)"
+    assert f"{told}; worst is client 0 with 0.500; the averaged model has 0.900." in text
+
+
+def test_the_worst_of_a_loss_comes_first(made):
+    start = made.started(3, metric="loss", higher_is_better=False)
+    events = [start, made.evaluated(2, [0.5, 2.0, float("nan")])]
+    head, rows = client_rows(start, events)
+    assert [row[0] for row in rows] == ["client 1", "client 0", "client 2"]
+    assert "worst is client 1 with 2.000" in describe_outcome(start, events)[0]
+    assert describe_outcome(start, [start]) == []
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_ad_psgd_at_equal_speeds_is_random_matching_dsgd(graph):
     bandwidth=st.sampled_from([None, 40.0, 400.0]),
     graph=st.sampled_from(["path", "ring", "complete", "star"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ad_psgd_keeps_the_sum_but_for_local_steps_and_what_is_on_the_way(speeds, delay, bandwidth, graph):
     algorithm, start = build_algorithm("ad-psgd", {}), targets(5, seed=1)
     learner = Quadratic(targets(5), rate=0.0)  # nothing but averages

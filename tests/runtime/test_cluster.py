@@ -2,16 +2,20 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from cases import others_slow
+from flow_runs import tiny
+from peerlora.algorithms import build_algorithm
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, RunError, Stopped, WorkersLost
-from peerlora.runs.events import Evaluated, Resumed, RoundDone, Warned
+from peerlora.runs.events import Evaluated, Resumed, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.store import read_events
+from peerlora.runtime.cluster.checks import refuse_config
 from peerlora.runtime.cluster.group import ThreadEngine, ThreadGroup
 from peerlora.runtime.cluster.run import resume, simulate
 from peerlora.runtime.simulate import resume as resume_here
@@ -87,6 +91,7 @@ CASES = {
     "svd": ["algorithm.name=flexlora", "topology=complete"],
     "rotation": ["algorithm.name=fedrot-lora", "topology=complete", "workers=3"],
     "fair": ["algorithm.name=lora-fair", "topology=complete"],
+    "labels": ["task.kind=multi-label", "data.label=several", "eval.metrics=[micro-f1]"],
 }
 
 
@@ -189,10 +194,54 @@ def test_what_a_cluster_cannot_do_is_refused_before_anything_is_written(config, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("given", [{"partitioner": object()}, {"resources": object()}])
+def test_policies_and_generated_answers_are_refused(config, chats, tmp_path):
+    with pytest.raises(CompositionError, match="task.kind=flow-policy cannot run on a cluster"):
+        on_workers(tiny(), tmp_path / "run")
+    chosen = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "eval.generate={}"]
+    with pytest.raises(CompositionError, match="eval.generate cannot run on a cluster"):
+        on_workers(config("llama", *chosen), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_privacy_is_refused(config):
+    chosen = config("bert", "algorithm.name=dec-lora", "privacy={epsilon: 8}")
+    with pytest.raises(CompositionError, match="privacy cannot run on a cluster"):
+        refuse_config(chosen, build_algorithm("dec-lora", {}))
+
+
+@pytest.mark.parametrize("given", ["partitioner", "resources", "learner"])
 def test_objects_of_this_process_are_refused(config, tmp_path, given):
-    with pytest.raises(CompositionError, match="given; workers of a cluster"):
-        on_workers(config("bert"), tmp_path / "run", **given)
+    with pytest.raises(CompositionError, match=f"{given}.* given; workers of a cluster"):
+        on_workers(config("bert"), tmp_path / "run", **{given: object()})
+
+
+def test_a_budget_in_epochs_is_the_one_of_a_single_process(config, tmp_path):
+    tree = config("bert", "train.block=2").model_dump(mode="json")
+    del tree["train"]["rounds"]
+    chosen = load_config(tree, ["train.epochs=2"])
+    with pytest.raises(Stopped):
+        on_workers(chosen, tmp_path / "there", stop=lambda: True)
+    found = resume(tmp_path / "there", engine=threads, expected=lambda stored: chosen, report=False)
+    expected = simulate_here(chosen, tmp_path / "here", report=False)
+    assert found.summary["rounds"] == expected.summary["rounds"] > 0
+    assert same_bits(found.adapters, expected.adapters)
+
+
+def test_trackers_get_the_run_from_the_driver(config, tmp_path, monkeypatch):
+    opened = []
+
+    @contextmanager
+    def tracked(chosen, store, sinks):
+        opened.append((chosen.track.to, store.folder))
+        yield (*sinks, told.append)
+
+    told = []
+    monkeypatch.setattr("peerlora.runtime.cluster.run.tracked_sinks", tracked)
+    monkeypatch.setattr("peerlora.runtime.cluster.run.check_trackers", lambda chosen: None)
+    on_workers(config("bert", "train.rounds=1", "track=tensorboard"), tmp_path / "run")
+    assert opened == [(["tensorboard"], tmp_path / "run")]
+    assert isinstance(told[0], RunStarted) and isinstance(told[-1], RunFinished)
+    assert len([each for each in told if isinstance(each, RoundDone)]) == 1
 
 
 def test_the_config_of_a_run_has_the_graphs_and_the_threads_that_decide_its_bits(config, tmp_path):

@@ -14,6 +14,7 @@ from peerlora.errors import ModelError, RunError
 from peerlora.lora.base_models import locate_base
 from peerlora.runs.metrics import scores_of, worst_of
 from peerlora.runtime.export import export_from_run
+from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.simulate import simulate
 
 QUICK = ["train.rounds=2", "train.local_steps=1", "eval.every=2", "clients=3", "train.dtype=fp32"]
@@ -52,7 +53,7 @@ def test_an_exported_folder_names_a_base_that_is_found_from_anywhere(config, mod
     (tmp_path / "other").mkdir()
     run = run.absolute()
     monkeypatch.chdir(tmp_path / "other")
-    export_from_run(run, tmp_path / "cut", 2, rank=1)  # loads the base, which config.yaml names as ./base
+    export_from_run(run, tmp_path / "cut", ModelChoice(2, rank=1))  # loads the base, which config.yaml names as ./base
     for folder in (run / "adapters" / "client-00", tmp_path / "cut"):
         named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert named == str(tmp_path / "base") and os.path.isabs(named)
@@ -61,7 +62,7 @@ def test_an_exported_folder_names_a_base_that_is_found_from_anywhere(config, mod
     AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "cut"), num_labels=3)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ModelError, match="model.source"):
-        export_from_run(run, tmp_path / "none", 2, rank=1)
+        export_from_run(run, tmp_path / "none", ModelChoice(2, rank=1))
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.tmp").exists()
 
 

@@ -49,6 +49,11 @@ def test_a_limit_is_noticed_once_and_counts_what_was_spent_before():
     assert again.describe(3, 8) == "train.max_seconds=10 have passed after 3 of 8 rounds: the run ends here"
 
 
+def test_a_limit_is_told_as_it_was_given():
+    assert "train.max_seconds=1234567.5 have" in WallClock(1234567.5, Now()).describe(3, 8)
+    assert "train.max_seconds=60 have" in WallClock(60.0, Now()).describe(3, 8)
+
+
 def test_without_a_limit_nothing_is_counted_or_kept():
     clock = WallClock(None, iter([0.0, 1e9, 2e9]).__next__)
     assert not clock.look() and clock.state_dict() == {}
@@ -70,7 +75,8 @@ def test_the_run_ends_with_the_round_and_is_finished(config, tmp_path, second_pe
     events = read_events(result.run)
     assert result.summary["rounds"] == 3 == len(select_events(events, RoundDone))
     assert "train.max_seconds=3 have passed after 3 of 8 rounds" in select_events(events, Warned)[-1].message
-    assert select_events(events, Evaluated)[-1].final and select_events(events, Evaluated)[-1].round == 3
+    found = [(each.round, each.final) for each in select_events(events, Evaluated)]
+    assert found == [(0, False), (1, False), (2, False), (3, True)], "the last round is evaluated once"
     shorter = simulate(config("bert", "train.rounds=3"), tmp_path / "short")
     assert torch.equal(result.adapters.flat, shorter.adapters.flat)
 
@@ -110,7 +116,7 @@ def test_a_peer_that_ends_is_missed_and_makes_nobody_skip_rounds(config, tmp_pat
         return WallClock(50.0, lambda: speed * next(ticks))
 
     monkeypatch.setattr(trainer, "WallClock", clock)
-    words = ["train.rounds=4", "peer.deadline=3", "peer.join=30", "topology=complete", f"algorithm.name={method}"]
+    words = ["train.rounds=4", "peer.deadline=120", "peer.join=120", "topology=complete", f"algorithm.name={method}"]
     results = federation(config("bert", *words), tmp_path)
     rounds = [result.summary["rounds"] for result in results]
     assert sorted(rounds) == [1, 4, 4, 4]

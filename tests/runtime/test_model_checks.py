@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from peerlora.config.task_kinds import KINDS
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.attach import Targets
@@ -144,7 +145,7 @@ def observed(model, *names):
     for table in model.parameters():
         nn.init.normal_(table)
     data = rows([1, 4, 5, 2], [1, 6, 7, 8, 9, 3], [1, 9, 4, 6])
-    return observe_forward(model, "./m", names, data, 0, False)
+    return observe_forward(model, "./m", names, data, 0, KINDS["classification"])
 
 
 def test_layers_that_do_not_reach_the_logits_are_found():

@@ -13,6 +13,7 @@ from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.relayed_average import uncut_model
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
+from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.simulate import simulate
 
 QUICK = ["train.rounds=4", "train.local_steps=1", "eval.every=4", "clients=3", "train.dtype=fp32", "topology=path"]
@@ -67,7 +68,7 @@ def test_what_is_deployed_is_what_was_evaluated(config, tmp_path, words):
 def test_the_exact_average_has_the_sum_of_all_ranks_and_the_logits_of_the_sum(config, tmp_path):
     chosen = config("bert", *QUICK, RELAY, "algorithm.name=decaf", "adapter.rank=[1,2,3]")
     result = simulate(chosen, tmp_path / "run", report=False)
-    exact = export_from_run(result.run, tmp_path / "exact", 2, model="relayed", exact=True)
+    exact = export_from_run(result.run, tmp_path / "exact", ModelChoice(2, model="relayed", exact=True))
     assert rank_of(exact) == 6 and "no cut" in card(exact) and "left out" not in card(exact)
     federation = compose(chosen)
     caches = RelayCaches(chosen.exchange.relay, federation.start.spec, dict.fromkeys(range(3), 1), 3)
@@ -95,7 +96,7 @@ def test_the_exact_average_has_the_sum_of_all_ranks_and_the_logits_of_the_sum(co
 def test_a_rank_above_a_layers_width_is_factored_without_loss(config, tmp_path):
     chosen = config("bert", *QUICK, RELAY, "adapter.rank=7", "algorithm.interval=1")
     result = simulate(chosen, tmp_path / "run", report=False)
-    exact = export_from_run(result.run, tmp_path / "exact", 0, model="relayed", exact=True)
+    exact = export_from_run(result.run, tmp_path / "exact", ModelChoice(0, model="relayed", exact=True))
     assert rank_of(exact) == 16, "the layers are 16 wide; three ranks of 7 would be 21"
     federation = compose(chosen)
     caches = RelayCaches(chosen.exchange.relay, federation.start.spec, dict.fromkeys(range(3), 1), 3)
@@ -113,10 +114,10 @@ def test_models_by_name_and_what_a_run_deploys(config, tmp_path):
         run = simulate(config("bert", *QUICK, *words), tmp_path / deploy, report=False).run
         both[deploy] = run
         for model in ("own", "relayed"):
-            export_from_run(run, tmp_path / f"{deploy}-{model}", 1, model=model)
+            export_from_run(run, tmp_path / f"{deploy}-{model}", ModelChoice(1, model=model))
         export_from_run(run, tmp_path / f"{deploy}-default", 1)
-        export_from_run(run, tmp_path / f"{deploy}-cut", 1, rank=1, model="relayed")
-        export_from_run(run, tmp_path / f"{deploy}-averaged", None, model="averaged")
+        export_from_run(run, tmp_path / f"{deploy}-cut", ModelChoice(1, rank=1, model="relayed"))
+        export_from_run(run, tmp_path / f"{deploy}-averaged", ModelChoice(None, model="averaged"))
         written = load_file(run / "adapters" / "client-01" / "adapter_model.safetensors")
         found = load_file(tmp_path / f"{deploy}-default" / "adapter_model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in written.items())
@@ -142,8 +143,8 @@ def test_choices_that_cannot_be(config, tmp_path):
         (factors, {"client": 0, "exact": True, "rank": 2}, "drop one"),
     ):
         with pytest.raises(RunError, match=words):
-            export_from_run(run, tmp_path / "to", **choice)
+            export_from_run(run, tmp_path / "to", ModelChoice(**choice))
         assert not (tmp_path / "to").exists()
     (factors / "adapters" / "relayed.safetensors").unlink()
     with pytest.raises(RunError, match="lost its relayed models"):
-        export_from_run(factors, tmp_path / "to", 0, rank=1)
+        export_from_run(factors, tmp_path / "to", ModelChoice(0, rank=1))

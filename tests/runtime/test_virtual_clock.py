@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from peerlora.config.loading import load_config
@@ -121,7 +121,6 @@ events = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(events, st.randoms(use_true_random=False))
 def test_the_order_of_events_does_not_depend_on_when_they_were_put_down(events, draw):
     shuffled = list(events)

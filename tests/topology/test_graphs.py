@@ -113,7 +113,7 @@ def test_an_edge_named_twice_counts_once():
 
 
 @given(st.sampled_from(FIXED), st.integers(2, 30), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_graph_is_symmetric_without_loops_and_connected(kind, clients, seed):
     try:
         built = graph(clients, kind, seed=seed)

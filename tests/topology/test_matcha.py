@@ -44,7 +44,7 @@ def test_the_mean_square_is_that_of_the_enumeration(graph, budget):
 
 
 @given(st.integers(2, 12), st.floats(0.2, 1), st.integers(0, 50))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_matchings_cover_every_link_once_and_share_no_client(clients, p, seed):
     graph = pair_draw(p, clients, np.random.default_rng(seed))
     found = matchings(graph)

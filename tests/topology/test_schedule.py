@@ -159,7 +159,7 @@ def test_declared_properties(spec, static, symmetric):
     st.integers(0, 3),
     st.integers(0, 50),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_peer_computes_the_same_round(kind, rule, seed, t):
     spec = f"{kind} weights={rule} drop_links=0.2 drop_clients=0.1"
     one, other = topology(spec, seed=seed), topology(spec, seed=seed)

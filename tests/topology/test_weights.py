@@ -91,7 +91,7 @@ def test_rho_of_no_mixing_is_exactly_one():
 
 
 @given(random_graphs, st.sampled_from(DOUBLY))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_rules_are_symmetric_doubly_stochastic_and_local(adjacency, rule):
     W = weights(adjacency, rule)
     assert_doubly_stochastic(W)
@@ -102,7 +102,7 @@ def test_rules_are_symmetric_doubly_stochastic_and_local(adjacency, rule):
 
 
 @given(random_graphs, st.sampled_from(DOUBLY), st.floats(0, 1), st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_removed_links_leave_their_weight_at_both_ends(adjacency, rule, share, seed):
     full = weights(adjacency, rule)
     missing = pair_draw(share, len(full), np.random.default_rng(seed))
@@ -121,7 +121,7 @@ def test_removed_link_by_hand():
 
 
 @given(random_graphs, st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pairwise_is_doubly_stochastic_and_seeded(adjacency, seed):
     W = pairwise_weights(adjacency, np.random.default_rng(seed))
     assert_doubly_stochastic(W)
@@ -135,7 +135,7 @@ def test_pairwise_on_a_path_is_one_of_two_orders():
 
 
 @given(random_graphs, st.sampled_from(DOUBLY), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_mixing_keeps_the_mean_and_shrinks_disagreement_by_rho(adjacency, rule, seed):
     W = weights(adjacency, rule)
     x = np.random.default_rng(seed).normal(size=(len(W), 4))
@@ -146,7 +146,7 @@ def test_mixing_keeps_the_mean_and_shrinks_disagreement_by_rho(adjacency, rule, 
 
 
 @given(random_graphs.filter(lambda adjacency: len(adjacency) > 1), st.sampled_from(DOUBLY))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rho_of_a_symmetric_w_is_its_second_largest_eigenvalue(adjacency, rule):
     W = weights(adjacency, rule)
     assert rho(W.T @ W) == pytest.approx(second_largest(W), abs=1e-6)
@@ -158,7 +158,7 @@ def test_over_permutations_by_hand():
 
 
 @given(random_graphs, st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_metropolis_with_a_target_keeps_detailed_balance_and_reaches_the_weighted_mean(adjacency, seed):
     c = np.random.default_rng(seed).uniform(0.2, 3, len(adjacency))
     W = metropolis_target(adjacency, c)

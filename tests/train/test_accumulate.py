@@ -9,7 +9,7 @@ from peerlora.errors import ConfigError, Stopped
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.train.base import LocalPlan
-from peerlora.train.tasks import CausalLM
+from peerlora.train.tasks import TokenLosses
 
 MOST = 1e-10  # of fp64: sums of the same numbers in another order
 
@@ -45,7 +45,7 @@ def test_of_a_language_model_every_token_counts_the_same(config, monkeypatch):
     words = ("llama", *CAUSAL, *OPTIMIZERS["sgd"])
     whole, parts = config(*words, "train.batch=4"), config(*words, "train.accumulate=4", "train.batch=1")
     assert (trained(parts) - trained(whole)).abs().max() < 1e-6  # rotary tables are fp32
-    monkeypatch.delattr(CausalLM, "loss_terms")
+    monkeypatch.delattr(TokenLosses, "loss_terms")
     assert (trained(parts) - trained(whole)).abs().max() > 1e-4
 
 

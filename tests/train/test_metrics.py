@@ -14,12 +14,16 @@ from peerlora.config.task_kinds import KINDS
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError
 from peerlora.runtime.compose import compose
-from peerlora.train.metrics import Predictions, absent_classes, compute_metric
+from peerlora.train import metrics
+from peerlora.train.metrics import Predictions, absent_classes, class_margins, compute_metric
+from peerlora.train.online import learner as of_policies
 
 
-def metric(name, predicted, labels, shares=None, loss=0.0):
-    shares = None if shares is None else np.array(shares, dtype=float)
-    return compute_metric(name, Predictions(np.array(predicted, dtype=float), np.array(labels), loss, shares))
+def metric(name, predicted, labels, margins=None, loss=0.0):
+    margins = None if margins is None else np.asarray(margins, dtype=float)
+    outcomes = np.stack([np.zeros(len(predicted)), predicted], axis=1)
+    target = METRICS[name][0]
+    return compute_metric(name, target, Predictions(outcomes, np.array(labels), loss, margins))
 
 
 def of_scores(labels, second):
@@ -87,6 +91,33 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(drawn):
     assert math.isnan(found) if not areas else found == pytest.approx(np.mean(areas), abs=1e-12)
 
 
+LOGITS = st.lists(st.lists(st.floats(-40, 40, width=32), min_size=3, max_size=3), min_size=1, max_size=9)
+
+
+@given(LOGITS)
+def test_margins_are_log_odds(rows):
+    from fractions import Fraction
+
+    z = torch.tensor(rows, dtype=torch.float32)
+    found = class_margins(z)
+    assert found.dtype == torch.float64
+    for row, own in zip(z.double().tolist(), found.tolist(), strict=True):
+        for c, margin in enumerate(own):
+            others = sum(Fraction(math.exp(each - 40)) for k, each in enumerate(row) if k != c)
+            assert margin == pytest.approx(row[c] - (math.log(others) + 40), rel=1e-12, abs=1e-12)
+
+
+def test_sure_rows_are_ranked_by_how_sure_they_are():
+    """In fp32 all these shares are 1 or 0, which are ties."""
+    second = torch.tensor([20.0, 22.0, 24.0, 26.0])
+    logits = torch.stack([torch.zeros(4), second], 1)
+    assert (logits.softmax(1)[:, 1] == 1).all()
+    assert metric("auroc", [1] * 4, [0, 0, 1, 1], class_margins(logits)) == 1.0
+    assert metric("auroc", [1] * 4, [0, 1, 0, 1], class_margins(logits)) == 0.75
+    three = torch.cat([logits, torch.zeros(4, 1)], 1)
+    assert metric("auroc", [1] * 4, [0, 0, 1, 1], class_margins(three)) == 1.0
+
+
 def test_rows_of_one_class_have_no_auroc_and_no_crash():
     assert math.isnan(of_scores([1, 1], [0.2, 0.7]))
     assert metric("matthews", [0, 0], [0, 0]) == 0.0 and metric("macro-f1", [1, 1], [1, 1]) == 1.0
@@ -104,7 +135,11 @@ def test_numbers_and_tokens():
 
 def test_every_metric_has_a_direction_and_a_kind_of_task():
     assert {name for name in METRICS if not higher_is_better(name)} == {"mean-absolute-error", "perplexity"}
-    assert set(METRICS.values()) <= {kind.target for kind in KINDS.values()}
+    assert {target for targets in METRICS.values() for target in targets} == {kind.target for kind in KINDS.values()}
+    assert {(name, target) for name, targets in METRICS.items() for target in targets} == {
+        *((name, target) for target, named in metrics._COMPUTE.items() for name in named),
+        *((name, "action") for name in of_policies._METRICS),
+    }
 
 
 def test_clients_are_scored_by_their_own_logits(config):
@@ -116,17 +151,23 @@ def test_clients_are_scored_by_their_own_logits(config):
     logits = federation.learner.logits(x, rows, 5)
     for client in range(4):
         z = np.exp(logits[client])
-        shares = (z / z.sum(1, keepdims=True)).astype(np.float32)
-        assert found.metrics["auroc"][client] == metric("auroc", rows.labels, rows.labels, shares)
+        odds = z / (z.sum(1, keepdims=True) - z)
+        assert found.metrics["auroc"][client] == metric("auroc", rows.labels, rows.labels, odds)
         assert found.metrics["macro-f1"][client] == metric("macro-f1", logits[client].argmax(1), rows.labels)
     assert len(set(found.metrics["auroc"])) > 1
 
 
 def test_one_note_names_the_classes_that_evaluation_rows_lack():
     rows = Dataset(np.zeros(4, np.int32), np.arange(5), None, np.array([0, 0, 2, 2]), ("bad", "fair", "good", "best"))
-    told = "no evaluation row is of class fair, best; left out of: macro-f1, auroc"
+    told = "no evaluation row is of class fair, best; left out of: auroc; 0 in macro-f1 where a row is taken for it"
     assert absent_classes(["matthews", "macro-f1", "auroc"], rows) == (told,)
+    assert absent_classes(["balanced-accuracy"], rows) == (
+        "no evaluation row is of class fair, best; left out of: balanced-accuracy",
+    )
     assert absent_classes(["matthews"], rows) == () == absent_classes([], rows)
+    # what the note says: 0 of three classes with a prediction, nothing of a class without
+    assert metric("macro-f1", [0, 1, 2, 2], [0, 0, 2, 2]) == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert metric("balanced-accuracy", [0, 1, 2, 2], [0, 0, 2, 2]) == pytest.approx((1 / 2 + 1) / 2)
 
 
 REFUSED = {
@@ -153,7 +194,47 @@ def test_a_run_whose_evaluation_rows_lack_a_class_says_so_once_and_goes_on(confi
     (tmp_path / "eval.jsonl").write_text("\n".join(rows))
     words = [f"data.eval=jsonl:{tmp_path}/eval.jsonl", "eval.metrics=[auroc, macro-f1, balanced-accuracy]"]
     federation = compose(config("bert", *words))
-    told = "no evaluation row is of class class2; left out of: auroc, macro-f1, balanced-accuracy"
+    told = "no evaluation row is of class class2; left out of: auroc, balanced-accuracy"
+    told += "; 0 in macro-f1 where a row is taken for it"
     assert [each for each in federation.warnings if "no evaluation row" in each] == [told]
     found = federation.learner.evaluate(federation.start, federation.eval_data, 8, federation.config.eval.metrics)
     assert all(np.isfinite(values).all() for values in found.metrics.values())
+
+
+def test_a_metric_that_rounds_are_selected_by_and_a_sample_are_looked_at_too(config, texts, tmp_path):
+    rows = [row for row in texts.read_text().splitlines() if "class2" not in row]
+    (tmp_path / "eval.jsonl").write_text("\n".join(rows))
+    words = [f"data.eval=jsonl:{tmp_path}/eval.jsonl", "eval.select.metric=auroc"]
+    assert "no evaluation row is of class class2; left out of: auroc" in compose(config("bert", *words)).warnings
+    few = compose(config("bert", "eval.rows=2", "eval.metrics=[balanced-accuracy]")).warnings
+    assert [each for each in few if each.startswith("no row of the sample (eval.rows=2) is of class class")]
+    assert not any("is of class" in each for each in compose(config("bert", "eval.metrics=[auroc]")).warnings)
+
+
+LABEL_ROWS = st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=12)
+
+
+@given(LABEL_ROWS)
+def test_f1_of_several_labels_is_its_definition(rows):
+    labels, predicted = (np.array(rows, dtype=float)[:, part] for part in (slice(3), slice(3, 6)))
+
+    def by_hand(true, said):
+        right = sum(1 for one, other in zip(true, said, strict=True) if one and other)
+        precision, recall = right / max(1, sum(said)), right / max(1, sum(true))
+        return 2 * precision * recall / (precision + recall) if right else 0.0
+
+    found = Predictions(np.concatenate([np.zeros((len(rows), 1)), predicted], axis=1), labels, 0.0)
+    known = [place for place in range(3) if labels[:, place].any() or predicted[:, place].any()]
+    each = [by_hand(labels[:, place], predicted[:, place]) for place in known]
+    assert compute_metric("macro-f1", "labels", found) == pytest.approx(np.mean(each) if each else 0.0)
+    assert compute_metric("micro-f1", "labels", found) == pytest.approx(by_hand(labels.ravel(), predicted.ravel()))
+
+
+def test_metrics_of_tokens_and_tags_are_sums_over_rows():
+    """Rows of (loss, tokens, right ones), then of tags per type of entity (true, predicted, both)."""
+    of_tokens = Predictions(np.array([[1.0, 4, 3], [2.0, 1, 0]]), np.zeros(2), 0.5)
+    assert compute_metric("token-accuracy", "tokens", of_tokens) == pytest.approx(3 / 5)
+    of_tags = Predictions(np.array([[1.0, 4, 3, 1, 1, 1, 0, 2, 0], [2.0, 2, 1, 1, 0, 0, 0, 0, 0]]), np.zeros(2), 0.5)
+    assert compute_metric("token-accuracy", "tags", of_tags) == pytest.approx(4 / 6)
+    assert compute_metric("entity-f1", "tags", of_tags) == pytest.approx(2 * 1 / (2 + 3))
+    assert compute_metric("macro-f1", "tags", of_tags) == pytest.approx((2 * 1 / (2 + 1) + 0) / 2)

@@ -79,7 +79,7 @@ def test_single_precision_stays_as_near_as_rounding_allows():
     assert values.dtype == torch.float32 and (values - parameter).abs().max() < 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.floats(1e-3, 1e3))
 def test_clipping_is_torchs_per_client(seed, largest):
     found = {"A": random(CLIENTS, 5, seed=seed), "head": random(CLIENTS, 2, seed=seed + 1) * 30}

@@ -11,7 +11,7 @@ from peerlora.config.loading import load_config
 from peerlora.config.task_kinds import KINDS
 from peerlora.data.batches import Batch
 from peerlora.errors import ConfigError
-from peerlora.train.tasks import CausalLM, Classification, Regression, task
+from peerlora.train.tasks import CausalLM, Classification, MultiLabel, Regression, task
 
 DOUBLE = torch.float64
 
@@ -28,12 +28,16 @@ def surprise(chosen, *others):
 
 
 def test_the_registry_names_what_the_config_knows():
-    assert [task(name).kind.name for name in KINDS] == ["classification", "regression", "causal-lm"]
-    assert [task(name).higher_is_better for name in ("classification", "regression", "causal-lm")] == [
-        True,
-        True,
-        False,
-    ]
+    assert {name: task(name).higher_is_better for name in KINDS} == {
+        "classification": True,
+        "regression": True,
+        "multi-label": True,
+        "causal-lm": False,
+        "token-classification": True,
+        "sequence-to-sequence": False,
+        "chat": False,
+        "flow-policy": True,
+    }
 
 
 def test_classification_losses_weigh_own_rows_only():
@@ -50,6 +54,24 @@ def test_classification_score_is_accuracy_and_mean_loss():
     metric, loss = Classification().score(outcomes.numpy(), np.array([0, 1, 1]))
     assert metric == pytest.approx(2 / 3)
     assert loss == pytest.approx((surprise(1, 0) + surprise(2, 0) + surprise(0, 3)) / 3)
+
+
+def test_several_labels_are_scored_by_micro_f1_and_binary_cross_entropy():
+    logits = torch.tensor([[1.0, -2.0, 3.0], [-1.0, 0.5, -0.5], [9.0, 9.0, 9.0]], dtype=DOUBLE)
+    labels = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    made = batch(labels, [[0.5, 0.5, 0.0]])  # the last row is filler
+
+    def surprises(row):
+        return [log(1 + exp(-z if y else z)) for z, y in zip(logits[row].tolist(), labels[row], strict=True)]
+
+    expected = [sum(surprises(row)) / 3 for row in range(3)]
+    assert MultiLabel().losses(logits, made).tolist() == pytest.approx([(expected[0] + expected[1]) / 2])
+    outcomes = MultiLabel().outcomes(logits, made).numpy()
+    assert outcomes.shape == (3, MultiLabel().outcomes_width(("a", "b", "c")))
+    metric, loss = MultiLabel().score(outcomes[:2], np.array(labels[:2]))
+    assert metric == pytest.approx(2 * 2 / (3 + 3))  # three true labels, three predicted ones, two of them right
+    assert loss == pytest.approx((expected[0] + expected[1]) / 2)
+    assert MultiLabel().score(np.zeros((2, 4)), np.zeros((2, 3))) == (0.0, 0.0)
 
 
 def test_regression_loss_is_the_squared_error():
@@ -120,6 +142,7 @@ def test_a_kind_and_its_task_refer_to_each_other():
 
 @pytest.mark.parametrize("given", ["clasification", 3, ["regression"]])
 def test_an_unknown_kind_is_refused_with_those_that_exist(given):
-    told = f"task.kind: {given!r} given; input should be 'classification', 'regression' or 'causal-lm'"
+    known = [f"'{name}'" for name in KINDS]
+    told = f"task.kind: {given!r} given; input should be {', '.join(known[:-1])} or {known[-1]}"
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config({"task": {"kind": given}})

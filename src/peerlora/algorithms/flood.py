@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.schema import Schema
     from peerlora.topology.schedule import Topology
     from peerlora.train.base import Learner
+    from peerlora.train.tasks import Task
 
 _SELF_REPORTED = "a client says itself how much it counts, which a liar would use"
 _LARGEST = 20.0  # |exponent| of a confidence: e^20 to one is as good as ignoring a client
@@ -89,6 +90,8 @@ class FLood(Stateful):
             "label-flip": _SELF_REPORTED,
         },
         topology_reason="of its mixings push-sum alone, with beta above 0, can do with one-way links",
+        looks_at_rows="it scores its own rows, and weighs them and itself by the scores",
+        own_loop="it weighs and scores rows, which only the loop has",
         positive_vectors=("c",),
         local_only=("scores",),  # of the own rows one by one; w and c go out with messages
     )
@@ -170,9 +173,10 @@ class FLood(Stateful):
 
     def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client row"]:
         """E of every client's own rows."""
-        usual = "energy" if learner.task.kind.has_classes else "nll"
+        task = cast("Task", learner.task)
+        usual = "energy" if task.kind.has_classes else "nll"
         chosen = usual if self.score == "auto" else self.score
-        return learner.score(x, measure(chosen, learner.task, self.temperature))
+        return learner.score(x, measure(chosen, task, self.temperature))
 
     def confidence(self, scores: Float[Tensor, "client row"]) -> Float[Tensor, " client"]:
         """``exp(-beta mean(E) / tau_c)``."""

@@ -57,6 +57,7 @@ class HetLoRA(FactorGossip):
         unequal_ranks=None,
         training_end=IN_STEP,
         fresh_optimizer="its momentum would move ranks that were cut",
+        own_loop="it cuts ranks, and a PEFT model keeps the one it has",
     )
 
     def __post_init__(self):

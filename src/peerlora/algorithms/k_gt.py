@@ -60,6 +60,7 @@ class KGT(Stateful):
             "codec": f"x and z cross together, and {REPLICAS}",
             "robust": "its corrections sum to zero only where mixing keeps the mean, which robust rules give up",
         },
+        sends_gradients=True,
         topology_reason="its corrections must sum to zero; use dfedavg where they cannot",
     )
 

@@ -110,6 +110,7 @@ class PushDIGing(SGP):
         trains=IN_TURN,
         mixes="A and B as shares, their mass, and the tracked gradient",
         sends="sums",
+        sends_gradients=True,
         requires=Properties(column_stochastic=True),
         topology_reason="senders must hand on all they have",
         positive_vectors=("w",),

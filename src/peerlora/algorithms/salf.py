@@ -63,6 +63,7 @@ class SALF(DepthGossip):
         sends="layers",
         requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True),
         training_end=IN_STEP,
+        own_loop="it cuts backward passes short, and a loop has its own",
         topology_reason="a mask on both ends of a link keeps the sums of a symmetric W only",
     )
 

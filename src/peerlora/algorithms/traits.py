@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from peerlora.topology.properties import Properties
+
+if TYPE_CHECKING:
+    from peerlora.config.privacy import Unit
 
 Operator = Literal["none", "product-sum", "sum-product", "both"]
 """How a method averages adapters, in the words of arXiv 2508.01348.
@@ -27,6 +30,8 @@ labels.  Adapters and models can be relayed, unless a factor stays at home that 
 """
 
 ONE_FACTOR = "it sends one factor, and the other differs from client to client, so that what is sent is no model"
+RAW_GRADIENTS = "it sends mean gradients beside the change of a round, and noise covers that change alone"
+"""Why a method cannot protect a client as a whole; row by row it can, where gradients have noise of their own."""
 IN_STEP = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
 """Why a method refuses that one client alone ends its training, unless it has another reason."""
 REPLICAS = "compressed gossip keeps replicas of one set of adapters, and of nothing else"
@@ -109,10 +114,16 @@ class Traits:
     """Why the optimiser's memory cannot outlast a round, with the default settings."""
     quiet: str | None = None
     """Why there can be no rounds at the end that exchange without training."""
+    own_loop: str | None = None
+    """Why a training loop of the user's own cannot take its local steps, where nothing else says so."""
     training_end: str | None = None
     """Why one client alone cannot end its training, where the state is the adapters and nothing else says so."""
     gradients: int = 1
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
+    looks_at_rows: str | None = None
+    """How it sees own rows other than by gradients, so that no noise covers them; None: all else is post-processing."""
+    sends_gradients: bool = False
+    """Whether messages hold gradients of the local steps, and not only what follows from their outcome."""
     own_gauge: bool = False
     """Whether it leaves clients' factors in coordinates (gauges) of their own, so that their mean says little: where it
     factors averaged products anew, or turns factors towards each receiver."""
@@ -124,6 +135,8 @@ class Traits:
     """Vectors of a message, by name, that a receiver refuses unless they are above zero."""
     local_only: tuple[str, ...] = ()
     """Vectors of the state, by name, that never leave their client."""
+    flow_policies_only: bool = False
+    """Whether it learns task.kind=flow-policy and nothing else."""
 
     def refusal(self, wrapper: Wrapper) -> str | None:
         """Why the method does not go with a wrapper; None where it does."""
@@ -138,6 +151,27 @@ class Traits:
         """Why rounds without training are refused; None where they are not."""
         return self.quiet or ("its clients keep no common rounds" if self.sends == "pushes" else None)
 
+    def privacy_refusal(self, unit: Unit) -> str | None:
+        """Why rows, or clients, cannot be protected by differential privacy; None where they can."""
+        if self.flow_policies_only:
+            return "its clients learn from episodes, and have no rows"
+        if unit == "client":
+            return self.looks_at_rows or (RAW_GRADIENTS if self.sends_gradients else None)
+        twice = "it takes two gradients of each minibatch, and the second would need noise of its own"
+        return self.looks_at_rows or (twice if self.gradients > 1 else None)
+
+    def own_loop_refusal(self) -> str | None:
+        """Why a training loop of the user's own cannot take its local steps; None where it can."""
+        if self.flow_policies_only:
+            return "its clients train the blocks of flow policies in turn, and a loop trains all of its model"
+        if self.sends == "pushes":
+            return "its clients keep no common rounds, and a loop exchanges at the end of its own"
+        if self.merges_into:
+            return "it merges products into the base model, which belongs to the loop"
+        if self.gradients > 1:
+            return "it looks at each minibatch at two places, and a loop shows it at one"
+        return self.own_loop
+
     def not_with(self) -> dict[str, str]:
         """What a config may ask for that the method does not go with, and why; of its topology see ``requires``."""
         flip, attack, preferred = self.refusal("label-flip"), self.refusal("attack"), self.sgd_preferred
@@ -148,7 +182,10 @@ class Traits:
             "adversary": flip or attack and f"all but label-flip: {attack}",
             "train.local_steps > 1": self.one_step,
             "train.quiet": self.quiet_refusal(),
+            "peerlora.join": self.own_loop_refusal(),
             "train.optimizer=adamw": self.sgd_only or preferred and f"only warned of: {preferred}",
+            "privacy.unit=row": self.privacy_refusal("row"),
+            "privacy.unit=client": self.privacy_refusal("client"),
         }
         return {what: reason for what, reason in found.items() if reason}
 

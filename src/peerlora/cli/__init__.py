@@ -17,11 +17,13 @@ from peerlora.cli import (
     methods,
     peer,
     predict,
+    privacy,
     push,
     schema,
     show,
     topology,
     train,
+    watch,
 )
 from peerlora.errors import PeerloraError
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, show)
+commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, privacy, show, watch)
 for module in (*commands, export, merge, predict, push, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
 app.add_typer(identity.app, name="identity")

@@ -13,6 +13,7 @@ import typer
 
 from peerlora.cli.cluster_options import Address, Cluster, CpusPerWorker, GpusPerWorker, Workers, cluster_settings
 from peerlora.cli.options import AsJson, Out, print_json, split_config
+from peerlora.cli.watch import Watch, watched
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -42,6 +43,7 @@ def command(
     ] = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the comparison in this folder")] = None,
+    watch: Watch = False,
     json: AsJson = False,
     cluster: Cluster = None,
     address: Address = None,
@@ -52,6 +54,7 @@ def command(
     """Run methods, topologies, tasks and seeds against each other; one table, one report."""
     from peerlora.cli.progress import stop_on_interrupt
     from peerlora.errors import ConfigError
+    from peerlora.runs.store import new_folder
 
     source, overrides = split_config(words)
     if resume is not None and out is not None:
@@ -63,7 +66,9 @@ def command(
     settings = cluster_settings(
         cluster, stored, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
     )
-    with stop_on_interrupt() as stop, ExitStack() as opened:
+    if watch and out is None and resume is None:
+        out = new_folder("compare")  # known before the run begins
+    with watched(watch, resume or out), stop_on_interrupt() as stop, ExitStack() as opened:
         from peerlora.experiments.grid import search_warnings
         from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 
@@ -182,7 +187,7 @@ class GridProgress:
 def _print(result: Comparison) -> None:
     from rich.console import Console
 
-    from peerlora.experiments.table_notes import mark_notes
+    from peerlora.experiments.table_notes import mark_notes, rates_title
     from peerlora.experiments.tables import column_names, rate_columns, rate_rows, row_cells
 
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width to keep to
@@ -190,8 +195,7 @@ def _print(result: Comparison) -> None:
     rows = [row_cells(result, line, brief=True) for line in result.ranked]
     console.print(_table(title, column_names(result, brief=True), rows))
     if result.searches:
-        title = "mean client by learning rate, on rows set aside"
-        console.print(_table(title, rate_columns(result.searches), rate_rows(result.searches)))
+        console.print(_table(rates_title(result), rate_columns(result.searches), rate_rows(result.searches)))
     for note in mark_notes(result):
         console.print(note, highlight=False, markup=False)
     console.print(f"report: {result.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

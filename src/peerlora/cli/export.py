@@ -26,13 +26,16 @@ def command(
 ) -> None:
     """Write one client's adapter, or the average, as a folder that PEFT loads."""
     which = chosen_model("export", client, average, model)
+    from peerlora.runtime.model_choice import ModelChoice
+
+    choice = ModelChoice(client, which, rank, exact)
     if with_base:
         from peerlora.runtime.whole_model import export_with_base
 
-        export_with_base(run, to, client, rank, which, exact)
+        export_with_base(run, to, choice)
     else:
         from peerlora.runtime.export import export_from_run
 
-        export_from_run(run, to, client, rank, which, exact)
+        export_from_run(run, to, choice)
     told = {"run": str(run), "client": client, "to": str(to)} | ({"model": model} if model else {})
     print_json(told) if json else print(f"wrote {to}")

@@ -43,8 +43,13 @@ def command(
     if json:
         print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})
         return
-    print(f"wrote {to}: text {', '.join(guess.text)}; label {guess.label or 'none'}; {guess.kind}")
-    print(f"label {guess.label or 'none'}: {guess.reason}; --label NAME takes another, --text NAME another text")
+    if guess.columns:
+        told = ", ".join(f"{role} {name}" for role, name in guess.columns.items())
+        print(f"wrote {to}: {told}; {guess.kind}")
+        print(f"{guess.kind}: {guess.reason}; --text NAME trains on all tokens of a column, --label NAME classifies")
+    else:
+        print(f"wrote {to}: text {', '.join(guess.text)}; label {guess.label or 'none'}; {guess.kind}")
+        print(f"label {guess.label or 'none'}: {guess.reason}; --label NAME takes another, --text NAME another text")
     for candidate in guess.candidates[:_SHOWN]:
         print(f"  {_described(candidate)}")
     print(f"budget: {first.budget}; {'lower train.rounds for less' if first.epochs > _MANY else 'see train.rounds'}")

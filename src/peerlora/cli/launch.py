@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peerlora.cli.options import AsJson, Out, Overrides, print_json
+from peerlora.cli.watch import Watch, watched
 from peerlora.display import format_fixed
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def command(
     kill: Kill = None,
     stop: Stop = None,
     cut: Cut = None,
+    watch: Watch = False,
     json: AsJson = False,
 ) -> None:
     """Run a whole federation as real processes on this machine, with throw-away identities."""
@@ -39,6 +41,7 @@ def command(
 
     from peerlora.cli.progress import stop_on_interrupt
     from peerlora.config.loading import load_config
+    from peerlora.runs.store import new_folder
     from peerlora.runtime.launch.faults import parse_fault
 
     chosen = load_config(config, [*(words or []), *([f"clients={peers}"] if peers is not None else [])])
@@ -48,7 +51,9 @@ def command(
     signals = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signals.append(signal.SIGHUP)  # the peers, in sessions of their own, don't hear that the terminal was closed
-    with LaunchProgress() as progress, stop_on_interrupt(*signals) as stopping:
+    if watch and out is None:
+        out = new_folder("launch")  # known before the run begins
+    with watched(watch, out), LaunchProgress() as progress, stop_on_interrupt(*signals) as stopping:
         from peerlora.runtime.launch.processes import launch
 
         summary = launch(chosen, out, faults, listener=progress, stop=stopping)

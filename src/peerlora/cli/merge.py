@@ -14,7 +14,8 @@ def command(
     client: Annotated[int | None, typer.Option("--client", help="the client whose model to write")] = None,
     average: Annotated[bool, typer.Option("--average", help="write the model of the average of all clients")] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="own or relayed; by default the one that the run deploys")
+        str | None,
+        typer.Option("--model", help="own, relayed, averaged or best; by default the one that is deployed"),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="precision of the files: fp32, bf16 or fp16")] = "fp32",
     json: AsJson = False,
@@ -23,9 +24,10 @@ def command(
     from peerlora.errors import ConfigError
 
     which = chosen_model("merge", client, average, model)
+    from peerlora.runtime.model_choice import ModelChoice
     from peerlora.runtime.whole_model import Precision, merge_from_run
 
     if dtype not in get_args(Precision):
         raise ConfigError(f"--dtype {dtype} given; expected one of {', '.join(get_args(Precision))}")
-    merge_from_run(run, to, client, which, cast(Precision, dtype))
+    merge_from_run(run, to, ModelChoice(client, which), cast(Precision, dtype))
     print_json({"run": str(run), "client": client, "to": str(to)}) if json else print(f"wrote {to}")

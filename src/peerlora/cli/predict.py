@@ -32,7 +32,8 @@ def command(
     if text and len(text) > 2:
         raise ConfigError(f"--text given {len(text)} times; a row has one text, or two for pairs")
     from peerlora.runs.write_failures import write_failures_told
-    from peerlora.runtime.predict import load_served, predict
+    from peerlora.runtime.predict import predict
+    from peerlora.runtime.serving import load_served
 
     served = load_served(folder, tuple(text or ()), max_length)
     answers = predict(served, rows, batch, new_tokens)

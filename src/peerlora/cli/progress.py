@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from peerlora.display import format_bytes, format_fixed
+from peerlora.display import format_bytes, format_fixed, format_now
 from peerlora.runs.events import (
     CaughtUp,
     Evaluated,
@@ -29,6 +29,7 @@ from peerlora.runs.events import (
 )
 from peerlora.runs.further_scores import describe_best, describe_further
 from peerlora.runs.metrics import scores_of, worst_of
+from peerlora.runs.privacy_summary import describe_privacy
 
 if TYPE_CHECKING:
     from peerlora.experiments.demo import DemoReport
@@ -55,10 +56,13 @@ def stop_on_interrupt(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
 
 
 class Progress:
-    """Shows a run's events; a context manager that owns the live table."""
+    """Shows a run's events; a context manager that owns the live table.
 
-    def __init__(self, title: str = ""):
-        self.title = title
+    ``timestamps``: lines begin with the time, where there is no table.
+    """
+
+    def __init__(self, title: str = "", timestamps: bool = False):
+        self.title, self.timestamps, self.indent = title, timestamps, "" if timestamps else "  "
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, transient=True) if self.console.is_terminal else None
         self.started: RunStarted | None = None
@@ -81,29 +85,15 @@ class Progress:
         if isinstance(event, RunStarted):
             self.started, self.began = event, time.monotonic()
             self.title = self.title or event.method
-            self._line(f"{self.title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads")
-            if event.held:
-                self._line(f"this is {self._name(event.held[0])}; consensus is that of its neighbourhood, of no more")
-            for note in event.notes:
-                self._line(note)
-        elif isinstance(event, Warned):
-            self.console.print(f"warning: {event.message}", highlight=False, markup=False, soft_wrap=True)
-        elif isinstance(event, Resumed):
-            self.console.print(f"going on after round {event.round}", highlight=False)
-        elif isinstance(event, Joined):
-            self._line(f"beginning with {', '.join(map(self._name, event.reached)) or 'nobody'}")
-        elif isinstance(event, NeighbourChanged):
-            text = f"{self._name(event.client)}: {event.kind}" + (f" ({event.detail})" if event.detail else "")
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        elif isinstance(event, CaughtUp):
-            how = f" with the state of {self._name(event.client)}" if event.pulled else ""
-            self.console.print(f"fell behind; going on from round {event.round} to {event.to}{how}", highlight=False)
         elif isinstance(event, Evaluated):
             self.evaluated = event
         elif isinstance(event, RoundDone):
             self.first_round = event.round if self.first_round is None else self.first_round
             self.bytes_sent += event.bytes_sent
             self._round(event)
+        for line in describe_event(event, self._name, self.title):
+            if not (self.live and isinstance(event, RunStarted | Joined)):
+                self._line(line)
 
     def _name(self, client: int) -> str:
         return (self.started.names.get(str(client)) if self.started else None) or f"client {client}"
@@ -113,7 +103,7 @@ class Progress:
             self.live.update(self._table(event))
         elif time.monotonic() - self.printed > 2:
             self.printed = time.monotonic()
-            self._line("  " + ", ".join(f"{name} {value}" for name, value in self._facts(event).items()))
+            self._line(self.indent + ", ".join(f"{name} {value}" for name, value in self._facts(event).items()))
 
     def _facts(self, event: RoundDone) -> dict[str, str]:
         rounds = self.started.rounds if self.started else None
@@ -148,8 +138,30 @@ class Progress:
         return table
 
     def _line(self, text: str) -> None:
-        if not self.live:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        stamp = "" if self.live or not self.timestamps else f"{format_now()} "
+        self.console.print(stamp + text, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_event(event: Event, name: Callable[[int], str], title: str) -> list[str]:
+    """Describe an event that is worth lines of its own; ``name``: of a client; ``title``: of the run."""
+    if isinstance(event, RunStarted):
+        lines = [f"{title}: {event.clients} clients, {event.rounds} rounds, {event.threads} threads"]
+        if event.held:
+            me = event.names.get(str(event.held[0])) or f"client {event.held[0]}"
+            lines.append(f"this is {me}; consensus is that of its neighbourhood, of no more")
+        return lines + event.notes
+    if isinstance(event, Warned):
+        return [f"warning: {event.message}"]
+    if isinstance(event, Resumed):
+        return [f"going on after round {event.round}"]
+    if isinstance(event, Joined):
+        return [f"beginning with {', '.join(map(name, event.reached)) or 'nobody'}"]
+    if isinstance(event, NeighbourChanged):
+        return [f"{name(event.client)}: {event.kind}" + (f" ({event.detail})" if event.detail else "")]
+    if isinstance(event, CaughtUp):
+        how = f" with the state of {name(event.client)}" if event.pulled else ""
+        return [f"fell behind; going on from round {event.round} to {event.to}{how}"]
+    return []
 
 
 def _without_nan(values: Sequence[float]) -> list[float]:
@@ -187,7 +199,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, summary in rows:
         console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
-        for line in (*describe_further(summary["metric"], summary), *describe_best(summary)):
+        told = (*describe_further(summary["metric"], summary), *describe_best(summary))
+        for line in (*told, *describe_privacy(summary.get("privacy"))):
             console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
         if deployed := summary.get("deployed"):
             console.print(f"{name}: the {deployed} models are deployed", highlight=False, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from peerlora.cli.options import AsJson, print_json
 
 def command(
     folder: Annotated[Path, typer.Argument(help="a folder of `peerlora merge` or `peerlora export`")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; NAME alone: one of yours")],
     base: Annotated[str | None, typer.Option("--base", help="hub id of an adapter's base model, in its place")] = None,
     public: Annotated[bool, typer.Option("--public", help="a new repository is public; private by default")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be uploaded; no network")] = False,

@@ -11,7 +11,9 @@ FILES = ("report.html", "metrics.parquet", "events.jsonl", "config.yaml", "summa
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="a run's folder, or one that holds several, such as a demo's")],
+    run: Annotated[
+        Path, typer.Argument(help="a run's folder, or one that holds several: a demo's, launched peers, a comparison")
+    ],
     json: AsJson = False,
 ) -> None:
     """Show how a run stands: its progress, its results, its files."""
@@ -32,7 +34,8 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    return sorted(each.parent for each in folder.glob("*/run.json"))
+    """The runs right below a folder; of a comparison, its trials."""
+    return sorted(each.parent for each in [*folder.glob("*/run.json"), *folder.glob("cells/*/run.json")])
 
 
 def _describe(run: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from peerlora.cli.cluster_options import Address, Cluster, CpusPerWorker, GpusPerWorker, Workers, cluster_settings
 from peerlora.cli.options import AsJson, Out, print_json, split_config
+from peerlora.cli.watch import Watch, watched
 
 
 def command(
@@ -17,6 +18,7 @@ def command(
     ] = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+    watch: Watch = False,
     json: AsJson = False,
     cluster: Cluster = None,
     address: Address = None,
@@ -28,6 +30,7 @@ def command(
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
     from peerlora.config.loading import load_config
     from peerlora.errors import ConfigError
+    from peerlora.runs.resume import default_folder
 
     config, overrides = split_config(words)
     if resume is None and config is None and not overrides:
@@ -40,7 +43,9 @@ def command(
     where = partial(
         cluster_settings, cluster, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
     )
-    with Progress() as progress, stop_on_interrupt() as stop:
+    if watch and out is None and wanted is not None and resume is None:
+        out = default_folder(wanted)  # known before the run begins
+    with watched(watch, resume or out), Progress() as progress, stop_on_interrupt() as stop:
         from peerlora.runtime.cluster import run as runtime
 
         if resume is None:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Literal
 
 from peerlora.config.base import Batch, Positive, Section
+from peerlora.config.generation import GenerateConfig
 from peerlora.config.metrics import LOSS, misfit
 from peerlora.config.task_kinds import TaskKind
 
@@ -36,6 +37,15 @@ class EvalConfig(Section):
     """Keep each client's adapters of its best evaluation beside the last, as {metric: loss}; null: only the last."""
     patience: Positive | None = None
     """With `select`: evaluations without a better value after which a client trains no more; it goes on mixing."""
+
+    generate: GenerateConfig | None = None
+    """Answers that models write at the end of a run with task.kind=chat, beside the expected ones; null: none."""
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The metrics that are asked for by name, to list or to select by."""
+        chosen = self.select.metric if self.select else None
+        return tuple(dict.fromkeys([*self.metrics, *([chosen] if chosen else [])]))
 
     def contradiction(self, kind: TaskKind) -> str | None:
         """What cannot hold together, or does not fit the task, and what to do; None where all can."""

@@ -10,19 +10,22 @@ from peerlora.errors import nearest
 
 LOSS = "loss"
 """What every task has, beside its metric; lower is better."""
-METRICS: dict[str, Target] = {
-    "accuracy": "class",
-    "balanced-accuracy": "class",
-    "macro-f1": "class",
-    "micro-f1": "class",
-    "matthews": "class",
-    "auroc": "class",
-    "pearson": "number",
-    "spearman": "number",
-    "mean-absolute-error": "number",
-    "perplexity": "tokens",
+METRICS: dict[str, tuple[Target, ...]] = {
+    "accuracy": ("class",),
+    "balanced-accuracy": ("class",),
+    "macro-f1": ("class", "labels", "tags"),
+    "micro-f1": ("class", "labels"),
+    "matthews": ("class",),
+    "auroc": ("class",),
+    "pearson": ("number",),
+    "spearman": ("number",),
+    "mean-absolute-error": ("number",),
+    "perplexity": ("tokens", "text"),
+    "token-accuracy": ("tokens", "text", "tags"),
+    "entity-f1": ("tags",),
+    "share-of-optimum": ("action",),
 }
-"""Name -> what a task has to predict."""
+"""Name -> what a task has to predict, one of these."""
 _LOWER = (LOSS, "mean-absolute-error", "perplexity")
 
 
@@ -33,7 +36,7 @@ def higher_is_better(metric: str) -> bool:
 
 def metrics_of(kind: TaskKind) -> list[str]:
     """The further metrics that fit a task."""
-    return [name for name, target in METRICS.items() if target == kind.target]
+    return [name for name, targets in METRICS.items() if kind.target in targets]
 
 
 def misfit(metric: str, kind: TaskKind) -> str | None:

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.policy import POLICY_DEFAULTS, policy_contradiction
+from peerlora.config.privacy import PrivacyConfig
 from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
     AdapterConfig,
@@ -16,8 +18,10 @@ from peerlora.config.sections import (
     ClockConfig,
     DataConfig,
     DirichletPartition,
+    EnvironmentPartition,
     EvalConfig,
     ModelConfig,
+    OnlineConfig,
     PartitionConfig,
     PeerConfig,
     Positive,
@@ -28,7 +32,8 @@ from peerlora.config.sections import (
     TopologyConfig,
     TrainConfig,
 )
-from peerlora.config.task_kinds import task_kind
+from peerlora.config.task_kinds import TaskKind, task_kind
+from peerlora.config.tracking import TrackConfig
 from peerlora.plugins import METHODS
 
 
@@ -42,7 +47,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = DirichletPartition(kind="dirichlet")
-    """How rows are divided among clients: iid, dirichlet, shares, column or quantity; own at a real site."""
+    """How rows are divided: iid, dirichlet, shares, column or quantity; own at a real site; environment: no rows."""
     clients: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Participants; each trains on its own rows only."""
     topology: TopologyConfig = RandomGraph(kind="random")
@@ -52,6 +57,9 @@ class RunConfig(Section):
     adversary: AdversaryConfig | None = None
     """Clients that attack, to see what a method makes of them; null: nobody does."""
     train: TrainConfig = TrainConfig()
+    online: OnlineConfig = OnlineConfig()
+    privacy: PrivacyConfig | None = None
+    """Differential privacy of rows or clients, such as {epsilon: 8}; null: none is promised."""
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     clock: ClockConfig | None = None
@@ -59,6 +67,7 @@ class RunConfig(Section):
     peer: PeerConfig = PeerConfig()
     cluster: ClusterConfig | None = None
     """Compute on workers of a cluster: {workers: 4, gpus_per_worker: 1}; null: in one process."""
+    track: TrackConfig = TrackConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU (not yet measured)."""
     threads: Positive | None = None
@@ -78,6 +87,22 @@ class RunConfig(Section):
     @classmethod
     def _word_is_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _words_are_trackers(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str) else value
+        return {"to": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _take_policy_defaults(self):
+        """What a flow policy needs in another way than a model of rows, where the config does not say."""
+        if task_kind(self.task.kind).acts:
+            for name, settings in POLICY_DEFAULTS.items():
+                self._fill(name, settings)
+            if "partition" not in self.model_fields_set:
+                object.__setattr__(self, "partition", EnvironmentPartition(kind="environment"))
+        return self
 
     @model_validator(mode="after")
     def _one_per_client(self):
@@ -99,14 +124,12 @@ class RunConfig(Section):
                 f"partition.counts add up to {sum(self.partition.counts)}, clients is {self.clients}; make them equal"
             )
         kind = task_kind(self.task.kind)
-        if self.partition.kind == "own" and kind.has_classes and not self.task.labels:
+        if self.partition.kind == "own" and kind.has_names and not self.task.labels:
             raise ValueError(
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"
             )
-        if kind.has_label and self.data.label is None:
-            raise ValueError(f"task.kind={self.task.kind} needs data.label, the column with the label")
-        if flaw := self.eval.contradiction(kind):
+        if flaw := policy_contradiction(self) or self._misfit(kind):
             raise ValueError(flaw)
         if self.train.class_weights != "none" and not kind.has_classes:
             raise ValueError(
@@ -119,6 +142,24 @@ class RunConfig(Section):
                 "has none of; use train.label_prior=none"
             )
         return self
+
+    def _misfit(self, kind: TaskKind) -> str | None:
+        """What of the rows and of the evaluation does not fit the task; None if all does."""
+        return self.data.contradiction(kind) or self._ungenerated(kind) or self.eval.contradiction(kind)
+
+    def _ungenerated(self, kind: TaskKind) -> str | None:
+        """Why ``eval.generate`` cannot be had; None if it can."""
+        wanted = self.eval.generate
+        if wanted is None:
+            return None
+        if not kind.is_chat:
+            return f"eval.generate given; task.kind={kind.name} writes no answers; remove it, or use task.kind=chat"
+        if self.data.loss_on != "answers":
+            return f"eval.generate given; data.loss_on={self.data.loss_on} does not tell answers apart; use answers"
+        if wanted.client >= self.clients:
+            last = self.clients - 1
+            return f"eval.generate.client={wanted.client} given; {self.clients} clients are numbered 0 to {last}"
+        return None
 
     @model_validator(mode="after")
     def _take_defaults(self, info: ValidationInfo):
@@ -156,6 +197,11 @@ class RunConfig(Section):
     def batches(self) -> list[int]:
         """The rows per step of every client."""
         return self.train.batch if isinstance(self.train.batch, list) else [self.train.batch] * self.clients
+
+    @property
+    def training_samples(self) -> int:
+        """The rows that all clients together train on in a whole run, each as often as it is used."""
+        return self.train.training_rounds * self.train.minibatches * sum(self.batches)
 
     def to_yaml(self) -> str:
         """The whole config, defaults written out, in the order of the sections."""

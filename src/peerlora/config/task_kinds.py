@@ -5,13 +5,31 @@ A kind's losses and metric are a ``Task`` (``train.tasks``), to which it refers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "tokens"]
+Target = Literal["class", "number", "labels", "tokens", "tags", "text", "action"]
+Names = Mapping[str, tuple[str, ...]]
+"""Role of a column -> the names that it usually has, in lower case."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to spell rows that are no texts with a label: the roles of their columns."""
+
+    needed: Names
+    optional: Names = field(default_factory=dict)
+
+    def fits(self, roles: Collection[str]) -> bool:
+        """Whether these are the roles of this form's columns."""
+        return set(self.needed) <= set(roles) <= {*self.needed, *self.optional}
+
+    def __str__(self) -> str:
+        more = f" (and perhaps {', '.join(self.optional)})" if self.optional else ""
+        return f"{' and '.join(self.needed)}{more}"
 
 
 @dataclass(frozen=True)
@@ -20,17 +38,21 @@ class TaskKind:
 
     name: str
     target: Target
-    """What a model predicts of a row: a class or a number, both in the column ``data.label``, or its next tokens."""
+    """What a model predicts of a row: a class, a number or several labels, all in the column ``data.label``; its next
+    tokens; a class of each word; a text, which a decoder writes for what an encoder has read; or, without rows, an
+    action in the state of an environment."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
-    """PEFT's task type, by which it chooses target layers and heads."""
+    """PEFT's task type, by which it chooses target layers and heads; empty: none."""
     auto_model: str
-    """Name of the class in ``transformers`` that loads the base model."""
+    """Name of the class in ``transformers`` that loads the base model; empty: none does."""
     texts: int = 2
     """Most columns of text in a row."""
     tokens: int = 1
     """Fewest tokens of a row."""
+    forms: tuple[Form, ...] = ()
+    """The ways in which rows may be spelled, the preferred one first; (): texts, with a label where there is one."""
 
     @property
     def has_classes(self) -> bool:
@@ -38,22 +60,88 @@ class TaskKind:
         return self.target == "class"
 
     @property
+    def has_names(self) -> bool:
+        """Whether the outputs of a model's head have names: those of classes, or of the tags of words."""
+        return self.target in ("class", "labels", "tags")
+
+    @property
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
-        return self.target != "tokens"
+        return self.target in ("class", "number", "labels")
+
+    @property
+    def acts(self) -> bool:
+        """Whether clients act in environments, in place of reading rows."""
+        return self.target == "action"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows are chats, of which the answers are learned."""
+        return self.target == "tokens" and bool(self.forms)
+
+    @property
+    def has_language_head(self) -> bool:
+        """Whether a model's own head, over its vocabulary, says what is predicted, so that none is drawn or trained."""
+        return self.target in ("tokens", "text")
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether a model predicts the next token at every place of a row."""
+        return self.target == "tokens"
 
     def model_options(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that shape the model's head; ``names``: those of the classes."""
-        if self.target == "class":
-            return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if self.has_names:
+            kind = {"problem_type": "multi_label_classification"} if self.target == "labels" else {}
+            return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kind}
         return {"num_labels": 1, "problem_type": "regression"} if self.target == "number" else {}
 
 
 _SEQUENCE = "AutoModelForSequenceClassification"
+_SYSTEM = {"system": ("system", "system_prompt")}
+CHAT_FORMS = (
+    Form({"messages": ("messages", "conversations", "conversation")}),
+    Form(
+        {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
+        {"input": ("input", "context"), **_SYSTEM},
+    ),
+    Form(
+        {"prompt": ("prompt", "question", "query"), "completion": ("completion", "response", "answer", "output")},
+        _SYSTEM,
+    ),
+)
+TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")}),)
+PAIR_FORMS = (
+    Form(
+        {
+            "prompt": ("prompt", "source", "input", "question", "query", "document", "article", "dialogue", "text"),
+            "completion": ("completion", "target", "output", "answer", "response", "summary", "highlights"),
+        }
+    ),
+)
 _KINDS = (
     TaskKind("classification", "class", "peerlora.train.tasks:Classification", "SEQ_CLS", _SEQUENCE),
     TaskKind("regression", "number", "peerlora.train.tasks:Regression", "SEQ_CLS", _SEQUENCE),
+    TaskKind("multi-label", "labels", "peerlora.train.tasks:MultiLabel", "SEQ_CLS", _SEQUENCE),
     TaskKind("causal-lm", "tokens", "peerlora.train.tasks:CausalLM", "CAUSAL_LM", "AutoModelForCausalLM", 1, 2),
+    TaskKind(
+        "token-classification",
+        "tags",
+        "peerlora.train.tasks:TokenClassification",
+        "TOKEN_CLS",
+        "AutoModelForTokenClassification",
+        forms=TAG_FORMS,
+    ),
+    TaskKind(
+        "sequence-to-sequence",
+        "text",
+        "peerlora.train.tasks:SequenceToSequence",
+        "SEQ_2_SEQ_LM",
+        "AutoModelForSeq2SeqLM",
+        forms=PAIR_FORMS,
+    ),
+    TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
+    TaskKind("flow-policy", "action", "peerlora.train.online.task:FlowPolicyTask", "", "", 0, 0),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 
@@ -71,7 +159,13 @@ def task_kind(name: Any) -> TaskKind:
 
 
 def register_task(
-    name: str, target: Target, peft_type: str, auto_model: str = _SEQUENCE, texts: int = 2, tokens: int = 1
+    name: str,
+    target: Target,
+    peft_type: str,
+    auto_model: str = _SEQUENCE,
+    texts: int = 2,
+    tokens: int = 1,
+    forms: tuple[Form, ...] = (),
 ) -> Callable[[type[Any]], type[Any]]:
     """Register the Task class that this decorates (see ``train.tasks.Task``) as ``task.kind=NAME``.
 
@@ -80,7 +174,8 @@ def register_task(
 
     def register(task: type[Any]) -> type[Any]:
         where = f"{task.__module__}:{task.__qualname__}"
-        TASKS.register(name, TaskKind(name, target, where, peft_type, auto_model, texts, tokens), task.__module__)
+        kind = TaskKind(name, target, where, peft_type, auto_model, texts, tokens, forms)
+        TASKS.register(name, kind, task.__module__)
         return task
 
     return register

@@ -3,7 +3,7 @@
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from peerlora.config.base import Batch, Positive, PositiveFloat, Rate, Section, Share
 
@@ -15,6 +15,8 @@ class TrainConfig(Section):
 
     rounds: Positive = 100
     """Exchanges in all."""
+    epochs: PositiveFloat | None = None
+    """In place of `rounds`: how often clients train on as many rows as there are; null: as `rounds` says."""
     quiet: Rate = 0.0
     """Share of the rounds, at the end, in which clients exchange and do not train."""
     local_steps: Positive = 10
@@ -58,6 +60,14 @@ class TrainConfig(Section):
     max_seconds: PositiveFloat | None = None
     """Seconds after which the run ends, with the round under way, resumed ones included; null: after `rounds`."""
 
+    @model_validator(mode="after")
+    def _one_budget(self):
+        if self.epochs is not None and "rounds" in self.model_fields_set:
+            raise ValueError(
+                f"rounds={self.rounds} and epochs={self.epochs:g} given, and each is the whole budget; drop one of them"
+            )
+        return self
+
     @property
     def quiet_rounds(self) -> int:
         """Rounds without training, at the end."""
@@ -67,6 +77,11 @@ class TrainConfig(Section):
     def training_rounds(self) -> int:
         """Rounds with training; the schedule of the rate runs over these."""
         return self.rounds - self.quiet_rounds
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches that a client trains on between two exchanges."""
+        return self.local_steps * self.accumulate
 
     def is_quiet(self, t: int) -> bool:
         """Whether clients exchange without training in round ``t``, counted from 0."""

@@ -8,10 +8,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from peerlora.data.dataset import Dataset
+from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.randomness import numpy_generator
 
 
@@ -21,6 +21,8 @@ class Origin:
 
     data: Dataset
     numbers: Int[np.ndarray, " row"]
+    parts: Sequence[np.ndarray] = ()
+    """Rows that one holder has of the data, of each holder: what is computed of several rows at once is of one part."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,23 @@ class Batch:
     inputs: dict[str, Tensor]
     """input_ids, attention_mask and perhaps token_type_ids, each [client*row, token]."""
     labels: Tensor
-    """[client*row]"""
+    """[client*row], or [client*row, label]"""
     weights: Float[Tensor, "client row"]
     """1/rows on a client's own rows, 0 on filler rows of clients with a smaller batch."""
     extents: list[tuple[int, int]]
     """Each client's own (rows, longest row in tokens)."""
     origin: Origin | None = None
+    targets: Tensor | None = None
+    """[client*row, token], where the data set has some; UNLEARNED on padding."""
+    written: list[int] | None = None
+    """Each client's longest row of targets, where a decoder writes them; their padding is on the right."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         labels, weights = (value.to(device, non_blocking=True) for value in (self.labels, self.weights))
-        return replace(self, inputs=inputs, labels=labels, weights=weights)
+        targets = None if self.targets is None else self.targets.to(device, non_blocking=True)
+        return replace(self, inputs=inputs, labels=labels, weights=weights, targets=targets)
 
 
 def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype, pad_left: bool = False) -> Batch:
@@ -51,35 +58,64 @@ def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dt
     """
     width = max(len(own) for own in rows)
     numbers = np.concatenate([np.concatenate([own, np.full(width - len(own), own[0])]) for own in rows])
-    lengths = data.lengths[numbers]
-    longest = int(lengths.max())
+    longest = int(data.lengths[numbers].max())
     weights = torch.zeros(len(rows), width, dtype=dtype)
     for own, weight in zip(rows, weights, strict=True):
         weight[: len(own)] = 1 / len(own)
     labels = torch.from_numpy(data.labels[numbers])
+    inside, source = _places(data.starts, numbers, longest, pad_left)
     return Batch(
-        inputs=_padded(data, numbers, lengths, longest, pad, pad_left),
+        inputs=_padded(data, inside, source, pad),
         labels=labels.to(dtype) if labels.is_floating_point() else labels,
         weights=weights,
         extents=[(len(own), int(data.lengths[own].max())) for own in rows],
         origin=Origin(data, numbers),
+        targets=_targets(data, numbers, longest, inside, source),
+        written=_written(data, rows),
     )
 
 
-def _padded(
-    data: Dataset, numbers: np.ndarray, lengths: np.ndarray, longest: int, pad: int, pad_left: bool
-) -> dict[str, Tensor]:
+def _targets(
+    data: Dataset, numbers: np.ndarray, longest: int, inside: np.ndarray, source: np.ndarray
+) -> Int[Tensor, "row token"] | None:
+    """Targets by the places of the tokens, or of a decoder in a rectangle of their own."""
+    if data.targets is not None and data.target_starts is not None:
+        most = int(np.diff(data.target_starts)[numbers].max())
+        width = most + (most == longest)  # by their widths, layers tell activations of the decoder from others
+        inside, source = _places(data.target_starts, numbers, width, False)
+    return None if data.targets is None else _laid_out(data.targets, inside, source, UNLEARNED)
+
+
+def _written(data: Dataset, rows: Sequence[np.ndarray]) -> list[int] | None:
+    if data.target_starts is None:
+        return None
+    lengths = np.diff(data.target_starts)
+    return [int(lengths[own].max()) for own in rows]
+
+
+def _places(
+    starts: np.ndarray, numbers: np.ndarray, longest: int, pad_left: bool
+) -> tuple[Bool[np.ndarray, "row token"], Int[np.ndarray, " real"]]:
+    """Which places of the rectangle hold tokens, and where these lie in the data set."""
+    lengths = np.diff(starts)[numbers]
     place = np.arange(longest) - (longest - lengths[:, None] if pad_left else 0)  # [row, token]
     inside = (place >= 0) & (place < lengths[:, None])
-    source = (data.starts[numbers][:, None] + place)[inside]
-    ids = np.full(inside.shape, pad, dtype=np.int64)
-    ids[inside] = data.ids[source]
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(inside.astype(np.int64))}
+    return inside, (starts[numbers][:, None] + place)[inside]
+
+
+def _padded(data: Dataset, inside: np.ndarray, source: np.ndarray, pad: int) -> dict[str, Tensor]:
+    mask = torch.from_numpy(inside.astype(np.int64))
+    inputs = {"input_ids": _laid_out(data.ids, inside, source, pad), "attention_mask": mask}
     if data.types is not None:
-        types = np.zeros(inside.shape, dtype=np.int64)
-        types[inside] = data.types[source]
-        inputs["token_type_ids"] = torch.from_numpy(types)
+        inputs["token_type_ids"] = _laid_out(data.types, inside, source, 0)
     return inputs
+
+
+def _laid_out(values: np.ndarray, inside: np.ndarray, source: np.ndarray, filler: int) -> Int[Tensor, "row token"]:
+    """Values by token as a rectangle, ``filler`` on padding."""
+    found = np.full(inside.shape, filler, dtype=np.int64)
+    found[inside] = values[source]
+    return torch.from_numpy(found)
 
 
 class Shards:

@@ -23,11 +23,14 @@ class Columns:
     """``data.label``, where the task has one"""
     owner: str | None = None
     """``partition.column``, where rows are divided by it"""
+    roles: tuple[str, ...] = ()
+    """Those of ``data.columns``"""
 
     def settings(self) -> dict[str, str]:
         """By column the setting that names it."""
         others = {self.label: "data.label", self.owner: "partition.column"}
-        return {name: word for name, word in others.items() if name is not None} | dict.fromkeys(self.text, "data.text")
+        named = {name: word for name, word in others.items() if name is not None}
+        return named | dict.fromkeys(self.roles, "data.columns") | dict.fromkeys(self.text, "data.text")
 
 
 def check_columns(names: Sequence[str], columns: Columns) -> list[str]:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from lzma import LZMAError
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -54,15 +55,25 @@ def has_header_line(source: str) -> bool:
 
 
 def class_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
-    """The class names behind an integer column, where the `datasets` library left them in the table's metadata."""
+    """The class names behind a column of integers, or of lists of them, where `datasets` left them in the metadata."""
     note = (table.schema.metadata or {}).get(b"huggingface")
-    if note is None or column not in table.column_names or not pa.types.is_integer(table.schema.field(column).type):
+    if note is None or column not in table.column_names:
+        return None
+    kind = table.schema.field(column).type
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not pa.types.is_integer(kind.value_type if nested else kind):
         return None
     try:
-        names = json.loads(note)["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        feature = json.loads(note)["info"]["features"][column]
+        names = _inner(feature)["names"] if nested else feature["names"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     return tuple(names) if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None
+
+
+def _inner(feature: Any) -> Any:
+    """What a list holds, in the ways that versions of `datasets` write it."""
+    return feature[0] if isinstance(feature, list) else feature["feature"]
 
 
 def _parse(source: str) -> tuple[str, str]:

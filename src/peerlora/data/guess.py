@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number, whole_number
-from peerlora.data.row_forms import refuse_other_rows
+from peerlora.data.row_forms import TOKENS_PER_WORD, find_form
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
 
@@ -44,6 +44,9 @@ LABELS = (
     "severity",
     "priority",
     "similarity",
+    "categories",
+    "topics",
+    "genres",
     "y",
 )
 ASIDE = re.compile(  # columns about rows, which are labels only where there is no other
@@ -61,7 +64,6 @@ PAIRS = (
 )
 NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
-TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Guess:
     """What a data file seems to be for."""
 
     text: list[str]
-    """One column, or the two of a pair."""
+    """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression or causal-lm."""
+    """The ``task.kind``: classification, regression, multi-label, causal-lm, token-classification or chat."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -91,6 +93,8 @@ class Guess:
     """Why this label, or none."""
     candidates: tuple[Candidate, ...] = ()
     """The columns that could be the label, the chosen one first."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column by role, of chats and of words with tags."""
 
 
 def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
@@ -109,15 +113,16 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     usual = None if unlabelled else _named_label(table, text)
     if label is None and not text:
         few = [name for name in _plain_names(table) if _is_few(table, name)]
-        refuse_other_rows(table, few, usual, source)
+        if form := find_form(table, few, usual, source):
+            texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
+            return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
     found = list(text) or _text_columns(table, given or usual, source)
     chosen = None if unlabelled else given or usual or _few_values(table, found)
     kind = _kind(table, chosen) if chosen else "causal-lm"
     found = found if chosen or text else found[:1]
-    clients = max(2, min(10, table.num_rows // 8))
     candidates = _candidates(table, found, chosen)
     reason = "given by --label" if label is not None else _reason(table, chosen, usual, candidates)
-    return Guess(found, chosen, kind, _max_length(table, found), clients, reason, candidates)
+    return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
 
 
 def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:
@@ -134,10 +139,10 @@ def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: S
 
 def _with_numbers(table: pa.Table) -> pa.Table:
     """The table with columns of text as numbers where all cells are numbers, but not codes such as 007."""
-    for place, field in enumerate(table.schema):
-        if is_text(field.type) and not pa.types.is_dictionary(field.type):
+    for place, each in enumerate(table.schema):
+        if is_text(each.type) and not pa.types.is_dictionary(each.type):
             column = _numbers(table.column(place))
-            table = table if column is None else table.set_column(place, field.name, column)
+            table = table if column is None else table.set_column(place, each.name, column)
     return table
 
 
@@ -171,6 +176,8 @@ def _named_label(table: pa.Table, text: Sequence[str]) -> str | None:
 
 def _could_be_label(table: pa.Table, name: str) -> bool:
     kind = table.schema.field(name).type
+    if _is_list_of_labels(kind):
+        return 2 <= _distinct(table, name) <= CLASSES
     if is_text(kind):
         return 2 <= _distinct(table, name) <= max(CLASSES, table.num_rows // 4)
     return _is_number(kind) and _distinct(table, name) >= 2
@@ -211,6 +218,8 @@ def _candidate(table: pa.Table, name: str) -> Candidate:
 
 def _kind(table: pa.Table, label: str) -> str:
     column = table.column(label)
+    if _is_list_of_labels(column.type):
+        return "multi-label"
     if not _is_number(column.type) or pa.types.is_boolean(column.type) or class_names(table, label):
         return "classification"
     values = pc.cast(pc.drop_null(column), pa.float64())
@@ -243,8 +252,15 @@ def _pair(strings: Sequence[str]) -> list[str] | None:
 def _max_length(table: pa.Table, text: Sequence[str]) -> int:
     """Tokens for nine rows out of ten, in steps of 16 from 16 to 256."""
     words = sum(pc.list_value_length(pc.utf8_split_whitespace(_texts(table, name))).to_numpy() for name in text)
-    tokens = float(np.percentile(words, 90)) * TOKENS_PER_WORD
-    return min(256, max(16, math.ceil(tokens / 16) * 16))
+    return _rounded(float(np.percentile(words, 90)) * TOKENS_PER_WORD, 256)
+
+
+def _rounded(tokens: float, most: int) -> int:
+    return min(most, max(16, math.ceil(tokens / 16) * 16))
+
+
+def _clients(table: pa.Table) -> int:
+    return max(2, min(10, table.num_rows // 8))
 
 
 def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -254,6 +270,7 @@ def _texts(table: pa.Table, name: str) -> pa.ChunkedArray:
 def _plain(table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table.column(name)
     column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    column = pc.list_flatten(column) if _is_list_of_labels(column.type) else column
     return pc.drop_null(column)
 
 
@@ -263,6 +280,13 @@ def _values(table: pa.Table, name: str) -> pa.Array:
 
 def _distinct(table: pa.Table, name: str) -> int:
     return len(_values(table, name))
+
+
+def _is_list_of_labels(kind: pa.DataType) -> bool:
+    """Whether a column holds lists of words or of whole numbers."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    return is_text(kind.value_type) or pa.types.is_integer(kind.value_type)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -38,7 +38,7 @@ def set_aside_own(
     """
     held, kept = [], []
     for client, shard in zip(clients, divided.shards, strict=True):
-        classes = train.labels[shard] if train.names else np.zeros(len(shard), dtype=np.int64)
+        classes = train.labels[shard] if train.classes else np.zeros(len(shard), dtype=np.int64)
         places = draw_holdout(classes, share, numpy_generator(seed, "own holdout", client=client))
         held.append(shard[places])
         kept.append(np.delete(shard, places))

@@ -45,7 +45,10 @@ def _about_names(classes: Classes, ids: np.ndarray) -> Iterator[str]:
         yield f"{both} are different classes here; spell them alike if they are one"
     joined = [name for name in names if _is_joined(name, set(names))]
     if joined:
-        yield f"{_some(joined)} are classes of their own here; several labels of one row are not supported"
+        yield (
+            f"{_some(joined)} are classes of their own here; of several labels of one row make a list, for "
+            "task.kind=multi-label"
+        )
     if all(map(is_number, names)) and any(whole_number(name) is None and "." in name for name in names):
         yield f"{_some(names)} are classes here; for numbers use task.kind=regression"
     elif len(names) > _MANY and 2 * len(names) > len(ids):

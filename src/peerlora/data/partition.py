@@ -60,14 +60,14 @@ def partition(config: PartitionConfig | Any, train: Dataset, clients: int, seed:
         owner = _KINDS[config.kind](config, train, clients, numpy_generator(seed, "partition"))
         shards = _by_owner(owner, clients)
     counts = np.stack([count_labels(train, shard) for shard in shards])
-    return Partition(shards, train.names, counts, tuple(_warnings(counts, train)))
+    return Partition(shards, train.classes, counts, tuple(_warnings(counts, train)))
 
 
 def own_rows(train: Dataset, client: int) -> Partition:
     """All rows are those of one client, at its own site."""
     shard = np.arange(len(train), dtype=np.int64)
     counts = count_labels(train, shard)[None]
-    return Partition((shard,), train.names, counts, tuple(_warnings(counts, train, [client])))
+    return Partition((shard,), train.classes, counts, tuple(_warnings(counts, train, [client])))
 
 
 def _iid(config: IidPartition, train: Dataset, clients: int, rng: np.random.Generator) -> np.ndarray:
@@ -109,10 +109,10 @@ def _shares(config: SharesPartition, train: Dataset, clients: int, rng: np.rando
     if sum(config.counts) != clients:
         raise ConfigError(f"partition.counts add up to {sum(config.counts)}, clients is {clients}; make them equal")
     shares, groups = np.array(config.shares), np.array(config.counts)
-    if shares.shape[1] != len(train.names):
+    if shares.shape[1] != len(train.classes):
         raise DataError(
-            f"partition.shares gives {shares.shape[1]} numbers per row, the data have {len(train.names)} labels "
-            f"({', '.join(train.names)}); give one number per label, in this order"
+            f"partition.shares gives {shares.shape[1]} numbers per row, the data have {len(train.classes)} labels "
+            f"({', '.join(train.classes)}); give one number per label, in this order"
         )
     have = count_labels(train, np.arange(len(train)))
     wanted = _largest(shares, groups, have)
@@ -120,7 +120,7 @@ def _shares(config: SharesPartition, train: Dataset, clients: int, rng: np.rando
         ratio = np.divide(have, groups @ shares, out=np.full(len(have), np.inf), where=groups @ shares > 0)
         scarce = int(ratio.argmin())
         raise DataError(
-            f"partition.shares asks for more of label {train.names[scarce]!r} than its {have[scarce]} rows, "
+            f"partition.shares asks for more of label {train.classes[scarce]!r} than its {have[scarce]} rows, "
             "even at one row per client; lower its share or use fewer clients"
         )
     return _deal(np.repeat(wanted, groups, axis=0), train, rng)
@@ -249,7 +249,7 @@ def _checked(shards: tuple[np.ndarray, ...], name: str) -> tuple[np.ndarray, ...
 
 
 def _need_classes(kind: str, train: Dataset) -> None:
-    if not train.names:
+    if not train.classes:
         raise DataError(
             f"partition.kind={kind} divides by label and needs task.kind=classification; use iid or quantity"
         )
@@ -257,16 +257,16 @@ def _need_classes(kind: str, train: Dataset) -> None:
 
 def count_labels(train: Dataset, rows: np.ndarray) -> np.ndarray:
     """Count these rows by label, int64 [label]; without classes, [1], all of them."""
-    if not train.names:
+    if not train.classes:
         return np.array([len(rows)], dtype=np.int64)
-    return np.bincount(train.labels[rows], minlength=len(train.names)).astype(np.int64)
+    return np.bincount(train.labels[rows], minlength=len(train.classes)).astype(np.int64)
 
 
 def _warnings(counts: np.ndarray, train: Dataset, numbers: Sequence[int] = ()) -> list[str]:
     notes = []
-    for row in np.flatnonzero((counts > 0).sum(axis=1) == 1) if train.names else ():
+    for row in np.flatnonzero((counts > 0).sum(axis=1) == 1) if train.classes else ():
         label, client = int(counts[row].argmax()), numbers[int(row)] if numbers else int(row)
-        notes.append(f"client {client} holds only one label: {train.names[label]!r} ({counts[row, label]} rows)")
+        notes.append(f"client {client} holds only one label: {train.classes[label]!r} ({counts[row, label]} rows)")
     if counts.sum() < len(train):
         notes.append(f"{len(train) - counts.sum()} of {len(train)} training rows belong to no client")
     return notes

@@ -2,51 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
+from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS
+from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import is_text
+from peerlora.data.files import class_names
 from peerlora.data.numerals import is_number
+from peerlora.data.roles import find_roles
+from peerlora.data.tag_rows import read_tagged
 from peerlora.errors import DataError
 
+TOKENS_PER_WORD = 1.4  # of English in a vocabulary of 30,000 word pieces
+_MARKS = 12  # tokens that a chat template puts round a turn; a default system turn is one more turn
+_LOOKED_AT = 1000  # chats
 _ADVICE = (
-    "training on chats, or on answers alone, is not supported; write each row as one text (docs/data.md shows how) and "
-    "give its column by --text, which trains on all of its tokens; or name a label by --label"
+    "training on them as such is not supported; give a column of text by --text, which trains on all of its tokens; or "
+    "name a label by --label"
 )
-_ANSWERS = ("output", "response", "answer", "completion", "chosen")
 _FORMS = (  # what rows are; columns of the first tuple; and one of the second, if any
-    ("chats", ("messages",), ()),
-    ("chats", ("conversations",), ()),
-    ("chats", ("conversation",), ()),
     ("answers to choose from", ("chosen", "rejected"), ()),
-    ("instructions with answers", ("instruction",), _ANSWERS),
-    ("prompts with answers", ("prompt",), _ANSWERS),
-    ("words with a label each", ("tokens",), ("ner_tags", "pos_tags", "tags", "labels")),
 )
-_PAIRS = (  # the same where the second column has too many values for a label
+_PAIRS = (  # what rows are where the second column has too many values for a label
     ("questions with answers", ("question", "query", "input"), ("answer", "answers", "response", "output")),
     ("texts with translations or targets", ("source", "input"), ("target", "output")),
     ("texts with summaries", ("article", "document", "dialogue", "text"), ("summary", "highlights")),
 )
 
 
-def refuse_other_rows(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> None:
-    """Raise DataError for rows of a form that no task reads.
+@dataclass(frozen=True)
+class RowForm:
+    """What rows are that are no texts with a label."""
 
-    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.
+    kind: str
+    """The ``task.kind``."""
+    columns: dict[str, str]
+    """By role."""
+    tokens: float
+    """About how many hold nine rows out of ten."""
+    reason: str
+
+
+def find_form(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> RowForm | None:
+    """Recognise words with tags, chats, instructions and questions with answers; None where rows are texts.
+
+    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.  Raises DataError
+    for rows of a form that no task reads, and for flaws in the first of those that one does.
     """
     names = {name.lower(): name for name in reversed(table.column_names)}
-    for form, needed, answers in _FORMS:
-        found = [name for name in answers if name in names]
-        if all(name in names for name in needed) and (found or not answers):
+    for form, needed, others in _FORMS:
+        found = [name for name in others if name in names]
+        if all(name in names for name in needed) and (found or not others):
             _refuse(source, form, [names[name] for name in (*needed, *found[:1])])
-    for form, firsts, seconds in _PAIRS if named is None else ():
+    if tags := find_roles(table.column_names, TAG_FORMS):
+        if all(_is_list(table.schema.field(name).type) for name in tags.values()):
+            return _tagged(table, tags, source)
+    roles = find_roles(table.column_names, CHAT_FORMS)
+    if roles is None or not (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
+        roles = _find_pair(table, names, labels, source) if named is None else None
+    return None if roles is None else _chats(table, roles, source)
+
+
+def _chats(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
+    looked_at = np.arange(min(table.num_rows, _LOOKED_AT))
+    chats = read_chats({role: table.column(name) for role, name in roles.items()}, looked_at, source)
+    words = [sum(len(turn["content"].split()) for turn in chat) * TOKENS_PER_WORD for chat in chats]
+    marks = [_MARKS * (len(chat) + 1) for chat in chats]
+    reason = f"rows are chats, by {', '.join(roles.values())}; the answers are learned"
+    return RowForm("chat", roles, float(np.percentile(np.add(words, marks), 90)), reason)
+
+
+def _tagged(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
+    columns = {role: table.column(name) for role, name in roles.items()}
+    rows, _ = read_tagged(columns, class_names(table, roles["tags"]), None, source)
+    tokens = float(np.percentile([len(words) for words in rows.words], 90)) * TOKENS_PER_WORD
+    reason = f"{roles['tags']} holds a tag for each word in {roles['tokens']}"
+    return RowForm("token-classification", roles, tokens, reason)
+
+
+def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:
+    """Two columns, of which the second is to be written for the first, by names that mean something else as well."""
+    for form, firsts, seconds in _PAIRS:
         first = next((names[name] for name in firsts if name in names), None)
         second = next((names[name] for name in seconds if name in names), None)
-        numbers = second is not None and _is_number(table.schema.field(second).type)
-        if first and second and second not in labels and not numbers:
+        if not first or not second or second in labels or _is_number(table.schema.field(second).type):
+            continue
+        if not all(is_text(table.schema.field(name).type) for name in (first, second)):
             _refuse(source, form, [first, second])
+        return {"prompt": first, "completion": second}
+    return None
 
 
 def refuse_missing_header(table: pa.Table, source: str) -> None:
@@ -68,6 +116,10 @@ def refuse_missing_header(table: pa.Table, source: str) -> None:
 
 def _refuse(source: str, form: str, columns: Sequence[str]) -> None:
     raise DataError(f"{source}: rows are {form} (columns {', '.join(columns)}); {_ADVICE}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

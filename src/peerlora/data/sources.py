@@ -1,22 +1,30 @@
 """From the config's data section to tokenised training and evaluation rows."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from peerlora.config.data import DataConfig
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
+from peerlora.data.chat_rows import read_chats
+from peerlora.data.chat_tokens import chat_dataset
 from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.holdout import draw_holdout
 from peerlora.data.label_checks import warn_of_labels
+from peerlora.data.label_lists import as_indicators, read_label_lists
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
+from peerlora.data.pair_tokens import pair_dataset, read_pairs
+from peerlora.data.roles import read_roles
+from peerlora.data.tag_rows import TaggedRows, read_tagged, tagged_dataset
 from peerlora.data.tokens import default_cache, tokenise
 from peerlora.errors import DataError
 from peerlora.randomness import numpy_generator
@@ -28,9 +36,11 @@ class _Rows:
 
     source: str
     table: pa.Table
-    labels: np.ndarray  # of all rows of the table
+    labels: np.ndarray  # of all rows of the table; [row, label] where a row has several
     meaning: Classes | None  # None where labels are no classes
     chosen: np.ndarray  # row numbers, ascending
+    roles: Mapping[str, pa.ChunkedArray] = field(default_factory=dict)  # columns by role, for kinds with forms
+    tagged: TaggedRows | None = None  # words with their tags, of all rows of the table
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,7 +48,11 @@ class _Rows:
 
     def classes(self) -> np.ndarray:
         """[chosen row] what "per class" means: without classes, all rows are one."""
-        return self.labels[self.chosen] if self.names else np.zeros(len(self.chosen), dtype=np.int64)
+        return (
+            self.labels[self.chosen]
+            if self.names and self.labels.ndim == 1
+            else np.zeros(len(self.chosen), dtype=np.int64)
+        )
 
 
 def load_datasets(
@@ -46,8 +60,9 @@ def load_datasets(
 ) -> tuple[Dataset, Dataset]:
     """The training and the evaluation rows of a run, tokenised by a transformers tokenizer.
 
-    Every random choice depends on ``config.seed`` only. Labels get the same ids in both. For causal-lm, rows with
-    fewer than 2 tokens have nothing to predict; they are left out, and a log line says how many.
+    Every random choice depends on ``config.seed`` only. Labels get the same ids in both. Rows with nothing to
+    predict (of causal-lm those with fewer than 2 tokens, of chat those without an answer) are left out, and a log line
+    says how many.
     ``cache``: the folder for tokens; "default" is the user's cache folder, None keeps nothing.
     Raises DataError: missing files, columns, texts and labels; labels that do not fit the task. ConfigError: bad
     task.labels.
@@ -69,6 +84,8 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     """One source with its labels; ``train``: the training rows, None while these are read."""
     data, kind = config.data, task_kind(config.task.kind)
     label, owner = data.label if kind.has_label else None, _owner(config) if train is None else None
+    if kind.forms:
+        return _read_roles(config, source, split, train, owner)
     table = read_table(source, split, Columns(tuple(data.text), label, owner))
     everything = np.arange(table.num_rows)
     if label is None:
@@ -76,6 +93,10 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     where, column = f"data.label={label} in {source}", table.column(label)
     if kind.target == "number":
         return _Rows(source, table, numbers(column, where), None, everything)
+    if kind.target == "labels":
+        wanted = train.meaning if train else config.task.labels
+        several, classes = read_label_lists(column, class_names(table, label), wanted, where)
+        return _Rows(source, table, as_indicators(several, len(classes.names)), classes, everything)
     labels = read_labels(column, class_names(table, label), where)
     classes = train.meaning if train else training_classes(labels, config.task.labels, where)
     assert classes is not None
@@ -84,6 +105,17 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     ids = class_ids(labels, classes, where)
     warn_of_labels(labels, classes, ids, first=train is None, own_rows=config.partition.kind == "own", where=where)
     return _Rows(source, table, ids, classes, everything)
+
+
+def _read_roles(config: RunConfig, source: str, split: str, train: _Rows | None, owner: str | None) -> _Rows:
+    """A source whose columns have roles; its rows have no class of their own."""
+    table, names, roles = read_roles(source, split, config.data.columns, task_kind(config.task.kind), owner)
+    nobody = np.zeros(table.num_rows, dtype=np.int64), np.arange(table.num_rows)
+    if task_kind(config.task.kind).target != "tags":
+        return _Rows(source, table, nobody[0], None, nobody[1], roles)
+    wanted = train.meaning if train else config.task.labels
+    tagged, meaning = read_tagged(roles, class_names(table, names["tags"]), wanted, source)
+    return _Rows(source, table, nobody[0], meaning, nobody[1], roles, tagged)
 
 
 def _owner(config: RunConfig) -> str | None:
@@ -116,6 +148,14 @@ def _only(rows: _Rows, places: np.ndarray) -> _Rows:
 
 def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | None, kept: str | None) -> Dataset:
     data, kind = config.data, task_kind(config.task.kind)
+    if kind.is_chat:
+        return _chats(data, rows, tokenizer, kept)
+    if kind.target == "text":
+        found = pair_dataset(*read_pairs(rows.roles, rows.chosen, rows.source), data.max_length, tokenizer, rows.source)
+        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
+    if rows.tagged is not None:
+        found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
+        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
     if len(data.text) > kind.texts:
         raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
     texts = [_texts(rows, name) for name in data.text]
@@ -124,6 +164,12 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
     columns = {kept: _values(rows, kept)} if kept else {}
     found = Dataset(*tokens, labels=rows.labels[rows.chosen], names=rows.names, columns=columns)
     return _without_short(found, rows, kind.tokens, drop=predicts_tokens)
+
+
+def _chats(data: DataConfig, rows: _Rows, tokenizer: Any, kept: str | None) -> Dataset:
+    found = chat_dataset(data, read_chats(rows.roles, rows.chosen, rows.source), rows.chosen, rows.source, tokenizer)
+    columns = {kept: _values(rows, kept)[found.labels]} if kept else {}
+    return replace(found, labels=np.zeros(len(found), dtype=np.int64), columns=columns)
 
 
 def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Dataset:

@@ -15,7 +15,7 @@ import numpy as np
 from peerlora.files import settle
 
 _FORMAT = 1  # of the cached files; raise it whenever the same texts would give other tokens
-_CHUNK = 2000  # rows at a time: enough for the tokenizer's threads, little enough to keep its Python lists small
+CHUNK = 2000  # rows at a time: enough for the tokenizer's threads, little enough to keep its Python lists small
 
 
 class Tokens(NamedTuple):
@@ -63,8 +63,8 @@ def default_cache() -> Path:
 
 def _tokenise(texts: Sequence[list[str]], tokenizer: Any, max_length: int, causal: bool) -> Tokens:
     ids, types, lengths = [], [], []
-    for start in range(0, len(texts[0]), _CHUNK):
-        chunk = [column[start : start + _CHUNK] for column in texts]
+    for start in range(0, len(texts[0]), CHUNK):
+        chunk = [column[start : start + CHUNK] for column in texts]
         found = tokenizer(
             *chunk, truncation="longest_first", max_length=max_length, padding=False, return_attention_mask=False
         )

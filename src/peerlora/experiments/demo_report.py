@@ -11,7 +11,8 @@ from urllib.parse import quote
 from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import find_start, scores_of, select_events
-from peerlora.runs.report import graph_picture, labels_picture, metric_curves, picture_html, write_page
+from peerlora.runs.page import picture_html, write_page
+from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves
 
 HEAD = (
     "run",

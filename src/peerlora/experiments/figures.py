@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ from matplotlib.ticker import ScalarFormatter
 from peerlora.display import byte_unit
 from peerlora.experiments.statistics import Outcome
 from peerlora.runs import figures
+from peerlora.runs.chart import Chart, Line
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
 from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 Curve = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
 
@@ -33,6 +35,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
             _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round", panel),
             _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
             _by_seconds(f"time{number}", f"{title} by virtual seconds{where}", panel),
+            _by_epsilon(f"epsilon{number}", f"{title} by epsilon spent{where}", panel),
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
@@ -84,13 +87,33 @@ def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> 
 def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
     """Of the settings with a clock; x is the mean over seeds, whose clients may differ in speed."""
 
-    def passed(events: Sequence[Event]) -> tuple[list[float], list[float]]:
-        return [], [score.virtual_seconds for score in evaluations(events)]
+    def passed(events: Sequence[Event]) -> list[float]:
+        return [score.virtual_seconds for score in evaluations(events)]
 
+    return _by_cost(name, title, panel, "virtual seconds", passed)
+
+
+def _by_epsilon(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
+    """Of the settings with a bound; of each run by the client that spent most, whose number of rows seeds change."""
+
+    def spent(events: Sequence[Event]) -> list[float]:
+        return [largest_epsilon(score) for score in evaluations(events)]
+
+    return _by_cost(name, title, panel, "epsilon", spent)
+
+
+def _by_cost(
+    name: str,
+    title: str,
+    panel: Mapping[str, Sequence[Outcome]],
+    unit: str,
+    cost: Callable[[Sequence[Event]], list[float]],
+) -> Picture | None:
+    """x is the mean over seeds of what each evaluation had cost; settings without such a cost are left out."""
     reached = _curves(panel, _accuracy)
-    x = {label: line[1].mean(0) for label, line in _curves(panel, passed).items()}
+    x = {label: line[1].mean(0) for label, line in _curves(panel, lambda events: ([], cost(events))).items()}
     lines = {label: (x[label], reached[label][1]) for label in reached if np.isfinite(x[label]).all()}
-    return _lines(name, title, lines, "virtual seconds", panel) if lines else None
+    return _lines(name, title, lines, unit, panel) if lines else None
 
 
 def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:
@@ -162,7 +185,24 @@ def _lines(
             if apart:
                 axes.plot(x[-1:], y.mean(0)[-1:], "D", color=colour, markersize=6.0)
     note = "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if apart else ""
-    return Picture(title, out.getvalue(), [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")], note)
+    legend = [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")]
+    return Picture(title, out.getvalue(), legend, note, chart=_seeds_chart(lines, xlabel, apart))
+
+
+def _seeds_chart(lines: Mapping[str, Curve], xlabel: str, apart: bool) -> Chart:
+    """The mean over seeds of every line, and every seed; points where the last evaluation is on other rows."""
+    found = []
+    for (label, (x, y)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
+        line = slice(None, -1 if apart else None)
+        seeds = y if len(y) > 1 else []
+        found += [
+            Line(f"{label}, seed {number + 1}", colour, "thin", x[line], each[line])
+            for number, each in enumerate(seeds)
+        ]
+        found.append(Line(label, colour, "thick", x[line], y.mean(0)[line]))
+        if apart:
+            found.append(Line(f"{label}, all rows", colour, "points", x[-1:], y.mean(0)[-1:]))
+    return Chart(found, xlabel)
 
 
 def _ends_on_other_rows(events: Sequence[Event]) -> bool:

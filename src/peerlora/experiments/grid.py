@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,7 @@ class SearchConfig(Section):
     each: Annotated[list[str], Field(min_length=1)] = ["algorithm.name"]
     """Trials that agree on these settings share a rate, searched on the first of them."""
     grow: bool = False
-    """While the best rate of a group lies at an edge of its rates, try one more beyond it, by the rates' own ratio."""
+    """While a group's best rate, or the one it takes, lies at an edge of its rates, try one beyond by their ratio."""
     most: Annotated[int, Field(ge=2)] = 8
     """Rates that a group may come to by growing."""
     ties: Literal["best", "common"] = "best"
@@ -130,7 +131,8 @@ def search_warnings(grid: GridConfig) -> list[str]:
     both = sorted({*grid.search.seeds} & {*grid.seeds})
     if not grid.search.rates or not both:
         return []
-    free = next(seed for seed in range(len(grid.seeds) + 1) if seed not in grid.seeds)
+    unused = (seed for seed in count() if seed not in grid.seeds)
+    free = ", ".join(str(seed) for seed in islice(unused, len(grid.search.seeds)))
     return [
         f"search.seeds and seeds both have {', '.join(map(str, both))}: the rates are chosen on other rows, but with "
         f"the shards and starts of runs that are reported; give the search seeds of its own, e.g. "

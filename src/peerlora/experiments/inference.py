@@ -22,6 +22,8 @@ LEVEL = 0.05
 POWER = 0.8
 """Chance of finding a difference that is called detectable."""
 FEWEST = 3  # seeds below which an interval over seeds would say nothing
+ROUNDING = 1e-12
+"""Share of the size of what was added up below which two sums differ by rounding only."""
 _EXACT = 12  # differences up to which all patterns of signs are tried
 _PATTERNS = 10_000  # drawn for more differences than that
 _CONSTANT = 1e-9  # spread over mean, below which it is rounding and no spread
@@ -70,12 +72,23 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     and the observed one, which is never zero.
     """
     values = np.asarray(differences, float)
-    observed = abs(values.mean()) * (1 - 1e-12)  # patterns that differ from it by rounding only must count
+    # Patterns that differ from it by rounding only must count, also where what cancels out leaves next to nothing.
+    observed = abs(values.sum()) - ROUNDING * np.abs(values).sum()
     if len(values) <= _EXACT:
-        return float((np.abs(_all_signs(len(values)) @ values) / len(values) >= observed).mean())
+        return float((np.abs(_all_signs(len(values)) @ values) >= observed).mean())
     signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(_PATTERNS, len(values)))
-    hits = int((np.abs(signs @ values) / len(values) >= observed).sum())
+    hits = int((np.abs(signs @ values) >= observed).sum())
     return (1 + hits) / (1 + _PATTERNS)
+
+
+def subtract_scores(own: float, other: float) -> float:
+    """Compute the difference of two scores, which is zero where they differ by rounding only."""
+    return 0.0 if is_same(own, other) else own - other
+
+
+def is_same(own: float, other: float) -> bool:
+    """Whether two scores differ by rounding only, as means of the same values in another order do."""
+    return math.isclose(own, other, rel_tol=ROUNDING)
 
 
 @lru_cache(maxsize=_EXACT)

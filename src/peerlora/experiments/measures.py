@@ -11,6 +11,7 @@ from peerlora.config.run import RunConfig
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.further_scores import metric_scores
 from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 FURTHER = {"mean client": "own_mean", "worst client": "own_worst", "averaged model": "averaged"}
 """Measure of a further metric -> its name in a summary."""
@@ -26,8 +27,10 @@ MEASURES = (
     "number of the best round",
     "best rounds of clients",
     "training rows",
+    "row gradients",
     "gradients",
     "bytes sent",
+    "epsilon spent",
     "consensus of B·A",
     "cross-term",
     "seconds",
@@ -37,7 +40,11 @@ MEASURES = (
 """Scores are of the last evaluation, but for ``best round``: the highest mean client of any evaluation, picked on the
 very rows it is reported on, so it flatters; so does ``best rounds of clients``, the mean of the values by which
 ``eval.select`` kept each client's best adapters.  Personalised: on held-out rows of each client's own (``eval.own``).
-Work, bytes and seconds are of the whole run, consensus and cross-term of its last round."""
+Work, bytes and seconds are of the whole run, consensus and cross-term of its last round.  Epsilon: of the client that
+spent most."""
+
+UNRELAYED = {"relayed client": "mean client", "worst relayed client": "worst client"}
+"""Measure of relayed models -> the same of the clients' own, which is what a run deploys that relays nothing."""
 
 FEW_EVALUATIONS = 3
 """After training began; with no more than these the best round is hardly a choice, and is left out."""
@@ -65,6 +72,7 @@ def measure_run(events: Sequence[Event], config: RunConfig | None = None) -> dic
         **_best_round(scores, start.higher_is_better),
         **({} if config is None else count_work(done, config)),
         "bytes sent": float(sum(each.bytes_sent for each in done)),
+        "epsilon spent": largest_epsilon(last),
         "consensus of B·A": done[-1].consensus_product,
         "cross-term": done[-1].cross_term,
         "virtual seconds": done[-1].virtual_seconds,
@@ -93,11 +101,11 @@ def _best_round(scores: Sequence[Evaluated], higher_is_better: bool) -> dict[str
 
 
 def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]:
-    """Count the training rows and the gradients of minibatches that a run took, from what its rounds report.
+    """Count the training rows, and the gradients of rows and of minibatches, that a run took, from its rounds' reports.
 
     A client trained in a round where it has a loss.  Attackers, whose losses are not written down, train whenever an
     honest client does and they are not absent.  Of a method without common rounds a round is as many local trainings
-    as there are clients, whoever does them; each counts the mean batch.
+    as there are clients, whoever does them; each counts the mean batch.  A cut backward pass counts whole.
     """
     from peerlora.algorithms import build_algorithm
     from peerlora.algorithms.base import is_asynchronous
@@ -112,10 +120,11 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
             trained = range(config.clients)
         rows += sum(config.batches[client] for client in trained)
         trainings += len(trained)
-    steps = config.train.local_steps * config.train.accumulate
+    each, passes = config.train.minibatches, algorithm.traits.gradients
     return {
-        "training rows": float(rows * steps),
-        "gradients": float(trainings * steps * algorithm.traits.gradients),
+        "training rows": float(rows * each),
+        "row gradients": float(rows * each * passes),
+        "gradients": float(trainings * each * passes),
     }
 
 

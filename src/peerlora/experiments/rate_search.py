@@ -1,7 +1,7 @@
 """The search of learning rates: what each rate reached, which one a group takes, and where its rates should grow.
 
 A group is the settings that share a rate; its first setting is searched.  A rate's score is the mean client of the last
-evaluation on rows set aside, by search seed.
+evaluation on rows set aside, by search seed: of its relayed model where that is what it deploys, else of its own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from peerlora.config.loading import load_config
+from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError
 from peerlora.experiments.grid import GridConfig, SearchConfig
+from peerlora.experiments.inference import ROUNDING, is_same, subtract_scores
 from peerlora.experiments.statistics import Estimate, Outcome, estimate
 from peerlora.experiments.trials import rate_groups, searched_settings
 
-MEASURE = "mean client"
+OWN, RELAYED = "mean client", "relayed client"
+"""Measures that rates are scored by."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,20 @@ class RateSearch:
     ties: tuple[float, ...]
     """Rates not distinguishable from it by the rule of ``search.ties``, itself among them."""
     taken: float
+    measure: str = OWN
+    """What the scores are of."""
 
     @property
     def edge(self) -> int:
         """-1 where the best rate is the lowest of several, 1 where it is the highest, 0 strictly inside.
 
-        A mean that two rates share lies inside where either of them does.
+        Where the best one lies inside, the same of the one that is taken.
         """
+        return self._edge_of(self.best) or self._edge_of(self.taken)
+
+    def _edge_of(self, rate: float) -> int:
         known = [each.rate for each in self.rates]
-        top = next(each.estimate for each in self.rates if each.rate == self.best)
-        equals = {each.rate for each in self.rates if top and each.estimate and each.estimate.mean == top.mean}
-        if len(known) == 1 or equals - {known[0], known[-1]}:
-            return 0
-        return -1 if self.best == known[0] else 1 if self.best == known[-1] else 0
+        return 0 if len(known) == 1 else (rate == known[-1]) - (rate == known[0])
 
     def as_json(self) -> dict[str, Any]:
         """What ``peerlora compare --json`` prints of it."""
@@ -74,64 +79,79 @@ class RateSearch:
             numbers = {"mean": known and known.mean, "deviation": known and known.deviation}
             rates.append({"rate": each.rate, "seeds": len(each.scores), "diverged": each.diverged, **numbers})
         chosen = {"best": self.best, "ties": list(self.ties), "taken": self.taken, "at_edge": self.edge != 0}
-        return {"setting": self.setting, "labels": dict(self.labels), "rates": rates, **chosen}
+        about = {"setting": self.setting, "labels": dict(self.labels), "measure": self.measure}
+        return {**about, "rates": rates, **chosen}
+
+
+def scored_measure(config: RunConfig) -> str:
+    """Return what a run's rate is scored by: the mean client of the models that are deployed."""
+    relay = config.exchange.relay
+    return RELAYED if relay is not None and relay.deploy == "relayed" else OWN
 
 
 def gather_searches(grid: GridConfig, outcomes: Sequence[Outcome]) -> list[RateSearch]:
     """Gather what the search's runs reached, a group after the other, and decide which rate each takes."""
     sign = 1.0 if all(each.higher_is_better for each in outcomes) else -1.0
-    found = {}
-    for setting in searched_settings(grid).values():
-        own = [each for each in outcomes if each.setting == setting.name]
-        found[setting.name] = _rate_scores(own)
-    tied = {name: _tied(rates, sign, grid.search) for name, rates in found.items()}
-    groups_with = Counter(rate for rates in tied.values() for rate in rates)
+    searched = list(searched_settings(grid).values())
+    measures = [scored_measure(load_config(setting.tree)) for setting in searched]
+    found = [
+        _rate_scores([each for each in outcomes if each.setting == setting.name], measure)
+        for setting, measure in zip(searched, measures, strict=True)
+    ]
+    tied = [_tied(rates, sign, grid.search) for rates in found]
+    groups_with = Counter(rate for rates in tied for rate in rates)
     searches = []
-    for setting in searched_settings(grid).values():
-        rates, ties = found[setting.name], tied[setting.name]
-        best, worth = _best(rates, sign), {each.rate: _worth(each, sign) for each in rates}
-        taken = min(ties, key=lambda rate: (-groups_with[rate], -worth[rate], rate))
-        searches.append(RateSearch(setting.name, setting.labels, rates, best, ties, taken))
+    for setting, measure, rates, ties in zip(searched, measures, found, tied, strict=True):
+        worth = {each.rate: _worth(each, sign) for each in rates}
+        most = max(groups_with[rate] for rate in ties)
+        taken = first_of_best({rate: worth[rate] for rate in ties if groups_with[rate] == most})
+        searches.append(RateSearch(setting.name, setting.labels, rates, first_of_best(worth), ties, taken, measure))
     return searches
 
 
-def _rate_scores(outcomes: Sequence[Outcome]) -> tuple[RateScore, ...]:
+def _rate_scores(outcomes: Sequence[Outcome], measure: str) -> tuple[RateScore, ...]:
     found = []
     for rate in sorted({each.rate for each in outcomes}):
         own = [each for each in outcomes if each.rate == rate]
-        scores = {each.seed: each.measures[MEASURE] for each in own if MEASURE in each.measures}
+        scores = {each.seed: each.measures[measure] for each in own if measure in each.measures}
         found.append(RateScore(rate, scores, len(own) - len(scores)))
     return tuple(found)
 
 
 def _worth(each: RateScore, sign: float) -> float:
-    """The sum over seeds, negated where lower is better; minus infinity for a rate that is out."""
-    return sign * sum(each.scores.values()) if each.scores and not each.diverged else -math.inf
+    """The mean over seeds, negated where lower is better; minus infinity for a rate that is out."""
+    return sign * each.estimate.mean if each.estimate else -math.inf
 
 
-def _best(rates: Sequence[RateScore], sign: float) -> float:
-    return max(rates, key=lambda each: _worth(each, sign)).rate
+def first_of_best(worth: Mapping[float, float]) -> float:
+    """Return the value that is worth most, the lowest of those that differ from it by rounding only."""
+    top = max(worth.values())
+    return min(value for value, own in worth.items() if is_same(own, top))
 
 
 def _tied(rates: Sequence[RateScore], sign: float, search: SearchConfig) -> tuple[float, ...]:
     """The rates among which a group is indifferent: worse than the best by no more than the standard error.
 
     The error is that of the mean difference over search seeds, paired, for a seed decides shards and rows for both.
+    Of two seeds in one of which both rates are level, mean and error are the same but for rounding.
     """
-    best = next(each for each in rates if each.rate == _best(rates, sign))
+    top = first_of_best({each.rate: _worth(each, sign) for each in rates})
+    best = next(each for each in rates if each.rate == top)
     if search.ties == "best" or best.estimate is None:
         return (best.rate,)
-    found = []
+    found, size = [], ROUNDING * abs(best.estimate.mean)
     for each in rates:
         if each.estimate is not None:
-            gaps = [sign * (best.scores[seed] - each.scores[seed]) for seed in best.scores]
-            if np.mean(gaps) <= np.std(gaps, ddof=1) / math.sqrt(len(gaps)):
+            gaps = [sign * subtract_scores(best.scores[seed], each.scores[seed]) for seed in best.scores]
+            if np.mean(gaps) <= np.std(gaps, ddof=1) / math.sqrt(len(gaps)) + size:
                 found.append(each.rate)
     return tuple(found)
 
 
 def next_rate(search: RateSearch, settings: SearchConfig) -> float | None:
-    """The rate beyond the edge at which a group's best lies; None where it lies inside, or rates enough were tried.
+    """The rate beyond the edge at which a group's best rate, or the one it takes, lies.
+
+    None where both lie inside, or rates enough were tried.
 
     The step is the ratio of the two rates that the grid gives at that edge, and rates are rounded to six digits.
     Where every rate is out, the best counts as the lowest.

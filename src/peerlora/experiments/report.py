@@ -8,7 +8,6 @@ from pathlib import Path
 
 from peerlora.config.run import RunConfig
 from peerlora.experiments.comparison import MAIN, Comparison
-from peerlora.experiments.figures import comparison_figures
 from peerlora.experiments.published import compare_protocols, dataset, describe_protocol, find_papers, fits
 from peerlora.experiments.published_numbers import Number, Paper
 from peerlora.experiments.statistics import Estimate, Line, Outcome
@@ -17,21 +16,23 @@ from peerlora.experiments.tables import (
     SCORES,
     column_names,
     difference_cells,
+    difference_columns,
+    difference_rows,
     format_p,
-    gauge_marker,
-    known_measures,
     rate_columns,
     rate_rows,
     row_cells,
 )
 from peerlora.files import atomic_file
-from peerlora.runs.report import picture_html, table_html, write_page
+from peerlora.runs.figures import Picture
+from peerlora.runs.page import picture_html, table_html, write_page
 
 
 def write_grid_report(
     result: Comparison,
     outcomes: Sequence[Outcome],
     searched: Sequence[Outcome],
+    pictures: Sequence[Picture],
     grid: str,
     configs: Mapping[str, RunConfig],
     published: str | None,
@@ -47,8 +48,7 @@ def write_grid_report(
     body += [_differences(result), _diverged([*outcomes, *searched])]
     rates = sorted({each.rate for each in searched})
     body += [_published(result, paper, configs, rates, seeds) for paper in find_papers(configs.values(), published)]
-    axis = next(iter(result.baseline), None)
-    body += ["<h2>Figures</h2>", *map(picture_html, comparison_figures(outcomes, axis))]
+    body += ["<h2>Figures</h2>", *map(picture_html, pictures)]
     body += [*_searched(result), _grid(grid)]
     with atomic_file(result.folder / "report.html") as temporary:
         write_page(temporary, f"{len(result.lines)} settings compared", body)
@@ -67,9 +67,7 @@ def _differences(result: Comparison) -> str:
     top = f"<h2>Differences to {escape(', '.join(result.baseline.values()))}</h2>"
     head = [MAIN, "standard deviation", "t test, p", "p (Holm)", "sign-flip, p", "detectable"]
     whole = table_html([[line.setting, *_inferred(line)] for line in lines], ["", *head])
-    shown = known_measures(result, SCORES[1:])
-    others = [[line.setting, *(cell for name in shown for cell in _difference(line, name))] for line in lines]
-    return top + whole + table_html(others, ["", *(word for name in shown for word in (name, "p (Holm)"))])
+    return top + whole + table_html(difference_rows(result, SCORES[1:]), difference_columns(result, SCORES[1:]))
 
 
 def _inferred(line: Line) -> list[str | float | None]:
@@ -79,11 +77,6 @@ def _inferred(line: Line) -> list[str | float | None]:
         return [shown, None, None, adjusted, None, None]
     flipped = f"{format_p(gap.p_sign_flip)} (of {gap.p_sign_flip_smallest:.2g} at least)"
     return [shown, gap.deviation, format_p(gap.p), adjusted, flipped, gap.detectable]
-
-
-def _difference(line: Line, name: str) -> list[str]:
-    shown, adjusted = difference_cells(line, name)
-    return [shown + gauge_marker(line, name), adjusted]
 
 
 def _diverged(outcomes: Sequence[Outcome]) -> str:

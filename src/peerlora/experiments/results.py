@@ -1,4 +1,4 @@
-"""Files of a comparison: results.parquet, table.csv, table.md, report.html."""
+"""Files of a comparison: results.parquet, table.csv, table.md, table.tex, figures, report.html."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peerlora.config.run import RunConfig
 from peerlora.experiments.comparison import Comparison
+from peerlora.experiments.latex import latex
 from peerlora.experiments.markdown import markdown
 from peerlora.experiments.rate_search import RateSearch
 from peerlora.experiments.statistics import Outcome, compare, to_long_rows
@@ -30,6 +31,8 @@ def write_results(
     ``grid`` is its YAML, ``configs`` one config per setting, ``published`` the paper to compare with, ``searches`` what
     the runs in ``searched`` came to, ``warnings`` what readers should know.
     """
+    from peerlora.experiments.figures import comparison_figures
+    from peerlora.experiments.paper_figures import write_figures
     from peerlora.experiments.report import write_grid_report
 
     began = next((each for each in outcomes if each.metric), None)
@@ -40,7 +43,10 @@ def write_results(
     write_parquet(folder / "results.parquet", outcomes, searched)
     write_atomically(folder / "table.csv", csv_text(result))
     write_atomically(folder / "table.md", markdown(result))
-    write_grid_report(result, outcomes, searched, grid, configs, published)
+    write_atomically(folder / "table.tex", latex(result))
+    pictures = comparison_figures(outcomes, next(iter(result.baseline), None))
+    write_figures(folder, pictures)
+    write_grid_report(result, outcomes, searched, pictures, grid, configs, published)
     return result
 
 

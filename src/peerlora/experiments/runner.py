@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peerlora.config.run import RunConfig
 from peerlora.errors import RunError, Stopped
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import GridConfig, load_grid, search_warnings
@@ -28,6 +27,7 @@ from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, read_facts, require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.inputs import describe_rows, require_same_inputs
+from peerlora.runtime.resources import RunResources
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,20 @@ class Callbacks:
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
     """Run a grid in a new folder; nothing is written before every trial has been composed once."""
+    return _run(*_prepare(grid, out, callbacks))
+
+
+def search_rates(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> list[RateSearch]:
+    """Run the search of a grid alone, in a new folder; return what the rates of each group reached."""
+    grid, runner, cache = _prepare(grid, out, callbacks)
+    runner.expect(plan_search(grid).trials)
+    return _search(grid, runner, cache)
+
+
+def _prepare(
+    grid: GridConfig, out: Path | str | None, callbacks: Callbacks
+) -> tuple[GridConfig, _TrialRunner, ResourceCache]:
+    """Check every trial of a grid, and make its folder."""
     folder = Path(out) if out is not None else new_folder("compare")
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
@@ -92,7 +106,7 @@ def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -
         write_atomically(folder / "grid.yaml", grid.to_yaml())
     except OSError as error:
         raise RunError(f"output folder {folder} cannot be written ({error.strerror}); choose another --out") from None
-    return _run(grid, folder, callbacks, cache)
+    return grid, _TrialRunner(callbacks, folder), cache
 
 
 def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig], callbacks: Callbacks) -> Comparison:
@@ -113,11 +127,10 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
             f"{folder} was started with another grid ({'; '.join(changed)}); "
             "resume with the same grid, or start a new one with another --out"
         )
-    return _run(stored, folder, callbacks, ResourceCache(stored.share_prefix))
+    return _run(stored, _TrialRunner(callbacks, folder), ResourceCache(stored.share_prefix))
 
 
-def _run(grid: GridConfig, folder: Path, callbacks: Callbacks, cache: ResourceCache) -> Comparison:
-    runner = _TrialRunner(callbacks, folder)
+def _run(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> Comparison:
     runner.expect([*plan_search(grid).trials, *plan_trials(grid).trials])
     searches = _search(grid, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
@@ -163,12 +176,12 @@ class _TrialRunner:
     def expect(self, trials: Sequence[Trial]) -> None:
         """Count trials that are to be run."""
         self.trials += len(trials)
-        self.total += sum(_count_samples(trial.config) for trial in trials)
+        self.total += sum(trial.config.training_samples for trial in trials)
 
     def finish_all(self, trials: Sequence[Trial], cache: ResourceCache) -> None:
         """Run trials to their ends, but those that are finished already: in this process, or on workers."""
         open_ones = [trial for trial in trials if not self._is_done(trial)]
-        self.done += sum(_count_samples(trial.config) for trial in trials if trial not in open_ones)
+        self.done += sum(trial.config.training_samples for trial in trials if trial not in open_ones)
         self.finished += len(trials) - len(open_ones)
         self.number += len(trials) - len(open_ones)
         if self.callbacks.pool is None:
@@ -208,13 +221,13 @@ class _TrialRunner:
     def _status(self, trial: Trial) -> GridStatus:
         """Count the trial, and tell how far the grid is."""
         self.number += 1
-        work, rounds = _count_samples(trial.config), trial.config.train.rounds
+        work, rounds = trial.config.training_samples, trial.config.train.rounds
         return GridStatus(trial.name, self.number, self.trials, self.done, work, self.total, rounds)
 
     def _keep(self, trial: Trial) -> None:
         """Count a trial that has just finished; keep its outcome in place of its folder, where outcomes are kept."""
         self.finished += 1
-        self.done += _count_samples(trial.config)
+        self.done += trial.config.training_samples
         if self.callbacks.outcomes is not None:
             self.callbacks.outcomes.keep(trial, self.outcome(trial))
             shutil.rmtree(self.folder / trial.folder)
@@ -235,8 +248,8 @@ class _TrialRunner:
 
     def _require_same_rows(self, trial: Trial, cache: ResourceCache) -> None:
         """Raise RunError where a trial would see other rows than finished ones of the same data did."""
-        if was := self.rows.get(data_key(trial.config)):
-            resources = cache.resources(trial.config)
+        was = self.rows.get(data_key(trial.config))
+        if was and isinstance(resources := cache.resources(trial.config), RunResources):
             now = describe_rows(resources.train_data, resources.eval_data)
             require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
 
@@ -244,11 +257,6 @@ class _TrialRunner:
         return Stopped(
             f"stopped after {self.finished} of {self.trials} cells; go on with: peerlora compare --resume {self.folder}"
         )
-
-
-def _count_samples(config: RunConfig) -> int:
-    """Count the training samples of a run."""
-    return config.train.training_rounds * config.train.local_steps * config.train.accumulate * sum(config.batches)
 
 
 def _read_outcome(trial: Trial, folder: Path) -> Outcome:

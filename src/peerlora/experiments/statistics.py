@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,14 @@ from peerlora.experiments.inference import (
     holm,
     sign_flip_test,
     smallest_sign_flip_p,
+    subtract_scores,
     t_interval,
     t_test,
 )
-from peerlora.experiments.measures import MEASURES, measure_run
+from peerlora.experiments.measures import MEASURES, UNRELAYED, measure_run
+from peerlora.experiments.work import JUDGED, compare_work, with_row_gradients
 from peerlora.runs.events import Event
 from peerlora.runs.metrics import find_start, rows
-
-UNEQUAL = 0.01
-"""Share of the baseline's work by which a row must differ to be of unequal work."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Difference:
     p_sign_flip_smallest: float
     """The smallest p that test can give with so many seeds."""
     p_holm: float | None = None
-    """``p`` adjusted over the rows of the table; None for one of unequal work, which is not ranked."""
+    """``p`` adjusted over the rows of its family; None for one of unequal work, which is not ranked."""
     detectable: float | None = None
     """The difference found with 80 % probability, by this deviation and at Holm's first level."""
 
@@ -138,7 +138,7 @@ class Line:
     searched_on: Mapping[str, str] | None = None
     """The labels of the setting that the rate was searched on; None where none was."""
     unequal_work: str = ""
-    """What differs from the baseline, where fewer rows were trained or more gradients taken, by over 1 %."""
+    """The row gradients beside the baseline's, where they differ by over 1 %; such a row is not ranked."""
 
     @property
     def rate_from(self) -> str:
@@ -161,7 +161,7 @@ class Design:
 
     measure: str
     tests: int
-    """Rows that are set against a baseline, over which Holm corrects."""
+    """Rows that are set against a baseline, over which Holm corrects; of several families, those of the largest."""
     seeds: int
     """The fewest of any such row."""
     deviation: float
@@ -183,7 +183,7 @@ def pair_differences(own: Mapping[int, float], base: Mapping[int, float]) -> Dif
 
     Pairing removes what a seed does to both: its shards, its graphs, its start.
     """
-    gaps = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+    gaps = [subtract_scores(own[seed], base[seed]) for seed in sorted(own.keys() & base.keys())]
     if not gaps:
         return None
     known = estimate(gaps)
@@ -193,21 +193,23 @@ def pair_differences(own: Mapping[int, float], base: Mapping[int, float]) -> Dif
     )
 
 
-def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Line]:
+def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], family: Sequence[str] = ()) -> list[Line]:
     """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only.
 
-    The p values of each measure are adjusted over all lines that have one and the baseline's work.
+    The p values of each measure are adjusted over all lines that have one and the baseline's work, by themselves for
+    every combination of labels on the axes in ``family``.  Relayed models are set against the baseline's relayed ones,
+    or against its own where it relays nothing.
     """
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for each in outcomes:
-        found.setdefault(each.setting, {})[each.seed] = each.measures
+        found.setdefault(each.setting, {})[each.seed] = with_row_gradients(each.measures, each.method)
     first = {each.setting: each for each in reversed(outcomes)}
     lines = []
     for setting, runs in found.items():
         own = first[setting]
         other = next((name for name, each in first.items() if each.labels == {**own.labels, **baseline}), None)
         base = found[other] if baseline and other not in (None, setting) else {}
-        gaps = {name: pair_differences(_by_seed(runs, name), _by_seed(base, name)) for name in MEASURES}
+        gaps = {name: pair_differences(_by_seed(runs, name), _of_baseline(base, name)) for name in MEASURES}
         same = [each for each in outcomes if each.setting == setting]
         lines.append(
             Line(
@@ -219,60 +221,69 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Li
                 diverged=sum(each.diverged is not None for each in same),
                 method=next((each.method for each in same if each.method), ""),
                 searched_on=own.searched_on,
-                unequal_work=compare_work(_estimates(runs), _estimates(base)),
+                unequal_work=compare_work(_mean(runs, JUDGED), _mean(base, JUDGED)),
             )
         )
-    return _adjusted(lines)
+    return _adjusted(lines, family)
 
 
 def _estimates(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
     return {name: estimate(values) for name in MEASURES if (values := list(_by_seed(runs, name).values()))}
 
 
+def _of_baseline(base: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
+    return _by_seed(base, name) or _by_seed(base, UNRELAYED.get(name, name))
+
+
+def _mean(runs: Mapping[int, Mapping[str, float]], name: str) -> float | None:
+    known = list(_by_seed(runs, name).values())
+    return estimate(known).mean if known else None
+
+
 def _by_seed(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
     return {seed: run[name] for seed, run in runs.items() if name in run}
 
 
-def compare_work(own: Mapping[str, Estimate], base: Mapping[str, Estimate]) -> str:
-    """Say by how much a row trained fewer rows or took more gradients than its baseline; empty within 1 %."""
-    words = []
-    for name in ("training rows", "gradients"):
-        if name in own and name in base and base[name].mean > 0:
-            share = own[name].mean / base[name].mean
-            if share < 1 - UNEQUAL if name == "training rows" else share > 1 + UNEQUAL:
-                words.append(f"{own[name].mean:,.0f} {name}, the baseline {base[name].mean:,.0f} ({share:.2f} times)")
-    return "; ".join(words)
+def _families(lines: Sequence[Line], family: Sequence[str]) -> list[list[int]]:
+    """Places of the lines over which p values are adjusted together: those with the same labels on these axes."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place, line in enumerate(lines):
+        found.setdefault(tuple(line.labels[axis] for axis in family), []).append(place)
+    return list(found.values())
 
 
-def _adjusted(lines: Sequence[Line]) -> list[Line]:
+def _adjusted(lines: Sequence[Line], family: Sequence[str]) -> list[Line]:
     """With Holm's p and, at its first level, the detectable difference."""
     changed: list[dict[str, Difference]] = [{} for _ in lines]
-    for name in MEASURES:
-        adjusted = holm({place: gap.p for place, gap in _tested(lines, name).items() if gap.p is not None})
+    for places, name in product(_families(lines, family), MEASURES):
+        adjusted = holm({place: gap.p for place, gap in _tested(lines, places, name).items() if gap.p is not None})
         level = LEVEL / max(1, len(adjusted))
-        for place, line in enumerate(lines):
-            if gap := line.differences.get(name):
+        for place in places:
+            if gap := lines[place].differences.get(name):
                 seen = gap.deviation and detectable_difference(gap.deviation, gap.seeds, level)
                 changed[place][name] = replace(gap, p_holm=adjusted.get(place), detectable=seen or None)
     return [replace(line, differences=gaps) for line, gaps in zip(lines, changed, strict=True)]
 
 
-def _tested(lines: Sequence[Line], measure: str) -> dict[int, Difference]:
+def _tested(lines: Sequence[Line], places: Sequence[int], measure: str) -> dict[int, Difference]:
     """Place of a line -> its difference, of those with the baseline's work."""
-    ranked = {place: line.differences.get(measure) for place, line in enumerate(lines) if not line.unequal_work}
+    ranked = {place: lines[place].differences.get(measure) for place in places if not lines[place].unequal_work}
     return {place: gap for place, gap in ranked.items() if gap is not None and gap.p is not None}
 
 
-def assess_design(lines: Sequence[Line], measure: str) -> Design | None:
-    """Compute what a table can be expected to show; None where nothing was tested or nothing differed."""
-    tested = list(_tested(lines, measure).values())
+def assess_design(lines: Sequence[Line], measure: str, family: Sequence[str] = ()) -> Design | None:
+    """Compute what a table can be expected to show; None where nothing was tested or nothing differed.
+
+    ``family``: as for ``compare``; of several families the level is that of the largest.
+    """
+    families = [_tested(lines, places, measure) for places in _families(lines, family)]
+    tested, tests = [gap for each in families for gap in each.values()], max(map(len, families), default=0)
     deviations = [gap.deviation for gap in tested if gap.deviation]
     if not deviations:
         return None
     deviation, seeds = float(np.sqrt(np.mean(np.square(deviations)))), min(gap.seeds for gap in tested)
-    level = LEVEL / len(tested)
-    found = detectable_difference(deviation, seeds, level)
-    return None if found is None else Design(measure, len(tested), seeds, deviation, level, found)
+    found = detectable_difference(deviation, seeds, LEVEL / tests)
+    return None if found is None else Design(measure, tests, seeds, deviation, LEVEL / tests, found)
 
 
 def to_long_rows(outcomes: Sequence[Outcome], purpose: str) -> Iterator[dict[str, Any]]:

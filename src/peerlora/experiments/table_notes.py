@@ -6,14 +6,22 @@ from collections.abc import Iterator
 
 from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.inference import LEVEL, POWER, smallest_sign_flip_p
-from peerlora.experiments.measures import FEW_EVALUATIONS
+from peerlora.experiments.measures import FEW_EVALUATIONS, UNRELAYED
+from peerlora.experiments.rate_search import RELAYED
 from peerlora.experiments.statistics import Design
 from peerlora.experiments.tables import MARKED, NOT_DISTINGUISHABLE, UNEQUAL_SIGN, gauge_marker, shown_measures
 
 
 def table_notes(result: Comparison) -> list[str]:
     """How to read the table."""
-    return [_scores(result), *_gauges(result), *_differences(result), *_work(result), *_rates(result)]
+    return [
+        _scores(result),
+        *_columns(result),
+        *_gauges(result),
+        *_differences(result),
+        *_work(result),
+        *_rates(result),
+    ]
 
 
 def mark_notes(result: Comparison) -> list[str]:
@@ -35,6 +43,30 @@ def _scores(result: Comparison) -> str:
     )
 
 
+COLUMNS = {
+    "relayed client": (
+        "Relayed client: of the average that a client makes of the newest adapters that it has heard of, which is what "
+        "it deploys unless exchange.relay.deploy is own."
+    ),
+    "personalised client": "Personalised client: of its own model, on rows of its own that were held out (eval.own).",
+    "best rounds of clients": (
+        "Best rounds of clients: the mean over clients of the value by which eval.select kept each one's best "
+        "adapters; where that was on the rows that are reported, it flatters."
+    ),
+}
+"""What a column shows that not every table has."""
+
+
+def _columns(result: Comparison) -> Iterator[str]:
+    shown = shown_measures(result)
+    yield from (sentence for name, sentence in COLUMNS.items() if name in shown)
+
+
+def further_differences(result: Comparison) -> str:
+    """What stands above the table of further differences."""
+    return f"Of further measures, the differences to {', '.join(result.baseline.values())}:"
+
+
 def _gauges(result: Comparison) -> Iterator[str]:
     if any(gauge_marker(line, name) for line in result.lines for name in shown_measures(result)):
         yield MARKED
@@ -47,16 +79,22 @@ def _differences(result: Comparison) -> Iterator[str]:
         "Differences are paired by seed. In brackets, from 3 seeds on: the 95 % t interval of the mean difference. It "
         "is about the mean over seeds of this task, model and budget, and assumes that differences are roughly normal; "
         "about other tasks, models or budgets it says nothing. p: of the two-sided paired t test, adjusted by Holm "
-        "over the rows of this table that have the baseline's work, for each measure."
+        f"over the rows {_family(result)} that have the baseline's work, for each measure."
     )
+    if any(name in line.differences for line in result.lines for name in UNRELAYED):
+        yield "Relayed models are set against the baseline's relayed ones, or its own where it relays nothing."
     yield from _alike(result)
     yield from _design(result)
     seeds = [line.differences[MAIN].seeds for line in result.lines if MAIN in line.differences]
     if seeds:
         yield (
-            f"The sign-flip test, in table.csv and the report, assumes no normality; with {max(seeds)} seeds its p is "
+            f"The sign-flip test, in {result.details}, assumes no normality; with {max(seeds)} seeds its p is "
             f"{smallest_sign_flip_p(max(seeds)):.2g} at least."
         )
+
+
+def _family(result: Comparison) -> str:
+    return f"of one {' and '.join(result.family)}" if result.family else "of this table"
 
 
 def _alike(result: Comparison) -> Iterator[str]:
@@ -83,8 +121,8 @@ def _work(result: Comparison) -> Iterator[str]:
     unequal = [f"{line.setting}: {line.unequal_work}" for line in result.ranked if line.unequal_work]
     if unequal:
         yield (
-            f"{UNEQUAL_SIGN.strip()} Unequal work, so not ranked, below the others: fewer training rows or more "
-            f"gradients than the baseline, by over 1 %. {'. '.join(unequal)}."
+            f"{UNEQUAL_SIGN.strip()} Unequal work, so not ranked, below the others: row gradients (training rows, each "
+            f"as often as a step takes its gradient) other than the baseline's by over 1 %. {'. '.join(unequal)}."
         )
 
 
@@ -95,16 +133,24 @@ def _rates(result: Comparison) -> Iterator[str]:
         yield "A rate 'of' another setting was searched there: both agree on what search.each of the grid names."
     if any(each.edge for each in result.searches):
         yield (
-            "At the edge: the best rate that was tried is the lowest or the highest of its group, so that one beyond "
-            "may be better, and the row's place may be that of its rate."
+            "At the edge: the best rate that was tried, or the one that is taken, is the lowest or the highest of its "
+            "group, so that one beyond may be better, and the row's place may be that of its rate."
         )
     yield from result.warnings
 
 
+def rates_title(result: Comparison) -> str:
+    """What the table of searched rates shows."""
+    relayed = any(each.measure == RELAYED for each in result.searches)
+    models = ", of relayed models where these are deployed" if relayed else ""
+    return f"{result.metric or 'metric'} of the mean client by learning rate, on training rows set aside{models}"
+
+
 def rate_notes(result: Comparison) -> list[str]:
     """How to read the table of searched rates."""
-    text = f"{result.metric or 'metric'} of the mean client by learning rate, on training rows set aside"
-    sentences = [f"{text}, after the same number of rounds: mean ± standard deviation over the search's seeds."]
+    sentences = [
+        f"{rates_title(result)}, after the same number of rounds: mean ± standard deviation over the search's seeds."
+    ]
     if any(each.taken != each.best for each in result.searches):
         sentences.append(
             "Where the best rate is not taken, the one taken is worse by no more than the standard error, and more "

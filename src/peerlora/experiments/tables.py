@@ -21,9 +21,11 @@ MARKED = (
     "† The mean of factors that lie in different coordinates, since the method averages products or turns factors: it "
     "says little about the method."
 )
-NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm over the table, is above 0.05."
+NOT_DISTINGUISHABLE = "≈ Not distinguishable from the baseline: p, adjusted by Holm, is above 0.05."
 
 _RELAYED = ("relayed client", "worst relayed client")
+COMPARED = ("worst client", *_RELAYED)
+"""Measures whose differences stand in a table of their own, below that of the mean client."""
 _PERSONAL = ("personalised client", "worst personalised client")
 _FURTHER = tuple(f"{metric}, {of}" for metric in METRICS for of in FURTHER)
 _MEANS = tuple(name for name in _FURTHER if name.endswith(MAIN))
@@ -37,9 +39,10 @@ SCORES = (
     "best rounds of clients",
     "best round",
 )
-SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round", "training rows", "gradients")
+SELDOM = (*_RELAYED, *_PERSONAL, *_FURTHER, "best rounds of clients", "best round")
+SELDOM += ("training rows", "row gradients", "gradients", "epsilon spent")
 """Measures that not every comparison has."""
-_WORK = ("training rows", "gradients", "bytes sent")
+_WORK = ("training rows", "row gradients", "bytes sent", "epsilon spent")
 
 
 def shown_measures(result: Comparison, brief: bool = False) -> list[str]:
@@ -125,6 +128,23 @@ def difference_cells(line: Line, name: str) -> list[str]:
     return [format_difference(gap) + difference_marker(line, name), format_p(gap and gap.p_holm)]
 
 
+def difference_columns(result: Comparison, names: Sequence[str]) -> list[str]:
+    """The columns of a table of differences to the baseline, of the measures in ``names`` that some line has."""
+    return ["", *(word for name in known_measures(result, names) for word in (name, "p (Holm)"))]
+
+
+def difference_rows(result: Comparison, names: Sequence[str]) -> list[list[str]]:
+    """The lines that have a baseline, each with its differences and adjusted p, by measure."""
+    known = known_measures(result, names)
+    lines = [line for line in result.ranked if line.differences]
+    return [[line.setting, *(cell for name in known for cell in _measured(line, name))] for line in lines]
+
+
+def _measured(line: Line, name: str) -> list[str]:
+    shown, adjusted = difference_cells(line, name)
+    return [shown + gauge_marker(line, name), adjusted]
+
+
 def difference_marker(line: Line, name: str) -> str:
     """The sign behind a difference that is none, or of unequal work; empty for the others."""
     gap = line.differences.get(name)
@@ -147,7 +167,7 @@ def format_estimate(line: Line, name: str) -> str:
     forms: dict[str, Callable[[float], str]] = {
         "bytes sent": format_bytes,
         "training rows": lambda mean: f"{mean:,.0f}",
-        "gradients": lambda mean: f"{mean:,.0f}",
+        "row gradients": lambda mean: f"{mean:,.0f}",
         "consensus of B·A": lambda mean: format_number(float(f"{mean:.3g}")),
     }
     return forms[name](known.mean) if name in forms else _spread(known) + gauge_marker(line, name)

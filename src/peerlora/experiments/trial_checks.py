@@ -31,6 +31,8 @@ def check_grid(grid: GridConfig, cache: ResourceCache) -> None:
 
 def _refusal(config: RunConfig, cache: ResourceCache, assembled: dict[str, str | None]) -> str | None:
     """Why a trial cannot run; None where it can.  ``assembled``: what came of others, by ``_assembly_key``."""
+    if config.train.epochs is not None:
+        return f"train.epochs={config.train.epochs:g} given; trials are compared by their rounds: give train.rounds"
     try:
         planned = plan(config)
     except PeerloraError as error:

@@ -24,6 +24,7 @@ from peerlora.experiments.trials import Trial
 from peerlora.runtime.cluster.ray_engine import check_versions, fetch, wait_for
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.cluster.worker import describe_process
+from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.resources import BaseModelCache, RunResources
 
 _LOOK = 1.0  # seconds between two looks at workers that are busy
@@ -53,10 +54,12 @@ class TrialWorker:
         if os.path.isdir(folder):  # paths of a config may be relative to the driver's
             os.chdir(folder)
 
-    def run(self, job: TrialJob, key: str, rows: RunResources) -> Files:
+    def run(self, job: TrialJob, key: str, rows: RunResources | PolicyResources) -> Files:
         """Run a trial to its end and return its files."""
         if self.rows is None or key != self.key:
-            self.key, self.rows = key, replace(rows, bases=self.bases, share_prefix=self.share_prefix)
+            self.key, self.rows = key, rows  # a policy comes with its base
+            if isinstance(rows, RunResources):
+                self.rows = replace(rows, bases=self.bases, share_prefix=self.share_prefix)
         with tempfile.TemporaryDirectory() as temporary:
             run = Path(temporary) / "run"
             write_files(run, job.files)
@@ -162,7 +165,9 @@ class TrialPool:
     def _begin(self, seat: _Seat, trial: Trial, folder: Path) -> None:
         key, run = data_key(trial.config), folder / trial.folder
         if key != self._key:
-            rows = replace(self.cache.resources(trial.config), bases=None)
+            rows = self.cache.resources(trial.config)
+            if isinstance(rows, RunResources):
+                rows = replace(rows, bases=None)
             self._key, self._rows = key, self.ray.put(rows)
         if seat.actor is None:
             seat.actor = self._actor()

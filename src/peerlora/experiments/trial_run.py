@@ -11,6 +11,7 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import DivergenceError, RunError
 from peerlora.files import write_atomically
 from peerlora.runs.resume import list_changes
+from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.runtime.trainer import Sink
@@ -19,7 +20,7 @@ from peerlora.runtime.trainer import Sink
 def run_trial(
     config: RunConfig,
     run: Path,
-    resources: RunResources,
+    resources: RunResources | PolicyResources,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> None:

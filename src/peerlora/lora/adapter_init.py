@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block, draw_factor, mask_ranks
 
+PRINCIPAL = ("pissa", "olora")
+"""Values of ``adapter.init`` that take what clients begin with out of the base's weights."""
 Factors = Mapping[str, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]]
 """(B, A) by layer."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,8 @@ from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, LayerSpec, shape_at_rank
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import same_base
-from peerlora.lora.base_weights import check_class_order, real_names
+from peerlora.lora.base_weights import check_class_order, real_names, within
+from peerlora.lora.model_folder import ADAPTER, adapter_weights, base_name, read_settings
 from peerlora.lora.peft_io import PREFIX, ExportContext, full_tensors, whole_number
 
 _PLAIN = frozenset(
@@ -72,25 +72,13 @@ def read_adapter(
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path, config_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if (folder / "adapter_model.bin").is_file() and not path.is_file():
-        raise ModelError(
-            f"adapter.start={str(folder)!r} holds adapter_model.bin, a pickle, which can run code and is never read; "
-            "load it with PEFT and save it again, which writes adapter_model.safetensors"
-        )
-    if not path.is_file() or not config_path.is_file():
-        raise ModelError(
-            f"adapter.start={str(folder)!r} has no adapter_model.safetensors and adapter_config.json; "
-            "give the folder of a PEFT adapter"
-        )
+    told = f"adapter.start={str(folder)!r}"
+    path = adapter_weights(folder, told)
     try:
         tensors = load_file(path)
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"adapter.start={str(folder)!r} cannot be read: {error}; use an undamaged adapter") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{config_path} holds a {type(config).__name__}; expected PEFT's settings as a JSON object")
-    return tensors, config
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ModelError(f"{told} cannot be read: {error}; use an undamaged adapter") from None
+    return tensors, read_settings(folder / ADAPTER)
 
 
 def _check_tensor(key: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -116,7 +104,7 @@ def _check_unused(
         held = frozen.get(name, base.get(name.removeprefix(PREFIX)))
         if held is not None and held.shape == value.shape and torch.equal(value.to(held), held):
             continue
-        if name in frozen and any(name.startswith(f"{PREFIX}{head}.") for head in model.targets.heads):
+        if name in frozen and within(name.removeprefix(PREFIX), model.targets.heads):
             raise ModelError(
                 f"adapter.start={str(folder)!r} was trained with another head ({name} differs) and adapter.head=frozen "
                 "would drop it; use adapter.head=mixed or private"
@@ -144,13 +132,18 @@ def _check_meaning(config: dict[str, Any], x: Adapters, folder: Path) -> dict[st
         special.insert(0, f"peft_type={config.get('peft_type')}")
     if config.get("bias", "none") != "none":
         special.append(f"bias={config['bias']}")
-    if bool(config.get("use_rslora")) != x.spec.rslora:
-        special.append(f"use_rslora={bool(config.get('use_rslora'))} where adapter.rslora={x.spec.rslora}")
     if start not in _STARTS:
         special.append(f"init_lora_weights={start}, which changes the base,")
     if special:
         raise ModelError(
-            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA with one rank and alpha"
+            f"adapter.start={str(folder)!r} uses {' and '.join(special)}; expected plain LoRA, an update of "
+            "scaling times B A"
+        )
+    rslora = bool(config.get("use_rslora"))
+    if rslora != x.spec.rslora:
+        raise ModelError(
+            f"adapter.start={str(folder)!r} has use_rslora={rslora} where adapter.rslora={x.spec.rslora}; make "
+            "adapter.rslora equal to the folder's"
         )
     layers = _rank_and_alpha(config, x.spec.layers, folder)
     widest = max((own for own, _ in layers.values()), default=0)
@@ -192,17 +185,13 @@ def _rank_and_alpha(config: dict[str, Any], layers: Sequence[LayerSpec], folder:
 
 def _labels(folder: Path) -> tuple[str, ...]:
     """The class names that `peerlora` wrote into a folder; () where it wrote none."""
-    try:
-        return real_names(json.loads((folder / "labels.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return ()
-    except (ValueError, OSError, RecursionError, AttributeError) as error:
-        raise ModelError(f"{folder / 'labels.json'} cannot be read: {error}; remove it or mend it") from None
+    path = folder / "labels.json"
+    return real_names(read_settings(path)) if path.is_file() else ()
 
 
 def _of_base(folder: Path, config: dict[str, Any], context: ExportContext) -> tuple[str, ...]:
-    named = config.get("base_model_name_or_path")
-    if not named or same_base(str(named), context.base_source):
+    named = base_name(config)
+    if named is None or same_base(named, context.base_source):
         return ()
     return (
         f"adapter.start={str(folder)!r} was trained on {named}, this run's base is {context.base_source}; where "

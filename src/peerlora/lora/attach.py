@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peerlora.errors import ModelError
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
-from peerlora.lora.base_weights import top_modules
+from peerlora.lora.base_weights import top_modules, within
 from peerlora.lora.layer import ClientDropout, Layout, StackedEmbedding, StackedHead, StackedLinear, Step
 from peerlora.lora.merged import Merged
 
@@ -34,7 +34,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     """The layers that PEFT would adapt in ``model``, in forward order.
 
     PEFT itself is asked, on a copy without weights, so its rules are not written a second time here.
-    ``task_type`` is PEFT's: SEQ_CLS or CAUSAL_LM.  Raises ModelError where nothing matches.
+    ``task_type`` is PEFT's, such as SEQ_CLS or CAUSAL_LM.  Raises ModelError where nothing matches.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -51,17 +51,15 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
         raise ModelError(_no_targets(model, targets, error)) from None
     modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
     heads = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
-    if not heads and task_type != "CAUSAL_LM":  # PEFT knows heads named classifier and score only
+    if not heads and task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # PEFT knows heads named classifier and score only
         heads = list(top_modules(model))
-    inside = tuple(f"{head}." for head in heads)
     own = dict(model.named_modules())
     every = _is_every_linear(targets)  # PEFT counts routers and experts among them, which are no linear layers
     layers = [
         name
         for name, module in modules.items()
         if isinstance(module, LoraLayer)
-        and name not in heads
-        and not name.startswith(inside or ("\0",))
+        and not within(name, heads)
         and not (every and _d_in_and_out(own.get(name)) is None)
     ]
     if not layers:
@@ -69,30 +67,41 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     return Targets(tuple(_layer_spec(own.get(name), name) for name in layers), tuple(heads))
 
 
-def find_saved(model: nn.Module, targets: Targets, endings: list[str]) -> tuple[str, ...]:
-    """The layers that ``adapter.modules_to_save`` names, without heads.
+def find_saved(model: nn.Module, targets: Targets, endings: list[str], frozen_head: bool = False) -> tuple[str, ...]:
+    """The layers that ``adapter.modules_to_save`` names, without those of heads, which train in full anyway.
 
-    Raises ModelError for a name that matches nothing, or a layer that is adapted, tied to another, or of another kind.
+    Raises ModelError for a name that matches nothing, a layer that is adapted, tied to another, or of another kind, or
+    one of a head that does not train.
     """
     found: list[str] = []
     for ending in endings:
         names = [name for name, _ in model.named_modules() if name == ending or name.endswith(f".{ending}")]
         if not names:
             raise ModelError(f"adapter.modules_to_save={ending}: no module of {type(model).__name__} has this name")
-        found += [name for name in names if name not in targets.heads and name not in found]
+        if frozen_head and any(within(name, targets.heads) for name in names):
+            raise ModelError(
+                f"adapter.modules_to_save={ending} is of the head, which adapter.head=frozen keeps as it is; drop one "
+                "of them"
+            )
+        found += [name for name in names if not within(name, targets.heads) and name not in found]
     for name in found:
         module, told = model.get_submodule(name), f"adapter.modules_to_save: {name}"
         if type(module) not in (nn.Linear, nn.Embedding):
             raise ModelError(f"{told} is a {type(module).__name__}; linear and embedding layers can be trained in full")
         if any(layer.name == name for layer in targets.layers):
             raise ModelError(f"{told} is adapted, too; take it out of adapter.targets, or out of here")
-        tied = [other for other, one in model.named_modules() if other != name and _weight(one) is _weight(module)]
-        if tied:
+        if other := tied_to(model, name):
             raise ModelError(
-                f"{told} shares its weights with {tied[0]}, and training one of them would untie them; drop it, or "
+                f"{told} shares its weights with {other}, and training one of them would untie them; drop it, or "
                 "adapt linear layers by adapter.targets"
             )
     return tuple(found)
+
+
+def tied_to(model: nn.Module, name: str) -> str | None:
+    """The name of another module with the very weights of this one; None where it has them for itself."""
+    own = _weight(model.get_submodule(name))
+    return next((other for other, one in model.named_modules() if other != name and _weight(one) is own), None)
 
 
 def _weight(module: nn.Module) -> Any:
@@ -107,7 +116,7 @@ def without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.21 calls a name that transformers 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # asked for names only
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # PEFT mends it by layer
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not")
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging unties them
         yield
@@ -166,6 +175,12 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     return read - {"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) in (0, 1) else read
 
 
+def with_decoder_inputs(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor | None) -> dict[str, Tensor]:
+    """The inputs of a model whose decoder is to write ``targets``: these, one place to the right."""
+    shifted = model.prepare_decoder_input_ids_from_labels(labels=targets)  # pyright: ignore[reportCallIssue]
+    return {**inputs, "decoder_input_ids": shifted}
+
+
 class StackedModel:
     """A frozen base model whose target layers hold one low-rank update per client.
 
@@ -201,8 +216,11 @@ class StackedModel:
                 self._swap(name, self._heads[name])
         for name in targets.saved:
             module = base.get_submodule(name)
-            stacked = StackedEmbedding if isinstance(module, nn.Embedding) else StackedHead
-            self._heads[name] = stacked(module, self.step)  # pyright: ignore[reportArgumentType]
+            if isinstance(module, nn.Embedding):
+                self._heads[name] = StackedEmbedding(module, self.step)
+            else:
+                assert isinstance(module, nn.Linear)
+                self._heads[name] = StackedHead(module, self.step, in_body=not within(name, top_modules(base)))
             self._swap(name, self._heads[name])
         if base_dropout:
             for name, module in list(base.named_modules()):
@@ -263,6 +281,8 @@ class StackedModel:
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
         self.step.shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        if "decoder_input_ids" in inputs:
+            self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
         logits = self.forward({name: value for name, value in inputs.items() if name in self._read}, origin)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -14,8 +14,15 @@ def base_digest(base: nn.Module, halved: bool = False, originals: Mapping[str, s
     ``halved``: of the weights rounded to bf16, so that a base kept in fp32 and one kept in bf16 have the same.
     ``originals``: digests, by name, of weights that have been changed since they were read.
     """
+    return digest_of(base.state_dict(), halved, originals)
+
+
+def digest_of(
+    tensors: Mapping[str, torch.Tensor], halved: bool = False, originals: Mapping[str, str] | None = None
+) -> str:
+    """Return the SHA-256 of tensors by name, hexadecimal; arguments as in `base_digest`."""
     digest, originals = hashlib.sha256(), originals or {}
-    for name, value in sorted(base.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         if name in originals:
             digest.update(f"{name} {originals[name]}\n".encode())
         else:

@@ -35,7 +35,7 @@ def check_weights(
             f"model.source={source!r}: the weights of {len(inner)} tensors of {type(model).__name__} are missing: "
             f"{_some(inner)}{told}; give a model whose weights and config.json belong together"
         )
-    if missing and task_kind(kind).target == "tokens":
+    if missing and task_kind(kind).has_language_head:
         raise ModelError(
             f"model.source={source!r} has no weights for its language head ({_some(missing)}); task.kind={kind} needs "
             "a model that was saved with it; give one, or another task.kind"
@@ -48,6 +48,11 @@ def inside_body(model: Any, name: str) -> bool:
     """Whether a parameter belongs to the model itself, not to what its task puts on top."""
     body = getattr(model, "base_model_prefix", "")
     return name.startswith(f"{body}.") if body and hasattr(model, body) else True
+
+
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or a parameter is one of these modules, or lies inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def top_modules(model: Any) -> tuple[str, ...]:

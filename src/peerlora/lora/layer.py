@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peerlora.lora.merged import Update
+from peerlora.lora.row_gradients import RowGradients, client_product
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class Step:
     extents: list[tuple[int, int]] = field(default_factory=list)
     streams: list[torch.Generator] | None = None
     layout: Layout = Layout()
+    written: list[int] | None = None
+    """Each client's own tokens in the decoder, before padding on the right; None where there is none."""
     shape: tuple[int, int] = (0, 0)
     """(rows, tokens) of the inputs of this forward pass."""
+    written_shape: tuple[int, int] = (0, 0)
+    """The same of the decoder, whose tokens are another number."""
+    row_gradients: RowGradients | None = None
+    """Where the backward of this forward pass leaves the gradients of rows, in place of those of clients."""
 
     def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
         """Inverted dropout drawn per client over its own rows and tokens.
@@ -57,16 +64,19 @@ class Step:
         if self.layout.rows_first and rows and shape[0] != rows:  # a row's tokens, or heads, one after another
             shape = (rows, shape[0] // rows, *shape[1:])
         mask = torch.zeros(self.clients, shape[0] // self.clients, *shape[1:], dtype=like.dtype)  # as the streams: CPU
-        for own, extent, stream in zip(mask, self.extents, self.streams, strict=True):
-            part = self._part(own, *extent)
+        for client, (own, stream) in enumerate(zip(mask, self.streams, strict=True)):
+            part = self._part(own, client)
             draw = torch.rand(part.shape, generator=stream, dtype=torch.float32)
             part.copy_((draw >= p).to(mask.dtype).div_(1 - p))
         return mask.view(*given).to(like.device, non_blocking=True)
 
-    def _part(self, own: Tensor, rows: int, tokens: int) -> Tensor:
+    def _part(self, own: Tensor, client: int) -> Tensor:
         """A client's own rows and tokens in its share of a mask."""
+        rows, tokens = self.extents[client]
         if not self.layout.rows_first:  # then the client is alone in the graph, and nobody pads it further
             return own
+        if self.written is not None and own.ndim == 3 and own.shape[1] == self.written_shape[1]:
+            return own[:rows, : self.written[client]]
         if own.ndim != 3 or (self.shape[1] and own.shape[1] != self.shape[1]):
             return own[:rows]
         return own[:rows, -tokens:] if self.layout.padding == "left" else own[:rows, :tokens]
@@ -116,25 +126,41 @@ class StackedLinear(nn.Module):
         if self.merged is not None:
             y = y + self.merged.apply(x.reshape(self.step.clients, -1, self.d_in)).view(y.shape)
         z = self.step.dropout(x, self.p).reshape(self.step.clients, -1, self.d_in)
-        u = torch.bmm(z, self.A.mT.to(z.dtype)) * self.step.scaling.to(z.dtype)
+        u = client_product(z, self.A, self.step.row_gradients) * self.step.scaling.to(z.dtype)
+        if self.step.row_gradients is not None:
+            return y + client_product(u, self.B, self.step.row_gradients).view(y.shape)
         return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT.to(z.dtype)).view(y.shape)
 
 
 class StackedHead(nn.Module):
-    """A linear layer of the head, trained in full: weight [client, d_out, d_in], bias [client, d_out]."""
+    """A linear layer of the head, trained in full: weight [client, d_out, d_in], bias [client, d_out].
+
+    ``in_body``: it is one of the body, so what it gives has the precision of what it gets.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, base: nn.Linear, step: Step):
+    def __init__(self, base: nn.Linear, step: Step, in_body: bool = False):
         super().__init__()
-        self.base, self.step, self.bias = base, step, None
+        self.base, self.step, self.bias, self.in_body = base, step, None, in_body
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """Each client's rows through its own weights."""
         z = x.reshape(self.step.clients, -1, x.shape[-1]).to(self.weight.dtype)
-        y = torch.bmm(z, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias[:, None], z, self.weight.mT)
-        return y.view(*x.shape[:-1], -1)
+        if self.step.row_gradients is not None:
+            y = client_product(z, self.weight, self.step.row_gradients) + self._bias(z)
+        elif self.bias is None:
+            y = torch.bmm(z, self.weight.mT)
+        else:
+            y = torch.baddbmm(self.bias[:, None], z, self.weight.mT)
+        return y.view(*x.shape[:-1], -1).to(x.dtype if self.in_body else y.dtype)
+
+    def _bias(self, z: Float[Tensor, "client input d_in"]) -> Tensor | float:
+        """The bias as a product with ones, so that its gradients by row are found as those of weights."""
+        if self.bias is None:
+            return 0.0
+        return client_product(z.new_ones(*z.shape[:2], 1), self.bias[..., None], self.step.row_gradients, self.bias)
 
 
 class StackedEmbedding(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peerlora.lora.adapter_card import write_card
 from peerlora.lora.adapter_init import Principal
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
@@ -54,10 +55,11 @@ def export_adapter(
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
+    x, client = x.rows([client]), 0  # a run writes a folder of each, and what follows is for this one alone
     x = context.principal.subtracted(x) if context.principal else x
-    factors = _own_factors(x, client) if rank is None and x.merged is None else _whole_factors(x, client, rank)
+    factors = own_factors(x) if rank is None and x.merged is None else _whole_factors(x, rank, context)
     context = replace(context, facts={**context.facts, **factors.facts, **context.facts})
-    tensors = _lora_tensors(factors) | full_tensors(x, client, model, context)
+    tensors = lora_tensors(factors) | full_tensors(x, client, model, context)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     adapted = {layer.name for layer in x.spec.layers}
     full = [
@@ -73,7 +75,7 @@ def export_adapter(
         rank_pattern=factors.rank_pattern,
         alpha_pattern=factors.alpha_pattern,
         modules_to_save=full or None,
-        task_type=context.task_type,
+        task_type=context.task_type or None,
         base_model_name_or_path=context.location or context.base_source,
         revision=context.revision,
         fan_in_fan_out=_transposed(model),
@@ -87,7 +89,7 @@ def export_adapter(
     if context.labels:  # PEFT's config has no place for them
         names = {"id2label": dict(enumerate(context.labels))}
         (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(context, factors), encoding="utf-8")
+    (folder / "README.md").write_text(adapter_card(context, factors), encoding="utf-8")
     return folder
 
 
@@ -120,19 +122,20 @@ class Factors:
         return {name: self.alpha * (rank / self.rank) ** power for name, rank in self.rank_pattern.items()}
 
 
-def _own_factors(x: Adapters, client: int) -> Factors:
-    rank = int(x.ranks[client])
-    layers = {name: _without_zeros(x.B[name][client, :, :rank], A[client, :rank]) for name, A in x.A.items()}
+def own_factors(x: Adapters) -> Factors:
+    """The factors of adapters of one client as they are, without ranks that are zero."""
+    rank = int(x.ranks[0])
+    layers = {name: _without_zeros(x.B[name][0, :, :rank], A[0, :rank]) for name, A in x.A.items()}
     return Factors(layers, rank, x.spec.alpha, {}, x.spec.rslora)
 
 
-def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
+def _whole_factors(x: Adapters, rank: int | None, context: ExportContext) -> Factors:
     """All that one client adds to its base, with a scaling of 1.
 
     Low-rank sums stay the tensors they are, side by side, while that is no larger than the layer.  A larger or dense
     one, and any that is to be cut, is factored in float64.
     """
-    own = x.rows([client]) if x.merged is not None else x.rows([client]).with_empty_merges()
+    own = x if x.merged is not None else x.with_empty_merges()
     merged, held = own.merged, int(own.ranks[0])
     assert merged is not None
     layers, left_out, size = {}, 0.0, 0.0
@@ -152,7 +155,8 @@ def _whole_factors(x: Adapters, client: int, rank: int | None) -> Factors:
         size += float(found.values.square().sum())
     layers = {name: _without_zeros(B.to(x.flat), A.to(x.flat)) for name, (B, A) in layers.items()}
     widest = max(len(A) for _, A in layers.values())
-    return Factors(layers, widest, float(widest), _merge_facts(rank, left_out, size))
+    facts = _whole_facts(context) if rank is None else _cut_facts(rank, left_out, size)
+    return Factors(layers, widest, float(widest), facts)
 
 
 def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,15 +166,20 @@ def _without_zeros(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return B[:, :rank], A[:rank]
 
 
-def _merge_facts(rank: int | None, left_out: float, size: float) -> dict[str, str]:
-    if rank is None:
+def _whole_facts(context: ExportContext) -> dict[str, str]:
+    if context.principal is None:
         return {"holds": "the adapter and all that was merged into the base before it; scaling 1"}
+    return {"holds": "the adapter less its start, which the run took out of the base's weights; scaling 1"}
+
+
+def _cut_facts(rank: int, left_out: float, size: float) -> dict[str, str]:
     share = (left_out / size) ** 0.5 if size else 0.0
     told = f"{left_out**0.5:.4g}, {share:.2%} of the update (Frobenius norm over all layers)"
     return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": told}
 
 
-def _lora_tensors(factors: Factors) -> dict[str, Tensor]:
+def lora_tensors(factors: Factors) -> dict[str, Tensor]:
+    """The factors by their names in an adapter folder."""
     tensors = {}
     for name, (B, A) in factors.layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.contiguous().clone()
@@ -205,31 +214,7 @@ def _sort_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(context: ExportContext, factors: Factors) -> str:
-    head = {"base_model": context.base_source, "library_name": "peft", "tags": ["lora", "peerlora"]}
-    facts = "\n".join(f"| {key} | {value} |" for key, value in context.facts.items())
-    return (
-        f"---\n{json.dumps(head, indent=2)}\n---\n\n# LoRA adapter trained without a server\n\n"
-        f"Rank {factors.rank}, alpha {whole_number(factors.alpha)}, {len(factors.layers)} layers of "
-        f"`{context.base_source}`.  "
-        "Trained with peerlora: every client keeps its data and averages adapters with its neighbours.\n\n"
-        "```python\nfrom peft import PeftModel\n"
-        "model = PeftModel.from_pretrained(base_model, this_folder)\n```\n\n"
-        f"| run | |\n| --- | --- |\n{facts}\n{_whereabouts(context)}"
-    )
-
-
-def _whereabouts(context: ExportContext) -> str:
-    """How to find a base model that is no hub id."""
-    if context.base_source.startswith("packaged:"):
-        name = context.base_source.removeprefix("packaged:")
-        return (
-            f"\nThe base model is in the installed package `{name}`; its folder or file:\n"
-            f"`python -c \"from peerlora.environment import package_model; print(package_model('{name}'))\"`\n"
-        )
-    if Path(context.location).is_absolute():
-        return (
-            "\n`adapter_config.json` names the base model's folder on the machine that wrote it, as "
-            "`base_model_name_or_path`; change it where the folder lies elsewhere.\n"
-        )
-    return ""
+def adapter_card(context: ExportContext, factors: Factors) -> str:
+    """The README.md of an adapter folder."""
+    holds = f"Rank {factors.rank}, alpha {whole_number(factors.alpha)}, {len(factors.layers)} layers"
+    return write_card(context.base_source, context.location, holds, context.facts)

@@ -5,7 +5,7 @@ That file holds the checksum of the tensors and the length of the event log just
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KEEP = 2  # checkpoints, so that one damaged file does not cost the run
 _SIDE = {"round", "sha256", "events_bytes"}  # what the file beside a checkpoint always told; newer ones have a check
 _DIVERGED = "is one that training diverged from"
+_UNFIT = "does not fit"
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,25 @@ class Checkpoints:
             _write_side(marked, facts | {"diverged": True})
         return next((side.stem for side in sides if _round_of(side) < round), "the start")
 
-    def load(self) -> Checkpoint | None:
+    def load(self, unfit: "Callable[[Mapping[str, torch.Tensor]], str]" = lambda tensors: "") -> Checkpoint | None:
         """Load the newest checkpoint that is whole; None when there is none, and the run starts from round 0.
 
-        One that training diverged from is passed over.  Raises RunError when there are checkpoints but every one is
-        damaged.
+        One that training diverged from is passed over, and one of which ``unfit`` says why it does not fit.  Raises
+        RunError when there are checkpoints but every one is damaged.
         """
         bad: list[tuple[str, str]] = []
         for side in self._sides():
             facts = _read_side(side)
             reason = self._reason_against(side, facts)
             if not reason:
+                tensors, own = _load_tensors(side)
+                if why := unfit(tensors):
+                    bad.append((side.stem, f"{_UNFIT} ({why})"))
+                    continue
                 notes = [f"checkpoint {name} {why}; using {side.stem}" for name, why in bad]
-                return Checkpoint(facts["round"], *_load_tensors(side), notes, facts["events_bytes"])
+                return Checkpoint(facts["round"], tensors, own, notes, facts["events_bytes"])
             bad.append((side.stem, reason))
-        if any(reason != _DIVERGED for _, reason in bad):
+        if any(reason != _DIVERGED and not reason.startswith(_UNFIT) for _, reason in bad):
             listed = ", ".join(f"{name} {reason}" for name, reason in bad)
             raise RunError(
                 f"no checkpoint in {self.folder.parent} can be used: {listed}; start again with another --out"

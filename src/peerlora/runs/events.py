@@ -52,6 +52,9 @@ class RunStarted:
     """Which model becomes a client's PEFT folder: own, or relayed."""
     select: dict[str, Any] | None = None
     """By what a client's best evaluation is found: metric, mode (max, min), rows (common, own), model; None: none."""
+    privacy: dict[str, Any] | None = None
+    """What is promised to rows or clients: unit, clip, accountant, generator, guarantee, and planned with [client]
+    epsilon, delta, releases, noise, rate and rows; None: nothing is."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class RoundDone:
     """Clients without part in this synchronous round: late or away."""
     missed: dict[str, str] = field(default_factory=dict)
     """Neighbour -> why its link was not used, for real peers."""
+    behind: int | None = None
+    """Rounds by which the foremost neighbour present is ahead, for real peers with common rounds; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,32 @@ class Evaluated:
     personal_relayed_loss: list[float] = field(default_factory=list)
     metrics: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Which scores, in the words of the fields above -> further metric -> [client], of the averaged model [1]."""
+    by_name: dict[str, dict[str, float]] = field(default_factory=dict)
+    """At the end, of each label or type of entity: how often it is ``true``, F1 of ``own`` (mean of clients) and of
+    ``averaged``; empty for tasks without these."""
     best_rounds: list[int] = field(default_factory=list)
     """[client] finished rounds at its best evaluation so far; empty where none is kept."""
     best: list[float] = field(default_factory=list)
     """[client] the value by which that one is its best."""
     stopped: list[int] = field(default_factory=list)
     """Clients that train no more, since their evaluations had not become better."""
+    privacy: dict[str, list[float]] = field(default_factory=dict)
+    """[client] epsilon, NaN where it has no bound, and releases spent so far; empty without privacy."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What models of a run of chats answered to some evaluation rows."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    client: int
+    """Whose own model answered."""
+    answers: list[dict[str, str]]
+    """By row: prompt, expected, own, and averaged where the averaged model is known."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """own, averaged -> name of a score -> its mean over these rows."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +236,23 @@ class CaughtUp:
 
 
 @dataclass(frozen=True)
+class PolicyShown:
+    """What a flow policy does, for the figures of a report: the averaged one, or that of the client held here."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    model: str
+    """Whose policy: averaged, or own."""
+    fields: list[list[list[float]]] = field(default_factory=list)
+    """Of the point mass at rest: [block][place] of x, y and the mean move of an action by that block in x and y."""
+    shown: str = ""
+    """What ``traces`` are of."""
+    traces: dict[str, list[float]] = field(default_factory=dict)
+    """Client -> [step] of the first evaluated episode in its environment."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Last event of a run that reached its end."""
 
@@ -223,12 +265,14 @@ Event = (
     RunStarted
     | RoundDone
     | Evaluated
+    | Generated
     | CheckpointSaved
     | Resumed
     | Warned
     | Joined
     | NeighbourChanged
     | CaughtUp
+    | PolicyShown
     | RunFinished
 )
 
@@ -285,6 +329,7 @@ def contradiction(event: Event, start: RunStarted | None) -> str:
             lists += [event.relayed, event.relayed_loss]
         further = [values for of, named in event.metrics.items() if of != "averaged" for values in named.values()]
         later = [event.personal, event.personal_loss, event.personal_relayed, event.personal_relayed_loss, *further]
+        later += event.privacy.values()
         lists += [values for values in [*later, event.best, event.best_rounds] if values]
     if any(len(values) != clients for values in lists):
         found = next(len(values) for values in lists if len(values) != clients)

@@ -20,11 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from peerlora.display import byte_unit
+from peerlora.runs.chart import Chart, Line
 
 Style = Literal["thin", "thick", "dashed", "band"]
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44aa99", "#999933", "#882255")
 MEAN, AVERAGED, CLIENT, INK, GRID = "#1f4e79", "#d1495b", "#7fa3c4", "#333333", "#e4e4e4"
 OTHER = "#bbbbbb"
+_VARIABLES = {MEAN: "mean", AVERAGED: "averaged", CLIENT: "client", INK: "ink", GRID: "line", "#999999": "soft"}
 MANY_LINES = 50  # clients; above, quantile bands
 MANY_BARS = 60  # clients in the bar chart
 MANY_LINKS = 2000  # links drawn; a browser is slow beyond
@@ -48,6 +50,8 @@ class Picture:
     legend: list[Key]
     note: str = ""
     square: bool = False
+    chart: Chart | None = None
+    """The numbers, where the page can draw them by itself."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round")
             points = np.full(curves.end.clients.shape[1], curves.end.rounds[0])
             axes.scatter(points, curves.end.clients[0], s=4.0, color=CLIENT, zorder=2)
             _draw_end(axes, curves.end, MEAN, AVERAGED)
-    return Picture(title, out.getvalue(), legend, _end_note([curves]))
+    return Picture(title, out.getvalue(), legend, _end_note([curves]), chart=_clients_chart(curves, xlabel))
 
 
 def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Picture:
@@ -102,7 +106,11 @@ def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], S
             axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color=INK)
     legend = [Key(label, colour, "thick") for label, colour in zip(values, line_colours(len(values)), strict=True)]
     note = "Zeros are not drawn: a log scale has no place for them." if zeros else ""
-    return Picture(title, out.getvalue(), legend, note)
+    shown = [
+        Line(key.label, key.colour, "thick", lines[key.label][0], np.where(each > 0, each, np.nan))
+        for key, each in zip(legend, values.values(), strict=True)
+    ]
+    return Picture(title, out.getvalue(), legend, note, chart=Chart(shown, log=True) if positive else None)
 
 
 def labels_figure(name: str, title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Picture:
@@ -173,7 +181,8 @@ def lines_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int],
             axes.plot(rounds, values, color=colour, linewidth=1.8, **point_markers(rounds))
         axes.set_ylim(bottom=0)
     legend = [Key(label, colour, "thick") for label, colour in zip(lines, colours, strict=True)]
-    return Picture(title, out.getvalue(), legend if len(legend) > 1 else [])
+    shown = [Line(key.label, key.colour, "thick", *lines[key.label]) for key in legend]
+    return Picture(title, out.getvalue(), legend if len(legend) > 1 else [], chart=Chart(shown, ylabel=unit, zero=True))
 
 
 def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str = "round") -> Picture:
@@ -190,7 +199,42 @@ def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str =
                 _draw_end(axes, curves.end, colour, colour)
     legend = [Key(label, colour, "thick") for label, colour in zip(runs, line_colours(len(runs)), strict=True)]
     legend += [Key("lowest to highest client", OTHER, "band"), Key("averaged model", INK, "dashed")]
-    return Picture(title, out.getvalue(), legend, _end_note(runs.values()))
+    return Picture(title, out.getvalue(), legend, _end_note(runs.values()), chart=_runs_chart(runs, xlabel))
+
+
+def _clients_chart(curves: Curves, xlabel: str) -> Chart:
+    """Every client, or the middle 90 % of many, then the mean and the averaged model."""
+    clients = curves.clients.shape[1]
+    if clients > MANY_LINES:
+        low, high = _quantiles(curves.clients, 0.05, 0.95)
+        lines = [
+            Line(f"{word} % of clients", CLIENT, "edge", curves.rounds, y) for word, y in (("95", high), ("5", low))
+        ]
+    else:
+        ys = curves.clients.T if clients > 1 else []
+        lines = [Line(f"client {client}", CLIENT, "thin", curves.rounds, y) for client, y in enumerate(ys)]
+    return Chart([*lines, *_mean_lines("", curves, MEAN, AVERAGED)], xlabel)
+
+
+def _runs_chart(runs: Mapping[str, Curves], xlabel: str) -> Chart:
+    colours = line_colours(len(runs))
+    named = zip(runs.items(), colours, strict=True)
+    return Chart([line for (name, each), colour in named for line in _mean_lines(name, each, colour, colour)], xlabel)
+
+
+def _mean_lines(name: str, curves: Curves, mean: str, averaged: str) -> list[Line]:
+    """The mean over clients and the averaged model, and both on other rows at the end, of one run."""
+    first, last = (name, f"{name}, averaged model") if name else ("mean over clients", "averaged model")
+    lines = [Line(first, mean, "thick", curves.rounds, _mean(curves.clients))]
+    if curves.averaged is not None:
+        lines.append(Line(last, averaged, "dashed", curves.rounds, curves.averaged))
+    if curves.end is not None:
+        end = curves.end
+        rows = f" on all {end.rows:,} rows"
+        lines.append(Line(first + rows, mean, "points", end.rounds, _mean(end.clients)))
+        if end.averaged is not None:
+            lines.append(Line(last + rows, averaged, "points", end.rounds, end.averaged))
+    return lines
 
 
 def _draw_end(axes: Any, end: Curves, mean: str, averaged: str) -> None:
@@ -279,7 +323,9 @@ def svg_figure(name: str, title: str, size: tuple[float, float] = (7.4, 3.2)) ->
         yield figure, out
         _widen(figure)
         raw = io.StringIO()
-        figure.savefig(raw, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(
+            raw, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     out.write(_inline(raw.getvalue(), name, title))
 
 
@@ -289,4 +335,6 @@ def _inline(svg: str, name: str, title: str) -> str:
 
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would count for the whole page
+    for colour, variable in _VARIABLES.items():  # the page knows what they are in the dark
+        svg = svg.replace(f": {colour}", f": var(--{variable}, {colour})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

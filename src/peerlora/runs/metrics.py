@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from peerlora.files import atomic_file
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
 from peerlora.runs.further_scores import best_scores, mean_and_worst, metric_scores, personal_scores
+from peerlora.runs.privacy_summary import privacy_facts
 
 Row = tuple[int | None, int, str, float]  # client (None: the whole run), finished rounds, metric, value
 Kind = TypeVar("Kind", bound=Event)
@@ -88,6 +89,7 @@ def _further_rows(score: Evaluated, held: Sequence[int]) -> Iterator[Row]:
         "best": score.best,
         "best_round": score.best_rounds,
     }
+    named |= {f"privacy_{name}": values for name, values in score.privacy.items()}
     named |= {f"{of}_{name}": values for of, further in score.metrics.items() for name, values in further.items()}
     for name, values in named.items():
         clients = [None] if name.startswith("averaged_") else held or range(len(values))
@@ -168,7 +170,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
     virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  Where clients
     relay, scores also have relayed_mean, relayed_worst and relayed_cut, and deployed says which models become PEFT
-    folders, own or relayed.  Further metrics, scores on clients' own rows and best evaluations: see ``further_scores``.
+    folders, own or relayed.  Further metrics, scores on clients' own rows and best evaluations: see ``further_scores``;
+    privacy: see ``privacy_summary``.
     The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)
@@ -183,7 +186,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     score = scores[-1] if scores else None
     spread = _spread(score) | _relayed(score, start)
     spread |= personal_scores(score, start is None or start.higher_is_better)
-    further, best = metric_scores(score), best_scores(score, start)
+    further, best, privacy = metric_scores(score), best_scores(score, start), privacy_facts(start, score)
     return {
         "method": start.method if start else None,
         "clients": clients,
@@ -195,6 +198,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         **({"deployed": start.deploys} if start and "relayed_mean" in spread else {}),
         **({"metrics": further} if further else {}),
         **({"best": best} if best else {}),
+        **({"privacy": privacy} if privacy else {}),
         "consensus": {
             "A": last and _known(last.consensus_A),
             "B": last and _known(last.consensus_B),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
 from peerlora.runs.metrics import evaluations, link_uses, select_events
+from peerlora.runs.privacy_summary import largest_epsilon
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Picture
@@ -69,3 +70,17 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
         lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
         found.append(figures.lines_figure("relayed-age", "Age of the entries that clients hold", lines, "rounds"))
     return found
+
+
+def epsilon_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
+    """Draw the metric of clients' own models by what they had spent then; None without privacy."""
+    import numpy as np
+
+    from peerlora.runs.figures import Curves, clients_figure
+
+    scores = [each for each in evaluations(events) if np.isfinite(largest_epsilon(each))]
+    if not scores:
+        return None
+    spent = [largest_epsilon(each) for each in scores]
+    curves = Curves(spent, np.array([each.own for each in scores], float))
+    return clients_figure("epsilon", f"{start.metric} by epsilon spent (the client that spent most)", curves, "epsilon")

@@ -1,46 +1,30 @@
-"""report.html of one run: a single file without script that opens anywhere, also without a network."""
+"""report.html of one run: a single file that opens anywhere, also without a network and without script."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peerlora.display import Cell, format_bytes, format_number
-from peerlora.files import write_atomically
+from peerlora.display import Cell, format_bytes
+from peerlora.runs.answers import answers_html
+from peerlora.runs.client_table import client_rows, describe_outcome
 from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
-from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.page import picture_html, table_html, write_page
+from peerlora.runs.pictures import epsilon_picture, graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.policy_pictures import environment_rows, policy_pictures
+from peerlora.runs.privacy_summary import describe_privacy
+from peerlora.runs.scores_by_name import HEAD, by_name_rows
 from peerlora.runs.store import read_events, resume_command
 from peerlora.runs.write_failures import write_failures_told
 
 if TYPE_CHECKING:
-    from peerlora.runs.figures import Key, Picture
+    from peerlora.runs.figures import Picture
 
+MANY_CLIENTS = 100  # in the table of clients
 MANY_CONTACTS = 60  # clients in the table of last contacts
 MANY_CHANGES = 100  # of neighbours, the last ones, that are listed
-
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; background: #fff;
-       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.lead { color: #555; margin: 0 0 1.4rem; }
-table { border-collapse: collapse; margin: .4rem 0 1rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .28rem 1.1rem .28rem 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-thead th { border-bottom: 2px solid #999; font-weight: 600; } tbody th { font-weight: 400; color: #555; }
-td.number, th.number { text-align: right; }
-.scroll { overflow-x: auto; }
-.warnings { background: #fff7e0; border-left: 4px solid #d9a400; padding: .5rem 1rem .5rem 2rem; }
-figure { margin: 1.6rem 0; break-inside: avoid; } figcaption { font-weight: 600; margin-bottom: .2rem; }
-figure > svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figure > svg { width: 100%; height: auto; display: block; } figure.square > svg { max-width: 30rem; }
-.legend { font-size: .87rem; color: #444; } .legend span { display: inline-block; margin-right: 1.1rem; }
-.legend svg { vertical-align: middle; margin-right: .35rem; }
-.note { font-size: .87rem; color: #666; margin: .2rem 0 0; }
-pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap; }
-@media print { body { margin: 0; max-width: none; font-size: 11pt; } .warnings { print-color-adjust: exact; } }
-"""
 
 
 class ReportWriter:
@@ -68,43 +52,14 @@ def write_report(folder: Path | str) -> Path:
     title = f"{start.method}, {_subject(start)}" if start else "A run that has not started"
     body = [_lead(start, events), _warnings(start, events)]
     if start:
-        body += ["<h2>Results</h2>", _headline(start, events), *map(picture_html, _pictures(start, events))]
-        body += [_neighbours(events) if start.held else _contacts(start, events)]
+        body += ["<h2>Results</h2>", *(f"<p>{escape(text)}</p>" for text in describe_outcome(start, events))]
+        body += [*map(picture_html, _pictures(start, events)), _clients(start, events), _headline(start, events)]
+        if rows := by_name_rows(events):
+            body += ["<h2>Label by label</h2>", table_html(rows, HEAD)]
+        body += [answers_html(events), _neighbours(events) if start.held else _contacts(start, events)]
         body += ["<h2>How it was run</h2>", _setting(start)]
     body.append(f"<details><summary>The resolved config</summary><pre>{escape(config)}</pre></details>")
     return write_page(folder / "report.html", title, body)
-
-
-def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
-    """Write one HTML page; ``body`` is HTML, ``title`` is not yet escaped."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    top = f'<!doctype html>\n<html lang="en"><head>{head}<style>{CSS}</style></head>\n<body>'
-    parts = [top, f"<h1>{escape(title)}</h1>", *(part for part in body if part), "</body></html>\n"]
-    write_atomically(path, "\n".join(parts).encode(errors="replace"))
-    return path
-
-
-def picture_html(picture: "Picture") -> str:
-    """Render a figure with title, legend and note."""
-    legend = "".join(f"<span>{_swatch(key)}{escape(key.label)}</span>" for key in picture.legend)
-    shape = ' class="square"' if picture.square else ""
-    return (
-        f"<figure{shape}><figcaption>{escape(picture.title)}</figcaption>"
-        + (f'<div class="legend">{legend}</div>' if legend else "")
-        + picture.svg
-        + (f'<p class="note">{escape(picture.note)}</p>' if picture.note else "")
-        + "</figure>"
-    )
-
-
-def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
-    """Render a table whose first column names the row; numbers are set to the right."""
-    top = "".join(f"<th{' class=number' if column else ''}>{escape(word)}</th>" for column, word in enumerate(head))
-    lines = []
-    for name, *cells in rows:
-        numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{escape(format_number(name))}</th>{numbers}</tr>')
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _lead(start: RunStarted | None, events: Sequence[Event]) -> str:
@@ -144,8 +99,18 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]
     better = "higher" if start.higher_is_better else "lower"
-    notes = [f"{start.metric}: {better} is better.", *describe_best(facts)]
-    return table_html(rows) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    notes = [f"{start.metric}: {better} is better.", *describe_best(facts), *describe_privacy(facts.get("privacy"))]
+    listed = table_html(rows) + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    return f"<h2>All numbers</h2>{listed}"
+
+
+def _clients(start: RunStarted, events: Sequence[Event]) -> str:
+    """Every client's own results, the worst first."""
+    head, rows = client_rows(start, events)
+    if len(rows) < 2:
+        return ""
+    shown = f"<h2>Clients</h2>{table_html(rows[:MANY_CLIENTS], head)}"
+    return shown + (f'<p class="note">The {MANY_CLIENTS} worst of {len(rows)}.</p>' if len(rows) > MANY_CLIENTS else "")
 
 
 def _relayed_rows(metric: str, facts: Mapping[str, Any]) -> list[tuple[str, Cell]]:
@@ -235,6 +200,7 @@ def _setting(start: RunStarted) -> str:
         ("clients", start.clients),
         ("rounds planned", start.rounds),
         ("topology", shape),
+        *environment_rows(start),
         *([("virtual clock", describe_clock(start.clock))] if start.clock else []),
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
@@ -277,16 +243,5 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
-        found[1:1] = relayed_pictures(start, events)
-    return [picture for picture in found if picture]
-
-
-def _swatch(key: "Key") -> str:
-    """A small drawing of the line or area that a legend entry stands for."""
-    shape = {
-        "band": f'<rect width="14" height="12" x="4" fill="{key.colour}" fill-opacity="0.8"/>',
-        "thin": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="1"/>',
-        "dashed": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="2.4" stroke-dasharray="6 3"/>',
-        "thick": f'<path d="M0 6h22" stroke="{key.colour}" stroke-width="2.6"/>',
-    }[key.style]
-    return f'<svg width="22" height="12" aria-hidden="true">{shape}</svg>'
+        found[1:1] = [epsilon_picture(start, events), *relayed_pictures(start, events)]
+    return [picture for picture in [*found, *policy_pictures(events)] if picture]

@@ -13,7 +13,10 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, RunError
 from peerlora.runs.store import RunStore, new_folder
 
-_MAY_CHANGE = ("peer.deadline", "peer.join", "peer.pull", "peer.audit_days", "peer.quorum")  # not what is trained
+_MAY_CHANGE = (
+    *("peer.deadline", "peer.join", "peer.pull", "peer.audit_days", "peer.quorum"),
+    *("track.to", "track.project", "track.group", "track.adapters"),
+)  # not what is trained
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -38,7 +41,9 @@ def run_facts(
         "threads": config.threads,
         "partitioner": type(partitioner).__name__ if partitioner is not None else None,
         **(inputs or {}),
-    } | ({} if held is None else {"held": list(held)})
+        **({} if held is None else {"held": list(held)}),
+        **({} if config.train.epochs is None else {"epochs": config.train.epochs}),
+    }
 
 
 def package_versions() -> dict[str, str]:
@@ -60,6 +65,9 @@ def stored_config(store: RunStore) -> RunConfig:
 
 def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitioner: Any) -> None:
     """Raise RunError, listing the differences, unless a resumed run is the run that was started."""
+    if expected.train.epochs is not None and expected.train.epochs == store.facts.get("epochs"):
+        same = {"rounds": stored.train.rounds, "epochs": None}  # which followed from these epochs then
+        expected = expected.model_copy(update={"train": expected.train.model_copy(update=same)})
     was, now = (config.model_dump(mode="json", exclude={"cluster"}) for config in (stored, expected))
     if now.get("threads") is None:
         now["threads"] = was.get("threads")

@@ -5,6 +5,7 @@
     checkpoints/round-000010.safetensors, round-000010.json        the newest two
     metrics.parquet, summary.json                                  written at the end
     label_counts.json         of a peer: what the network holds, where it was summed before round 0
+    privacy.jsonl             noisy releases that ever began, where they cannot be repeated; never cut back
 
 A checkpoint counts when its ``.json`` is there.  A resumed run cuts the event log back to the length that it tells, so
 it goes on exactly where the undisturbed run would have been.
@@ -15,7 +16,7 @@ which a neighbour may have spoiled, that is marked, and a resumed run goes on fr
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -120,6 +121,13 @@ class RunStore:
         with write_failures_told(self.folder, self._what_then):
             yield
 
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Like ``writing``, of what a run spends for good: its folder is never taken away again."""
+        self._unused = False
+        with self.writing():
+            yield
+
     def _what_then(self) -> str:
         return "start again" if self._unused else f"go on with: {resume_command(self.folder)}"
 
@@ -160,9 +168,11 @@ class RunStore:
         with self.writing():
             return self._checkpoints.mark_diverged(round)
 
-    def load_checkpoint(self) -> Checkpoint | None:
-        """Load the newest checkpoint that is whole; see ``Checkpoints``."""
-        return self._checkpoints.load()
+    def load_checkpoint(
+        self, unfit: "Callable[[Mapping[str, torch.Tensor]], str]" = lambda tensors: ""
+    ) -> Checkpoint | None:
+        """Load the newest checkpoint that is whole and fits; see ``Checkpoints``."""
+        return self._checkpoints.load(unfit)
 
     def rewind(self, checkpoint: Checkpoint | None) -> None:
         """Restore the folder to the moment of ``checkpoint`` (None: to the start of the run)."""

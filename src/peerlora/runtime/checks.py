@@ -10,9 +10,13 @@ from peerlora.algorithms.base import Algorithm, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
 from peerlora.exchange.gossip_sum import gossip_rounds
+from peerlora.lora.adapter_init import PRINCIPAL
+from peerlora.runtime.policy_checks import check_policy
+from peerlora.runtime.privacy import check_privacy
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 
@@ -49,10 +53,16 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     _check_init(config, algorithm)
     _check_quantised(config, algorithm)
     algorithm.check_task(config.task.kind)
+    if task_kind(config.task.kind).acts:
+        check_policy(config, algorithm)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)
-    warnings = (*_check_training(name, algorithm, config.train), *relay_warnings(config, algorithm))
+    warnings = (
+        *_check_training(name, algorithm, config.train),
+        *relay_warnings(config, algorithm),
+        *check_privacy(config, algorithm),
+    )
     interval = algorithm.switches_every
     trained = config.train.training_rounds
     if interval is not None and interval >= trained:
@@ -96,7 +106,7 @@ def _check_quantised(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             f"{name} merges into the base, and model.quantize={how} keeps none in full precision; use "
             "model.quantize=none, or algorithm.name=dec-lora"
         )
-    if config.adapter.init in ("pissa", "olora"):
+    if config.adapter.init in PRINCIPAL:
         raise CompositionError(
             f"adapter.init={config.adapter.init} takes directions out of the base's weights, and model.quantize={how} "
             "keeps none in full precision; use adapter.init=default, or model.quantize=none"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from peerlora.config.metrics import LOSS
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.lora.adapters import Adapters
@@ -17,13 +19,16 @@ from peerlora.runtime.compose import Federation, evaluation_rows
 from peerlora.runtime.participation import Participation
 from peerlora.runtime.selection import Selection
 from peerlora.train.base import Scores
+from peerlora.train.metrics import f1
+from peerlora.train.online.episodes import Episodes
+from peerlora.train.tasks import names_of_counts
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one moment of a run, [client] each: of attackers, too."""
 
-    rows: Dataset
+    rows: Dataset | Episodes
     own: Scores
     """The clients' own models on the common rows."""
     averaged: Scores | None
@@ -68,10 +73,9 @@ class Evaluator:
     def __init__(self, federation: Federation, participation: Participation):
         self.federation, self.participation = federation, participation
         self.learner, self.settings = federation.learner, federation.config.eval
-        self.few_rows = evaluation_rows(federation)
+        self.few_rows = evaluation_rows(federation.config, federation.eval_data)
         self.own_rows = [federation.train_data.take(rows) if len(rows) else None for rows in federation.own_rows]
-        wanted = [*self.settings.metrics, *([self.settings.select.metric] if self.settings.select else [])]
-        self.metrics = further_metrics(wanted, self.learner.task.metric)
+        self.metrics = further_metrics(self.settings.computed, self.learner.task.metric)
 
     def evaluate(self, state: Any, final: bool) -> Evaluation:
         """See ``Evaluates``."""
@@ -81,8 +85,8 @@ class Evaluator:
         relayed = self.federation.exchange.relayed_models(x)
         return Evaluation(
             rows,
-            _part(found, slice(0, x.clients)),
-            _part(found, slice(x.clients, x.clients + 1)) if len(found.metric) > x.clients else None,
+            found.of(slice(0, x.clients)),
+            found.of(slice(x.clients, x.clients + 1)) if len(found.metric) > x.clients else None,
             self._score(relayed.adapters, rows) if relayed else None,
             self._score_own(x),
             self._score_own(relayed.adapters) if relayed else None,
@@ -103,12 +107,14 @@ class Evaluator:
         relayed = found.relayed_models
         return Evaluated(
             round=done,
-            rows=len(found.rows),
+            rows=found.own.rows,
             seconds=time.perf_counter() - began,
             final=final,
             virtual_seconds=virtual_seconds,
             relayed_cut=float(relayed.cut_share[self.federation.honest_rows].mean()) if relayed else float("nan"),
-            metrics={of: self._further(of, each) for of, each in found.scores().items() if self.metrics},
+            metrics={of: self._further(of, each) for of, each in found.scores().items() if each.metrics},
+            by_name=self._by_name(found) if final else {},
+            privacy=self.learner.privacy.spent() if self.learner.privacy else {},
             **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
         )
 
@@ -120,6 +126,20 @@ class Evaluator:
         hides = of != "averaged"
         return {name: self.of_honest(values) if hides else values.tolist() for name, values in scores.metrics.items()}
 
+    def _by_name(self, found: Evaluation) -> dict[str, dict[str, float]]:
+        """Of each label or type of entity its number in the rows, and F1 of honest clients and of their average."""
+        if found.own.counts is None:
+            return {}
+        target, averaged = task_kind(self.federation.config.task.kind).target, found.averaged
+        names = names_of_counts(target, found.rows.names)
+        told = {}
+        for place, name in enumerate(names):
+            own = found.own.counts[self.federation.honest_rows, place]
+            told[name] = {"true": float(own[0, 0]), "own": float(np.mean([f1(*each) for each in own.tolist()]))}
+            if averaged is not None and averaged.counts is not None:
+                told[name]["averaged"] = f1(*averaged.counts[0, place].tolist())
+        return told
+
     def of_honest(self, values: np.ndarray) -> list[float]:
         """[client], NaN for attackers."""
         honest = self.federation.honest_rows
@@ -127,7 +147,7 @@ class Evaluator:
         shown[honest] = values[honest]
         return shown.tolist()
 
-    def _score(self, models: Adapters, rows: Dataset) -> Scores:
+    def _score(self, models: Adapters, rows: Dataset | Episodes) -> Scores:
         return self.learner.evaluate(models, rows, self.settings.batch, self.metrics)
 
     def _score_own(self, models: Adapters) -> Scores | None:
@@ -141,14 +161,9 @@ class Evaluator:
         )
 
 
-def further_metrics(wanted: Sequence[str | None], main: str) -> tuple[str, ...]:
-    """The metrics to compute beside a task's main one and its loss, each once."""
-    return tuple(name for name in dict.fromkeys(wanted) if name not in (None, main, "loss"))
-
-
-def _part(scores: Scores, clients: slice) -> Scores:
-    more: Mapping[str, np.ndarray] = {name: values[clients] for name, values in scores.metrics.items()}
-    return Scores(scores.metric[clients], scores.loss[clients], scores.rows, more)
+def further_metrics(wanted: Sequence[str], main: str) -> tuple[str, ...]:
+    """The metrics to compute beside a task's main one and its loss."""
+    return tuple(name for name in wanted if name not in (main, LOSS))
 
 
 def value_of(scores: Scores, selection: Selection) -> np.ndarray:

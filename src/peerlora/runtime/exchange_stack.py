@@ -58,11 +58,11 @@ def poison_labels(config: RunConfig, data: Dataset, attacked: list[np.ndarray]) 
     """
     if config.adversary is None or config.adversary.attack != "label-flip":
         return data
-    if not data.names:
+    if not data.classes:
         raise CompositionError(
             f"adversary.attack=label-flip needs classes, task.kind={config.task.kind} has none; use another attack"
         )
-    return replace(data, labels=flipped_labels(data.labels, np.concatenate(attacked), len(data.names)))
+    return replace(data, labels=flipped_labels(data.labels, np.concatenate(attacked), len(data.classes)))
 
 
 def attack_notes(config: RunConfig, attacking: tuple[int, ...]) -> tuple[str, ...]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from peerlora.errors import ConfigError, ModelError, RunError, first_line
+from peerlora.lora.model_folder import ADAPTER, base_name, is_adapter, read_settings, with_base
 from peerlora.runtime.reading import FILE as READING
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z", re.ASCII)
 _KNOWN = (READING, "labels.json", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "spiece.model")
 _SUFFIXES = (".safetensors", ".json", ".model")
 
@@ -27,7 +23,7 @@ class Upload:
     base: str | None
     """The hub id that an adapter's base is named by; None: as it stands in the folder."""
     files: dict[str, int]
-    """Bytes by name."""
+    """Bytes by name, as they are in the folder."""
 
 
 def plan_upload(folder: Path, repo: str, private: bool, base: str | None = None) -> Upload:
@@ -37,61 +33,60 @@ def plan_upload(folder: Path, repo: str, private: bool, base: str | None = None)
     base nobody else can load.
     """
     for told, name in (("the name of the repository", repo), ("--base", base)):
-        if name is not None and not _REPO.match(name):
-            raise ConfigError(f"{told} is {name!r}; expected OWNER/NAME of letters, digits, dots, dashes, underscores")
-    adapter, whole = folder / "adapter_config.json", folder / "config.json"
-    if not adapter.is_file() and not whole.is_file():
-        raise ModelError(
-            f"{folder} holds neither config.json nor adapter_config.json; give a folder of `peerlora merge` or "
-            "`peerlora export`"
-        )
-    if adapter.is_file() and base is None:
-        named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not isinstance(named, str) or not _REPO.match(named):
-            raise ModelError(
-                f"{folder} names its base model {named!r}, which others cannot load; give --base OWNER/NAME, or upload "
-                "the whole model: peerlora merge"
+        if name is not None and not _is_hub_id(name):
+            raise ConfigError(
+                f"{told} is {name!r}; expected OWNER/NAME or NAME, of letters, digits, dots, dashes and underscores"
             )
-    if base is not None and not adapter.is_file():
+    adapter = is_adapter(folder)
+    if base is not None and not adapter:
         raise ConfigError(f"--base {base} given; {folder} holds a whole model, which has no base: leave it out")
+    if adapter:
+        _check_base(folder, base)
     found = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     files = {name: size for name, size in found.items() if name in _KNOWN or name.endswith(_SUFFIXES)}
     return Upload(folder, repo, private, base, files)
 
 
+def _check_base(folder: Path, base: str | None) -> None:
+    """Refuse an adapter whose settings are damaged, or, with no other name for it, whose base is on this machine."""
+    named = base_name(read_settings(folder / ADAPTER))
+    if base is None and (named is None or not _is_hub_id(named) or Path(named).exists()):
+        raise ModelError(
+            f"{folder} names its base model {named!r}, which others cannot load; give --base OWNER/NAME, or upload "
+            "the whole model: peerlora merge"
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether the hub may have a repository of this name: OWNER/NAME, or NAME, as that of some old models."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def upload(planned: Upload) -> str:
     """Upload the files to a repository, made where there is none; returns the commit's address.
 
-    The hub's own library finds the token that its log-in keeps.  Raises RunError where the hub cannot be reached, or
-    refuses.
+    A name without an owner becomes one of the user.  The hub's own library finds the token that its log-in keeps, and
+    reads the files where they lie.  Raises RunError where the hub cannot be reached, or refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    with tempfile.TemporaryDirectory() as place:
-        copy = Path(place)
-        for name in planned.files:
-            shutil.copyfile(planned.folder / name, copy / name)
-        if planned.base is not None:
-            _name_base(copy, planned.base)
-        try:
-            api = HfApi()
-            api.create_repo(planned.repo, private=planned.private, exist_ok=True)
-            done = api.upload_folder(folder_path=copy, repo_id=planned.repo, commit_message="Upload from peerlora")
-        except Exception as error:  # the hub's client raises its own, those of its HTTP library and plain ones
-            raise RunError(
-                f"{planned.repo} cannot be written ({first_line(error)}); log in with `hf auth login`, be online "
-                "(HF_HUB_OFFLINE unset), and own the repository; --dry-run shows what would be uploaded"
-            ) from None
+    changed = {} if planned.base is None else with_base(planned.folder, planned.base)
+    files = {name: changed[name].encode() if name in changed else planned.folder / name for name in planned.files}
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    try:
+        api = HfApi()
+        made = api.create_repo(planned.repo, private=planned.private, exist_ok=True)
+        done = api.create_commit(made.repo_id, operations, commit_message="Upload from peerlora")
+    except Exception as error:  # the hub's client raises its own, those of its HTTP library and plain ones
+        raise RunError(
+            f"{planned.repo} cannot be written ({first_line(error)}); log in with `hf auth login`, be online "
+            "(HF_HUB_OFFLINE unset), and own the repository; --dry-run shows what would be uploaded"
+        ) from None
     return str(done.commit_url)
-
-
-def _name_base(folder: Path, base: str) -> None:
-    """Name an adapter's base model by a hub id, for PEFT and on the card."""
-    path = folder / "adapter_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    before, settings["base_model_name_or_path"] = settings.get("base_model_name_or_path"), base
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    if card.is_file():
-        text = re.sub(r'^  "base_model": ".*"', f'  "base_model": {json.dumps(base)}', card.read_text(), flags=re.M)
-        card.write_text(text.replace(str(before), base), encoding="utf-8")

@@ -13,7 +13,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.attach import Targets, inputs_of
 from peerlora.lora.base_models import Base
-from peerlora.lora.base_weights import check_class_order
+from peerlora.lora.base_weights import check_class_order, within
 
 _UNKNOWN = 0.3  # share of a data set's words; more of them unknown is told
 _SHOWN = 4  # names in one message
@@ -54,7 +54,7 @@ def check_tokens(base: Base, tokenizer: Any, data: Iterable[Dataset]) -> tuple[s
     for rows in data:
         if size is not None:
             _check_ids(base, tokenizer, rows, size)
-        if rows.names and getattr(model.config, "is_encoder_decoder", False):
+        if rows.classes and getattr(model.config, "is_encoder_decoder", False):
             _check_ends(base, tokenizer, rows)
         warnings += (*_types(base, rows), *_unknown(base, tokenizer, rows))
     return tuple(dict.fromkeys(warnings))
@@ -75,6 +75,8 @@ def _check_ids(base: Base, tokenizer: Any, rows: Dataset, size: int) -> None:
             "expected the tokenizer that the model was trained with; add its files to the folder"
         )
     largest = max(int(rows.ids.max(initial=0)), tokenizer.pad_token_id)
+    if rows.target_starts is not None and rows.targets is not None:
+        largest = max(largest, int(rows.targets.max(initial=0)))
     if largest >= size:
         what = "padding token" if largest == tokenizer.pad_token_id else "tokenizer"
         raise ModelError(
@@ -157,11 +159,6 @@ def check_head(base: Base, targets: Targets, names: tuple[str, ...]) -> tuple[st
             "adapters",
         )
     return warnings
-
-
-def within(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a module is one of these, or lies inside one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def linears_of(base: nn.Module, modules: tuple[str, ...]) -> list[str]:

@@ -76,7 +76,7 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
         return VirtualClock(settings, config.clients, config.seed) if settings else None
     if settings and settings.deadline:
         raise CompositionError(
-            f"{name} waits for nobody, so clock.deadline={settings.deadline:g} has no round to cut short; drop "
+            f"{name} waits for nobody, so clock.deadline={settings.deadline:.15g} has no round to cut short; drop "
             "clock.deadline, or use a synchronous method such as algorithm.name=dec-lora"
         )
     if settings and any(absence.unit == "rounds" for absence in settings.away):

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import ModelError
+from peerlora.lora.model_folder import read_settings
 
 FILE = "peerlora.json"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The task, the columns of text and the most tokens of a row with which a model was trained."""
+    """The task, the columns and the most tokens of a row with which a model was trained."""
 
     task: str
     text: tuple[str, ...]
     max_length: int
+    columns: Mapping[str, str] | None = None
+    """Columns by role, for tasks whose columns have roles; None: found by usual names."""
 
     @staticmethod
     def of(config: RunConfig) -> Reading:
         """Return that of a run."""
-        return Reading(config.task.kind, tuple(config.data.text), config.data.max_length)
+        return Reading(config.task.kind, tuple(config.data.text), config.data.max_length, config.data.columns)
 
     @staticmethod
     def read(folder: Path) -> Reading | None:
@@ -31,10 +36,12 @@ class Reading:
         path = folder / FILE
         if not path.is_file():
             return None
+        tree = read_settings(path)
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            found = Reading(str(tree["task"]), tuple(map(str, tree["text"])), int(tree["max_length"]))
-        except (ValueError, OSError, RecursionError, KeyError, TypeError) as error:
+            named = tree.get("columns")
+            columns = None if named is None else {str(role): str(name) for role, name in named.items()}
+            found = Reading(str(tree["task"]), tuple(map(str, tree["text"])), int(tree["max_length"]), columns)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} cannot be read ({error}); mend it, or remove it and give --text") from None
         if not 1 <= len(found.text) <= 2 or not 1 <= found.max_length <= 1 << 20:
             raise ModelError(f"{path}: one or two columns of text and at least one token expected; mend it")
@@ -42,5 +49,6 @@ class Reading:
 
     def write(self, folder: Path) -> None:
         """Write ``peerlora.json`` into a folder."""
-        tree = {"task": self.task, "text": list(self.text), "max_length": self.max_length}
+        tree: dict[str, Any] = {"task": self.task, "text": list(self.text), "max_length": self.max_length}
+        tree |= {} if self.columns is None else {"columns": dict(self.columns)}
         (folder / FILE).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

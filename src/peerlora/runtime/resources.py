@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from peerlora.config.chat import resolve_template
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.sources import load_datasets
 from peerlora.errors import ConfigError, ModelError
-from peerlora.lora.adapter_init import Principal, take_principal, weights_of
+from peerlora.lora.adapter_init import PRINCIPAL, Principal, take_principal, weights_of
 from peerlora.lora.adapters import AdapterSpec
-from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets
+from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
 from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, locate_base
+from peerlora.lora.base_weights import within
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
@@ -30,7 +32,6 @@ from peerlora.runtime.model_checks import (
     check_tokens,
     linears_of,
     some,
-    within,
 )
 from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.prefix_cache import HiddenStates
@@ -106,7 +107,7 @@ def redraw(prepared: PreparedBase, drawn: int, seed: int) -> bool:
     """
     model, heads = prepared.base.model, prepared.targets.heads
     names = [name for name, _ in model.named_modules() if name in prepared.base.initialised]
-    if not all(name in heads or name.startswith(tuple(f"{head}." for head in heads)) for name in names):
+    if not all(within(name, heads) for name in names):
         return False
     there = {name: model.get_submodule(name) for name in names}
     if not all(_equal(module, there[name]) for name, module in _drawn(model, there, drawn).items()):
@@ -131,8 +132,6 @@ def _equal(module: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(value, theirs[name].cpu()) for name, value in module.state_dict().items())
 
 
-PRINCIPAL = ("pissa", "olora")
-"""Values of ``adapter.init`` that change the base."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "auto": torch.float32, "fp64": torch.float64}
 """Of adapters, optimiser and loss, by ``train.dtype``."""
 
@@ -152,8 +151,16 @@ class RunResources:
 
 def load_resources(config: RunConfig) -> RunResources:
     """Read and tokenise the data of a config."""
-    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    tokenizer = run_tokenizer(config)
     return RunResources(*load_datasets(config, tokenizer), tokenizer)
+
+
+def run_tokenizer(config: RunConfig) -> Any:
+    """The base model's tokenizer, with the chat template of the config where it gives one."""
+    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    if config.data.template is not None:
+        tokenizer.chat_template = resolve_template(config.data.template)
+    return tokenizer
 
 
 def build_model(config: RunConfig, resources: RunResources, begun: Speed | None = None) -> BuiltModel:
@@ -177,7 +184,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         (config.adapter.init, config.adapter.rank, config.adapter.alpha, config.adapter.rslora)
         if config.adapter.init in PRINCIPAL
         else None,
-        config.adapter.modules_to_save,
+        config.adapter.modules_to_save and [*config.adapter.modules_to_save, config.adapter.head],
         (config.model.quantize, config.model.revision),
     )
     prepared = bases.get(key, config.seed, lambda: _prepared(config, resources, begun))
@@ -233,11 +240,12 @@ def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -
     source, dtype, data = config.model.source, DTYPES[config.train.dtype], resources.train_data
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
     storage = Storage(config.model.quantize, config.device, config.model.revision)
-    base = load_base(source, task.name, data.names, config.seed, pad, _kept_in(config, dtype), storage)
+    base = load_base(source, task.name, data.names, config.seed, pad, dtype, storage)
     check_lengths(config, base)
     check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
     targets = find_targets(base.model, task.peft_type, config.adapter.targets)
-    targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save))
+    frozen_head = config.adapter.head == "frozen"
+    targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save, frozen_head))
     warnings = base.warnings + check_head(base, targets, data.names)
     device = _device(config)
     if config.model.quantize == "none":
@@ -250,15 +258,17 @@ def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -
     return PreparedBase(base, targets, speed, paths, layout, principal, originals, warnings)
 
 
-def _kept_in(config: RunConfig, dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a base is loaded; a quantised one computes in it."""
-    return torch.bfloat16 if config.model.quantize != "none" and config.train.dtype == "bf16" else dtype
-
-
 def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Principal | None, dict[str, str]]:
     """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
     if config.adapter.init not in PRINCIPAL:
         return None, {}
+    for layer in targets.layers:
+        if other := tied_to(base.model, layer.name):
+            raise ModelError(
+                f"adapter.init={config.adapter.init} takes directions out of every adapted layer, and {layer.name} "
+                f"shares its weights with {other}, which would lose them, too; drop it from adapter.targets, or use "
+                "adapter.init=default or orthogonal"
+            )
     rank = config.ranks[0]  # all are equal
     weights = weights_of(base.model, [layer.name for layer in targets.layers])
     halved = config.train.dtype == "auto"
@@ -276,9 +286,7 @@ def _observed(
     watched = [*layers, *linears_of(base.model, targets.heads), *targets.saved]
     if config.model.dropout:
         watched += [name for name, module in base.model.named_modules() if isinstance(module, nn.Dropout)]
-    facts = observe_forward(
-        base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task.target == "tokens"
-    )
+    facts = observe_forward(base.model, source, watched, resources.train_data, resources.tokenizer.pad_token_id, task)
     if facts.sees_later_tokens:
         raise ModelError(
             f"model.source={source!r}: {type(base.model).__name__} sees the tokens that it is to predict; "

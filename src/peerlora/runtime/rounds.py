@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters
+from peerlora.runs.events import Event
 from peerlora.topology.weights import Matrix
 
 
@@ -34,6 +35,8 @@ class RoundResult:
     """[sender] of a real peer: the adapters whose links counted, its own among them."""
     missing: Mapping[int, str] = field(default_factory=dict)
     """Of a real peer: neighbours whose link did not count, and why."""
+    events: Sequence[Event] = ()
+    """Evaluations and warnings of training loops of the user's own."""
 
 
 class Rounds(Protocol):

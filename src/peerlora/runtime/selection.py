@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -14,8 +14,10 @@ from peerlora.config.metrics import higher_is_better
 from peerlora.config.run import RunConfig
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.relayed_export import deployed
-from peerlora.train.tasks import Task
 from peerlora.tree import leaves, own_copy, put_row, rebuild, rows_of
+
+if TYPE_CHECKING:
+    from peerlora.train.base import AnyTask
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Selection:
         return "relayed" if self.of.endswith("relayed") else "own"
 
     @classmethod
-    def of_run(cls, config: RunConfig, task: Task) -> Selection | None:
+    def of_run(cls, config: RunConfig, task: AnyTask) -> Selection | None:
         """The one of a run; None where nothing is selected."""
         select = config.eval.select
         if select is None:
@@ -70,8 +72,11 @@ class BestRounds:
         self.x: Adapters | None = None
         """[client] the adapters of its best evaluation."""
 
-    def offer(self, done: int, values: np.ndarray, x: Adapters) -> list[int]:
-        """Compare the evaluation after ``done`` rounds; return the clients that train no more from now on."""
+    def offer(self, done: int, values: np.ndarray, x: Adapters, last: bool = False) -> list[int]:
+        """Compare the evaluation after ``done`` rounds; return the clients that train no more from now on.
+
+        ``last``: no training follows, so it ends nobody's.
+        """
         if self.x is None:
             self.x = own_copy(x)
         better = self._better(values)
@@ -81,7 +86,7 @@ class BestRounds:
             if better[row]:
                 self.values[row], self.rounds[row] = values[row], done
                 put_row(self.x, row, rows_of(x, row))
-        waiting = self.patience is not None
+        waiting = self.patience is not None and not last
         ended = [self.clients[row] for row in self.honest if waiting and self.waited[row] >= (self.patience or 0)]
         fresh = [client for client in ended if client not in self.stopped]
         self.stopped.update(fresh)

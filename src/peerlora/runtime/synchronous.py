@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,12 @@ class SynchronousRounds:
             bytes_sent=stats.bytes_sent,
             seconds_train=worked - stats.seconds,
             seconds_mix=stats.seconds,
-            measures={name: float(values.mean()) for name, values in stats.measures.items()},
+            measures={name: float(values.mean()) for name, values in stats.measures.items()}
+            | {name: fmean(values) for name, values in trained.measures.items()},
             absent=absent,
             received=stats.received,
             missing=stats.missing,
+            events=trained.events,
         )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,22 @@ from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.runs.events import Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
+from peerlora.runs.privacy_ledger import PrivacyLedger
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.best_export import write_best, write_best_folders
 from peerlora.runtime.compose import Federation, resolve_threads
 from peerlora.runtime.evaluation import Evaluates, Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
+from peerlora.runtime.generation import generate_answers
 from peerlora.runtime.participation import Participation
+from peerlora.runtime.policy import show_policy
+from peerlora.runtime.privacy import describe_promises, exhaustion_notice
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.result import Result
 from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.selection import BestRounds, Selection, stop_notice
 from peerlora.runtime.wall_clock import WallClock
+from peerlora.train.handover import LoopEnded
 from peerlora.train.schedule import rate
 from peerlora.tree import leaves
 
@@ -37,6 +42,18 @@ Sink = Callable[[Event], None]
 """Takes every event of a run, in order."""
 
 
+@dataclass(frozen=True)
+class CheckpointRule:
+    """When a run writes checkpoints, and which of them a resumed run goes on from."""
+
+    due: Callable[[int], bool]
+    """Whether to write one after so many rounds."""
+    unfit: Callable[[Mapping[str, Tensor]], str] = lambda tensors: ""
+    """Why a checkpoint with these tensors does not fit; an empty string where it does."""
+    or_newest: bool = False
+    """Whether to go on from the newest where none fits; else from the start."""
+
+
 class Trainer:
     """One run in its folder, for the clients held here.
 
@@ -45,7 +62,8 @@ class Trainer:
 
     ``rounds`` advances these clients by one round, ``participation`` finds the others.  The store takes every event
     first, then the ``sinks`` in order.  ``stop`` is asked after every round; when it is true, a checkpoint is written
-    and Stopped raised.  ``evaluator`` scores the clients, by default in this process.
+    and Stopped raised.  ``checkpoints``: when they are written, by default every ``checkpoint.every`` rounds, and which
+    can be gone on from.  ``evaluator`` scores the clients, by default in this process.
     """
 
     def __init__(
@@ -56,14 +74,20 @@ class Trainer:
         store: RunStore,
         sinks: Sequence[Sink] = (),
         stop: Callable[[], bool] = lambda: False,
+        checkpoints: CheckpointRule | None = None,
         evaluator: Evaluates | None = None,
     ):
         self.federation, self.rounds, self.participation = federation, rounds, participation
         self.store, self.sinks, self.stop = store, (store.emit, *sinks), stop
+        self.checkpoints = checkpoints or CheckpointRule(lambda done: done % federation.config.checkpoint.every == 0)
         self.config, self.algorithm, self.learner = federation.config, federation.algorithm, federation.learner
         self.evaluator = evaluator or Evaluator(federation, participation)
         self.best = _best_rounds(federation)
         self.opening_bytes = 0
+        self.privacy, self._exhausted = federation.learner.privacy, 0
+        self.ledger = PrivacyLedger(store.folder)
+        if self.privacy and not self.privacy.repeatable:
+            self.privacy.record = self._spend
         self.wall_clock = WallClock(self.config.train.max_seconds)
 
     def run(self, resumed: bool = False) -> Result:
@@ -88,14 +112,19 @@ class Trainer:
                 self._save(t, state)
             if t == rounds:
                 break
-            state = self._round(t, state)
+            try:
+                state = self._round(t, state)
+            except LoopEnded as ended:
+                self._emit(Warned(describe_end(ended, done, rounds)))
+                self._save(done, state)
+                break
             done = t + 1
-            if done % self.config.eval.every == 0 and done < rounds:
-                self._evaluate(done, state, final=False)
             if self.wall_clock.look() and done < rounds:
                 self._emit(Warned(self.wall_clock.describe(done, rounds)))
+            if done % self.config.eval.every == 0 and done < rounds and not self.wall_clock.ended:
+                self._evaluate(done, state, final=False)
             stopping = self.stop() and done < rounds and not self.wall_clock.ended
-            if done % self.config.checkpoint.every == 0 or done == rounds or stopping or self.wall_clock.ended:
+            if self.checkpoints.due(done) or done == rounds or stopping or self.wall_clock.ended:
                 self._save(done, state)
             if stopping:
                 command = self.participation.resume_command(self.store.folder)
@@ -107,6 +136,7 @@ class Trainer:
             state, result = self.rounds.advance(t, state)
         except DivergenceError as error:
             raise self._diverged(t, str(error)) from None
+        self._emit(*result.events)
         began = time.perf_counter()
         event = RoundDone(
             round=t,
@@ -124,7 +154,15 @@ class Trainer:
             absent=result.absent,
         )
         self._emit(event)
+        if self.privacy and (fresh := self.privacy.exhausted[self._exhausted :]):
+            self._exhausted += len(fresh)
+            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t)))
         return state
+
+    def _spend(self, client: int, job: int, releases: int) -> None:
+        """Write down what is about to be spent: from then on the folder is that of a run."""
+        with self.store.spending():
+            self.ledger.append(client, job, releases)
 
     def _rate(self, t: int) -> dict[str, float]:
         """The learning rate of a training round, where it is not the same in all."""
@@ -144,25 +182,30 @@ class Trainer:
 
     def _evaluate(self, done: int, state: State, final: bool) -> RelayedModels | None:
         """Evaluate the clients' models, and return their relayed ones."""
+        if self.learner.logs_evaluations and not final:
+            return None
         began = time.perf_counter()
         found = self.evaluator.evaluate(state, final)
-        fresh = self._select(done, found)
+        fresh = self._select(done, found, final)
         event = self.evaluator.event(done, found, began, self.rounds.virtual_seconds, final)
         self._emit(replace(event, **self.best.told()) if self.best else event)
-        if fresh and self.best and self.best.patience and not final:
+        if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
         loss = found.own.loss[self.federation.honest_rows]
-        if final and not np.isfinite(loss).all():  # no training follows that would show it
+        if (
+            final and not self.learner.logs_evaluations and not np.isfinite(loss).all()
+        ):  # no training follows to show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return found.relayed_models
 
-    def _select(self, done: int, found: Evaluation) -> list[int]:
+    def _select(self, done: int, found: Evaluation, final: bool) -> list[int]:
         """Keep the clients' best adapters; return who trains no more from now on."""
         if self.best is None:
             return []
         selection = self.best.selection
         kept = found.relayed_models.adapters if selection.model == "relayed" and found.relayed_models else found.models
-        fresh = self.best.offer(done, value_of(self.evaluator.rescored(found, selection.of), selection), kept)
+        values = value_of(self.evaluator.rescored(found, selection.of), selection)
+        fresh = self.best.offer(done, values, kept, last=final)
         self._end_training()
         return fresh
 
@@ -187,6 +230,7 @@ class Trainer:
         tensors = {f"{part}.{name}": leaf.cpu() for part, named in parts.items() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
         facts = {"trained": self.learner.trained, "rounds": facts, "best": choice, "time": self.wall_clock.state_dict()}
+        facts |= {"privacy": self.privacy.state() if self.privacy else {}}
         try:
             self.store.save_checkpoint(done, tensors, {name: each for name, each in facts.items() if each != {}})
         except TooManyFiles as error:  # of many connections, say; the next checkpoint may be possible again
@@ -194,7 +238,11 @@ class Trainer:
 
     def _restore(self, start: State) -> tuple[int, State]:
         """(rounds done, state) of the newest good checkpoint; (0, start) where there is none."""
-        checkpoint = self.store.load_checkpoint()
+        checkpoint = self.store.load_checkpoint(self.checkpoints.unfit)
+        if checkpoint is None and self.checkpoints.or_newest:
+            checkpoint = self.store.load_checkpoint()
+        if self.privacy:
+            self.privacy.restore(checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries())
         self.store.rewind(checkpoint)
         if checkpoint is None:
             return 0, start
@@ -237,6 +285,7 @@ class Trainer:
             clock=federation.clock.describe() if federation.clock else None,
             deploys=config.exchange.relay.deploy if config.exchange.relay else "own",
             select=self.best.selection.describe() if self.best else None,
+            privacy=describe_promises(self.privacy) if self.privacy else None,
         )
         return self.participation.describe(started)
 
@@ -244,6 +293,10 @@ class Trainer:
         self._emit(*self.participation.leave(done, state))
         x = self.algorithm.model(self.participation.whole(state)).to("cpu")
         relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
+        if wanted := self.config.eval.generate:
+            models = self.participation.evaluated(self.algorithm.model(state))
+            self._emit(generate_answers(self.federation, wanted, models, done))
+        self._emit(*show_policy(self.federation, lambda: self.participation.evaluated(x), done))
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:
@@ -273,6 +326,12 @@ def _best_rounds(federation: Federation) -> BestRounds | None:
     selection = Selection.of_run(federation.config, federation.learner.task)
     clients, patience = federation.exchange.clients, federation.config.eval.patience
     return selection and BestRounds(selection, patience, clients, federation.honest_rows)
+
+
+def describe_end(ended: LoopEnded, done: int, rounds: int) -> str:
+    """Say after how many rounds a training loop was over, and what of its steps was not exchanged."""
+    lost = f"; its last {ended.steps} steps are in its own model only" if ended.steps else ""
+    return f"the training loop ended after {done} of {rounds} rounds, and so does the run{lost}"
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

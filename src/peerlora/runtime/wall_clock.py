@@ -30,7 +30,7 @@ class WallClock:
 
     def describe(self, done: int, rounds: int) -> str:
         """Say that the run ends here."""
-        return f"train.max_seconds={self.limit:g} have passed after {done} of {rounds} rounds: the run ends here"
+        return f"train.max_seconds={self.limit:.15g} have passed after {done} of {rounds} rounds: the run ends here"
 
     def state_dict(self) -> dict[str, Any]:
         """Return facts for a checkpoint; none without a limit."""

@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block, parse_blocks
+from peerlora.runs.events import Event
 from peerlora.train.backward_depth import BackwardDepth
 from peerlora.train.local_rules import LocalRule
 
 if TYPE_CHECKING:
     from peerlora.config.train import TrainConfig
-    from peerlora.data.dataset import Dataset
+    from peerlora.train.loop_learner import LoopTask
+    from peerlora.train.loss_rules import LossRule
+    from peerlora.train.online.task import FlowPolicyTask
+    from peerlora.train.privacy import PrivateTraining
     from peerlora.train.row_scores import Measure
     from peerlora.train.tasks import Task
+
+    AnyTask = Task | FlowPolicyTask | LoopTask
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class LocalPlan:
     """Cuts backward passes short, client by client."""
     row_weights: Float[Tensor, "client row"] | None = None
     """How much each row of a client's shard counts in its loss, by its place in the shard."""
+    turn: int | None = None
+    """Of a model whose blocks are fine-tuned one after another: the number of the turn, of N blocks turn mod N trains
+    alone.  None: all train."""
 
     @classmethod
     def of(cls, plan: LocalPlan | str) -> LocalPlan:
@@ -51,6 +60,10 @@ class TrainStats:
 
     losses: Float[Tensor, " client"]
     """Mean training loss of the last ``fit``; NaN for clients that did not train."""
+    measures: dict[str, list[float]] = field(default_factory=dict)
+    """What else was measured of each client that trained, or its own training loop has logged, by name."""
+    events: list[Event] = field(default_factory=list)
+    """Evaluations and warnings of training loops of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,28 @@ class Scores:
     rows: int
     metrics: Mapping[str, Float[np.ndarray, " client"]] = field(default_factory=dict)
     """Further metrics, by name."""
+    counts: Float[np.ndarray, "client kind 3"] | None = None
+    """Of each label or type of entity: how often it is true, predicted, and both; None for tasks without these."""
 
     def repeat(self, clients: int) -> Scores:
         """The scores of one client as those of so many."""
         more = {name: values.repeat(clients) for name, values in self.metrics.items()}
-        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more)
+        counts = None if self.counts is None else self.counts.repeat(clients, 0)
+        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more, counts)
+
+    def of(self, clients: slice) -> Scores:
+        """The scores of some of these clients."""
+        more = {name: values[clients] for name, values in self.metrics.items()}
+        counts = None if self.counts is None else self.counts[clients]
+        return Scores(self.metric[clients], self.loss[clients], self.rows, more, counts)
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """The scores of all these clients on the same rows."""
         more = {name: np.concatenate([each.metrics[name] for each in parts]) for name in parts[0].metrics}
         metric, loss = (np.concatenate([getattr(each, name) for each in parts]) for name in ("metric", "loss"))
-        return cls(metric, loss, parts[0].rows, more)
+        counts = [each.counts for each in parts if each.counts is not None]
+        return cls(metric, loss, parts[0].rows, more, np.concatenate(counts) if len(counts) == len(parts) else None)
 
 
 class Learner(Protocol):
@@ -106,10 +129,30 @@ class Learner(Protocol):
     ([[0.0, 1.0], [0.0, 3.0]], [17.0, 9.0])
     """
 
-    settings: TrainConfig
-    task: Task
+    loss_rules: tuple[LossRule, ...]
+    """What is changed between logits and losses in training, in this order."""
     step_seconds: Float[Tensor, " client"] | None
     """Seconds that each client's local step takes in this round, on a virtual clock; None without one."""
+    privacy: PrivateTraining | None
+    """What makes local training differentially private; None: nothing does."""
+
+    @property
+    def settings(self) -> TrainConfig:
+        """What local steps are taken with."""
+        ...
+
+    @property
+    def logs_evaluations(self) -> bool:
+        """Whether evaluations come with rounds, as a training loop of the user's own logs them, and are not asked for.
+
+        Then ``evaluate`` is asked at the end only.
+        """
+        ...
+
+    @property
+    def task(self) -> AnyTask:
+        """What is learned; of policies and of training loops of the user's own the metric alone is known."""
+        ...
 
     def round(
         self,
@@ -129,7 +172,7 @@ class Learner(Protocol):
         """The adapters after K local steps of every client, with the rate of the round; ``x`` is not changed.
 
         In a quiet round (``train.quiet``) they are those of ``x``, to the bit, without losses: no row is drawn and no
-        optimiser's memory touched.
+        optimiser's memory touched.  With ``privacy`` a client whose budget is used up stays as it is, too.
         Raises DivergenceError at the first loss that is not finite.
         """
         ...
@@ -138,8 +181,11 @@ class Learner(Protocol):
         """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
         ...
 
-    def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
-        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too."""
+    def evaluate(self, x: Adapters, data: Any, batch: int, metrics: Sequence[str] = ()) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too.
+
+        ``data``: what this learner evaluates on, a ``Dataset`` or ``Episodes``.
+        """
         ...
 
     @property

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peerlora.config.task_kinds import TaskKind
 from peerlora.data.batches import collate
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ModelError, first_line
-from peerlora.lora.attach import inputs_of
+from peerlora.lora.attach import inputs_of, with_decoder_inputs
 from peerlora.lora.layer import Layout
 
 _ROWS = 3  # rows of one forward: one is exchanged at the front, then one at the end
+_WRITTEN = 3  # tokens that a decoder writes in them
 _NOISE = 1e-3  # of the largest value; larger differences are no rounding
 _LOOKED_AT = 1000  # rows, among which the short ones are taken
 
@@ -39,26 +41,28 @@ class ForwardFacts:
 
 
 def observe_forward(
-    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int, predicts_tokens: bool
+    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int, kind: TaskKind
 ) -> ForwardFacts:
-    """Run a model on a few short rows of ``data`` and look at the inputs of ``modules``.
+    """Run a model on a few short rows of ``data`` and look at the inputs of ``modules``; a decoder writes some tokens.
 
     Raises ModelError where the forward fails, or gives no logits.
     """
     watch = _Watch(model, modules)
-    rows = _three_rows(data, predicts_tokens)
+    predicts_tokens, writes = kind.predicts_tokens, kind.target == "text"
+    rows = _three_rows(data, predicts_tokens, writes)
 
     def forward(numbers: list[int], left: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
         batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
         with watch.inputs() as seen:
-            logits = model(**{name: each for name, each in batch.inputs.items() if name in inputs_of(model)}).logits
-        return logits, seen
+            inputs = with_decoder_inputs(model, batch.inputs, batch.targets) if writes else batch.inputs
+            logits = model(**{name: each for name, each in inputs.items() if name in inputs_of(model)}).logits
+        return logits[:, :_WRITTEN] if writes else logits, seen
 
     try:
         with torch.no_grad():
             alone = forward([0], False)[0][0]
             padding: list[bool] = [False] if predicts_tokens else [False, True]
-            unread = [left for left in padding if _same_row(alone, forward([0, 1, 0], left)[0][0], left)]
+            unread = [left for left in padding if _same_row(alone, forward([0, 1, 0], left)[0][0], left and not writes)]
             left = bool(unread) and unread[0]
         first, before = forward([0, 1, 0], left)
         used = watch.used(first)
@@ -119,10 +123,11 @@ class _Watch:
             hook.remove()
 
 
-def _three_rows(data: Dataset, predicts_tokens: bool) -> Dataset:
+def _three_rows(data: Dataset, predicts_tokens: bool, writes: bool) -> Dataset:
     """Two short rows of unlike tokens, first and last, and a longer one between them.
 
-    Of a language model's, the last one is the first with another last token.
+    Of a language model's, the last one is the first with another last token.  What a decoder writes is as long for all,
+    and other tokens for each.
     """
     lengths = data.lengths[:_LOOKED_AT]
     short = np.argsort(lengths, kind="stable")
@@ -135,6 +140,10 @@ def _three_rows(data: Dataset, predicts_tokens: bool) -> Dataset:
         ids = rows.ids.copy()
         ids[-1] = next((token for token in data.ids.tolist() if token != ids[-1]), ids[-1])
         rows = Dataset(ids, rows.starts, rows.types, rows.labels, rows.names)
+    if writes:
+        tokens = np.resize(np.unique(data.ids), _ROWS).astype(np.int32)
+        starts = np.arange(_ROWS + 1) * _WRITTEN
+        rows = replace(rows, targets=np.repeat(tokens, _WRITTEN), target_starts=starts)
     return rows
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -15,43 +14,30 @@ from torch import Tensor
 from peerlora.config.train import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
-from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
-from peerlora.lora.attach import StackedModel
+from peerlora.lora.attach import StackedModel, with_decoder_inputs
+from peerlora.lora.row_gradients import RowGradients
 from peerlora.randomness import torch_generator
-from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
-from peerlora.train.base import LocalPlan, Scores, TrainStats
-from peerlora.train.closure import Closure, active_part, flat_gradients
+from peerlora.train.backward_depth import TrainableColumns, all_columns, truncated_columns
+from peerlora.train.base import LocalPlan, Scores
+from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
-from peerlora.train.local_rules import ClientRows, LocalStep
-from peerlora.train.loss_rules import LossRule, weigh_rows
-from peerlora.train.metrics import NEEDS_SHARES, Predictions, compute_metric
+from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
+from peerlora.train.local_training import LocalTraining
+from peerlora.train.loss_rules import weigh_rows
+from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
+from peerlora.train.privacy import PrivateStep
+from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
-from peerlora.train.schedule import rate
-from peerlora.train.tasks import Task, loss_terms
+from peerlora.train.tasks import Task, loss_terms, outcomes_width
 from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
-from peerlora.tree import leaves
+from peerlora.tree import equal_rows
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
 
 
-@dataclass(frozen=True)
-class _Round:
-    """The round in progress."""
-
-    jobs: Sequence[int]
-    """Of every client held here, the number that decides its draws."""
-    clients: ClientRows
-    """The clients that train."""
-    stats: TrainStats
-    rate: float
-    """The learning rate."""
-    quiet: bool
-    """Whether nobody trains."""
-
-
-class StackedLearner:
+class StackedLearner(LocalTraining):
     """The Learner of real models: one shared frozen model whose layers hold the adapters of every client in ``shards``.
 
     A ``fit`` outside a round draws as in round 0.
@@ -66,86 +52,28 @@ class StackedLearner:
         pad: int,
         graph: GraphSize = GraphSize(PADDED_TOKENS, padded=True),  # noqa: B008 (frozen)
     ):
-        self.model, self.task, self.shards, self.settings = model, task, shards, settings
+        super().__init__(settings, shards.clients)
+        self.model, self.task, self.shards = model, task, shards
         self.pad, self.graph = pad, graph
         self.shares_prefix = False
         """Whether later runs ask for the same rows again."""
-        self.loss_rules: tuple[LossRule, ...] = ()
-        """What is changed between logits and losses in training, in this order."""
-        self.step_seconds: Float[Tensor, " client"] | None = None
-        """Seconds that each client's local step takes in this round, on a virtual clock."""
-        self.memory: Moments | None = None
         self._tiles = tiles_of(len(shards.clients), settings.block) if settings.block else None
-        self._step_rows = sum(shards.batches)
-        self._trained: tuple[str, ...] = ()
-        self._round = self._begun(0, None, None)
+        self._step_rows, self._shard_rows = sum(shards.batches), sum(map(len, shards.shards))
 
-    def hold_block(self, sizes: Sequence[int], rows: int) -> None:
-        """Hold a part of a run's clients: of how many each of its tiles is, and the rows of a step of all clients."""
-        self._tiles, self._step_rows = tiles_of_sizes(sizes) if self.settings.block else None, rows
+    def hold_block(self, sizes: Sequence[int], step_rows: int, shard_rows: int) -> None:
+        """Hold a part of a run's clients, of how many each of its tiles is.
 
-    def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
-        held = len(self.shards.clients)
-        return _Round(
-            [t] * held if jobs is None else list(jobs),
-            list(range(held) if clients is None else clients),
-            TrainStats(torch.full((held,), float("nan"))),
-            rate(self.settings, t),
-            self.settings.is_quiet(t),
-        )
-
-    @contextmanager
-    def round(
-        self,
-        t: int,
-        jobs: Sequence[int] | None = None,
-        clients: Sequence[int] | None = None,
-        step_seconds: Float[Tensor, " client"] | None = None,
-    ) -> Iterator[TrainStats]:
-        """See ``Learner``."""
-        outside = self._round
-        self._round, self.step_seconds = self._begun(t, jobs, clients), step_seconds
-        try:
-            yield self._round.stats
-        finally:
-            self._round, self.step_seconds = outside, None
-
-    def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
-        """See ``Learner``."""
-        if self._round.quiet:
-            return replace(x, flat=x.flat.clone())
-        plan = LocalPlan.of(plan)
-        blocks = plan.trained(x.spec)
-        per_layer_moments = plan.depth is not None and self.settings.optimizer_state != "round"
-        memory = self._remembered(x, blocks, per_layer_moments)
-        flat = x.flat.clone()
-        losses = torch.full((x.clients,), float("nan"), dtype=torch.float64)
-        for clients, columns in self._groups(x.spec, blocks, plan.depth, per_layer_moments):
-            part = replace(x.rows(_consecutive(clients)), flat=x.flat[clients])
-            moments = memory.rows(clients) if memory else _fresh(part, per_layer_moments)
-            losses[clients] = self._take_steps(part, clients, columns, moments, plan)
-            flat[clients] = part.flat
-            if memory:
-                memory.put(clients, moments)
-        self._round.stats.losses = losses
-        return replace(x, flat=flat)
-
-    def _remembered(self, x: Adapters, blocks: tuple[Block, ...], per_layer_moments: bool) -> Moments | None:
-        """The optimiser memory to go on with; None where every round starts afresh."""
-        if self.settings.optimizer_state == "round":
-            return None
-        switched = self.settings.optimizer_state == "phase" and blocks != self._trained
-        if self.memory is None or switched:
-            self.memory = _fresh(x, per_layer_moments)
-        self._trained = blocks
-        return self.memory
+        ``step_rows``, ``shard_rows``: of all clients together, the rows of a minibatch and those that they train on.
+        """
+        self._tiles = tiles_of_sizes(sizes) if self.settings.block else None
+        self._step_rows, self._shard_rows = step_rows, shard_rows
 
     def _take_steps(
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
         steps, several, start = self.settings.local_steps, self.settings.accumulate, x.flat.clone()
-        rows = [self.shards.rows(i, self._round.jobs[i], steps * several) for i in clients]
+        rows = [self._rows(i, steps, several) for i in clients]
         seen, active, trained, before = [], None, [], x.flat
         with self.model.training(self._streams(clients)):
             for k in range(steps):
@@ -155,31 +83,58 @@ class StackedLearner:
                     before = x.flat.clone() if columns.factor is not None else before
                 if not active:
                     continue
-                minibatches = [
-                    partial(self._losses, [own[at] for own in rows], x, clients, plan.row_weights)
-                    for at in range(k * several, (k + 1) * several)
-                ]
-                closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
-                at = LocalStep(x.flat, start, active, clients, partial(flat_gradients, x, closure, active))
+                drawn = [[own[at] for own in rows] for at in range(k * several, (k + 1) * several)]
+                closure, gradients = self._closure(drawn, x, clients, plan, trained, active, k)
+                at = LocalStep(x.flat, start, active, clients, gradients)
                 found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
                 step(self.settings, self._round.rate, x.flat, found, moments, active)
                 assert closure.losses is not None, "a rule has to look at the minibatch"
                 seen.append(closure.losses)
         x.flat.copy_(columns.corrected(before, x.flat))
+        if self.privacy is not None and not self.privacy.by_row:
+            self.privacy.release_change(x, start, PrivateStep(columns.full, clients, self._round.jobs))
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
-        history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
-        self._require_finite(history, clients)
-        return history[:-1].double().mean(0)
+        return self._mean_losses(seen, clients)
+
+    def _rows(self, i: int, steps: int, several: int) -> list[np.ndarray]:
+        """The rows of a client's minibatches, ``several`` for each local step."""
+        if self.privacy is not None and self.privacy.by_row:
+            return self.privacy.sample(i, self._round.jobs[i], self.shards.shards[i], steps, several)
+        return self.shards.rows(i, self._round.jobs[i], steps * several)
+
+    def _closure(
+        self,
+        drawn: Sequence[Sequence[np.ndarray]],
+        x: Adapters,
+        clients: ClientRows,
+        plan: LocalPlan,
+        trained: Sequence[Tensor],
+        active: Mapping[str, slice],
+        k: int,
+    ) -> tuple[Closure, Callable[[], Gradients]]:
+        """What local step ``k`` is computed by, from minibatches of each client's rows, and its gradients."""
+        if self.privacy is not None and self.privacy.by_row:
+            expected = x.flat.new_tensor([self.privacy.guarantees[i].expected_rows for i in clients])
+            by_row = [partial(self._row_losses, rows, x, clients) for rows in drawn]
+            private = PrivateClosure(by_row, trained, self.privacy.settings.clip, expected)
+            at = PrivateStep(active, clients, self._round.jobs, k)
+            return private, partial(noisy_gradients, self.privacy, x, private, at)
+        minibatches = [partial(self._losses, rows, x, clients, plan.row_weights) for rows in drawn]
+        closure = Closure(minibatches, trained, self.model.step.streams or [], repeats=plan.rule is not None)
+        return closure, partial(flat_gradients, x, closure, active)
 
     @cached_property
     def _rows_return(self) -> bool:
-        """Whether the average row is seen again, so that what was computed of it is worth keeping."""
-        steps = self.settings.rounds * self.settings.local_steps * self.settings.accumulate
-        return self.shares_prefix or steps * self._step_rows > len(self.shards.data)
+        """Whether the average row of the run's clients is seen again, so that what was computed of it is worth keeping.
+
+        Not of the data: a peer reads those of all clients, and is to decide as a simulation of equal clients does.
+        """
+        minibatches = self.settings.training_rounds * self.settings.minibatches
+        return self.shares_prefix or minibatches * self._step_rows > self._shard_rows
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
-        views = _views(x, active)
+        views = autograd_views(x, active)
         self.model.bind(x.spec, views, x.scaling, x.merged)
         return [view for view in views if view.requires_grad]
 
@@ -191,9 +146,7 @@ class StackedLearner:
         row_weights: Float[Tensor, "everybody row"] | None,
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
-        batch = self._collated(self.shards.data, rows, x)
-        self.model.step.extents = batch.extents
-        logits = self.model(batch.inputs, batch.origin if self._rows_return else None)
+        logits, batch = self._train_forward(rows, x)
         if row_weights is not None:
             batch = weigh_rows(batch, row_weights, self.shards, clients)
         terms = loss_terms(self.task, batch)
@@ -201,28 +154,40 @@ class StackedLearner:
             logits, batch = rule(logits, batch, clients)
         return self.task.losses(logits, batch), terms
 
-    def _require_finite(self, history: Float[Tensor, "step client"], clients: ClientRows) -> None:
-        bad = (~history.isfinite()).nonzero()
-        if len(bad) == 0:
-            return
-        k, row = bad[0].tolist()
-        client, now = clients[row], self._round.rate
-        this_round = "" if now == self.settings.lr else f", {now:.3g} in this round"
-        raise DivergenceError(
-            f"the loss of client {self.shards.clients[client]} is {float(history[k, row])} in round "
-            f"{self._round.jobs[client] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; "
-            f"lower train.lr (now {self.settings.lr:g}{this_round}) or set train.clip"
-        )
+    def _row_losses(
+        self, rows: Sequence[np.ndarray], x: Adapters, clients: ClientRows
+    ) -> tuple[Float[Tensor, "client row"], RowGradients]:
+        """The losses of a minibatch's rows, and where their backward leaves gradients; a client may have no row."""
+        shown = [own if len(own) else self.shards.shards[i][:1] for i, own in zip(clients, rows, strict=True)]
+        width = max(map(len, shown))
+        collected = self.model.step.row_gradients = RowGradients(len(clients), len(clients) * width)
+        try:
+            logits, batch = self._train_forward(shown, x)
+        finally:
+            self.model.step.row_gradients = None
+        losses = self.task.row_losses(logits, batch).view(len(clients), width)
+        counts = torch.tensor([len(own) for own in rows], device=losses.device)
+        return losses * (torch.arange(width, device=losses.device) < counts[:, None]), collected
+
+    def _train_forward(self, rows: Sequence[np.ndarray], x: Adapters) -> tuple[Tensor, Batch]:
+        """Logits of a training minibatch, and the minibatch."""
+        batch = self._collated(self.shards.data, rows, x)
+        self.model.step.extents, self.model.step.written = batch.extents, batch.written
+        return self.model(batch.inputs, batch.origin if self._rows_return else None), batch
 
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:
         """Each client's draws of dropout."""
         seed, numbers = self.shards.seed, self.shards.clients
+        if self.privacy is not None:
+            return [self.privacy.draws.dropout(numbers[i], self._round.jobs[i]) for i in clients]
         return [torch_generator(seed, "dropout", client=numbers[i], round=self._round.jobs[i]) for i in clients]
 
     def _groups(
-        self, spec: AdapterSpec, blocks: tuple[Block, ...], depth: BackwardDepth | None, per_layer_moments: bool
+        self, spec: AdapterSpec, blocks: tuple[Block, ...], plan: LocalPlan, per_layer_moments: bool
     ) -> Iterator[tuple[ClientRows, TrainableColumns]]:
-        """The clients of each graph, and what of them trains: with ``depth``, all of a graph get equally deep."""
+        """The clients of each graph, and what of them trains: with ``plan.depth``, all of a graph get equally deep."""
+        assert plan.turn is None, "a method of turns is for flow policies, and refused before"
+        depth = plan.depth
         clients, steps = np.array(self._round.clients, dtype=int), self.settings.local_steps
         if depth is None:
             for part in self._graphs(clients):
@@ -243,7 +208,7 @@ class StackedLearner:
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.graph.clients(most, self.shards.data.lengths))
+        largest = self._together(self.graph.clients(most, self.shards.data.all_lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
@@ -253,24 +218,26 @@ class StackedLearner:
         if self._tiles is not None and x.clients > (size := self.settings.block or 1):
             tiles = evaluated_tiles(x.clients, self._tiles, size)
             return Scores.join([self.evaluate(x.rows(tile), data, batch, metrics) for tile in tiles])
-        equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
-        if x.clients > 1 and equal:  # before training, say: one answer serves all
+        if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        outcomes, shares = np.zeros((x.clients, len(data), 2)), None
+        width, margins = outcomes_width(self.task, data), None
+        outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), 2).cpu().numpy()
-            if any(name in NEEDS_SHARES for name in metrics):
-                if shares is None:
-                    shares = np.zeros((x.clients, len(data), logits.shape[1]), dtype=np.float32)
-                shares[clients, rows] = logits.softmax(1).view(-1, len(rows), logits.shape[1]).cpu().numpy()
+            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
+            if any(name in NEEDS_MARGINS for name in metrics):
+                if margins is None:
+                    margins = np.zeros((x.clients, len(data), logits.shape[1]))
+                margins[clients, rows] = class_margins(logits).view(-1, len(rows), logits.shape[1]).cpu().numpy()
         scores = np.array([self.task.score(own, data.labels) for own in outcomes])
         predictions = [
-            Predictions(own[:, 1], data.labels, loss, None if shares is None else shares[i])
+            Predictions(own, data.labels, loss, None if margins is None else margins[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
-        more = {name: np.array([compute_metric(name, each) for each in predictions]) for name in metrics}
-        return Scores(scores[:, 0], scores[:, 1], len(data), more)
+        target = self.task.kind.target
+        more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
+        counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
+        return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
@@ -295,7 +262,7 @@ class StackedLearner:
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
         for rows in in_order_of_length(data, batch):
-            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.lengths[rows].max()))
+            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.all_lengths[rows].max()))
             size = self._together(max(1, most))
             for start in range(0, x.clients, size):
                 part = x.rows(slice(start, start + size))
@@ -309,47 +276,13 @@ class StackedLearner:
 
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"
-        return collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        batch = collate(data, rows, self.pad, x.flat.dtype, left).to(x.flat.device)
+        if batch.written is not None:
+            batch = replace(batch, inputs=with_decoder_inputs(self.model.base, batch.inputs, batch.targets))
+        if self.shares_prefix or data is not self.shards.data:  # other runs may divide the same rows otherwise
+            return batch
+        return replace(batch, origin=batch.origin and replace(batch.origin, parts=self.shards.shards))
 
     def _together(self, clients: int) -> int:
         """How many of these clients may share a graph: one, where layers mix the rows of a batch."""
         return clients if self.model.step.layout.rows_first else 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See ``Learner``."""
-        if self.memory is None:
-            return {}
-        steps = {f"steps.{block}": count for block, count in self.memory.steps.items()}
-        return {"first": self.memory.first, "second": self.memory.second, **steps}
-
-    def load_state_dict(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
-        """See ``Learner``."""
-        self._trained = tuple(trained)
-        if saved:
-            steps = {name.removeprefix("steps."): saved[name] for name in saved if name.startswith("steps.")}
-            self.memory = Moments(saved["first"], saved["second"], steps)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """See ``Learner``."""
-        return self._trained
-
-
-def _fresh(x: Adapters, per_layer_moments: bool) -> Moments:
-    """An empty optimiser memory for these clients."""
-    return Moments.fresh(x.flat, moment_groups(x.spec, x.spec.blocks, per_layer_moments))
-
-
-def _consecutive(clients: ClientRows) -> slice | ClientRows:
-    """As a slice where they follow one another: what clients have merged is large, and a slice copies none of it."""
-    run = slice(clients[0], clients[-1] + 1)
-    return run if clients == list(range(run.start, run.stop)) else clients
-
-
-def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
-    """One autograd leaf per slot, each a view into the flat buffer; only those of active parts ask for gradients."""
-    views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
-    return [
-        view.requires_grad_(active_part(slot, active) is not None)
-        for slot, view in zip(x.spec.slots, views, strict=True)
-    ]

@@ -1,7 +1,8 @@
-"""Losses and metrics of the kinds of tasks: classification, regression, causal language modelling."""
+"""Losses and metrics of the kinds of tasks: classification, regression, language models, chats, tags of words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import ClassVar, Protocol, runtime_checkable
@@ -9,17 +10,19 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
+from peerlora.config.task_kinds import KINDS, Target, TaskKind, task_kind
 from peerlora.data.batches import Batch
-from peerlora.train.metrics import spearman
+from peerlora.data.dataset import UNLEARNED, Dataset
+from peerlora.train.entities import ENTITY_COUNTS, count_entities, entity_types
+from peerlora.train.metrics import counts_of_entities, counts_of_labels, pooled_f1, spearman
 
 
 @runtime_checkable
 class Task(Protocol):
-    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring.
+    """The training half of a ``TaskKind`` of rows: losses per client for training, outcomes per row for scoring.
 
     A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
     """
@@ -36,11 +39,14 @@ class Task(Protocol):
         """The loss of every row alone (per token, for language models)."""
         ...
 
-    def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row 2"]:
-        """(loss, prediction) per row, from which ``score`` computes the metric; for language models (loss, tokens)."""
+    def outcomes(self, logits: Tensor, batch: Batch) -> Float[Tensor, "client*row number"]:
+        """Numbers per row from which ``score`` and further metrics follow: of classes and numbers (loss, prediction).
+
+        Of targets ``labels``, ``tokens`` and ``tags`` they are what the tasks here that predict these give.
+        """
         ...
 
-    def score(self, outcomes: Float[np.ndarray, "row 2"], labels: np.ndarray) -> tuple[float, float]:
+    def score(self, outcomes: Float[np.ndarray, "row number"], labels: np.ndarray) -> tuple[float, float]:
         """(metric, loss) of one client over a data set."""
         ...
 
@@ -72,6 +78,36 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class MultiLabel:
+    """Binary cross-entropy, mean over labels; micro-averaged F1 of labels predicted above one half."""
+
+    kind: ClassVar[TaskKind] = KINDS["multi-label"]
+    metric: ClassVar[str] = "micro-f1"
+    higher_is_better: ClassVar[bool] = True
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean binary cross-entropy per client."""
+        return _weighted(self.row_losses(logits, batch), batch)
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Binary cross-entropy, mean over the labels."""
+        return F.binary_cross_entropy_with_logits(logits, batch.labels.to(logits.dtype), reduction="none").mean(1)
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, and a prediction for each label."""
+        return 1 + len(names)
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(binary cross-entropy, then per label 1 where it is predicted)."""
+        loss = self.row_losses(logits, batch)
+        return torch.cat([loss[:, None], (logits > 0).to(loss.dtype)], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(micro-averaged F1 of the labels, mean binary cross-entropy)."""
+        return pooled_f1(counts_of_labels(outcomes, labels)), float(outcomes[:, 0].mean())
+
+
+@dataclass(frozen=True)
 class Regression:
     """Squared error; Spearman's rank correlation."""
 
@@ -96,13 +132,8 @@ class Regression:
         return spearman(outcomes[:, 1], labels), float(outcomes[:, 0].mean())
 
 
-@dataclass(frozen=True)
-class CausalLM:
-    """Next-token cross-entropy; the metric is the mean loss per token (lower is better)."""
-
-    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
-    metric: ClassVar[str] = "loss"
-    higher_is_better: ClassVar[bool] = False
+class TokenLosses:
+    """Cross-entropy of tokens, for tasks that learn something of each token: means are over tokens, not rows."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
@@ -113,21 +144,33 @@ class CausalLM:
     def loss_terms(self, batch: Batch) -> Float[Tensor, " client"]:
         """The tokens over which ``losses`` takes its means."""
         real = self._real(batch, batch.weights.dtype)
-        return self._counted(batch.inputs["attention_mask"][:, 1:].to(real.dtype).sum(1), real)
+        return self._counted((self.targets(batch) != UNLEARNED).to(real.dtype).sum(1), real)
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy per token."""
+        """Cross-entropy per token; 0 for a row of one token, of which none is predicted."""
         loss, tokens = self._sums(logits, batch)
-        return loss / tokens
+        return loss / tokens.clamp_min(1)
 
-    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
-        """(summed cross-entropy, number of predicted tokens)."""
-        return torch.stack(self._sums(logits, batch), dim=1)
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """What is to be predicted, by the places of ``predictions``: UNLEARNED where it does not count."""
+        raise NotImplementedError
 
-    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-        """Mean loss per token, twice: it is the metric and the loss."""
-        loss = float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
-        return loss, loss
+    def predictions(self, logits: Tensor) -> Float[Tensor, "row token label"]:
+        """The logits of the places that predict something."""
+        return logits
+
+    def _sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Per row, the summed cross-entropy and the number of tokens of which something is learned."""
+        logits, targets = self.predictions(logits), self.targets(batch)
+        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNLEARNED, reduction="none")
+        known = (targets != UNLEARNED).to(logits.dtype)
+        return each.view_as(known).sum(1), known.sum(1)
+
+    def _scored(self, logits: Tensor, batch: Batch) -> Float[Tensor, "row 3"]:
+        """Per row the summed cross-entropy, the number of learned tokens, and how many are predicted right."""
+        loss, tokens = self._sums(logits, batch)
+        right = self.predictions(logits).argmax(-1) == self.targets(batch)  # UNLEARNED is no class
+        return torch.stack([loss, tokens, right.sum(1).to(loss.dtype)], dim=1)
 
     @staticmethod
     def _real(batch: Batch, dtype: torch.dtype) -> Float[Tensor, "client row"]:
@@ -137,12 +180,110 @@ class CausalLM:
     def _counted(tokens: Tensor, real: Tensor) -> Float[Tensor, " client"]:
         return (tokens.view_as(real) * real).sum(1)
 
-    @staticmethod
-    def _sums(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        targets = batch.inputs["input_ids"][:, 1:]
-        known = batch.inputs["attention_mask"][:, 1:].to(logits.dtype)
-        each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(known)
-        return (each * known).sum(1), known.sum(1)
+
+def mean_of_tokens(outcomes: Float[np.ndarray, "row number"]) -> float:
+    """Mean loss per token, from the summed loss and the number of tokens of each row."""
+    return float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
+
+
+class WrittenTokens(TokenLosses):
+    """Cross-entropy of the tokens of texts; the metric is the mean loss per token (lower is better)."""
+
+    metric: ClassVar[str] = "loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(summed cross-entropy, numbers of predicted tokens and of those predicted right)."""
+        return self._scored(logits, batch)
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, tokens, right ones."""
+        return 3
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """Mean loss per token, twice: it is the metric and the loss."""
+        loss = mean_of_tokens(outcomes)
+        return loss, loss
+
+
+@dataclass(frozen=True)
+class CausalLM(WrittenTokens):
+    """Next-token cross-entropy."""
+
+    kind: ClassVar[TaskKind] = KINDS["causal-lm"]
+
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """The tokens behind all places but the last."""
+        if batch.targets is not None:
+            return batch.targets[:, 1:]
+        padding = batch.inputs["attention_mask"][:, 1:] == 0
+        return batch.inputs["input_ids"][:, 1:].masked_fill(padding, UNLEARNED)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """All places but the last."""
+        return logits[:, :-1]
+
+
+@dataclass(frozen=True)
+class Chat(CausalLM):
+    """Next-token cross-entropy of the tokens that are learned: those of answers, with the end of each turn."""
+
+    kind: ClassVar[TaskKind] = KINDS["chat"]
+
+
+@dataclass(frozen=True)
+class SequenceToSequence(WrittenTokens):
+    """Cross-entropy of the tokens that a decoder writes for what its encoder has read."""
+
+    kind: ClassVar[TaskKind] = KINDS["sequence-to-sequence"]
+
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """The tokens of the answers; the decoder's inputs are the same, one place to the right."""
+        assert batch.targets is not None
+        return batch.targets
+
+
+@dataclass(frozen=True)
+class TokenClassification(TokenLosses):
+    """Cross-entropy of the tags of words; micro-averaged F1 of entities."""
+
+    kind: ClassVar[TaskKind] = KINDS["token-classification"]
+    metric: ClassVar[str] = "entity-f1"
+    higher_is_better: ClassVar[bool] = True
+
+    def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
+        """The tags, which stand on the first tokens of words."""
+        assert batch.targets is not None
+        return batch.targets
+
+    def outcomes_width(self, names: Sequence[str]) -> int:
+        """Loss, words, right ones, and the numbers of entities by type (``ENTITY_COUNTS``)."""
+        return 3 + ENTITY_COUNTS * len(entity_types(names))
+
+    def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(summed cross-entropy, numbers of words and right ones, then per type of entity: true, predicted, both)."""
+        assert batch.targets is not None and batch.origin is not None
+        known = (batch.targets != UNLEARNED).cpu().numpy()
+        true, predicted = batch.targets.cpu().numpy(), logits.argmax(-1).cpu().numpy()
+        names = batch.origin.data.names
+        counts = [count_entities(true[row][own], predicted[row][own], names) for row, own in enumerate(known)]
+        of_words = self._scored(logits, batch)
+        return torch.cat([of_words, torch.from_numpy(np.stack(counts)).to(of_words)], dim=1)
+
+    def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        """(micro-averaged F1 of entities, mean cross-entropy per word)."""
+        return pooled_f1(counts_of_entities(outcomes)), mean_of_tokens(outcomes)
+
+
+def outcomes_width(task: Task, data: Dataset) -> int:
+    """How many numbers ``outcomes`` gives per row of these data: 2, unless a task has a method of this name."""
+    own = getattr(task, "outcomes_width", None)
+    return 2 if own is None else own(data.names)
+
+
+def names_of_counts(target: Target, names: Sequence[str]) -> Sequence[str]:
+    """What ``metrics.counts_by_name`` counts: labels, or the types of entities that tags make."""
+    return entity_types(names) if target == "tags" else names
 
 
 def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:

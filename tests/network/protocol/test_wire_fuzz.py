@@ -146,7 +146,7 @@ def test_a_hundred_thousand_mutated_frames(seed):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # kB
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=400))
 def test_any_bytes_as_a_header_are_a_header_or_refused(data):
     try:
@@ -169,7 +169,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(["run", "kind", "round", "sender", "length", "sha256", "facts", "version", "else"]), TREES)
 def test_any_value_in_a_header_is_right_or_refused(name, value):
     fields = msgspec.to_builtins(read_header(message()[0])) | {name: value}
@@ -181,14 +181,14 @@ def test_any_value_in_a_header_is_right_or_refused(name, value):
         assert getattr(header, name) == value
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=600))
 def test_any_bytes_as_a_body_are_refused(body):
     with pytest.raises(Refused):
         read_body(read_header(with_checksum(body)), body, SCHEMA)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from([*SCHEMA, "other"]), TREES, max_size=5), st.binary(min_size=0, max_size=64))
 def test_any_json_before_the_vectors_is_refused(entries, data):
     head = json.dumps(entries, default=lambda value: value.hex()).encode()
@@ -198,7 +198,7 @@ def test_any_json_before_the_vectors_is_refused(entries, data):
         read_body(read_header(with_checksum(body)), body, SCHEMA)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_refusal_or_a_proof_do_no_harm(data):
     assert isinstance(read_refusal(data), Refused)

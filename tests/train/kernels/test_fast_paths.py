@@ -62,6 +62,22 @@ def test_packed_tokens_equal_the_padded_forward(config, kind, words):
     assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
 
 
+@pytest.mark.parametrize("kind", others_slow(["bert", "roberta"], ["bert"]))
+@pytest.mark.parametrize(
+    "words",
+    [[], [EVERY_LINEAR, "adapter.dropout=0.3", "model.dropout=0.2"], [UPPER], ["train.batch=[1, 3, 4, 2]"]],
+    ids=lambda words: " ".join(words) or "default",
+)
+def test_packed_tokens_classify_words_as_the_padded_forward_does(config, tagged, kind, words):
+    task = ["task.kind=token-classification", f"data.train=jsonl:{tagged}", "data.label=null"]
+    fast, x, losses, scores = trained(config(kind, *task, *words))
+    plain, y, expected, others = trained(config(kind, *task, *words, "train.fast=false"))
+    assert isinstance(fast.model.forward, PackedEncoder) and plain.model.forward == plain.model.plain
+    assert float((y - plain.start.flat).abs().max()) > 1e-3, "nothing was trained"
+    assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
+    assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
+
+
 @pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])
 def test_packed_tokens_with_one_active_factor(config, schedule):
     _, x, _, _ = trained(config("bert"), "AB", *schedule)
@@ -87,7 +103,8 @@ def test_the_frozen_prefix_is_computed_once_per_chunk_of_rows(config):
     for t in range(6):
         with federation.learner.round(t):
             federation.learner.fit(federation.start, "AB")
-    assert 0 < len(asked) <= -(-len(federation.train_data) // prefix_cache._CHUNK)
+    shards = federation.learner.shards.shards
+    assert 0 < len(asked) <= sum(-(-len(own) // prefix_cache._CHUNK) for own in shards)
     federation.learner.evaluate(federation.start, federation.eval_data, 7)
     first = len(asked)
     federation.learner.evaluate(federation.start, federation.eval_data, 3)
@@ -118,6 +135,41 @@ def test_rows_that_training_sees_once_are_not_kept(config):
     assert float((found[0] - found[1]).abs().max()) < 1e-9
 
 
+def test_a_peer_keeps_the_rows_that_the_simulation_keeps_of_it_and_no_others(config):
+    """To the bit, and where one client's draws are more than its rows and fewer than those of the whole data."""
+    words = [UPPER, "train.dtype=fp32"]
+    whole = compose(config("bert", *words))
+    draws = whole.config.train.rounds * whole.config.train.local_steps * whole.config.batches[0]
+    assert len(whole.learner.shards.shards[0]) < draws < len(whole.train_data)
+    with whole.learner.round(0):
+        whole.learner.fit(whole.start, "AB")
+    for client in range(whole.config.clients):
+        peer = compose(config("bert", *words), clients=[client])
+        with peer.learner.round(0):
+            peer.learner.fit(peer.start, "AB")
+        (all_kept,), (own_kept,) = (each.model.forward.prefix._kept.values() for each in (whole, peer))
+        known = np.flatnonzero(own_kept.known[own_kept.chunk_of])
+        own = peer.learner.shards.shards[0]
+        assert 0 < len(known) and set(known.tolist()) <= set(own.tolist())
+        tokens = prefix_cache._tokens(peer.train_data, known)
+        assert all_kept.known[all_kept.chunk_of[known]].all()
+        assert torch.equal(all_kept.hidden[tokens], own_kept.hidden[tokens])
+
+
+def test_runs_that_share_what_is_kept_may_divide_the_rows_otherwise(config, monkeypatch):
+    shared = resources.load_resources(config("bert"))
+    cache = resources.BaseModelCache()
+    shared = resources.RunResources(shared.train_data, shared.eval_data, shared.tokenizer, cache, share_prefix=True)
+    found = []
+    for words in (["clients=4"], ["clients=3"]):
+        federation = compose(config("bert", UPPER, *words), resources=shared)
+        with federation.learner.round(0):
+            federation.learner.fit(federation.start, "AB")
+        (kept,) = federation.model.forward.prefix._kept.values()
+        found.append(kept.chunks)
+    assert found[0] is found[1] and len(found[0]) == -(-len(shared.train_data) // prefix_cache._CHUNK)
+
+
 def test_rows_too_many_to_keep_are_computed_anew(config, monkeypatch):
     cached, x, _, _ = trained(config("bert", UPPER))
     federation = compose(config("bert", UPPER))
@@ -134,7 +186,7 @@ def ragged(lengths, width):
     return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 3), st.booleans())
 def test_attention_equals_torchs_on_padded_rows(lengths, heads, pooled):
     width, rows, size = 4 * heads, len(lengths), max(lengths)
@@ -157,7 +209,7 @@ def test_attention_equals_torchs_on_padded_rows(lengths, heads, pooled):
         assert torch.allclose(found, expected, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=6, max_size=6), st.sampled_from([1, 2, 3, 6]))
 def test_rectangles_by_client_lose_and_invent_nothing(lengths, clients):
     packing = TokenPacking.of(ragged(lengths, max(lengths)), clients)

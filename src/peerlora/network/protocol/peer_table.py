@@ -46,6 +46,10 @@ class PeerTable:
             return None
         return ahead[(len(ahead) - 1) // 2] if len(present) > 2 else ahead[-1]
 
+    def rounds_behind(self, round: int) -> int:
+        """By how many rounds the foremost neighbour present is ahead of a client that would begin ``round``."""
+        return max((step.round - round for peer, step in self.last_step.items() if not self.excluded(peer)), default=0)
+
     def excluded(self, peer: PeerId) -> bool:
         """Whether a neighbour is neither waited for nor followed."""
         return peer in self.absent or peer in self.mismatched

@@ -78,6 +78,9 @@ def _everywhere(name: str) -> bool:
 class RemoteLearner:
     """What a Trainer asks of its learner."""
 
+    privacy = None
+    logs_evaluations = False
+
     def __init__(self, federation: Federation, parts: RemoteParts):
         self.task, self.settings, self.parts = federation.learner.task, federation.config.train, parts
         self.trained: Sequence[str] = ()
@@ -219,8 +222,12 @@ class ClusterEvaluator(Evaluator):
         def joined(values: Sequence[np.ndarray]) -> np.ndarray:
             return self.parts.joined([{"": torch.from_numpy(each)} for each in values])[""].numpy()
 
-        names = parts[0].metrics
-        more = {name: joined([each.metrics[name] for each in parts]) for name in names}
+        more = {name: joined([each.metrics[name] for each in parts]) for name in parts[0].metrics}
+        counts = [each.counts for each in parts if each.counts is not None]
         return Scores(
-            joined([each.metric for each in parts]), joined([each.loss for each in parts]), parts[0].rows, more
+            joined([each.metric for each in parts]),
+            joined([each.loss for each in parts]),
+            parts[0].rows,
+            more,
+            joined(counts) if len(counts) == len(parts) else None,
         )

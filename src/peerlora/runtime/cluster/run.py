@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.run import RunConfig
-from peerlora.errors import CompositionError, DataError, RunError, WorkersLost
+from peerlora.data.dataset import Dataset
+from peerlora.errors import DataError, RunError, WorkersLost
 from peerlora.exchange.blocks import links_of
+from peerlora.lora.attach import StackedModel
 from peerlora.runs.events import Event, Warned
 from peerlora.runs.report import ReportWriter
 from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import RunStore, require_free, resume_command
+from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
+from peerlora.runtime.cluster.checks import refuse_config, refuse_objects
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.parts import (
     ClusterClients,
@@ -30,12 +33,16 @@ from peerlora.runtime.cluster.parts import (
 )
 from peerlora.runtime.cluster.placement import Placement, place, plan_transfers
 from peerlora.runtime.cluster.worker import WorkerTask
-from peerlora.runtime.compose import Federation, assemble, start_adapters, use_threads
+from peerlora.runtime.compose import assemble, use_threads
+from peerlora.runtime.epochs import plan_rounds
+from peerlora.runtime.federation import Federation, start_adapters
 from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_of
 from peerlora.runtime.plan import plan
 from peerlora.runtime.resources import load_resources
+from peerlora.runtime.tracking import tracked_sinks
 from peerlora.runtime.trainer import Result, Sink, Trainer
 from peerlora.train.kernels.speed import Speed
+from peerlora.train.learner import StackedLearner
 from peerlora.train.tiles import tiles_of
 
 Stop = Callable[[], bool]
@@ -63,13 +70,18 @@ def simulate(
         return here.simulate(config, out, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options)
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
-    _refuse_objects(partitioner, options)
-    driver = compose_driver(config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker}))
-    facts = run_facts(driver.config, inputs=facts_of(driver.federation))
+    check_trackers(config)
+    refuse_objects(partitioner, options)
+    config = config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker})
+    driver = compose_driver(config)
+    facts = run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
         first, speed = driver.start(machines)
-        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
-            return driver.run(machines, first, store, sinks, stop, report, resumed=False)
+        with (
+            RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store,
+            tracked_sinks(driver.config, store, sinks) as every,
+        ):
+            return driver.run(machines, first, store, every, stop, report, resumed=False)
 
 
 def resume(
@@ -93,8 +105,11 @@ def resume(
         stored = stored_config(store)
         settings = where(stored.cluster)
         if settings is not None:
-            check_same(stored, expected(stored), store, partitioner)
-            _refuse_objects(partitioner, options)
+            here.refuse_loops(store)
+            asked = expected(stored)
+            check_same(stored, asked, store, partitioner)
+            check_trackers(asked)
+            refuse_objects(partitioner, options)
             if stored.device == "cpu" and stored.train.block is None:
                 raise RunError(
                     f"{folder} was begun in one process without train.block, by which graphs are the same on any "
@@ -102,8 +117,11 @@ def resume(
                 )
             driver = compose_driver(stored, speed_of(store.facts, stored), settings)
             check_inputs(store, driver.federation)
-            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
-                return driver.run(machines, driver.start(machines)[0], store, sinks, stop, report, resumed=True)
+            with (
+                (engine or ray_engine)(settings, driver.exchanged_bytes) as machines,
+                tracked_sinks(asked, store, sinks) as every,
+            ):
+                return driver.run(machines, driver.start(machines)[0], store, every, stop, report, resumed=True)
     return here.resume(
         folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
@@ -114,20 +132,6 @@ def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
     from peerlora.runtime.cluster.ray_engine import RayEngine
 
     return RayEngine(settings, exchanged_bytes)
-
-
-def _refuse_objects(partitioner: Any, options: Mapping[str, Any]) -> None:
-    """Raise CompositionError for what is given as an object of this process, which workers do not get."""
-    if options:
-        raise CompositionError(
-            f"{', '.join(sorted(options))} given; workers of a cluster load rows and base model themselves; leave it "
-            "out, or use one process"
-        )
-    if partitioner is not None:
-        raise CompositionError(
-            f"a partitioner {type(partitioner).__name__} given; workers of a cluster divide rows by the section "
-            "partition alone; use that, or one process"
-        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class Driver:
         federation = replace(self.federation, learner=learner, exchange=exchange, notes=notes)
         clients = ClusterClients(federation, parts, events)
         rounds = ClusterRounds(parts, federation.clock is not None)
-        return Trainer(federation, rounds, clients, store, sinks, stop, ClusterEvaluator(federation, clients))
+        return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
 
 
 def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: ClusterConfig | None = None) -> Driver:
@@ -224,12 +228,16 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     settings = cluster or config.cluster
     assert settings is not None
     planned = plan(config)
-    refuse(config, planned.algorithm)
+    refuse_config(config, planned.algorithm)
     use_threads(config)
+    resources = load_resources(config)
+    planned = plan_rounds(planned, len(resources.train_data), clients=None)
+    config = planned.config
     local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
-    federation = assemble(local, load_resources(config), clients=[0], speed=speed)
+    federation = assemble(local, resources, clients=[0], speed=speed)
     if config.adapter.start is not None:  # whose digest is that of all clients
         everybody = range(config.clients)
+        assert isinstance(federation.model, StackedModel)
         start, _ = start_adapters(local.config, federation.model, federation.export, everybody)
         federation = replace(federation, start=start)
     if config.device == "cpu" and config.train.block is None:
@@ -244,29 +252,9 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
 
 def _clients_per_graph(federation: Federation, workers: int) -> int:
     """As many as one process would put into a graph, but not more than leave every worker one."""
-    config = federation.config
-    if not federation.model.step.layout.rows_first:
+    config, model, learner, data = federation.config, federation.model, federation.learner, federation.train_data
+    assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner) and isinstance(data, Dataset)
+    if not model.step.layout.rows_first:
         return 1
-    most = federation.learner.graph.clients(max(config.batches), federation.train_data.lengths)
+    most = learner.graph.clients(max(config.batches), data.all_lengths)
     return max(1, min(most, config.clients // workers))
-
-
-def refuse(config: RunConfig, algorithm: Any) -> None:
-    """Raise CompositionError for what a cluster cannot do yet, with the reason."""
-    name = config.algorithm.name
-    if is_asynchronous(algorithm):
-        raise CompositionError(
-            f"{name} cannot run on a cluster: its clients have no common round in which workers could exchange; that "
-            "would take one queue of events whose jobs the workers compute; use a synchronous method such as "
-            "algorithm.name=dec-lora, or one process"
-        )
-    if config.exchange.relay:
-        raise CompositionError(
-            "exchange.relay cannot run on a cluster: the caches of all clients would have to be written by the driver, "
-            "and it holds none; drop exchange.relay, or use one process"
-        )
-    if algorithm.traits.merges_into and len(set(config.ranks)) > 1:
-        raise CompositionError(
-            f"{name} with unequal ranks {sorted(set(config.ranks))} cannot run on a cluster: how many columns a merged "
-            "sum has depends on the ranks of all clients; give one rank, or use one process"
-        )

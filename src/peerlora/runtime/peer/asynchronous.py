@@ -59,7 +59,7 @@ class AsynchronousPeer(PeerParticipation):
         self.failed: dict[PeerId, str] = {}
         """Neighbours that no message reached in the latest round, and why."""
         endpoint = Endpoint(transport, expected, list(neighbours.values()), config.train.rounds)
-        hashes = section_hashes(config, federation.train_data.names)
+        hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
         control = PushService(endpoint, hashes, seconds, self.mailbox, self.send_queue)
         protocol = RoundProtocol(endpoint, seconds, lambda kind: 0, control, PushOnlyAdmission(endpoint))
         super().__init__(replace(federation, clock=None), site, thread, protocol, control, store)

@@ -24,6 +24,11 @@ def plan_peer(config: RunConfig, site: Site, sums_known: bool = False) -> Plan:
     Raises CompositionError, ConfigError or TopologyError.
     """
     _check_config(config, site, sums_known)
+    if config.train.epochs is not None:
+        raise CompositionError(
+            f"train.epochs={config.train.epochs:g} given; all sites count the same rounds, before any knows the "
+            "others' rows: give train.rounds (a simulation tells how many they are)"
+        )
 
     def check(algorithm: Algorithm[Any], topology: Topology) -> None:
         check_links(config, algorithm, topology)

@@ -10,37 +10,47 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
-from peerlora.config.sections import AdapterConfig
+from peerlora.config.sections import AdapterConfig, DataConfig, TaskConfig
 from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
-_SITE = ("model", "device", "threads", "eval", "checkpoint", "cluster")  # sections that are a site's own business
+_SITE = ("model", "device", "threads", "privacy", "eval", "checkpoint", "track", "cluster")  # a site's own business
 _NAMED = ("recipe",)  # its settings are compared, wherever they come from
 _SITE_TRAIN = ("fast", "block", "max_seconds")
-_NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights")
+_NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights", "epochs")
 _NEWER = {name: TrainConfig.model_fields[name].default for name in _NEWER_NAMES}
 """Settings that older versions lack, with the values by which a run is as it was before: then their hashes agree."""
 _NEWER_ADAPTER = {
     name: AdapterConfig.model_fields[name].get_default() for name in ("rslora", "init", "modules_to_save")
 }
+_READING = ("template", "loss_on", "too_long")  # of chats, which all sites must read alike
+_NEWER_DATA = {name: DataConfig.model_fields[name].default for name in (*_READING, "columns")}
+_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
+_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
-def section_hashes(config: RunConfig, names: Sequence[str]) -> dict[str, str]:
+def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | None = None) -> dict[str, str]:
     """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
 
-    Where data lie is left out if every site has its own; the model has a hash of its own.
+    Where data lie is left out if every site has its own; the model has a hash of its own.  ``start_digest``: of the
+    adapter to start from, where that is no file.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
+    tree["task"] = _without_defaults(tree["task"], _NEWER_TASK)
+    if config.task.env is None:  # then no site has a use for it
+        del tree["online"]
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
         del tree["exchange"]["relay"]
     tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
-    tree["adapter.start"] = None if start is None else _file(Path(start) / "adapter_model.safetensors")
+    tree["adapter.start"] = start_digest if start is None else _file(Path(start) / "adapter_model.safetensors")
+    tree["data"] = _without_defaults(tree["data"], _NEWER_DATA)
     if config.partition.kind == "own":
-        tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text)}
+        read = {name: tree["data"][name] for name in _READING if name in tree["data"]}
+        tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text), **read}
     tree["labels"] = list(names)
     return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in tree.items()}
 

@@ -95,7 +95,9 @@ def examine(
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
         endpoint = Endpoint(transport, expected, list(neighbours.values()))
-        control = PeerControl(endpoint, section_hashes(config, federation.train_data.names), wait)
+        control = PeerControl(
+            endpoint, section_hashes(config, federation.train_data.names, federation.start_digest), wait
+        )
         try:
             thread.call(control.start(RoundProtocol(endpoint, wait, lambda kind: 0, control)))
         except TransportError as error:

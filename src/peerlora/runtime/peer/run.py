@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
@@ -18,9 +19,13 @@ from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.connections import raise_descriptor_limit
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.network.transport.reload import reload_on_change
+from peerlora.runs.metrics import find_start
+from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer, sums_known
+from peerlora.runtime.peer.metrics_server import MetricsServer
+from peerlora.runtime.peer.open_metrics import PeerMetrics
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.train import finished, train_peer
+from peerlora.runtime.peer.train import OwnLoop, finished, train_peer
 from peerlora.runtime.trainer import Result, Sink
 
 
@@ -32,15 +37,18 @@ def run_peer(
     *,
     resume: bool = False,
     listen: str | None = None,
+    metrics: str | None = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
+    loop: OwnLoop | None = None,
 ) -> Result:
     """Take part in a run as the site whose identity this is, with the others on the member list.
 
     A renewed certificate or a newer list is taken up when its file is replaced.
 
     ``resume``: go on with the run in ``out``, or begin one there where there is none yet.  ``listen``: host:port to
-    open in place of the port of the own address on all of the machine's addresses.
+    open in place of the port of the own address on all of the machine's addresses.  ``loop``: as in `train_peer`.
+    ``metrics``: host:port at which metrics are served over plain HTTP, see ``MetricsServer``.
     """
     if resume and out is None:
         raise ConfigError("--resume given without --out; name the folder of the run to go on with")
@@ -54,8 +62,8 @@ def run_peer(
         identity / "audit.jsonl", message_facts, days=config.peer.audit_days, peers=sorted(site.names.values())
     )
     try:
-        with EventLoopThread() as thread:
-            transport = GrpcTransport(who, roster, listen=listen, audit=audit)
+        transport = GrpcTransport(who, roster, listen=listen, audit=audit)
+        with EventLoopThread() as thread, served_metrics(metrics, transport, begun, out, sinks) as every:
             asyncio.run_coroutine_threadsafe(reload_on_change(transport, identity, members), thread.loop)
             return train_peer(
                 config,
@@ -64,12 +72,28 @@ def run_peer(
                 thread,
                 out,
                 resume=begun is not None,
-                sinks=sinks,
+                sinks=every,
                 stop=stop,
                 notices=ExpiryWatch(transport.ends_of_validity),
+                loop=loop,
             )
     finally:
         audit.close()
+
+
+@contextmanager
+def served_metrics(
+    address: str | None, transport: GrpcTransport, begun: Path | None, out: Path | str | None, sinks: Sequence[Sink]
+) -> Iterator[Sequence[Sink]]:
+    """Serve metrics at ``address`` within the block; yield the sinks with the one that they come from."""
+    if address is None:
+        yield sinks
+        return
+    metrics = PeerMetrics(Path(out or "."), transport.ends_of_validity)
+    if begun is not None and (start := find_start(read_events(begun))):
+        metrics(start)
+    with MetricsServer(address, metrics):
+        yield (*sinks, metrics)
 
 
 def site_of(

@@ -62,7 +62,7 @@ class SynchronousPeer(PeerParticipation):
         self._shared: dict[str, Tensor] | None = None
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
-        hashes = section_hashes(config, federation.train_data.names)
+        hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
         control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind])
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
         self.exchange = NeighbourExchange(
@@ -119,7 +119,8 @@ class SynchronousPeer(PeerParticipation):
         found = neighbourhood(after, sent, received, graph.W[[me]][:, senders])
         missed = {str(client): reason for client, reason in sorted(result.missing.items())}
         unknown = {} if result.W is not None else dict.fromkeys(WITHOUT_W, float("nan"))
-        return {**vars(found), "rho": float("nan"), **unknown, "missed": missed}
+        behind = max(0, self.thread.ask(self.protocol.endpoint.peers.rounds_behind, t + 1))
+        return {**vars(found), "rho": float("nan"), **unknown, "missed": missed, "behind": behind}
 
     def leave(self, done: int, state: State) -> Sequence[Event]:
         """Share the final state while neighbours may still ask for it."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlora.lora.base_weights import within
+
 _ROWS = 2048  # rows that the re-ordered layout is tuned for; any number works
 
 
@@ -37,7 +39,7 @@ def freeze_linears(model: nn.Module, skip: tuple[str, ...] = (), pack: bool = Tr
     """
     frozen, others = [], []
     for name, module in list(model.named_modules()):
-        if name.startswith(skip or ("\0",)) or not isinstance(module, nn.Linear):
+        if within(name, skip) or not isinstance(module, nn.Linear):
             continue
         if type(module) is nn.Linear:  # others compute in a way of their own, such as on weights of 4 bits
             frozen.append(FrozenLinear(module, pack))
@@ -52,10 +54,13 @@ def freeze_linears(model: nn.Module, skip: tuple[str, ...] = (), pack: bool = Tr
 def lower_precision(model: nn.Module, keep: tuple[str, ...]) -> None:
     """The weights of a frozen model in bf16, but for the modules named in ``keep``, which get their input as they are.
 
-    Buffers stay: rotary frequencies lose too much in bf16.
+    Buffers stay: rotary frequencies lose too much in bf16.  Layers of 4 bits compute in it, too.
     """
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of bitsandbytes
+            module.compute_dtype = torch.bfloat16  # pyright: ignore[reportArgumentType]
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not name.startswith(keep or ("\0",)):
+        if parameter.is_floating_point() and not within(name, keep):
             parameter.data = parameter.data.to(torch.bfloat16)
     for name in keep:
         model.get_submodule(name).register_forward_pre_hook(_in_fp32)

@@ -1,5 +1,7 @@
-"""The fast forward of BERT- and RoBERTa-type classifiers on a CPU: no work on padding, and in the last block only for
-the token that is pooled.  Exact: in fp32 it differs from the padded forward by rounding only.
+"""The fast forward of BERT- and RoBERTa-type classifiers on a CPU: no work on padding, and of rows that are classified,
+in the last block only that for the token that is pooled.
+
+Exact: in fp32 it differs from the padded forward by rounding only.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from peerlora.train.kernels.lora_linear import lora_linear
 from peerlora.train.kernels.packing import TokenPacking, TokenPositions
 from peerlora.train.kernels.prefix_cache import HiddenStates, PrefixCache
 
-_CLASSES = tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Camembert"))
+_OF_TOKENS = "ForTokenClassification"
+_CLASSES = tuple(
+    f"{name}{task}"
+    for name in ("Bert", "Roberta", "XLMRoberta", "Camembert")
+    for task in ("ForSequenceClassification", _OF_TOKENS)
+)
 
 
 def encoder_unavailable(base: nn.Module, device: str) -> str | None:
@@ -46,6 +53,7 @@ class PackedEncoder:
         encoder = getattr(self.base, self.base.base_model_prefix)
         self.embeddings, self.layers = encoder.embeddings, list(encoder.encoder.layer)
         self.pooler = encoder.pooler  # RoBERTa's is part of its head
+        self.of_tokens = type(self.base).__name__.endswith(_OF_TOKENS)
         self.heads = self.base.config.num_attention_heads
         adapted = [any(isinstance(m, StackedLinear) for m in layer.modules()) for layer in self.layers[:-1]]
         self.lowest = [*adapted, True].index(True)
@@ -63,7 +71,7 @@ class PackedEncoder:
             return "model.dropout draws anew in the frozen blocks"
         return None
 
-    def __call__(self, inputs: dict[str, Tensor], origin: Origin | None = None) -> Float[Tensor, "row label"]:
+    def __call__(self, inputs: dict[str, Tensor], origin: Origin | None = None) -> Float[Tensor, "row *token label"]:
         """One forward; ``inputs`` are padded on the right, ``origin`` says which rows they are."""
         packing = TokenPacking.of(inputs["attention_mask"], self.step.clients)
         if self.prefix is not None and origin is not None and self.prefix.holds(origin.data):
@@ -72,6 +80,10 @@ class PackedEncoder:
             x = self._below(inputs)
         for layer in self.layers[self.lowest : -1]:
             x = self._block(layer, x, x, packing, packing.tokens)
+        if self.of_tokens:
+            x = self._block(self.layers[-1], x, x, packing, packing.tokens)
+            padded = x.new_zeros(inputs["attention_mask"].numel(), x.shape[1]).index_copy(0, packing.tokens.padded, x)
+            return self.base.classifier(self.base.dropout(padded.view(*inputs["attention_mask"].shape, -1)))
         x = self._block(self.layers[-1], x.index_select(0, packing.first), x, packing, packing.pooled)
         return self._head(x[:, None])
 
@@ -123,7 +135,8 @@ class PackedEncoder:
             if linear.merged is not None:
                 update = positions.packed(linear.merged.apply(positions.by_client(x)))
                 plus = update if plus is None else plus + update
-            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus)
+            rows = None if self.step.row_gradients is None else packing.by_row(positions)
+            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus, rows)
         assert isinstance(linear, FrozenLinear)
         return linear(x, plus)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -78,6 +79,8 @@ class TokenPacking:
     first: Int[Tensor, " row"]
     """The packed position of each row's first token."""
     groups: list[Group]
+    lengths: Int[Tensor, " row"]
+    """Tokens of each row."""
 
     @staticmethod
     def of(mask: Int[Tensor, "row token"], clients: int) -> TokenPacking:
@@ -88,7 +91,19 @@ class TokenPacking:
         first = ends - lengths
         tokens = TokenPositions.of(mask.flatten().nonzero()[:, 0], lengths.view(clients, -1).sum(1))
         pooled = TokenPositions.of(torch.arange(rows) * width, torch.full((clients,), rows // clients))
-        return TokenPacking((rows, width), tokens, pooled, first, _groups(lengths, first))
+        return TokenPacking((rows, width), tokens, pooled, first, _groups(lengths, first), lengths)
+
+    def by_row(self, positions: TokenPositions) -> TokenPositions:
+        """The same tokens, with a rectangle of rows in place of clients."""
+        return self._rows_of_pooled if positions is self.pooled else self._rows_of_tokens
+
+    @cached_property
+    def _rows_of_tokens(self) -> TokenPositions:
+        return TokenPositions.of(self.tokens.padded, self.lengths)
+
+    @cached_property
+    def _rows_of_pooled(self) -> TokenPositions:
+        return TokenPositions.of(self.pooled.padded, torch.ones_like(self.lengths))
 
     def scores_bias(self, group: Group, dtype: torch.dtype) -> Float[Tensor, "row 1 token"] | None:
         """Bias of attention scores that gives ended tokens no weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,14 @@ class _Kept:
     hidden: Float[Tensor, "token width"] | None = None
 
     @staticmethod
-    def nothing(data: Dataset) -> _Kept:
-        """Divide the rows into chunks by length."""
-        order = data.lengths.argsort(kind="stable")
-        chunks = np.array_split(order, -(-len(order) // _CHUNK))
-        chunk_of = np.empty(len(order), dtype=np.int64)
+    def nothing(data: Dataset, parts: Sequence[np.ndarray]) -> _Kept:
+        """Divide the rows of each part, and those of none, into chunks by length."""
+        of_none = np.setdiff1d(np.arange(len(data)), np.concatenate(parts)) if parts else np.arange(len(data))
+        chunks = []
+        for part in (*parts, of_none):
+            order = part[data.lengths[part].argsort(kind="stable")]
+            chunks += np.array_split(order, -(-len(order) // _CHUNK)) if len(order) else []
+        chunk_of = np.empty(len(data), dtype=np.int64)
         for number, rows in enumerate(chunks):
             chunk_of[rows] = number
         return _Kept(data, chunks, chunk_of, np.zeros(len(chunks), dtype=bool))
@@ -56,8 +59,9 @@ class HiddenStates:
 class PrefixCache:
     """Hidden states by row of one or more data sets.
 
-    Rows are computed in chunks that depend on the data set alone, not on which rows were asked for together: a resumed
-    run then finds the same bits.  ``shared``: where they are kept; by default for this run alone.
+    Rows are computed in chunks that depend on the data set and its parts alone, not on which rows were asked for
+    together: a resumed run, and one that holds some of the parts, then finds the same bits.  ``shared``: where they are
+    kept; by default for this run alone.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class PrefixCache:
         """The real tokens of these rows, one row after another."""
         data, numbers = origin.data, origin.numbers
         if id(data) not in self._kept:
-            self._kept[id(data)] = _Kept.nothing(data)
+            self._kept[id(data)] = _Kept.nothing(data, origin.parts)
         kept = self._kept[id(data)]
         for chunk in np.unique(kept.chunk_of[numbers]):
             if not kept.known[chunk]:

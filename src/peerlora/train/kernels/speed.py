@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peerlora.lora.base_weights import within
 from peerlora.train.kernels.frozen_linear import FrozenLinear, packing_unavailable
 
 _ROWS = 512  # tokens of one measured product, as in a small graph
@@ -111,7 +112,7 @@ def _common_shape(base: nn.Module, heads: tuple[str, ...]) -> tuple[int, int] | 
     """(inputs, outputs) of the layers that hold most of the frozen weights; None where all of these are small."""
     weights: Counter[tuple[int, int]] = Counter()
     for name, module in base.named_modules():
-        if type(module) is nn.Linear and not name.startswith(heads or ("\0",)):
+        if type(module) is nn.Linear and not within(name, heads):
             weights[module.in_features, module.out_features] += module.weight.numel()
     if not weights:
         return None

@@ -1,0 +1,83 @@
+"""Figures of a comparison as files, as wide as a column of a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from peerlora.files import atomic_file
+from peerlora.runs.chart import Chart, Line
+from peerlora.runs.figures import Picture, add_axes
+
+SIZE = (3.3, 2.3)
+"""Inches: the column of a paper with two."""
+_DASHES = ("-", "--", "-.", ":")
+_MARKERS = "osD^vP*X"
+_STYLE: Any = {"font.size": 8.0, "font.family": ["DejaVu Sans"], "svg.hashsalt": "peerlora", "pdf.fonttype": 42}
+
+
+def write_figures(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
+    """Write ``figures/TITLE.pdf`` and ``.svg`` of all pictures whose numbers are known; return the files.
+
+    The same numbers give the same bytes.
+    """
+    written = []
+    for picture in pictures:
+        if picture.chart is None:
+            continue
+        (folder / "figures").mkdir(exist_ok=True)
+        with matplotlib.rc_context(_STYLE):
+            figure = draw_chart(picture.chart)
+            for form, undated in (("pdf", ("CreationDate", "ModDate")), ("svg", ("Date",))):
+                path = folder / "figures" / f"{file_name(picture.title)}.{form}"
+                with atomic_file(path) as temporary:
+                    figure.savefig(temporary, format=form, metadata=dict.fromkeys(undated))
+                written.append(path)
+    return written
+
+
+def draw_chart(chart: Chart) -> Figure:
+    """Draw a chart with matplotlib; lines differ in dashes and markers as well as in colour."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = add_axes(figure, chart.ylabel, chart.xlabel)
+    main = [line for line in chart.lines if line.style in ("thick", "dashed")]
+    for line in chart.lines:
+        number = main.index(line) if line in main else 0
+        axes.plot(line.x, line.y, **_look(line, number))
+    if chart.log:
+        axes.set_yscale("log")
+    elif chart.zero:
+        axes.set_ylim(bottom=0)
+    if len(main) > 1:
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def file_name(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:100] or "figure"
+
+
+def _look(line: Line, number: int) -> dict[str, Any]:
+    if line.style == "thin":
+        return {"color": line.colour, "linewidth": 0.5, "alpha": 0.4}
+    if line.style == "points":
+        return {"color": line.colour, "linestyle": "", "marker": "D", "markersize": 4.0}
+    marker = _MARKERS[number % len(_MARKERS)]
+    places = np.linspace(0, len(line.x) - 1, min(len(line.x), 6)).astype(int).tolist()
+    dash = _DASHES[number % len(_DASHES)]
+    return {
+        "color": line.colour,
+        "linewidth": 1.3,
+        "linestyle": dash,
+        "marker": marker,
+        "markersize": 3.5,
+        "markevery": places,
+        "label": line.label,
+    }

@@ -1,0 +1,163 @@
+"""What a page can show: a run, the peers that were launched together, or the trials of a comparison."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peerlora.errors import RunError
+from peerlora.runs.live.follow import EventTail
+from peerlora.runs.live.process import holder_of, usage_of
+from peerlora.runs.live.state import LiveRun
+
+_LOOK = 0.2  # seconds between two looks for a folder
+_IDLE = 30.0  # seconds after its last event that a run without a lock to look at counts as running
+
+
+class RunSource:
+    """The run of one folder, or the peers' runs below it as one federation."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tails: dict[Path, EventTail] = {}
+        self.live = LiveRun()
+        self.lock = threading.Lock()
+        """Held while the state changes."""
+        self.version = 0
+        """Grows when the state was built anew."""
+
+    def poll(self) -> bool:
+        """Read what is new; whether there was anything."""
+        found = {run: self.tails.setdefault(run, EventTail(run)).poll() for run in runs_of(self.folder)}
+        if any(anew for anew, _ in found.values()):
+            self.live, self.tails, self.version = LiveRun(), {}, self.version + 1
+            return self.poll()
+        with self.lock:
+            for run, (_, events) in found.items():
+                held = held_of(run) if events else []
+                for event in events:
+                    self.live.add(event, held)
+        return any(events for _, events in found.values())
+
+    def standing(self) -> dict[str, Any]:
+        """Whether the run is running, stopped or finished, and what its processes use."""
+        runs = runs_of(self.folder)
+        used = [usage for run in runs if (pid := holder_of(run)) and (usage := usage_of(pid))]
+        return {
+            "state": standing_of(runs),
+            "processes": len(used),
+            "memory": sum(each.memory for each in used),
+            "cpu": sum(each.cpu_seconds for each in used),
+        }
+
+
+class GridSource:
+    """The trials of a comparison; ``planned``: their folders, those that have not begun included."""
+
+    def __init__(self, folder: Path, planned: Sequence[str] = ()):
+        self.folder = folder
+        self.planned = list(planned)
+        self.cells: dict[str, dict[str, Any]] = {}
+        self._stamps: dict[str, Any] = {}
+        self._sources: dict[str, RunSource] = {}
+
+    def poll(self) -> bool:
+        """Read what is new; whether there was anything."""
+        names = [*self.planned]
+        there = [run.parent for run in self.folder.glob("*/*/run.json")]
+        names += sorted(run.relative_to(self.folder).as_posix() for run in there)
+        before = {name: dict(cell) for name, cell in self.cells.items()}
+        for name in dict.fromkeys(names):
+            self._read(name)
+        return before != self.cells
+
+    def _read(self, name: str) -> None:
+        run = self.folder / name
+        log = run / "events.jsonl"
+        stamp = (log.stat().st_size if log.is_file() else -1, (run / "summary.json").is_file(), holder_of(run))
+        if self._stamps.get(name) == stamp:
+            return
+        self._stamps[name] = stamp
+        source = self._sources.setdefault(name, RunSource(run))
+        while source.poll():
+            pass
+        live, state = source.live, standing_of([run]) if stamp[0] >= 0 else "planned"
+        if state != "running":
+            del self._sources[name]  # a grid may have hundreds
+        last = live.score.entry(max(live.score.rows), live.meta.get("higher", True)) if live.score.rows else {}
+        self.cells[name] = {
+            "name": name,
+            "state": state,
+            "done": max(live.rounds, default=0),
+            "rounds": live.meta.get("rounds"),
+            "metric": live.meta.get("metric"),
+            "higher": live.meta.get("higher", True),
+            "mean": last.get("mean"),
+            "worst": last.get("worst"),
+        }
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run of a folder, or those of the peers that were launched in it."""
+    if (folder / "run.json").is_file():
+        return [folder]
+    return sorted(each.parent for each in folder.glob("peer-*/run.json"))
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder holds a comparison."""
+    return (folder / "grid.yaml").is_file()
+
+
+def is_watchable(folder: Path) -> bool:
+    """Whether a folder has something to show, now or soon: a launch begins with its config."""
+    return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+
+
+def wait_for(folder: Path) -> None:
+    """Wait until there is something to show: a run makes its folder when all is loaded."""
+    while not is_watchable(folder):
+        time.sleep(_LOOK)
+
+
+def source_of(folder: Path, planned: Sequence[str] = ()) -> RunSource | GridSource:
+    """The source of a folder; ``planned``: trials of a comparison.
+
+    Raises RunError unless there is something to show.
+    """
+    if is_comparison(folder):
+        return GridSource(folder, planned)
+    if not is_watchable(folder):
+        raise RunError(
+            f"{folder} holds no run (run.json), no launched peers (config.yaml) and no comparison (grid.yaml); give "
+            "the --out of one"
+        )
+    return RunSource(folder)
+
+
+def held_of(run: Path) -> list[int]:
+    """The clients that a run trains; empty: all."""
+    try:
+        return list(json.loads((run / "run.json").read_bytes()).get("held") or [])
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def standing_of(runs: Sequence[Path]) -> str:
+    """waiting, running, stopped or finished."""
+    if not runs:
+        return "waiting"
+    if all((run / "summary.json").is_file() for run in runs):
+        return "finished"
+    return "running" if any(_is_running(run) for run in runs) else "stopped"
+
+
+def _is_running(run: Path) -> bool:
+    if Path("/proc/locks").is_file():
+        return holder_of(run) is not None
+    log = run / "events.jsonl"
+    return log.is_file() and time.time() - log.stat().st_mtime < _IDLE

@@ -1,0 +1,56 @@
+"""privacy.jsonl of a run folder: every noisy release that was ever begun, also of rounds that a resumed run repeats.
+
+One line of JSON before each job of local steps, ``{"client": 3, "job": 7, "releases": 10}``; none is ever taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from peerlora.errors import RunError
+
+FILE = "privacy.jsonl"
+
+
+class PrivacyLedger:
+    """Append-only count of releases, on the disk before they are made."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / FILE
+
+    def append(self, client: int, job: int, releases: int) -> None:
+        """Note the releases of one job; they may be made once this returns."""
+        line = json.dumps({"client": client, "job": job, "releases": releases}, separators=(",", ":")) + "\n"
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a kill may have left half a line, whose job never began
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def entries(self) -> Iterator[tuple[int, int]]:
+        """(client, releases) of every job; half a last line was cut off by a kill before its job began.
+
+        Raises RunError for a damaged line, without which nobody knows what was spent.
+        """
+        if not self.path.is_file():
+            return
+        *whole, _torn = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(whole, start=1):
+            yield self._read(line, number)
+
+    def _read(self, line: bytes, number: int) -> tuple[int, int]:
+        try:
+            tree = json.loads(line)
+            client, releases = tree["client"], tree["releases"]
+            if type(client) is int and type(releases) is int and releases >= 0:
+                return client, releases
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise RunError(
+            f"{self.path}, line {number} is damaged, and it counts what the run has spent of its privacy; put the file "
+            "back, or start anew with another --out and count this run as wholly spent"
+        )

@@ -1,0 +1,73 @@
+"""What a config promises of privacy, told before anything is trained: noise, epsilon by round, and other choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from peerlora.config.run import RunConfig
+from peerlora.errors import ConfigError
+from peerlora.runtime.compose import compose
+from peerlora.runtime.privacy import describe_promises
+from peerlora.train.accounting import spent_epsilon
+from peerlora.train.privacy import Guarantee, PrivateTraining
+
+_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the rounds that train, after which epsilon is told
+_BATCHES, _ROUNDS = (0.5, 1, 2, 4), (0.5, 1, 2)  # times those of the config
+
+
+def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dict[str, Any]:
+    """Compose a run and tell what its rows, or clients, are promised; nothing is trained or written.
+
+    Keys: unit, clip, accountant, generator, guarantee and planned as in a summary; by_round [{round, epsilon
+    [client]}]; choices [{batch, rounds, epsilon}] with the same noise, of the client that spends most and at row level
+    only; and warnings.  Raises ConfigError for a config without privacy.
+    """
+    if config.privacy is None:
+        raise ConfigError("privacy is null in this config, so nothing is promised; give one, such as privacy.epsilon=8")
+    if config.partition.kind == "own" and clients is None:
+        clients = [0]  # a site's file has rows of its own client alone, whichever number that is
+    federation = compose(config, clients=clients)
+    privacy = federation.learner.privacy
+    assert privacy is not None
+    return {
+        **describe_promises(privacy),
+        "clients": list(privacy.clients),
+        "by_round": _by_round(config, privacy),
+        "choices": _choices(config, privacy) if privacy.by_row else [],
+        "warnings": [each for each in federation.warnings if each.startswith("privacy")],
+    }
+
+
+def _by_round(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
+    trained = config.train.training_rounds
+    rounds = sorted({max(1, round(share * trained)) for share in _SHARES})
+    return [
+        {"round": t, "epsilon": [_epsilon(privacy, each, each.releases * t // trained) for each in privacy.guarantees]}
+        for t in rounds
+    ]
+
+
+def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
+    """Epsilon of other batches and rounds with the same noise, for the client that has spent most at the end."""
+
+    def planned(each: Guarantee) -> float:
+        return spent_epsilon(each.noise, each.rate, each.releases, each.delta, privacy.settings.accountant)
+
+    place, worst = max(enumerate(privacy.guarantees), key=lambda pair: planned(pair[1]))
+    batch, trained = config.batches[privacy.clients[place]], config.train.training_rounds
+    found = []
+    for times in _BATCHES:
+        size = max(1, round(batch * times))
+        rate = min(1.0, size * config.train.accumulate / worst.rows)
+        for longer in _ROUNDS:
+            rounds = max(1, round(trained * longer))
+            changed = Guarantee(worst.rows, rate, worst.noise, worst.delta, rounds * config.train.local_steps)
+            found.append({"batch": size, "rounds": rounds, "epsilon": _epsilon(privacy, changed, changed.releases)})
+    return found
+
+
+def _epsilon(privacy: PrivateTraining, promised: Guarantee, releases: int) -> float | None:
+    found = spent_epsilon(promised.noise, promised.rate, releases, promised.delta, privacy.settings.accountant)
+    return found if math.isfinite(found) else None

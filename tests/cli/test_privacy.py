@@ -1,0 +1,35 @@
+"""``peerlora privacy``, and what ``train`` and ``show`` tell of privacy."""
+
+import json
+
+import pytest
+
+from peerlora.train import accounting
+
+pytestmark = pytest.mark.skipif(not accounting.has_accountants(), reason="opacus is missing; install the extra privacy")
+FEW = ["train.rounds=2", "eval.every=2", "privacy.noise=2"]
+
+
+def test_it_tells_noise_epsilon_by_round_and_other_choices(cli, yaml_file):
+    path = yaml_file(*FEW)
+    answer = cli("privacy", path)
+    assert answer.code == 0 and "simulation, no guarantee" in answer.out
+    assert all(word in answer.out for word in ("sampling rate", "epsilon by round", "round 2", "4 rounds", "warning:"))
+    found = json.loads(cli("privacy", path, "--json").out.splitlines()[-1])
+    assert found["planned"]["noise"] == [2.0] * 4 and [each["round"] for each in found["by_round"]] == [1, 2]
+    assert not (path.parent / "runs").exists()
+
+
+def test_a_config_without_privacy_is_one_message(cli, yaml_file):
+    answer = cli("privacy", yaml_file())
+    assert answer.code == 2 and answer.err.startswith("peerlora: privacy is null") and "\n" not in answer.err.strip()
+    assert cli("privacy", yaml_file(), "privacy.clip=-1", "privacy.noise=1").code == 2
+
+
+def test_a_run_and_show_tell_what_was_spent(cli, yaml_file, tmp_path, no_reports):
+    answer = cli("train", yaml_file(*FEW), "--out", tmp_path / "run")
+    shown = cli("show", tmp_path / "run")
+    for told in (answer.out, shown.out):
+        assert "privacy of each row: spent epsilon" in told and "(simulation, no guarantee)" in told
+    summary = json.loads(cli("show", tmp_path / "run", "--json").out.splitlines()[-1])
+    assert summary["privacy"]["spent"]["releases"] == [4] * 4

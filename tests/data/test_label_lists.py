@@ -1,0 +1,68 @@
+"""Several labels of a row: what lists become, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from peerlora.config.loading import load_config
+from peerlora.data.sources import load_datasets
+from peerlora.errors import DataError, PeerloraError
+from peerlora.lora.base_models import load_tokenizer
+
+
+def load(models, folder, lists, *words, evaluation=None):
+    for name, cells in (("train", lists), ("eval", evaluation or lists)):
+        rows = [{"text": f"w{place}", "labels": cell} for place, cell in enumerate(cells)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "text": ["text"]}
+    tree = {"model": {"source": models("bert")}, "task": {"kind": "multi-label"}, "partition": "iid"}
+    config = load_config(tree | {"data": data | {"label": "labels"}}, words)
+    return load_datasets(config, load_tokenizer(models("bert")), None)
+
+
+def test_lists_become_one_number_per_label(models, tmp_path):
+    train, evaluation = load(models, tmp_path, [["b", "a"], [], ["c", "c"]], evaluation=[["c"], ["a"]])
+    assert train.names == evaluation.names == ("a", "b", "c")
+    assert train.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]] and train.labels.dtype == np.float32
+    assert evaluation.labels.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert train.classes == () and train.take([2, 0]).labels.tolist() == [[0, 0, 1], [1, 1, 0]]
+
+
+def test_whole_numbers_are_places_in_the_given_names(models, tmp_path):
+    train, _ = load(models, tmp_path, [[2, 0], [1]], "task.labels=[x, y, z]")
+    assert train.names == ("x", "y", "z") and train.labels.tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("lists", "told"),
+    [
+        ([["a", "b"], "a"], "column labels: row 2 is text ('a'), rows before it are a list"),
+        (["a", "b"], "row 1 holds a str; expected a list of labels, [] for none"),
+        ([["a", "b"], None], "row 2 holds nothing; expected a list of labels"),
+        ([["a", "b"], ["a", ""]], "row 2 has an empty label in its list"),
+        ([["a", "b"], ["a", None]], "row 2 has an empty label in its list"),
+        ([[], []], "no row has a label"),
+        ([["a"], ["a"]], "only one label, 'a'; expected at least 2"),
+    ],
+)
+def test_bad_lists_are_named(models, tmp_path, lists, told):
+    with pytest.raises(DataError, match=re.escape(told)):
+        load(models, tmp_path, lists)
+
+
+def test_a_label_that_training_rows_lack_is_refused(models, tmp_path):
+    with pytest.raises(DataError, match="eval.jsonl: label 'z' is not among the training labels"):
+        load(models, tmp_path, [["a"], ["b"]], evaluation=[["z"]])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["partition=dirichlet"], ["train.label_prior=uniform"], ["adversary={attack: label-flip, clients: 1}"]],
+)
+def test_what_needs_one_class_per_row_is_refused(config, words):
+    from peerlora.runtime.compose import compose
+
+    with pytest.raises(PeerloraError, match="class|label"):
+        compose(config("bert", "task.kind=multi-label", "data.label=several", *words))

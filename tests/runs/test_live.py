@@ -1,0 +1,312 @@
+"""The live page: a log that grows, the state of a federation, and a server that gives it to nobody else."""
+
+import json
+import math
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.resources import files
+from importlib.util import find_spec
+
+import pytest
+
+from peerlora.errors import ConfigError, ExtraMissing, RunError
+from peerlora.runs.events import CaughtUp, NeighbourChanged, Warned, to_json
+from peerlora.runs.live.follow import EventTail
+from peerlora.runs.live.process import holder_of, usage_of
+from peerlora.runs.live.source import GridSource, RunSource, source_of
+from peerlora.runs.live.state import FEW_CLIENTS, SHOWN_ROUNDS, LiveRun
+from peerlora.runs.store import RunStore
+
+ASSETS = files("peerlora.runs") / "assets"
+served = pytest.mark.skipif(
+    find_spec("uvicorn") is None or find_spec("starlette") is None,
+    reason="starlette and uvicorn are not installed (pip install '.[watch]')",
+)
+
+
+def write(folder, events, mode="w"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "run.json"):
+        (folder / name).exists() or (folder / name).write_text("{}")
+    with open(folder / "events.jsonl", mode) as log:
+        log.writelines(to_json(event) + "\n" for event in events)
+    return folder
+
+
+def live(events, held=()):
+    made = LiveRun()
+    for event in events:
+        made.add(json.loads(to_json(event)), held)
+    return made
+
+
+def test_lines_are_read_when_they_are_whole_and_a_log_that_was_cut_back_is_read_anew(tmp_path, run):
+    tail, events = EventTail(tmp_path), run()
+    assert tail.poll() == (False, [])
+    write(tmp_path, events[:3])
+    assert [each["type"] for each in tail.poll()[1]] == ["RunStarted", "Evaluated", "RoundDone"]
+    line = to_json(events[3]) + "\n"
+    with open(tmp_path / "events.jsonl", "a") as log:
+        log.write(line[:20])
+        log.flush()
+        assert tail.poll() == (False, [])
+        log.write(line[20:] + "no event\n[1]\n")
+    assert [each["round"] for each in tail.poll()[1]] == [1]
+    write(tmp_path, [events[0], Warned("a resumed run goes another way")])
+    anew, found = tail.poll()
+    assert anew and [each["type"] for each in found] == ["RunStarted", "Warned"]
+
+
+def test_a_log_longer_than_one_reading_is_read_in_several(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("peerlora.runs.live.follow._MOST_BYTES", 3000)
+    events = run(rounds=12)
+    tail, found = EventTail(write(tmp_path, events)), []
+    while new := tail.poll()[1]:
+        found += new
+    assert len(found) == len(events)
+
+
+def test_curves_have_mean_worst_and_every_client_where_they_are_few(made):
+    found = live([made.started(3), made.round_done(0), made.evaluated(1, [0.5, 0.25, math.nan])])
+    assert found.loss.entry(1, False) == {"x": 1, "mean": 0.1, "worst": 0.2, "who": 2, "all": [0.0, 0.1, 0.2]}
+    assert found.score.entry(1, True) == {"x": 1, "mean": 0.375, "worst": 0.25, "who": 1, "all": [0.5, 0.25, None]}
+
+
+def test_a_client_of_a_flow_policy_tells_its_environment(made):
+    told = {"environment": "point-mass", "values": {"goal_x": [0.25, 0.5], "mass": [1.0, 2.0]}}
+    found = live([replace(made.started(2), partition=told)])
+    assert found.client(1)["environment"] == "point-mass with goal_x 0.5, mass 2"
+    assert found.client(1)["labels"] is None
+    assert live([replace(made.started(2), partition=told | {"values": {}})]).client(0)["environment"] == "point-mass"
+    assert live([made.started(2)]).client(0)["environment"] == ""
+    damaged = live([replace(made.started(2), partition=told | {"values": {"mass": ["heavy", 1]}})])
+    assert damaged.notices[-1]["text"].startswith("a damaged event") and damaged.client(0)["environment"] == ""
+
+
+def test_many_clients_come_as_quantiles_and_one_client_when_asked_for(made):
+    many = FEW_CLIENTS + 1
+    found = live([made.started(many), *(made.round_done(t, many) for t in range(3))])
+    entry = found.loss.entry(1, False)
+    assert "all" not in entry and entry["band"][2] == 3.0
+    assert found.client(2)["loss"] == {"x": [1, 2, 3], "y": pytest.approx([0.2, 1.2, 2.2])}
+
+
+def test_the_last_evaluation_on_other_rows_is_no_point_of_the_curve(run):
+    found = live(run())
+    assert sorted(found.score.rows) == [0]
+    assert found.final["rows"] == 50 and found.final["mean"] == pytest.approx(0.5001)
+
+
+def test_what_a_page_knows_is_not_sent_again(made):
+    found = live([made.started(3, rounds=30), *(made.round_done(t, edges=[[0, 1]]) for t in range(20))])
+    everything = found.since(-1, -1)
+    assert len(everything["rounds"]) == 20 and len(everything["links"]) == SHOWN_ROUNDS
+    found.add(json.loads(to_json(made.round_done(20, edges=[[1, 2]]))), ())
+    update = found.since(20, found.numbered)
+    assert [each["x"] for each in update["rounds"]] == [20, 21]
+    assert update["links"]["21"] == [[1, 2]] and update["notices"] == []
+
+
+def test_peers_are_one_federation(made):
+    names = {"0": "north", "1": "south"}
+    found = LiveRun()
+    for client in (0, 1):
+        events = [made.started(2, held=[client], names=names, partition={"names": ["a"], "counts": [[client + 5]]})]
+        events += [made.round_done(0, 1, [[0, 1]])]
+        for event in events:
+            found.add(json.loads(to_json(event)), [client])
+    found.add(json.loads(to_json(NeighbourChanged("", 1, 1, "down", "no heartbeat"))), [0])
+    found.add(json.loads(to_json(CaughtUp("", 1, 4, 0, True))), [1])
+    assert found.loss.entry(1, False)["all"] == [0.0, 0.0] and found.meta["counts"] == [[5], [6]]
+    assert found.links[1].tolist() == [[0, 1]] and found.rounds[1]["bytes_sent"] == 400
+    assert found.done == {0: 1, 1: 1} and found.status == {1: "catching up"}
+    assert [each["text"] for each in found.notices] == ["south: down no heartbeat", "left out rounds 1 to 4"]
+
+
+def test_a_damaged_event_costs_nothing_but_itself(made):
+    found = live([made.started(3)])
+    for damaged in ({"type": "RoundDone"}, {"type": "Evaluated", "round": "x", "own": 3}, {"type": "NeighbourChanged"}):
+        found.add(damaged, ())
+    found.add(json.loads(to_json(made.round_done(0))), ())
+    assert len(found.notices) == 3 and len(found.rounds) == 1
+
+
+def test_how_a_run_stands_is_read_from_its_lock(tmp_path, run):
+    with RunStore.create(tmp_path / "run", "{}", {}) as store:
+        store.emit(run()[0])
+        source = RunSource(tmp_path / "run")
+        source.poll()
+        assert holder_of(tmp_path / "run") is not None
+        standing = source.standing()
+        assert standing["state"] == "running" and standing["memory"] > 1e6 and standing["processes"] == 1
+    assert source.standing()["state"] == "stopped"
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert source.standing()["state"] == "finished"
+    assert usage_of(2**22 + 1) is None
+
+
+def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
+    write(tmp_path / "cells" / "a__seed-0", run())
+    (tmp_path / "cells" / "a__seed-0" / "summary.json").write_text("{}")
+    write(tmp_path / "cells" / "b__seed-0", run(stop=2))
+    (tmp_path / "grid.yaml").write_text("")
+    source = source_of(tmp_path, ["cells/a__seed-0", "cells/b__seed-0", "cells/c__seed-0"])
+    assert isinstance(source, GridSource) and source.poll() and not source.poll()
+    cells = source.cells.values()
+    assert [cell["state"] for cell in cells] == ["finished", "stopped", "planned"]
+    assert [cell["done"] for cell in cells] == [4, 2, 0]
+    write(tmp_path / "cells" / "b__seed-0", run()[4:5], "a")
+    assert source.poll() and source.cells["cells/b__seed-0"]["done"] == 3
+
+
+def test_a_folder_without_anything_to_show_is_refused(tmp_path):
+    with pytest.raises(RunError, match="holds no run"):
+        source_of(tmp_path)
+
+
+def test_a_missing_extra_is_named(tmp_path, run, monkeypatch):
+    from peerlora.runs.live.server import PageServer
+
+    monkeypatch.setattr("peerlora.environment.find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"\.\[watch\]"):
+        PageServer(RunSource(write(tmp_path, run())))
+
+
+def test_nothing_on_the_page_asks_a_network():
+    for asset in ASSETS.iterdir():
+        if asset.name == "uPlot.LICENSE":
+            continue
+        text = asset.read_text(encoding="utf-8")
+        addresses = set(re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}[^\s\"')]*", text)) - {
+            "http://www.w3.org/2000/svg"
+        }
+        addresses = {each for each in addresses if not each.startswith("https://github.com/leeoniya/uPlot")}
+        assert not addresses, (asset.name, addresses)
+        assert not re.search(r"@import|\bimportScripts\b|XMLHttpRequest|sendBeacon|WebSocket", text), asset.name
+
+
+@contextmanager
+def page(source):
+    import uvicorn
+
+    from peerlora.runs.live.server import PageServer
+
+    made = PageServer(source)
+    config = uvicorn.Config(made.app(), log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [made.socket]}, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def ask(address, method="GET", **headers):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        return opener.open(urllib.request.Request(address, method=method, headers=headers), timeout=20)
+    except urllib.error.HTTPError as error:
+        return error
+
+
+def messages(answer):
+    """(kind, body) of a stream of server-sent events."""
+    kind = ""
+    for line in answer:
+        text = line.decode().rstrip("\n")
+        if text.startswith("event: "):
+            kind = text.removeprefix("event: ")
+        elif text.startswith("data: "):
+            yield kind, json.loads(text.removeprefix("data: "))
+
+
+@served
+def test_the_page_needs_its_token_and_only_answers(tmp_path, run):
+    folder = write(tmp_path / "run", run())
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with page(RunSource(folder)) as made:
+        with ask(made.address) as answer:
+            assert answer.status == 200 and b"peerlora" in answer.read()
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        root = f"http://127.0.0.1:{made.port}/"
+        for path in ("", "watch.html", "x" * len(made.token) + "/", f"{made.token[:-1]}/events"):
+            assert ask(root + path).status == 404
+        for path in ("../events.jsonl", "config.yaml", "watch.html", "client/99", "nothing"):
+            assert ask(made.address + path).status == 404
+        assert ask(made.address, Host="evil.example:80").status == 404
+        assert ask(made.address, "POST").status == 405 and ask(made.address, "DELETE").status == 405
+        for name in ("watch.js", "watch.css", "uPlot.iife.min.js", "uPlot.min.css"):
+            with ask(made.address + name) as answer:
+                assert answer.status == 200 and answer.read()
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+@served
+def test_the_page_hears_of_what_is_written(tmp_path, run):
+    events = run(rounds=4)
+    folder = write(tmp_path / "run", events[:3])
+    with page(RunSource(folder)) as made, ask(made.address + "events") as answer:
+        heard = messages(answer)
+        seen = {}
+        while "RoundDone" not in seen:
+            kind, body = next(heard)
+            if body.get("rounds"):
+                seen["RoundDone"] = [each["x"] for each in body["rounds"]]
+        assert seen["RoundDone"] == [1]
+        write(folder, events[3:5], "a")
+        kind, body = next(each for each in heard if each[0] != "standing" and each[1]["rounds"][-1]["x"] == 3)
+        assert kind == "update"
+        with ask(made.address + "client/1") as client:
+            assert json.load(client)["loss"]["x"] == [1, 2, 3]
+        write(folder, [events[0]])
+        assert next(each for each in heard if each[0] == "snapshot")[1]["rounds"] == []
+
+
+@served
+def test_the_page_of_a_comparison_leads_to_its_trials(tmp_path, run):
+    write(tmp_path / "cells" / "a__seed-0", run())
+    (tmp_path / "grid.yaml").write_text("")
+    with page(source_of(tmp_path)) as made:
+        with ask(made.address + "events") as answer:
+            body = next(body for kind, body in messages(answer) if body["cells"])
+            assert [cell["name"] for cell in body["cells"]] == ["cells/a__seed-0"]
+        with ask(made.address + "events?cell=cells/a__seed-0") as answer:
+            body = next(body for kind, body in messages(answer) if kind != "standing" and body["rounds"])
+            assert body["meta"]["method"] == "adf-lora"
+        assert ask(made.address + "events?cell=../..").status == 404
+
+
+@served
+def test_a_port_that_is_taken_is_named(tmp_path, run):
+    from peerlora.runs.live.server import PageServer
+
+    source = RunSource(write(tmp_path, run()))
+    first = PageServer(source)
+    with pytest.raises(ConfigError, match="choose another --port"):
+        PageServer(source, port=first.port)
+    first.socket.close()
+
+
+@served
+def test_what_an_update_of_a_thousand_clients_takes_is_bounded(made):
+    found = live([made.started(1000, rounds=9), *(made.round_done(t, 1000, [[0, 1]] * 5000) for t in range(8))])
+    found.since(-1, -1)
+    update = json.dumps(found.since(8, found.numbered))
+    assert len(update) < 100_000  # bytes, a few times a second
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path, run):
+    from peerlora.runs.live.source import wait_for
+
+    later = threading.Thread(target=lambda: (time.sleep(0.3), write(tmp_path / "run", run()))[0])
+    later.start()
+    wait_for(tmp_path / "run")
+    later.join()
+    assert (tmp_path / "run" / "run.json").exists() or (tmp_path / "run" / "config.yaml").exists()

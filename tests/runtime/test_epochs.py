@@ -1,0 +1,81 @@
+"""A budget in epochs: the rounds that follow from it, in the run, its folder and when it is resumed."""
+
+import pytest
+import torch
+
+from peerlora.config.loading import load_config
+from peerlora.errors import CompositionError, ConfigError, RunError, Stopped
+from peerlora.runs.events import RoundDone, RunStarted
+from peerlora.runs.metrics import select_events
+from peerlora.runs.store import read_events
+from peerlora.runtime.epochs import rounds_of
+from peerlora.runtime.simulate import resume, simulate
+
+
+@pytest.fixture
+def in_epochs(config):
+    """A function that gives the tiny config a budget in epochs."""
+
+    def build(epochs, *words):
+        tree = config("bert", *words).model_dump(mode="json")
+        del tree["train"]["rounds"]
+        return load_config(tree, [f"train.epochs={epochs}"])
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "rounds"),
+    [
+        (["1", "train.local_steps=2", "train.batch=3"], 48, 2),  # 4 clients take 24 rows a round
+        (["1", "train.local_steps=2", "train.batch=3"], 49, 3),
+        (["2.5", "train.local_steps=1", "train.batch=[1, 2, 3, 4]"], 40, 10),
+        (["1", "train.local_steps=1", "train.batch=1", "train.accumulate=5"], 40, 2),
+        (["1", "train.local_steps=1", "train.batch=1", "train.quiet=0.25"], 12, 4),  # 3 of them train
+        (["1", "train.local_steps=1", "train.batch=1", "train.quiet=0.3"], 12, 4),
+        (["0.001"], 10, 1),
+    ],
+)
+def test_rounds_are_the_fewest_that_reach_the_epochs(in_epochs, words, rows, rounds):
+    assert rounds_of(in_epochs(*words), rows) == rounds
+
+
+def test_a_run_of_epochs_is_the_run_of_its_rounds(config, in_epochs, tmp_path):
+    words = ["train.local_steps=2", "train.batch=3", "algorithm.name=adf-lora", "algorithm.interval=1"]
+    found = simulate(in_epochs(1, *words), tmp_path / "epochs")
+    events = read_events(found.run)
+    (started,), rounds = select_events(events, RunStarted), select_events(events, RoundDone)
+    assert started.notes[0] == f"train.epochs=1 of 54 training rows: train.rounds={len(rounds)}"
+    assert len(rounds) == started.rounds == 3
+    stored = load_config(found.run / "config.yaml").train
+    assert (stored.rounds, stored.epochs) == (3, None)
+    other = simulate(config("bert", "train.rounds=3", *words), tmp_path / "rounds")
+    assert torch.equal(found.adapters.flat, other.adapters.flat)
+
+
+def test_a_stopped_run_goes_on_with_the_same_epochs_and_no_others(in_epochs, tmp_path):
+    words = ["train.local_steps=2", "train.batch=3", "algorithm.name=dec-lora"]
+    chosen = in_epochs(1, *words)
+    with pytest.raises(Stopped):
+        simulate(chosen, tmp_path / "part", stop=lambda: True)
+    with pytest.raises(RunError, match="train.epochs: None then, 2.0 now"):
+        resume(tmp_path / "part", expected=lambda stored: in_epochs(2, *words))
+    again = resume(tmp_path / "part", expected=lambda stored: chosen)
+    whole = simulate(chosen, tmp_path / "whole")
+    assert torch.equal(again.adapters.flat, whole.adapters.flat)
+
+
+def test_both_budgets_are_refused(config):
+    with pytest.raises(ConfigError, match="rounds=3 and epochs=2 given, and each is the whole budget; drop one"):
+        config("bert", "train.rounds=3", "train.epochs=2")
+
+
+def test_peers_and_grids_need_rounds(in_epochs):
+    from peerlora.experiments.trial_checks import _refusal
+    from peerlora.runtime.peer.checks import plan_peer
+    from peerlora.runtime.peer.site import Site
+
+    chosen = in_epochs(2)
+    with pytest.raises(CompositionError, match="all sites count the same rounds"):
+        plan_peer(chosen, Site(0, {client: f"site{client}" for client in range(4)}, "run"))
+    assert "compared by their rounds" in str(_refusal(chosen, None, {}))

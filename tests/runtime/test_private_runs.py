@@ -1,0 +1,275 @@
+"""Runs with privacy: what they promise, count, refuse and leave behind."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cases import others_slow
+from peerlora.algorithms import REGISTRY, describe_algorithms
+from peerlora.algorithms.base import is_asynchronous
+from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
+from peerlora.experiments.measures import measure_run
+from peerlora.runs.events import Evaluated, RoundDone, Warned
+from peerlora.runs.metrics import evaluations, select_events
+from peerlora.runs.privacy_ledger import FILE, PrivacyLedger
+from peerlora.runs.report import write_report
+from peerlora.runs.store import read_events
+from peerlora.runtime.compose import compose
+from peerlora.runtime.plan import plan
+from peerlora.runtime.privacy import NO_GUARANTEE
+from peerlora.runtime.privacy_plan import plan_privacy
+from peerlora.runtime.simulate import resume, simulate
+from peerlora.train import accounting
+
+
+@pytest.fixture(autouse=True)
+def quick_accountant(request, monkeypatch):
+    """Epsilon is a simple function of noise, rate and releases, but where the real accountants are the subject."""
+    if "real_accountant" in request.fixturenames:
+        return
+
+    def epsilon(noise, rate, releases, delta, accountant):
+        return 0.0 if releases == 0 else np.inf if noise == 0 else 10 * rate * releases**0.5 / noise
+
+    def noise(epsilon, rate, releases, delta, accountant):
+        return 10 * rate * releases**0.5 / epsilon
+
+    monkeypatch.setattr("peerlora.train.privacy.spent_epsilon", epsilon)
+    monkeypatch.setattr("peerlora.runtime.privacy_plan.spent_epsilon", epsilon)
+    monkeypatch.setattr("peerlora.runtime.privacy.spent_epsilon", epsilon)
+    monkeypatch.setattr("peerlora.runtime.privacy.noise_for", noise)
+    monkeypatch.setattr("peerlora.runtime.privacy.has_accountants", lambda: True)
+
+
+@pytest.fixture
+def real_accountant():
+    if not accounting.has_accountants():
+        pytest.skip("opacus is missing; install the extra privacy")
+
+
+def test_a_run_tells_what_was_planned_and_what_was_spent(config, tmp_path, real_accountant):
+    chosen = config("bert", "privacy.epsilon=8", "train.batch=[2, 4, 4, 2]", "train.rounds=3", "eval.every=1")
+    result = simulate(chosen, tmp_path / "run")
+    told = result.summary["privacy"]
+    assert told["guarantee"] == NO_GUARANTEE == "simulation, no guarantee" and told["generator"] == "seeded"
+    assert told["planned"]["releases"] == told["spent"]["releases"] == [6] * 4
+    rows = told["planned"]["rows"]
+    assert told["planned"]["delta"] == pytest.approx([n**-1.1 for n in rows])
+    assert told["planned"]["rate"] == pytest.approx([b / n for b, n in zip([2, 4, 4, 2], rows, strict=True)])
+    assert all(7.9 < each <= 8 for each in told["spent"]["epsilon"])
+    assert told["planned"]["noise"][1] > told["planned"]["noise"][0] > 0.2
+    events = read_events(result.run)
+    spent = np.array([each.privacy["epsilon"] for each in evaluations(events)])
+    assert (spent[0] == 0).all() and (np.diff(spent, axis=0) > 0).all()
+    assert measure_run(events, chosen)["epsilon spent"] == pytest.approx(max(told["spent"]["epsilon"]))
+    page = (result.run / "report.html").read_text()
+    assert "spent epsilon" in page and NO_GUARANTEE in page
+    card = (result.run / "adapters/client-02/README.md").read_text()
+    assert "| epsilon spent | 8 of 8 planned |" in card and NO_GUARANTEE in card
+    table = result.metrics.to_pandas()
+    assert len(table[table.metric == "privacy_epsilon"]) == 4 * len(spent)
+
+
+def test_the_figure_of_scores_by_epsilon_is_drawn(config, tmp_path, monkeypatch):
+    result = simulate(config("bert", "privacy.noise=1", "eval.every=1"), tmp_path / "run", report=False)
+    monkeypatch.undo()
+    assert "by epsilon spent" in write_report(result.run).read_text()
+
+
+def test_without_noise_epsilon_has_no_bound(config, tmp_path, no_reports):
+    result = simulate(config("bert", "privacy.noise=0"), tmp_path / "run")
+    assert result.summary["privacy"]["spent"]["epsilon"] == [None] * 4
+    assert "without bound of without bound" in (result.run / "adapters/client-00/README.md").read_text()
+    assert json.loads((result.run / "summary.json").read_text()) == json.loads(json.dumps(result.summary))
+
+
+def test_a_stopped_run_goes_on_to_the_bit_and_counts_nothing_twice(config, tmp_path, no_reports):
+    chosen = config("bert", "privacy.epsilon=8", "train.rounds=5", "checkpoint.every=2", "adapter.dropout=0.2")
+    whole, stopping = simulate(chosen, tmp_path / "whole"), iter([False, False, True])
+    with pytest.raises(Stopped):
+        simulate(chosen, tmp_path / "part", stop=lambda: next(stopping, False))
+    part = resume(tmp_path / "part")
+    assert torch.equal(part.adapters.flat, whole.adapters.flat)
+    assert part.summary["privacy"] == whole.summary["privacy"]
+    assert not (part.run / FILE).exists()
+
+
+def killed_after(rounds):
+    """A sink by which a run dies after so many rounds, without a checkpoint of the last."""
+
+    def sink(event):
+        if isinstance(event, RoundDone) and event.round + 1 == rounds:
+            raise KeyboardInterrupt
+
+    return sink
+
+
+def test_rounds_that_a_resumed_run_repeats_are_counted_again_and_use_up_the_budget(config, tmp_path, no_reports):
+    """With the system's generator rounds after the last checkpoint have been spent, and may have been sent."""
+    words = ["privacy.epsilon=8", "privacy.generator=system", "train.rounds=4", "checkpoint.every=2"]
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config("bert", *words), folder, sinks=[killed_after(3)])
+    assert list(PrivacyLedger(folder).entries()) == [(client, 2) for _ in range(3) for client in range(4)]
+    result = resume(folder)
+    told, events = result.summary["privacy"], read_events(folder)
+    assert told["spent"]["releases"] == told["planned"]["releases"] == [8] * 4
+    assert told["spent"]["epsilon"] == pytest.approx([8.0] * 4)
+    losses = [each.loss for each in select_events(events, RoundDone)]
+    assert np.isnan(losses[3]).all() and np.isfinite(losses[2]).all()
+    told = [each.message for each in select_events(events, Warned) if "used up" in each.message]
+    assert told == ["clients 0, 1, 2, 3 have used up privacy.epsilon=8 by round 3: they train no more and go on mixing"]
+    assert len(select_events(events, RoundDone)) == 4 and result.summary["rounds"] == 4
+
+
+def test_a_run_without_any_checkpoint_still_knows_what_it_spent(config, tmp_path, no_reports):
+    folder = tmp_path / "run"
+    words = ["privacy.epsilon=8", "privacy.generator=system", "train.rounds=2", "checkpoint.every=2"]
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config("bert", *words), folder, sinks=[killed_after(1)])
+    assert resume(folder).summary["privacy"]["spent"]["releases"] == [4] * 4
+    assert sum(releases for _, releases in PrivacyLedger(folder).entries()) == 16
+
+
+@pytest.mark.parametrize("damage", [b'{"client":0}\n', b"\xff\n", b'{"client":0,"job":0,"releases":-2}\n'])
+def test_a_damaged_count_is_refused_and_half_a_line_is_none(tmp_path, damage):
+    ledger = PrivacyLedger(tmp_path)
+    ledger.append(3, 0, 10)
+    with open(ledger.path, "ab") as file:
+        file.write(damage[:-1])
+    assert list(ledger.entries()) == [(3, 10)]
+    ledger.append(1, 0, 5)
+    assert list(ledger.entries()) == [(3, 10), (1, 5)], "the next line begins anew"
+    ledger.path.write_bytes(b'{"client":3,"job":0,"releases":10}\n' + damage)
+    with pytest.raises(RunError, match="line 2 is damaged"):
+        list(ledger.entries())
+
+
+def test_a_client_that_is_away_spends_less(config, tmp_path, no_reports):
+    away = "clock.away=[{client: 1, leave: 1, back: 3}]"
+    result = simulate(config("bert", "privacy.noise=1", "train.rounds=4", away), tmp_path / "run")
+    assert result.summary["privacy"]["spent"]["releases"] == [8, 4, 8, 8]
+    epsilon = result.summary["privacy"]["spent"]["epsilon"]
+    assert epsilon[1] < min(epsilon[:1] + epsilon[2:])
+
+
+PRIVATE = [name for name, kind in REGISTRY.items() if kind.traits.privacy_refusal("row") is None]
+SETTINGS = {name: ["train.lr=0.1", "train.local_steps=1"] for name in ("dsgd", "d2")}
+SETTINGS |= {"salf": ["clock.speed=[1, 0.5, 0.25, 1]", "clock.deadline=3"]}
+
+
+@pytest.mark.parametrize("method", others_slow(PRIVATE, ["k-gt", "ad-psgd", "flora"]))
+def test_methods_run_with_private_rows(config, tmp_path, no_reports, method):
+    chosen = config("bert", f"algorithm.name={method}", "privacy.noise=0.5", *SETTINGS.get(method, []))
+    spent = simulate(chosen, tmp_path / "run").summary["privacy"]["spent"]["releases"]
+    jobs = {"rac-lora": 1}.get(method)
+    expected = 3 * chosen.train.local_steps * 4
+    assert sum(spent) == expected or jobs or is_asynchronous(REGISTRY[method]) and sum(spent) >= expected
+
+
+@pytest.mark.parametrize("method", others_slow(["dec-lora", "ad-psgd", "rolora"], [0]))
+def test_clients_are_protected_as_a_whole(config, tmp_path, no_reports, method):
+    words = ["privacy.unit=client", "privacy.epsilon=30", f"algorithm.name={method}", "train.label_prior=uniform"]
+    told = simulate(config("bert", *words), tmp_path / "run").summary["privacy"]
+    assert told["unit"] == "client" and told["planned"]["releases"] == [3] * 4 and told["planned"]["rate"] == [1.0] * 4
+
+
+REFUSED = {
+    "scores its own rows": ["algorithm.name=flood"],
+    "two gradients": ["algorithm.name=dfedsam"],
+    "sends mean gradients": ["algorithm.name=k-gt", "privacy.unit=client"],
+    "label counts": ["train.label_prior=pooled", "privacy.unit=client"],
+    "train.label_prior=uniform exclude": ["train.label_prior=uniform"],
+    "train.class_weights=balanced exclude": ["train.class_weights=balanced"],
+    "sorts a round's rows": ["train.batches=by-length"],
+    "scores on private rows .eval.select.rows=own": ["eval.select={rows: own}", "eval.own=true"],
+    "rows held out of data.train": ["eval.select={metric: loss}"],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_tell_of_rows_is_refused_with_the_reason(config, reason):
+    with pytest.raises(CompositionError, match=reason):
+        plan(config("bert", "privacy.noise=1", *REFUSED[reason]))
+
+
+def test_training_rows_as_evaluation_rows_are_refused_and_public_ones_are_not_warned_of(config, texts, tmp_path):
+    with pytest.raises(CompositionError, match="who is among them"):
+        plan(config("bert", "privacy.noise=1", f"data.eval=jsonl:{texts}"))
+    public = tmp_path / "public.jsonl"
+    public.write_bytes(texts.read_bytes())
+    named = ["algorithm.name=dec-lora", f"data.eval=jsonl:{public}", "eval.select={metric: loss}"]
+    assert not plan(config("bert", "privacy.noise=1", *named)).warnings
+    assert "keep report and events" in plan(config("bert", "privacy.noise=1", named[0])).warnings[0]
+    assert "eval.own=true" in plan(config("bert", "privacy.noise=1", *named[:2], "eval.own=true")).warnings[0]
+
+
+def test_embeddings_and_models_that_mix_rows_are_refused(config, monkeypatch):
+    words = ["adapter.modules_to_save=[word_embeddings]", "train.fast=false"]
+    with pytest.raises(ModelError, match="embeddings such as"):
+        compose(config("bert", "privacy.noise=1", *words))
+    compose(config("bert", "privacy.noise=1", "privacy.unit=client", *words))
+    from peerlora.lora.layer import Layout
+    from peerlora.runtime import privacy
+
+    federation = compose(config("bert"))
+    federation.model.step.layout = Layout(rows_first=False)
+    with pytest.raises(ModelError, match="mix the rows of a batch"):
+        privacy.build_privacy(config("bert", "privacy.noise=1"), federation.learner.shards, federation.model, 9, False)
+
+
+@pytest.mark.parametrize("words", [[], ["privacy.epsilon=8", "privacy.noise=1"]])
+def test_exactly_one_of_epsilon_and_noise_is_given(config, words):
+    with pytest.raises(ConfigError, match="exactly one of them"):
+        config("bert", "privacy.clip=2", *words)
+
+
+def test_missing_accountants_are_told_before_anything_is_read(config, monkeypatch):
+    monkeypatch.setattr("peerlora.runtime.privacy.has_accountants", lambda: False)
+    monkeypatch.setitem(__import__("sys").modules, "opacus", None)
+    with pytest.raises(ConfigError, match="install the extra"):
+        plan(config("bert", "privacy.noise=1"))
+
+
+def test_shards_too_small_are_warned_of_with_numbers(config):
+    loud = compose(config("bert", "privacy.noise=50", "train.rounds=100")).warnings
+    (told,) = [each for each in loud if "longer than the way" in each]
+    assert "4 of 4 clients" in told and "rows and noise 50" in told
+    quiet = compose(config("bert", "privacy.noise=0.5", "train.rounds=1000", "train.batch=12")).warnings
+    assert not any("longer than the way" in each for each in quiet)
+
+
+def test_descriptions_list_methods_that_send_more_than_noise_covers():
+    told = {name: facts["not_with"] for name, facts in describe_algorithms().items()}
+    rows, clients = ({n for n in told if f"privacy.unit={unit}" in told[n]} for unit in ("row", "client"))
+    assert rows == {"flood", "dfedsam", "dfedadmm-sam", "fedspeed", "swfp"}
+    assert clients == {"flood", "k-gt", "push-diging", "swfp"}
+
+
+def test_a_plan_tells_epsilon_by_round_and_of_other_choices(config, real_accountant):
+    chosen = config("bert", "privacy.epsilon=8", "train.rounds=10", "train.batch=4")
+    found = plan_privacy(chosen)
+    ends = [each["epsilon"] for each in found["by_round"]]
+    assert [each["round"] for each in found["by_round"]] == [1, 2, 5, 8, 10]
+    assert (np.diff(np.array(ends), axis=0) > 0).all() and max(ends[-1]) == pytest.approx(8, rel=0.01)
+    known = {(each["batch"], each["rounds"]): each["epsilon"] for each in found["choices"]}
+    assert known[4, 10] == pytest.approx(8, rel=0.01)
+    assert known[2, 10] < known[4, 10] < known[8, 10] and known[4, 5] < known[4, 10] < known[4, 20]
+    assert found["guarantee"] == NO_GUARANTEE and found["generator"] == "seeded"
+
+
+def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(config):
+    own = ["partition.kind=own", "task.labels=[class0, class1, class2]", "privacy.noise=2"]
+    found = plan_privacy(config("bert", *own))
+    assert found["generator"] == "system" and len(found["planned"]["rows"]) == 1
+    with pytest.raises(ConfigError, match="privacy is null"):
+        plan_privacy(config("bert"))
+    assert plan_privacy(config("bert", "privacy.noise=2", "privacy.unit=client"))["choices"] == []
+
+
+def test_evaluations_of_runs_without_privacy_say_nothing_of_it(config, tmp_path, no_reports):
+    result = simulate(config("bert"), tmp_path / "run")
+    assert "privacy" not in result.summary
+    assert all(each.privacy == {} for each in select_events(read_events(result.run), Evaluated))

@@ -1,0 +1,105 @@
+"""Greedy answers against a loop over whole forward passes, and the scores of answers by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from peerlora.data.batches import collate
+from peerlora.data.dataset import UNLEARNED, Dataset
+from peerlora.runtime.compose import compose
+from peerlora.train.generation import exact_match, greedy_answers, last_answer, rouge_l
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "score"),
+    [
+        ("police kill the gunman", "police killed the gunman", 0.75),  # Lin 2004, section 3.1: 3 of 4 words in order
+        ("the gunman kill police", "police killed the gunman", 0.5),
+        ("a b c d", "a c", 2 * 2 / 6),
+        ("Yes, indeed!", "yes indeed", 1.0),
+        ("größer als", "größer als vier", 2 * 2 / 5),
+        ("", "a", 0.0),
+        ("a", "", 0.0),
+        ("b a", "a b", 0.5),
+        ("a x b y c", "a b c", 2 * 3 / 8),
+    ],
+)
+def test_rouge_l_is_f1_of_the_longest_common_subsequence(answer, expected, score):
+    assert rouge_l(answer, expected) == pytest.approx(score)
+    assert rouge_l(expected, answer) == pytest.approx(score)
+
+
+def test_exact_match_looks_at_letters_but_not_at_white_space_around_them():
+    assert [exact_match(*pair) for pair in [(" a b\n", "a b"), ("a b", "A b"), ("a", "a b")]] == [1.0, 0.0, 0.0]
+
+
+def test_the_last_answer_and_what_stands_before_it():
+    ids = np.arange(10, 22, dtype=np.int32)
+    learned = [0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1]
+    targets = np.where(learned, ids, UNLEARNED).astype(np.int32)
+    rows = Dataset(ids, np.array([0, 8, 12]), None, np.zeros(2, np.int64), (), targets=targets)
+    assert [part.tolist() for part in last_answer(rows, 0)] == [[10, 11, 12, 13, 14], [15, 16]]
+    assert [part.tolist() for part in last_answer(rows, 1)] == [[18], [19, 20, 21]]
+
+
+@pytest.fixture
+def federation(config, chats):
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32"]
+    made = compose(config("llama", *words))
+    made.start.flat.normal_(generator=torch.Generator().manual_seed(3))
+    return made
+
+
+def by_whole_passes(model, x, prompt, most, ends):
+    """The likeliest next token, again and again, each from a forward pass of all tokens."""
+    written = []
+    model.bind_adapters(x)
+    while len(written) < most:
+        ids = torch.tensor([[*prompt.tolist(), *written]])
+        with torch.no_grad():
+            token = int(model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0, -1].argmax())
+        if token in ends:
+            break
+        written.append(token)
+    return written
+
+
+def test_greedy_answers_are_the_likeliest_tokens_one_by_one(federation):
+    data, model = federation.eval_data, federation.model
+    prompts = [last_answer(data, row)[0] for row in range(len(data))]
+    assert len({len(prompt) for prompt in prompts}) > 1  # so that some are padded
+    for client in (0, 2):
+        x = federation.start.rows([client])
+        free = [by_whole_passes(model, x, prompt, 6, ()) for prompt in prompts]
+        end = free[0][3]  # a token that some answers write before they are cut
+        for ends in ([], [end]):
+            expected = [by_whole_passes(model, x, prompt, 6, ends) for prompt in prompts]
+            assert greedy_answers(model, x, prompts, 6, 0, ends or [10_000]) == expected
+        assert len({len(own) for own in expected}) > 1
+
+
+def test_prompts_beyond_one_batch_are_answered_in_their_order(federation, monkeypatch):
+    x, data = federation.start.rows([1]), federation.eval_data
+    prompts = [last_answer(data, row)[0] for row in range(len(data))]
+    together = greedy_answers(federation.model, x, prompts, 3, 0, [2])
+    monkeypatch.setattr("peerlora.train.generation._TOGETHER", 1)
+    assert greedy_answers(federation.model, x, prompts, 3, 0, [2]) == together
+
+
+def test_only_learned_tokens_count_in_losses(federation):
+    """A chat's loss is the mean surprise of its answers' tokens, whatever its questions' logits are."""
+    data, task = federation.train_data, federation.learner.task
+    batch = collate(data, [np.array([0, 1]), np.array([2])], 0, torch.float64)
+    logits = torch.randn(4, batch.inputs["input_ids"].shape[1], 44, dtype=torch.float64)
+    found = task.losses(logits, batch)
+    for client, rows in enumerate([[0, 1], [2]]):
+        total, count = 0.0, 0
+        for row, number in enumerate(rows):
+            ids, targets = (part[data.starts[number] : data.starts[number + 1]] for part in (data.ids, data.targets))
+            for place in np.flatnonzero(targets != UNLEARNED):
+                total -= float(logits[2 * client + row, place - 1].log_softmax(0)[ids[place]])
+                count += 1
+        assert float(found[client]) == pytest.approx(total / count, abs=1e-12)
+    unlearned = batch.targets[:, 1:] == UNLEARNED
+    logits[:, :-1][unlearned] += 5 * torch.randn_like(logits[:, :-1][unlearned])
+    assert torch.equal(task.losses(logits, batch), found)
