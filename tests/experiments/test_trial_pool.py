@@ -1,5 +1,6 @@
 """Comparisons on the workers of a cluster: the table of one process, whatever is killed."""
 
+import pickle
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,12 +8,14 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from flow_runs import tiny
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ConfigError, RunError, Stopped
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.trial_pool import TrialJob, TrialWorker, read_files, trial_pools, write_files
 from peerlora.experiments.trials import plan_trials
+from peerlora.runtime.compose import load_run
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.simulate import simulate
 
@@ -64,6 +67,15 @@ def test_a_trial_that_was_begun_goes_on_on_a_worker(grid, tmp_path):
     job = TrialJob(trial.config, tmp_path / "run", read_files(tmp_path / "run"))
     files = TrialWorker(False, "/nowhere").run(job, "rows", rows)
     assert b'"Resumed"' in files["events.jsonl"] or b"resumed" in files["events.jsonl"].lower()
+
+
+def test_a_policy_comes_to_a_worker_with_its_base(cache, tmp_path):
+    chosen = tiny()
+    base = load_run(chosen)
+    result = simulate(chosen, tmp_path / "here", resources=base, report=False)
+    job = TrialJob(chosen, tmp_path / "there", {})
+    files = TrialWorker(False, "/nowhere").run(job, "policy", pickle.loads(pickle.dumps(base)))
+    assert files["adapters/all.safetensors"] == (result.run / "adapters" / "all.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])

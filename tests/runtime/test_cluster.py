@@ -102,11 +102,29 @@ def test_workers_get_the_bits_of_one_process(config, tmp_path, words):
     base = ["clients=6", "train.rounds=4", "train.block=1" if workers > 3 else "train.block=2"]
     there, here = both(config("bert", *base, *chosen), tmp_path, workers)
     assert same_bits(here.adapters, there.adapters)
-    for one, other in zip(read_events(tmp_path / "here"), read_events(tmp_path / "there"), strict=True):
+    assert_same_events(tmp_path)
+
+
+def assert_same_events(folder):
+    for one, other in zip(read_events(folder / "here"), read_events(folder / "there"), strict=True):
         assert type(one) is type(other)
         if isinstance(one, RoundDone | Evaluated):
             for name in vars(one).keys() - TIMES:
                 assert close(getattr(one, name), getattr(other, name)), (name, one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "task"), [("bert", "token-classification"), ("llama", "chat"), ("t5", "sequence-to-sequence")]
+)
+def test_workers_get_the_bits_of_one_process_of_words_chats_and_pairs(
+    config, tagged, chats, pairs, tmp_path, model, task
+):
+    rows = {"token-classification": tagged, "chat": chats, "sequence-to-sequence": pairs}[task]
+    words = [f"task.kind={task}", f"data.train=jsonl:{rows}", "data.label=null", "data.max_length=32"]
+    there, here = both(config(model, *words, "algorithm.name=dec-lora", "train.block=2"), tmp_path)
+    assert same_bits(here.adapters, there.adapters)
+    assert_same_events(tmp_path)
 
 
 class Dying(ThreadEngine):
