@@ -245,21 +245,22 @@ def test_a_budget_in_epochs_is_the_one_of_a_single_process(config, tmp_path):
     assert same_bits(found.adapters, expected.adapters)
 
 
-def test_trackers_get_the_run_from_the_driver(config, tmp_path, monkeypatch):
-    opened = []
+def test_trackers_get_the_run_from_the_driver_anew_when_workers_are_lost(config, tmp_path, monkeypatch):
+    engine, opened, told = Dying([9]), [], []
 
     @contextmanager
     def tracked(chosen, store, sinks):
-        opened.append((chosen.track.to, store.folder))
+        opened.append((chosen.track.to, store.folder, len(told)))
         yield (*sinks, told.append)
 
-    told = []
     monkeypatch.setattr("peerlora.runtime.cluster.run.tracked_sinks", tracked)
     monkeypatch.setattr("peerlora.runtime.cluster.run.check_trackers", lambda chosen: None)
-    on_workers(config("bert", "train.rounds=1", "track=tensorboard"), tmp_path / "run")
-    assert opened == [(["tensorboard"], tmp_path / "run")]
-    assert isinstance(told[0], RunStarted) and isinstance(told[-1], RunFinished)
-    assert len([each for each in told if isinstance(each, RoundDone)]) == 1
+    chosen = config("bert", "train.rounds=2", "track=tensorboard")
+    on_workers(chosen, tmp_path / "run", engine=lambda *settings: engine)
+    (*_, first), (*where, second) = opened
+    assert where == [["tensorboard"], tmp_path / "run"] and first == 0
+    assert isinstance(told[0], RunStarted) and isinstance(told[second], Resumed) and isinstance(told[-1], RunFinished)
+    assert {each.round for each in told if isinstance(each, RoundDone)} == {0, 1}
 
 
 def test_the_config_of_a_run_has_the_graphs_and_the_threads_that_decide_its_bits(config, tmp_path):

@@ -77,11 +77,8 @@ def simulate(
     facts = run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
         first, speed = driver.start(machines)
-        with (
-            RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store,
-            tracked_sinks(driver.config, store, sinks) as every,
-        ):
-            return driver.run(machines, first, store, every, stop, report, resumed=False)
+        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
+            return driver.run(machines, first, store, sinks, stop, report, resumed=False)
 
 
 def resume(
@@ -115,13 +112,11 @@ def resume(
                     f"{folder} was begun in one process without train.block, by which graphs are the same on any "
                     "number of workers; go on in one process, or start anew on the cluster"
                 )
-            driver = compose_driver(stored, speed_of(store.facts, stored), settings)
+            tracked = stored.model_copy(update={"track": asked.track})
+            driver = compose_driver(tracked, speed_of(store.facts, stored), settings)
             check_inputs(store, driver.federation)
-            with (
-                (engine or ray_engine)(settings, driver.exchanged_bytes) as machines,
-                tracked_sinks(asked, store, sinks) as every,
-            ):
-                return driver.run(machines, driver.start(machines)[0], store, every, stop, report, resumed=True)
+            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+                return driver.run(machines, driver.start(machines)[0], store, sinks, stop, report, resumed=True)
     return here.resume(
         folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
@@ -195,8 +190,8 @@ class Driver:
         for left in range(self.settings.retries, -1, -1):
             try:
                 group = group or self.start(machines)[0]
-                with closing(group):
-                    return self._trainer(group, store, every, stop, events).run(resumed)
+                with closing(group), tracked_sinks(self.config, store, every) as tracked:  # each attempt is a resume
+                    return self._trainer(group, store, tracked, stop, events).run(resumed)
             except WorkersLost as error:
                 if left == 0:
                     raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
