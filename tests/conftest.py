@@ -181,13 +181,17 @@ def models(tmp_path_factory):
     return get
 
 
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A jsonl file of 60 rows: text, other (a second text), label (3 classes), score, site, several (labels)."""
     import random
 
     draw = random.Random(0)
-    path = tmp_path_factory.mktemp("texts") / "train.jsonl"
     rows = []
     for i in range(60):
         label = i % 3
@@ -195,8 +199,7 @@ def texts(tmp_path_factory):
         row = {"text": " ".join(words), "other": " ".join(words[::-1]), "label": f"class{label}"}
         rows.append(row | {"score": draw.random() * 3, "site": f"site{i % 4}"})
         rows[-1]["several"] = [f"class{other}" for other in range(3) if other == label or words[0][-1] in "135"]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("texts") / "train.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +208,6 @@ def chats(tmp_path_factory):
     import random
 
     draw = random.Random(0)
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     rows = []
     for i in range(40):
         turns = []
@@ -214,8 +216,7 @@ def chats(tmp_path_factory):
             turns += [{"role": "user", "content": " ".join(words)}]
             turns += [{"role": "assistant", "content": " ".join(words[::-1])}]
         rows.append({"messages": turns, "site": f"site{i % 4}"})
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -224,13 +225,11 @@ def pairs(tmp_path_factory):
     import random
 
     draw = random.Random(0)
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = []
     for i in range(40):
         words = [draw.choice(WORDS[:12]) for _ in range(draw.randint(1, 4))]
         rows.append({"prompt": " ".join(words), "completion": " ".join(words[::-1] * (1 + i % 2))})
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
@@ -239,14 +238,12 @@ def tagged(tmp_path_factory):
     import random
 
     draw = random.Random(0)
-    path = tmp_path_factory.mktemp("tagged") / "tagged.jsonl"
     rows = []
     for _ in range(40):
         numbers = [draw.randrange(20) for _ in range(draw.randint(2, 9))]
         tags = [("B-LOC", "I-LOC")[number // 5] if number < 10 else "O" for number in numbers]
         rows.append({"tokens": [WORDS[number] for number in numbers], "tags": tags})
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("tagged") / "tagged.jsonl", rows)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,11 @@ def leaves(tree: Any, leaf: type | tuple[type, ...] = Tensor) -> dict[str, Any]:
     return found
 
 
+def equal_rows(tree: Any) -> bool:
+    """Whether all clients hold the same, to the bit."""
+    return all(bool((leaf == leaf[:1]).all()) for leaf in leaves(tree).values())
+
+
 def rebuild(like: Tree, tensors: dict[str, Tensor]) -> Tree:
     """A tree shaped like ``like`` with the tensors that ``leaves`` once took out of it, on the devices of ``like``."""
     return tree_map(lambda name, leaf: tensors[name].to(leaf.device), like)

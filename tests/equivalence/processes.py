@@ -69,11 +69,12 @@ class Processes:
     def run(self, name, client):
         return self.folder / name / f"peer-{client}"
 
-    def wait(self, seconds=200):
-        """The exit codes, once all have ended."""
-        for process in self.running.values():
+    def wait(self, *clients, seconds=400):
+        """The exit codes of these, by default of all, once they have ended."""
+        chosen = {client: self.running[client] for client in clients or self.running}
+        for process in chosen.values():
             process.join(seconds)
-        return {client: process.exitcode for client, process in self.running.items()}
+        return {client: process.exitcode for client, process in chosen.items()}
 
     def __enter__(self):
         return self

@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import torch
 from loop_rigs import alone, batches, optimizer_of, peft_model, plain_loops, read, take_steps
+from safetensors.torch import load_file, save_file
 
 from peerlora.config.loading import load_config
 from peerlora.runtime.compose import compose
@@ -30,7 +31,7 @@ def train(yaml, rank, port, folder):
     with alone(config, folder, wrapped, optimizer) as peer:
         assert peer.driver.group.size == 2
         take_steps(peer, wrapped, optimizer, config, federation, rows)
-    torch.save({"flat": read(model)}, folder / f"rank-{rank}.pt")
+    save_file({"flat": read(model)}, folder / f"rank-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -48,6 +49,6 @@ def test_two_processes_of_one_client_end_as_one_process(config, tmp_path, method
         each.join(250)
     assert [each.exitcode for each in processes] == [0, 0]
     for rank in range(2):
-        flat = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)["flat"]
+        flat = load_file(tmp_path / f"rank-{rank}.safetensors")["flat"]
         assert torch.allclose(flat, whole[0].adapters.flat[0], rtol=0, atol=1e-6)
     assert whole[0].adapters.B and (tmp_path / "peer-0" / "summary.json").is_file()

@@ -3,11 +3,9 @@
 import multiprocessing
 from pathlib import Path
 
-from processes import PRELOAD
+from processes import PRELOAD, Processes
 
 from peerlora.config.loading import load_config
-from peerlora.network.identity.authority import throwaway
-from peerlora.runtime.launch.processes import free_ports
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([*PRELOAD, "transformers.trainer"])
@@ -53,36 +51,13 @@ def train(names, client, folder, resume=False, fails_at=None, kills_at=None, hol
         trainer.train(resume_from_checkpoint=resume)
 
 
-class Trainers:
-    """The processes of a federation; ``configs``: name -> config, run one after another."""
-
-    def __init__(self, configs, folder):
-        self.folder, self.names, self.running = folder, list(configs), {}
-        self.clients = next(iter(configs.values())).clients
-        addresses = {f"site-{i}": f"127.0.0.1:{port}" for i, port in enumerate(free_ports(self.clients))}
-        throwaway(folder / "identities", addresses, "test")
-        for name, config in configs.items():
-            named = config.model_copy(update={"peer": config.peer.model_copy(update={"run": name})})
-            (folder / f"{name}.yaml").write_text(named.to_yaml())
+class Trainers(Processes):
+    """The Trainers of a federation, each in a process of its own."""
 
     def start(self, client, **options):
-        words = (self.names, client, str(self.folder))
+        words = (list(self.configs), client, str(self.folder))
         self.running[client] = _CONTEXT.Process(target=train, args=words, kwargs=options)
         self.running[client].start()
 
     def run(self, name, client):
         return self.folder / name / f"trainer-{client}" / "peer"
-
-    def wait(self, *clients, seconds=400):
-        for client in clients or self.running:
-            self.running[client].join(seconds)
-        return {client: self.running[client].exitcode for client in clients or self.running}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for process in self.running.values():
-            process.kill()
-            process.join()
-            process.close()

@@ -82,3 +82,12 @@ def flat_gradients(x: Adapters, closure: Closure, active: Mapping[str, slice]) -
 def active_part(slot: Slot, active: Mapping[str, slice]) -> str | None:
     """The active part that a slot lies in."""
     return next((name for name, own in active.items() if own.start <= slot.start and slot.stop <= own.stop), None)
+
+
+def autograd_views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
+    """One autograd leaf per slot, each a view into the flat buffer; only those of active parts ask for gradients."""
+    views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
+    return [
+        view.requires_grad_(active_part(slot, active) is not None)
+        for slot, view in zip(x.spec.slots, views, strict=True)
+    ]

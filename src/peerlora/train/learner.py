@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -15,51 +14,33 @@ from torch import Tensor
 from peerlora.config.train import TrainConfig
 from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
 from peerlora.data.dataset import Dataset
-from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
 from peerlora.lora.attach import StackedModel, with_decoder_inputs
 from peerlora.lora.row_gradients import RowGradients
 from peerlora.randomness import torch_generator
-from peerlora.train.backward_depth import BackwardDepth, TrainableColumns, all_columns, moment_groups, truncated_columns
-from peerlora.train.base import LocalPlan, Scores, TrainStats
-from peerlora.train.closure import Closure, active_part, flat_gradients
+from peerlora.train.backward_depth import TrainableColumns, all_columns, truncated_columns
+from peerlora.train.base import LocalPlan, Scores
+from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
 from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
-from peerlora.train.loss_rules import LossRule, weigh_rows
+from peerlora.train.local_training import LocalTraining
+from peerlora.train.loss_rules import weigh_rows
 from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
 from peerlora.train.optim import Moments, step
-from peerlora.train.privacy import PrivateStep, PrivateTraining
+from peerlora.train.privacy import PrivateStep
 from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
-from peerlora.train.schedule import rate
 from peerlora.train.tasks import Task, loss_terms, outcomes_width
-from peerlora.tree import leaves
+from peerlora.tree import equal_rows
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
 
 
-@dataclass(frozen=True)
-class _Round:
-    """The round in progress."""
-
-    jobs: Sequence[int]
-    """Of every client held here, the number that decides its draws."""
-    clients: ClientRows
-    """The clients that train."""
-    stats: TrainStats
-    rate: float
-    """The learning rate."""
-    quiet: bool
-    """Whether nobody trains."""
-
-
-class StackedLearner:
+class StackedLearner(LocalTraining):
     """The Learner of real models: one shared frozen model whose layers hold the adapters of every client in ``shards``.
 
     A ``fit`` outside a round draws as in round 0.
     """
-
-    logs_evaluations = False
 
     def __init__(
         self,
@@ -70,77 +51,11 @@ class StackedLearner:
         pad: int,
         graph: GraphSize = GraphSize(PADDED_TOKENS, padded=True),  # noqa: B008 (frozen)
     ):
-        self.model, self.task, self.shards, self.settings = model, task, shards, settings
+        super().__init__(settings, shards.clients)
+        self.model, self.task, self.shards = model, task, shards
         self.pad, self.graph = pad, graph
         self.shares_prefix = False
         """Whether later runs ask for the same rows again."""
-        self.loss_rules: tuple[LossRule, ...] = ()
-        """What is changed between logits and losses in training, in this order."""
-        self.privacy: PrivateTraining | None = None
-        """What makes local training differentially private; None: nothing does."""
-        self.step_seconds: Float[Tensor, " client"] | None = None
-        """Seconds that each client's local step takes in this round, on a virtual clock."""
-        self.memory: Moments | None = None
-        self._trained: tuple[str, ...] = ()
-        self._round = self._begun(0, None, None)
-
-    def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
-        held = len(self.shards.clients)
-        return _Round(
-            [t] * held if jobs is None else list(jobs),
-            list(range(held) if clients is None else clients),
-            TrainStats(torch.full((held,), float("nan"))),
-            rate(self.settings, t),
-            self.settings.is_quiet(t),
-        )
-
-    @contextmanager
-    def round(
-        self,
-        t: int,
-        jobs: Sequence[int] | None = None,
-        clients: Sequence[int] | None = None,
-        step_seconds: Float[Tensor, " client"] | None = None,
-    ) -> Iterator[TrainStats]:
-        """See ``Learner``."""
-        outside = self._round
-        self._round, self.step_seconds = self._begun(t, jobs, clients), step_seconds
-        try:
-            yield self._round.stats
-        finally:
-            self._round, self.step_seconds = outside, None
-
-    def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
-        """See ``Learner``."""
-        if self._round.quiet:
-            return replace(x, flat=x.flat.clone())
-        plan = LocalPlan.of(plan)
-        if self.privacy is not None:
-            self._round = replace(self._round, clients=self.privacy.admit(self._round.clients, self._round.jobs))
-        blocks = plan.trained(x.spec)
-        per_layer_moments = plan.depth is not None and self.settings.optimizer_state != "round"
-        memory = self._remembered(x, blocks, per_layer_moments)
-        flat = x.flat.clone()
-        losses = torch.full((x.clients,), float("nan"), dtype=torch.float64)
-        for clients, columns in self._groups(x.spec, blocks, plan.depth, per_layer_moments):
-            part = replace(x.rows(_consecutive(clients)), flat=x.flat[clients])
-            moments = memory.rows(clients) if memory else _fresh(part, per_layer_moments)
-            losses[clients] = self._take_steps(part, clients, columns, moments, plan)
-            flat[clients] = part.flat
-            if memory:
-                memory.put(clients, moments)
-        self._round.stats.losses = losses
-        return replace(x, flat=flat)
-
-    def _remembered(self, x: Adapters, blocks: tuple[Block, ...], per_layer_moments: bool) -> Moments | None:
-        """The optimiser memory to go on with; None where every round starts afresh."""
-        if self.settings.optimizer_state == "round":
-            return None
-        switched = self.settings.optimizer_state == "phase" and blocks != self._trained
-        if self.memory is None or switched:
-            self.memory = _fresh(x, per_layer_moments)
-        self._trained = blocks
-        return self.memory
 
     def _take_steps(
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
@@ -168,9 +83,7 @@ class StackedLearner:
         if self.privacy is not None and not self.privacy.by_row:
             self.privacy.release_change(x, start, PrivateStep(columns.full, clients, self._round.jobs))
         seen.append(x.flat.abs().amax(1))  # the last update has no loss to show that it diverged
-        history = torch.stack(seen).cpu()  # looked at once, since a GPU would wait for every look
-        self._require_finite(history, clients)
-        return history[:-1].double().mean(0)
+        return self._mean_losses(seen, clients)
 
     def _rows(self, i: int, steps: int, several: int) -> list[np.ndarray]:
         """The rows of a client's minibatches, ``several`` for each local step."""
@@ -210,7 +123,7 @@ class StackedLearner:
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
-        views = _views(x, active)
+        views = autograd_views(x, active)
         self.model.bind(x.spec, views, x.scaling, x.merged)
         return [view for view in views if view.requires_grad]
 
@@ -251,19 +164,6 @@ class StackedLearner:
         self.model.step.extents, self.model.step.written = batch.extents, batch.written
         return self.model(batch.inputs, batch.origin if self._rows_return else None), batch
 
-    def _require_finite(self, history: Float[Tensor, "step client"], clients: ClientRows) -> None:
-        bad = (~history.isfinite()).nonzero()
-        if len(bad) == 0:
-            return
-        k, row = bad[0].tolist()
-        client, now = clients[row], self._round.rate
-        this_round = "" if now == self.settings.lr else f", {now:.3g} in this round"
-        raise DivergenceError(
-            f"the loss of client {self.shards.clients[client]} is {float(history[k, row])} in round "
-            f"{self._round.jobs[client] + 1}, local step {min(k, len(history) - 2) + 1}; expected a finite number; "
-            f"lower train.lr (now {self.settings.lr:g}{this_round}) or set train.clip"
-        )
-
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:
         """Each client's draws of dropout."""
         seed, numbers = self.shards.seed, self.shards.clients
@@ -272,9 +172,10 @@ class StackedLearner:
         return [torch_generator(seed, "dropout", client=numbers[i], round=self._round.jobs[i]) for i in clients]
 
     def _groups(
-        self, spec: AdapterSpec, blocks: tuple[Block, ...], depth: BackwardDepth | None, per_layer_moments: bool
+        self, spec: AdapterSpec, blocks: tuple[Block, ...], plan: LocalPlan, per_layer_moments: bool
     ) -> Iterator[tuple[ClientRows, TrainableColumns]]:
-        """The clients of each graph, and what of them trains: with ``depth``, all of a graph get equally deep."""
+        """The clients of each graph, and what of them trains: with ``plan.depth``, all of a graph get equally deep."""
+        depth = plan.depth
         clients, steps = np.array(self._round.clients, dtype=int), self.settings.local_steps
         if depth is None:
             for part in self._graphs(clients):
@@ -299,8 +200,7 @@ class StackedLearner:
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
         """See ``Learner``."""
-        equal = all(bool((leaf == leaf[:1]).all()) for leaf in leaves(x).values())
-        if x.clients > 1 and equal:  # before training, say: one answer serves all
+        if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
         width, margins = outcomes_width(self.task, data), None
         outcomes = np.zeros((x.clients, len(data), width))
@@ -367,42 +267,3 @@ class StackedLearner:
     def _together(self, clients: int) -> int:
         """How many of these clients may share a graph: one, where layers mix the rows of a batch."""
         return clients if self.model.step.layout.rows_first else 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See ``Learner``."""
-        if self.memory is None:
-            return {}
-        steps = {f"steps.{block}": count for block, count in self.memory.steps.items()}
-        return {"first": self.memory.first, "second": self.memory.second, **steps}
-
-    def load_state_dict(self, saved: Mapping[str, Tensor], trained: Sequence[str]) -> None:
-        """See ``Learner``."""
-        self._trained = tuple(trained)
-        if saved:
-            steps = {name.removeprefix("steps."): saved[name] for name in saved if name.startswith("steps.")}
-            self.memory = Moments(saved["first"], saved["second"], steps)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """See ``Learner``."""
-        return self._trained
-
-
-def _fresh(x: Adapters, per_layer_moments: bool) -> Moments:
-    """An empty optimiser memory for these clients."""
-    return Moments.fresh(x.flat, moment_groups(x.spec, x.spec.blocks, per_layer_moments))
-
-
-def _consecutive(clients: ClientRows) -> slice | ClientRows:
-    """As a slice where they follow one another: what clients have merged is large, and a slice copies none of it."""
-    run = slice(clients[0], clients[-1] + 1)
-    return run if clients == list(range(run.start, run.stop)) else clients
-
-
-def _views(x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
-    """One autograd leaf per slot, each a view into the flat buffer; only those of active parts ask for gradients."""
-    views = [x.spec.view(slot, x.flat).detach() for slot in x.spec.slots]
-    return [
-        view.requires_grad_(active_part(slot, active) is not None)
-        for slot, view in zip(x.spec.slots, views, strict=True)
-    ]

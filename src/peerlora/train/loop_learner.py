@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from peerlora.runs.events import Evaluated, Warned
 from peerlora.train.base import LocalPlan, Scores, TrainStats
 from peerlora.train.handover import EvaluateJob, Handover, LastJob, LoggedScores, LoopEnded, LoopReport, TrainJob
 from peerlora.train.local_rules import Gradients, LocalRule, LocalStep
+from peerlora.train.local_training import InRounds
 from peerlora.train.loss_rules import LossRule
 from peerlora.train.privacy import PrivateTraining
 from peerlora.train.row_scores import Measure
@@ -46,7 +46,7 @@ class _Round:
     quiet: bool
 
 
-class LoopLearner:
+class LoopLearner(InRounds):
     """Hands every client's local steps to a loop, client after client, and waits for them.
 
     ``asked``: evaluations are asked of the loops; else they are what the loops log.  ``fit`` raises LoopEnded where a
@@ -55,7 +55,6 @@ class LoopLearner:
 
     def __init__(self, settings: TrainConfig, task: LoopTask, loops: Sequence[Handover], asked: bool = False):
         self._settings, self.task, self.loops, self.asked = settings, task, loops, asked
-        self.step_seconds: Float[Tensor, " client"] | None = None
         self.loss_rules: tuple[LossRule, ...] = ()
         self.privacy: PrivateTraining | None = None
         self._rate: float | None = None
@@ -63,7 +62,7 @@ class LoopLearner:
         self._known: set[int] = set()
         self._steps: list[int | None] = [None] * len(loops)
         self._newest: list[LoggedScores | None] = [None] * len(loops)
-        self._round = self._begun(0, None)
+        self._round: _Round = self._begun(0, None, None)
 
     @property
     def logs_evaluations(self) -> bool:
@@ -75,26 +74,11 @@ class LoopLearner:
         """Those of the run, with the rate that the loop's optimiser had last."""
         return self._settings if self._rate is None else self._settings.model_copy(update={"lr": self._rate})
 
-    def _begun(self, t: int, clients: Sequence[int] | None) -> _Round:
+    def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
+        """A loop draws what it draws, so ``jobs`` decide nothing."""
         held = len(self.loops)
         stats = TrainStats(torch.full((held,), float("nan"), dtype=torch.float64))
         return _Round(t, list(range(held) if clients is None else clients), stats, self._settings.is_quiet(t))
-
-    @contextmanager
-    def round(
-        self,
-        t: int,
-        jobs: Sequence[int] | None = None,
-        clients: Sequence[int] | None = None,
-        step_seconds: Float[Tensor, " client"] | None = None,
-    ) -> Iterator[TrainStats]:
-        """See ``Learner``; a loop draws what it draws, so ``jobs`` decide nothing."""
-        outside = self._round
-        self._round, self.step_seconds = self._begun(t, clients), step_seconds
-        try:
-            yield self._round.stats
-        finally:
-            self._round, self.step_seconds = outside, None
 
     def fit(self, x: Adapters, plan: LocalPlan | str) -> Adapters:
         """See ``Learner``."""

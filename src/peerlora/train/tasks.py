@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -132,7 +133,7 @@ class Regression:
         return spearman(outcomes[:, 1], labels), float(outcomes[:, 0].mean())
 
 
-class TokenLosses:
+class TokenLosses(ABC):
     """Cross-entropy of tokens, for tasks that learn something of each token: means are over tokens, not rows."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -151,9 +152,9 @@ class TokenLosses:
         loss, tokens = self._sums(logits, batch)
         return loss / tokens.clamp_min(1)
 
+    @abstractmethod
     def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
         """What is to be predicted, by the places of ``predictions``: UNLEARNED where it does not count."""
-        raise NotImplementedError
 
     def predictions(self, logits: Tensor) -> Float[Tensor, "row token label"]:
         """The logits of the places that predict something."""
