@@ -72,6 +72,7 @@ def test_d2_takes_each_gradient_with_the_rate_of_its_own_round():
         assert np.abs(state.x.flat.numpy() - u).max() < 1e-13
 
 
+@pytest.mark.slow
 def test_d2_ends_at_the_solution_with_a_rate_that_falls_slowly_and_dsgd_beside_it():
     learner, x, errors = coupled(5, 3), adapters(5, 1, 1, head=1), {}
     train = TrainConfig(lr=0.1, schedule="cosine", floor=0.5, rounds=2000)

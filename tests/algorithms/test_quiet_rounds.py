@@ -128,6 +128,7 @@ def test_a_quiet_round_takes_no_computing_time_but_the_exchange_its_own(config):
     assert moments == pytest.approx([12.25, 24.5, 24.75, 25.0], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [["algorithm.depth=deadline", "algorithm.deadline=3.0"], []])
 def test_salf_mixes_every_layer_in_a_quiet_round(config, depth):
     clock = ["clock.speed=[1, 0.5, 1, 1]"] if depth else []

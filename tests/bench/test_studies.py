@@ -184,6 +184,7 @@ def test_the_baseline_of_a_study_is_one_of_its_rows(name, studies, data):
     assert not study.costs or axis == "system"
 
 
+@pytest.mark.slow
 def test_every_row_has_a_rate_of_its_own(studies, data):
     for name in ("label-skew-sgd", "stragglers", "attackers", "optimisers", "compression", "methods"):
         for tree in every_study(studies)[name].parts(data):
@@ -191,6 +192,7 @@ def test_every_row_has_a_rate_of_its_own(studies, data):
             assert groups == set(tree["axes"]["system"]), name
 
 
+@pytest.mark.slow
 def test_budgets_are_what_the_pages_say(studies, data):
     known = {name: every_study(studies)[name] for name in ("sparse-sst2", "methods", "paper-budget", "label-skew-sgd")}
     rows = {name: next(iter(reported(study, data).values())).training_samples for name, study in known.items()}
@@ -253,6 +255,7 @@ def test_stragglers_fit_the_virtual_budget(studies, data):
     assert salf.in_time(systems.CUT, 3, seconds, 5).tolist() == [3, 2]  # head and two blocks; the slow lack one
 
 
+@pytest.mark.slow
 def test_list_counts_runs_rows_and_core_hours(studies, data):
     effort, outcomes = importlib.import_module("study_effort"), importlib.import_module("outcomes")
     tiny = {"momenta": studies.STUDIES["momenta"], "label-skew-sgd": studies.STUDIES["label-skew-sgd"]}

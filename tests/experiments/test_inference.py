@@ -54,6 +54,7 @@ def test_the_interval_covers_the_mean_of_normal_differences(count):
     assert np.mean((draws.min(1) <= 1.0) & (draws.max(1) >= 1.0)) == pytest.approx(1 - 2 / 2**count, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_interval_is_as_wrong_as_the_page_says_where_differences_are_not_normal():
     """Exponential ones, and of two values, as of a method that leaves chance in one seed of five."""
     draw = np.random.default_rng(0)

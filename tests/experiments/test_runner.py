@@ -310,6 +310,7 @@ def test_rates_stop_growing_at_the_most_with_a_warning(growing, scored, tmp_path
     assert result.as_json()["search"][0]["at_edge"] is True
 
 
+@pytest.mark.slow
 def test_a_grid_whose_rates_grow_is_resumed_to_the_same(growing, scored, tmp_path):
     scored(lambda rate: -abs(rate - 0.04))
     whole = start_grid(load_grid(growing), tmp_path / "whole", QUIET)

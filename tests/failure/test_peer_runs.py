@@ -138,6 +138,7 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
         assert {"down", "up"} <= {event.kind for event in made.events(client, NeighbourChanged) if event.client == 2}
 
 
+@pytest.mark.slow
 def test_a_peer_that_pulls_a_neighbours_state_keeps_its_own_entries(runs, monkeypatch):
     """Relayed adapters are no part of a state: it goes on with those that it has, its own among them."""
     seen, adopt = [], SynchronousPeer._adopted

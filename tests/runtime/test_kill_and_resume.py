@@ -188,6 +188,7 @@ def test_a_killed_run_with_a_deadline_remembers_who_was_late(start, undisturbed)
     assert adapters(run) == adapters(whole) and comparable(run) == comparable(whole)
 
 
+@pytest.mark.slow
 def test_half_a_line_and_half_a_checkpoint_are_no_obstacle(start, undisturbed):
     """What a kill in the middle of a write leaves, made by hand because the moment is too short to be hit."""
     whole = undisturbed()

@@ -84,6 +84,7 @@ def test_an_unknown_method_of_a_peer_gets_the_message_that_a_simulation_gets():
         plan_peer(load_config(NOWHERE, ["algorithm.name=adf-lra"]), Site(0, {0: "a", 1: "b"}, "run"))
 
 
+@pytest.mark.slow
 def test_phases_are_of_the_rounds_that_train():
     """Else a method whose factors take turns could rest one of them in all rounds that train, and say nothing."""
     quiet = ["topology.kind=random", "topology.p=0.01", "train.rounds=10", "train.quiet=0.5"]
