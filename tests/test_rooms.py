@@ -27,7 +27,7 @@ FLOORS = (
 The empty name is the package's own ``__init__``, ``models`` a former place of what scripts import."""
 INNER_FLOORS = {
     "network": (("base",), ("identity",), ("transport",), ("protocol",)),
-    "runtime": ((), ("peer",), ("launch",)),
+    "runtime": ((), ("peer", "cluster"), ("launch",)),
 }
 """Sub-rooms of a room, from the ground up.  The modules of a room without a sub-room stand on its ground floor."""
 ONLY = {("network.protocol", "network.transport"): "heartbeat"}

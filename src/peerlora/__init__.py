@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from peerlora.lora.adapters import Adapters as Adapters
     from peerlora.lora.adapters import AdapterSpec as AdapterSpec
     from peerlora.runs.store import read_events as read_events
+    from peerlora.runtime.cluster.run import resume as resume
+    from peerlora.runtime.cluster.run import simulate as simulate
     from peerlora.runtime.compose import Federation as Federation
     from peerlora.runtime.compose import compose as compose
     from peerlora.runtime.export import export_from_run as export_from_run
     from peerlora.runtime.model_choice import ModelChoice as ModelChoice
     from peerlora.runtime.peer.join import join as join
-    from peerlora.runtime.simulate import resume as resume
-    from peerlora.runtime.simulate import simulate as simulate
     from peerlora.runtime.trainer import Result as Result
     from peerlora.topology.schedule import Topology as Topology
     from peerlora.topology.schedule import build_topology as build_topology
@@ -68,8 +68,8 @@ _HOMES = {
     "ModelChoice": "runtime.model_choice",
     "join": "runtime.peer.join",
     "Result": "runtime.trainer",
-    "resume": "runtime.simulate",
-    "simulate": "runtime.simulate",
+    "resume": "runtime.cluster.run",
+    "simulate": "runtime.cluster.run",
     "Topology": "topology.schedule",
     "build_topology": "topology.schedule",
 }

@@ -15,6 +15,8 @@ from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, 
 EXTRAS = {
     "peer": ("grpc", "cryptography", "msgspec"),
     "quantize": ("bitsandbytes",),
+    "cluster": ("ray",),
+    "rl": ("gymnasium",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),

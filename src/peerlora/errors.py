@@ -9,6 +9,7 @@ PeerloraError                 something the user can mend; the command line prin
 ├── CompositionError          parts that are fine alone do not work together (method, topology, adapter)
 ├── RunError                  a run folder is in use, belongs to another config, or is damaged; NotNow: the others are
 │                             not ready for this run yet; TooManyFiles: the process may open no more just now
+├── ClusterError              a cluster or its machines are not there, or not as they must be
 ├── DivergenceError           a loss stopped being finite
 ├── IdentityError             a key, certificate or member list is missing, unsafe, expired or not signed as it must be
 ├── TransportError            a message did not reach a peer: Refused, PeerDown, DeadlineMissed (network/base.py)
@@ -63,10 +64,20 @@ class TooManyFiles(NotNow):
     """Raised where this process may open no more files; a moment later it may."""
 
 
+class WorkersLost(RunError):
+    """Raised where workers of a cluster died or did not answer in time; new ones can go on."""
+
+    exit_code = 1
+
+
 class QuorumMissed(RunError):
     """Raised after a real peer's run that had contact in too few of its rounds; its result is written."""
 
     exit_code = 1
+
+
+class ClusterError(PeerloraError):
+    """Raised for clusters: no answer, too few resources, other versions."""
 
 
 class DivergenceError(PeerloraError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from quadratics import Quadratics, adapters, coupled, end, exchange
 
-from cases import others_slow
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms import REGISTRY, build_algorithm
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.algorithms.hetlora import shrink_tail
@@ -106,7 +106,9 @@ def test_the_penalty_of_hetlora_falls_with_the_rate():
 
 @pytest.mark.parametrize(
     "method",
-    others_slow([name for name, kind in REGISTRY.items() if not is_asynchronous(kind)], ["d2", "adf-lora", "hetlora"]),
+    others_slow(
+        [name for name, kind in ROW_METHODS.items() if not is_asynchronous(kind)], ["d2", "adf-lora", "hetlora"]
+    ),
 )
 def test_every_method_learns_under_a_schedule(config, method):
     own = REGISTRY[method].traits.train_defaults

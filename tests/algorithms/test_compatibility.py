@@ -9,7 +9,7 @@ import torch
 from quadratics import adapters, curvatures, exchange
 from quadratics import run as quadratic_run
 
-from cases import others_slow
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.traits import REASONS, Traits
 from peerlora.config.exchange import CODEC
@@ -22,7 +22,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.simulate import resume, simulate
 
-PLAIN = [name for name, kind in REGISTRY.items() if kind.traits.sends == "adapters"]
+PLAIN = [name for name, kind in ROW_METHODS.items() if kind.traits.sends == "adapters"]
 ATTACKED = [*PLAIN, "decaf", "flexlora", "hetlora", "fedrot-lora", "lora-fair", "rac-lora", "k-gt", "d2", "cached-dfl"]
 ATTACK = ["adversary.clients=[2]", "adversary.attack=gaussian", "adversary.scale=50"]
 
@@ -49,7 +49,7 @@ def refusal(name, wrapper):
 @pytest.mark.parametrize(("wrapper", "goes"), [("codec", PLAIN), ("robust", PLAIN), ("attack", ATTACKED)])
 def test_every_method_goes_with_a_wrapper_or_has_a_reason_why_not(wrapper, goes):
     assert len(PLAIN) == 18 and len(set(ATTACKED)) == 27
-    for name in REGISTRY:
+    for name in ROW_METHODS:
         assert (refusal(name, wrapper) is None) == (name in goes), name
         assert refusal(name, wrapper) != REASONS["other"][wrapper], f"{name} has no reason of its own"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cases import others_slow
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms import REGISTRY, describe_algorithms
 from peerlora.cli.progress import Progress
 from peerlora.errors import CompositionError
@@ -17,7 +17,7 @@ from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
 from peerlora.runtime.simulate import build_rounds, simulate
 
-QUIET = [name for name, kind in REGISTRY.items() if kind.traits.quiet_refusal() is None]
+QUIET = [name for name, kind in ROW_METHODS.items() if kind.traits.quiet_refusal() is None]
 PRODUCTS = ("decaf", "flexlora", "fedhl", "lora-fair")
 """Their exchange keeps the mean of products, as far as the rank allows: on the complete graph, where all are equal."""
 NO_MEAN = ("hetlora", "fedrot-lora", "cached-dfl")
@@ -89,7 +89,7 @@ def test_a_codec_goes_on_in_quiet_rounds(config, codec):
 
 
 def test_who_cannot_refuses_them_before_anything_is_loaded(config):
-    refusing = set(REGISTRY) - set(QUIET)
+    refusing = set(ROW_METHODS) - set(QUIET)
     assert refusing == {"flora", "consensus-admm", "aedfl", "ad-psgd"}
     for method in refusing:
         with pytest.raises(CompositionError, match=f"{method} cannot end with .*train.quiet=0.5.*; use train.quiet=0"):

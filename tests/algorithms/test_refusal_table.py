@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from peerlora.algorithms import ALIASES, REGISTRY, build_algorithm, describe_algorithms
+from cases import ROW_METHODS
+from peerlora.algorithms import ALIASES, build_algorithm, describe_algorithms
 from peerlora.algorithms.base import prepare
 from peerlora.config.loading import load_config
 from peerlora.config.train import TrainConfig
@@ -80,7 +81,7 @@ def rho_once():
         yield
 
 
-@pytest.mark.parametrize("method", [*REGISTRY, *ALIASES])
+@pytest.mark.parametrize("method", [*ROW_METHODS, *ALIASES])
 def test_every_demand_has_the_outcome_that_it_always_had(method):
     for place, numbers in STORED["table"][method].items():
         for demand, number in zip(DEMANDS, numbers, strict=True):
@@ -92,7 +93,7 @@ def test_every_demand_has_the_outcome_that_it_always_had(method):
 
 def test_descriptions_keep_what_they_said():
     described = describe_algorithms()
-    assert list(described) == list(STORED["described"])
+    assert [name for name in described if name != "swfp"] == list(STORED["described"]), "swfp is younger"
     for method, told in STORED["described"].items():
         refusals = told.pop("not_with")
         assert told.items() <= described[method].items(), method

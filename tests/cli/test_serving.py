@@ -257,6 +257,7 @@ def _without_special(tokenise):
     ("file", "content", "told"),
     [
         ("peerlora.json", '{"task": "no-such", "text": ["text"], "max_length": 9}', "task 'no-such' given"),
+        ("peerlora.json", '{"task": "flow-policy", "text": ["text"], "max_length": 9}', "flow-policy answers no rows"),
         ("labels.json", "[", "cannot be read"),
         ("labels.json", "[]", "expected a JSON object"),
         ("adapter_config.json", "{", "cannot be read"),
@@ -281,6 +282,7 @@ def test_damaged_folders_are_one_message(cli, finished, tmp_path, file, content,
     [
         ({"task_type": "QUESTION_ANS"}, "task_type='QUESTION_ANS'; rows can be answered by SEQ_CLS"),
         ({"task_type": None}, "task_type=None"),
+        ({"task_type": ""}, "task_type=''; rows can be answered by SEQ_CLS"),
     ],
 )
 def test_a_folder_for_another_task_is_refused(cli, finished, tmp_path, settings, told):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from in_memory import federation
 
-from cases import others_slow
-from peerlora.algorithms import REGISTRY
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.runs.events import Generated, RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
@@ -27,7 +26,7 @@ SETTINGS |= {
     name: ["train.lr=0.7"]
     for name in ("fedspeed", "dfedadmm", "dfedadmm-sam", "consensus-admm", "push-diging", "qg-dsgdm")
 }
-METHODS = [name for name, kind in REGISTRY.items() if not is_asynchronous(kind)]
+METHODS = [name for name, kind in ROW_METHODS.items() if not is_asynchronous(kind)]
 TOLERANCE = 1e-5
 ROUNDED = "train.dtype=fp64"  # where a codec rounds, a last bit of fp32 may decide for one of two distant values
 

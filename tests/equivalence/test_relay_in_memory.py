@@ -13,8 +13,7 @@ from in_memory import exchanges, federation, names, sites_signatures, together
 from safetensors.torch import load, load_file, save
 from test_peers_in_memory import products, words
 
-from cases import others_slow
-from peerlora.algorithms import REGISTRY
+from cases import ROW_METHODS, others_slow
 from peerlora.config.exchange import CacheConfig, RelayConfig
 from peerlora.config.sections import CompleteGraph, EdgesGraph, PathGraph, RandomGraph, RingGraph, StarGraph
 from peerlora.exchange.relay import RelayCaches
@@ -233,7 +232,7 @@ def same(one, other):
     )
 
 
-RELAYED = [name for name, kind in REGISTRY.items() if kind.traits.refusal("relay") is None]
+RELAYED = [name for name, kind in ROW_METHODS.items() if kind.traits.refusal("relay") is None]
 RUNS = [
     ["algorithm.name=dec-lora", "topology.kind=path", "topology.drop_links=0.3"],
     ["algorithm.name=adf-lora", "algorithm.interval=1", "topology.kind=random", "topology.p=0.3"],

@@ -18,7 +18,7 @@ from loop_rigs import (
 from plain import loss_of
 from test_plain_loops import TRAIN
 
-from cases import others_slow
+from cases import ROW_METHODS, others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.loading import load_config
@@ -206,7 +206,7 @@ def test_local_rules_change_the_gradients_of_a_loop(config, tmp_path, method):
     require_equal(whole.adapters, [each.adapters for each in results])
 
 
-METHODS = [name for name, kind in REGISTRY.items()]
+METHODS = [*ROW_METHODS]
 REFUSED = {
     "salf",
     "flood",
@@ -228,6 +228,21 @@ def test_every_method_says_whether_a_loop_can_take_its_local_steps(method):
         assert "no common rounds" in reason
     else:
         assert (reason is not None) == (method in REFUSED), reason
+
+
+def test_a_loop_is_no_flow_policy(lone):
+    """Neither the task nor its method can be asked of a loop, which learns from rows."""
+    from peerlora.runtime.peer.join import JoinedPeer
+
+    chosen, _, model, optimizer = lone()
+    settings = own_settings(chosen) | {
+        "task": {"kind": "flow-policy", "env": "point-mass"},
+        "online": {"critic_rounds": 0},
+    }
+    with pytest.raises(ConfigError, match="flow-policy given, whose clients act in environments"):
+        JoinedPeer(model, optimizer, settings, lambda config, *, loop: pytest.fail("it began"))
+    assert "trains all of its model" in REGISTRY["swfp"].traits.own_loop_refusal()
+    assert all("no rows" in REGISTRY["swfp"].traits.privacy_refusal(unit) for unit in ("row", "client"))
 
 
 def words_of(method):

@@ -11,6 +11,7 @@ from peerlora.runs.events import (
     Generated,
     Joined,
     NeighbourChanged,
+    PolicyShown,
     Resumed,
     RoundDone,
     RunFinished,
@@ -102,6 +103,7 @@ def one_of_each() -> list[Event]:
         Warned('a "quoted" café\nsecond line'),
         Joined(TIME, 0, [1, 2]),
         NeighbourChanged(TIME, 3, 2, "down", "no heartbeat"),
+        PolicyShown(4, "averaged", [[[0.0, 1.0, 0.5, -0.5]]], "angle", {"0": [0.1, 0.2]}),
         CaughtUp(TIME, 3, 9, 2, True),
         RunFinished(TIME, {"accuracy": {"own_mean": 0.5}}),
     ]

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 
@@ -74,6 +75,17 @@ def test_curves_have_mean_worst_and_every_client_where_they_are_few(made):
     found = live([made.started(3), made.round_done(0), made.evaluated(1, [0.5, 0.25, math.nan])])
     assert found.loss.entry(1, False) == {"x": 1, "mean": 0.1, "worst": 0.2, "who": 2, "all": [0.0, 0.1, 0.2]}
     assert found.score.entry(1, True) == {"x": 1, "mean": 0.375, "worst": 0.25, "who": 1, "all": [0.5, 0.25, None]}
+
+
+def test_a_client_of_a_flow_policy_tells_its_environment(made):
+    told = {"environment": "point-mass", "values": {"goal_x": [0.25, 0.5], "mass": [1.0, 2.0]}}
+    found = live([replace(made.started(2), partition=told)])
+    assert found.client(1)["environment"] == "point-mass with goal_x 0.5, mass 2"
+    assert found.client(1)["labels"] is None
+    assert live([replace(made.started(2), partition=told | {"values": {}})]).client(0)["environment"] == "point-mass"
+    assert live([made.started(2)]).client(0)["environment"] == ""
+    damaged = live([replace(made.started(2), partition=told | {"values": {"mass": ["heavy", 1]}})])
+    assert damaged.notices[-1]["text"].startswith("a damaged event") and damaged.client(0)["environment"] == ""
 
 
 def test_many_clients_come_as_quantiles_and_one_client_when_asked_for(made):

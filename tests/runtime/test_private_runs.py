@@ -247,7 +247,8 @@ def test_shards_too_small_are_warned_of_with_numbers(config):
 def test_descriptions_list_methods_that_send_more_than_noise_covers():
     told = {name: facts["not_with"] for name, facts in describe_algorithms().items()}
     rows, clients = ({n for n in told if f"privacy.unit={unit}" in told[n]} for unit in ("row", "client"))
-    assert rows == {"flood", "dfedsam", "dfedadmm-sam", "fedspeed"} and clients == {"flood", "k-gt", "push-diging"}
+    assert rows == {"flood", "dfedsam", "dfedadmm-sam", "fedspeed", "swfp"}
+    assert clients == {"flood", "k-gt", "push-diging", "swfp"}
 
 
 def test_a_plan_tells_epsilon_by_round_and_of_other_choices(config, real_accountant):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from toys import SPEC, Quadratic, adapters, targets
 
-from peerlora.algorithms import REGISTRY, build_algorithm, describe_algorithms
+from cases import ROW_METHODS
+from peerlora.algorithms import build_algorithm, describe_algorithms
 from peerlora.algorithms.base import prepare
 from peerlora.config.exchange import RelayConfig
 from peerlora.config.loading import parse_spec
@@ -14,7 +15,7 @@ from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.topology.schedule import build_topology
 
 CLIENTS = 4
-RELAYED = [name for name, kind in REGISTRY.items() if kind.traits.refusal("relay") is None]
+RELAYED = [name for name, kind in ROW_METHODS.items() if kind.traits.refusal("relay") is None]
 OWN_RULES = ("decaf", "flexlora", "hetlora", "fedrot-lora", "lora-fair")
 """What these make of the neighbours' adapters is no average of factors."""
 OUTER_STEP = ("noloco",)

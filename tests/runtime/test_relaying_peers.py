@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from peerlora.algorithms import REGISTRY, build_algorithm
+from cases import ROW_METHODS
+from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import requirement
 from peerlora.cli.launch import print_launch
 from peerlora.config.loading import load_config
@@ -40,7 +41,7 @@ def test_a_site_without_relaying_agrees_with_versions_that_do_not_know_it():
 
 
 def test_methods_that_can_be_relayed_exchange_over_links_that_go_both_ways():
-    found = [name for name, kind in REGISTRY.items() if kind.traits.refusal("relay") is None]
+    found = [name for name, kind in ROW_METHODS.items() if kind.traits.refusal("relay") is None]
     needs = [requirement(build_algorithm(name, {})) for name in found]
     assert len(found) > 10 and all(each.row_stochastic or each.symmetric for each in needs)
 

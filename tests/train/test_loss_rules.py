@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import others_slow
-from peerlora.algorithms import REGISTRY
+from cases import ROW_METHODS, others_slow
 from peerlora.data.batches import Batch
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.runs.events import RoundDone
@@ -164,7 +163,7 @@ def test_it_works_under_every_kind_of_method_on_both_forwards(config, method, ta
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", REGISTRY)
+@pytest.mark.parametrize("method", ROW_METHODS)
 def test_it_works_under_every_method(config, tmp_path, method):
     """All start at the same function, so the loss of the first step is everybody's: the adjusted one."""
     words = [*SKEWED, f"algorithm.name={method}", "train.local_steps=1", "train.rounds=1"]

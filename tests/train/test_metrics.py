@@ -16,6 +16,7 @@ from peerlora.errors import ConfigError
 from peerlora.runtime.compose import compose
 from peerlora.train import metrics
 from peerlora.train.metrics import Predictions, absent_classes, class_margins, compute_metric
+from peerlora.train.online import learner as of_policies
 
 
 def metric(name, predicted, labels, margins=None, loss=0.0):
@@ -136,7 +137,8 @@ def test_every_metric_has_a_direction_and_a_kind_of_task():
     assert {name for name in METRICS if not higher_is_better(name)} == {"mean-absolute-error", "perplexity"}
     assert {target for targets in METRICS.values() for target in targets} == {kind.target for kind in KINDS.values()}
     assert {(name, target) for name, targets in METRICS.items() for target in targets} == {
-        (name, target) for target, named in metrics._COMPUTE.items() for name in named
+        *((name, target) for target, named in metrics._COMPUTE.items() for name in named),
+        *((name, "action") for name in of_policies._METRICS),
     }
 
 

@@ -36,6 +36,7 @@ def test_the_registry_names_what_the_config_knows():
         "token-classification": True,
         "sequence-to-sequence": False,
         "chat": False,
+        "flow-policy": True,
     }
 
 

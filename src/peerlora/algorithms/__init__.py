@@ -38,6 +38,7 @@ from peerlora.algorithms.qg_dsgdm import QGDSGDm
 from peerlora.algorithms.rac_lora import RACLoRA
 from peerlora.algorithms.rolora import RoLoRA
 from peerlora.algorithms.salf import SALF
+from peerlora.algorithms.swfp import SWFP
 from peerlora.algorithms.tad_lora import TADLoRA
 from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError, nearest
@@ -81,6 +82,7 @@ REGISTRY: dict[str, type[Any]] = {  # frozen dataclasses that satisfy Algorithm 
     "choco": Choco,
     "salf": SALF,
     "flood": FLood,
+    "swfp": SWFP,
     "aedfl": AEDFL,
     "ad-psgd": ADPSGD,
 }

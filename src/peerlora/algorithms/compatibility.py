@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def _check_relay(config: RunConfig, traits: Traits) -> None:
 
 def _relayable() -> str:
     """The methods of this package that can be relayed."""
-    return ", ".join(name for name, kind in REGISTRY.items() if kind.traits.refusal("relay") is None)
+    return _listed(lambda traits: traits.refusal("relay") is None)
 
 
 def _check_method(config: RunConfig, traits: Traits) -> None:
@@ -130,7 +131,14 @@ def _check_method(config: RunConfig, traits: Traits) -> None:
 
 def _plain() -> str:
     """The methods of this package that go with every wrapper."""
-    return ", ".join(name for name, kind in REGISTRY.items() if kind.traits.sends == "adapters")
+    return _listed(lambda traits: traits.sends == "adapters")
+
+
+def _listed(fits: Callable[[Traits], bool]) -> str:
+    """The methods of this package for any task whose traits fit."""
+    return ", ".join(
+        name for name, kind in REGISTRY.items() if fits(kind.traits) and not kind.traits.flow_policies_only
+    )
 
 
 def _refused(what: str, config: RunConfig, reason: str, instead: str) -> CompositionError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peerlora.exchange.schema import Schema
     from peerlora.topology.schedule import Topology
     from peerlora.train.base import Learner
+    from peerlora.train.tasks import Task
 
 _SELF_REPORTED = "a client says itself how much it counts, which a liar would use"
 _LARGEST = 20.0  # |exponent| of a confidence: e^20 to one is as good as ignoring a client
@@ -172,9 +173,10 @@ class FLood(Stateful):
 
     def scores(self, x: Adapters, learner: Learner) -> Float[Tensor, "client row"]:
         """E of every client's own rows."""
-        usual = "energy" if learner.task.kind.has_classes else "nll"
+        task = cast("Task", learner.task)
+        usual = "energy" if task.kind.has_classes else "nll"
         chosen = usual if self.score == "auto" else self.score
-        return learner.score(x, measure(chosen, learner.task, self.temperature))
+        return learner.score(x, measure(chosen, task, self.temperature))
 
     def confidence(self, scores: Float[Tensor, "client row"]) -> Float[Tensor, " client"]:
         """``exp(-beta mean(E) / tau_c)``."""

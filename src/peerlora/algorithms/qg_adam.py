@@ -47,7 +47,7 @@ class AdamDirection:
         """``(m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + 1e-8)`` after the minibatch's gradient went into both."""
         found, clients = step.gradient(), step.clients
         for block, columns in step.active.items():
-            place = self.spec.blocks.index(block)
+            place = self.spec.blocks.index(block.partition(":")[0])  # "A:2", a part of a block, counts with it
             self.steps[clients, place] += 1
             g, n = found[block], self.steps[clients, place][:, None].to(torch.float64)
             m = self.method.first(self.m[clients, columns], g)

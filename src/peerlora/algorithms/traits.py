@@ -135,6 +135,8 @@ class Traits:
     """Vectors of a message, by name, that a receiver refuses unless they are above zero."""
     local_only: tuple[str, ...] = ()
     """Vectors of the state, by name, that never leave their client."""
+    flow_policies_only: bool = False
+    """Whether it learns task.kind=flow-policy and nothing else."""
 
     def refusal(self, wrapper: Wrapper) -> str | None:
         """Why the method does not go with a wrapper; None where it does."""
@@ -151,6 +153,8 @@ class Traits:
 
     def privacy_refusal(self, unit: Unit) -> str | None:
         """Why rows, or clients, cannot be protected by differential privacy; None where they can."""
+        if self.flow_policies_only:
+            return "its clients learn from episodes, and have no rows"
         if unit == "client":
             return self.looks_at_rows or (RAW_GRADIENTS if self.sends_gradients else None)
         twice = "it takes two gradients of each minibatch, and the second would need noise of its own"
@@ -158,6 +162,8 @@ class Traits:
 
     def own_loop_refusal(self) -> str | None:
         """Why a training loop of the user's own cannot take its local steps; None where it can."""
+        if self.flow_policies_only:
+            return "its clients train the blocks of flow policies in turn, and a loop trains all of its model"
         if self.sends == "pushes":
             return "its clients keep no common rounds, and a loop exchanges at the end of its own"
         if self.merges_into:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from peerlora.cli.cluster_options import Address, Cluster, CpusPerWorker, GpusPerWorker, Workers, cluster_settings
 from peerlora.cli.options import AsJson, Out, print_json, split_config
 from peerlora.cli.watch import Watch, watched
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
+    from peerlora.config.cluster import ClusterConfig
     from peerlora.experiments.comparison import Comparison
     from peerlora.experiments.grid import GridConfig
     from peerlora.experiments.runner import GridStatus
@@ -43,6 +45,11 @@ def command(
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the comparison in this folder")] = None,
     watch: Watch = False,
     json: AsJson = False,
+    cluster: Cluster = None,
+    address: Address = None,
+    workers: Workers = None,
+    cpus: CpusPerWorker = None,
+    gpus: GpusPerWorker = None,
 ) -> None:
     """Run methods, topologies, tasks and seeds against each other; one table, one report."""
     from peerlora.cli.progress import stop_on_interrupt
@@ -55,21 +62,30 @@ def command(
     expected = _expected(source, overrides, preset, budget, data)
     if resume is None and expected is None:
         raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
+    stored = expected.cluster if expected is not None else _stored_cluster(resume)
+    settings = cluster_settings(
+        cluster, stored, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
+    )
     if watch and out is None and resume is None:
         out = new_folder("compare")  # known before the run begins
-    with watched(watch, resume or out), stop_on_interrupt() as stop:
+    with watched(watch, resume or out), stop_on_interrupt() as stop, ExitStack() as opened:
         from peerlora.experiments.grid import search_warnings
         from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 
         progress = GridProgress()
-        callbacks = Callbacks(progress, stop)
+        pool = None
+        if settings is not None:
+            from peerlora.experiments.trial_pool import trial_pools
+
+            pool = opened.enter_context(trial_pools(settings, progress.warn_again))
+        callbacks = Callbacks(progress, stop, pool=pool)
         for warning in search_warnings(expected) if expected is not None else ():
             progress.warn(warning)
         if resume is not None:
             result = resume_grid(resume, lambda stored: expected or _changed(stored, overrides), callbacks)
         else:
             assert expected is not None
-            result = start_grid(expected, out, callbacks)
+            result = start_grid(expected.model_copy(update={"cluster": settings}), out, callbacks)
     _print(result)
     if json:
         print_json(result.as_json())
@@ -91,6 +107,14 @@ def _expected(
         if value is not None:
             raise ConfigError(f"{option} {value} belongs to --preset adf-lora or tad-lora; name one")
     return load_grid(source, words) if source is not None else None
+
+
+def _stored_cluster(folder: Path | None) -> ClusterConfig | None:
+    """The section ``cluster`` of the grid in a folder; None also where there is none, which the resumption refuses."""
+    from peerlora.experiments.grid import load_grid
+
+    stored = None if folder is None else folder / "grid.yaml"
+    return load_grid(stored).cluster if stored is not None and stored.is_file() else None
 
 
 def _changed(stored: GridConfig, words: Sequence[str]) -> GridConfig:
@@ -129,6 +153,10 @@ class GridProgress:
         if message not in self.warned:
             self.warned.add(message)
             self._print_line(f"warning: {message}")
+
+    def warn_again(self, message: str) -> None:
+        """Print a warning, each time that it is given."""
+        self._print_line(f"warning: {message}")
 
     def _show(self, event: Event, status: GridStatus, head: str, live: Live | None) -> None:
         from rich.text import Text

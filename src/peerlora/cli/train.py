@@ -1,10 +1,12 @@
 """``peerlora train``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from peerlora.cli.cluster_options import Address, Cluster, CpusPerWorker, GpusPerWorker, Workers, cluster_settings
 from peerlora.cli.options import AsJson, Out, print_json, split_config
 from peerlora.cli.watch import Watch, watched
 
@@ -18,6 +20,11 @@ def command(
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     watch: Watch = False,
     json: AsJson = False,
+    cluster: Cluster = None,
+    address: Address = None,
+    workers: Workers = None,
+    cpus: CpusPerWorker = None,
+    gpus: GpusPerWorker = None,
 ) -> None:
     """Train a federation as a config says, or go on with one that was stopped."""
     from peerlora.cli.progress import Progress, print_summary, stop_on_interrupt
@@ -33,17 +40,22 @@ def command(
     if resume is not None and out is not None:
         raise ConfigError(f"--out {out} and --resume {resume} given; a resumed run stays in its folder, drop --out")
     wanted = load_config(config, overrides) if config or resume is None else None
+    where = partial(
+        cluster_settings, cluster, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
+    )
     if watch and out is None and wanted is not None and resume is None:
         out = default_folder(wanted)  # known before the run begins
     with watched(watch, resume or out), Progress() as progress, stop_on_interrupt() as stop:
-        from peerlora.runtime import simulate as runtime
+        from peerlora.runtime.cluster import run as runtime
 
         if resume is None:
             assert wanted is not None
+            wanted = wanted.model_copy(update={"cluster": where(wanted.cluster)})
             result = runtime.simulate(wanted, out, sinks=[progress], stop=stop)
         else:
             result = runtime.resume(
                 resume,
+                where=where,
                 expected=lambda stored: wanted or load_config(stored.model_dump(mode="json"), overrides),
                 sinks=[progress],
                 stop=stop,

@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[Target, ...]] = {
     "perplexity": ("tokens", "text"),
     "token-accuracy": ("tokens", "text", "tags"),
     "entity-f1": ("tags",),
+    "share-of-optimum": ("action",),
 }
 """Name -> what a task has to predict, one of these."""
 _LOWER = (LOSS, "mean-absolute-error", "perplexity")

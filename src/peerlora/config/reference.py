@@ -45,11 +45,13 @@ SEE = {
     "algorithm": "[methods](methods.md); some bring [their own defaults](training.md#local-rules) of `train`",
     "exchange": "[codecs and robust rules](methods/compressed-and-robust.md), [relayed adapters](relay.md)",
     "adversary": "[attackers](methods/compressed-and-robust.md#attackers)",
+    "online": "[flow policies](flow-policies.md)",
     "train": "[training](training.md), [the rate over the rounds](training.md#the-rate-over-the-rounds)",
     "eval": "[evaluation](runs.md#evaluation)",
     "checkpoint": "[checkpoints and resume](runs.md#checkpoints-and-resume)",
     "clock": "[virtual time](virtual-time.md)",
     "peer": "[real peers](real-peers.md)",
+    "cluster": "[clusters](cluster.md)",
     "privacy": "[privacy](privacy.md)",
     "track": "[trackers](watching.md#trackers)",
 }
@@ -150,6 +152,8 @@ class Page:
             return _words(setting)
         if setting["type"] == "array":
             return "pair" if "prefixItems" in setting else f"list of {self._type(setting['items'])}"
+        if setting["type"] == "object":
+            return f"mapping to {self._type(setting['additionalProperties'])}"
         return {"string": "text", "boolean": "true or false", "null": "null"}.get(setting["type"]) or _number(setting)
 
 
@@ -168,7 +172,7 @@ def _words(setting: Schema) -> str:
 
 def _value(value: Any) -> str:
     """A default as YAML has it."""
-    word = value["kind"] if isinstance(value, dict) else value
+    word = value.get("kind", value) if isinstance(value, dict) else value
     return f"`{word if isinstance(word, str) else json.dumps(word)}`"
 
 

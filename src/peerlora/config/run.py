@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
+from peerlora.config.policy import POLICY_DEFAULTS, policy_contradiction
 from peerlora.config.privacy import PrivacyConfig
 from peerlora.config.recipes import RECIPES, fill
 from peerlora.config.sections import (
@@ -16,8 +18,10 @@ from peerlora.config.sections import (
     ClockConfig,
     DataConfig,
     DirichletPartition,
+    EnvironmentPartition,
     EvalConfig,
     ModelConfig,
+    OnlineConfig,
     PartitionConfig,
     PeerConfig,
     Positive,
@@ -43,7 +47,7 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = DirichletPartition(kind="dirichlet")
-    """How rows are divided among clients: iid, dirichlet, shares, column or quantity; own at a real site."""
+    """How rows are divided: iid, dirichlet, shares, column or quantity; own at a real site; environment: no rows."""
     clients: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Participants; each trains on its own rows only."""
     topology: TopologyConfig = RandomGraph(kind="random")
@@ -53,6 +57,7 @@ class RunConfig(Section):
     adversary: AdversaryConfig | None = None
     """Clients that attack, to see what a method makes of them; null: nobody does."""
     train: TrainConfig = TrainConfig()
+    online: OnlineConfig = OnlineConfig()
     privacy: PrivacyConfig | None = None
     """Differential privacy of rows or clients, such as {epsilon: 8}; null: none is promised."""
     eval: EvalConfig = EvalConfig()
@@ -60,6 +65,8 @@ class RunConfig(Section):
     clock: ClockConfig | None = None
     """Virtual time: {speed: [1, 0.1, ...], deadline: 30}; null: count rounds only."""
     peer: PeerConfig = PeerConfig()
+    cluster: ClusterConfig | None = None
+    """Compute on workers of a cluster: {workers: 4, gpus_per_worker: 1}; null: in one process."""
     track: TrackConfig = TrackConfig()
     device: Literal["cpu", "cuda"] = "cpu"
     """Where clients train; cuda: one NVIDIA GPU (not yet measured)."""
@@ -88,6 +95,16 @@ class RunConfig(Section):
         return {"to": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
+    def _take_policy_defaults(self):
+        """What a flow policy needs in another way than a model of rows, where the config does not say."""
+        if task_kind(self.task.kind).acts:
+            for name, settings in POLICY_DEFAULTS.items():
+                self._fill(name, settings)
+            if "partition" not in self.model_fields_set:
+                object.__setattr__(self, "partition", EnvironmentPartition(kind="environment"))
+        return self
+
+    @model_validator(mode="after")
     def _one_per_client(self):
         lists = {"adapter.rank": self.adapter.rank, "train.batch": self.train.batch}
         if self.clock:
@@ -112,7 +129,7 @@ class RunConfig(Section):
                 "partition.kind=own needs task.labels: a site may lack a class, and all must number them alike; list "
                 "the class names in one order at all sites"
             )
-        if flaw := self.data.contradiction(kind) or self._ungenerated(kind) or self.eval.contradiction(kind):
+        if flaw := policy_contradiction(self) or self._misfit(kind):
             raise ValueError(flaw)
         if self.train.class_weights != "none" and not kind.has_classes:
             raise ValueError(
@@ -125,6 +142,10 @@ class RunConfig(Section):
                 "has none of; use train.label_prior=none"
             )
         return self
+
+    def _misfit(self, kind: TaskKind) -> str | None:
+        """What of the rows and of the evaluation does not fit the task; None if all does."""
+        return self.data.contradiction(kind) or self._ungenerated(kind) or self.eval.contradiction(kind)
 
     def _ungenerated(self, kind: TaskKind) -> str | None:
         """Why ``eval.generate`` cannot be had; None if it can."""

@@ -6,7 +6,7 @@ Importing this module is cheap (no torch), so the command line can check a confi
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from peerlora.config.base import (
     Builder,
@@ -21,7 +21,8 @@ from peerlora.config.base import (
 )
 from peerlora.config.data import DataConfig  # noqa: F401 (all sections can be had from here)
 from peerlora.config.evaluation import EvalConfig, SelectConfig  # noqa: F401
-from peerlora.config.task_kinds import KINDS, task_kind
+from peerlora.config.online import EnvironmentPartition, OnlineConfig  # noqa: F401
+from peerlora.config.task import TaskConfig  # noqa: F401
 from peerlora.config.topology import (  # noqa: F401
     CompleteGraph,
     EdgesGraph,
@@ -93,19 +94,6 @@ class AdapterConfig(Section):
         return value
 
 
-def _known_kind(name: Any) -> str:
-    return task_kind(name).name
-
-
-class TaskConfig(Section):
-    """What is learned from the data."""
-
-    kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
-    """What is learned; docs/data.md says what rows each task reads."""
-    labels: list[str] | None = None
-    """Names of the classes, or of the tags of words, in order of their ids; null: read from the data."""
-
-
 class IidPartition(Section):
     """Rows are dealt at random, in equal numbers."""
 
@@ -167,7 +155,13 @@ class OwnPartition(Section):
 
 PartitionConfig = SerializeAsAny[
     Annotated[
-        IidPartition | DirichletPartition | SharesPartition | ColumnPartition | QuantityPartition | OwnPartition,
+        IidPartition
+        | DirichletPartition
+        | SharesPartition
+        | ColumnPartition
+        | QuantityPartition
+        | OwnPartition
+        | EnvironmentPartition,
         Field(discriminator="kind"),
         plugin_kinds(PARTITIONS),
     ]

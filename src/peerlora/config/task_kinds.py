@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peerlora.plugins import TASKS
 
-Target = Literal["class", "number", "labels", "tokens", "tags", "text"]
+Target = Literal["class", "number", "labels", "tokens", "tags", "text", "action"]
 Names = Mapping[str, tuple[str, ...]]
 """Role of a column -> the names that it usually has, in lower case."""
 
@@ -39,13 +39,14 @@ class TaskKind:
     name: str
     target: Target
     """What a model predicts of a row: a class, a number or several labels, all in the column ``data.label``; its next
-    tokens; a class of each word; or a text, which a decoder writes for what an encoder has read."""
+    tokens; a class of each word; a text, which a decoder writes for what an encoder has read; or, without rows, an
+    action in the state of an environment."""
     task: str
     """MODULE:CLASS of the Task with its losses and its metric."""
     peft_type: str
-    """PEFT's task type, by which it chooses target layers and heads."""
+    """PEFT's task type, by which it chooses target layers and heads; empty: none."""
     auto_model: str
-    """Name of the class in ``transformers`` that loads the base model."""
+    """Name of the class in ``transformers`` that loads the base model; empty: none does."""
     texts: int = 2
     """Most columns of text in a row."""
     tokens: int = 1
@@ -67,6 +68,11 @@ class TaskKind:
     def has_label(self) -> bool:
         """Whether a column of the data holds the label."""
         return self.target in ("class", "number", "labels")
+
+    @property
+    def acts(self) -> bool:
+        """Whether clients act in environments, in place of reading rows."""
+        return self.target == "action"
 
     @property
     def is_chat(self) -> bool:
@@ -135,6 +141,7 @@ _KINDS = (
         forms=PAIR_FORMS,
     ),
     TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
+    TaskKind("flow-policy", "action", "peerlora.train.online.task:FlowPolicyTask", "", "", 0, 0),
 )
 KINDS = {kind.name: kind for kind in _KINDS}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,11 +54,19 @@ class Received:
 
     def average(self) -> Adapters:
         """The receivers with the weighted average of all they got, entry by entry (heads too)."""
-        flat = self.everybody.flat
-        W = torch.zeros(len(self.senders), len(flat), dtype=torch.float64, device=self.weights.device)
-        W.scatter_(1, self.senders, self.weights)
-        mixed = W.to(flat.dtype) @ flat
+        mixed = self.weighted_sum(self.weights, self.everybody.flat)
         return replace(self.own, flat=mixed.expand(self.own.clients, -1).contiguous())
+
+    def weighted_sum(
+        self, weights: Float[Tensor, "row sender"], values: Float[Tensor, "client scalar"]
+    ) -> Float[Tensor, "row scalar"]:
+        """``sum_j w_ij x_j`` over the senders, in the precision of ``values``.
+
+        A sparse product, on a CPU: in a dense one the last bits of a row depend on how many rows there are.
+        """
+        W = torch.zeros(len(weights), len(values), dtype=torch.float64, device=weights.device)
+        W.scatter_(1, self.senders.expand(len(weights), -1), weights)
+        return compressed(W.to(values.dtype)) @ values if values.device.type == "cpu" else W.to(values.dtype) @ values
 
     def with_factors(
         self,
@@ -92,24 +102,39 @@ def mean(received: Received) -> Combined:
 
 
 def apply_rule(
-    x: Adapters, everybody: Adapters, W: Float[np.ndarray, "receiver client"], rule: CombineRule
+    x: Adapters,
+    everybody: Adapters,
+    W: Float[np.ndarray, "row client"],
+    rule: CombineRule,
+    held: Sequence[int] | None = None,
 ) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
     """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
 
-    ``everybody`` are the clients that the columns of W stand for.  Also gives what the rule measured, by name.
+    ``everybody`` are the clients that the columns of W stand for.  ``held``: the rows of W that ``x`` holds, all by
+    default; the blocks are those of all rows.  Also gives what the rule measured, by name.
     """
     result, parts = x.flat.clone(), []
     measured: dict[str, Tensor] = {}
+    place = {row: i for i, row in enumerate(range(len(W)) if held is None else held)}
     (reached,) = np.nonzero(np.count_nonzero(W, axis=1) > 1)
-    for block in receiver_blocks(W[reached], x.spec.parameters):
-        rows = reached[block.rows].tolist()
+    for whole in receiver_blocks(W[reached], x.spec.parameters):
+        clients = reached[whole.rows].tolist()
+        here = [i for i, client in enumerate(clients) if client in place]
+        rows = [place[clients[i]] for i in here]
+        if not rows:
+            continue
+        # Products with what these receivers have in common depend in their last bits on how many they are.  They hear
+        # from each other, so all of them are at hand; only what others have merged is not.
+        together = len(here) < len(clients) and len(whole.senders) == 1 and x.merged is None
+        block = whole if together else whole.of(here)
+        own = everybody.rows(clients) if together else x.rows(rows)
         senders, weights = (torch.from_numpy(part).to(result.device) for part in (block.senders, block.weights))
-        combined = rule(Received(x.rows(rows), everybody, senders, weights))
-        result[rows] = combined.adapters.flat
+        combined = rule(Received(own, everybody, senders, weights))
+        result[rows] = combined.adapters.flat[here] if together else combined.adapters.flat
         parts.append((rows, combined.adapters.merged))
         for name, values in combined.measures.items():
             kept = measured.setdefault(name, torch.zeros(x.clients, dtype=torch.float64))
-            kept[rows] = values.to(kept)
+            kept[rows] = (values[here] if together and len(values) > 1 else values).to(kept)
     return replace(x, flat=result, merged=x.merged and x.merged.with_rows(parts)), measured
 
 
@@ -120,6 +145,12 @@ class SenderBlock:
     rows: Int[np.ndarray, " receiver"]
     senders: Int[np.ndarray, "#receiver sender"]
     weights: Float[np.ndarray, "#receiver sender"]
+
+    def of(self, some: Sequence[int]) -> SenderBlock:
+        """Some of its receivers, by their places in ``rows``."""
+        own = self.weights[:1] if len(self.weights) == 1 < len(self.rows) else self.weights[some]
+        senders = self.senders[:1] if len(self.senders) == 1 < len(self.rows) else self.senders[some]
+        return SenderBlock(self.rows[some], senders, own)
 
 
 def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) -> Iterator[SenderBlock]:
@@ -140,6 +171,20 @@ def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) ->
         for rows in _pieces(alone[degrees == degree], parameters * int(degree)):
             senders = np.nonzero(W[rows])[1].reshape(len(rows), degree)
             yield SenderBlock(rows, senders, np.take_along_axis(W[rows], senders, axis=1))
+
+
+def compressed(W: Float[Tensor, "receiver client"]) -> Tensor:
+    """W as a sparse matrix, whose products have rows that do not depend on each other."""
+    _hear_notice()
+    return W.to_sparse_csr()
+
+
+@lru_cache(maxsize=1)
+def _hear_notice() -> None:
+    """Let torch tell, unheard, what it tells once per process of a format whose product is all we use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.ones(1, 1).to_sparse_csr()
 
 
 def _pieces(rows: Int[np.ndarray, " receiver"], scalars: int) -> Iterator[Int[np.ndarray, " part"]]:

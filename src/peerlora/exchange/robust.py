@@ -123,9 +123,9 @@ def distances(received: Received) -> Float[Tensor, "receiver sender"]:
 def blended(received: Received, c: Coefficients, **measures: Float[Tensor, " receiver"]) -> Combined:
     """``x_i + sum_j c_ij (x_j - x_i)`` for finite ``x_j``, and what is worth logging."""
     flat, own, fine = received.everybody.flat.double(), received.own.flat.double(), _finite(received)
-    whole = torch.zeros(len(own), len(flat), dtype=torch.float64, device=flat.device)
-    whole.scatter_(1, received.senders.expand(len(own), -1), c.double().where(fine[received.senders], 0))
-    mixed = (1 - whole.sum(1, keepdim=True)) * own + whole @ flat.where(fine[:, None], 0)
+    weights = c.double().where(fine[received.senders], 0)
+    kept = 1 - weights.sum(1, keepdim=True)
+    mixed = kept * own + received.weighted_sum(weights.expand(len(own), -1), flat.where(fine[:, None], 0))
     return Combined(replace(received.own, flat=mixed.to(received.own.flat.dtype)), measures)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import CombineRule, apply_rule
 from peerlora.exchange.payload import message
-from peerlora.exchange.plain import PlainExchange, operator
+from peerlora.exchange.plain import PlainExchange, is_sparse, operator
 from peerlora.exchange.relay import relay_round
 from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
@@ -70,8 +70,8 @@ class StackedExchange(PlainExchange):
         self.stats.sent = x
         sent = x.exchanged()
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
-        everybody = replace(self._everybody(sent), merged=others)
-        mixed, measured = apply_rule(sent, everybody, self.graph.W[self.clients], rule)
+        everybody = replace(sent, flat=self._reached(sent.flat), ranks=self._gathered(x.ranks), merged=others)
+        mixed, measured = apply_rule(sent, everybody, self.graph.W, rule, self.clients)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(mixed), merged=mixed.merged)
@@ -103,8 +103,20 @@ class StackedExchange(PlainExchange):
         return x.with_shared(self._rows(x.flat[:, x.spec.shared]))
 
     def _rows(self, x: Float[Tensor, "client ..."]) -> Float[Tensor, "client ..."]:
-        everybody = self.gather(x.reshape(len(x), -1))
-        return (operator(self.graph.W[self.clients], everybody) @ everybody).view_as(x)
+        """``sum_j W_ij x_j``, to the same bits whoever else is held here.
+
+        The rows of a sparse product do not depend on each other; a dense one is that of all rows.
+        """
+        everybody, W = self._reached(x.reshape(len(x), -1)), self.graph.W
+        if is_sparse(W) or len(self.clients) == len(W):
+            mixed = operator(W, everybody, self.clients) @ everybody
+        else:
+            mixed = (operator(W, everybody) @ everybody)[self.clients]
+        return mixed.view_as(x)
+
+    def _reached(self, x: Float[Tensor, "client scalar"]) -> Float[Tensor, "everybody scalar"]:
+        """The rows of all clients, of which those may be zero that have no link to a client held here."""
+        return self.gather(x)
 
     def _everybody(self, x: Adapters) -> Adapters:
         """The adapters of all clients, without merged parts."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import override, parse, read_tree
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import Section
@@ -71,8 +72,17 @@ class GridConfig(Section):
     share_prefix: bool = False
     """Compute once for all trials what the frozen blocks below the adapted ones give of each row; a trial then equals
     the run alone to rounding, not to the bit."""
+    cluster: ClusterConfig | None = None
+    """Run several trials at once on workers of a cluster; null: one after another in one process."""
     published: Literal["adf-lora", "tad-lora"] | None = None
     """The paper whose numbers the report puts beside ours."""
+
+    @field_validator("base")
+    @classmethod
+    def _run_in_one_process(cls, base: Tree) -> Tree:
+        if base.get("cluster"):
+            raise ValueError("cluster given; a trial runs on one worker, so `cluster` is a key of the grid itself")
+        return base
 
     @field_validator("axes")
     @classmethod

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peerlora.errors import DivergenceError, RunError, Stopped
+from peerlora.errors import RunError, Stopped
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import GridConfig, load_grid, search_warnings
 from peerlora.experiments.rate_search import RateSearch, choose_rates, gather_searches, next_rate
@@ -18,6 +18,8 @@ from peerlora.experiments.resource_cache import ResourceCache, data_key, order_t
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trial_checks import check_grid
+from peerlora.experiments.trial_pool import TrialPool
+from peerlora.experiments.trial_run import is_finished, require_same, run_trial
 from peerlora.experiments.trials import Trial, plan_search, plan_trials, search_labels, searched_settings
 from peerlora.files import write_atomically
 from peerlora.runs.events import Event
@@ -25,7 +27,7 @@ from peerlora.runs.resume import list_changes
 from peerlora.runs.store import new_folder, read_events, read_facts, require_free
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.inputs import describe_rows, require_same_inputs
-from peerlora.runtime.simulate import resume, simulate
+from peerlora.runtime.resources import RunResources
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Callbacks:
     stop: Callable[[], bool] = lambda: False
     outcomes: OutcomeStore | None = None
     """Where outcomes are kept in place of run folders, whose figures the report then lacks; null: folders stay."""
+    pool: Callable[[ResourceCache], TrialPool] | None = None
+    """Gives workers that run several trials at once; null: one after another in this process."""
 
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
@@ -93,7 +97,8 @@ def _prepare(
     folder = Path(out) if out is not None else new_folder("compare")
     require_free(folder)
     if grid.base.get("threads") is None:  # a grid that is resumed elsewhere goes on with as many
-        grid = grid.model_copy(update={"base": {**grid.base, "threads": resolve_threads(None)}})
+        threads = grid.cluster.cpus_per_worker if grid.cluster else resolve_threads(None)
+        grid = grid.model_copy(update={"base": {**grid.base, "threads": threads}})
     cache = ResourceCache(grid.share_prefix)
     check_grid(grid, cache)
     try:
@@ -116,7 +121,7 @@ def resume_grid(folder: Path | str, expected: Callable[[GridConfig], GridConfig]
     now = expected(stored)
     if now.base.get("threads") is None:
         now = now.model_copy(update={"base": {**now.base, "threads": stored.base.get("threads")}})
-    changed = list_changes(stored.model_dump(mode="json"), now.model_dump(mode="json"))
+    changed = list_changes(*(each.model_dump(mode="json", exclude={"cluster"}) for each in (stored, now)))
     if changed:
         raise RunError(
             f"{folder} was started with another grid ({'; '.join(changed)}); "
@@ -130,8 +135,7 @@ def _run(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> Compar
     searches = _search(grid, runner, cache)
     trials = plan_trials(grid, choose_rates(grid, searches)).trials
     try:
-        for trial in order_trials(trials):
-            runner.finish(trial, cache)
+        runner.finish_all(order_trials(trials), cache)
     except Stopped:
         _write_results(grid, runner, searches, trials)
         raise
@@ -147,8 +151,9 @@ def _search(grid: GridConfig, runner: _TrialRunner, cache: ResourceCache) -> lis
     rates = {setting.name: list(grid.search.rates) for setting in searched_settings(grid).values()}
     while True:
         planned = plan_search(grid, rates).trials
-        for trial in order_trials([trial for trial in planned if trial.folder not in found]):
-            runner.finish(trial, cache)
+        fresh = order_trials([trial for trial in planned if trial.folder not in found])
+        runner.finish_all(fresh, cache)
+        for trial in fresh:
             found[trial.folder] = replace(runner.outcome(trial), events=())  # of many runs they are large
         searches = gather_searches(grid, [found[trial.folder] for trial in planned])
         more = {each.setting: rate for each in searches if (rate := next_rate(each, grid.search)) is not None}
@@ -164,7 +169,7 @@ class _TrialRunner:
 
     def __init__(self, callbacks: Callbacks, folder: Path):
         self.callbacks, self.folder = callbacks, folder
-        self.number = self.trials = self.done = self.total = 0
+        self.number = self.finished = self.trials = self.done = self.total = 0
         self.rows: dict[str, dict[str, Any]] = {}
         """By ``data_key``, the digests of the rows that finished trials used."""
 
@@ -173,25 +178,59 @@ class _TrialRunner:
         self.trials += len(trials)
         self.total += sum(trial.config.training_samples for trial in trials)
 
-    def finish(self, trial: Trial, cache: ResourceCache) -> None:
-        """Run a trial to its end, unless it is finished already."""
-        work, run, store = trial.config.training_samples, self.folder / trial.folder, self.callbacks.outcomes
-        self.number += 1
-        if _is_finished(run):
-            _require_same(run, trial)
+    def finish_all(self, trials: Sequence[Trial], cache: ResourceCache) -> None:
+        """Run trials to their ends, but those that are finished already: in this process, or on workers."""
+        open_ones = [trial for trial in trials if not self._is_done(trial)]
+        self.done += sum(trial.config.training_samples for trial in trials if trial not in open_ones)
+        self.finished += len(trials) - len(open_ones)
+        self.number += len(trials) - len(open_ones)
+        if self.callbacks.pool is None:
+            for trial in open_ones:
+                self._finish(trial, cache)
+            return
+        for trial in open_ones:
+            self._require_same_rows(trial, cache)
+        pool = self.callbacks.pool(cache)
+        for trial in pool.run(open_ones, self.folder, self._begun, self.callbacks.stop):
+            self._keep(trial)
+            open_ones.remove(trial)
+        if open_ones:
+            raise self._stopped()
+
+    def _is_done(self, trial: Trial) -> bool:
+        run, store = self.folder / trial.folder, self.callbacks.outcomes
+        if is_finished(run):
+            require_same(run, trial.config)
             if (run / "run.json").is_file():
                 self.rows.setdefault(data_key(trial.config), read_facts(run).get("inputs", {}))
-        elif store is None or store.find(trial) is None:
-            if self.callbacks.stop():
-                raise self._stopped()
-            rounds = trial.config.train.rounds
-            status = GridStatus(trial.name, self.number, self.trials, self.done, work, self.total, rounds)
-            with self.callbacks.progress(status) as listen:
-                self._run_trial(trial, cache, listen)
-            if store is not None:
-                store.keep(trial, self.outcome(trial))
-                shutil.rmtree(run)
-        self.done += work
+            return True
+        return store is not None and store.find(trial) is not None
+
+    def _begun(self, trial: Trial) -> None:
+        """Say that a worker begins a trial."""
+        with self.callbacks.progress(self._status(trial)):
+            pass
+
+    def _finish(self, trial: Trial, cache: ResourceCache) -> None:
+        if self.callbacks.stop():
+            raise self._stopped()
+        with self.callbacks.progress(self._status(trial)) as listen:
+            self._run_trial(trial, cache, listen)
+        self._keep(trial)
+
+    def _status(self, trial: Trial) -> GridStatus:
+        """Count the trial, and tell how far the grid is."""
+        self.number += 1
+        work, rounds = trial.config.training_samples, trial.config.train.rounds
+        return GridStatus(trial.name, self.number, self.trials, self.done, work, self.total, rounds)
+
+    def _keep(self, trial: Trial) -> None:
+        """Count a trial that has just finished; keep its outcome in place of its folder, where outcomes are kept."""
+        self.finished += 1
+        self.done += trial.config.training_samples
+        if self.callbacks.outcomes is not None:
+            self.callbacks.outcomes.keep(trial, self.outcome(trial))
+            shutil.rmtree(self.folder / trial.folder)
 
     def outcome(self, trial: Trial) -> Outcome:
         """Read the outcome of a trial, finished or not."""
@@ -200,52 +239,24 @@ class _TrialRunner:
         return kept or _read_outcome(trial, self.folder)
 
     def _run_trial(self, trial: Trial, cache: ResourceCache, listen: Callable[[Event], None]) -> None:
-        run = self.folder / trial.folder
-        resources = cache.resources(trial.config)
-        if was := self.rows.get(data_key(trial.config)):
-            now = describe_rows(resources.train_data, resources.eval_data)
-            require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
-        options: dict[str, Any] = {"resources": resources, "sinks": [listen]}
-        options["stop"] = self.callbacks.stop
+        self._require_same_rows(trial, cache)
         try:
-            if (run / "run.json").is_file():
-                resume(run, expected=lambda stored: trial.config, **options)
-            else:
-                shutil.rmtree(run, ignore_errors=True)  # killed before the run folder was one
-                simulate(trial.config, run, **options)
+            run = self.folder / trial.folder
+            run_trial(trial.config, run, cache.resources(trial.config), [listen], self.callbacks.stop)
         except (Stopped, KeyboardInterrupt):
             raise self._stopped() from None
-        except DivergenceError as error:
-            run.mkdir(exist_ok=True)  # one that diverged in its first round has left nothing
-            write_atomically(run / "config.yaml", trial.config.to_yaml())
-            write_atomically(run / "diverged.json", json.dumps({"reason": str(error)}) + "\n")
-        _remove_peft_folders(run)
+
+    def _require_same_rows(self, trial: Trial, cache: ResourceCache) -> None:
+        """Raise RunError where a trial would see other rows than finished ones of the same data did."""
+        was = self.rows.get(data_key(trial.config))
+        if was and isinstance(resources := cache.resources(trial.config), RunResources):
+            now = describe_rows(resources.train_data, resources.eval_data)
+            require_same_inputs({name: was[name] for name in now}, now, trial.config, self.folder)
 
     def _stopped(self) -> Stopped:
-        done = self.number - 1
         return Stopped(
-            f"stopped after {done} of {self.trials} cells; go on with: peerlora compare --resume {self.folder}"
+            f"stopped after {self.finished} of {self.trials} cells; go on with: peerlora compare --resume {self.folder}"
         )
-
-
-def _is_finished(run: Path) -> bool:
-    return (run / "summary.json").is_file() or (run / "diverged.json").is_file()
-
-
-def _require_same(run: Path, trial: Trial) -> None:
-    """Raise RunError unless a finished trial was run with today's config."""
-    from peerlora.config.loading import load_config
-
-    stored = load_config(run / "config.yaml")
-    changed = list_changes(stored.model_dump(mode="json"), trial.config.model_dump(mode="json"))
-    if changed:
-        raise RunError(f"{run} was run with another config ({'; '.join(changed)}); start anew with another --out")
-
-
-def _remove_peft_folders(run: Path) -> None:
-    """Remove the PEFT folder of each client; ``peerlora export`` makes them from all.safetensors again."""
-    for each in (run / "adapters").glob("*/"):
-        shutil.rmtree(each)
 
 
 def _read_outcome(trial: Trial, folder: Path) -> Outcome:
@@ -257,7 +268,7 @@ def _read_outcome(trial: Trial, folder: Path) -> Outcome:
         trial.config.seed,
         trial.config.train.lr,
         trial.folder,
-        read_events(run) if _is_finished(run) and not diverged.is_file() else [],
+        read_events(run) if is_finished(run) and not diverged.is_file() else [],
         trial.config,
         diverged=json.loads(diverged.read_text(encoding="utf-8"))["reason"] if diverged.is_file() else None,
         p=trial.config.topology.p if trial.config.topology.kind == "random" else None,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peerlora.lora.merged import Merged
+from peerlora.lora.merged import Merged, client_mean
 
 Block = Literal["A", "B", "head"]
 """A part of an adapter that trains and travels as one: the factors A of all layers, their factors B, or the head."""
@@ -224,14 +224,11 @@ class Adapters:
         return replace(self, flat=self.flat.to(device), merged=self.merged and self.merged.to(device))
 
     def mean(self) -> Adapters:
-        """One client that holds the average of every factor and head (needs equal ranks) and of all merged products.
-
-        Taken about the first client, so that the mean of equal clients is that client to the bit.
-        """
+        """One client that holds the average of every factor and head (needs equal ranks) and of all merged products."""
         assert self.equal_ranks, "factors of different ranks have no mean"
-        first = self.flat[:1]
-        flat = first + (self.flat - first).mean(0, keepdim=True)
-        return replace(self, flat=flat, ranks=self.ranks[:1], merged=self.merged and self.merged.mean())
+        return replace(
+            self, flat=client_mean(self.flat), ranks=self.ranks[:1], merged=self.merged and self.merged.mean()
+        )
 
     def with_empty_merges(self) -> Adapters:
         """The same with an empty ``merged``: the start of a method that merges."""

@@ -146,9 +146,16 @@ def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], af
     which is taken from ``after``; without that the answer is NaN.  It is what factor-wise mixing would have lost where
     a method mixed products instead.
     """
+    return float(local_cross_terms2(sent, W, after).sqrt().mean())
+
+
+def local_cross_terms2(
+    sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None
+) -> Float[Tensor, " receiver"]:
+    """The squared losses of which ``local_cross_term`` is the mean root, of the receivers that it looks at."""
     kept = tuple(block for block in ("A", "B") if block not in sent.spec.blocks)
     if kept and after is None:
-        return float("nan")
+        return torch.full((1,), torch.nan, dtype=torch.float64)
     x = before_exchange(after, sent) if after is not None else sent
     receivers = np.unique(np.linspace(0, len(W) - 1, min(len(W), _RECEIVERS)).astype(int))
     weights, scale = torch.from_numpy(W[receivers]), _relative_scaling(x)
@@ -156,7 +163,7 @@ def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], af
     for layer, A in x.A.items():
         B, A = x.B[layer].double() * scale, A.double()
         total += _lost2(B, A, weights, different, kept, torch.from_numpy(receivers))
-    return float(total.sqrt().mean())
+    return total
 
 
 def distances2(B: LeftFactors, A: RightFactors, P: LeftFactors, Q: RightFactors) -> Float[Tensor, " client"]:

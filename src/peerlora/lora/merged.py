@@ -59,11 +59,11 @@ class Update:
         average; else the products are put side by side.
         """
         if self.dense.shape[2]:
-            return Update(self.left[:1], self.right[:1], _mean(self.dense))
+            return Update(self.left[:1], self.right[:1], client_mean(self.dense))
         if torch.equal(self.right, self.right[:1].expand_as(self.right)):
-            return Update(_mean(self.left), self.right[:1], self.dense[:1])
+            return Update(client_mean(self.left), self.right[:1], self.dense[:1])
         if torch.equal(self.left, self.left[:1].expand_as(self.left)):
-            return Update(self.left[:1], _mean(self.right), self.dense[:1])
+            return Update(self.left[:1], client_mean(self.right), self.dense[:1])
         left = self.left.permute(1, 0, 2).flatten(1) / len(self.left)
         return Update(left[None], self.right.flatten(0, 1)[None], self.dense[:1])._compact()
 
@@ -92,8 +92,8 @@ def _dense(weight: Float[Tensor, "client d_out d_in"]) -> Update:
     return Update(weight.new_zeros(clients, d_out, 0), weight.new_zeros(clients, 0, d_in), weight)
 
 
-def _mean(x: Float[Tensor, "client ..."]) -> Float[Tensor, "1 ..."]:
-    """About the first client, so that equal clients average to themselves to the bit."""
+def client_mean(x: Float[Tensor, "client ..."]) -> Float[Tensor, "1 ..."]:
+    """The average of the clients, taken about the first one, so that equal ones average to themselves to the bit."""
     return x[:1] + (x - x[:1]).mean(0, keepdim=True)
 
 

@@ -75,7 +75,7 @@ def export_adapter(
         rank_pattern=factors.rank_pattern,
         alpha_pattern=factors.alpha_pattern,
         modules_to_save=full or None,
-        task_type=context.task_type,
+        task_type=context.task_type or None,
         base_model_name_or_path=context.location or context.base_source,
         revision=context.revision,
         fan_in_fan_out=_transposed(model),

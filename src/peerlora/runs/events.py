@@ -236,6 +236,23 @@ class CaughtUp:
 
 
 @dataclass(frozen=True)
+class PolicyShown:
+    """What a flow policy does, for the figures of a report: the averaged one, or that of the client held here."""
+
+    version: ClassVar[int] = 1
+    round: int
+    """Finished rounds."""
+    model: str
+    """Whose policy: averaged, or own."""
+    fields: list[list[list[float]]] = field(default_factory=list)
+    """Of the point mass at rest: [block][place] of x, y and the mean move of an action by that block in x and y."""
+    shown: str = ""
+    """What ``traces`` are of."""
+    traces: dict[str, list[float]] = field(default_factory=dict)
+    """Client -> [step] of the first evaluated episode in its environment."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """Last event of a run that reached its end."""
 
@@ -255,6 +272,7 @@ Event = (
     | Joined
     | NeighbourChanged
     | CaughtUp
+    | PolicyShown
     | RunFinished
 )
 

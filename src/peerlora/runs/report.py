@@ -13,6 +13,7 @@ from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.page import picture_html, table_html, write_page
 from peerlora.runs.pictures import epsilon_picture, graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.policy_pictures import environment_rows, policy_pictures
 from peerlora.runs.privacy_summary import describe_privacy
 from peerlora.runs.scores_by_name import HEAD, by_name_rows
 from peerlora.runs.store import read_events, resume_command
@@ -199,6 +200,7 @@ def _setting(start: RunStarted) -> str:
         ("clients", start.clients),
         ("rounds planned", start.rounds),
         ("topology", shape),
+        *environment_rows(start),
         *([("virtual clock", describe_clock(start.clock))] if start.clock else []),
         ("scalars per adapter", start.parameters),
         ("seed", str(start.seed)),
@@ -242,4 +244,4 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
         found[1:1] = [epsilon_picture(start, events), *relayed_pictures(start, events)]
-    return [picture for picture in found if picture]
+    return [picture for picture in [*found, *policy_pictures(events)] if picture]

@@ -34,9 +34,8 @@ def run_facts(
 
     ``inputs``: what data and model tell.
     """
-    packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": package_versions(),
         "machine": platform.machine(),
         "seed": config.seed,
         "threads": config.threads,
@@ -45,6 +44,12 @@ def run_facts(
         **({} if held is None else {"held": list(held)}),
         **({} if config.train.epochs is None else {"epochs": config.train.epochs}),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """The versions here of what decides a result."""
+    packages = ("peerlora", "torch", "transformers", "peft", "numpy", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def stored_config(store: RunStore) -> RunConfig:
@@ -63,9 +68,11 @@ def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitio
     if expected.train.epochs is not None and expected.train.epochs == store.facts.get("epochs"):
         same = {"rounds": stored.train.rounds, "epochs": None}  # which followed from these epochs then
         expected = expected.model_copy(update={"train": expected.train.model_copy(update=same)})
-    was, now = stored.model_dump(mode="json"), expected.model_dump(mode="json")
+    was, now = (config.model_dump(mode="json", exclude={"cluster"}) for config in (stored, expected))
     if now.get("threads") is None:
         now["threads"] = was.get("threads")
+    if now["train"]["block"] is None:  # a run on a cluster has one of its own
+        now["train"]["block"] = was["train"]["block"]
     changed = list_changes(was, now, ignored=_MAY_CHANGE)
     then, given = store.facts.get("partitioner"), type(partitioner).__name__ if partitioner is not None else None
     if then != given:

@@ -45,7 +45,7 @@ class AsynchronousRounds:
         self.clients = clock.clients
         self.mailboxes = Mailboxes(exchange.topology.at(0), exchange.topology.seed, algorithm.traits.newest_only)
         self.queue = EventQueue([ScheduledEvent(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
-        self.now, self.done = 0, 0
+        self.now, self.done, self.stopped = 0, 0, set[int]()
         self.outstanding: set[int] = set()
         self.start: Adapters | None = None
         """[client] where its latest job began."""

@@ -10,10 +10,12 @@ from peerlora.algorithms.base import Algorithm, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.lora.adapter_init import PRINCIPAL
+from peerlora.runtime.policy_checks import check_policy
 from peerlora.runtime.privacy import check_privacy
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
@@ -51,6 +53,8 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     _check_init(config, algorithm)
     _check_quantised(config, algorithm)
     algorithm.check_task(config.task.kind)
+    if task_kind(config.task.kind).acts:
+        check_policy(config, algorithm)
     check_wrappers(config, traits, topology)
     if config.train.label_prior == "pooled":
         gossip_rounds(topology)

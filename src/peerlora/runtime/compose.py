@@ -5,105 +5,55 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.compatibility import cache_settings, check_relayed_message
 from peerlora.algorithms.merging import check_merges
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
 from peerlora.data.holdout import set_aside_own
 from peerlora.data.partition import Partition, count_labels, own_rows, partition
-from peerlora.errors import DataError
-from peerlora.exchange.base import MeteredExchange
+from peerlora.errors import CompositionError, DataError
+from peerlora.exchange.blocks import BlockExchange, RowExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
-from peerlora.lora.adapter_init import orthogonal_factors, with_factors
-from peerlora.lora.adapter_start import read_adapter
-from peerlora.lora.adapters import Adapters, initial_adapters
-from peerlora.lora.attach import StackedModel
-from peerlora.lora.base_digest import base_digest, digest_of
-from peerlora.lora.peft_io import ExportContext
-from peerlora.lora.peft_model import PeftAdapter
-from peerlora.randomness import numpy_generator, torch_generator
+from peerlora.randomness import numpy_generator
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
+from peerlora.runtime.federation import Federation, start_adapters
 from peerlora.runtime.plan import Plan, plan
+from peerlora.runtime.policy import PolicyResources, assemble_policy, load_policy
 from peerlora.runtime.privacy import build_privacy
-from peerlora.runtime.resources import DTYPES, RunResources, build_model, load_resources
-from peerlora.runtime.virtual_clock import VirtualClock
-from peerlora.topology.schedule import Topology
-from peerlora.train.base import Learner
-from peerlora.train.kernels.selection import Paths, graph_size
+from peerlora.runtime.resources import RunResources, build_model, load_resources
+from peerlora.train.kernels.selection import graph_size
 from peerlora.train.kernels.speed import Speed
 from peerlora.train.learner import StackedLearner
 from peerlora.train.loss_rules import ClassWeights, LabelPrior
 from peerlora.train.metrics import absent_classes
+from peerlora.train.online.episodes import Episodes
 from peerlora.train.tasks import task
 
 
 @dataclass(frozen=True)
-class Federation:
-    """Everything that a runtime needs for the clients it holds."""
+class Block:
+    """The clients of one worker of a cluster."""
 
-    config: RunConfig
-    algorithm: Algorithm[Any]
-    topology: Topology
-    partition: Partition
-    train_data: Dataset
-    eval_data: Dataset
-    model: StackedModel | PeftAdapter
-    """The latter where a training loop of the user's own has it."""
-    learner: Learner
-    exchange: MeteredExchange
-    start: Adapters
-    export: ExportContext
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
-    """What there is to know about the run, such as what its method chose, and speeds that were measured."""
-    speed: Speed
-    paths: Paths
-    originals: dict[str, str]
-    """Digests of weights that the base came with, by name, where the adapters' start changed them."""
-    attackers: tuple[int, ...] = ()
-    """Clients whose results don't count."""
-    clock: VirtualClock | None = None
-    own_rows: tuple[np.ndarray, ...] = ()
-    """[client] of those held here, the training rows that each is scored on and does not train on; empty: none are."""
-
-    @property
-    def honest_rows(self) -> list[int]:
-        """The rows, of the clients held here, whose results count."""
-        return [row for row, client in enumerate(self.exchange.clients) if client not in self.attackers]
-
-    @cached_property
-    def base_digest(self) -> str:
-        """By which other sites, and this run when it is resumed, know the same base model."""
-        halved = self.config.train.dtype == "auto"
-        if isinstance(self.model, PeftAdapter):
-            return self.model.digest(halved)
-        return base_digest(self.model.base, halved, self.originals)
-
-    @cached_property
-    def start_digest(self) -> str | None:
-        """By which other sites know the same start, where it comes out of a PEFT model; None where the config tells."""
-        if not isinstance(self.model, PeftAdapter) or len(set(self.config.ranks)) > 1:
-            return None
-        return digest_of({"start": self.start.flat[0, : self.start.spec.shared.stop]})
+    tiles: Sequence[Sequence[int]]
+    """Clients that share a graph, see ``train.block``; their numbers rise."""
+    rows: RowExchange
 
 
 def compose(
     config: RunConfig,
     *,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     partitioner: Any = None,
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
@@ -116,25 +66,40 @@ def compose(
     is resumed; None: the best on this machine.
     """
     planned = plan(config, clients)
-    resources = resources or load_resources(config)
-    planned = plan_rounds(planned, len(resources.train_data), clients)
+    resources = resources or load_run(config)
+    if isinstance(resources, RunResources):
+        planned = plan_rounds(planned, len(resources.train_data), clients)
     return assemble(planned, resources, clients, gather, partitioner, speed)
+
+
+def load_run(config: RunConfig) -> RunResources | PolicyResources:
+    """Read and tokenise the data of a config; of a flow policy read the base, or pre-train it."""
+    return load_policy(config) if task_kind(config.task.kind).acts else load_resources(config)
 
 
 def assemble(
     planned: Plan,
-    resources: RunResources,
+    resources: RunResources | PolicyResources,
     clients: Sequence[int] | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     partitioner: Any = None,
     speed: Speed | None = None,
+    block: Block | None = None,
 ) -> Federation:
     """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
+
+    ``block``: of a cluster's worker, in place of ``clients`` and ``gather``.  Of a flow policy there are environments
+    in place of rows, see `policy.assemble_policy`.
 
     Raises DataError, ModelError or CompositionError for what only data and model can show.
     """
     config, topology, attacking = planned.config, planned.topology, planned.attackers
+    clients = clients if block is None else [client for tile in block.tiles for client in tile]
     here = list(range(config.clients) if clients is None else clients)
+    if isinstance(resources, PolicyResources):
+        if partitioner is not None:
+            raise CompositionError("a partitioner divides rows, and flow policies have none; leave it out")
+        return assemble_policy(planned, resources, here, gather)
     divided, own = _divided(config, resources, here, partitioner)
     divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))
     built = build_model(config, resources, speed)
@@ -152,6 +117,9 @@ def assemble(
         model, task(config.task.kind), shards, config.train, resources.tokenizer.pad_token_id, graph
     )
     learner.shares_prefix = resources.share_prefix
+    if block is not None:
+        learner.hold_block([len(tile) for tile in block.tiles], sum(config.batches), sum(map(len, divided.shards)))
+    plain = StackedExchange(topology, here, gather) if block is None else BlockExchange(topology, here, block.rows)
     learner.privacy, of_privacy = build_privacy(config, shards, model, start.spec.parameters, clients is not None)
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
@@ -166,7 +134,7 @@ def assemble(
         eval_data=resources.eval_data,
         model=model,
         learner=learner,
-        exchange=build_exchange(config, StackedExchange(topology, here, gather), start, attacking, cache, rows_of),
+        exchange=build_exchange(config, plain, start, attacking, cache, rows_of),
         start=start,
         export=export,
         warnings=(
@@ -232,26 +200,7 @@ def opening_state(federation: Federation, sum_of: Callable[[Tensor], Tensor] | N
     return federation.algorithm.start(federation.start, federation.exchange)
 
 
-def start_adapters(
-    config: RunConfig, model: StackedModel, export: ExportContext, here: Sequence[int]
-) -> tuple[Adapters, tuple[str, ...]]:
-    """The adapters that the clients held here begin with, and warnings."""
-    ranks = [config.ranks[i] for i in here]
-    adapter = config.adapter
-    spec = model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
-    generator = torch_generator(config.seed, "adapter")
-    start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
-    warnings = ()
-    if export.principal is not None:
-        start = with_factors(start, export.principal.factors)
-    if adapter.init == "orthogonal":
-        start = with_factors(start, orthogonal_factors(spec, generator))
-    if adapter.start is not None:
-        start, warnings = read_adapter(Path(adapter.start), start, model, export)
-    return start.to(config.device), warnings
-
-
-def evaluation_rows(config: RunConfig, data: Dataset) -> Dataset:
+def evaluation_rows(config: RunConfig, data: Dataset | Episodes) -> Dataset | Episodes:
     """The rows that clients are evaluated on during the run: a seeded sample of ``eval.rows``, or all."""
     wanted = config.eval.rows
     if wanted is None or wanted >= len(data):
@@ -263,6 +212,7 @@ def evaluation_rows(config: RunConfig, data: Dataset) -> Dataset:
 def _absent_classes(config: RunConfig, data: Dataset) -> tuple[str, ...]:
     """Warnings on classes that the evaluation rows lack, or only the sample of them."""
     sample = evaluation_rows(config, data)
+    assert isinstance(sample, Dataset)  # as the rows are that it is of
     told = absent_classes(config.eval.computed, data)
     return told or absent_classes(config.eval.computed, sample, f"row of the sample (eval.rows={config.eval.rows})")
 

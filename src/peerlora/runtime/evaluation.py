@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from peerlora.config.metrics import LOSS
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.lora.adapters import Adapters
@@ -18,6 +20,7 @@ from peerlora.runtime.participation import Participation
 from peerlora.runtime.selection import Selection
 from peerlora.train.base import Scores
 from peerlora.train.metrics import f1
+from peerlora.train.online.episodes import Episodes
 from peerlora.train.tasks import names_of_counts
 
 
@@ -25,7 +28,7 @@ from peerlora.train.tasks import names_of_counts
 class Evaluation:
     """The scores of one moment of a run, [client] each: of attackers, too."""
 
-    rows: Dataset
+    rows: Dataset | Episodes
     own: Scores
     """The clients' own models on the common rows."""
     averaged: Scores | None
@@ -44,6 +47,26 @@ class Evaluation:
         return {name: found for name in names if (found := getattr(self, name)) is not None}
 
 
+class Evaluates(Protocol):
+    """What a Trainer asks of its evaluator."""
+
+    def evaluate(self, state: Any, final: bool) -> Evaluation:
+        """Evaluate the clients' models in a state, their average, and their relayed ones: at the end, on all rows."""
+        ...
+
+    def rescored(self, found: Evaluation, of: str) -> Scores:
+        """Return these scores of a final evaluation as the ones before were made."""
+        ...
+
+    def event(self, done: int, found: Evaluation, began: float, virtual_seconds: float, final: bool) -> Evaluated:
+        """Tell the scores of honest clients after ``done`` rounds; ``began``: when the evaluation did."""
+        ...
+
+    def of_honest(self, values: np.ndarray) -> list[float]:
+        """[client], NaN for attackers."""
+        ...
+
+
 class Evaluator:
     """Evaluates the clients held here, and makes the event that tells of it."""
 
@@ -54,8 +77,9 @@ class Evaluator:
         self.own_rows = [federation.train_data.take(rows) if len(rows) else None for rows in federation.own_rows]
         self.metrics = further_metrics(self.settings.computed, self.learner.task.metric)
 
-    def evaluate(self, x: Adapters, final: bool) -> Evaluation:
-        """Evaluate the clients' models ``x``, their average, and their relayed ones: at the end, on all rows."""
+    def evaluate(self, state: Any, final: bool) -> Evaluation:
+        """See ``Evaluates``."""
+        x = self.federation.algorithm.model(state)
         rows = self.federation.eval_data if final else self.few_rows
         found = Scores.join([self._score(models, rows) for models in self.participation.evaluated(x)])
         relayed = self.federation.exchange.relayed_models(x)
@@ -106,7 +130,8 @@ class Evaluator:
         """Of each label or type of entity its number in the rows, and F1 of honest clients and of their average."""
         if found.own.counts is None:
             return {}
-        names, averaged = names_of_counts(self.learner.task.kind.target, found.rows.names), found.averaged
+        target, averaged = task_kind(self.federation.config.task.kind).target, found.averaged
+        names = names_of_counts(target, found.rows.names)
         told = {}
         for place, name in enumerate(names):
             own = found.own.counts[self.federation.honest_rows, place]
@@ -122,7 +147,7 @@ class Evaluator:
         shown[honest] = values[honest]
         return shown.tolist()
 
-    def _score(self, models: Adapters, rows: Dataset) -> Scores:
+    def _score(self, models: Adapters, rows: Dataset | Episodes) -> Scores:
         return self.learner.evaluate(models, rows, self.settings.batch, self.metrics)
 
     def _score_own(self, models: Adapters) -> Scores | None:

@@ -36,6 +36,7 @@ from peerlora.runtime.inputs import speed_of
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.new_folder import new_folder
 from peerlora.runtime.plan import plan
+from peerlora.runtime.policy import build_policy, load_policy
 from peerlora.runtime.reading import Reading
 from peerlora.runtime.relayed_export import (
     MODEL_FACTS,
@@ -85,7 +86,8 @@ class Exporter:
         if isinstance(self.model, PeftAdapter):  # a training loop's, which reads its rows in its own way
             return self.model.export(folder, x, row, context)
         export_adapter(folder, x, row, self.model, context, rank)
-        Reading.of(self.config).write(folder)
+        if not task_kind(self.config.task.kind).acts:
+            Reading.of(self.config).write(folder)
         return folder
 
 
@@ -118,14 +120,22 @@ def exporter_of(run: Path) -> Exporter:
     config, named = config_of(run)
     held = clients_of(run)
     planned, here = plan(config, held), list(range(config.clients)) if held is None else held
+    model, context = _built(run, config)
+    context = replace(context, base_source=named)
+    start, _ = start_adapters(config, model, context, here)
+    exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
+    return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
+
+
+def _built(run: Path, config: RunConfig) -> tuple[StackedModel, ExportContext]:
+    """The base model of a run, with places for adapters, and how they are exported."""
+    if task_kind(config.task.kind).acts:
+        return build_policy(config, load_policy(config))
     tokenizer, causal = run_tokenizer(config), task_kind(config.task.kind).predicts_tokens
     tokens = sample_tokens(tokenizer, config.data.max_length, causal)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), class_names(run, config))
     built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
-    model, context = built.model, replace(built.export, base_source=named)
-    start, _ = start_adapters(config, model, context, here)
-    exchange = build_exchange(config, StackedExchange(planned.topology, here), start, planned.attackers)
-    return Exporter(config, here, planned.algorithm.model(planned.algorithm.start(start, exchange)), model, context)
+    return built.model, built.export
 
 
 def class_names(run: Path, config: RunConfig) -> tuple[str, ...]:

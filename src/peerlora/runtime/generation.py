@@ -29,10 +29,11 @@ def generate_answers(
     ``models``: as ``Participation.evaluated`` gives them: the clients held here, then their average where it is known.
     """
     data, tokenizer = federation.eval_data, federation.export.tokenizer
-    rows = _drawn_rows(data, wanted.rows, federation.config.seed)
-    prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
     model, learner = federation.model, federation.learner
     assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner)  # a loop of one's own has no chats
+    assert isinstance(data, Dataset)  # nor has a policy
+    rows = _drawn_rows(data, wanted.rows, federation.config.seed)
+    prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
     ends = answer_ends(tokenizer)
     held = federation.exchange.clients
     place = held.index(wanted.client) if wanted.client in held else 0

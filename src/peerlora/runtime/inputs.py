@@ -16,6 +16,7 @@ from peerlora.lora.peft_model import PeftAdapter
 from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation
 from peerlora.train.kernels.speed import Speed
+from peerlora.train.online.episodes import Episodes
 
 _CHOSEN = ("fp32", "bf16", "fp64")
 
@@ -24,10 +25,17 @@ def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
     """Digests of the training and evaluation rows, their division, the base model and the adapter to start from."""
     start = {"start": {"values": _digest([federation.start.flat.cpu().numpy()])}}
     return {
-        **describe_rows(federation.train_data, federation.eval_data),
+        **describe_data(federation.train_data, federation.eval_data),
         "partition": {"rows of each client": _digest(federation.partition.shards)},
         "base": {"weights": federation.base_digest},
     } | (start if federation.config.adapter.start is not None else {})
+
+
+def describe_data(train: Dataset | Episodes, evaluation: Dataset | Episodes) -> dict[str, dict[str, Any]]:
+    """Digests of the training and evaluation rows; of a flow policy, of the episodes of evaluation."""
+    if isinstance(train, Episodes) or isinstance(evaluation, Episodes):
+        return {"eval": _describe(evaluation)}
+    return describe_rows(train, evaluation)
 
 
 def describe_rows(train: Dataset, evaluation: Dataset) -> dict[str, dict[str, Any]]:
@@ -81,6 +89,8 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         "start": f"adapter.start={config.adapter.start}",
         "partition": "the division of rows",
     }
+    if config.task.env is not None:
+        sources |= {"eval": f"task.env={config.task.env}", "partition": "the clients' environments"}
     differ = {name: _differing(was.get(name, {}), now.get(name, {})) for name in sources}
     if "classes" in differ["train"]:  # they name the outputs of a head, and the labels of the evaluation
         differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
@@ -101,7 +111,9 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{then.get(part)} rows then, {now.get(part)} now" if part == "rows" else part for part in parts]
 
 
-def _describe(data: Dataset) -> dict[str, Any]:
+def _describe(data: Dataset | Episodes) -> dict[str, Any]:
+    if isinstance(data, Episodes):
+        return data.digests()
     types = [] if data.types is None else [data.types]
     written = [] if data.target_starts is None else [data.target_starts]
     targets = {} if data.targets is None else {"targets": _digest([data.targets, *written])}

@@ -11,6 +11,7 @@ import torch
 
 from peerlora.algorithms.compatibility import cache_settings
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import Partition
 from peerlora.errors import CompositionError, ConfigError
@@ -44,6 +45,11 @@ def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.
 
     Raises ConfigError for settings that a loop has itself, and those that its PEFT model contradicts.
     """
+    if task_kind(config.task.kind).acts:
+        raise ConfigError(
+            f"task.kind={config.task.kind} given, whose clients act in environments; a training loop of your own "
+            "learns from rows: drop it, or train by `peerlora train` or `peerlora peer`"
+        )
     _require_defaults(config)
     if adapter.spec.head and config.adapter.head == "frozen":
         raise ConfigError(

@@ -21,6 +21,7 @@ from peerlora.runs.store import resume_command
 from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.rounds import RoundResult
 from peerlora.topology.weights import remove_links, rho
+from peerlora.tree import rebuild
 
 WITHOUT_W = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
 """Measures of a round that are not known where no single matrix describes it."""
@@ -60,6 +61,14 @@ class Participation(Protocol):
         """Return the models to evaluate: first the clients held here, then their average where it is known."""
         ...
 
+    def whole(self, state: State) -> State:
+        """Return the state as a checkpoint and the exports have it, of every client that this run writes."""
+        ...
+
+    def restored(self, start: State, tensors: dict[str, Tensor]) -> State:
+        """Return a state like ``start`` with the tensors that a checkpoint kept of ``whole``."""
+        ...
+
     def describe(self, started: RunStarted) -> RunStarted:
         """Add to a run's first event which clients are held here."""
         ...
@@ -81,7 +90,19 @@ class Participation(Protocol):
         ...
 
 
-class AllClients:
+class HeldState:
+    """The state of a participation that holds all of what it writes."""
+
+    def whole(self, state: State) -> State:
+        """Return the state itself."""
+        return state
+
+    def restored(self, start: State, tensors: dict[str, Tensor]) -> State:
+        """Return a state like ``start`` with these tensors."""
+        return rebuild(start, tensors)
+
+
+class AllClients(HeldState):
     """All clients of a run live in this process.
 
     Diagnostics leave attackers out, as if the honest clients had no link to them.
@@ -110,7 +131,7 @@ class AllClients:
     def observe(self, t: int, state: State, result: RoundResult) -> dict[str, Any]:
         """Measure agreement, mismatch and rho."""
         W = result.W if result.W is not None else np.eye(self.federation.config.clients)
-        found = vars(self._diagnose(self.federation.algorithm.model(state), result.sent, W))
+        found = vars(self._diagnosed(state, result.sent, W))
         self.mixing_moment += W.T @ W
         if result.W is None:
             return {**found, **dict.fromkeys(WITHOUT_W, math.nan)}
@@ -150,11 +171,18 @@ class AllClients:
         """Restore the mixing moment."""
         self.mixing_moment = tensors["moment"].numpy().copy()
 
-    def _diagnose(self, after: Adapters, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
-        honest = self.federation.honest_rows
-        if len(honest) < after.clients:
-            cut = np.ones_like(W, dtype=bool)
-            cut[np.ix_(honest, honest)] = False
-            W = remove_links(W, cut & ~np.eye(len(W), dtype=bool))[np.ix_(honest, honest)]
-            after, sent = after.rows(honest), sent and sent.rows(honest)
+    def _diagnosed(self, state: State, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+        after, sent, W = of_clients(self.federation.honest_rows, self.federation.algorithm.model(state), sent, W)
         return diagnose(after.to("cpu"), sent.to("cpu") if sent is not None else None, W)
+
+
+def of_clients(
+    clients: Sequence[int], after: Adapters, sent: Adapters | None, W: np.ndarray
+) -> tuple[Adapters, Adapters | None, np.ndarray]:
+    """What some clients did in a round, as if they had no link to the others; of all clients, unchanged."""
+    if len(clients) == after.clients:
+        return after, sent, W
+    cut = np.ones_like(W, dtype=bool)
+    cut[np.ix_(clients, clients)] = False
+    W = remove_links(W, cut & ~np.eye(len(W), dtype=bool))[np.ix_(clients, clients)]
+    return after.rows(clients), sent and sent.rows(clients), W

@@ -42,6 +42,9 @@ class RoundResult:
 class Rounds(Protocol):
     """Advances a run by one round; nothing else in a run depends on how."""
 
+    stopped: set[int]
+    """Clients that train no more, and go on exchanging; asynchronous methods have none."""
+
     @property
     def virtual_seconds(self) -> float:
         """Seconds since the start of the run, on the virtual clock; NaN without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -14,8 +14,10 @@ from peerlora.config.metrics import higher_is_better
 from peerlora.config.run import RunConfig
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.relayed_export import deployed
-from peerlora.train.tasks import Task
 from peerlora.tree import leaves, own_copy, put_row, rebuild, rows_of
+
+if TYPE_CHECKING:
+    from peerlora.train.base import AnyTask
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Selection:
         return "relayed" if self.of.endswith("relayed") else "own"
 
     @classmethod
-    def of_run(cls, config: RunConfig, task: Task) -> Selection | None:
+    def of_run(cls, config: RunConfig, task: AnyTask) -> Selection | None:
         """The one of a run; None where nothing is selected."""
         select = config.eval.select
         if select is None:

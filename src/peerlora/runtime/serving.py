@@ -16,6 +16,7 @@ from peerlora.lora.base_weights import real_names
 from peerlora.lora.model_folder import ADAPTER, WHOLE, adapter_weights, base_name, is_adapter, read_settings
 from peerlora.runtime.reading import FILE as READING
 from peerlora.runtime.reading import Reading
+from peerlora.train.online.base_policy import SETTINGS
 
 _MOST_TOKENS = 512  # of a row, where a folder says nothing
 _OLD_ENDINGS = {"causal-lm": ("LMHeadModel",), "sequence-to-sequence": ("ForConditionalGeneration",)}
@@ -49,6 +50,11 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
     """
     adapter = is_adapter(folder)
     settings = read_settings(folder / (ADAPTER if adapter else WHOLE))
+    named = base_name(settings)
+    if named is not None and (Path(named) / SETTINGS).is_file():
+        raise ModelError(
+            f"{folder} is the adapter of a flow policy, which acts and answers no rows; give another folder"
+        )
     reading = _reading(folder, settings, adapter, text)
     kind = _known_kind(folder, reading)
     source, revision = _source(folder, settings) if adapter else (str(folder.resolve()), None)
@@ -78,9 +84,12 @@ def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[
 
 def _known_kind(folder: Path, reading: Reading) -> TaskKind:
     try:
-        return task_kind(reading.task)
+        kind = task_kind(reading.task)
     except ValueError as error:
         raise ModelError(f"{folder / READING}: task {error}; use the version of peerlora that wrote it") from None
+    if kind.acts:
+        raise ModelError(f"{folder / READING}: task {kind.name} answers no rows; give another folder")
+    return kind
 
 
 def _labels(folder: Path, settings: dict[str, Any], kind: TaskKind) -> tuple[str, ...]:
@@ -126,7 +135,8 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
     """
     problem = settings.get("problem_type")
     target = _PROBLEMS.get(problem) if isinstance(problem, str) else None
-    kinds = [kind for kind in KINDS.values() if target in (None, kind.target)]
+    answering = [kind for kind in KINDS.values() if not kind.acts]
+    kinds = [kind for kind in answering if target in (None, kind.target)]
     if adapter:
         told = f"task_type={settings.get('task_type')!r}"
         found = [kind for kind in kinds if kind.peft_type == settings.get("task_type")]
@@ -135,7 +145,7 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
         told = f"architectures={classes}"
         found = [kind for kind in kinds if any(name.endswith(_endings(kind)) for name in classes)]
     if not found:
-        known = dict.fromkeys(kind.peft_type for kind in KINDS.values())
+        known = dict.fromkeys(kind.peft_type for kind in answering)
         raise ModelError(f"{folder} has {told}; rows can be answered by {', '.join(known)}")
     return found[0]
 

@@ -19,6 +19,7 @@ from peerlora.runtime.asynchronous import AsynchronousRounds
 from peerlora.runtime.compose import Federation, compose, resolve_threads, use_threads
 from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.participation import AllClients
+from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.sequential import SequentialLearner
@@ -31,20 +32,21 @@ def simulate(
     config: RunConfig,
     out: Path | str | None = None,
     *,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     report: bool = True,
     learner: SequentialLearner | None = None,
 ) -> Result:
-    """Run a config from the start, in ``out`` or in a new folder under ``runs/``.
+    """Run a config from the start in this process, in ``out`` or in a new folder under ``runs/``.
+
+    ``runtime.cluster.run`` has the same for runs that may be on a cluster, and is what ``peerlora.simulate`` is.
 
     Each of ``sinks`` takes every event, in order, after the run folder; ``stop`` is asked after every round and, when
     true, a checkpoint is written and Stopped raised.  Without ``report`` no report.html is drawn at the end, which
     takes about a second; ``runs.report.write_report`` does it later.  ``learner``: Trainers that take the local steps,
-    in place of our own learner.  Nothing is written before everything has been
-    loaded and checked.
+    in place of our own learner.  Nothing is written before everything has been loaded and checked.
     """
     folder = Path(out) if out is not None else default_folder(config)
     require_free(folder)
@@ -68,7 +70,7 @@ def resume(
     folder: Path | str,
     *,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     partitioner: Any = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
@@ -80,11 +82,7 @@ def resume(
     data, base model or start adapter that changed since.
     """
     with RunStore.open(folder) as store:
-        if store.facts.get("loop"):
-            raise RunError(
-                f"{store.folder} was trained by loops of your own, whose optimisers and rows no checkpoint holds; "
-                "start a new run with another --out"
-            )
+        refuse_loops(store)
         config = stored_config(store)
         asked = expected(config)
         check_same(config, asked, store, partitioner)
@@ -95,6 +93,15 @@ def resume(
         check_inputs(store, federation)
         with tracked_sinks(asked, store, sinks) as every:
             return build_trainer(federation, store, every, stop, report).run(resumed=True)
+
+
+def refuse_loops(store: RunStore) -> None:
+    """Raise RunError for the run of a training loop of the user's own, which cannot be resumed."""
+    if store.facts.get("loop"):
+        raise RunError(
+            f"{store.folder} was trained by loops of your own, whose optimisers and rows no checkpoint holds; "
+            "start a new run with another --out"
+        )
 
 
 def build_trainer(

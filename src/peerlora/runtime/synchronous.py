@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -28,19 +28,28 @@ class SynchronousRounds:
     or is away, is absent: in that round it has no links, whose weight goes to the diagonals of both ends, and its whole
     state stays as it was.  It goes on with its job and takes part in the first round that it is ready in; all others
     begin their next job at once.
+
+    ``gather`` turns [client, 1] of the clients held here into that of all; where all are here it is the identity.
     """
 
     def __init__(
-        self, algorithm: Algorithm[Any], learner: Learner, exchange: MeteredExchange, clock: VirtualClock | None
+        self,
+        algorithm: Algorithm[Any],
+        learner: Learner,
+        exchange: MeteredExchange,
+        clock: VirtualClock | None,
+        gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     ):
         self.algorithm, self.learner, self.exchange, self.clock = algorithm, learner, exchange, clock
+        self.gather = gather
         self.now, self.jobs = 0, [0] * len(exchange.clients)
         self.ready: dict[int, int] = {}
         """Client that has begun a job -> when its result will have been sent."""
         self.stopped: set[int] = set()
         """Clients that train no more, and go on exchanging; only of methods whose rounds do no more than that."""
-        self.step_seconds = torch.full((len(exchange.clients),), float("nan"), dtype=torch.float64)
-        """Of each client's latest job, as long as it took from its beginning."""
+        everybody = clock.clients if clock else 0
+        self.step_seconds = torch.full((everybody,), float("nan"), dtype=torch.float64)
+        """[client] of the run: of the latest job, as long as it took from its beginning."""
 
     @property
     def virtual_seconds(self) -> float:
@@ -53,13 +62,14 @@ class SynchronousRounds:
         here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
         stats = self.exchange.begin(t, absent)
         began = time.perf_counter()
-        jobs, step_seconds = (self.jobs, self.step_seconds) if self.clock else (None, None)
+        own_seconds = self.step_seconds[list(self.exchange.clients)] if self.clock else None
+        jobs, step_seconds = (self.jobs, own_seconds) if self.clock else (None, None)
         training = [place for place in here if self.exchange.clients[place] not in self.stopped]
         with self.learner.round(t, jobs, training, step_seconds) as trained:
             advance = self.algorithm.quiet_round if self.learner.settings.is_quiet(t) else self.algorithm.round
             after = advance(t, state, self.learner, self.exchange)
         if absent:
-            after = held(state, after, absent)
+            after = held(state, after, [place for place in range(len(self.jobs)) if place not in here])
         if not stats.cached:  # else the method has relayed
             self.exchange.relay()
         worked = time.perf_counter() - began
@@ -115,17 +125,25 @@ class SynchronousRounds:
         idle = [i for i in range(clock.clients) if i not in self.ready]
         away = [i for i in idle if clock.away(i, self.now, t)]
         degrees = self.exchange.topology.at(t, away).degrees
-        x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        quiet = self.learner.settings.is_quiet(t)
-        limit = self.algorithm.time_limit
-        for i in [i for i in idle if i not in away]:
+        steps, limit = self.learner.settings.local_steps, self.algorithm.time_limit
+        quiet, begun, computed = self.learner.settings.is_quiet(t), [i for i in idle if i not in away], {}
+        for i in begun:
             gradients = 0 if quiet or i in self.stopped else self.algorithm.traits.gradients
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
             whole = clock.compute(i, gradients * steps, self.now)
-            computed = self.now + (whole if limit is None else min(whole, ticks(limit)))
-            own = x.rows([i])
-            vectors = self.algorithm.message_in_time(own, t, self.step_seconds[[i]], steps)
-            message = self.exchange.wire_schema(vectors)
-            links = int(degrees[i]) if message else 0
-            count = links * encoded_bytes(message)
-            self.ready[i] = computed + clock.upload(i, count, computed) + (clock.delay if links else 0)
+            computed[i] = self.now + (whole if limit is None else min(whole, ticks(limit)))
+        sizes = self._message_bytes(t, state, begun)
+        for i in begun:
+            links = int(degrees[i]) if sizes[i] else 0
+            self.ready[i] = computed[i] + clock.upload(i, links * sizes[i], computed[i]) + (clock.delay if links else 0)
+
+    def _message_bytes(self, t: int, state: Any, begun: list[int]) -> list[int]:
+        """[client] of the run: the bytes of the message that each of those ``begun`` will send to a neighbour."""
+        x, steps = self.algorithm.model(state), self.learner.settings.local_steps
+        own = torch.zeros(len(self.jobs), 1, dtype=torch.float64)
+        for place, client in enumerate(self.exchange.clients):
+            if client in begun:
+                vectors = self.algorithm.message_in_time(x.rows([place]), t, self.step_seconds[[client]], steps)
+                message = self.exchange.wire_schema(vectors)
+                own[place] = encoded_bytes(message) if message else 0
+        return self.gather(own)[:, 0].long().tolist()

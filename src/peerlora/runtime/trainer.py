@@ -19,20 +19,20 @@ from peerlora.runs.privacy_ledger import PrivacyLedger
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.best_export import write_best, write_best_folders
 from peerlora.runtime.compose import Federation, resolve_threads
-from peerlora.runtime.evaluation import Evaluation, Evaluator, value_of
+from peerlora.runtime.evaluation import Evaluates, Evaluation, Evaluator, value_of
 from peerlora.runtime.export import exporter, write_peft_folders, write_tensors
 from peerlora.runtime.generation import generate_answers
 from peerlora.runtime.participation import Participation
+from peerlora.runtime.policy import show_policy
 from peerlora.runtime.privacy import describe_promises, exhaustion_notice
 from peerlora.runtime.relayed_export import write_relayed
 from peerlora.runtime.result import Result
 from peerlora.runtime.rounds import Rounds
 from peerlora.runtime.selection import BestRounds, Selection, stop_notice
-from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.runtime.wall_clock import WallClock
 from peerlora.train.handover import LoopEnded
 from peerlora.train.schedule import rate
-from peerlora.tree import leaves, rebuild
+from peerlora.tree import leaves
 
 _CURE = "lower train.lr, set train.clip, or see whom it mixed with in the last round"
 _LISTED_LINKS = 5000  # links of a round, beyond which its event holds only their number
@@ -62,8 +62,8 @@ class Trainer:
 
     ``rounds`` advances these clients by one round, ``participation`` finds the others.  The store takes every event
     first, then the ``sinks`` in order.  ``stop`` is asked after every round; when it is true, a checkpoint is written
-    and Stopped raised.  ``checkpoints``: when they are written, by default every
-    ``checkpoint.every`` rounds, and which can be gone on from.
+    and Stopped raised.  ``checkpoints``: when they are written, by default every ``checkpoint.every`` rounds, and which
+    can be gone on from.  ``evaluator`` scores the clients, by default in this process.
     """
 
     def __init__(
@@ -75,12 +75,13 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         stop: Callable[[], bool] = lambda: False,
         checkpoints: CheckpointRule | None = None,
+        evaluator: Evaluates | None = None,
     ):
         self.federation, self.rounds, self.participation = federation, rounds, participation
         self.store, self.sinks, self.stop = store, (store.emit, *sinks), stop
         self.checkpoints = checkpoints or CheckpointRule(lambda done: done % federation.config.checkpoint.every == 0)
         self.config, self.algorithm, self.learner = federation.config, federation.algorithm, federation.learner
-        self.evaluator = Evaluator(federation, participation)
+        self.evaluator = evaluator or Evaluator(federation, participation)
         self.best = _best_rounds(federation)
         self.opening_bytes = 0
         self.privacy, self._exhausted = federation.learner.privacy, 0
@@ -184,7 +185,7 @@ class Trainer:
         if self.learner.logs_evaluations and not final:
             return None
         began = time.perf_counter()
-        found = self.evaluator.evaluate(self.algorithm.model(state), final)
+        found = self.evaluator.evaluate(state, final)
         fresh = self._select(done, found, final)
         event = self.evaluator.event(done, found, began, self.rounds.virtual_seconds, final)
         self._emit(replace(event, **self.best.told()) if self.best else event)
@@ -210,10 +211,11 @@ class Trainer:
 
     def _end_training(self) -> None:
         """Let those train no more that have had patience; asynchronous methods refuse ``eval.patience``."""
-        if self.best and isinstance(self.rounds, SynchronousRounds):
+        if self.best and self.best.patience is not None:
             self.rounds.stopped = self.best.stopped
 
     def _save(self, done: int, state: State) -> None:
+        state = self.participation.whole(state)
         if not self.algorithm.model(state).flat.isfinite().all():
             raise DivergenceError(f"adapters are not finite after {done} rounds; {_CURE}")
         in_flight, facts = self.rounds.state_dict()
@@ -253,8 +255,8 @@ class Trainer:
         self.participation.load_state_dict(checkpoint.tensors)
         self.learner.load_state_dict(part("learner"), checkpoint.facts["trained"])
         self.federation.exchange.load_state_dict(part("exchange"))
-        state = rebuild(start, _below("state.", checkpoint.tensors))
-        x = self.algorithm.model(state)
+        state = self.participation.restored(start, _below("state.", checkpoint.tensors))
+        x = self.algorithm.model(self.participation.whole(state))
         self.rounds.load_state_dict(part("rounds"), checkpoint.facts.get("rounds", {}), x)
         self.wall_clock.load_state_dict(checkpoint.facts.get("time", {}))
         if self.best and "best" in checkpoint.facts:
@@ -289,11 +291,12 @@ class Trainer:
 
     def _finish(self, done: int, state: State) -> Result:
         self._emit(*self.participation.leave(done, state))
-        x = self.algorithm.model(state).to("cpu")
+        x = self.algorithm.model(self.participation.whole(state)).to("cpu")
         relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
         if wanted := self.config.eval.generate:
             models = self.participation.evaluated(self.algorithm.model(state))
             self._emit(generate_answers(self.federation, wanted, models, done))
+        self._emit(*show_policy(self.federation, lambda: self.participation.evaluated(x), done))
         with self.store.writing():
             write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:

@@ -13,6 +13,7 @@ from torch import nn
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.chat_tokens import answer_ends
+from peerlora.errors import RunError
 from peerlora.lora.attach import without_peft_warnings
 from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.lora.model_folder import ADAPTER, read_settings, with_base
@@ -33,11 +34,11 @@ def merge_from_run(run: Path, to: Path, choice: ModelChoice | int | None, dtype:
     config.json, and how rows were read.  Needs run folder and base model, no data.  Raises RunError as
     `export_from_run` does, ModelError where the base model is gone.
     """
-    chosen = ModelChoice.of(choice).checked(run)
+    chosen, (config, named) = ModelChoice.of(choice).checked(run), config_of(run)
+    _require_rows(run, config)
     with new_folder(to) as half:
         adapter = half / "adapter"
         write_export(run, adapter, chosen)
-        config, named = config_of(run)
         whole, tokenizer = _base_of(run, config)
         merged = _merged(whole, adapter)
         shutil.rmtree(adapter)
@@ -53,14 +54,24 @@ def export_with_base(run: Path, to: Path, choice: ModelChoice | int | None) -> P
     ``adapter_config.json`` names that folder, so ``AutoPeftModel...`` and ``pipeline(model=folder)`` find a base whose
     config.json has the run's class names.
     """
-    chosen = ModelChoice.of(choice).checked(run)
+    chosen, (config, _) = ModelChoice.of(choice).checked(run), config_of(run)
+    _require_rows(run, config)
     with new_folder(to) as half:
         write_export(run, half, chosen)
-        whole, tokenizer = _base_of(run, config_of(run)[0])
+        whole, tokenizer = _base_of(run, config)
         _save(whole, tokenizer, half / "base")
         for name, text in with_base(half, str(to.resolve() / "base")).items():
             (half / name).write_text(text, encoding="utf-8")
     return to
+
+
+def _require_rows(run: Path, config: RunConfig) -> None:
+    """Refuse a run of flow policies, whose base no other program loads."""
+    if task_kind(config.task.kind).acts:
+        raise RunError(
+            f"{run} holds flow policies, which no other program loads as a whole model; use `peerlora export`, and "
+            "give PEFT the base policy's folder (docs/flow-policies.md)"
+        )
 
 
 def _base_of(run: Path, config: RunConfig) -> tuple[Any, Any]:

@@ -18,10 +18,14 @@ from peerlora.train.local_rules import LocalRule
 
 if TYPE_CHECKING:
     from peerlora.config.train import TrainConfig
-    from peerlora.data.dataset import Dataset
+    from peerlora.train.loop_learner import LoopTask
     from peerlora.train.loss_rules import LossRule
+    from peerlora.train.online.task import FlowPolicyTask
     from peerlora.train.privacy import PrivateTraining
     from peerlora.train.row_scores import Measure
+    from peerlora.train.tasks import Task
+
+    AnyTask = Task | FlowPolicyTask | LoopTask
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class LocalPlan:
     """Cuts backward passes short, client by client."""
     row_weights: Float[Tensor, "client row"] | None = None
     """How much each row of a client's shard counts in its loss, by its place in the shard."""
+    turn: int | None = None
+    """Of a model whose blocks are fine-tuned one after another: the number of the turn, of N blocks turn mod N trains
+    alone.  None: all train."""
 
     @classmethod
     def of(cls, plan: LocalPlan | str) -> LocalPlan:
@@ -54,7 +61,7 @@ class TrainStats:
     losses: Float[Tensor, " client"]
     """Mean training loss of the last ``fit``; NaN for clients that did not train."""
     measures: dict[str, list[float]] = field(default_factory=dict)
-    """Name -> what each client's own training loop has logged."""
+    """What else was measured of each client that trained, or its own training loop has logged, by name."""
     events: list[Event] = field(default_factory=list)
     """Evaluations and warnings of training loops of the user's own."""
 
@@ -122,8 +129,6 @@ class Learner(Protocol):
     ([[0.0, 1.0], [0.0, 3.0]], [17.0, 9.0])
     """
 
-    task: Any
-    """A ``Task``; of a training loop of the user's own a ``LoopTask``, which has a metric alone."""
     loss_rules: tuple[LossRule, ...]
     """What is changed between logits and losses in training, in this order."""
     step_seconds: Float[Tensor, " client"] | None
@@ -142,6 +147,11 @@ class Learner(Protocol):
 
         Then ``evaluate`` is asked at the end only.
         """
+        ...
+
+    @property
+    def task(self) -> AnyTask:
+        """What is learned; of policies and of training loops of the user's own the metric alone is known."""
         ...
 
     def round(
@@ -171,8 +181,11 @@ class Learner(Protocol):
         """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
         ...
 
-    def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
-        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too."""
+    def evaluate(self, x: Adapters, data: Any, batch: int, metrics: Sequence[str] = ()) -> Scores:
+        """Every client in ``x`` on the same rows of ``data``, ``batch`` at a time, by further ``metrics``, too.
+
+        ``data``: what this learner evaluates on, a ``Dataset`` or ``Episodes``.
+        """
         ...
 
     @property

@@ -31,6 +31,7 @@ from peerlora.train.privacy import PrivateStep
 from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
 from peerlora.train.tasks import Task, loss_terms, outcomes_width
+from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
 from peerlora.tree import equal_rows
 
 _EVALUATED = 2048  # tokens of one evaluation's graph, at least; there is no backward, so more gain nothing on a CPU
@@ -56,6 +57,16 @@ class StackedLearner(LocalTraining):
         self.pad, self.graph = pad, graph
         self.shares_prefix = False
         """Whether later runs ask for the same rows again."""
+        self._tiles = tiles_of(len(shards.clients), settings.block) if settings.block else None
+        self._step_rows, self._shard_rows = sum(shards.batches), sum(map(len, shards.shards))
+
+    def hold_block(self, sizes: Sequence[int], step_rows: int, shard_rows: int) -> None:
+        """Hold a part of a run's clients, of how many each of its tiles is.
+
+        ``step_rows``, ``shard_rows``: of all clients together, the rows of a minibatch and those that they train on.
+        """
+        self._tiles = tiles_of_sizes(sizes) if self.settings.block else None
+        self._step_rows, self._shard_rows = step_rows, shard_rows
 
     def _take_steps(
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
@@ -114,12 +125,12 @@ class StackedLearner(LocalTraining):
 
     @cached_property
     def _rows_return(self) -> bool:
-        """Whether the average row held here is seen again, so that what was computed of it is worth keeping.
+        """Whether the average row of the run's clients is seen again, so that what was computed of it is worth keeping.
 
         Not of the data: a peer reads those of all clients, and is to decide as a simulation of equal clients does.
         """
         minibatches = self.settings.training_rounds * self.settings.minibatches
-        return self.shares_prefix or minibatches * sum(self.shards.batches) > sum(map(len, self.shards.shards))
+        return self.shares_prefix or minibatches * self._step_rows > self._shard_rows
 
     def _bind(self, x: Adapters, active: Mapping[str, slice]) -> list[Tensor]:
         """Let the model use these adapters; returns the tensors that are to have gradients."""
@@ -175,6 +186,7 @@ class StackedLearner(LocalTraining):
         self, spec: AdapterSpec, blocks: tuple[Block, ...], plan: LocalPlan, per_layer_moments: bool
     ) -> Iterator[tuple[ClientRows, TrainableColumns]]:
         """The clients of each graph, and what of them trains: with ``plan.depth``, all of a graph get equally deep."""
+        assert plan.turn is None, "a method of turns is for flow policies, and refused before"
         depth = plan.depth
         clients, steps = np.array(self._round.clients, dtype=int), self.settings.local_steps
         if depth is None:
@@ -190,16 +202,22 @@ class StackedLearner(LocalTraining):
 
     def _graphs(self, clients: Int[np.ndarray, " client"]) -> Iterator[ClientRows]:
         """Parts of these clients, so many per graph that its activations stay in reach."""
+        if self._tiles is not None:
+            yield from divide_by_tiles(clients.tolist(), self._tiles, self.model.step.layout.rows_first)
+            return
         if len(clients) == 0:
             return
         most = max(self.shards.batches[i] for i in clients.tolist())
-        largest = self._together(self.settings.block or self.graph.clients(most, self.shards.data.all_lengths))
+        largest = self._together(self.graph.clients(most, self.shards.data.all_lengths))
         for part in np.array_split(clients, -(-len(clients) // largest)):
             yield part.tolist()
 
     @torch.no_grad()
     def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
         """See ``Learner``."""
+        if self._tiles is not None and x.clients > (size := self.settings.block or 1):
+            tiles = evaluated_tiles(x.clients, self._tiles, size)
+            return Scores.join([self.evaluate(x.rows(tile), data, batch, metrics) for tile in tiles])
         if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
         width, margins = outcomes_width(self.task, data), None
@@ -238,7 +256,8 @@ class StackedLearner(LocalTraining):
         def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
             return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)
 
-        return score_shards(self.shards, batch, self._together(max(_EVALUATED, self.graph.tokens)), forward)
+        tokens = self._together(max(_EVALUATED, self.graph.tokens))
+        return score_shards(self.shards, batch, tokens, forward, self._tiles)
 
     def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
         """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -37,18 +38,25 @@ def measure(score: str, task: Task, temperature: float = 1.0) -> Measure:
 
 
 def score_shards(
-    shards: Shards, rows_per_batch: int, tokens: int, forward: Callable[[list[int], list[np.ndarray]], Tensor]
+    shards: Shards,
+    rows_per_batch: int,
+    tokens: int,
+    forward: Callable[[list[int], list[np.ndarray]], Tensor],
+    tiles: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, "client row"]:
     """Scores by ``forward`` of every row of every client's shard, by its place there; NaN where a shard has ended.
 
-    ``forward``: clients and rows of each -> [client, row], filled up for clients with fewer rows.
+    ``forward``: clients and rows of each -> [client, row], filled up for clients with fewer rows.  ``tiles``: clients
+    that may be computed together, all by default.
     """
     lengths = shards.data.lengths
     orders = [np.argsort(lengths[own], kind="stable") for own in shards.shards]
     longest = max(len(order) for order in orders)
     found = torch.full((len(orders), longest), float("nan"), dtype=torch.float64)
-    for start in range(0, longest, rows_per_batch):
-        places = {i: order[start : start + rows_per_batch] for i, order in enumerate(orders) if start < len(order)}
+    for start, tile in product(range(0, longest, rows_per_batch), tiles or [range(len(orders))]):
+        places = {i: orders[i][start : start + rows_per_batch] for i in tile if start < len(orders[i])}
+        if not places:
+            continue
         rows = {i: shards.shards[i][own] for i, own in places.items()}
         widest = max(len(own) * int(lengths[own].max()) for own in rows.values())
         for clients in _parts(list(places), max(1, tokens // widest)):

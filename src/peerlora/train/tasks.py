@@ -23,7 +23,7 @@ from peerlora.train.metrics import counts_of_entities, counts_of_labels, pooled_
 
 @runtime_checkable
 class Task(Protocol):
-    """The training half of a ``TaskKind``: losses per client for training, outcomes per row for scoring.
+    """The training half of a ``TaskKind`` of rows: losses per client for training, outcomes per row for scoring.
 
     A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
     """

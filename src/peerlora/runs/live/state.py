@@ -145,7 +145,14 @@ class LiveRun:
         labels = counts[number] if number < len(counts) else None
         curves = {"loss": self.loss.column(number), "score": self.score.column(number)}
         met = [t for t, links in self.links.items() if (links == number).any()]
-        return {**curves, "labels": labels, "notices": about[-50:], "met": len(met), "last": max(met, default=None)}
+        found = {**curves, "labels": labels, "environment": self._environment(number), "notices": about[-50:]}
+        return found | {"met": len(met), "last": max(met, default=None)}
+
+    def _environment(self, client: int) -> str:
+        """What one client acts in, in words; nothing where it has rows."""
+        values = self.meta["values"].items() if "environment" in self.meta else ()
+        told = ", ".join(f"{name} {own[client]:.4g}" for name, own in values if client < len(own))
+        return " with ".join(filter(None, [self.meta.get("environment"), told]))
 
     def _standing(self) -> dict[str, Any]:
         named = {"done": self.done, "status": self.status}
@@ -173,6 +180,7 @@ class LiveRun:
             "counts": counts,
             "peers": bool(event.get("held")),
         }
+        self.meta |= _environments(event.get("partition") or {})
         for warning in event.get("warnings") or ():
             self._notice("warning", str(warning), held)
 
@@ -231,6 +239,17 @@ class LiveRun:
             {"n": self.numbered, "level": level, "text": text, "clients": list(clients), "round": round}
         )
         self.numbered += 1
+
+
+def _environments(partition: dict[str, Any]) -> dict[str, Any]:
+    """The environment of flow policies, and the values in which those of clients differ; nothing where they have rows.
+
+    Raises ValueError or TypeError for values that are no numbers.
+    """
+    if "environment" not in partition:
+        return {}
+    values = {str(name): [float(each) for each in own] for name, own in partition["values"].items()}
+    return {"environment": str(partition["environment"]), "values": values}
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:

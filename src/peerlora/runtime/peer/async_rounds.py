@@ -43,6 +43,7 @@ class PeerAsyncRounds:
         """While a job is going on, the client's state, which received messages change."""
         self.news = False
         """True after a message came of which the method does not know yet."""
+        self.stopped: set[int] = set()
         mailbox.on_arrival = self._arrived
 
     def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
-from peerlora.config.sections import AdapterConfig, DataConfig
+from peerlora.config.sections import AdapterConfig, DataConfig, TaskConfig
 from peerlora.config.train import TrainConfig
 from peerlora.lora.adapters import AdapterSpec
 
-_SITE = ("model", "device", "threads", "privacy", "eval", "checkpoint", "track")  # a site's own business
+_SITE = ("model", "device", "threads", "privacy", "eval", "checkpoint", "track", "cluster")  # a site's own business
 _NAMED = ("recipe",)  # its settings are compared, wherever they come from
 _SITE_TRAIN = ("fast", "block", "max_seconds")
 _NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights", "epochs")
@@ -25,6 +25,8 @@ _NEWER_ADAPTER = {
 }
 _READING = ("template", "loss_on", "too_long")  # of chats, which all sites must read alike
 _NEWER_DATA = {name: DataConfig.model_fields[name].default for name in (*_READING, "columns")}
+_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
+_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
@@ -36,6 +38,9 @@ def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | 
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
+    tree["task"] = _without_defaults(tree["task"], _NEWER_TASK)
+    if config.task.env is None:  # then no site has a use for it
+        del tree["online"]
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
         del tree["exchange"]["relay"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peerlora.data.partition import Partition
 from peerlora.exchange.gossip_sum import sum_schema
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import AdapterSpec
@@ -18,6 +19,7 @@ def largest_message(federation: Federation, sends: Schema) -> int:
     if federation.config.exchange.codec or federation.algorithm.traits.sends == "replicas":
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference
     if federation.config.train.label_prior == "pooled":
+        assert isinstance(federation.partition, Partition), "label priors need labels"
         found.append(sum_schema(federation.partition.counts.shape[1], federation.topology))
     return max(largest_body(each) for each in found)
 

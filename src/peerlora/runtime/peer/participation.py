@@ -24,10 +24,11 @@ from peerlora.runs.events import Event, Joined, NeighbourChanged, RunStarted, Wa
 from peerlora.runs.metrics import contact
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.compose import Federation
+from peerlora.runtime.participation import HeldState
 from peerlora.runtime.peer.site import Site
 
 
-class PeerParticipation:
+class PeerParticipation(HeldState):
     """One client of a run, whose neighbours are other processes; a context manager that holds the transport open."""
 
     def __init__(

@@ -16,7 +16,7 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime.best_export import read_best
-from peerlora.runtime.compose import Federation, assemble, resolve_threads, use_threads
+from peerlora.runtime.compose import Federation, assemble, load_run, resolve_threads, use_threads
 from peerlora.runtime.export import exporter_of, read_adapters
 from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
 from peerlora.runtime.peer.asynchronous import AsynchronousPeer
@@ -24,8 +24,9 @@ from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_be
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.plan import Plan
+from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.relayed_export import relayed_adapters
-from peerlora.runtime.resources import RunResources, load_resources
+from peerlora.runtime.resources import RunResources
 from peerlora.runtime.tracking import tracked_sinks
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink, Trainer
 from peerlora.train.kernels.speed import Speed
@@ -54,7 +55,7 @@ def train_peer(
     out: Path | str | None = None,
     *,
     resume: bool = False,
-    resources: RunResources | None = None,
+    resources: RunResources | PolicyResources | None = None,
     sinks: Sequence[Sink] = (),
     stop: Callable[[], bool] = lambda: False,
     notices: Callable[[], Sequence[str]] = lambda: (),
@@ -121,11 +122,15 @@ def finished(config: RunConfig, folder: Path) -> Result | None:
 
 
 def _assembled(
-    planned: Plan, threads: int | None, resources: RunResources | None, site: Site, speed: Speed | None = None
+    planned: Plan,
+    threads: int | None,
+    resources: RunResources | PolicyResources | None,
+    site: Site,
+    speed: Speed | None = None,
 ) -> Federation:
     config = planned.config.model_copy(update={"threads": threads})
     use_threads(config)
-    return assemble(replace(planned, config=config), resources or load_resources(config), [site.client], speed=speed)
+    return assemble(replace(planned, config=config), resources or load_run(config), [site.client], speed=speed)
 
 
 def _run(

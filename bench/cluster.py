@@ -1,0 +1,116 @@
+"""What a cluster on this machine costs and gains: ratios from interleaved runs of one process and two workers.
+
+    python bench/cluster.py --repeats 3 --out bench/results/cluster.json
+
+Needs Ray and two quiet cores.  Rates are of rounds, start and end of a run left out; MiniLM, batches of 8, 32 tokens.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from peerlora import load_config, read_events, simulate
+from peerlora.config.cluster import ClusterConfig
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.runner import Callbacks, start_grid
+from peerlora.experiments.trial_pool import trial_pools
+from peerlora.runs.events import RoundDone
+from peerlora.runtime.cluster.ray_engine import RayEngine
+
+TWO = ClusterConfig(workers=2)
+WORDS = [
+    "data.max_length=32",
+    "partition.kind=iid",
+    "topology.kind=ring",
+    "algorithm.name=dec-lora",
+    "clients=40",
+    "train.batch=8",
+    "train.local_steps=5",
+    "eval.rows=2",
+    "data.eval_per_class=1",
+    "eval.every=100",
+]
+
+
+def rate(words: list[str], cluster: ClusterConfig | None) -> float:
+    """Rounds a second of training and exchange, waiting for the slower worker included; the first round is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        simulate(load_config(None, words), Path(folder) / "run", cluster=cluster, report=False)
+        rounds = [event for event in read_events(Path(folder) / "run") if isinstance(event, RoundDone)][1:]
+    return len(rounds) / sum(event.seconds_train + event.seconds_mix for event in rounds)
+
+
+def training(repeats: int, rounds: int) -> dict:
+    """Two workers of one thread against one process of two threads."""
+    words = [*WORDS, f"train.rounds={rounds}"]
+    pairs = [(rate([*words, "threads=2"], None), rate(words, TWO)) for _ in range(repeats)]
+    return {"one process": [one for one, _ in pairs], "two workers": [two for _, two in pairs], **ratio(pairs)}
+
+
+def comparing(repeats: int) -> dict:
+    """Twelve small cells on two workers of one thread against one process of one thread."""
+    grid = load_grid(
+        {
+            "base": {"clients": 4, "threads": 1, "data": {"max_length": 32}, "train": {"rounds": 4, "local_steps": 4}},
+            "axes": {"algorithm.name": ["dec-lora", "fedsa-lora", "ffa-lora", "rolora"]},
+        }
+    )
+    pairs = []
+    for _ in range(repeats):
+        seconds = []
+        for cluster in (None, TWO):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                if cluster is None:
+                    start_grid(grid, Path(folder) / "out", Callbacks(silent))
+                else:
+                    with trial_pools(cluster, print) as pool:
+                        start_grid(grid, Path(folder) / "out", Callbacks(silent, pool=pool))
+                seconds.append(time.perf_counter() - began)
+        pairs.append((1 / seconds[0], 1 / seconds[1]))
+    return {"seconds": [[1 / one, 1 / two] for one, two in pairs], **ratio(pairs)}
+
+
+@contextmanager
+def silent(status):
+    yield lambda event: None
+
+
+def ratio(pairs: list[tuple[float, float]]) -> dict:
+    found = [two / one for one, two in pairs]
+    return {"ratio": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def start_seconds(repeats: int) -> list[float]:
+    """Seconds until two workers of a cluster that is started here answer."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        with RayEngine(TWO, 0) as engine:
+            group = engine.start(2, TWO)
+            found.append(time.perf_counter() - began)
+            group.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cluster.json"))
+    arguments = parser.parse_args()
+    found = {
+        "training": training(arguments.repeats, arguments.rounds),
+        "comparing": comparing(arguments.repeats),
+        "start": start_seconds(arguments.repeats),
+    }
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

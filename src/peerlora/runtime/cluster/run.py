@@ -1,0 +1,255 @@
+"""Runs on a cluster: the driver composes and writes the run, workers hold the clients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peerlora.config.cluster import ClusterConfig
+from peerlora.config.run import RunConfig
+from peerlora.data.dataset import Dataset
+from peerlora.errors import DataError, RunError, WorkersLost
+from peerlora.exchange.blocks import links_of
+from peerlora.lora.attach import StackedModel
+from peerlora.runs.events import Event, Warned
+from peerlora.runs.report import ReportWriter
+from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
+from peerlora.runs.store import RunStore, require_free, resume_command
+from peerlora.runs.trackers.tracking import check_trackers
+from peerlora.runtime import simulate as here
+from peerlora.runtime.cluster.checks import refuse_config, refuse_objects
+from peerlora.runtime.cluster.group import Engine, WorkerGroup
+from peerlora.runtime.cluster.parts import (
+    ClusterClients,
+    ClusterEvaluator,
+    ClusterRounds,
+    RemoteExchange,
+    RemoteLearner,
+    RemoteParts,
+)
+from peerlora.runtime.cluster.placement import Placement, place, plan_transfers
+from peerlora.runtime.cluster.worker import WorkerTask
+from peerlora.runtime.compose import assemble, use_threads
+from peerlora.runtime.epochs import plan_rounds
+from peerlora.runtime.federation import Federation, start_adapters
+from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_of
+from peerlora.runtime.plan import plan
+from peerlora.runtime.resources import load_resources
+from peerlora.runtime.tracking import tracked_sinks
+from peerlora.runtime.trainer import Result, Sink, Trainer
+from peerlora.train.kernels.speed import Speed
+from peerlora.train.learner import StackedLearner
+from peerlora.train.tiles import tiles_of
+
+Stop = Callable[[], bool]
+
+
+def simulate(
+    config: RunConfig,
+    out: Path | str | None = None,
+    *,
+    cluster: ClusterConfig | None = None,
+    engine: Callable[[ClusterConfig, int], Engine] | None = None,
+    partitioner: Any = None,
+    sinks: Sequence[Sink] = (),
+    stop: Stop = lambda: False,
+    report: bool = True,
+    **options: Any,
+) -> Result:
+    """Run a config from the start: on a cluster where ``cluster`` or its section says so, else in this process.
+
+    Arguments are those of ``runtime.simulate.simulate``; ``engine`` starts workers, by default those of Ray.
+    Raises CompositionError for what a cluster cannot do yet, RunError where its workers are lost for good.
+    """
+    settings = cluster or config.cluster
+    if settings is None:
+        return here.simulate(config, out, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options)
+    folder = Path(out) if out is not None else default_folder(config)
+    require_free(folder)
+    check_trackers(config)
+    refuse_objects(partitioner, options)
+    config = config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker})
+    driver = compose_driver(config)
+    facts = run_facts(config, inputs=facts_of(driver.federation))
+    with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+        first, speed = driver.start(machines)
+        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
+            return driver.run(machines, first, store, sinks, stop, report, resumed=False)
+
+
+def resume(
+    folder: Path | str,
+    *,
+    where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda stored: stored,
+    engine: Callable[[ClusterConfig, int], Engine] | None = None,
+    expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
+    partitioner: Any = None,
+    sinks: Sequence[Sink] = (),
+    stop: Stop = lambda: False,
+    report: bool = True,
+    **options: Any,
+) -> Result:
+    """Resume a run, on a cluster where its config says so, with any number of workers.
+
+    ``where`` turns the stored section ``cluster`` into the one to use, None for this process.  Raises RunError where
+    the run's graphs cannot be divided.
+    """
+    with RunStore.open(folder) as store:
+        stored = stored_config(store)
+        settings = where(stored.cluster)
+        if settings is not None:
+            here.refuse_loops(store)
+            asked = expected(stored)
+            check_same(stored, asked, store, partitioner)
+            check_trackers(asked)
+            refuse_objects(partitioner, options)
+            if stored.device == "cpu" and stored.train.block is None:
+                raise RunError(
+                    f"{folder} was begun in one process without train.block, by which graphs are the same on any "
+                    "number of workers; go on in one process, or start anew on the cluster"
+                )
+            tracked = stored.model_copy(update={"track": asked.track})
+            driver = compose_driver(tracked, speed_of(store.facts, stored), settings)
+            check_inputs(store, driver.federation)
+            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+                return driver.run(machines, driver.start(machines)[0], store, sinks, stop, report, resumed=True)
+    return here.resume(
+        folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
+    )
+
+
+def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
+    """The workers of a Ray cluster, whose machines hold what is under way of an exchange."""
+    from peerlora.runtime.cluster.ray_engine import RayEngine
+
+    return RayEngine(settings, exchanged_bytes)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A composed run whose clients are to be held by workers."""
+
+    federation: Federation
+    """Of one client, for what the driver writes."""
+    settings: ClusterConfig
+    placement: Placement
+    speed: Speed | None
+    """Of the workers; None: the best on their machines."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved config."""
+        return self.federation.config
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """At most under way at once: the rows of all clients, before an exchange and in the one after it."""
+        return 2 * self.config.clients * self.federation.start.flat[:1].nbytes
+
+    def start(self, machines: Engine) -> tuple[WorkerGroup, dict[str, Any]]:
+        """Start workers and let them build their blocks; also return the speed that they chose.
+
+        Raises DataError where one reads something else than the driver.
+        """
+        group = machines.start(len(self.placement.tiles), self.settings)
+        try:
+            task = WorkerTask(self.config, self.placement, group.nodes, self.speed, self.settings.timeout, os.getcwd())
+            found = group.call("build", task)
+            self._compare([facts["inputs"] for facts in found])
+            return group, found[0]["speed"]
+        except BaseException:
+            group.close()
+            raise
+
+    def _compare(self, found: Sequence[dict[str, Any]]) -> None:
+        own = {name: each for name, each in facts_of(self.federation)["inputs"].items() if name != "start"}
+        for worker, inputs in enumerate(found):
+            try:
+                require_same_inputs(own, {name: inputs[name] for name in own}, self.config, Path("this run"))
+            except RunError as error:
+                raise DataError(
+                    f"worker {worker} reads other files than the driver: {error}; give all machines the same"
+                ) from None
+
+    def run(
+        self,
+        machines: Engine,
+        group: WorkerGroup | None,
+        store: RunStore,
+        sinks: Sequence[Sink],
+        stop: Stop,
+        report: bool,
+        resumed: bool,
+    ) -> Result:
+        """Run to the end; where workers are lost, new ones go on from the last checkpoint."""
+        every, events = (*sinks, *([ReportWriter(store.folder)] if report else [])), ()
+        for left in range(self.settings.retries, -1, -1):
+            try:
+                group = group or self.start(machines)[0]
+                with closing(group), tracked_sinks(self.config, store, every) as tracked:  # each attempt is a resume
+                    return self._trainer(group, store, tracked, stop, events).run(resumed)
+            except WorkersLost as error:
+                if left == 0:
+                    raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
+                events = (Warned(f"{error}; new workers go on from the last checkpoint"),)
+            group, resumed = None, True
+        raise AssertionError("the last attempt returns or raises")
+
+    def _trainer(
+        self, group: WorkerGroup, store: RunStore, sinks: Sequence[Sink], stop: Stop, events: Sequence[Event]
+    ) -> Trainer:
+        parts = RemoteParts(group, self.placement)
+        links = links_of(self.federation.topology.at(0))
+        notes = [f"{len(self.placement.tiles)} workers hold {list(map(len, self.placement.blocks))} clients"]
+        notes.append(plan_transfers(links, self.placement, group.nodes).describe())
+        learner: Any = RemoteLearner(self.federation, parts)
+        exchange: Any = RemoteExchange(self.config.clients, parts)
+        notes = (*self.federation.notes, *notes)
+        federation = replace(self.federation, learner=learner, exchange=exchange, notes=notes)
+        clients = ClusterClients(federation, parts, events)
+        rounds = ClusterRounds(parts, federation.clock is not None)
+        return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
+
+
+def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: ClusterConfig | None = None) -> Driver:
+    """Compose a run of which workers hold the clients, and place these.
+
+    Raises CompositionError for what a cluster cannot do.
+    """
+    settings = cluster or config.cluster
+    assert settings is not None
+    planned = plan(config)
+    refuse_config(config, planned.algorithm)
+    use_threads(config)
+    resources = load_resources(config)
+    planned = plan_rounds(planned, len(resources.train_data), clients=None)
+    config = planned.config
+    local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
+    federation = assemble(local, resources, clients=[0], speed=speed)
+    if config.adapter.start is not None:  # whose digest is that of all clients
+        everybody = range(config.clients)
+        assert isinstance(federation.model, StackedModel)
+        start, _ = start_adapters(local.config, federation.model, federation.export, everybody)
+        federation = replace(federation, start=start)
+    if config.device == "cpu" and config.train.block is None:
+        block = _clients_per_graph(federation, settings.workers)
+        config = config.model_copy(update={"train": config.train.model_copy(update={"block": block})})
+    federation = replace(federation, config=config)
+    tiles = tiles_of(config.clients, config.train.block or 1)
+    links = links_of(planned.topology.at(0)) if planned.topology.graph is not None else None
+    chosen = federation.speed if config.device == "cpu" else speed
+    return Driver(federation, settings, place(tiles, settings.workers, links), chosen)
+
+
+def _clients_per_graph(federation: Federation, workers: int) -> int:
+    """As many as one process would put into a graph, but not more than leave every worker one."""
+    config, model, learner, data = federation.config, federation.model, federation.learner, federation.train_data
+    assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner) and isinstance(data, Dataset)
+    if not model.step.layout.rows_first:
+        return 1
+    most = learner.graph.clients(max(config.batches), data.all_lengths)
+    return max(1, min(most, config.clients // workers))

@@ -1,0 +1,68 @@
+"""Checks of flow policies, before anything is loaded; and what a config says of environment and policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peerlora.algorithms.base import Algorithm
+from peerlora.config.run import RunConfig
+from peerlora.config.sections import EnvironmentPartition
+from peerlora.environment import main_memory
+from peerlora.errors import CompositionError, ConfigError
+from peerlora.train.online.environment_names import facts_of
+from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
+from peerlora.train.online.flow import FlowShape
+from peerlora.train.online.proximal import LOG_DET_ACTIONS
+
+
+def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse a method that cannot fine-tune flow policies, and an environment that cannot be acted in.
+
+    Raises CompositionError, ConfigError or ExtraMissing, before anything is loaded.
+    """
+    traits, name = algorithm.traits, config.algorithm.name
+    if traits.sends not in ("adapters", "nothing", "cached"):
+        raise CompositionError(
+            f"{name} cannot fine-tune flow policies (task.kind=flow-policy): they go with methods that send adapters "
+            "and nothing else, or nothing; use algorithm.name=swfp, dec-lora, adf-lora or local"
+        )
+    facts, shape = environment_facts(config), flow_shape(config)
+    horizon_of(config, facts)
+    if config.online.entropy and shape.action > LOG_DET_ACTIONS:
+        raise CompositionError(
+            f"online.entropy={config.online.entropy:g} needs the log-determinant of every block, which is computed for "
+            f"at most {LOG_DET_ACTIONS} action dimensions, {facts.name} has {shape.action}; use online.entropy=0"
+        )
+    wanted = [*config.eval.metrics, *([config.eval.select.metric] if config.eval.select else [])]
+    if "share-of-optimum" in wanted and facts.name != POINT_MASS:
+        raise CompositionError(
+            f"eval.metrics: share-of-optimum needs the optimal return, which is known of {POINT_MASS}, not of "
+            f"{facts.name}; drop it"
+        )
+    needed = 8 * config.clients * config.online.replay * (2 * shape.observation + shape.action + 2)
+    if needed > main_memory():
+        raise CompositionError(
+            f"online.replay={config.online.replay} of {config.clients} clients needs {needed / 1e9:.0f} GB, this "
+            f"machine has {main_memory() / 1e9:.0f} GB; keep fewer transitions"
+        )
+
+
+def horizon_of(config: RunConfig, facts: EnvironmentFacts) -> int:
+    """Steps of an episode; raises ConfigError where neither config nor environment bounds them."""
+    found = config.online.horizon or facts.horizon
+    if found is None:
+        raise ConfigError(f"{facts.name} has no time limit; give online.horizon, the steps of an episode")
+    return found
+
+
+def environment_facts(config: RunConfig) -> EnvironmentFacts:
+    """What is known of a run's environment; raises as ``environments.facts_of`` does."""
+    partition = config.partition
+    assert isinstance(partition, EnvironmentPartition) and config.task.env is not None
+    return facts_of(config.task.env, [*partition.vary, *partition.values])
+
+
+def flow_shape(config: RunConfig) -> FlowShape:
+    """The sizes of a run's policy."""
+    facts = environment_facts(config)
+    return FlowShape(facts.observation, facts.action, config.task.blocks, config.task.width)

@@ -1,0 +1,113 @@
+"""Environments of gymnasium whose actions are a Box; needs the extra ``rl``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from peerlora.environment import need_extra
+from peerlora.errors import ConfigError, first_line, nearest
+from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts, Outcome, Values, check_attributes
+
+_LARGEST = 4096  # numbers of an observation or an action; a policy's layers are small
+
+
+class GymnasiumEnvironment:
+    """Episodes of one environment, stepped one after another.
+
+    Actions in [-1, 1] are scaled to the Box, and observations to [-1, 1] where their Box is bounded.
+    """
+
+    def __init__(self, name: str, episodes: int, values: Values):
+        self._each = [_make(name) for _ in range(episodes)]
+        self.facts = _facts(name, self._each[0])
+        for attribute, own in values.items():
+            for environment, value in zip(self._each, own, strict=True):
+                setattr(environment, attribute, float(value))
+        self._of_action = _Scale(self._each[0].action_space)
+        self._of_observation = _Scale(self._each[0].observation_space)
+
+    def reset(self, seeds: Sequence[int]) -> Float[np.ndarray, "episode observation"]:
+        """See ``Environment``."""
+        started = [each.reset(seed=seed % 2**31)[0] for each, seed in zip(self._each, seeds, strict=True)]
+        return self._observed(started)
+
+    def step(self, actions: Float[np.ndarray, "episode action"]) -> Outcome:
+        """See ``Environment``."""
+        reached, observed, rewards, terminals = [], [], [], []
+        for environment, action in zip(self._each, self._of_action.unscaled(actions), strict=True):
+            found, reward, terminal, _, _ = environment.step(action.reshape(environment.action_space.shape))
+            reached.append(found)
+            observed.append(environment.reset()[0] if terminal else found)
+            rewards.append(float(reward))
+            terminals.append(bool(terminal))
+        return Outcome(np.array(rewards), self._observed(reached), np.array(terminals), self._observed(observed))
+
+    def _observed(self, found: Sequence[Any]) -> Float[np.ndarray, "episode observation"]:
+        return self._of_observation.scaled(np.stack([np.asarray(each, np.float64).reshape(-1) for each in found]))
+
+
+class _Scale:
+    """Between a Box and [-1, 1], number by number; as it is where a bound is infinite."""
+
+    def __init__(self, box: Any):
+        low, high = (np.asarray(each, np.float64).reshape(-1) for each in (box.low, box.high))
+        bounded = np.isfinite(low) & np.isfinite(high) & (np.abs(low) < 1e6) & (np.abs(high) < 1e6)
+        self.middle = np.where(bounded, (low + high) / 2, 0.0)
+        self.half = np.where(bounded & (high > low), (high - low) / 2, 1.0)
+        self.kind = box.dtype
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        return (values - self.middle) / self.half
+
+    def unscaled(self, values: np.ndarray) -> np.ndarray:
+        return (self.middle + self.half * values).astype(self.kind)
+
+
+def gymnasium_facts(name: str, varied: Sequence[str]) -> EnvironmentFacts:
+    """See ``environments.facts_of``."""
+    need_extra("rl")
+    import gymnasium  # pyright: ignore[reportMissingImports]
+    from gymnasium.spaces import Box  # pyright: ignore[reportMissingImports]
+
+    if name not in gymnasium.registry:
+        known = [POINT_MASS, *gymnasium.registry]
+        raise ConfigError(
+            f"task.env={name!r} is unknown{nearest(name, known)}; expected {POINT_MASS}, or an id that gymnasium knows "
+            "and whose actions are a Box, such as Pendulum-v1"
+        )
+    made = _make(name)
+    for what, space in (("actions", made.action_space), ("observations", made.observation_space)):
+        if not isinstance(space, Box) or not 0 < int(np.prod(space.shape)) <= _LARGEST:
+            raise ConfigError(
+                f"task.env={name}: its {what} are {space}; a flow policy needs a Box of at most {_LARGEST} numbers, as "
+                "of Pendulum-v1 or MountainCarContinuous-v0"
+            )
+    numbers = [key for key, value in vars(made).items() if type(value) in (int, float) and not key.startswith("_")]
+    check_attributes(name, varied, numbers)
+    return _facts(name, made)
+
+
+def _facts(name: str, made: Any) -> EnvironmentFacts:
+    import gymnasium  # pyright: ignore[reportMissingImports]
+
+    sizes = (int(np.prod(space.shape)) for space in (made.observation_space, made.action_space))
+    return EnvironmentFacts(name, *sizes, horizon=gymnasium.spec(name).max_episode_steps)
+
+
+def _make(name: str) -> Any:
+    """One environment without wrappers: a time limit of its own would end what this package counts itself."""
+    import gymnasium  # pyright: ignore[reportMissingImports]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of ids with newer versions, and of precision
+            return gymnasium.make(name, disable_env_checker=True).unwrapped
+    except Exception as error:  # environments of strangers bring out errors of every class
+        raise ConfigError(
+            f"task.env={name} cannot be made ({first_line(error)}); install what it needs, or use another one"
+        ) from None

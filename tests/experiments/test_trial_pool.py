@@ -1,0 +1,146 @@
+"""Comparisons on the workers of a cluster: the table of one process, whatever is killed."""
+
+import pickle
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from flow_runs import tiny
+from peerlora.config.cluster import ClusterConfig
+from peerlora.errors import ConfigError, RunError, Stopped
+from peerlora.experiments.grid import load_grid
+from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
+from peerlora.experiments.trial_pool import TrialJob, TrialWorker, read_files, trial_pools, write_files
+from peerlora.experiments.trials import plan_trials
+from peerlora.runtime.compose import load_run
+from peerlora.runtime.resources import load_resources
+from peerlora.runtime.simulate import simulate
+
+SETTINGS = ClusterConfig(workers=2, timeout=300)
+
+
+@contextmanager
+def unwatched(status):
+    yield lambda event: None
+
+
+QUIET = Callbacks(unwatched)
+
+
+@pytest.fixture
+def grid(config, texts):
+    base = config("bert", "train.rounds=2", f"data.eval=jsonl:{texts}").model_dump(mode="json")
+    del base["seed"], base["cluster"], base["train"]["lr"]
+    tree = {
+        "base": base,
+        "axes": {"method": ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]},
+        "seeds": [0],
+        "search": {"rates": [0.01, 0.001], "seeds": [7], "holdout": 0.3},
+        "cluster": SETTINGS.model_dump(),
+    }
+    return load_grid(tree)
+
+
+def test_a_worker_returns_the_files_of_a_run_with_the_drivers_paths(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows = load_resources(trial.config)
+    simulate(trial.config, tmp_path / "here" / "run", resources=rows, report=False)
+    worker, there = TrialWorker(False, "/nowhere"), tmp_path / "there" / "run"
+    files = worker.run(TrialJob(trial.config, there, {}), "rows", rows)
+    write_files(there, files)
+    assert b"/there/run" in files["summary.json"] and not any(b"/tmp/tmp" in files[name] for name in ("summary.json",))
+    assert (there / "all.safetensors").exists() == (tmp_path / "here" / "run" / "all.safetensors").exists()
+    names = [
+        path.name for path in (tmp_path / "here" / "run").rglob("*.safetensors") if "adapters/client" not in str(path)
+    ]
+    assert {name for name in names if "adapter_model" not in name} <= {name.split("/")[-1] for name in files}
+
+
+def test_a_trial_that_was_begun_goes_on_on_a_worker(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows, asked = load_resources(trial.config), iter([True])
+    with pytest.raises(Stopped):
+        simulate(trial.config, tmp_path / "run", resources=rows, stop=lambda: next(asked), report=False)
+    job = TrialJob(trial.config, tmp_path / "run", read_files(tmp_path / "run"))
+    files = TrialWorker(False, "/nowhere").run(job, "rows", rows)
+    assert b'"Resumed"' in files["events.jsonl"] or b"resumed" in files["events.jsonl"].lower()
+
+
+def test_a_policy_comes_to_a_worker_with_its_base(cache, tmp_path):
+    chosen = tiny()
+    base = load_run(chosen)
+    result = simulate(chosen, tmp_path / "here", resources=base, report=False)
+    job = TrialJob(chosen, tmp_path / "there", {})
+    files = TrialWorker(False, "/nowhere").run(job, "policy", pickle.loads(pickle.dumps(base)))
+    assert files["adapters/all.safetensors"] == (result.run / "adapters" / "all.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
+def test_files_outside_a_run_are_refused(tmp_path, name):
+    with pytest.raises(RunError, match="outside its run"):
+        write_files(tmp_path / "run", {name: b""})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_cluster_is_no_setting_of_a_trial():
+    with pytest.raises(ConfigError, match="a key of the grid itself"):
+        load_grid({"base": {"cluster": {"workers": 2}}})
+    assert load_grid({}, ["cluster.workers=3"]).cluster.workers == 3
+
+
+needs_ray = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+def timeless(tree):
+    """What a comparison prints, without its folder and what is measured in seconds."""
+    if isinstance(tree, dict):
+        return {
+            name: timeless(value)
+            for name, value in tree.items()
+            if name not in ("folder", "report") and "second" not in name
+        }
+    return [timeless(each) for each in tree] if isinstance(tree, list) else tree
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+class TestOnRay:
+    pytestmark = needs_ray
+
+    def test_the_table_is_that_of_one_process_though_a_worker_and_the_driver_are_stopped(self, grid, tmp_path):
+        pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
+        here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
+        warnings, begun = [], []
+
+        @contextmanager
+        def watched(status):
+            begun.append(status.trial)
+            if len(begun) == 2 and not warnings:
+                actors = [each for each in psutil.Process().children(recursive=True) if "TrialActor" in title(each)]
+                actors[0].send_signal(signal.SIGKILL)
+            yield lambda event: None
+
+        with trial_pools(SETTINGS, warnings.append) as pool:
+            on_ray = Callbacks(watched, lambda: len(begun) >= 5, pool=pool)
+            with pytest.raises(Stopped, match="go on with: peerlora compare --resume"):
+                start_grid(grid, tmp_path / "there", on_ray)
+            first = list(begun)
+            assert warnings
+            begun.clear()
+            there = resume_grid(tmp_path / "there", lambda stored: stored, replace(on_ray, stop=lambda: False))
+        assert any("begins again on another worker" in each for each in warnings), warnings
+        assert len(first) >= 5 and len(begun) < 6
+        assert timeless(there.as_json()) == timeless(here.as_json())

@@ -1,0 +1,163 @@
+"""Runs on a real Ray cluster of this machine: the bits of threads, killed workers and drivers, resources that lack."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from peerlora.config.cluster import ClusterConfig
+from peerlora.runs.events import RoundDone, Warned
+from peerlora.runs.store import read_events
+from peerlora.runtime.cluster.run import resume, simulate
+from peerlora.runtime.cluster.session import ray_session
+from peerlora.runtime.simulate import simulate as simulate_here
+from peerlora.tree import leaves
+
+ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+SETTINGS = ClusterConfig(workers=2, timeout=300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for all: its start takes 7 to 40 seconds."""
+    tests = os.path.dirname(os.path.dirname(__file__))
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), tests])
+    with ray_session(SETTINGS) as session:
+        yield session
+
+
+def same_bits(one, other):
+    one, other = leaves(one), leaves(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def on_ray(config, out, **options):
+    return simulate(config, out, cluster=SETTINGS, report=False, **options)
+
+
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    """A config and the result of one process."""
+    words = ["clients=6", "topology=complete", "algorithm.name=fedsa-lora", "train.rounds=6", "train.block=2"]
+    chosen = config("bert", *words)
+    return chosen, simulate_here(chosen, tmp_path / "here", report=False).adapters
+
+
+class Killer:
+    """A sink that kills a worker at a moment after a round, in training, in an exchange or at a checkpoint."""
+
+    def __init__(self, kills, seed, latest=0.3):
+        self.left, self.latest, self.random = kills, latest, random.Random(seed)
+
+    def __call__(self, event):
+        there = processes() if isinstance(event, RoundDone) and self.left else []
+        if there and self.random.random() < 0.6:
+            self.left -= 1
+            victim, wait = self.random.choice(there), self.random.random() * self.latest
+            threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def processes():
+    """The processes of this cluster's actors that are alive, by the title that Ray gives them."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            if "BlockActor" in " ".join(each.cmdline()):
+                found.append(each.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_actors_get_the_bits_of_one_process(undisturbed, tmp_path):
+    config, expected = undisturbed
+    found = on_ray(config, tmp_path / "there")
+    assert same_bits(found.adapters, expected)
+    notes = read_events(tmp_path / "there")[0].notes
+    assert any(note.startswith("2 workers hold") for note in notes), notes
+
+
+def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undisturbed, tmp_path):
+    config, expected = undisturbed
+    found = on_ray(config, tmp_path / "there", sinks=[Killer(1, 0, latest=0)])
+    assert same_bits(found.adapters, expected)
+    lost = [each.message for each in read_events(tmp_path / "there") if isinstance(each, Warned)]
+    assert any("was lost" in message and "go on from the last checkpoint" in message for message in lost), lost
+    wait_until(lambda: processes() == [])
+
+
+@pytest.mark.timeout(3600)
+def test_twenty_random_kills_cost_no_bit(config, tmp_path):
+    words = ["clients=6", "topology=ring", "algorithm.name=dec-lora", "train.rounds=40", "train.block=2"]
+    chosen = config("bert", *words, "train.optimizer_state=keep", "exchange.codec={kind: top-k, share: 0.3}")
+    expected = simulate_here(chosen, tmp_path / "here", report=False).adapters
+    killer, settings = Killer(20, 1), SETTINGS.model_copy(update={"retries": 100})
+    found = simulate(chosen, tmp_path / "there", cluster=settings, report=False, sinks=[killer])
+    assert killer.left == 0 and same_bits(found.adapters, expected)
+
+
+def test_a_killed_driver_leaves_no_worker_and_is_resumed_by_another_number_of_them(undisturbed, tmp_path):
+    config, expected = undisturbed
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "peerlora", "train", "config.yaml", "--out", "there", "--cluster", "ray"]
+    driver = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE)
+    checkpoint = tmp_path / "there" / "checkpoints" / "round-000002.json"
+    end = time.monotonic() + 400
+    while not checkpoint.exists():
+        assert driver.poll() is None and time.monotonic() < end, driver.stderr.read()
+        time.sleep(0.02)
+    left = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.communicate()
+    _, alive = psutil.wait_procs(left, timeout=120)
+    assert alive == []
+    one = ClusterConfig(workers=1, timeout=300)
+    found = resume(tmp_path / "there", where=lambda stored: one, report=False)
+    assert same_bits(found.adapters, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--workers", "500"], "500 workers with 1 cores each asked for"),
+        (["--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
+        (["--gpus-per-worker", "1", "--workers", "1"], "1 workers with 1 GPUs each asked for, the cluster has 0"),
+        (["data.train=jsonl:missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing_behind(undisturbed, tmp_path, words, reason):
+    (tmp_path / "config.yaml").write_text(undisturbed[0].to_yaml())
+    command = [sys.executable, "-m", "peerlora", "train", "config.yaml", "--out", "there", "--cluster", "ray"]
+    before = {each.pid for each in psutil.process_iter()}
+    settings = [word for word in words if "=" in word]
+    options = [word for word in words if "=" not in word]
+    told = subprocess.run(
+        [*command[:5], *settings, *command[5:], *options], cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
+    assert (told.returncode, reason in told.stderr) == (2, True), told.stderr
+    assert "Traceback" not in told.stderr and not (tmp_path / "there").exists()
+    names = ("raylet", "gcs_server")
+    wait_until(lambda: not {each.pid for each in psutil.process_iter(["name"]) if each.name() in names} - before)

@@ -1,0 +1,139 @@
+"""Environments: the point mass against its closed form, gymnasium's where it is installed, and what is refused."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from flow_runs import tiny
+from peerlora.errors import ConfigError, ExtraMissing, PeerloraError
+from peerlora.runtime.compose import compose
+from peerlora.runtime.plan import plan
+from peerlora.train.online.demonstrations import demonstrate, scripted_controller
+from peerlora.train.online.environment_names import build_environment, facts_of
+from peerlora.train.online.point_mass import HORIZON, PointMass
+
+needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium (extra rl) is not installed")
+GYM = ["task.env=Pendulum-v1", "partition.values={}"]
+
+
+def test_the_riccati_gains_reach_the_optimal_return_where_actions_stay_in_bounds():
+    """Starts near the goal, where no action of the optimum is clipped: nobody else comes closer."""
+    goals = {"goal_x": np.array([0.2, -0.3]), "mass": np.array([1.0, 1.5])}
+    mass, seeds = PointMass(2, goals), [3, 4]
+    optimum = mass.optimal_returns(seeds, HORIZON)
+    gains, _ = mass.gains(HORIZON)
+    for factor, best in ((1.0, True), (0.9, False), (1.1, False)):
+        observed, total = mass.reset(seeds), np.zeros(2)
+        for t in range(HORIZON):
+            errors = np.stack([observed[:, :2] - mass.goal, observed[:, 2:]], axis=2)
+            found = mass.step(-factor * np.einsum("eax,ex->ea", errors, gains[t]))
+            observed, total = found.observation, total + found.reward
+        assert (total == pytest.approx(optimum, rel=1e-9)) == best
+        assert (total <= optimum + 1e-12).all()
+
+
+def test_the_scripted_controller_of_the_point_mass_reaches_most_of_the_optimum():
+    mass, controller = PointMass(8, {}), scripted_controller("point-mass")
+    seeds = list(range(8))
+    optimum = mass.optimal_returns(seeds, HORIZON).sum()
+    observed, total = mass.reset(seeds), 0.0
+    for _ in range(HORIZON):
+        found = mass.step(controller(observed))
+        observed, total = found.observation, total + found.reward.sum()
+    assert 0.9 < optimum / total <= 1
+
+
+def test_demonstrations_are_the_same_every_time_and_within_bounds():
+    one, other = (demonstrate("point-mass", 5, 3) for _ in range(2))
+    assert np.array_equal(one.action, other.action) and np.array_equal(one.observation, other.observation)
+    assert one.action.shape == (15, 2) and np.abs(one.action).max() <= 1
+
+
+def test_an_attribute_that_an_environment_lacks_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"point-mass has no attribute 'goal_z'.*did you mean 'goal_y'.*damping"):
+        facts_of("point-mass", ["goal_z"])
+
+
+def test_a_gymnasium_environment_without_gymnasium_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("peerlora.environment.find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"gymnasium.*pip install '\.\[rl\]'"):
+        plan(tiny(*GYM))
+
+
+@needs_gymnasium
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task.env=Pendulumm-v1"], r"task\.env='Pendulumm-v1' is unknown.*did you mean 'Pendulum-v1'"),
+        (["task.env=CartPole-v1"], r"its actions are Discrete\(2\); a flow policy needs a Box"),
+        (["partition.vary={gg: [8, 12]}"], r"Pendulum-v1 has no attribute 'gg'.*expected one of.*\bg\b.*\bl\b"),
+        (["eval.metrics=[share-of-optimum]"], r"optimal return, which is known of point-mass"),
+    ],
+)
+def test_what_gymnasium_cannot_serve_is_refused_before_anything_is_loaded(words, message):
+    with pytest.raises(PeerloraError, match=message):
+        plan(tiny(*GYM, *words))
+
+
+@needs_gymnasium
+def test_clients_have_their_own_gravity_and_length():
+    values = {"g": np.array([8.0, 12.0]), "l": np.array([1.0, 1.0])}
+    environment = build_environment("Pendulum-v1", 2, values)
+    one = environment.reset([5, 5])
+    assert np.array_equal(one[0], one[1]) and np.abs(one).max() <= 1
+    after = environment.step(np.zeros((2, 1)))
+    assert after.reward[0] == after.reward[1] and not np.array_equal(after.reached[0], after.reached[1])
+    speed = 8 * (after.reached[:, 2] - one[:, 2])  # without torque the change of speed is 1.5 g / l sin(angle) dt
+    assert speed[1] / speed[0] == pytest.approx(1.5, rel=1e-5)
+
+
+@needs_gymnasium
+def test_actions_are_scaled_to_the_box():
+    environment = build_environment("Pendulum-v1", 2, {})
+    observed = environment.reset([1, 1])
+    angle = np.arctan2(observed[0, 1], observed[0, 0])
+    reward = environment.step(np.array([[1.0], [0.0]])).reward
+    assert reward[1] == pytest.approx(-(angle**2 + 0.1 * (8 * observed[0, 2]) ** 2), rel=1e-4)
+    assert reward[0] == pytest.approx(reward[1] - 0.001 * 2.0**2, rel=1e-6)
+
+
+@needs_gymnasium
+@pytest.mark.parametrize(("env", "least"), [("Pendulum-v1", -500), ("MountainCarContinuous-v0", 0)])
+def test_scripted_controllers_of_gymnasium_solve_their_task(env, least):
+    environment, controller = build_environment(env, 3, {}), scripted_controller(env)
+    observed, total, going = environment.reset([1, 2, 3]), np.zeros(3), np.ones(3, dtype=bool)
+    for _ in range(environment.facts.horizon):
+        found = environment.step(controller(observed))
+        total += np.where(going, found.reward, 0)
+        going &= ~found.terminal
+        observed = found.observation
+    assert (total > least).all(), total
+
+
+@needs_gymnasium
+def test_an_episode_that_ends_for_good_begins_anew_and_nothing_follows_it():
+    environment, controller = (
+        build_environment("MountainCarContinuous-v0", 1, {}),
+        scripted_controller("MountainCarContinuous-v0"),
+    )
+    observed = environment.reset([1])
+    for _ in range(200):
+        found = environment.step(controller(observed))
+        observed = found.observation
+        if found.terminal[0]:
+            break
+    assert found.terminal[0] and found.reward[0] > 90
+    assert not np.array_equal(found.reached, found.observation)
+
+
+@needs_gymnasium
+def test_a_policy_learns_on_a_pendulum_of_each_client(cache):
+    config = tiny(*GYM, "partition.vary={g: [8, 12], l: [0.8, 1.2]}", "train.rounds=1")
+    federation = compose(config)
+    values = federation.partition.values
+    assert (values["g"] >= 8).all() and (values["g"] <= 12).all() and len(set(values["g"])) == 3
+    with federation.learner.round(0) as stats:
+        federation.learner.fit(federation.start, "AB")
+    assert stats.losses.isfinite().all()
+    assert federation.learner.evaluate(federation.start, federation.eval_data, 4).metric.max() < 0
