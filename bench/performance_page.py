@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "## A whole round\n\n" + whole_round(parts.get("round")),
         "## Evaluation\n\n" + evaluation(parts.get("evaluation")),
         "## Start-up\n\n" + startup(parts.get("startup")),
+        "## Chat models\n\n" + chat_models(_read(results / "chat.json")),
         "## Many clients\n\n" + many(memory.get("rows")),
         "## Other frameworks\n\n" + frameworks(peers),
         "## Real peers\n\n" + real_peers(*(_read(results / f"{name}.json") for name in ("transport", "peers_real"))),
@@ -187,6 +188,30 @@ def startup(part: dict[str, Any] | None) -> str:
         f"training.  Python's own import timer, which slows imports down, counts {part['all_imports']:.1f} seconds of "
         "imports; by package, its own modules only:\n\n" + table(["package", "seconds"], imports)
     )
+
+
+def chat_models(found: dict[str, Any]) -> str:
+    """Tokens per second and memory against the same loop, and what became of the targets."""
+    if not found:
+        return MISSING.format("bench-chat")
+    rate, memory = found["rate"], found["memory"]
+    clock = "cpu" if rate["threads"] == 1 else "wall"
+    gain, tokens = rate[clock], rate["tokens_per_second"]
+    return (
+        f"`{found['model']}`, rank 8 on q and v, answers of chats of 24 to 96 tokens, {rate['clients']} clients, two "
+        f"rows a step, fp32, threads={rate['threads']}, on {found['machine']['processor']}: "
+        f"{tokens['ours']:.0f} tokens a second, the usual way {tokens['plain']:.0f}; "
+        f"**{gain['median']:.2f}** times as fast by "
+        f"{_clock(clock)} ({gain['least']:.2f} to {gain['most']:.2f}), "
+        f"{_verdict(gain['median'] >= rate['target'], rate['target'], 'at least')}.  Peak memory of a process with "
+        f"{memory['clients']} clients is **{memory['ratio']:.2f}** times that of one plain PEFT model in training "
+        f"({memory['bytes']['ours'] / 1e9:.2f} and {memory['bytes']['plain'] / 1e9:.2f} GB), "
+        f"{_verdict(memory['ratio'] <= memory['target'], memory['target'], 'at most')}."
+    )
+
+
+def _verdict(reached: bool, target: float, bound: str) -> str:
+    return f"target of {bound} {target} {'reached' if reached else 'not reached'}"
 
 
 def many(rows: list[dict[str, Any]] | None) -> str:
