@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.runs.resume import flatten
+from peerlora.runs.store import TENSORBOARD_FOLDER
 from peerlora.runs.trackers.base import Ending, TrackedRun
 from peerlora.runs.trackers.series import final_values
 
@@ -21,7 +22,7 @@ class TensorBoard:
 
         self.run = run
         purge = None if run.resumed is None else run.resumed + 1
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self.writer = SummaryWriter(str(run.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
         if run.resumed is None:
             self.writer.add_text("config", _code(json.dumps(run.config, indent=2)))
 

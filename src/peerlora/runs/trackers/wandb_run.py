@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peerlora.runs.store import WANDB_FOLDER
 from peerlora.runs.trackers.base import Ending, TrackedRun
 
 _EXIT = {"finished": 0, "stopped": 130, "failed": 1}
@@ -63,5 +64,5 @@ class Wandb:
 
 def _wait_for_a_new_second(run: TrackedRun) -> None:
     """Parts of one run are told apart by the second they began in; of two in one second, the later would be lost."""
-    while any(run.folder.glob(f"wandb/*-{time.strftime('%Y%m%d_%H%M%S')}-{run.id}")):
+    while any(run.folder.glob(f"{WANDB_FOLDER}/*-{time.strftime('%Y%m%d_%H%M%S')}-{run.id}")):
         time.sleep(0.05)
