@@ -10,6 +10,7 @@ from typing import Any
 from peerlora.runs.resume import flatten
 from peerlora.runs.store import TENSORBOARD_FOLDER
 from peerlora.runs.trackers.base import Ending, TrackedRun
+from peerlora.runs.trackers.names import READABLE, tidy_names
 from peerlora.runs.trackers.series import final_values
 
 
@@ -28,7 +29,7 @@ class TensorBoard:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add one scalar per series."""
-        for name, value in values.items():
+        for name, value in tidy_names(values, READABLE).items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
@@ -37,10 +38,10 @@ class TensorBoard:
         if summary:
             self.writer.add_text("summary", _code(json.dumps(summary, indent=2)))
             settings = {name: _setting(value) for name, value in flatten(self.run.config).items()}
-            scores = final_values(
-                (f"final/{name}", value) for name, value in flatten(summary.get("scores", {})).items()
-            )
-            self.writer.add_hparams(settings, scores, run_name=".")
+            found = flatten(summary.get("scores", {})).items()
+            scores = final_values((f"final/{name}", value) for name, value in found)
+            named = tidy_names(settings, READABLE), tidy_names(scores, READABLE)
+            self.writer.add_hparams(*named, run_name=".")
         self.writer.close()
 
 
