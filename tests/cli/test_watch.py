@@ -254,6 +254,27 @@ class TestInABrowser:
         page.fill("#filter", "29")
         until(page, "document.querySelectorAll('#notices li').length === 1")
 
+    def test_what_fails_on_the_page_is_shown_and_it_goes_on(self, watching, opened, tmp_path):
+        found = events(8, 30)
+        folder = write(tmp_path / "run", found[:20])
+        page = opened(watching(folder))
+        page.wait_for_selector("#loss .uplot")
+        assert page.is_hidden("#trouble")
+        page.evaluate("window.kept = drawTiles; drawTiles = () => { throw new Error('odd numbers'); }; later()")
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "odd numbers" in page.inner_text("#trouble")
+        page.evaluate("drawTiles = kept")
+        write(folder, found[20:], "a")
+        until(page, "document.getElementById('lead').textContent.includes('30 of 40')")
+        assert page.is_hidden("#trouble")
+        folder.joinpath("events.jsonl").rename(folder / "elsewhere")
+        folder.joinpath("events.jsonl").mkdir()
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "Is a directory" in page.inner_text("#trouble")
+        folder.joinpath("events.jsonl").rmdir()
+        folder.joinpath("elsewhere").rename(folder / "events.jsonl")
+        page.wait_for_selector("#trouble", state="hidden")
+
     def test_peers_of_a_launch_are_one_page(self, watching, opened, tmp_path):
         (tmp_path / "launch").mkdir()
         (tmp_path / "launch" / "config.yaml").write_text("")

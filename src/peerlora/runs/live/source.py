@@ -12,7 +12,7 @@ from typing import Any
 from peerlora.errors import RunError
 from peerlora.runs.live.follow import EventTail
 from peerlora.runs.live.process import holder_of, usage_of
-from peerlora.runs.live.state import LiveRun
+from peerlora.runs.live.state import MOST_CLIENTS, LiveRun
 
 _LOOK = 0.2  # seconds between two looks for a folder
 _IDLE = 30.0  # seconds after its last event that a run without a lock to look at counts as running
@@ -29,6 +29,8 @@ class RunSource:
         """Held while the state changes."""
         self.version = 0
         """Grows when the state was built anew."""
+        self.trouble = ""
+        """Why the latest look at the folder failed, if it did."""
 
     def poll(self) -> bool:
         """Read what is new; whether there was anything."""
@@ -49,6 +51,7 @@ class RunSource:
         used = [usage for run in runs if (pid := holder_of(run)) and (usage := usage_of(pid))]
         return {
             "state": standing_of(runs),
+            "trouble": self.trouble,
             "processes": len(used),
             "memory": sum(each.memory for each in used),
             "cpu": sum(each.cpu_seconds for each in used),
@@ -62,17 +65,29 @@ class GridSource:
         self.folder = folder
         self.planned = list(planned)
         self.cells: dict[str, dict[str, Any]] = {}
+        self.trouble = ""
+        """Why the latest look at the folder failed, if it did."""
         self._stamps: dict[str, Any] = {}
         self._sources: dict[str, RunSource] = {}
 
     def poll(self) -> bool:
-        """Read what is new; whether there was anything."""
+        """Read what is new; whether there was anything.
+
+        Raises the first error of a trial's folder, after all others were read.
+        """
         names = [*self.planned]
         there = [run.parent for run in self.folder.glob("*/*/run.json")]
         names += sorted(run.relative_to(self.folder).as_posix() for run in there)
         before = {name: dict(cell) for name, cell in self.cells.items()}
+        failures = []
         for name in dict.fromkeys(names):
-            self._read(name)
+            try:
+                self._read(name)
+            except OSError as error:
+                self._stamps.pop(name, None)
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return before != self.cells
 
     def _read(self, name: str) -> None:
@@ -142,9 +157,11 @@ def source_of(folder: Path, planned: Sequence[str] = ()) -> RunSource | GridSour
 def held_of(run: Path) -> list[int]:
     """The clients that a run trains; empty: all."""
     try:
-        return list(json.loads((run / "run.json").read_bytes()).get("held") or [])
-    except (OSError, ValueError, AttributeError):
+        held = json.loads((run / "run.json").read_bytes())["held"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return []
+    whole = isinstance(held, list) and all(isinstance(each, int) and 0 <= each < MOST_CLIENTS for each in held)
+    return held if whole else []
 
 
 def standing_of(runs: Sequence[Path]) -> str:
