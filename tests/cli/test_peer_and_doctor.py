@@ -101,7 +101,9 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
 def test_all_that_a_peer_writes_to_stderr_is_json_its_page_and_its_error_too(process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS[:-1])  # with a quorum, which one alone does not reach
     words = ["--out", tmp_path / "run", "--log", "json", "--watch"]
-    _, told = process("peer", path, *options(sites, "b"), *words).communicate()
+    alone = process("peer", path, *options(sites, "b"), *words)
+    _, told = alone.communicate()
+    assert alone.returncode == 1
     found = [json.loads(line) for line in told.splitlines()]
     assert [line["event"] for line in found].count("QuorumMissed") == 1 and found[-1]["event"] == "QuorumMissed"
     assert [line["message"][:13] for line in found if line["event"] == "stderr"] == ["watch: http:/"]

@@ -198,7 +198,7 @@ def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
     (tmp_path / "cells" / "a__seed-0" / "summary.json").write_text("{}")
     write(tmp_path / "cells" / "b__seed-0", run(stop=2))
     (tmp_path / "grid.yaml").write_text("")
-    source = source_of(tmp_path, ["cells/a__seed-0", "cells/b__seed-0", "cells/c__seed-0"])
+    source = source_of(tmp_path, lambda folder: ["cells/a__seed-0", "cells/b__seed-0", "cells/c__seed-0"])
     assert isinstance(source, GridSource) and source.poll() and not source.poll()
     cells = source.cells.values()
     assert [cell["state"] for cell in cells] == ["finished", "stopped", "planned"]
@@ -216,6 +216,8 @@ def test_damaged_facts_of_a_run_hold_all_clients(tmp_path, facts):
 def test_a_folder_without_anything_to_show_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         source_of(tmp_path)
+    with pytest.raises(RunError, match="cannot be read .*too long"):
+        source_of(tmp_path / ("x" * 300))
 
 
 def test_a_missing_extra_is_named(tmp_path, run, monkeypatch):

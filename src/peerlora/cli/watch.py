@@ -35,13 +35,13 @@ def command(
 
     from peerlora.runs.live.process import end_with
     from peerlora.runs.live.server import PageServer
-    from peerlora.runs.live.source import is_comparison, source_of, wait_for
+    from peerlora.runs.live.source import source_of, wait_for
 
     if parent is not None:
         end_with(parent)
     if wait:
         wait_for(run)
-    server = PageServer(source_of(run, _planned(run) if is_comparison(run) else ()), host, port)
+    server = PageServer(source_of(run, _planned), host, port)
     print(f"watch: {server.address}", file=sys.stderr, flush=True)
     if open:
         import webbrowser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,14 @@ def is_comparison(folder: Path) -> bool:
 
 
 def is_watchable(folder: Path) -> bool:
-    """Whether a folder has something to show, now or soon: a launch begins with its config."""
-    return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+    """Whether a folder has something to show, now or soon: a launch begins with its config.
+
+    Raises RunError where it cannot be looked into.
+    """
+    try:
+        return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
 
 
 def wait_for(folder: Path) -> None:
@@ -139,19 +145,17 @@ def wait_for(folder: Path) -> None:
         time.sleep(_LOOK)
 
 
-def source_of(folder: Path, planned: Sequence[str] = ()) -> RunSource | GridSource:
-    """The source of a folder; ``planned``: trials of a comparison.
+def source_of(folder: Path, planned: Callable[[Path], Sequence[str]] = lambda folder: ()) -> RunSource | GridSource:
+    """The source of a folder; ``planned`` tells the trials of a comparison.
 
     Raises RunError unless there is something to show.
     """
-    if is_comparison(folder):
-        return GridSource(folder, planned)
     if not is_watchable(folder):
         raise RunError(
             f"{folder} holds no run (run.json), no launched peers (config.yaml) and no comparison (grid.yaml); give "
             "the --out of one"
         )
-    return RunSource(folder)
+    return GridSource(folder, planned(folder)) if is_comparison(folder) else RunSource(folder)
 
 
 def held_of(run: Path) -> list[int]:
