@@ -108,6 +108,23 @@ def test_lines_of_several_threads_do_not_mix():
     assert len(lines(out)) == 100
 
 
+def test_what_a_signal_handler_prints_while_a_line_is_written_follows_it():
+    class Interrupted(io.StringIO):
+        pending = True
+
+        def flush(self):
+            if self.pending:
+                self.pending = False
+                print("stopping after this round", file=sys.stderr)
+                assert self.getvalue().count("\n") == 1
+            super().flush()
+
+    out = Interrupted()
+    with JsonLog(out) as log:
+        log.write("info", "x", "first")
+    assert [line["message"] for line in lines(out)] == ["first", "stopping after this round"]
+
+
 def test_a_reader_of_the_log_that_is_gone_costs_no_run():
     class Gone(io.StringIO):
         def write(self, text):

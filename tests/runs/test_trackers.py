@@ -204,7 +204,7 @@ def test_a_point_that_is_never_taken_is_dropped_and_told_of_once(tracked, run, c
         sink(first)
         for event in rest[:5]:
             sink(event)
-        while 3 not in picky.steps:
+        while not sink.feeds[0].refusal:
             threading.Event().wait(0.01)
         for event in rest[5:]:
             sink(event)
@@ -221,6 +221,16 @@ def test_at_the_end_a_point_that_is_refused_does_not_keep_the_run_open(tracked, 
             sink(event)
     assert picky.steps == [0, 1, 2, 3, 4, 5] and picky.ending == "finished"
     assert "mlflow lacks 2 of this run's points (invalid name at step 6)" in caplog.text
+
+
+def test_points_that_are_given_up_at_the_end_are_all_counted(tracked, run, caplog):
+    picky = Picky(*range(1, 31))
+    sink, _ = tracked(picky)
+    with sink:
+        for event in run(rounds=30):
+            sink(event)
+    assert picky.steps == [0] and picky.ending == "finished"
+    assert "mlflow lacks 31 of this run's points" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"id": 3}', """{"id": "'; drop"}"""])

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import IO, Any, Protocol
@@ -59,7 +60,9 @@ class JsonLog:
         self.out = out or sys.stderr
         self.names: dict[str, str] = {}
         self.handler = _Records(self)
-        self._lock = threading.RLock()  # a signal may come while a line is written, and its handler may print
+        self._lock = threading.RLock()
+        self._waiting: deque[str] = deque()
+        self._writing = False
 
     def __enter__(self) -> JsonLog:
         self._before = sys.stderr, threading.excepthook, sys.unraisablehook
@@ -101,7 +104,19 @@ class JsonLog:
         head = {"time": format_now("milliseconds"), "level": level, "event": event}
         tree = plain({**head, **({"message": message} if message else {}), **facts})
         line = json.dumps(tree, allow_nan=False, default=str) + "\n"
-        with self._lock, suppress(OSError):
+        with self._lock:
+            self._waiting.append(line)
+            if self._writing:  # in the handler of a signal that came while this thread writes, and goes on then
+                return
+            self._writing = True
+            try:
+                while self._waiting:
+                    self._put(self._waiting.popleft())
+            finally:
+                self._writing = False
+
+    def _put(self, line: str) -> None:
+        with suppress(OSError):
             self.out.write(line)
             self.out.flush()
 

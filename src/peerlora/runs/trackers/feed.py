@@ -49,7 +49,9 @@ class TrackerFeed:
         self._ended = False
         self._dropped = 0
         self._failures = 0  # of the first call
-        self._failure = self._refusal = ""
+        self._failure = ""
+        self.refusal = ""
+        """Why the tracker does not take a point while it takes others, if so."""
         self._told: set[str] = set()
 
     def begin(self, run: TrackedRun, start: RunStarted | None) -> None:
@@ -77,9 +79,9 @@ class TrackerFeed:
 
     def news(self) -> str:
         """Return what is wrong with the tracker, where that has not been told yet, else an empty string."""
-        if self._refusal and "refusal" not in self._told:
+        if self.refusal and "refusal" not in self._told:
             self._told |= {"refusal", "failure"}
-            return f"{self.name} takes others but not some of this run's points ({self._refusal}); it goes on without"
+            return f"{self.name} takes others but not some of this run's points ({self.refusal}); it goes on without"
         if self._failure and "failure" not in self._told:
             self._told.add("failure")
             return (
@@ -107,11 +109,11 @@ class TrackerFeed:
                 calls, last = self._next(), self._ended
                 self._under_way = len(calls)
             taken = next((call for call in calls if self._make(call)), None)
-            refused = [call for call in calls[: calls.index(taken)] if not self._make(call)] if taken else []
+            late = [call for call in calls[: calls.index(taken)] if self._make(call)] if taken else []
             with self._changed:
                 self._under_way = 1
                 if taken is not None:
-                    self._go_on(taken, refused)
+                    self._go_on(taken, late)
                 elif last:
                     return
                 else:
@@ -135,11 +137,12 @@ class TrackerFeed:
             return False
         return True
 
-    def _go_on(self, taken: Call, refused: list[Call]) -> None:
-        """Go on behind a call that was taken, without those before it that were not, tried once more after it."""
-        while self._calls.popleft() is not taken:
-            pass
+    def _go_on(self, taken: Call, late: list[Call]) -> None:
+        """Go on behind a call that was taken; of those before it, all but those that were taken after it are lost."""
+        lost = 0
+        while (call := self._calls.popleft()) is not taken:
+            lost += call not in late
         self._failures = 0
-        if refused:
-            self._refusal = self._failure
-            self._dropped += len(refused)
+        if lost:
+            self.refusal = self._failure
+            self._dropped += lost
