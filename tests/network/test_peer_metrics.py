@@ -14,7 +14,16 @@ import yaml
 
 from peerlora.errors import ConfigError, ExtraMissing
 from peerlora.network.identity.authority import throwaway
-from peerlora.runs.events import CaughtUp, Evaluated, Joined, NeighbourChanged, RoundDone, RunFinished, RunStarted
+from peerlora.runs.events import (
+    CaughtUp,
+    Evaluated,
+    Joined,
+    NeighbourChanged,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from peerlora.runtime.launch.processes import free_ports
 from peerlora.runtime.peer.metrics_server import MetricsServer
 from peerlora.runtime.peer.open_metrics import PeerMetrics
@@ -155,6 +164,26 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("peerlora.environment.find_spec", lambda name: None)
     with pytest.raises(ExtraMissing, match=r"\.\[metrics\]"):
         PeerMetrics(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_private_run_warns_that_what_is_served_is_not_covered(config, tmp_path, no_reports):
+    (served,) = free_ports(1)
+    throwaway(tmp_path / "sites", {"a": "127.0.0.1:1", "b": "127.0.0.1:2"}, "clinics")
+    words = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=1", "peer.join=0.1", "eval.rows=4"]
+    for privacy, expected in ((["privacy={noise: 1}"], 1), ([], 0)):
+        seen = []
+        run_peer(
+            config("bert", *words, *privacy),
+            tmp_path / "sites" / "b",
+            tmp_path / "sites" / "members.json",
+            tmp_path / f"run{expected}",
+            listen=f"127.0.0.1:{free_ports(1)[0]}",
+            metrics=f"127.0.0.1:{served}",
+            sinks=[seen.append],
+        )
+        told = [event.message for event in seen if isinstance(event, Warned) and "not numbers" in event.message]
+        assert len(told) == expected and all(f"go to whoever reads 127.0.0.1:{served}" in each for each in told)
 
 
 def test_a_real_peer_serves_its_rounds(config, tmp_path, no_reports):
