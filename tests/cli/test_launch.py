@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from peerlora.errors import ConfigError, Stopped
+from peerlora.errors import ConfigError, PeerloraError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
@@ -121,6 +121,12 @@ def played(config, folder, seconds, *faults):
 
 def joined():
     return to_json(Joined("", 0, [])) + "\n"
+
+
+def test_what_peers_cannot_do_is_refused_before_anything_is_written(config, tmp_path):
+    with pytest.raises(PeerloraError, match="pairwise"):
+        launch(config("bert", "topology.weights=pairwise"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_peer_that_is_stopped_for_good_is_not_waited_for(config, tmp_path):

@@ -5,6 +5,7 @@ import re
 import socket
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS)
     for words, told in [
         ((["--resume"]), "--resume given without --out"),
+        ((["--resume", "--watch"]), "--resume given without --out"),
         ((["topology.weights=pairwise"]), "pairwise"),
         ((["clients=1", "topology=complete"]), "from the next run on, with clients=2 at all sites"),
     ]:
@@ -93,6 +95,21 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
         assert answer.code == 2 and told in answer.err, answer.err
     answer = cli("peer", path, "--identity", tmp_path, "--members", sites / "members.json")
     assert answer.code == 2
+
+
+@pytest.mark.skipif(find_spec("uvicorn") is None, reason="uvicorn is not installed (pip install '.[watch]')")
+def test_all_that_a_peer_writes_to_stderr_is_json_its_page_and_its_error_too(process, yaml_file, sites, tmp_path):
+    path = yaml_file(*WORDS[:-1])  # with a quorum, which one alone does not reach
+    words = ["--out", tmp_path / "run", "--log", "json", "--watch"]
+    alone = process("peer", path, *options(sites, "b"), *words)
+    _, told = alone.communicate()
+    assert alone.returncode == 1
+    found = [json.loads(line) for line in told.splitlines()]
+    assert [line["event"] for line in found].count("QuorumMissed") == 1 and found[-1]["event"] == "QuorumMissed"
+    assert [line["message"][:13] for line in found if line["event"] == "stderr"] == ["watch: http:/"]
+    mistaken = process("peer", path, "train.lr=x", *options(sites, "b"), "--log", "json")
+    (line,) = mistaken.communicate()[1].splitlines()
+    assert json.loads(line)["event"] == "ConfigError" and mistaken.returncode == 2
 
 
 def test_doctor_says_who_gets_to_see_a_relayed_adapter(cli, yaml_file, sites):

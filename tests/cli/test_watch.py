@@ -1,15 +1,22 @@
 """``watch``: its words, and its page in a real browser (Debian's Chromium, driven by playwright)."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import peerlora
+from peerlora.cli.watch import end_process
 from peerlora.runs.events import (
     CheckpointSaved,
     Evaluated,
@@ -133,6 +140,40 @@ def test_train_shows_its_page_until_it_ends(process, yaml_file, tmp_path):
         opener.open(address, timeout=20)
 
 
+PARENT = """
+import sys, time
+from pathlib import Path
+from peerlora.cli.watch import watched
+with watched(True, Path(sys.argv[1])):
+    time.sleep(600)
+"""
+
+
+@served
+def test_the_page_ends_with_a_command_that_is_killed(tmp_path):
+    folder = write(tmp_path / "run", events(4, 2))
+    environment = os.environ | {"PYTHONPATH": str(Path(peerlora.__file__).parents[1])}
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as parent:
+        try:
+            address = parent.stderr.readline().removeprefix("watch: ").strip()
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            assert opener.open(address, timeout=20).status == 200
+        finally:
+            parent.kill()
+        parent.stderr.read()  # returns when the page's process, which has the same stderr, has ended
+    with pytest.raises(urllib.error.URLError):
+        opener.open(address, timeout=20)
+
+
+def test_a_page_that_does_not_end_is_killed():
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        end_process(process, 0.05)
+        assert process.returncode == -signal.SIGKILL
+
+
 class TestInABrowser:
     pytestmark = in_browser
 
@@ -212,6 +253,27 @@ class TestInABrowser:
         page.select_option("#level", "warning")
         page.fill("#filter", "29")
         until(page, "document.querySelectorAll('#notices li').length === 1")
+
+    def test_what_fails_on_the_page_is_shown_and_it_goes_on(self, watching, opened, tmp_path):
+        found = events(8, 30)
+        folder = write(tmp_path / "run", found[:20])
+        page = opened(watching(folder))
+        page.wait_for_selector("#loss .uplot")
+        assert page.is_hidden("#trouble")
+        page.evaluate("window.kept = drawTiles; drawTiles = () => { throw new Error('odd numbers'); }; later()")
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "odd numbers" in page.inner_text("#trouble")
+        page.evaluate("drawTiles = kept")
+        write(folder, found[20:], "a")
+        until(page, "document.getElementById('lead').textContent.includes('30 of 40')")
+        assert page.is_hidden("#trouble")
+        folder.joinpath("events.jsonl").rename(folder / "elsewhere")
+        folder.joinpath("events.jsonl").mkdir()
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "Is a directory" in page.inner_text("#trouble")
+        folder.joinpath("events.jsonl").rmdir()
+        folder.joinpath("elsewhere").rename(folder / "events.jsonl")
+        page.wait_for_selector("#trouble", state="hidden")
 
     def test_peers_of_a_launch_are_one_page(self, watching, opened, tmp_path):
         (tmp_path / "launch").mkdir()

@@ -1,15 +1,18 @@
 """Files of a comparison for a paper: the table in LaTeX, figures as PDF and SVG."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from peerlora.config.loading import load_config
 from peerlora.experiments.figures import comparison_figures
+from peerlora.experiments.grid import load_grid
 from peerlora.experiments.latex import escape_latex
 from peerlora.experiments.paper_figures import SIZE, draw_chart, file_name, write_figures
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.trials import plan_trials
 from peerlora.runs.chart import Chart, Line
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.figures import Picture
@@ -54,6 +57,54 @@ def test_what_means_something_in_latex_is_escaped():
     assert escape_latex("0.5 ± 0.1 ≈\n†") == r"0.5 $\pm$ 0.1 $\approx$ \textdagger{}"
 
 
+def test_a_row_of_latex_may_begin_with_a_bracket_or_a_star(outcomes, tmp_path):
+    renamed = {"a&b_50%": "[0.1] | x", "c_50%": "*"}
+    names = [renamed[each.setting] for each in outcomes]
+    outcomes = [
+        replace(each, setting=name, labels={"method": name}) for each, name in zip(outcomes, names, strict=True)
+    ]
+    configs = dict.fromkeys((each.setting for each in outcomes), load_config({}))
+    write_results(tmp_path, outcomes, [], {"method": "*"}, "base: {}\n", configs, None)
+    rows = [line for line in (tmp_path / "table.tex").read_text(encoding="utf-8").splitlines() if line.endswith("\\\\")]
+    assert sorted(row.split(" & ")[0] for row in rows) == ["method", "{}*", "{}[0.1] \\textbar{} x"]
+
+
+def test_a_figure_that_fails_costs_nothing_else(outcomes, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr("peerlora.experiments.paper_figures.draw_chart", fail)
+    configs = dict.fromkeys((each.setting for each in outcomes), load_config({}))
+    with pytest.raises(ValueError, match="no such glyph"):
+        write_results(tmp_path, outcomes, [], {"method": "c_50%"}, "base: {}\n", configs, None)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {"report.html", "results.parquet", "table.csv", "table.md", "table.tex"} <= there
+
+
+ODD = ["_under", "$x$ and $y", r"\$5$", r"$\frac{", "50% & #1", "^~{}", "a\nb"]
+
+
+def test_names_are_shown_in_figures_as_they_are(tmp_path, drawn):
+    import matplotlib
+
+    chart = Chart([Line(name, "#000000", "thick", [1, 2], [1, 2]) for name in ODD], "$rounds$", "_y_")
+    with matplotlib.rc_context({"text.usetex": True}):  # of a user's own style
+        written = write_figures(tmp_path, [Picture("t", "<svg/>", [], chart=chart)])
+    assert [path.read_bytes()[:4] for path in written] == [b"%PDF", b"<?xm"]
+    axes = draw_chart(chart).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ODD
+    texts = [*axes.get_legend().get_texts(), axes.xaxis.label, axes.yaxis.label]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_figures_whose_titles_make_the_same_name_are_all_kept(tmp_path):
+    chart = Chart([Line("a", "#000000", "thick", [1, 2], [1, 2])])
+    titles = ["score, p 0.1", "score, p 0_1", "score, p 0 1 1", "利益"]
+    written = write_figures(tmp_path, [Picture(title, "<svg/>", [], chart=chart) for title in titles])
+    names = [path.stem for path in written[::2]]
+    assert names == ["score-p-0-1-2", "score-p-0-1-3", "score-p-0-1-1", "figure"] and len(set(written)) == 8
+
+
 def test_figures_are_as_wide_as_a_column_and_differ_without_colour(outcomes, tmp_path, drawn):
     pictures = comparison_figures(outcomes, "method")
     figure = draw_chart(pictures[0].chart)
@@ -74,6 +125,18 @@ def test_a_picture_without_numbers_is_no_file(tmp_path):
 
 def test_titles_become_names_of_files():
     assert file_name("accuracy of B·A, p 0.1 / x") == "accuracy-of-b-a-p-0-1-x" and file_name("利益") == "figure"
+
+
+def test_rows_of_a_grid_whose_names_collide_have_folders_of_their_own():
+    levels = {
+        label: {"train": {"lr": rate}} for label, rate in (("a b", 0.1), ("a/b", 0.2), ("a-b-1", 0.3), ("c", 0.4))
+    }
+    grid = load_grid({"axes": {"odd": levels}, "seeds": [0]})
+    folders = [trial.folder for trial in plan_trials(grid).trials]
+    assert folders == [f"cells/{name}__seed-0" for name in ("a-b-2", "a-b-3", "a-b-1", "c")]
+    del levels["a-b-1"]
+    folders = [trial.folder for trial in plan_trials(load_grid({"axes": {"odd": levels}, "seeds": [0]})).trials]
+    assert folders == [f"cells/{name}__seed-0" for name in ("a-b-1", "a-b-2", "c")]
 
 
 def test_a_chart_has_one_axis_for_all_of_its_lines():

@@ -14,7 +14,16 @@ import yaml
 
 from peerlora.errors import ConfigError, ExtraMissing
 from peerlora.network.identity.authority import throwaway
-from peerlora.runs.events import CaughtUp, Evaluated, Joined, NeighbourChanged, RoundDone, RunFinished, RunStarted
+from peerlora.runs.events import (
+    CaughtUp,
+    Evaluated,
+    Joined,
+    NeighbourChanged,
+    RoundDone,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from peerlora.runtime.launch.processes import free_ports
 from peerlora.runtime.peer.metrics_server import MetricsServer
 from peerlora.runtime.peer.open_metrics import PeerMetrics
@@ -73,8 +82,8 @@ def test_events_are_counted(metrics):
     assert value(metrics, "disk_free_bytes") > 0
 
 
-def get(port, path, accept="*/*"):
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Accept": accept})
+def get(port, path, accept="*/*", host="127.0.0.1"):
+    request = urllib.request.Request(f"http://{host}:{port}{path}", headers={"Accept": accept})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=20) as answer:
@@ -105,7 +114,47 @@ def test_what_is_served_can_be_parsed_and_says_whether_the_peer_is_ready(metrics
             MetricsServer(f"127.0.0.1:{server.port}", metrics)
 
 
-@pytest.mark.parametrize("address", ["9464", "127.0.0.1", "127.0.0.1:x", ":1", "127.0.0.1:99999"])
+def alarms(metrics, now):
+    """Names of the alerts about times that would fire; of their expressions, Python's meaning is Prometheus'."""
+    rules = [rule for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"] for rule in group["rules"]]
+    timed = {rule["alert"]: rule["expr"] for rule in rules if "time()" in rule["expr"]}
+    found = {sample.name: sample.value for family in metrics.registry.collect() for sample in family.samples}
+    return {name for name, expression in timed.items() if eval(expression, {"time": lambda: now, **found})}
+
+
+def test_no_alert_about_a_round_fires_before_the_rounds_begin(metrics):
+    later = NOW.timestamp() + 7200  # seconds
+    assert alarms(metrics, later) == set()
+    metrics(start())
+    assert alarms(metrics, later) == set() and math.isnan(value(metrics, "last_round_timestamp_seconds"))
+    metrics(Joined("", 0, [0]))
+    assert alarms(metrics, NOW.timestamp() + 1800) == set()
+    assert alarms(metrics, later) == {"PeerloraStuck", "PeerloraAlone"}
+    metrics.clock = lambda: NOW + timedelta(seconds=7000)
+    metrics(done(0, contacts=0))
+    assert alarms(metrics, later) == {"PeerloraAlone"}
+    metrics(done(1))
+    assert alarms(metrics, later) == set()
+
+
+def test_an_ipv6_address_can_be_opened_and_nobody_is_looked_up(metrics, monkeypatch):
+    def look_up(*_):
+        raise AssertionError("a name was looked up")
+
+    for name in ("getfqdn", "gethostbyaddr", "getnameinfo"):
+        monkeypatch.setattr(f"socket.{name}", look_up)
+    with MetricsServer("127.0.0.1:0", metrics) as server:
+        assert get(server.port, "/healthz")[0] == 200
+    try:
+        with MetricsServer("[::1]:0", metrics) as server:
+            assert get(server.port, "/healthz", host="[::1]")[0] == 200
+    except ConfigError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+
+
+@pytest.mark.parametrize(
+    "address", ["9464", "127.0.0.1", "127.0.0.1:x", ":1", "127.0.0.1:99999", "::1:9464", "[::1]", "[::1]9464", "a/b:1"]
+)
 def test_an_address_that_is_none_is_refused(metrics, address):
     with pytest.raises(ConfigError, match="HOST:PORT"):
         MetricsServer(address, metrics)
@@ -115,6 +164,26 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("peerlora.environment.find_spec", lambda name: None)
     with pytest.raises(ExtraMissing, match=r"\.\[metrics\]"):
         PeerMetrics(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_private_run_warns_that_what_is_served_is_not_covered(config, tmp_path, no_reports):
+    (served,) = free_ports(1)
+    throwaway(tmp_path / "sites", {"a": "127.0.0.1:1", "b": "127.0.0.1:2"}, "clinics")
+    words = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=1", "peer.join=0.1", "eval.rows=4"]
+    for privacy, expected in ((["privacy={noise: 1}"], 1), ([], 0)):
+        seen = []
+        run_peer(
+            config("bert", *words, *privacy),
+            tmp_path / "sites" / "b",
+            tmp_path / "sites" / "members.json",
+            tmp_path / f"run{expected}",
+            listen=f"127.0.0.1:{free_ports(1)[0]}",
+            metrics=f"127.0.0.1:{served}",
+            sinks=[seen.append],
+        )
+        told = [event.message for event in seen if isinstance(event, Warned) and "not numbers" in event.message]
+        assert len(told) == expected and all(f"go to whoever reads 127.0.0.1:{served}" in each for each in told)
 
 
 def test_a_real_peer_serves_its_rounds(config, tmp_path, no_reports):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -18,7 +19,7 @@ from peerlora.errors import ConfigError, ExtraMissing, RunError
 from peerlora.runs.events import CaughtUp, NeighbourChanged, Warned, to_json
 from peerlora.runs.live.follow import EventTail
 from peerlora.runs.live.process import holder_of, usage_of
-from peerlora.runs.live.source import GridSource, RunSource, source_of
+from peerlora.runs.live.source import GridSource, RunSource, held_of, source_of
 from peerlora.runs.live.state import FEW_CLIENTS, SHOWN_ROUNDS, LiveRun
 from peerlora.runs.store import RunStore
 
@@ -69,6 +70,37 @@ def test_a_log_longer_than_one_reading_is_read_in_several(tmp_path, run, monkeyp
     while new := tail.poll()[1]:
         found += new
     assert len(found) == len(events)
+
+
+def test_a_line_that_is_too_long_is_left_out_and_told_of_once(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("peerlora.runs.live.follow._MOST_BYTES", 1000)
+    monkeypatch.setattr("peerlora.runs.live.follow._LONGEST_LINE", 3000)
+    first, second, *_ = run()
+    tail, folder = EventTail(write(tmp_path, [first])), tmp_path
+    assert len(tail.poll()[1]) == 1
+    with open(folder / "events.jsonl", "a") as log:
+        log.write("x" * 3500)
+        log.flush()
+        (told,) = tail.poll()[1]
+        assert told["type"] == "Warned" and "more than 3,000 bytes" in told["message"]
+        log.write("x" * 10_000)
+        log.flush()
+        for _ in range(12):
+            assert tail.poll() == (False, [])
+        log.write("x\n" + to_json(second) + "\n")
+    assert [each["type"] for each in tail.poll()[1]] == ["Evaluated"]
+    write(folder, [first])
+    anew, found = tail.poll()
+    assert anew and len(found) == 1
+
+
+def test_a_line_longer_than_one_reading_is_read(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("peerlora.runs.live.follow._MOST_BYTES", 50)
+    tail = EventTail(write(tmp_path, run()))
+    found = []
+    while new := tail.poll()[1]:
+        found += new
+    assert len(found) == len(run())
 
 
 def test_curves_have_mean_worst_and_every_client_where_they_are_few(made):
@@ -130,10 +162,21 @@ def test_peers_are_one_federation(made):
 
 def test_a_damaged_event_costs_nothing_but_itself(made):
     found = live([made.started(3)])
-    for damaged in ({"type": "RoundDone"}, {"type": "Evaluated", "round": "x", "own": 3}, {"type": "NeighbourChanged"}):
+    start = json.loads(to_json(made.started(3)))
+    for damaged in (
+        {"type": "RoundDone"},
+        {"type": "Evaluated", "round": "x", "own": 3},
+        {"type": "Evaluated", "round": math.inf, "rows": 1, "own": []},
+        {"type": "NeighbourChanged"},
+        {**start, "clients": 10**12},
+        {**start, "names": 3, "partition": []},
+    ):
         found.add(damaged, ())
     found.add(json.loads(to_json(made.round_done(0))), ())
-    assert len(found.notices) == 3 and len(found.rounds) == 1
+    assert len(found.rounds) == 1 and found.loss.clients == 3
+    assert [each["text"][:25] for each in found.notices] == [f"a damaged event of type {kind}" for kind in "REENRR"]
+    found.add({"type": "Warned", "message": "x" * 10**6}, ())
+    assert len(found.notices[-1]["text"]) == 2000
 
 
 def test_how_a_run_stands_is_read_from_its_lock(tmp_path, run):
@@ -155,7 +198,7 @@ def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
     (tmp_path / "cells" / "a__seed-0" / "summary.json").write_text("{}")
     write(tmp_path / "cells" / "b__seed-0", run(stop=2))
     (tmp_path / "grid.yaml").write_text("")
-    source = source_of(tmp_path, ["cells/a__seed-0", "cells/b__seed-0", "cells/c__seed-0"])
+    source = source_of(tmp_path, lambda folder: ["cells/a__seed-0", "cells/b__seed-0", "cells/c__seed-0"])
     assert isinstance(source, GridSource) and source.poll() and not source.poll()
     cells = source.cells.values()
     assert [cell["state"] for cell in cells] == ["finished", "stopped", "planned"]
@@ -164,9 +207,17 @@ def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
     assert source.poll() and source.cells["cells/b__seed-0"]["done"] == 3
 
 
+@pytest.mark.parametrize("facts", ["", "[]", "{}", '{"held": 5}', '{"held": [-1]}', '{"held": ["x"]}', "[" * 9999])
+def test_damaged_facts_of_a_run_hold_all_clients(tmp_path, facts):
+    (tmp_path / "run.json").write_text(facts)
+    assert held_of(tmp_path) == []
+
+
 def test_a_folder_without_anything_to_show_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         source_of(tmp_path)
+    with pytest.raises(RunError, match="cannot be read .*too long"):
+        source_of(tmp_path / ("x" * 300))
 
 
 def test_a_missing_extra_is_named(tmp_path, run, monkeypatch):
@@ -191,12 +242,12 @@ def test_nothing_on_the_page_asks_a_network():
 
 
 @contextmanager
-def page(source):
+def page(source, host="127.0.0.1"):
     import uvicorn
 
     from peerlora.runs.live.server import PageServer
 
-    made = PageServer(source)
+    made = PageServer(source, host)
     config = uvicorn.Config(made.app(), log_level="warning", lifespan="on", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [made.socket]}, daemon=True)
@@ -246,6 +297,87 @@ def test_the_page_needs_its_token_and_only_answers(tmp_path, run):
             with ask(made.address + name) as answer:
                 assert answer.status == 200 and answer.read()
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+@served
+def test_a_page_that_is_open_to_a_network_answers_by_any_name_to_those_with_the_token(tmp_path, run):
+    with page(RunSource(write(tmp_path / "run", run())), "0.0.0.0") as made:
+        assert made.address == f"http://{socket.gethostname()}:{made.port}/{made.token}/"
+        here = f"http://127.0.0.1:{made.port}/{made.token}/"
+        for host in ("127.0.0.1", f"10.1.2.3:{made.port}", "trainer.example:80", "[fe80::1]:8000", ""):
+            with ask(here, Host=host) as answer:
+                assert answer.status == 200
+        assert ask(f"http://127.0.0.1:{made.port}/x/", Host="10.1.2.3").status == 404
+    with page(RunSource(tmp_path / "run")) as made:
+        for host, status in (
+            ("localhost", 200),
+            ("127.0.0.2:1", 200),
+            ("[::1]:80", 200),
+            ("[::1", 404),
+            ("10.1.2.3", 404),
+        ):
+            assert ask(made.address, Host=host).status == status, host
+
+
+class Untouchable:
+    """A source that nobody may read."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+@served
+def test_nothing_is_read_for_those_who_are_not_admitted(tmp_path, run):
+    with page(RunSource(write(tmp_path / "run", run()))) as made:
+        root, source = f"http://127.0.0.1:{made.port}/x/", made.source
+        made.source = made.cells = Untouchable()
+        for path in ("", "events", "events?cell=x", "client/0", "client/" + "9" * 5000, "watch.js"):
+            with ask(root + path) as answer:
+                assert answer.status == 404, path
+        made.source, made.cells = source, {}
+        for number in ("9" * 5000, "-1", "1e3", "%D9%A1"):
+            assert ask(f"{made.address}client/{number}").status == 404
+
+
+@served
+def test_a_look_that_fails_is_shown_and_the_page_goes_on(tmp_path, run, monkeypatch):
+    events = run(rounds=4)
+    source = RunSource(write(tmp_path / "run", events[:3]))
+    poll, failing = source.poll, threading.Event()
+
+    def fail_now_and_then():
+        if failing.is_set():
+            raise PermissionError(13, "Permission denied", "events.jsonl")
+        return poll()
+
+    monkeypatch.setattr(source, "poll", fail_now_and_then)
+    with page(source) as made, ask(made.address + "events") as answer:
+        heard = messages(answer)
+        next(body for kind, body in heard if kind != "standing" and body["rounds"])
+        failing.set()
+        assert "Permission denied" in next(b["trouble"] for kind, b in heard if kind == "standing" and b["trouble"])
+        write(tmp_path / "run", events[3:5], "a")
+        failing.clear()
+        seen = [next(heard) for _ in range(2)]
+        assert any(kind == "standing" and body["trouble"] == "" for kind, body in seen)
+        assert any(kind == "update" and body["rounds"][-1]["x"] == 3 for kind, body in seen)
+
+
+@served
+def test_an_update_that_fails_is_shown_and_the_page_goes_on(tmp_path, run, monkeypatch):
+    source = RunSource(write(tmp_path / "run", run()))
+    since, failures = LiveRun.since, iter([True, True])
+
+    def fail_twice(self, *words):
+        if next(failures, False):
+            raise ValueError("odd numbers")
+        return since(self, *words)
+
+    monkeypatch.setattr(LiveRun, "since", fail_twice)
+    with page(source) as made, ask(made.address + "events") as answer:
+        heard = messages(answer)
+        assert next(body for kind, body in heard if kind == "standing")["trouble"] == "odd numbers"
+        assert next(body for kind, body in heard if kind != "standing")["meta"]["method"] == "adf-lora"
 
 
 @served

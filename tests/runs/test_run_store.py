@@ -14,7 +14,14 @@ from peerlora.errors import RunError, TooManyFiles
 from peerlora.runs.events import CheckpointSaved, Resumed, RunFinished, Warned
 from peerlora.runs.metrics import rows, summarise
 from peerlora.runs.report import metric_curves, write_report
-from peerlora.runs.store import RunStore, read_events
+from peerlora.runs.store import (
+    START_FILE,
+    TENSORBOARD_FOLDER,
+    TRACKING_FILE,
+    WANDB_FOLDER,
+    RunStore,
+    read_events,
+)
 
 CONFIG = "clients: 3\n"
 
@@ -92,6 +99,10 @@ def test_a_run_that_fails_before_its_first_round_leaves_nothing_and_a_later_one_
     for folder in (tmp_path / "made", tmp_path / "given"):
         with pytest.raises(IndexError), RunStore.create(folder, CONFIG, {}) as store:
             store.emit(start)
+            for name in (START_FILE, TRACKING_FILE):
+                (folder / name).touch()
+            for name in (TENSORBOARD_FOLDER, WANDB_FOLDER):
+                (folder / name / "below").mkdir(parents=True)
             raise IndexError
     assert [path.name for path in tmp_path.iterdir()] == ["given"] and not any((tmp_path / "given").iterdir())
     with pytest.raises(IndexError), RunStore.create(tmp_path / "made", CONFIG, {}) as store:

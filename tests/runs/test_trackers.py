@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import struct
 import threading
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,7 +14,8 @@ import pytest
 from peerlora.config.loading import load_config
 from peerlora.errors import ConfigError, ExtraMissing, Stopped
 from peerlora.runs.events import Warned
-from peerlora.runs.trackers import tracking
+from peerlora.runs.trackers import feed, tracking
+from peerlora.runs.trackers.names import PLAIN, READABLE, tidy_name, tidy_names
 from peerlora.runs.trackers.series import MANY_CLIENTS, QUANTILES, series
 from peerlora.runs.trackers.tracking import Tracking
 from peerlora.runtime.simulate import resume, simulate
@@ -165,7 +168,7 @@ def test_one_that_hangs_holds_the_end_back_for_no_longer_than_its_patience(track
 
 
 def test_points_that_wait_are_bounded(tracked, run, monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "WAITING", 3)
+    monkeypatch.setattr(feed, "WAITING", 3)
     down = Flaky()
     sink, _ = tracked(down)
     with sink:
@@ -175,6 +178,133 @@ def test_points_that_wait_are_bounded(tracked, run, monkeypatch, caplog):
         down.up = True
     assert down.ending == "finished" and down.steps[-1] == 9
     assert "lacks" in caplog.text
+
+
+class Picky(Flaky):
+    """A tracker that never takes the points of some steps."""
+
+    def __init__(self, *refused):
+        super().__init__(up=True)
+        self.refused, self.tries = refused, []
+
+    def log(self, step, values):
+        self.tries.append(step)
+        if step in self.refused:
+            self.failed.set()
+            raise ValueError(f"invalid name at step {step}")
+        super().log(step, values)
+
+
+def test_a_point_that_is_never_taken_is_dropped_and_told_of_once(tracked, run, caplog):
+    picky = Picky(1, 2, 4)
+    sink, told = tracked(picky)
+    sink.feeds[0].again = 0.01
+    with sink:
+        first, *rest = run(rounds=6)
+        sink(first)
+        for event in rest[:5]:
+            sink(event)
+        while not sink.feeds[0].refusal:
+            threading.Event().wait(0.01)
+        for event in rest[5:]:
+            sink(event)
+    assert picky.steps == [0, 3, 5, 6, 6] and picky.ending == "finished"
+    assert len([text for text in told if "takes others but not some of this run's points" in text]) == 1
+    assert len(told) <= 2 and "mlflow lacks 3 of this run's points" in caplog.text
+
+
+def test_at_the_end_a_point_that_is_refused_does_not_keep_the_run_open(tracked, run, caplog):
+    picky = Picky(6)
+    sink, _ = tracked(picky)
+    with sink:
+        for event in run(rounds=6):
+            sink(event)
+    assert picky.steps == [0, 1, 2, 3, 4, 5] and picky.ending == "finished"
+    assert "mlflow lacks 2 of this run's points (invalid name at step 6)" in caplog.text
+
+
+def test_points_that_are_given_up_at_the_end_are_all_counted(tracked, run, caplog):
+    picky = Picky(*range(1, 31))
+    sink, _ = tracked(picky)
+    with sink:
+        for event in run(rounds=30):
+            sink(event)
+    assert picky.steps == [0] and picky.ending == "finished"
+    assert "mlflow lacks 31 of this run's points" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"id": 3}', """{"id": "'; drop"}"""])
+def test_a_damaged_id_is_told_and_costs_no_run(tracked, run, tmp_path, damage):
+    tracker = Flaky(up=True)
+    sink, told = tracked(tracker)
+    (tmp_path / "run" / "tracking.json").write_text(damage)
+    with sink:
+        for event in run(rounds=2):
+            sink(event)
+    (message,) = told
+    assert "tracking.json is damaged; trackers have the rest of this run as another one" in message
+    assert json.loads((tmp_path / "run" / "tracking.json").read_text())["id"] == tracker.run.id
+    assert tracker.steps == [0, 1, 2, 2]
+
+
+def test_an_id_that_cannot_be_kept_is_told(tracked, run, tmp_path):
+    tracker = Flaky(up=True)
+    sink, told = tracked(tracker)
+    (tmp_path / "run" / "tracking.json.tmp").mkdir()
+    with sink:
+        sink(run()[0])
+    assert len(told) == 1 and "cannot be written" in told[0] and re.fullmatch("[0-9a-f]{16}", tracker.run.id)
+
+
+def test_a_private_run_says_that_its_numbers_are_not_covered(config, tmp_path, run):
+    told, private = [], config("bert", "track=[mlflow]", "privacy={epsilon: 8}")
+    (tmp_path / "run").mkdir()
+    with Tracking(private, tmp_path / "run", told.append, build=lambda name: Flaky(up=True)) as sink:
+        for event in run():
+            sink(event)
+    assert [message for message in told if "go to mlflow without noise" in message] == told and len(told) == 1
+
+
+def test_names_are_what_a_tracker_takes():
+    names = ["eval/f1@5", "eval/f1#5", "a//b/../c/", "..", "x" * 300, "train_loss_by_client/a b.c-d", "\ud800\n"]
+    found = tidy_names(dict.fromkeys(names, 1.0), PLAIN)
+    assert len(found) == len(names) and max(map(len, found)) == 250
+    assert list(found)[0] == "eval/f1_5" and re.fullmatch("eval/f1_5_[0-9a-f]{8}", list(found)[1])
+    assert list(found)[2:4] == ["a/b/c", "_"] and "train_loss_by_client/a b.c-d" in found
+    assert list(tidy_names({"1 – é/y\n": 0}, READABLE)) == ["1 – é/y_"]
+    if find_spec("mlflow"):
+        from mlflow.utils.validation import _validate_metric_name
+
+        for name in [*found, tidy_name("..x", PLAIN)]:
+            _validate_metric_name(name)
+
+
+@pytest.mark.slow
+@needs("mlflow")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_mlflow_logs_the_config_again_where_that_failed(config, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    from peerlora.runs.trackers.base import TrackedRun
+    from peerlora.runs.trackers.mlflow_run import MLflow
+
+    settings = {"adapter": {"rank": 3}, "odd": {"name: §": 1}}
+    tracked = TrackedRun("0123456789abcdef", "run", tmp_path, "trials", None, settings, {})
+    log_batch = MlflowClient.log_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            MLflow().begin(tracked)
+    assert MlflowClient.log_batch is log_batch
+    client = MlflowClient()
+    for rank in (3, 4):  # of a parameter, MLflow keeps the first value
+        tracker = MLflow()
+        tracker.begin(replace(tracked, config={**settings, "adapter": {"rank": rank}}))
+        (found,) = client.search_runs([client.get_experiment_by_name("trials").experiment_id])
+        assert found.data.params == {"adapter.rank": "3", "odd.name_ _": "1"}
+    assert [each.path for each in client.list_artifacts(found.info.run_id)] == ["config.json"]
+    tracker.log(1, {"method/R²: §": 2.0})
+    assert client.get_run(found.info.run_id).data.metrics == {"method/R²_ _": 2.0}
 
 
 @pytest.mark.parametrize(("error", "ending"), [(Stopped("x"), "stopped"), (ValueError("x"), "failed")])

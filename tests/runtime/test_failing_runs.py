@@ -3,6 +3,7 @@
 import errno
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -63,6 +64,19 @@ def test_a_run_that_fails_in_its_first_round_leaves_its_folder_free(config, tmp_
         simulate(config("bert", *QUICK, "train.lr=1e30", "train.local_steps=3"), tmp_path / "run", report=False)
     assert not (tmp_path / "run").exists()
     assert simulate(config("bert", *QUICK), tmp_path / "run", report=False).summary["rounds"] == 4
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracked_run_that_fails_in_its_first_round_leaves_its_folder_free(config, tmp_path, monkeypatch, tracker):
+    if find_spec(tracker) is None:
+        pytest.skip(f"{tracker} is not installed")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": tmp_path, "WANDB_CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("peerlora.runs.trackers.tracking._PATIENCE", 200.0)  # seconds: the machine may be slow
+    words = [*QUICK, f"track=[{tracker}]"]
+    with pytest.raises(DivergenceError):
+        simulate(config("bert", *words, "train.lr=1e30", "train.local_steps=3"), tmp_path / "run", report=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_log_costs_a_finished_training_nothing_but_a_warning(config, tmp_path):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import re
 import sys
-from contextlib import AbstractContextManager
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import IO, Any, Protocol
 
 from peerlora.cli.progress import Progress, describe_event
@@ -14,47 +20,75 @@ from peerlora.errors import ConfigError, PeerloraError, Stopped
 from peerlora.runs.events import Evaluated, Event, NeighbourChanged, RoundDone, RunFinished, RunStarted, Warned, plain
 
 FORMS = ("plain", "json")
+LONGEST_LINE = 10_000
+"""Characters; what is written to stderr without a line break is cut there."""
 
 
-class Log(AbstractContextManager[Any], Protocol):
-    """An event sink that writes a log until its block ends."""
+class Log(Protocol):
+    """An event sink that writes a log."""
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
         ...
 
 
-def open_log(form: str) -> Log:
-    """Open the log of a peer, on stderr, for its events and for the warnings of the network.
+@contextmanager
+def open_log(form: str) -> Iterator[AbstractContextManager[Log]]:
+    """Open the log of a command on stderr until the block ends; yield what shows a run's events in a block of its own.
 
+    As JSON the log has everything that is written to stderr, see ``JsonLog``.
     Raises ConfigError for a form that is none of ``FORMS``.
     """
     if form not in FORMS:
         raise ConfigError(f"--log {form} given; expected {' or '.join(FORMS)}")
-    return JsonLog() if form == "json" else Progress(timestamps=True)
+    if form == "plain":
+        yield Progress(timestamps=True)
+        return
+    with JsonLog() as log:
+        yield nullcontext(log)
 
 
 class JsonLog:
     """Writes events and logging records as JSON, one object a line: time, level, event, message, and numbers.
 
-    An error that ends the block is its last line.
+    Within the block all else that Python code writes to stderr is such a line, too: warnings, failures of threads with
+    their traceback, and what is printed.  An error that ends the block is its last line, and becomes SystemExit with
+    the exit code, so that nobody tells it again.
     """
 
     def __init__(self, out: IO[str] | None = None):
         self.out = out or sys.stderr
         self.names: dict[str, str] = {}
         self.handler = _Records(self)
+        self._lock = threading.RLock()
+        self._waiting: deque[str] = deque()
+        self._writing = False
 
     def __enter__(self) -> JsonLog:
+        self._before = sys.stderr, threading.excepthook, sys.unraisablehook
+        self._printed = _PrintedLines(self)
+        sys.stderr = self._printed
+        threading.excepthook = lambda failed: self._fail(failed.exc_value, getattr(failed.thread, "name", "thread"))
+        sys.unraisablehook = lambda failed: self._fail(failed.exc_value, failed.err_msg or "ignored")
+        logging.captureWarnings(True)
         logging.getLogger().addHandler(self.handler)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self.handler)
-        if error is not None:
-            known = isinstance(error, PeerloraError)
-            level = "info" if isinstance(error, Stopped) else "error"
-            self.write(level, type(error).__name__, str(error) if known else repr(error))
+        logging.captureWarnings(False)
+        self._printed.end()
+        sys.stderr, threading.excepthook, sys.unraisablehook = self._before
+        if error is None or isinstance(error, SystemExit):
+            return
+        if isinstance(error, PeerloraError):
+            self.write("info" if isinstance(error, Stopped) else "error", type(error).__name__, str(error))
+            raise SystemExit(error.exit_code) from None
+        if isinstance(error, KeyboardInterrupt):
+            self.write("info", type(error).__name__, "stopped")
+            raise SystemExit(130) from None
+        self._fail(error, type(error).__name__)
+        raise SystemExit(1) from None
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
@@ -66,10 +100,29 @@ class JsonLog:
         self.write(level, type(event).__name__, text, **_numbers(event))
 
     def write(self, level: str, event: str, message: str, **facts: Any) -> None:
-        """Write one line."""
+        """Write one line; a log that nobody reads any more costs no run."""
         head = {"time": format_now("milliseconds"), "level": level, "event": event}
         tree = plain({**head, **({"message": message} if message else {}), **facts})
-        print(json.dumps(tree, allow_nan=False), file=self.out, flush=True)
+        line = json.dumps(tree, allow_nan=False, default=str) + "\n"
+        with self._lock:
+            self._waiting.append(line)
+            if self._writing:  # in the handler of a signal that came while this thread writes, and goes on then
+                return
+            self._writing = True
+            try:
+                while self._waiting:
+                    self._put(self._waiting.popleft())
+            finally:
+                self._writing = False
+
+    def _put(self, line: str) -> None:
+        with suppress(OSError):
+            self.out.write(line)
+            self.out.flush()
+
+    def _fail(self, error: BaseException | None, event: str) -> None:
+        """Write an error that nobody expected."""
+        self.write("error", event, repr(error), traceback=_traceback(error))
 
 
 class _Records(logging.Handler):
@@ -81,9 +134,53 @@ class _Records(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.log.write(record.levelname.lower(), record.name, record.getMessage())
+            level = "error" if record.levelno >= logging.ERROR else "warning"
+            facts = {"traceback": _traceback(record.exc_info[1])} if record.exc_info else {}
+            self.log.write(level, record.name, record.getMessage(), **facts)
         except Exception:
             self.handleError(record)
+
+
+class _PrintedLines(io.TextIOBase):
+    """Takes the place of stderr: each line that is printed becomes one of a JSON log."""
+
+    encoding = "utf-8"
+
+    def __init__(self, log: JsonLog):
+        self.log = log
+        self._ended = False
+        self._begun = ""
+        self._lock = threading.RLock()
+
+    def write(self, text: str) -> int:
+        """Write the lines that are whole; after the log's block, whoever still holds this stream writes as before."""
+        if self._ended:
+            return self.log.out.write(text)
+        with self._lock:
+            *whole, rest = re.split(r"[\r\n]", self._begun + text)  # progress bars end their lines with \r
+            while len(rest) > LONGEST_LINE:
+                whole, rest = [*whole, rest[:LONGEST_LINE]], rest[LONGEST_LINE:]
+            self._begun = rest
+        for line in filter(str.strip, whole):
+            self.log.write("info", "stderr", line.strip())
+        return len(text)
+
+    def writable(self) -> bool:
+        """Whether it can be written to."""
+        return True
+
+    def fileno(self) -> int:
+        """The number of the real stderr."""
+        return self.log.out.fileno()
+
+    def end(self) -> None:
+        """Write what has no line break."""
+        self.write("\n")
+        self._ended = True
+
+
+def _traceback(error: BaseException | None) -> str:
+    return "".join(traceback.format_exception(error)) if error is not None else ""
 
 
 def _worrying(event: Event) -> bool:

@@ -45,28 +45,29 @@ def command(
     from peerlora.runs.resume import default_folder
 
     quiet_grpc()
-    progress = open_log(log)
-    wanted = load_config(config, words or [])
-    ended = resume and out is not None and (Path(out) / "summary.json").is_file()
-    if watch and out is None:
-        out = default_folder(wanted)  # known before the run begins
-    with watched(watch, out), progress, stop_on_interrupt(signal.SIGINT, signal.SIGTERM) as stop:
-        from peerlora.runtime.peer.participation import check_quorum
-        from peerlora.runtime.peer.run import run_peer
+    with open_log(log) as shown:  # all that is told, errors too
+        wanted = load_config(config, words or [])
+        ended = resume and out is not None and (Path(out) / "summary.json").is_file()
+        if watch and out is None and not resume:  # to resume needs a folder, and is refused below
+            out = default_folder(wanted)  # known before the run begins
+        stopping = stop_on_interrupt(signal.SIGINT, signal.SIGTERM)
+        with watched(watch, out, piped=log == "json"), shown as sink, stopping as stop:
+            from peerlora.runtime.peer.participation import check_quorum
+            from peerlora.runtime.peer.run import run_peer
 
-        result = run_peer(
-            wanted,
-            identity,
-            members,
-            out,
-            resume=resume,
-            listen=listen,
-            metrics=metrics,
-            sinks=[progress],
-            stop=stop,
-        )
-    print_summary([(result.summary["method"], result.summary)])
-    if json:
-        print_json(result.summary)
-    if not ended:  # of a run that was over before, a supervisor has heard; it need not start it again and again
-        check_quorum(result.summary, wanted)
+            result = run_peer(
+                wanted,
+                identity,
+                members,
+                out,
+                resume=resume,
+                listen=listen,
+                metrics=metrics,
+                sinks=[sink],
+                stop=stop,
+            )
+        print_summary([(result.summary["method"], result.summary)])
+        if json:
+            print_json(result.summary)
+        if not ended:  # of a run that was over before, a supervisor has heard; it need not start it again and again
+            check_quorum(result.summary, wanted)

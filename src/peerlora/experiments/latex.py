@@ -24,6 +24,7 @@ _SIGNS = {
     "Σ": r"$\Sigma$",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }
 _SPECIAL = re.compile("|".join(map(re.escape, _SIGNS)))
 
@@ -43,4 +44,6 @@ def escape_latex(text: str) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return " & ".join(map(escape_latex, cells)) + r" \\"
+    r"""Write one row; what ``\\`` or ``\midrule`` before it would take for an option or a star is kept apart."""
+    text = " & ".join(map(escape_latex, cells)) + r" \\"
+    return "{}" + text if text.startswith(("[", "*")) else text

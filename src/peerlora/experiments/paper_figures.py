@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from peerlora.experiments.file_names import number_equals
 from peerlora.files import atomic_file
 from peerlora.runs.chart import Chart, Line
 from peerlora.runs.figures import Picture, add_axes
@@ -20,22 +21,22 @@ SIZE = (3.3, 2.3)
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vP*X"
 _STYLE: Any = {"font.size": 8.0, "font.family": ["DejaVu Sans"], "svg.hashsalt": "peerlora", "pdf.fonttype": 42}
+_STYLE["text.usetex"] = False  # whatever the user's own style says: names are no TeX
 
 
 def write_figures(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
     """Write ``figures/TITLE.pdf`` and ``.svg`` of all pictures whose numbers are known; return the files.
 
-    The same numbers give the same bytes.
+    Titles that differ only in what no file's name has are numbered.  The same numbers give the same bytes.
     """
-    written = []
-    for picture in pictures:
-        if picture.chart is None:
-            continue
+    written, known = [], [picture for picture in pictures if picture.chart is not None]
+    for picture, name in zip(known, number_equals([file_name(each.title) for each in known]), strict=True):
+        assert picture.chart is not None
         (folder / "figures").mkdir(exist_ok=True)
         with matplotlib.rc_context(_STYLE):
             figure = draw_chart(picture.chart)
             for form, undated in (("pdf", ("CreationDate", "ModDate")), ("svg", ("Date",))):
-                path = folder / "figures" / f"{file_name(picture.title)}.{form}"
+                path = folder / "figures" / f"{name}.{form}"
                 with atomic_file(path) as temporary:
                     figure.savefig(temporary, format=form, metadata=dict.fromkeys(undated))
                 written.append(path)
@@ -46,16 +47,19 @@ def draw_chart(chart: Chart) -> Figure:
     """Draw a chart with matplotlib; lines differ in dashes and markers as well as in colour."""
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = add_axes(figure, chart.ylabel, chart.xlabel)
-    main = [line for line in chart.lines if line.style in ("thick", "dashed")]
+    named = []
     for line in chart.lines:
-        number = main.index(line) if line in main else 0
-        axes.plot(line.x, line.y, **_look(line, number))
+        (drawn,) = axes.plot(line.x, line.y, **_look(line, len(named)))
+        named += [(drawn, line.label)] if line.style in ("thick", "dashed") else []
     if chart.log:
         axes.set_yscale("log")
     elif chart.zero:
         axes.set_ylim(bottom=0)
-    if len(main) > 1:
-        axes.legend(frameon=False, fontsize=7)
+    texts = [axes.xaxis.label, axes.yaxis.label]
+    if len(named) > 1:  # both lists are given, else labels that begin with _ would be left out
+        texts += axes.legend(*zip(*named, strict=True), frameon=False, fontsize=7).get_texts()
+    for text in texts:
+        text.set_parse_math(False)  # a $ in a name is no formula
     return figure
 
 

@@ -45,8 +45,8 @@ def write_results(
     write_atomically(folder / "table.md", markdown(result))
     write_atomically(folder / "table.tex", latex(result))
     pictures = comparison_figures(outcomes, next(iter(result.baseline), None))
-    write_figures(folder, pictures)
     write_grid_report(result, outcomes, searched, pictures, grid, configs, published)
+    write_figures(folder, pictures)  # last: one that fails costs nothing else
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, nearest
+from peerlora.experiments.file_names import number_equals
 from peerlora.experiments.grid import GridConfig, Tree, axis_levels, written_out
 
 
@@ -171,4 +172,4 @@ def _add_trial(found: TrialPlan, setting: Setting, change: Tree, folder: str, fi
 def _folders(names: Sequence[str]) -> list[str]:
     """Names that every file system takes, all different."""
     plain = [re.sub(r"[^\w.=+-]+", "-", name, flags=re.ASCII).strip("-.")[:80] or "cell" for name in names]
-    return [f"{name}-{plain[:at].count(name) + 1}" if plain.count(name) > 1 else name for at, name in enumerate(plain)]
+    return number_equals(plain)

@@ -318,6 +318,7 @@ def add_axes(figure: Figure, ylabel: str = "", xlabel: str = "round") -> Any:
 def svg_figure(name: str, title: str, size: tuple[float, float] = (7.4, 3.2)) -> Any:
     """A figure to draw on (inches) and the buffer that holds its SVG afterwards."""
     style: Any = {"svg.hashsalt": name, "svg.fonttype": "path", "font.size": 9.0, "font.family": ["DejaVu Sans"]}
+    style["text.usetex"] = False
     with matplotlib.rc_context(style):
         figure, out = Figure(figsize=size, layout="constrained"), io.StringIO()
         yield figure, out

@@ -8,6 +8,12 @@ from typing import Any
 
 from peerlora.runs.events import Evaluated, RunStarted
 
+UNCOVERED = (
+    "privacy covers adapters and not numbers: losses and the scores of clients, on rows that may be private, go to {} "
+    "without noise; keep it at the site (docs/privacy.md)"
+)
+"""Warning of a run that promises privacy, where its numbers leave it."""
+
 
 def privacy_facts(start: RunStarted | None, score: Evaluated | None) -> dict[str, Any] | None:
     """Tell what clients were promised and what they have spent; None for a run without privacy.

@@ -5,6 +5,8 @@
     checkpoints/round-000010.safetensors, round-000010.json        the newest two
     metrics.parquet, summary.json                                  written at the end
     label_counts.json         of a peer: what the network holds, where it was summed before round 0
+    start.safetensors         of a training loop of the user's own: what it began with
+    tracking.json             the id by which trackers know the run; tensorboard, wandb: what they keep here
     privacy.jsonl             noisy releases that ever began, where they cannot be repeated; never cut back
 
 A checkpoint counts when its ``.json`` is there.  A resumed run cuts the event log back to the length that it tells, so
@@ -16,6 +18,7 @@ which a neighbour may have spoiled, that is marked, and a resumed run goes on fr
 
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -44,6 +47,10 @@ from peerlora.runs.write_failures import write_failures_told
 if TYPE_CHECKING:
     import torch
 
+START_FILE, TRACKING_FILE = "start.safetensors", "tracking.json"
+TENSORBOARD_FOLDER, WANDB_FOLDER = "tensorboard", "wandb"
+_BESIDE = (START_FILE, TRACKING_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER)
+"""What a run may write before its first round without the store."""
 _HALF_MADE = {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}  # of a folder before it is a run's
 
 
@@ -220,8 +227,14 @@ class RunStore:
             self.close()
 
     def _discard(self) -> None:
-        """Take away a run that has done no round, so that its folder is free for the next try."""
-        for name in ("run.json", "config.yaml", "events.jsonl", "lock"):  # without the first, it is no run folder
+        """Take away a run that has done no round, so that its folder is free for the next try.
+
+        What is no run's stays.  After a kill in between it is a run folder still, or as good as empty.
+        """
+        for name in _BESIDE:
+            path = self.folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in ("events.jsonl", "run.json", "config.yaml", "lock"):
             (self.folder / name).unlink(missing_ok=True)
         if self._made and not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -31,6 +31,21 @@ function element(tag, text, attributes = {}) {
   return made;
 }
 
+// What fails is shown, and the page goes on with the next message.
+function guarded(where, act) {
+  return (...given) => { try { act(...given); trouble(where, ""); } catch (error) { trouble(where, String(error)); } };
+}
+const troubles = {};
+function trouble(where, text) {
+  if ((troubles[where] || "") === text) return;
+  troubles[where] = text;
+  const all = Object.values(troubles).filter(Boolean);
+  $("trouble").hidden = !all.length;
+  $("trouble").textContent = all.length ? `Not all is shown: ${all.join("; ")}` : "";
+}
+const largest = (values, least) => { for (const value of values) if (value > least) least = value; return least; };
+const smallest = (values, most) => { for (const value of values) if (value < most) most = value; return most; };
+
 function merge(data, anew) {
   if (anew) { for (const name of ["rounds", "loss", "score"]) state[name] = new Map(); state.links = {}; state.notices = []; began = null; }
   if (data.meta) state.meta = data.meta;
@@ -50,7 +65,7 @@ function merge(data, anew) {
 function later() {  // one drawing per frame, however many messages come
   if (due) return;
   due = true;
-  requestAnimationFrame(() => { due = false; const at = performance.now(); draw(); window.lastDrawing = performance.now() - at; });
+  requestAnimationFrame(() => { due = false; const at = performance.now(); guarded("drawing", draw)(); window.lastDrawing = performance.now() - at; });
 }
 
 function sorted(map) { return [...map.values()].sort((a, b) => a.x - b.x); }
@@ -65,7 +80,7 @@ function draw() {
 
 function done() {
   const each = Object.values(state.clients.done || {});
-  return each.length ? Math.min(...each) : Math.max(0, ...state.rounds.keys());
+  return each.length ? smallest(each, Infinity) : largest(state.rounds.keys(), 0);
 }
 
 function drawLead() {
@@ -210,7 +225,7 @@ function drawField(clients, now, status, busy) {  // many clients: one square ea
   canvas.dataset.columns = columns;
   const scale = devicePixelRatio || 1;
   canvas.width = width * scale; canvas.height = Math.ceil(clients / columns) * size * scale;
-  const pen = canvas.getContext("2d"), loss = state.clients.loss || [], values = loss.filter(known), low = Math.min(...values), high = Math.max(...values);
+  const pen = canvas.getContext("2d"), loss = state.clients.loss || [], values = loss.filter(known), low = smallest(values, Infinity), high = largest(values, -Infinity);
   pen.scale(scale, scale);
   const ok = css("--ok"), colours = { absent: css("--soft"), late: css("--late"), refused: css("--refused"), "catching up": css("--catching") };
   for (let c = 0; c < clients; c++) {
@@ -234,11 +249,8 @@ async function choose(client) {
   chosen = String(client) === chosen || client === "" ? "" : String(client);
   $("pick").value = chosen;
   one = null;
-  if (chosen !== "") {
-    const answer = await fetch(`client/${chosen}${query}`);
-    if (answer.ok) one = await answer.json();
-  }
-  drawOne(); later();
+  if (chosen !== "") await fetchOne();
+  guarded("client", drawOne)(); later();
 }
 
 function drawOne() {
@@ -265,10 +277,10 @@ function drawTable() {
   const { loss = [], score = [], status = {}, done = {} } = state.clients, sign = state.meta.higher ? 1 : -1;
   const order = Array.from({ length: state.meta.clients }, (_, c) => c).sort((a, b) => sign * (score[a] ?? sign * 1e300) - sign * (score[b] ?? sign * 1e300)).slice(0, 200);
   const head = element("tr", null); head.append(...["client", state.meta.metric, "loss", "rounds", "state"].map((w) => element("th", w, { scope: "col" })));
-  const rows = order.map((c) => {
+  const last = largest(state.rounds.keys(), 0), rows = order.map((c) => {
     const row = element("tr", null), th = element("th", null, { scope: "row" }), b = element("button", nameOf(c));
     b.addEventListener("click", () => choose(c)); th.append(b);
-    row.append(th, ...[fixed(score[c]), fixed(loss[c]), String(done[c] ?? Math.max(0, ...state.rounds.keys())), status[c] || "takes part"].map((t) => element("td", t)));
+    row.append(th, ...[fixed(score[c]), fixed(loss[c]), String(done[c] ?? last), status[c] || "takes part"].map((t) => element("td", t)));
     return row;
   });
   const thead = element("thead", null), tbody = element("tbody", null); thead.append(head); tbody.append(...rows);
@@ -303,7 +315,7 @@ function drawGrid(data) {
     if (!columns.includes(column)) columns.push(column);
     lines.get(line).set(column, c);
   }
-  const values = cells.map((c) => c.mean).filter(known), low = Math.min(...values), high = Math.max(...values);
+  const values = cells.map((c) => c.mean).filter(known), low = smallest(values, Infinity), high = largest(values, -Infinity);
   const head = element("tr", null); head.append(element("th", "setting", { scope: "col" }), ...columns.map((c) => element("th", c, { scope: "col" })));
   const body = [...lines].map(([line, of]) => {
     const row = element("tr", null); row.append(element("th", line.replace(/^cells\//, ""), { scope: "row" }));
@@ -336,10 +348,11 @@ function start() {
   addEventListener("resize", redraw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   const stream = new EventSource("events" + query);
-  stream.addEventListener("snapshot", (e) => merge(JSON.parse(e.data), true));
-  stream.addEventListener("update", (e) => { merge(JSON.parse(e.data), false); if (one) refreshOne(); });
-  stream.addEventListener("standing", (e) => { standing = JSON.parse(e.data); later(); });
-  stream.addEventListener("grid", (e) => drawGrid(JSON.parse(e.data)));
+  const hear = (name, act) => stream.addEventListener(name, guarded(name, (e) => act(JSON.parse(e.data))));
+  hear("snapshot", (data) => merge(data, true));
+  hear("update", (data) => { merge(data, false); if (one) refreshOne(); });
+  hear("standing", (data) => { standing = data; trouble("folder", data.trouble); later(); });
+  hear("grid", (data) => { trouble("folder", data.trouble); drawGrid(data); });
   stream.onerror = () => { $("lead").textContent = "The connection to peerlora watch is lost; trying again …"; };
 }
 
@@ -347,7 +360,17 @@ let asked = 0;
 async function refreshOne() {  // the chosen client's curves, once in two seconds at most
   if (performance.now() - asked < 2000) return;
   asked = performance.now();
-  const of = chosen, answer = await fetch(`client/${of}${query}`);
-  if (answer.ok && of === chosen) { one = await answer.json(); drawOne(); later(); }
+  if (await fetchOne()) { guarded("client", drawOne)(); later(); }
+}
+
+async function fetchOne() {  // whether the chosen client's curves are here
+  const of = chosen;
+  try {
+    const answer = await fetch(`client/${of}${query}`), found = answer.ok ? await answer.json() : null;
+    trouble("fetch", "");
+    if (!found || of !== chosen) return false;
+    one = found;
+    return true;
+  } catch (error) { trouble("fetch", String(error)); return false; }
 }
 start();

@@ -1,21 +1,27 @@
-"""The server of the page: read-only, on the loopback address, behind a random token in its address."""
+"""The server of the page: read-only, on the loopback address unless asked for another, behind a random token."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import re
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from peerlora.environment import need_extra
-from peerlora.errors import ConfigError
+from peerlora.errors import ConfigError, first_line
 from peerlora.runs.events import plain
 from peerlora.runs.live.source import GridSource, RunSource
 
+Answer = Callable[[Any], Awaitable[Any]]
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 _EVERY = 0.25  # seconds between two looks at the folder
 _ASSETS = {
     "watch.js": "text/javascript",
@@ -50,8 +56,9 @@ class PageServer:
 
     @property
     def address(self) -> str:
-        """The page's address, token included."""
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/{self.token}/"
+        """The page's address, token included; with the machine's name where all of its addresses are open."""
+        host = socket.gethostname() if self.host in _ALL_ADDRESSES else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/{self.token}/"
 
     def run(self) -> None:
         """Serve until the process is interrupted."""
@@ -74,54 +81,60 @@ class PageServer:
             task.cancel()
             self.ended.set()
 
-        at = "/{token}"
-        routes = [
-            Route(f"{at}/", self._page),
-            Route(f"{at}/events", self._events),
-            Route(f"{at}/client/{{number:int}}", self._client),
-            Route(f"{at}/{{name:path}}", self._asset),
-        ]
+        answers = {
+            "": self._page,
+            "events": self._events,
+            "client/{number}": self._client,
+            "{name:path}": self._asset,
+        }
+        routes = [Route(f"/{{token}}/{path}", self._admitted(answer)) for path, answer in answers.items()]
         return Starlette(routes=routes, lifespan=lifespan)
 
     async def _follow(self) -> None:
+        """Look at the folder again and again; what fails is shown on the page, and costs one look."""
         while True:
-            fresh = await asyncio.to_thread(self.source.poll)
-            for cell in list(self.cells.values()):
-                fresh |= await asyncio.to_thread(cell.poll)
+            fresh = False
+            for source in (self.source, *self.cells.values()):
+                try:
+                    fresh |= await asyncio.to_thread(source.poll)
+                    source.trouble = ""
+                except Exception as error:  # of any kind: the page must not stand still without a word
+                    source.trouble = first_line(error)
             await asyncio.sleep(0 if fresh else _EVERY)
 
+    def _admitted(self, answer: Answer) -> Answer:
+        """Answer those only who are admitted; nothing is read before."""
+
+        async def answer_admitted(request: Any) -> Any:
+            return await answer(request) if self._admits(request) else _refused()
+
+        return answer_admitted
+
     def _admits(self, request: Any) -> bool:
-        """Whether a request knows the token, and no other site's name leads here (DNS rebinding)."""
-        name = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-        local = name.strip("[]") in ("127.0.0.1", "localhost", "::1", self.host)
-        return local and secrets.compare_digest(request.path_params["token"].encode(), self.token.encode())
+        """Whether a request knows the token, and no other site's name leads to a loopback address (DNS rebinding).
+
+        A server that others may reach has names and addresses that it does not know; there the token has to do.
+        """
+        known = secrets.compare_digest(request.path_params["token"].encode(), self.token.encode())
+        return known and (not _is_loopback(self.host) or _is_loopback(_named_host(request)))
 
     async def _page(self, request: Any) -> Any:
-        return self._file(request, "watch.html", "text/html")
+        return _file("watch.html", "text/html")
 
     async def _asset(self, request: Any) -> Any:
         name = request.path_params["name"]
-        return self._file(request, name, _ASSETS[name]) if name in _ASSETS else _refused()
-
-    def _file(self, request: Any, name: str, kind: str) -> Any:
-        from starlette.responses import Response  # pyright: ignore[reportMissingImports]
-
-        if not self._admits(request):
-            return _refused()
-        body = files("peerlora.runs").joinpath("assets", name).read_bytes()
-        return Response(body, media_type=kind, headers=_HEADERS)
+        return _file(name, _ASSETS[name]) if name in _ASSETS else _refused()
 
     async def _client(self, request: Any) -> Any:
         from starlette.responses import Response  # pyright: ignore[reportMissingImports]
 
-        source = self._source(request)
-        if not self._admits(request) or not isinstance(source, RunSource):
-            return _refused()
-        number = request.path_params["number"]
-        if not 0 <= number < source.live.loss.clients:
+        source, number = self._source(request), request.path_params["number"]
+        if not isinstance(source, RunSource) or not re.fullmatch(r"[0-9]{1,9}", number):
             return _refused()
         with source.lock:
-            body = _dump(source.live.client(number))
+            if int(number) >= source.live.loss.clients:
+                return _refused()
+            body = _dump(source.live.client(int(number)))
         return Response(body, media_type="application/json", headers=_HEADERS)
 
     def _source(self, request: Any) -> RunSource | GridSource | None:
@@ -137,7 +150,7 @@ class PageServer:
         from starlette.responses import StreamingResponse  # pyright: ignore[reportMissingImports]
 
         source = self._source(request)
-        if not self._admits(request) or source is None:
+        if source is None:
             return _refused()
         stream = _grid_stream(source, self.ended) if isinstance(source, GridSource) else _run_stream(source, self.ended)
         return StreamingResponse(stream, media_type="text/event-stream", headers=_HEADERS)
@@ -147,12 +160,16 @@ async def _run_stream(source: RunSource, ended: asyncio.Event) -> AsyncIterator[
     """All of a run, then what changes; each reader has its own mark of what it knows."""
     version, known, standing = None, _Mark(), None
     while not ended.is_set():
-        if version != source.version:
-            version, known = source.version, _Mark()
-            yield _message("snapshot", await asyncio.to_thread(known.changes, source))
-        elif known.behind(source):
-            yield _message("update", await asyncio.to_thread(known.changes, source))
-        now = source.standing()
+        try:
+            changed = "snapshot" if version != source.version else "update" if known.behind(source) else ""
+            if changed == "snapshot":
+                version, known = source.version, _Mark()
+            text = _message(changed, await asyncio.to_thread(known.changes, source)) if changed else ""
+            now = source.standing()
+        except Exception as error:  # as in `_follow`
+            text, now = "", {"state": "unknown", "trouble": first_line(error)}
+        if text:
+            yield text
         if now != standing:
             standing = now
             yield _message("standing", now)
@@ -162,7 +179,8 @@ async def _run_stream(source: RunSource, ended: asyncio.Event) -> AsyncIterator[
 async def _grid_stream(source: GridSource, ended: asyncio.Event) -> AsyncIterator[str]:
     told = None
     while not ended.is_set():
-        if (text := _message("grid", {"folder": source.folder.name, "cells": list(source.cells.values())})) != told:
+        grid = {"folder": source.folder.name, "cells": list(source.cells.values()), "trouble": source.trouble}
+        if (text := _message("grid", grid)) != told:
             told = text
             yield text
         await asyncio.sleep(_EVERY)
@@ -200,10 +218,32 @@ def _dump(body: dict[str, Any]) -> str:
     return json.dumps(plain(body), allow_nan=False, separators=(",", ":"))
 
 
+def _file(name: str, kind: str) -> Any:
+    from starlette.responses import Response  # pyright: ignore[reportMissingImports]
+
+    body = files("peerlora.runs").joinpath("assets", name).read_bytes()
+    return Response(body, media_type=kind, headers=_HEADERS)
+
+
 def _refused() -> Any:
     from starlette.responses import PlainTextResponse  # pyright: ignore[reportMissingImports]
 
     return PlainTextResponse("not found\n", 404)
+
+
+def _named_host(request: Any) -> str:
+    """The host that a request asks for, without the port; an empty string where it names none."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -213,7 +253,9 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         made.bind((host, port))
         made.listen()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         made.close()
-        raise ConfigError(f"{host}:{port} cannot be opened ({error.strerror}); choose another --port") from None
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        what = "--port" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else "--host or --port"
+        raise ConfigError(f"{host}:{port} cannot be opened ({reason}); choose another {what}") from None
     return made

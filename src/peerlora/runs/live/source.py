@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peerlora.errors import RunError
 from peerlora.runs.live.follow import EventTail
 from peerlora.runs.live.process import holder_of, usage_of
-from peerlora.runs.live.state import LiveRun
+from peerlora.runs.live.state import MOST_CLIENTS, LiveRun
 
 _LOOK = 0.2  # seconds between two looks for a folder
 _IDLE = 30.0  # seconds after its last event that a run without a lock to look at counts as running
@@ -29,6 +29,8 @@ class RunSource:
         """Held while the state changes."""
         self.version = 0
         """Grows when the state was built anew."""
+        self.trouble = ""
+        """Why the latest look at the folder failed, if it did."""
 
     def poll(self) -> bool:
         """Read what is new; whether there was anything."""
@@ -49,6 +51,7 @@ class RunSource:
         used = [usage for run in runs if (pid := holder_of(run)) and (usage := usage_of(pid))]
         return {
             "state": standing_of(runs),
+            "trouble": self.trouble,
             "processes": len(used),
             "memory": sum(each.memory for each in used),
             "cpu": sum(each.cpu_seconds for each in used),
@@ -62,17 +65,29 @@ class GridSource:
         self.folder = folder
         self.planned = list(planned)
         self.cells: dict[str, dict[str, Any]] = {}
+        self.trouble = ""
+        """Why the latest look at the folder failed, if it did."""
         self._stamps: dict[str, Any] = {}
         self._sources: dict[str, RunSource] = {}
 
     def poll(self) -> bool:
-        """Read what is new; whether there was anything."""
+        """Read what is new; whether there was anything.
+
+        Raises the first error of a trial's folder, after all others were read.
+        """
         names = [*self.planned]
         there = [run.parent for run in self.folder.glob("*/*/run.json")]
         names += sorted(run.relative_to(self.folder).as_posix() for run in there)
         before = {name: dict(cell) for name, cell in self.cells.items()}
+        failures = []
         for name in dict.fromkeys(names):
-            self._read(name)
+            try:
+                self._read(name)
+            except OSError as error:
+                self._stamps.pop(name, None)
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return before != self.cells
 
     def _read(self, name: str) -> None:
@@ -114,8 +129,14 @@ def is_comparison(folder: Path) -> bool:
 
 
 def is_watchable(folder: Path) -> bool:
-    """Whether a folder has something to show, now or soon: a launch begins with its config."""
-    return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+    """Whether a folder has something to show, now or soon: a launch begins with its config.
+
+    Raises RunError where it cannot be looked into.
+    """
+    try:
+        return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
 
 
 def wait_for(folder: Path) -> None:
@@ -124,27 +145,27 @@ def wait_for(folder: Path) -> None:
         time.sleep(_LOOK)
 
 
-def source_of(folder: Path, planned: Sequence[str] = ()) -> RunSource | GridSource:
-    """The source of a folder; ``planned``: trials of a comparison.
+def source_of(folder: Path, planned: Callable[[Path], Sequence[str]] = lambda folder: ()) -> RunSource | GridSource:
+    """The source of a folder; ``planned`` tells the trials of a comparison.
 
     Raises RunError unless there is something to show.
     """
-    if is_comparison(folder):
-        return GridSource(folder, planned)
     if not is_watchable(folder):
         raise RunError(
             f"{folder} holds no run (run.json), no launched peers (config.yaml) and no comparison (grid.yaml); give "
             "the --out of one"
         )
-    return RunSource(folder)
+    return GridSource(folder, planned(folder)) if is_comparison(folder) else RunSource(folder)
 
 
 def held_of(run: Path) -> list[int]:
     """The clients that a run trains; empty: all."""
     try:
-        return list(json.loads((run / "run.json").read_bytes()).get("held") or [])
-    except (OSError, ValueError, AttributeError):
+        held = json.loads((run / "run.json").read_bytes())["held"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return []
+    whole = isinstance(held, list) and all(isinstance(each, int) and 0 <= each < MOST_CLIENTS for each in held)
+    return held if whole else []
 
 
 def standing_of(runs: Sequence[Path]) -> str:

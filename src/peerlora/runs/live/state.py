@@ -19,6 +19,10 @@ SHOWN_LINKS = 3000
 """Links of one round that the page gets; a browser is slow beyond."""
 FEW_CLIENTS = 60
 """Clients; above, the page gets quantiles over clients, and the curves of one client when it asks for them."""
+LONGEST_NOTICE = 2000
+"""Characters of a notice."""
+MOST_CLIENTS = 1_000_000
+"""Clients of a run; an event that tells of more is damaged."""
 _PER_ROUND = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term", "bytes_sent")
 _PER_ROUND += ("contacts", "seconds_train", "seconds_mix", "virtual_seconds")
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -117,7 +121,7 @@ class LiveRun:
         try:
             if take is not None:
                 take(event, held)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        except Exception:  # whatever the file says, the page goes on
             self._notice("warning", f"a damaged event of type {event['type'][:30]} was left out", held)
 
     def since(self, round: int, notice: int) -> dict[str, Any]:
@@ -160,6 +164,8 @@ class LiveRun:
 
     def _started(self, event: LineFacts, held: Sequence[int]) -> None:
         clients = int(event["clients"])
+        if not 0 < clients <= MOST_CLIENTS:
+            raise ValueError(clients)
         if clients != self.loss.clients:
             self.loss, self.score = Table(clients), Table(clients)
         counts = self.meta.get("counts") or [None] * clients
@@ -175,7 +181,7 @@ class LiveRun:
             "seed": event.get("seed"),
             "started": event.get("time"),
             "topology": (event.get("topology") or {}).get("kind"),
-            "names": event.get("names") or {},
+            "names": dict(event.get("names") or {}),
             "labels": (event.get("partition") or {}).get("names"),
             "counts": counts,
             "peers": bool(event.get("held")),
@@ -234,10 +240,8 @@ class LiveRun:
         self._notice(level, f"{name}: {kind} {event.get('detail', '')}".strip(), [*held, client])
 
     def _notice(self, level: str, text: str, clients: Sequence[int]) -> None:
-        round = max(self.rounds, default=0)
-        self.notices.append(
-            {"n": self.numbered, "level": level, "text": text, "clients": list(clients), "round": round}
-        )
+        told = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)}
+        self.notices.append({**told, "round": max(self.rounds, default=0)})
         self.numbered += 1
 
 

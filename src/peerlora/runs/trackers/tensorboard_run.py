@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.runs.resume import flatten
+from peerlora.runs.store import TENSORBOARD_FOLDER
 from peerlora.runs.trackers.base import Ending, TrackedRun
+from peerlora.runs.trackers.names import READABLE, tidy_names
 from peerlora.runs.trackers.series import final_values
 
 
@@ -21,13 +23,13 @@ class TensorBoard:
 
         self.run = run
         purge = None if run.resumed is None else run.resumed + 1
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self.writer = SummaryWriter(str(run.folder / TENSORBOARD_FOLDER), purge_step=purge, flush_secs=10)
         if run.resumed is None:
             self.writer.add_text("config", _code(json.dumps(run.config, indent=2)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add one scalar per series."""
-        for name, value in values.items():
+        for name, value in tidy_names(values, READABLE).items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
@@ -36,10 +38,10 @@ class TensorBoard:
         if summary:
             self.writer.add_text("summary", _code(json.dumps(summary, indent=2)))
             settings = {name: _setting(value) for name, value in flatten(self.run.config).items()}
-            scores = final_values(
-                (f"final/{name}", value) for name, value in flatten(summary.get("scores", {})).items()
-            )
-            self.writer.add_hparams(settings, scores, run_name=".")
+            found = flatten(summary.get("scores", {})).items()
+            scores = final_values((f"final/{name}", value) for name, value in found)
+            named = tidy_names(settings, READABLE), tidy_names(scores, READABLE)
+            self.writer.add_hparams(*named, run_name=".")
         self.writer.close()
 
 

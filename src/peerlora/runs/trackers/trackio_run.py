@@ -9,6 +9,7 @@ from typing import Any
 
 from peerlora.runs.resume import flatten
 from peerlora.runs.trackers.base import Ending, TrackedRun
+from peerlora.runs.trackers.names import READABLE, tidy_names
 from peerlora.runs.trackers.series import final_values
 
 
@@ -33,13 +34,13 @@ class Trackio:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log one step."""
-        self.run.log(dict(values), step=step)
+        self.run.log(tidy_names(values, READABLE), step=step)
 
     def finish(self, ending: Ending, summary: Mapping[str, Any], adapters: Path | None) -> None:
         """Log the summary's scores, which trackio has no other place for, and the adapters; finish the run."""
         scores = final_values((f"final/{name}", each) for name, each in flatten(summary.get("scores", {})).items())
         if scores:
-            self.run.log(scores, step=int(summary.get("rounds", 0)))
+            self.run.log(tidy_names(scores, READABLE), step=int(summary.get("rounds", 0)))
         if adapters is not None:
             self.run.log_artifact(str(adapters), name=f"adapters-{self.id}", type="model")
         self.run.finish()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peerlora.runs.store import WANDB_FOLDER
 from peerlora.runs.trackers.base import Ending, TrackedRun
+from peerlora.runs.trackers.names import PLAIN, tidy_names
 
 _EXIT = {"finished": 0, "stopped": 130, "failed": 1}
+_NO_PROJECT = re.compile(r"[/\\#?%:]")  # what the name of a project must not have
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters
 
 
 class Wandb:
@@ -27,12 +32,12 @@ class Wandb:
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
         _wait_for_a_new_second(run)
         self.run = wandb.init(
-            project=run.project,
+            project=_NO_PROJECT.sub("-", run.project),
             id=run.id,
-            name=run.name,
+            name=run.name[:_LONGEST_NAME],
             group=run.group,
             config=dict(run.config),
-            tags=list(run.tags.values()),
+            tags=[tag[:_LONGEST_TAG] for tag in run.tags.values()],
             dir=run.folder,
             resume="allow" if mode == "online" else None,  # offline, the id alone joins the parts when they are synced
             reinit="create_new",
@@ -46,7 +51,7 @@ class Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Log a line of history."""
-        self.run.log({"round": step, **values})
+        self.run.log({"round": step, **tidy_names(values, PLAIN)})
 
     def finish(self, ending: Ending, summary: Mapping[str, Any], adapters: Path | None) -> None:
         """Update the summary, log the adapters as an artifact of type model, and finish the run."""
@@ -63,5 +68,5 @@ class Wandb:
 
 def _wait_for_a_new_second(run: TrackedRun) -> None:
     """Parts of one run are told apart by the second they began in; of two in one second, the later would be lost."""
-    while any(run.folder.glob(f"wandb/*-{time.strftime('%Y%m%d_%H%M%S')}-{run.id}")):
+    while any(run.folder.glob(f"{WANDB_FOLDER}/*-{time.strftime('%Y%m%d_%H%M%S')}-{run.id}")):
         time.sleep(0.05)

@@ -25,7 +25,7 @@ from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.peer_process import PeerProcess
 from peerlora.runtime.launch.tcp_relay import Relay
 from peerlora.runtime.peer.checks import plan_peer
-from peerlora.runtime.peer.run import site_on
+from peerlora.runtime.peer.site import Site
 
 _POLL = 0.05  # seconds between two polls of the processes
 _PATIENCE = 30.0  # seconds that processes have to end after SIGTERM
@@ -68,13 +68,13 @@ class LocalFederation:
         self.config = config.model_copy(update={"threads": threads, "peer": run})
         self.folder, self.faults = folder, list(faults)
         self.relays: dict[tuple[int, int], Relay] = {}
+        self.sites = [f"peer-{client}" for client in range(config.clients)]
+        plan_peer(self.config, Site(0, dict(enumerate(self.sites)), f"launch/{self.config.peer.run}"))
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", self.config.to_yaml())
-        self.sites = [f"peer-{client}" for client in range(config.clients)]
         self.ports = free_ports(config.clients)
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
         self.members = throwaway(folder / "identities", addresses, "launch")
-        plan_peer(self.config, site_on(self.config, self.members, self.sites[0]))
         self.peers = [PeerProcess(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
         self.thread = EventLoopThread()
         self.through_relays = any(each.kind == "cut" for each in faults)

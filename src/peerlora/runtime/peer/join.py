@@ -17,6 +17,7 @@ from peerlora.errors import RunError
 from peerlora.files import atomic_file
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
+from peerlora.runs.store import START_FILE
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.loop import assemble_loops, loop_config, require_rank, start_of
 from peerlora.runtime.peer.train import OwnLoop
@@ -25,8 +26,6 @@ from peerlora.runtime.trainer import CheckpointRule, Result, Sink
 from peerlora.train.handover import Handover, LoopFailed
 from peerlora.train.loop_driver import LoopDriver, plain_optimizer
 from peerlora.train.loop_learner import LoopLearner, LoopTask
-
-_START = "start.safetensors"
 
 
 class PeerRun(Protocol):
@@ -133,16 +132,16 @@ class JoinedPeer:
 
     def keep_start(self, folder: Path) -> None:
         """See ``OwnLoop``: a resumed loop's model has left its start."""
-        with atomic_file(folder / _START) as temporary:
+        with atomic_file(folder / START_FILE) as temporary:
             save_file(self._start, temporary)
 
     def _restored(self, begun: Path, start: Any) -> Any:
-        place = begun / _START
+        place = begun / START_FILE
         flat = load_file(place)["flat"] if place.is_file() else None
         if flat is None or flat.shape != start.flat.shape:
             raise RunError(
-                f"{begun} does not hold the start of this adapter ({_START}); was it begun with another PEFT model? "
-                "Give another out"
+                f"{begun} does not hold the start of this adapter ({START_FILE}); was it begun with another PEFT "
+                "model? Give another out"
             )
         return replace(start, flat=flat.to(start.flat))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 
 from peerlora.errors import ConfigError
@@ -15,18 +18,18 @@ _PLAIN = "text/plain; charset=utf-8"
 class MetricsServer:
     """Serves a peer's metrics until the block ends; a context manager.
 
-    ``address``: host:port.  /metrics in the format that the client asks for, OpenMetrics or Prometheus's own.
+    ``address``: host:port, or [v6]:port.  /metrics in the format that is asked for, OpenMetrics or Prometheus's own.
     /healthz says 200 while the process lives, /readyz 200 while it is in its rounds, else 503 and why.  Raises
     ConfigError where the address is none or cannot be opened.
     """
 
     def __init__(self, address: str, metrics: PeerMetrics):
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"--metrics {address} given; expected HOST:PORT, such as 127.0.0.1:9464")
+        found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
+        if not found or int(found[2]) > 65535:
+            raise ConfigError(f"--metrics {address} given; expected HOST:PORT, such as 127.0.0.1:9464 or [::1]:9464")
         try:
-            self._server = _Server((host.strip("[]"), int(port)), metrics)
-        except OSError as error:
+            self._server = _Server((found[1].strip("[]"), int(found[2])), metrics)
+        except (OSError, UnicodeError) as error:
             raise ConfigError(f"--metrics {address} cannot be opened ({error}); choose another port") from None
         self.port = int(self._server.server_address[1])
 
@@ -44,7 +47,13 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], metrics: PeerMetrics):
         self.metrics = metrics
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's reverse look-up of the own name, for which a resolver may take long."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -72,8 +72,12 @@ class PeerMetrics:
         self.up = made(Gauge, "neighbour_up", "1 while a neighbour is connected.", ("neighbour",))
         self.skipped = made(Counter, "skipped_rounds", "Rounds left out after falling behind.")
         self.warnings = made(Counter, "warnings", "Warnings of this site.")
-        self.contact = made(Gauge, "last_contact_timestamp_seconds", "When a round last had contact to a neighbour.")
-        self.success = made(Gauge, "last_round_timestamp_seconds", "When a round was last finished.")
+        before = "before, when the rounds of this process began; NaN until then"
+        contact = f"When a round last had contact to a neighbour; {before}."
+        self.contact = made(Gauge, "last_contact_timestamp_seconds", contact)
+        self.success = made(Gauge, "last_round_timestamp_seconds", f"When a round was last finished; {before}.")
+        for gauge in (self.contact, self.success):
+            gauge.set(math.nan)  # 0 would be a round in 1970, and an alarm
         self.validity = made(Gauge, "validity_left_seconds", "Time until it ends; NaN: never.", ("of",))
         self.disk = made(Gauge, "disk_free_bytes", "Free space where the run is written.")
 
@@ -85,6 +89,8 @@ class PeerMetrics:
             self.round.set(event.round)
         elif isinstance(event, Joined):
             self.state = "running"
+            for gauge in (self.contact, self.success):
+                gauge.set(self.clock().timestamp())
             for client in event.reached:
                 self.up.labels(self._name(client)).set(1)
         elif isinstance(event, RoundDone):

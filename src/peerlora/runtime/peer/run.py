@@ -19,7 +19,9 @@ from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.connections import raise_descriptor_limit
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.network.transport.reload import reload_on_change
+from peerlora.runs.events import Warned
 from peerlora.runs.metrics import find_start
+from peerlora.runs.privacy_summary import UNCOVERED
 from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer, sums_known
 from peerlora.runtime.peer.metrics_server import MetricsServer
@@ -63,7 +65,8 @@ def run_peer(
     )
     try:
         transport = GrpcTransport(who, roster, listen=listen, audit=audit)
-        with EventLoopThread() as thread, served_metrics(metrics, transport, begun, out, sinks) as every:
+        private = config.privacy is not None
+        with EventLoopThread() as thread, served_metrics(metrics, transport, begun, out, sinks, private) as every:
             asyncio.run_coroutine_threadsafe(reload_on_change(transport, identity, members), thread.loop)
             return train_peer(
                 config,
@@ -83,9 +86,17 @@ def run_peer(
 
 @contextmanager
 def served_metrics(
-    address: str | None, transport: GrpcTransport, begun: Path | None, out: Path | str | None, sinks: Sequence[Sink]
+    address: str | None,
+    transport: GrpcTransport,
+    begun: Path | None,
+    out: Path | str | None,
+    sinks: Sequence[Sink],
+    private: bool = False,
 ) -> Iterator[Sequence[Sink]]:
-    """Serve metrics at ``address`` within the block; yield the sinks with the one that they come from."""
+    """Serve metrics at ``address`` within the block; yield the sinks with the one that they come from.
+
+    ``private``: whether the run promises privacy, which does not cover them; that is warned of.
+    """
     if address is None:
         yield sinks
         return
@@ -93,6 +104,8 @@ def served_metrics(
     if begun is not None and (start := find_start(read_events(begun))):
         metrics(start)
     with MetricsServer(address, metrics):
+        for sink in sinks if private else ():
+            sink(Warned(UNCOVERED.format(f"whoever reads {address}")))
         yield (*sinks, metrics)
 
 
