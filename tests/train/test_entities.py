@@ -89,3 +89,13 @@ def test_losses_are_means_over_a_clients_words_and_scores_over_all():
     metric, loss = task.score(outcomes, data.labels)
     assert metric == 0.5
     assert loss == pytest.approx(float(F.cross_entropy(predicted.flatten(0, 1), both.targets.flatten())))
+
+
+def test_a_client_whose_rows_have_nothing_to_learn_loses_nothing():
+    data, task = rows(*TRUE), TokenClassification()
+    data.targets[data.starts[1] :] = UNLEARNED
+    batch = collate(data, [np.array([0]), np.array([1])], 0, torch.float64)
+    logits = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    losses = task.losses(logits, batch)
+    losses.sum().backward()
+    assert losses[0] > 0 and losses[1] == 0 and not logits.grad[1].any() and logits.grad[0].any()

@@ -137,10 +137,11 @@ class TokenLosses(ABC):
     """Cross-entropy of tokens, for tasks that learn something of each token: means are over tokens, not rows."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
+        """Mean cross-entropy over each client's own tokens, 0 of none; those of a row count as the row does."""
         loss, tokens = self._sums(logits, batch)
         real = self._real(batch, loss.dtype)
-        return (loss.view_as(real) * real).sum(1) / self._counted(tokens, real)
+        counted = self._counted(tokens, real)
+        return (loss.view_as(real) * real).sum(1) / torch.where(counted > 0, counted, 1)
 
     def loss_terms(self, batch: Batch) -> Float[Tensor, " client"]:
         """The tokens over which ``losses`` takes its means."""
