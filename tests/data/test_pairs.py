@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from peerlora.config.loading import load_config
 from peerlora.data.batches import collate
@@ -96,7 +97,7 @@ def test_rows_of_which_the_tokenizer_makes_nothing_are_left_out_or_refused(read,
     def bare(source):
         from tokenizers import normalizers
 
-        tokenizer = load_tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.backend_tokenizer.post_processor = None
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
         return tokenizer

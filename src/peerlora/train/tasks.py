@@ -260,7 +260,7 @@ class TokenClassification(TokenLosses):
 
     def outcomes_width(self, names: Sequence[str]) -> int:
         """Loss, words, right ones, and the numbers of entities by type (``ENTITY_COUNTS``)."""
-        return 3 + ENTITY_COUNTS * len(entity_types(names))
+        return 3 + ENTITY_COUNTS * len(entity_types(tuple(names)))
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, numbers of words and right ones, then per type of entity: true, predicted, both)."""
@@ -285,7 +285,7 @@ def outcomes_width(task: Task, data: Dataset) -> int:
 
 def names_of_counts(target: Target, names: Sequence[str]) -> Sequence[str]:
     """What ``metrics.counts_by_name`` counts: labels, or the types of entities that tags make."""
-    return entity_types(names) if target == "tags" else names
+    return entity_types(tuple(names)) if target == "tags" else names
 
 
 def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:
