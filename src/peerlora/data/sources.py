@@ -157,8 +157,6 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
     if rows.tagged is not None:
         found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
         return _without_unlearned(replace(found, columns={kept: _values(rows, kept)} if kept else {}), rows)
-    if len(data.text) > kind.texts:
-        raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
     texts = [_texts(rows, name) for name in data.text]
     predicts_tokens = kind.target == "tokens"
     tokens = tokenise(texts, tokenizer, data.max_length, predicts_tokens, cache)
