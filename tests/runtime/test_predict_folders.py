@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 
-from peerlora.errors import ModelError
+from peerlora.errors import ConfigError, ModelError
 from peerlora.runtime.predict import predict
 from peerlora.runtime.serving import load_served
 
@@ -262,3 +263,30 @@ def test_a_head_that_peft_does_not_know_is_counted(saved, tmp_path):
     saved_too = ["logits_proj", "sequence_summary"]
     folder = foreign(base, tmp_path / "adapter", head=saved_too, outputs=5, target_modules=["layer_1", "layer_2"])
     assert len(load_served(folder, ("text",)).labels) == 5
+
+
+def test_as_many_texts_are_given_as_a_model_reads(saved, models):
+    classifier = saved(MODELS["bert"](), "classifier")
+    assert load_served(classifier, ("one", "other")).reading.text == (
+        "one",
+        "other",
+    )  # nobody knows of which kind it is
+    note(classifier, "classification")
+    with pytest.raises(ConfigError, match=r"names 2 columns \(one, other\); the model of .* reads 1; give as many"):
+        load_served(classifier, ("one", "other"))
+    note(classifier, "classification", text=["a", "b"])
+    with pytest.raises(ConfigError, match=r"names 1 columns \(one\); the model of .* reads 2"):
+        load_served(classifier, ("one",))
+    with pytest.raises(ConfigError, match="reads 1; give as many"):
+        load_served(Path(models("llama")), ("one", "other"))
+    tags = note(saved(MODELS["bert"](), "tags"), "token-classification")
+    with pytest.raises(ConfigError, match="reads 1; give as many"):
+        load_served(tags, ("one", "other"))
+
+
+def test_rows_have_as_many_tokens_as_in_training_at_least(saved):
+    """A tokenizer cuts none of its own tokens off, and rows would be longer than was asked for."""
+    folder = note(saved(MODELS["bert"]()), "classification")
+    with pytest.raises(ConfigError, match="--max-length 3 given; rows have at least 4 tokens"):
+        load_served(folder, (), 3)
+    assert load_served(folder, (), 4).reading.max_length == 4

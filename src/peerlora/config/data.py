@@ -8,6 +8,8 @@ from peerlora.config.base import Positive, Section
 from peerlora.config.chat import resolve_template
 from peerlora.config.task_kinds import TaskKind
 
+LEAST_TOKENS = 4  # of a row: a tokenizer puts up to three round its words, and cuts none of them off
+
 
 class DataConfig(Section):
     """Where rows come from, and which columns are used."""
@@ -28,7 +30,7 @@ class DataConfig(Section):
     """Tokens of a chat that are learned: the assistant's with the end of each turn, or all."""
     too_long: Literal["cut-right", "cut-left", "drop"] = "cut-right"
     """Chats above max_length lose their end, lose their beginning, or are left out."""
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
+    max_length: Annotated[int, Field(ge=LEAST_TOKENS, le=8192)] = 64
     """Tokens; longer texts are cut."""
     train_per_class: Positive | None = None
     """Use at most so many training rows of each class; null: all."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from peerlora.config.data import LEAST_TOKENS
 from peerlora.config.task_kinds import TaskKind, task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.tokens import sample_tokens
@@ -120,10 +121,24 @@ def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[
     if reading is None:
         if not text:
             raise ConfigError(f"{folder} does not say which columns it reads (no peerlora.json); give --text NAME")
-        reading = Reading(kind_of_folder(folder, settings, adapter).name, text, MOST_TOKENS)
+        kind = kind_of_folder(folder, settings, adapter)
+        _check_texts(folder, text, range(1, 2 if kind.forms else kind.texts + 1))
+        reading = Reading(kind.name, text, MOST_TOKENS)
+    elif text:
+        reads = 1 if reading.task in _ASKED_IN else len(reading.text)
+        _check_texts(folder, text, range(reads, reads + 1))
     if text and (role := _ASKED_IN.get(reading.task)):
         reading = replace(reading, columns={role: text[0]})
     return replace(reading, text=text or reading.text)
+
+
+def _check_texts(folder: Path, text: tuple[str, ...], possible: range) -> None:
+    """Refuse more columns than a model reads, and fewer than it was trained on."""
+    if len(text) not in possible:
+        raise ConfigError(
+            f"--text names {len(text)} columns ({', '.join(text)}); the model of {folder} reads "
+            f"{' or '.join(map(str, possible))}; give as many"
+        )
 
 
 def _known_kind(folder: Path, reading: Reading) -> TaskKind:
@@ -138,6 +153,8 @@ def _known_kind(folder: Path, reading: Reading) -> TaskKind:
 
 def _limit(folder: Path, asked: int | None, reading: Reading, longest: int | None) -> int:
     """The most tokens of a row; without a wish, no more than the model reads."""
+    if asked is not None and asked < LEAST_TOKENS:
+        raise ConfigError(f"--max-length {asked} given; rows have at least {LEAST_TOKENS} tokens, as data.max_length")
     if asked is not None and longest is not None and asked > longest:
         raise ConfigError(f"--max-length {asked} given; the model of {folder} reads at most {longest} tokens; lower it")
     return asked or min(reading.max_length, longest or reading.max_length)
