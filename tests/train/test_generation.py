@@ -142,6 +142,17 @@ def test_a_decoder_that_counts_columns_answers_prompts_one_by_one():
         assert found != counts_columns
 
 
+@pytest.mark.parametrize(("dtype", "ignores"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_padding_is_ignored_within_the_rounding_of_the_logits(dtype, ignores):
+    """A hundredth is a rounding of bf16, whose batches are not answered one by one for it."""
+
+    def forward(inputs):
+        rows = len(inputs["input_ids"])
+        return torch.full((rows, 1, 5), 1.0 + 0.01 * (rows > 1)).to(dtype)
+
+    assert ignores_left_padding(forward, np.array([4, 5]), 0) == ignores
+
+
 def test_room_is_what_a_model_reads_behind_a_prompt():
     assert [room_behind(30, 8, None), room_behind(30, 8, 40), room_behind(35, 8, 40), room_behind(40, 8, 40)] == [
         8,

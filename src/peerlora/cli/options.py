@@ -43,12 +43,12 @@ def chosen_texts(text: list[str] | None) -> tuple[str, ...]:
     """Check the columns that ``--text`` names.  Raises ConfigError for one that is named twice, and for three."""
     from peerlora.errors import ConfigError
 
-    found = tuple(text or ())
+    found = text or []
     if len(found) > 2:
         raise ConfigError(f"--text given {len(found)} times; a row has one text, or two for pairs")
     if len(set(found)) < len(found):
         raise ConfigError(f"--text {found[0]} given twice; name one column, or two different ones for pairs")
-    return found
+    return tuple(found)
 
 
 def chosen_model(command: str, client: int | None, average: bool, model: str | None) -> "ExportedModel | None":

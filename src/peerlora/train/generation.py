@@ -18,7 +18,7 @@ from peerlora.randomness import numpy_generator
 
 _PROMPTS, _TOKENS = 16, 1 << 14  # of one batch at most; its keys and values are kept for every token
 _FILLER = 3  # tokens of padding that a prompt is looked at with
-_NOISE = 1e-3  # of the largest logit; larger differences are no rounding
+_NOISE, _ROUNDINGS = 1e-3, 8  # of the largest logit; a difference above both, the latter in its eps, is no rounding
 
 
 def drawn_rows(data: Dataset, wanted: int, seed: int) -> list[int]:
@@ -92,7 +92,8 @@ def ignores_left_padding(forward: Callable[[dict[str, Tensor]], Tensor], prompt:
         places = (mask.cumsum(1) - 1).clamp_min(0)
         logits.append(forward({"input_ids": ids, "attention_mask": mask, "position_ids": places})[0, -1])
     alone, beside = logits
-    return bool((alone - beside).abs().max() <= _NOISE * alone.abs().max().clamp_min(1e-6))
+    noise = max(_NOISE, _ROUNDINGS * torch.finfo(alone.dtype).eps)
+    return bool((alone - beside).abs().max() <= noise * alone.abs().max().clamp_min(1e-6))
 
 
 def padded(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[Tensor, Tensor]:
