@@ -298,11 +298,12 @@ def test_every_section_and_setting_is_there_with_a_comment(kind):
 @settings(max_examples=60)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1))
 def test_any_column_name_survives_the_yaml(name):
+    label = f"{name}{name}"
     lines = template_lines(
-        template_config(f"csv:{name}", Guess([name], name, "classification", 16, 2), 500), name, METHOD
+        template_config(f"csv:{name}", Guess([name], label, "classification", 16, 2), 500), name, METHOD
     )
     config = load_config(yaml.safe_load("\n".join(lines)))
-    assert (config.data.text, config.data.label, config.data.train) == ([name], name, f"csv:{name}")
+    assert (config.data.text, config.data.label, config.data.train) == ([name], label, f"csv:{name}")
 
 
 def test_written_config_loads_and_the_file_is_never_overwritten(texts, tmp_path):
@@ -369,3 +370,23 @@ def test_init_says_what_it_chose_and_why(cli, tmp_path):
     said = cli("init", "--train", source, "--to", tmp_path / "b.yaml", *words).out
     assert "label verified: given by --label" in said
     assert load_config(tmp_path / "b.yaml", train_defaults=False).model.source == "./mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--text", "text", "--text", "text"], "--text text given twice; name one column, or two different ones"),
+        (["--text", "text", "--text", "other", "--text", "site"], "--text given 3 times; a row has one text, or two"),
+        (["--text", "text", "--label", "text"], "data.label=text is in data.text, too"),
+        (["--text", "text", "--text", "other", "--label", "none"], "causal-lm reads one column of text; name one"),
+    ],
+)
+def test_columns_that_no_run_can_read_are_refused_before_anything_is_written(cli, texts, tmp_path, words, told):
+    answer = cli("init", "--train", texts, *words, "--to", tmp_path / "new.yaml")
+    assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
+    assert not (tmp_path / "new.yaml").exists()
+
+
+def test_two_texts_are_a_pair(cli, texts, tmp_path):
+    answer = cli("init", "--train", texts, "--text", "text", "--text", "other", "--to", tmp_path / "new.yaml")
+    assert answer.code == 0 and load_config(tmp_path / "new.yaml").data.text == ["text", "other"]

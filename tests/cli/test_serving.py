@@ -263,7 +263,7 @@ def _without_special(tokenise):
         ("adapter_config.json", "{", "cannot be read"),
         ("adapter_config.json", "[1]", "expected a JSON object"),
         ("adapter_config.json", "{}", "does not name a base model"),
-        ("adapter_model.safetensors", "broken", "cannot be put on its base model"),
+        ("adapter_model.safetensors", "broken", "adapter_model.safetensors cannot be read"),
     ],
 )
 def test_damaged_folders_are_one_message(cli, finished, tmp_path, file, content, told):

@@ -261,6 +261,7 @@ WITH_SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
         ({"messages": [ASKED]}, ASKED),
         ({"id": [3], "Messages": [WITH_SYSTEM]}, WITH_SYSTEM),
         ({"conversations": [[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]]}, ASKED),
+        ({"messages": [[{"role": "User ", "content": "a"}, {"role": "Assistant", "content": "b"}]]}, ASKED),
         ({"prompt": ["a"], "completion": ["b"]}, ASKED),
         ({"prompt": ["a"], "response": ["b"], "system": ["s"]}, WITH_SYSTEM),
         ({"question": ["a"], "answer": ["b"]}, ASKED),
@@ -290,6 +291,18 @@ def message(**fields):
         ({"messages": [["a"]]}, "row 1, turn 1: is a str; expected an object with role and content"),
         ({"messages": message(role=None)}, "row 2, turn 2: there is no role; expected one of system"),
         ({"messages": message(role="narrator")}, "row 2, turn 2: role 'narrator' is unknown; expected one of system"),
+        (
+            {"messages": [[{"role": ["user"], "content": "a"}]]},
+            "row 1, turn 1: role ['user'] is unknown; expected one of",
+        ),
+        (
+            {"messages": [[{"speaker": "user", "text": "a"}]]},
+            "row 1, turn 1: there is no role, its keys are speaker, text; expected role and content, or from and value",
+        ),
+        (
+            {"messages": [[{"role": "user", "text": "a"}]]},
+            "row 1, turn 1: there is no content, its keys are role, text; expected role and content, or from and value",
+        ),
         ({"messages": message(content=None)}, "row 2, turn 2: content is empty; expected text"),
         ({"messages": message(content=" ")}, "row 2, turn 2: content is empty; expected text"),
         ({"messages": [[{"role": "user", "content": 3}]]}, "row 1, turn 1: content is a int; expected text"),

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from peerlora.config.loading import load_config
 from peerlora.data.batches import collate
@@ -88,3 +89,23 @@ def test_other_names_need_data_columns(read):
     assert len(read(rows, "data.columns={prompt: ask, completion: say}")) == 2
     with pytest.raises(ConfigError, match="data.columns names ask"):
         read(rows, "data.columns={ask: ask}")
+
+
+def test_rows_of_which_the_tokenizer_makes_nothing_are_left_out_or_refused(read, monkeypatch, caplog):
+    """An answer of no token has no mean loss, and a prompt of none has nothing to attend to."""
+
+    def bare(source):
+        from tokenizers import normalizers
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.backend_tokenizer.post_processor = None
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+        return tokenizer
+
+    monkeypatch.setattr(f"{__name__}.load_tokenizer", bare)
+    good = [{"prompt": "w1 w2", "completion": "w3"}, {"prompt": "w4", "completion": "w5"}]
+    data = read([good[0], {"prompt": "w1", "completion": "\u200b"}, good[1]])
+    assert owned(data.targets, data.target_starts, 1) == [FIRST + 5] and len(data) == 2
+    assert "1 of 3 rows have no token to learn, the first is row 2" in caplog.text
+    with pytest.raises(DataError, match="1 of 2 rows have fewer than 1 tokens, the first is row 1"):
+        read([{"prompt": "\u200b", "completion": "w3"}, good[1]])

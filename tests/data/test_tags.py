@@ -13,7 +13,7 @@ from peerlora.data.dataset import UNLEARNED
 from peerlora.data.guess import guess_columns
 from peerlora.data.sources import load_datasets
 from peerlora.data.tag_rows import read_tagged, tagged_dataset
-from peerlora.errors import ConfigError, DataError
+from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.base_models import load_tokenizer
 
 ROWS = [
@@ -133,3 +133,50 @@ def test_rows_of_words_are_recognised():
     found = guess_columns(pa.Table.from_pylist(ROWS), "rows.jsonl")
     assert (found.kind, found.columns) == ("token-classification", {"tokens": "tokens", "tags": "ner_tags"})
     assert found.reason == "ner_tags holds a tag for each word in tokens"
+
+
+EMPTY = {"tokens": ["\u200b"], "ner_tags": ["B-LOC"], "site": "b"}  # a word of which the tokenizer makes nothing
+
+
+def test_rows_without_a_token_to_learn_are_left_out_and_named(models, tmp_path, caplog):
+    rows = [{**row, "site": "a"} for row in ROWS]
+    file = write(tmp_path, [rows[0], EMPTY, *rows[1:], EMPTY])
+    words = [f"data.eval={write(tmp_path, ROWS, 'eval.jsonl')}", "partition={kind: column, column: site}", "clients=1"]
+    tokenizer = without_invisible(models("bert"), tmp_path / "bert")
+    train, _ = load(lambda kind: tokenizer, file, *words)
+    plain, _ = load(models, write(tmp_path, rows, "plain.jsonl"), *words)
+    assert "rows.jsonl: 2 of 12 rows have no token to learn, the first is row 2; they are left out" in caplog.text
+    for name in ("ids", "starts", "targets", "labels"):
+        assert np.array_equal(getattr(train, name), getattr(plain, name))
+    assert train.columns["site"].tolist() == ["a"] * 10
+    with pytest.raises(DataError, match="2 of 2 rows have no token to learn, the first is row 1; expected words"):
+        load(
+            lambda kind: tokenizer,
+            write(tmp_path, [EMPTY] * 2, "none.jsonl"),
+            "task.labels=[B-LOC, B-PER, I-PER, O]",
+            *words,
+        )
+
+
+def without_invisible(source, to):
+    """A model's folder whose tokenizer takes invisible letters out of texts, as those of BERT do."""
+    import shutil
+
+    shutil.copytree(source, to)
+    tree = json.loads((to / "tokenizer.json").read_text())
+    tree["normalizer"] = {"type": "Replace", "pattern": {"String": "\u200b"}, "content": ""}
+    (to / "tokenizer.json").write_text(json.dumps(tree))
+    return str(to)
+
+
+def test_a_tokenizer_that_does_not_tell_where_its_tokens_lie_is_refused(models, tmp_path):
+    class Slow:
+        is_fast = False
+
+    config = load_config(
+        {"task": {"kind": "token-classification"}, "data": {"train": str(write(tmp_path, ROWS)), "eval": None}}
+    )
+    with pytest.raises(
+        ModelError, match="task.kind=token-classification needs a tokenizer that tells .* Slow does not"
+    ):
+        load_datasets(config, Slow(), None)

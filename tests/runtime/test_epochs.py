@@ -8,6 +8,7 @@ from peerlora.errors import CompositionError, ConfigError, RunError, Stopped
 from peerlora.runs.events import RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
+from peerlora.runtime.compose import compose
 from peerlora.runtime.epochs import rounds_of
 from peerlora.runtime.simulate import resume, simulate
 
@@ -79,3 +80,27 @@ def test_peers_and_grids_need_rounds(in_epochs):
     with pytest.raises(CompositionError, match="all sites count the same rounds"):
         plan_peer(chosen, Site(0, {client: f"site{client}" for client in range(4)}, "run"))
     assert "compared by their rounds" in str(_refusal(chosen, None, {}))
+
+
+def test_rows_that_clients_are_scored_on_are_no_training_rows(config, in_epochs, tmp_path):
+    """With a third of 54 rows set aside, a round's 24 rows are an epoch in 2 rounds, not in 3."""
+    words = ["train.local_steps=2", "train.batch=3", "eval.own=true", "data.holdout=0.34", f"data.eval={_rows(config)}"]
+    found = simulate(in_epochs(1, *words), tmp_path / "run")
+    (started,) = select_events(read_events(found.run), RunStarted)
+    held = sum(len(rows) for rows in compose(config("bert", *words)).own_rows)
+    assert held > 12
+    assert started.notes[0] == f"train.epochs=1 of {60 - held} training rows: train.rounds={started.rounds}"
+    assert started.rounds == rounds_of(in_epochs(1, *words), 60 - held) < rounds_of(in_epochs(1, *words), 60)
+
+
+def _rows(config):
+    """The training rows of the tests, which are named for evaluation so that all of them can be trained on."""
+    return config("bert").data.train
+
+
+def test_a_partitioner_divides_rows_once(in_epochs):
+    """It takes a data set once only."""
+    partitioners = pytest.importorskip("flwr_datasets.partitioner")
+    made = compose(in_epochs(1, "eval.own=true"), partitioner=partitioners.IidPartitioner(num_partitions=4))
+    held = sum(map(len, made.own_rows))
+    assert made.notes[0].startswith(f"train.epochs=1 of {54 - held} training rows")

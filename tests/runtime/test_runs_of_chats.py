@@ -109,3 +109,26 @@ def test_the_last_evaluation_tells_f1_of_every_label(config, tagged, tmp_path, t
         assert own["own"] == pytest.approx(sum(f1(*each[place]) for each in counts) / 4)
     page = (result.run / "report.html").read_text()
     assert "<h2>Label by label</h2>" in page and all(f'<th scope="row">{name}</th>' in page for name in last.by_name)
+
+
+def test_answers_end_where_the_model_reads_no_more_and_the_run_says_so(config, chats, tmp_path):
+    """The model counts 40 places; without the limit, its table would be left."""
+    words = [*CHAT, f"data.train=jsonl:{chats}", "eval.generate={rows: 3, max_new_tokens: 60}", "train.rounds=1"]
+    result = simulate(config("gpt2", *words), tmp_path / "run")
+    (started,), (told,) = (select_events(read_events(result.run), kind) for kind in (RunStarted, Generated))
+    (warning,) = [each for each in started.warnings if "eval.generate" in each]
+    longest = max(len(row["prompt"].split()) for row in told.answers)  # without the ends of turns
+    room = int(warning.rsplit(" ", 1)[1])
+    assert "max_new_tokens=60 given; " in warning and "reads at most 40 tokens" in warning
+    assert 0 < room < 40 - longest
+    assert all(len(row[name].split()) <= room for row in told.answers for name in ("own", "averaged"))
+
+
+def test_a_failure_while_answering_costs_no_result(chat_config, tmp_path, monkeypatch):
+    def fail(*words):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("peerlora.runtime.trainer.generate_answers", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        simulate(chat_config("eval.generate={rows: 2, max_new_tokens: 4}"), tmp_path / "run")
+    assert (tmp_path / "run" / "adapters" / "all.safetensors").is_file()

@@ -38,6 +38,32 @@ def test_entities_of_a_sequence(tags, entities):
     assert find_entities(tags.split()) == entities
 
 
+def test_types_may_have_a_dash():
+    """One with the look of a prefix is a type where no tag begins or goes on."""
+    assert find_entities(["B-E-MAIL", "I-E-MAIL", "O", "E-E-MAIL"]) == {("E-MAIL", 0, 1), ("E-MAIL", 3, 3)}
+    plain = ("O", "E-MAIL", "MAIL", "S-BAR")
+    assert entity_types(plain) == ("E-MAIL", "MAIL", "S-BAR")
+    assert entity_types(("O", "B-GEO-POL", "I-GEO-POL", "B-GEO", "I-GEO")) == ("GEO", "GEO-POL")
+    counts = count_entities(np.array([1, 1, 2, 0, 3]), np.array([1, 2, 2, 0, 3]), plain).reshape(-1, 3)
+    assert counts.tolist() == [[2, 1, 1], [1, 2, 1], [1, 1, 1]]
+
+
+def test_true_entities_are_found_once_for_all_clients(monkeypatch):
+    from peerlora.train import entities
+
+    found = []
+    monkeypatch.setattr(entities, "find_entities", lambda tags, *more: found.append(tags) or find_entities(tags, *more))
+    entities._entities.cache_clear()
+    true = np.array([1, 3, 4])
+    several = [count_entities(true, np.array(row), NAMES) for row in ([1, 3, 4], [4, 4, 4], [1, 3, 4], [4, 3, 4])]
+    assert len(found) == 3 and [own.reshape(-1, 3)[1].tolist() for own in several] == [
+        [1, 1, 1],
+        [1, 0, 0],
+        [1, 1, 1],
+        [1, 1, 0],
+    ]
+
+
 NAMES = ("B-MISC", "B-PER", "I-MISC", "I-PER", "O")
 TRUE = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
 PREDICTED = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
@@ -89,3 +115,13 @@ def test_losses_are_means_over_a_clients_words_and_scores_over_all():
     metric, loss = task.score(outcomes, data.labels)
     assert metric == 0.5
     assert loss == pytest.approx(float(F.cross_entropy(predicted.flatten(0, 1), both.targets.flatten())))
+
+
+def test_a_client_whose_rows_have_nothing_to_learn_loses_nothing():
+    data, task = rows(*TRUE), TokenClassification()
+    data.targets[data.starts[1] :] = UNLEARNED
+    batch = collate(data, [np.array([0]), np.array([1])], 0, torch.float64)
+    logits = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    losses = task.losses(logits, batch)
+    losses.sum().backward()
+    assert losses[0] > 0 and losses[1] == 0 and not logits.grad[1].any() and logits.grad[0].any()

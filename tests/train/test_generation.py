@@ -7,7 +7,14 @@ import torch
 from peerlora.data.batches import collate
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.runtime.compose import compose
-from peerlora.train.generation import exact_match, greedy_answers, last_answer, rouge_l
+from peerlora.train.generation import (
+    exact_match,
+    greedy_answers,
+    ignores_left_padding,
+    last_answer,
+    room_behind,
+    rouge_l,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,7 @@ def test_prompts_beyond_one_batch_are_answered_in_their_order(federation, monkey
     x, data = federation.start.rows([1]), federation.eval_data
     prompts = [last_answer(data, row)[0] for row in range(len(data))]
     together = greedy_answers(federation.model, x, prompts, 3, 0, [2])
-    monkeypatch.setattr("peerlora.train.generation._TOGETHER", 1)
+    monkeypatch.setattr("peerlora.train.generation._PROMPTS", 1)
     assert greedy_answers(federation.model, x, prompts, 3, 0, [2]) == together
 
 
@@ -103,3 +110,53 @@ def test_only_learned_tokens_count_in_losses(federation):
     unlearned = batch.targets[:, 1:] == UNLEARNED
     logits[:, :-1][unlearned] += 5 * torch.randn_like(logits[:, :-1][unlearned])
     assert torch.equal(task.losses(logits, batch), found)
+
+
+def test_batches_of_prompts_hold_a_bounded_number_of_tokens(federation, monkeypatch):
+    x, data = federation.start.rows([1]), federation.eval_data
+    prompts, widths = [last_answer(data, row)[0] for row in range(len(data))], []
+    together = greedy_answers(federation.model, x, prompts, 3, 0, [2])
+    generate = federation.model.base.generate
+
+    def watched(input_ids, **words):
+        widths.append(input_ids.shape)
+        return generate(input_ids=input_ids, **words)
+
+    monkeypatch.setattr(federation.model.base, "generate", watched)
+    longest = max(map(len, prompts))
+    monkeypatch.setattr("peerlora.train.generation._TOKENS", 2 * (longest + 3))
+    assert greedy_answers(federation.model, x, prompts, 3, 0, [2]) == together
+    assert max(rows for rows, _ in widths) == 2 and sum(rows for rows, _ in widths) == len(prompts)
+
+
+def test_a_decoder_that_counts_columns_answers_prompts_one_by_one():
+    """Its next token is another where padding stands before the prompt."""
+
+    def forward(inputs, counts_columns):
+        places = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
+        places = places if counts_columns else inputs["position_ids"]
+        return torch.nn.functional.one_hot(places + inputs["input_ids"], 30).double()
+
+    for counts_columns in (True, False):
+        found = ignores_left_padding(lambda inputs: forward(inputs, counts_columns), np.array([4, 5, 6]), 0)  # noqa: B023
+        assert found != counts_columns
+
+
+@pytest.mark.parametrize(("dtype", "ignores"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_padding_is_ignored_within_the_rounding_of_the_logits(dtype, ignores):
+    """A hundredth is a rounding of bf16, whose batches are not answered one by one for it."""
+
+    def forward(inputs):
+        rows = len(inputs["input_ids"])
+        return torch.full((rows, 1, 5), 1.0 + 0.01 * (rows > 1)).to(dtype)
+
+    assert ignores_left_padding(forward, np.array([4, 5]), 0) == ignores
+
+
+def test_room_is_what_a_model_reads_behind_a_prompt():
+    assert [room_behind(30, 8, None), room_behind(30, 8, 40), room_behind(35, 8, 40), room_behind(40, 8, 40)] == [
+        8,
+        8,
+        5,
+        0,
+    ]

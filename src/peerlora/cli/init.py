@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peerlora.cli.options import AsJson, print_json
+from peerlora.cli.options import AsJson, chosen_texts, print_json
 
 if TYPE_CHECKING:
     from peerlora.data.guess import Candidate
@@ -38,7 +38,7 @@ def command(
     """Look at a data file and write a commented config for it."""
     from peerlora.data.first_config import write_template
 
-    first = write_template(train, to, label, text, model, recipe)
+    first = write_template(train, to, label, list(chosen_texts(text)), model, recipe)
     guess = first.guess
     if json:
         print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})

@@ -39,6 +39,18 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, allow_nan=False))
 
 
+def chosen_texts(text: list[str] | None) -> tuple[str, ...]:
+    """Check the columns that ``--text`` names.  Raises ConfigError for one that is named twice, and for three."""
+    from peerlora.errors import ConfigError
+
+    found = text or []
+    if len(found) > 2:
+        raise ConfigError(f"--text given {len(found)} times; a row has one text, or two for pairs")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"--text {found[0]} given twice; name one column, or two different ones for pairs")
+    return tuple(found)
+
+
 def chosen_model(command: str, client: int | None, average: bool, model: str | None) -> "ExportedModel | None":
     """Check which of a run's models is asked for; None: the one that the run deploys.  Raises ConfigError."""
     from peerlora.config.exchange import ExportedModel

@@ -6,7 +6,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from peerlora.cli.options import AsJson, print_json
+from peerlora.cli.options import AsJson, chosen_texts, print_json
 
 
 def command(
@@ -29,13 +29,12 @@ def command(
 
     if to is not None and to.exists():
         raise ConfigError(f"--to {to} exists; choose a new file")
-    if text and len(text) > 2:
-        raise ConfigError(f"--text given {len(text)} times; a row has one text, or two for pairs")
+    texts = chosen_texts(text)
     from peerlora.runs.write_failures import write_failures_told
     from peerlora.runtime.predict import predict
     from peerlora.runtime.serving import load_served
 
-    served = load_served(folder, tuple(text or ()), max_length)
+    served = load_served(folder, texts, max_length)
     answers = predict(served, rows, batch, new_tokens)
 
     def write(file: TextIO) -> int:

@@ -8,6 +8,8 @@ from peerlora.config.base import Positive, Section
 from peerlora.config.chat import resolve_template
 from peerlora.config.task_kinds import TaskKind
 
+LEAST_TOKENS = 4  # of a row: a tokenizer puts up to three round its words, and cuts none of them off
+
 
 class DataConfig(Section):
     """Where rows come from, and which columns are used."""
@@ -28,7 +30,7 @@ class DataConfig(Section):
     """Tokens of a chat that are learned: the assistant's with the end of each turn, or all."""
     too_long: Literal["cut-right", "cut-left", "drop"] = "cut-right"
     """Chats above max_length lose their end, lose their beginning, or are left out."""
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
+    max_length: Annotated[int, Field(ge=LEAST_TOKENS, le=8192)] = 64
     """Tokens; longer texts are cut."""
     train_per_class: Positive | None = None
     """Use at most so many training rows of each class; null: all."""
@@ -51,10 +53,22 @@ class DataConfig(Section):
             resolve_template(value)
         return value
 
+    def _text_flaw(self, kind: TaskKind) -> str | None:
+        """What is wrong with the columns of text; None if nothing is."""
+        if len(set(self.text)) < len(self.text):
+            return f"data.text names {self.text[0]!r} twice; name one column, or two different ones for pairs"
+        if kind.texts and len(self.text) > kind.texts:
+            return f"data.text={self.text}: {kind.name} reads one column of text; name one"
+        if kind.has_label and self.label in self.text:
+            return f"data.label={self.label} is in data.text, too: a model would read the label; name another column"
+        return None
+
     def contradiction(self, kind: TaskKind) -> str | None:
         """What is wrong with these settings for a kind of task, with what to do; None if nothing is."""
         if kind.has_label and self.label is None:
             return f"task.kind={kind.name} needs data.label, the column with the label"
+        if not kind.forms and (flaw := self._text_flaw(kind)):
+            return flaw
         for name in ("template", "loss_on", "too_long"):
             value = getattr(self, name)
             if not kind.is_chat and value != type(self).model_fields[name].default:

@@ -74,12 +74,24 @@ def _message(message: Any, where: str) -> dict[str, str]:
     """A turn as ``{role, content}``, or as ``{from, value}`` (ShareGPT)."""
     if not isinstance(message, Mapping):
         raise DataError(f"{where}: is {_kind(message)}; expected an object with role and content")
-    role = message.get("role") if message.get("role") is not None else message.get("from")
-    if role not in _ROLES:
+    role = _first_of(message, ("role", "from"), where)
+    known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
         given = "there is no role" if role is None else f"role {role!r} is unknown"
         raise DataError(f"{where}: {given}; expected one of {', '.join(_ROLES)}")
-    content = message.get("content") if message.get("content") is not None else message.get("value")
-    return _turn(_ROLES[role], _text(content, where, "content"))
+    return _turn(known, _text(_first_of(message, ("content", "value"), where), where, "content"))
+
+
+def _first_of(message: Mapping[str, Any], names: tuple[str, str], where: str) -> Any:
+    """The value under the first of these names that has one."""
+    there = [name for name in names if name in message]
+    if not there:
+        keys = ", ".join(map(str, message)) or "none"
+        raise DataError(
+            f"{where}: there is no {names[0]}, its keys are {keys}; expected role and content, or from and value; "
+            "rename the keys"
+        )
+    return next((message[name] for name in there if message[name] is not None), None)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ from peerlora.config.data import DataConfig
 from peerlora.data.chat_rows import ASSISTANT, Chat
 from peerlora.data.chat_template import ChatTemplate, Span
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.errors import ConfigError, DataError, ModelError
+from peerlora.data.tokens import require_places
+from peerlora.errors import ConfigError, DataError
 
 _CHUNK = 500  # chats at a time, whose letters' places are Python lists
 _TOLD = {
@@ -29,11 +30,7 @@ def chat_dataset(data: DataConfig, chats: Sequence[Chat], chosen: np.ndarray, so
     places in ``chats`` of the rows that are kept.  Raises DataError where none is; ModelError for a tokenizer that does
     not tell where its tokens lie.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            "task.kind=chat needs a tokenizer that tells where its tokens lie (a fast one, with tokenizer.json); "
-            "convert it by AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
+    require_places(tokenizer, "chat")
     template = ChatTemplate(tokenizer, data.template)
     whole = [
         row for at in range(0, len(chats), _CHUNK) for row in _tokenised(data, chats, chosen, source, template, at)

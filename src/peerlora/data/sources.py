@@ -15,7 +15,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.data.chat_rows import read_chats
 from peerlora.data.chat_tokens import chat_dataset
 from peerlora.data.columns import Columns, is_text, short
-from peerlora.data.dataset import Dataset
+from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.holdout import draw_holdout
 from peerlora.data.label_checks import warn_of_labels
@@ -61,8 +61,8 @@ def load_datasets(
     """The training and the evaluation rows of a run, tokenised by a transformers tokenizer.
 
     Every random choice depends on ``config.seed`` only. Labels get the same ids in both. Rows with nothing to
-    predict (of causal-lm those with fewer than 2 tokens, of chat those without an answer) are left out, and a log line
-    says how many.
+    predict (of causal-lm those with fewer than 2 tokens, of chat those without an answer, of words those of which none
+    is a token) are left out, and a log line says how many.
     ``cache``: the folder for tokens; "default" is the user's cache folder, None keeps nothing.
     Raises DataError: missing files, columns, texts and labels; labels that do not fit the task. ConfigError: bad
     task.labels.
@@ -152,12 +152,11 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
         return _chats(data, rows, tokenizer, kept)
     if kind.target == "text":
         found = pair_dataset(*read_pairs(rows.roles, rows.chosen, rows.source), data.max_length, tokenizer, rows.source)
-        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
+        found = _without_short(found, rows, kind.tokens, drop=False)
+        return _without_unlearned(replace(found, columns={kept: _values(rows, kept)} if kept else {}), rows)
     if rows.tagged is not None:
         found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
-        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
-    if len(data.text) > kind.texts:
-        raise DataError(f"data.text={data.text}: {kind.name} reads one column of text; name one")
+        return _without_unlearned(replace(found, columns={kept: _values(rows, kept)} if kept else {}), rows)
     texts = [_texts(rows, name) for name in data.text]
     predicts_tokens = kind.target == "tokens"
     tokens = tokenise(texts, tokenizer, data.max_length, predicts_tokens, cache)
@@ -185,6 +184,22 @@ def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Datas
         raise DataError(f"{first}; expected texts")
     logging.getLogger(__name__).warning("%s; they are left out", first)
     return found.take(np.setdiff1d(np.arange(len(found)), short))
+
+
+def _without_unlearned(found: Dataset, rows: _Rows) -> Dataset:
+    """Leave out rows without a token of which something is learned, whose mean loss would be no number."""
+    assert found.targets is not None
+    learned = np.concatenate([[0], np.cumsum(found.targets != UNLEARNED)])
+    starts = found.starts if found.target_starts is None else found.target_starts
+    empty = np.flatnonzero(np.diff(learned[starts]) == 0)
+    if not len(empty):
+        return found
+    first = f"{rows.source}: {len(empty)} of {len(found)} rows have no token to learn, the first is row "
+    first += str(rows.chosen[empty[0]] + 1)
+    if len(empty) == len(found):
+        raise DataError(f"{first}; expected words that the base model's tokenizer knows")
+    logging.getLogger(__name__).warning("%s; they are left out", first)
+    return found.take(np.setdiff1d(np.arange(len(found)), empty))
 
 
 def _texts(rows: _Rows, name: str) -> list[str]:

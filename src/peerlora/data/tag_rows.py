@@ -14,7 +14,7 @@ from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.label_lists import read_label_lists
 from peerlora.data.labels import Classes
 from peerlora.data.numerals import is_number
-from peerlora.data.tokens import CHUNK
+from peerlora.data.tokens import CHUNK, require_places
 from peerlora.errors import ConfigError, DataError, first_line
 
 
@@ -82,8 +82,10 @@ def tagged_dataset(
 ) -> Dataset:
     """Tokenise rows of words, each cut to ``max_length`` tokens; a log line tells how many words lost their tag.
 
-    Targets are the ids of tags, on the first token of each word.
+    Targets are the ids of tags, on the first token of each word.  Raises ModelError for a tokenizer that does not tell
+    where its tokens lie.
     """
+    require_places(tokenizer, "token-classification")
     ids, types, targets, lost = [], [], [], 0
     for at in range(0, len(chosen), CHUNK):
         numbers = chosen[at : at + CHUNK].tolist()

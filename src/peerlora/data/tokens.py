@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from peerlora.errors import ModelError
 from peerlora.files import settle
 
 _FORMAT = 1  # of the cached files; raise it whenever the same texts would give other tokens
@@ -44,6 +45,16 @@ def tokenise(texts: Sequence[list[str]], tokenizer: Any, max_length: int, causal
     if file:
         _save(tokens, file)
     return tokens
+
+
+def require_places(tokenizer: Any, kind: str) -> None:
+    """Raise ModelError for a tokenizer that does not tell which tokens stand for which part of a text."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"task.kind={kind} needs a tokenizer that tells where its tokens lie (a fast one, with tokenizer.json), "
+            f"and {type(tokenizer).__name__} does not; convert it by "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
 
 
 def sample_tokens(tokenizer: Any, max_length: int, causal: bool) -> Tokens:

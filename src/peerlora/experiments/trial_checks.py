@@ -6,12 +6,31 @@ import json
 from collections.abc import Sequence
 
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError, PeerloraError
 from peerlora.experiments.grid import GridConfig
 from peerlora.experiments.resource_cache import ResourceCache, order_trials
 from peerlora.experiments.trials import plan_search, plan_trials
 from peerlora.runtime.compose import assemble
 from peerlora.runtime.plan import Plan, plan
+
+_OF_RUNNING = (
+    "recipe",
+    "checkpoint",
+    "clock",
+    "peer",
+    "cluster",
+    "track",
+    "threads",
+    "eval.every",
+    "train.max_seconds",
+)
+_OF_OPTIMISER = (
+    *("train.lr", "train.schedule", "train.warmup", "train.floor", "train.decay", "train.optimizer"),
+    *("train.optimizer_state", "train.momentum", "train.weight_decay", "train.clip"),
+)
+_OF_STEPS = ("train.local_steps", "train.accumulate")
+_OF_ROUNDS = ("train.rounds", "train.quiet")
 
 
 def check_grid(grid: GridConfig, cache: ResourceCache) -> None:
@@ -48,13 +67,31 @@ def _refusal(config: RunConfig, cache: ResourceCache, assembled: dict[str, str |
 
 
 def _assembly_key(planned: Plan) -> str:
-    """The settings on which `assemble` depends; a method that merges is refused where its sums don't fit."""
+    """All settings of a trial but those of which it is known that `assemble` depends on none of them."""
     tree = planned.config.model_dump(mode="json")
-    names = ["model", "adapter", "task", "data", "partition", "clients", "exchange", "adversary", "device", "seed"]
-    if planned.algorithm.traits.merges_into:
-        names += ["algorithm", "topology"]
-    train = ("batch", "label_prior", "dtype", "fast", *(["rounds"] if planned.algorithm.traits.merges_into else []))
-    return json.dumps([{name: tree[name] for name in names}, {name: tree["train"][name] for name in train}])
+    for name in _unread_settings(planned):
+        section, _, setting = name.partition(".")
+        if setting:
+            del tree[section][setting]
+        else:
+            del tree[section]
+    return json.dumps(tree)
+
+
+def _unread_settings(planned: Plan) -> tuple[str, ...]:
+    """The settings that `assemble` does not read in a run of rows, or in none that could refuse this one.
+
+    A merging method is refused where its sums don't fit, and a relayed one by its messages; privacy counts the steps.
+    """
+    config, merges = planned.config, bool(planned.algorithm.traits.merges_into)
+    if task_kind(config.task.kind).acts:
+        return _OF_RUNNING
+    left_out = _OF_RUNNING + _OF_OPTIMISER
+    if config.privacy is None:
+        left_out += _OF_STEPS if merges else (*_OF_STEPS, *_OF_ROUNDS)
+    if not merges:
+        left_out += ("topology",) if config.exchange.relay else ("topology", "algorithm")
+    return left_out
 
 
 def _refusal_message(refused: Sequence[tuple[str, str]], count: int) -> str:

@@ -166,7 +166,8 @@ def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Except
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "." in name]
     some = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     wanted = f"adapter.targets={targets!r}" if targets else f"PEFT's default for {type(model).__name__}"
-    return f"no layer of {type(model).__name__} matches {wanted} ({error}); linear layers that exist: {some or 'none'}"
+    there = f"linear layers that exist: {some or 'none'}; name some of them in adapter.targets, or all-linear"
+    return f"no layer of {type(model).__name__} matches {wanted} ({error}); {there}"
 
 
 def inputs_of(model: nn.Module) -> frozenset[str]:

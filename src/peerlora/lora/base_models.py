@@ -91,7 +91,7 @@ def load_base(
     if storage.quantize != "none":
         need_extra("quantize")
     with quiet(), _named(source):
-        given = {} if "gguf_file" in more else transformers.PreTrainedConfig.get_config_dict(*place, **more)[0]
+        given = _config_of(place, more)
         options = {"trust_remote_code": False, **more}
         config = transformers.AutoConfig.from_pretrained(*place, **options, **task.model_options(labels))
         quantised = quantised_options(auto, config, dtype, storage)
@@ -106,6 +106,19 @@ def load_base(
     model.config.pad_token_id = pad_token
     model.config.use_cache = False
     return Base(model, source, initialised, longest(model), own_names, warnings)
+
+
+def read_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """The settings in a base model's config.json; {} where it is a GGUF file.  Raises ModelError."""
+    place, more = _place(source, revision)
+    with quiet(), _named(source):
+        return _config_of(place, more)
+
+
+def _config_of(place: tuple[str], more: dict[str, Any]) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    return {} if "gguf_file" in more else PreTrainedConfig.get_config_dict(*place, **more)[0]
 
 
 def _loaded(

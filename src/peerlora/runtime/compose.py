@@ -17,14 +17,14 @@ from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.batches import Shards
 from peerlora.data.dataset import Dataset
-from peerlora.data.holdout import set_aside_own
-from peerlora.data.partition import Partition, count_labels, own_rows, partition
+from peerlora.data.partition import Partition, count_labels
 from peerlora.errors import CompositionError, DataError
 from peerlora.exchange.blocks import BlockExchange, RowExchange
 from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.randomness import numpy_generator
+from peerlora.runtime.division import Division, divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
 from peerlora.runtime.federation import Federation, start_adapters
@@ -67,9 +67,11 @@ def compose(
     """
     planned = plan(config, clients)
     resources = resources or load_run(config)
-    if isinstance(resources, RunResources):
-        planned = plan_rounds(planned, len(resources.train_data), clients)
-    return assemble(planned, resources, clients, gather, partitioner, speed)
+    if not isinstance(resources, RunResources):
+        return assemble(planned, resources, clients, gather, partitioner, speed)
+    division = divide_rows(config, resources, clients, partitioner)
+    planned = plan_rounds(planned, division.trained, clients)
+    return assemble(planned, resources, clients, gather, speed=speed, division=division)
 
 
 def load_run(config: RunConfig) -> RunResources | PolicyResources:
@@ -85,11 +87,12 @@ def assemble(
     partitioner: Any = None,
     speed: Speed | None = None,
     block: Block | None = None,
+    division: Division | None = None,
 ) -> Federation:
     """Divide the rows, attach the adapters and build learner and exchange; arguments as in `compose`.
 
-    ``block``: of a cluster's worker, in place of ``clients`` and ``gather``.  Of a flow policy there are environments
-    in place of rows, see `policy.assemble_policy`.
+    ``block``: of a cluster's worker, in place of ``clients`` and ``gather``.  ``division``: what `divide_rows` gave.
+    Of a flow policy there are environments in place of rows, see `policy.assemble_policy`.
 
     Raises DataError, ModelError or CompositionError for what only data and model can show.
     """
@@ -100,8 +103,8 @@ def assemble(
         if partitioner is not None:
             raise CompositionError("a partitioner divides rows, and flow policies have none; leave it out")
         return assemble_policy(planned, resources, here, gather)
-    divided, own = _divided(config, resources, here, partitioner)
-    divided, held = _set_aside(config, resources.train_data, divided, here if own else range(config.clients))
+    division = division or divide_rows(config, resources, here, partitioner)
+    divided, own, held = division.partition, division.own, division.held
     built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
     start, start_warnings = start_adapters(config, model, export, here)
@@ -153,23 +156,6 @@ def assemble(
         attackers=attacking,
         own_rows=held if own or not held else tuple(held[i] for i in here),
     )
-
-
-def _divided(config: RunConfig, resources: RunResources, here: list[int], partitioner: Any) -> tuple[Partition, bool]:
-    """The rows of every client, and whether they are those of this site alone."""
-    data, own = resources.train_data, config.partition.kind == "own" and partitioner is None
-    if own:
-        return own_rows(data, here[0]), True
-    return partition(partitioner or config.partition, data, config.clients, config.seed), False
-
-
-def _set_aside(
-    config: RunConfig, train: Dataset, divided: Partition, clients: Sequence[int]
-) -> tuple[Partition, tuple[np.ndarray, ...]]:
-    """What clients train on, and the rows of their own that they are scored on; none without ``eval.own``."""
-    if not config.eval.own:
-        return divided, ()
-    return set_aside_own(divided, train, config.data.holdout, config.seed, clients)
 
 
 def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:

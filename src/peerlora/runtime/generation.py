@@ -12,10 +12,10 @@ from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel
-from peerlora.randomness import numpy_generator
+from peerlora.lora.base_models import longest
 from peerlora.runs.events import Generated
 from peerlora.runtime.compose import Federation
-from peerlora.train.generation import ANSWER_SCORES, greedy_answers, last_answer
+from peerlora.train.generation import ANSWER_SCORES, drawn_rows, greedy_answers, last_answer, room_behind
 from peerlora.train.learner import StackedLearner
 
 _LETTERS = 4000  # of a text in an event, the last ones
@@ -32,16 +32,16 @@ def generate_answers(
     model, learner = federation.model, federation.learner
     assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner)  # a loop of one's own has no chats
     assert isinstance(data, Dataset)  # nor has a policy
-    rows = _drawn_rows(data, wanted.rows, federation.config.seed)
+    rows = drawn_rows(data, wanted.rows, federation.config.seed)
     prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
-    ends = answer_ends(tokenizer)
+    ends, most = answer_ends(tokenizer), room_behind(max(map(len, prompts)), wanted.max_new_tokens, longest(model.base))
     held = federation.exchange.clients
     place = held.index(wanted.client) if wanted.client in held else 0
     singles = [some.rows([row]) for some in models for row in range(some.clients)]
     answering = {"own": singles[place]} | ({"averaged": singles[len(held)]} if len(singles) > len(held) else {})
     texts = {"expected": [_text(tokenizer, own) for own in expected]}
     for name, x in answering.items():
-        found = greedy_answers(model, x, prompts, wanted.max_new_tokens, learner.pad, ends)
+        found = greedy_answers(model, x, prompts, most, learner.pad, ends)
         texts[name] = [_text(tokenizer, own) for own in found]
     told = {"prompt": [_text(tokenizer, own) for own in prompts], **texts}
     scores = {
@@ -51,11 +51,6 @@ def generate_answers(
         {name: own[-_LETTERS:] for name, own in zip(told, row, strict=True)} for row in zip(*told.values(), strict=True)
     ]
     return Generated(done, held[place], answers, scores if wanted.scores else {})
-
-
-def _drawn_rows(data: Dataset, wanted: int, seed: int) -> list[int]:
-    draw = numpy_generator(seed, "generation").choice(len(data), min(wanted, len(data)), replace=False)
-    return np.sort(draw).tolist()
 
 
 def _text(tokenizer: object, tokens: Sequence[int] | np.ndarray) -> str:

@@ -9,8 +9,10 @@ from peerlora.errors import ConfigError, ModelError, RunError, first_line
 from peerlora.lora.model_folder import ADAPTER, base_name, is_adapter, read_settings, with_base
 from peerlora.runtime.reading import FILE as READING
 
-_KNOWN = (READING, "labels.json", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "spiece.model")
-_SUFFIXES = (".safetensors", ".json", ".model")
+_KNOWN = (READING, "labels.json", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "dict.txt")
+_SUFFIXES = (".safetensors", ".json", ".model", ".spm", ".tokenizer", ".tiktoken", ".codes")
+"""Of weights, settings and what the tokenizers of transformers write; no pickle, nor what a trainer leaves."""
+_TEMPLATES = "additional_chat_templates"  # a folder of them, beside the first
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ def plan_upload(folder: Path, repo: str, private: bool, base: str | None = None)
         raise ConfigError(f"--base {base} given; {folder} holds a whole model, which has no base: leave it out")
     if adapter:
         _check_base(folder, base)
-    found = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    files = {name: size for name, size in found.items() if name in _KNOWN or name.endswith(_SUFFIXES)}
+    paths = [path for path in sorted(folder.iterdir()) if path.name in _KNOWN or path.name.endswith(_SUFFIXES)]
+    paths += sorted((folder / _TEMPLATES).glob("*.jinja"))
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
     return Upload(folder, repo, private, base, files)
 
 

@@ -14,6 +14,7 @@ from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.attach import Targets, inputs_of
 from peerlora.lora.base_models import Base
 from peerlora.lora.base_weights import check_class_order, within
+from peerlora.train.generation import drawn_rows, last_answer, room_behind
 
 _UNKNOWN = 0.3  # share of a data set's words; more of them unknown is told
 _SHOWN = 4  # names in one message
@@ -32,6 +33,21 @@ def check_lengths(config: RunConfig, base: Base) -> None:
             f"data.max_length={config.data.max_length} given; {base.source} reads at most {base.longest} tokens; "
             "lower it"
         )
+
+
+def check_answers(config: RunConfig, base: Base, data: Dataset) -> tuple[str, ...]:
+    """A warning where the answers of ``eval.generate`` may be shorter than asked for: the model reads no more."""
+    wanted = config.eval.generate
+    if wanted is None or data.targets is None:  # an export has no rows to answer
+        return ()
+    most = max(len(last_answer(data, row)[0]) for row in drawn_rows(data, wanted.rows, config.seed))
+    room = room_behind(most, wanted.max_new_tokens, base.longest)
+    if room == wanted.max_new_tokens:
+        return ()
+    return (
+        f"eval.generate.max_new_tokens={wanted.max_new_tokens} given; {base.source} reads at most {base.longest} "
+        f"tokens, and the longest question has {most}: answers end after {room}",
+    )
 
 
 def check_ranks(config: RunConfig, targets: Targets) -> None:

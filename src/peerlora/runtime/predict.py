@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from peerlora.config.task_kinds import task_kind
+from peerlora.config.task_kinds import Target, task_kind
 from peerlora.data.batches import collate
 from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.columns import Columns, is_text
@@ -21,7 +21,7 @@ from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.tokens import Tokens, tokenise
 from peerlora.errors import DataError
 from peerlora.lora.attach import inputs_of
-from peerlora.lora.base_models import quiet
+from peerlora.runtime.predict_answers import answer_prompts
 from peerlora.runtime.predict_roles import (
     read_asked,
     read_words,
@@ -44,8 +44,7 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) ->
     if kind.target == "text":
         columns = read_asked(rows, kind, reading.columns)
         prompts, _ = read_pairs(columns, np.arange(len(columns["prompt"])), rows)
-        _tokens_of(rows, served, [prompts])
-        yield from _answers(served, prompts, batch, new_tokens)
+        yield from answer_prompts(served, rows, _split(_tokens_of(rows, served, [prompts])), batch, new_tokens)
         return
     if kind.forms:
         columns = read_asked(rows, kind, reading.columns)
@@ -57,12 +56,17 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) ->
     texts = _texts(rows, reading.text)
     tokens = _tokens_of(rows, served, texts)
     if kind.target == "tokens":
-        yield from _answers(served, texts[0], batch, new_tokens)
+        yield from answer_prompts(served, rows, _split(tokens), batch, new_tokens)
         return
     data = Dataset(*tokens, np.zeros(len(texts[0]), np.int64), served.labels)
-    for some in _some(len(data), batch):
+    for some in _some(served, len(data), batch):
         for row, logits in zip(some.tolist(), _logits(served, data, some), strict=True):
-            yield {"row": row + 1} | _told(logits, served.labels, kind.target == "labels")
+            yield {"row": row + 1} | _told(logits, served.labels, kind.target)
+
+
+def _split(tokens: Tokens) -> list[np.ndarray]:
+    """The token ids of every row."""
+    return np.split(tokens.ids, tokens.starts[1:-1])
 
 
 def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:
@@ -81,16 +85,17 @@ def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:
     return tokens
 
 
-def _some(number: int, size: int) -> Iterator[np.ndarray]:
-    """The numbers of rows, so many at a time."""
+def _some(served: Served, number: int, size: int) -> Iterator[np.ndarray]:
+    """The numbers of rows, so many at a time; one, where padding would change what the model says of a row."""
+    size = size if served.padding is not None else 1
     for start in range(0, number, size):
         yield np.arange(start, min(start + size, number))
 
 
-def _told(logits: Tensor, labels: tuple[str, ...], several: bool) -> dict[str, Any]:
-    if not labels:
+def _told(logits: Tensor, labels: tuple[str, ...], target: Target) -> dict[str, Any]:
+    if target == "number":
         return {"value": float(logits[0])}
-    if several:
+    if target == "labels":
         shares = dict(zip(labels, torch.sigmoid(logits.double()).tolist(), strict=True))
         return {"labels": [name for name, share in shares.items() if share > 0.5], "probabilities": shares}
     shares = torch.softmax(logits.double(), 0).tolist()
@@ -99,68 +104,35 @@ def _told(logits: Tensor, labels: tuple[str, ...], several: bool) -> dict[str, A
 
 @torch.no_grad()
 def _logits(served: Served, data: Dataset, rows: np.ndarray) -> Tensor:
-    read = inputs_of(getattr(served.model, "get_base_model", lambda: served.model)())
-    inputs = collate(data, [rows], served.tokenizer.pad_token_id, torch.float32).inputs
+    left = served.padding == "left"
+    inputs = collate(data, [rows], served.tokenizer.pad_token_id, torch.float32, left).inputs
+    read = inputs_of(served.inner)
     return served.model(**{name: value for name, value in inputs.items() if name in read}).logits
 
 
 def _tags(served: Served, rows: str, columns: dict[str, pa.ChunkedArray], batch: int) -> Iterator[dict[str, Any]]:
     words = read_words(rows, columns)
     data, places = tokenise_words(rows, words, served.tokenizer, served.reading.max_length)
-    for some in _some(len(data), batch):
+    for some in _some(served, len(data), batch):
         predicted = _logits(served, data, some).argmax(-1).cpu().numpy()
         for row, found in zip(some.tolist(), predicted, strict=True):
-            yield {"row": row + 1} | tell_tags(words[row], places[row], found[: len(places[row])], served.labels)
+            length = len(places[row])
+            own = found[len(found) - length :] if served.padding == "left" else found[:length]
+            yield {"row": row + 1} | tell_tags(words[row], places[row], own, served.labels)
 
 
 def _chat_answers(
     served: Served, rows: str, columns: dict[str, pa.ChunkedArray], batch: int, new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    prompts, tokenizer = render_prompts(rows, columns, served.tokenizer), served.tokenizer
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]]
-    warn_of_long_prompts(lengths, served.reading.max_length, rows)
-    tokenizer.truncation_side = "left"  # an answer begins at the prompt's end
-    yield from _answers(served, prompts, batch, new_tokens, answer_ends(tokenizer))
-
-
-@torch.no_grad()
-def _answers(
-    served: Served, texts: list[str], batch: int, new_tokens: int, ends: list[int] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Greedy continuations; ``ends``: of chats, whose texts hold all special tokens, those that end an answer."""
-    tokenizer, more = served.tokenizer, {} if ends is None else {"eos_token_id": ends}
-    tokenizer.padding_side = "left"
-    for start in range(0, len(texts), batch):
-        given = tokenizer(
-            texts[start : start + batch],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=served.reading.max_length,
-            return_token_type_ids=False,
-            add_special_tokens=ends is None,
-        )
-        width = given["input_ids"].shape[1]
-        writes = bool(served.model.config.is_encoder_decoder)  # whose answers stand alone, behind a first token
-        width = 1 if writes else width
-        room = new_tokens if served.longest is None else min(new_tokens, served.longest - width)
-        if room < 1:
-            raise DataError(
-                f"rows of {width} tokens leave no room for an answer, the model reads {served.longest} in all; lower "
-                "--max-length"
-            )
-        with quiet():
-            found = served.model.generate(
-                **given,
-                max_new_tokens=room,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                **more,
-            )
-        answers = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
-        for row, answer in enumerate(answers, start=start + 1):
-            yield {"row": row, "answer": answer if ends is None else answer.strip()}
+    prompts, tokenizer, limit = (
+        render_prompts(rows, columns, served.tokenizer),
+        served.tokenizer,
+        served.reading.max_length,
+    )
+    tokens = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    warn_of_long_prompts([len(ids) for ids in tokens], limit, rows)
+    kept = [np.array(ids[-limit:]) for ids in tokens]  # an answer begins at the prompt's end
+    yield from answer_prompts(served, rows, kept, batch, new_tokens, answer_ends(tokenizer))
 
 
 def _texts(rows: str, names: tuple[str, ...]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peerlora.config.data import LEAST_TOKENS
 from peerlora.config.run import RunConfig
 from peerlora.errors import ModelError
 from peerlora.lora.model_folder import read_settings
@@ -43,8 +44,8 @@ class Reading:
             found = Reading(str(tree["task"]), tuple(map(str, tree["text"])), int(tree["max_length"]), columns)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} cannot be read ({error}); mend it, or remove it and give --text") from None
-        if not 1 <= len(found.text) <= 2 or not 1 <= found.max_length <= 1 << 20:
-            raise ModelError(f"{path}: one or two columns of text and at least one token expected; mend it")
+        if not 1 <= len(found.text) <= 2 or not LEAST_TOKENS <= found.max_length <= 1 << 20:
+            raise ModelError(f"{path}: one or two columns of text and at least {LEAST_TOKENS} tokens expected; mend it")
         return found
 
     def write(self, folder: Path) -> None:

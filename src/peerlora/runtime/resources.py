@@ -26,6 +26,7 @@ from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
 from peerlora.runtime.model_checks import (
+    check_answers,
     check_head,
     check_lengths,
     check_ranks,
@@ -191,6 +192,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
     base, targets = prepared.base, prepared.targets
     of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
+    of_tokens += check_answers(config, base, resources.eval_data)
     check_ranks(config, targets)
     model = StackedModel(
         base.model,

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
+from peerlora.config.data import LEAST_TOKENS
+from peerlora.config.task_kinds import TaskKind, task_kind
+from peerlora.data.dataset import Dataset
+from peerlora.data.tokens import sample_tokens
 from peerlora.errors import ConfigError, ModelError, first_line
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
-from peerlora.lora.base_weights import real_names
+from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, quiet
+from peerlora.lora.base_weights import within
 from peerlora.lora.model_folder import ADAPTER, WHOLE, adapter_weights, base_name, is_adapter, read_settings
+from peerlora.lora.peft_io import PREFIX
+from peerlora.runtime.folder_kind import MOST_TOKENS, base_of, kind_of_folder, output_names, tensor_names
 from peerlora.runtime.reading import FILE as READING
 from peerlora.runtime.reading import Reading
+from peerlora.train.forward_facts import find_padding_side
 from peerlora.train.online.base_policy import SETTINGS
 
-_MOST_TOKENS = 512  # of a row, where a folder says nothing
-_OLD_ENDINGS = {"causal-lm": ("LMHeadModel",), "sequence-to-sequence": ("ForConditionalGeneration",)}
-"""How the classes of models for a task are named beside the library's rule."""
-_PROBLEMS = {"regression": "number", "multi_label_classification": "labels"}
-"""transformers' problem_type -> what such a model predicts."""
+_SAMPLE = 16  # tokens of the rows that a model is looked at with
 _TEMPLATE = "chat_template.jinja"  # as transformers writes it; that of the run, which its base may lack
 _ASKED_IN = {"chat": "prompt", "sequence-to-sequence": "prompt", "token-classification": "tokens"}
 """Task whose columns have roles -> the role of a column that is named alone."""
@@ -39,6 +43,13 @@ class Served:
     """Class names by id; () for other tasks."""
     longest: int | None
     """The most tokens that the model can read."""
+    padding: Literal["right", "left"] | None
+    """The side on which padding changes nothing of what is said of a row; None: it does on both.  Not of decoders."""
+
+    @property
+    def inner(self) -> Any:
+        """The model itself, without PEFT's wrapper."""
+        return getattr(self.model, "get_base_model", lambda: self.model)()
 
 
 def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None = None) -> Served:
@@ -57,17 +68,51 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
         )
     reading = _reading(folder, settings, adapter, text)
     kind = _known_kind(folder, reading)
-    source, revision = _source(folder, settings) if adapter else (str(folder.resolve()), None)
+    source, revision = base_of(folder, settings) if adapter else (str(folder.resolve()), None)
     tokenizer = load_tokenizer(source, revision)
     if kind.is_chat and (folder / _TEMPLATE).is_file():
         tokenizer.chat_template = _text_of(folder / _TEMPLATE)
-    labels = _labels(folder, settings, kind)
+    labels = output_names(folder, settings, adapter, kind)
     base = load_base(source, kind.name, labels, 0, tokenizer.pad_token_id, torch.float32, Storage(revision=revision))
-    if not adapter and base.initialised:
-        raise ModelError(f"{folder} has no weights for {', '.join(base.initialised)}; give a model of this task")
-    model = _with_adapter(base.model, folder) if adapter else base.model
+    _require_weights(folder, base, adapter)
     reading = replace(reading, max_length=_limit(folder, max_length, reading, base.longest))
-    return Served(model.eval(), tokenizer, reading, labels, base.longest)
+    if adapter:
+        model: Any = _with_adapter(base.model, folder).eval()
+    else:
+        model = base.model.eval()
+    side = _padding_side(base, tokenizer, kind)
+    return Served(model, tokenizer, reading, labels, base.longest, side)
+
+
+def _require_weights(folder: Path, base: Base, adapter: bool) -> None:
+    """Refuse a folder that lacks modules which its base lacks, too: they would be drawn at random."""
+    missing = list(base.initialised)
+    if adapter and missing:
+        held = tensor_names(folder)
+        names = {name: [key for key, _ in base.model.named_parameters() if within(key, [name])] for name in missing}
+        missing = [name for name, own in names.items() if not all(_holds(held, key) for key in own)]
+    if missing:
+        raise ModelError(
+            f"{folder} has no weights for {', '.join(missing)}, nor has its base model, so answers would be random; "
+            "give a folder saved with them (PEFT: modules_to_save)"
+            if adapter
+            else f"{folder} has no weights for {', '.join(missing)}; give a model of this task"
+        )
+
+
+def _holds(held: Collection[str], parameter: str) -> bool:
+    """Whether an adapter has this parameter of its base in full; PEFT puts that of an adapted layer one level lower."""
+    module, _, kind = parameter.rpartition(".")
+    return f"{PREFIX}{parameter}" in held or f"{PREFIX}{module}.base_layer.{kind}" in held
+
+
+def _padding_side(base: Base, tokenizer: Any, kind: TaskKind) -> Literal["right", "left"] | None:
+    """On which side rows are padded, as it is found for training; decoders are asked with their prompts."""
+    if kind.predicts_tokens:
+        return None
+    tokens = sample_tokens(tokenizer, min(_SAMPLE, base.longest or _SAMPLE), causal=False)
+    rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), ())
+    return find_padding_side(base.model, base.source, rows, tokenizer.pad_token_id, kind)
 
 
 def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[str, ...]) -> Reading:
@@ -76,10 +121,24 @@ def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[
     if reading is None:
         if not text:
             raise ConfigError(f"{folder} does not say which columns it reads (no peerlora.json); give --text NAME")
-        reading = Reading(_kind_of(folder, settings, adapter).name, text, _MOST_TOKENS)
+        kind = kind_of_folder(folder, settings, adapter)
+        _check_texts(folder, text, range(1, 2 if kind.forms else kind.texts + 1))
+        reading = Reading(kind.name, text, MOST_TOKENS)
+    elif text:
+        reads = 1 if reading.task in _ASKED_IN else len(reading.text)
+        _check_texts(folder, text, range(reads, reads + 1))
     if text and (role := _ASKED_IN.get(reading.task)):
         reading = replace(reading, columns={role: text[0]})
     return replace(reading, text=text or reading.text)
+
+
+def _check_texts(folder: Path, text: tuple[str, ...], possible: range) -> None:
+    """Refuse more columns than a model reads, and fewer than it was trained on."""
+    if len(text) not in possible:
+        raise ConfigError(
+            f"--text names {len(text)} columns ({', '.join(text)}); the model of {folder} reads "
+            f"{' or '.join(map(str, possible))}; give as many"
+        )
 
 
 def _known_kind(folder: Path, reading: Reading) -> TaskKind:
@@ -92,24 +151,10 @@ def _known_kind(folder: Path, reading: Reading) -> TaskKind:
     return kind
 
 
-def _labels(folder: Path, settings: dict[str, Any], kind: TaskKind) -> tuple[str, ...]:
-    named = folder / "labels.json"
-    labels = real_names(read_settings(named) if named.is_file() else settings)
-    if kind.has_names and not labels:
-        return tuple(f"LABEL_{i}" for i in range(_outputs(folder, settings)))
-    return labels
-
-
-def _source(folder: Path, settings: dict[str, Any]) -> tuple[str, str | None]:
-    """The base model of an adapter folder, and its revision."""
-    named, revision = base_name(settings), settings.get("revision")
-    if named is None:
-        raise ModelError(f"{folder / ADAPTER} does not name a base model; write it as base_model_name_or_path")
-    return named, str(revision) if revision else None
-
-
 def _limit(folder: Path, asked: int | None, reading: Reading, longest: int | None) -> int:
     """The most tokens of a row; without a wish, no more than the model reads."""
+    if asked is not None and asked < LEAST_TOKENS:
+        raise ConfigError(f"--max-length {asked} given; rows have at least {LEAST_TOKENS} tokens, as data.max_length")
     if asked is not None and longest is not None and asked > longest:
         raise ConfigError(f"--max-length {asked} given; the model of {folder} reads at most {longest} tokens; lower it")
     return asked or min(reading.max_length, longest or reading.max_length)
@@ -126,51 +171,6 @@ def _with_adapter(base: Any, folder: Path) -> Any:
         raise ModelError(
             f"{folder} cannot be put on its base model ({first_line(error)}); give another folder"
         ) from None
-
-
-def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
-    """The task of a folder without ``peerlora.json``, by what PEFT or transformers write.  Raises ModelError.
-
-    A language model is taken for one of plain text: nothing in such a folder says that it was trained on chats.
-    """
-    problem = settings.get("problem_type")
-    target = _PROBLEMS.get(problem) if isinstance(problem, str) else None
-    answering = [kind for kind in KINDS.values() if not kind.acts]
-    kinds = [kind for kind in answering if target in (None, kind.target)]
-    if adapter:
-        told = f"task_type={settings.get('task_type')!r}"
-        found = [kind for kind in kinds if kind.peft_type == settings.get("task_type")]
-    else:
-        classes = [str(name) for name in settings.get("architectures") or ()]
-        told = f"architectures={classes}"
-        found = [kind for kind in kinds if any(name.endswith(_endings(kind)) for name in classes)]
-    if not found:
-        known = dict.fromkeys(kind.peft_type for kind in answering)
-        raise ModelError(f"{folder} has {told}; rows can be answered by {', '.join(known)}")
-    return found[0]
-
-
-def _endings(kind: TaskKind) -> tuple[str, ...]:
-    """How the classes of models for a task are named."""
-    return kind.auto_model.removeprefix("AutoModel"), *_OLD_ENDINGS.get(kind.name, ())
-
-
-def _outputs(folder: Path, settings: dict[str, Any]) -> int:
-    """The classes of a model without names: by its config.json, or by the head that an adapter holds."""
-    names = settings.get("id2label")
-    if isinstance(names, dict) and names:
-        return len(names)
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-    from safetensors import SafetensorError, safe_open
-
-    path = adapter_weights(folder, str(folder))
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = [name for name in sorted(file.keys()) if ".lora_" not in name and name.endswith(".weight")]
-            heads = [name for name in tensors if set(name.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
-            return file.get_slice(heads[-1]).get_shape()[0] if heads else 2
-    except SafetensorError as error:
-        raise ModelError(f"{path} cannot be read ({first_line(error)}); give an undamaged folder") from None
 
 
 def _text_of(path: Path) -> str:

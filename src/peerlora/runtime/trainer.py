@@ -293,12 +293,13 @@ class Trainer:
         self._emit(*self.participation.leave(done, state))
         x = self.algorithm.model(self.participation.whole(state)).to("cpu")
         relayed, caches = self._evaluate(done, state, final=True), self.federation.exchange.relayed
+        with self.store.writing():
+            write_tensors(self.store.folder, x)  # first: nothing that comes now may cost a run its result
         if wanted := self.config.eval.generate:
             models = self.participation.evaluated(self.algorithm.model(state))
             self._emit(generate_answers(self.federation, wanted, models, done))
         self._emit(*show_policy(self.federation, lambda: self.participation.evaluated(x), done))
         with self.store.writing():
-            write_tensors(self.store.folder, x)  # first: nothing that is wrong with the log may cost a run its result
             if relayed and caches:
                 write_relayed(self.store.folder, relayed, caches)
             if self.best:

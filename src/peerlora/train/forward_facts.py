@@ -6,9 +6,10 @@ DeBERTa's projections also see relative positions, XLNet and Longformer put toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,28 +53,19 @@ def observe_forward(
     rows = _three_rows(data, predicts_tokens, writes)
 
     def forward(numbers: list[int], left: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
         with watch.inputs() as seen:
-            inputs = with_decoder_inputs(model, batch.inputs, batch.targets) if writes else batch.inputs
-            logits = model(**{name: each for name, each in inputs.items() if name in inputs_of(model)}).logits
-        return logits[:, :_WRITTEN] if writes else logits, seen
+            return _logits_of(model, rows, numbers, pad, left, writes), seen
 
     try:
-        with torch.no_grad():
-            alone = forward([0], False)[0][0]
-            padding: list[bool] = [False] if predicts_tokens else [False, True]
-            unread = [left for left in padding if _same_row(alone, forward([0, 1, 0], left)[0][0], left and not writes)]
-            left = bool(unread) and unread[0]
+        side = _unread_side(lambda *given: forward(*given)[0], both=not predicts_tokens, writes=writes)
+        left = side == "left"
         first, before = forward([0, 1, 0], left)
         used = watch.used(first)
         with torch.no_grad():
             second, between = forward([2, 1, 0], left)
             third, after = forward([2, 1, 2], left)
     except Exception as error:  # any library model may come, with any kind of failure
-        raise ModelError(
-            f"model.source={source!r}: {type(model).__name__} fails on rows of tokens "
-            f"({first_line(error)}); give a model that reads texts, or another task.kind"
-        ) from None
+        raise _failed(model, source, error) from None
     finally:
         watch.stop()
     rows_first = all(
@@ -85,7 +77,54 @@ def observe_forward(
     )
     changed = int(rows.lengths[0]) - 1  # of a language model's rows, the last token alone
     later = predicts_tokens and _differ(first[0, :changed], second[0, :changed])
-    return ForwardFacts(used, Layout(rows_first and bool(unread), "left" if left else "right"), not unread, later)
+    return ForwardFacts(used, Layout(rows_first and side is not None, side or "right"), side is None, later)
+
+
+def find_padding_side(
+    model: nn.Module, source: str, data: Dataset, pad: int, kind: TaskKind
+) -> Literal["right", "left"] | None:
+    """The side on which padding changes nothing of what a model says of a row; None where it does on both.
+
+    ``data``: some short rows of unlike length.  Raises ModelError where the forward fails.
+    """
+    writes = kind.target == "text"
+    rows = _three_rows(data, False, writes)
+
+    def forward(numbers: list[int], left: bool) -> Tensor:
+        return _logits_of(model, rows, numbers, pad, left, writes)
+
+    try:
+        return _unread_side(forward, both=True, writes=writes)
+    except Exception as error:  # any library model may come, with any kind of failure
+        raise _failed(model, source, error) from None
+
+
+def _unread_side(
+    forward: Callable[[list[int], bool], Tensor], both: bool, writes: bool
+) -> Literal["right", "left"] | None:
+    """The first side of padding that changes no logits; without ``both``, only the right one is looked at."""
+    with torch.no_grad():
+        alone = forward([0], False)[0]
+        for side in ("right", "left") if both else ("right",):
+            left = side == "left"
+            if _same_row(alone, forward([0, 1, 0], left)[0], left and not writes):
+                return side
+    return None
+
+
+def _logits_of(model: nn.Module, rows: Dataset, numbers: list[int], pad: int, left: bool, writes: bool) -> Tensor:
+    """What a model says of some rows, padded on one side; a decoder writes their targets."""
+    batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
+    inputs = with_decoder_inputs(model, batch.inputs, batch.targets) if writes else batch.inputs
+    logits = model(**{name: each for name, each in inputs.items() if name in inputs_of(model)}).logits
+    return logits[:, :_WRITTEN] if writes else logits
+
+
+def _failed(model: nn.Module, source: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"model.source={source!r}: {type(model).__name__} fails on rows of tokens "
+        f"({first_line(error)}); give a model that reads texts, or another task.kind"
+    )
 
 
 class _Watch:

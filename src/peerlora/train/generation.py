@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,18 @@ from torch import Tensor
 
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.lora.adapters import Adapters
-from peerlora.lora.attach import StackedModel
+from peerlora.lora.attach import StackedModel, inputs_of
+from peerlora.randomness import numpy_generator
 
-_TOGETHER = 16  # prompts
+_PROMPTS, _TOKENS = 16, 1 << 14  # of one batch at most; its keys and values are kept for every token
+_FILLER = 3  # tokens of padding that a prompt is looked at with
+_NOISE, _ROUNDINGS = 1e-3, 8  # of the largest logit; a difference above both, the latter in its eps, is no rounding
+
+
+def drawn_rows(data: Dataset, wanted: int, seed: int) -> list[int]:
+    """The rows that are answered: a sample drawn once from the seed, ascending."""
+    draw = numpy_generator(seed, "generation").choice(len(data), min(wanted, len(data)), replace=False)
+    return np.sort(draw).tolist()
 
 
 def last_answer(data: Dataset, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,6 +38,11 @@ def last_answer(data: Dataset, row: int) -> tuple[np.ndarray, np.ndarray]:
     return ids[:first], ids[first:end]
 
 
+def room_behind(tokens: int, most: int, longest: int | None) -> int:
+    """How many tokens, at most ``most``, can be written behind so many by a model that reads ``longest`` in all."""
+    return most if longest is None else min(most, longest - tokens)
+
+
 @torch.no_grad()
 def greedy_answers(
     model: StackedModel, x: Adapters, prompts: Sequence[np.ndarray], most: int, pad: int, ends: Sequence[int]
@@ -36,29 +51,60 @@ def greedy_answers(
 
     ``ends``: the tokens, any of which ends an answer.
     """
-    from transformers import GenerationConfig
-
     assert x.clients == 1
     model.bind_adapters(x)
-    settings = GenerationConfig(
-        max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, eos_token_id=list(ends)
-    )
+    read, device, settings = inputs_of(model.base), x.flat.device, greedy_settings(most, pad, ends)
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        model.step.shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        return model.base(**{name: value.to(device) for name, value in inputs.items() if name in read}).logits
+
+    together = _PROMPTS if ignores_left_padding(forward, prompts[0], pad) else 1
+    together = max(1, min(together, _TOKENS // (max(map(len, prompts)) + most)))
     found = []
-    for start in range(0, len(prompts), _TOGETHER):
-        ids, mask = _left_padded(prompts[start : start + _TOGETHER], pad, x.flat.device)
+    for start in range(0, len(prompts), together):
+        ids, mask = (each.to(device) for each in padded(prompts[start : start + together], pad, left=True))
         model.step.shape = (ids.shape[0], ids.shape[1])
         written = model.base.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # pyright: ignore
         found += [_until(own, ends) for own in written[:, ids.shape[1] :].tolist()]
     return found
 
 
-def _left_padded(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), longest), pad), torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+def greedy_settings(most: int, pad: int, ends: Sequence[int] | None) -> Any:
+    """The library's settings by which a model writes the likeliest token, one by one; ``ends`` None: its own ones."""
+    from transformers import GenerationConfig
+
+    more = {} if ends is None else {"eos_token_id": list(ends)}
+    return GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, **more)
+
+
+@torch.no_grad()
+def ignores_left_padding(forward: Callable[[dict[str, Tensor]], Tensor], prompt: np.ndarray, pad: int) -> bool:
+    """Whether a decoder's next token is the same with padding before its prompt: it need not be where it counts places.
+
+    ``forward``: the logits of rows, from ``input_ids``, ``attention_mask`` and ``position_ids``, as far as it reads
+    these.
+    """
+    longer = np.concatenate([prompt, np.full(_FILLER, prompt[-1])])
+    logits = []
+    for rows in ([prompt], [prompt, longer]):
+        ids, mask = padded(rows, pad, left=True)
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        logits.append(forward({"input_ids": ids, "attention_mask": mask, "position_ids": places})[0, -1])
+    alone, beside = logits
+    noise = max(_NOISE, _ROUNDINGS * torch.finfo(alone.dtype).eps)
+    return bool((alone - beside).abs().max() <= noise * alone.abs().max().clamp_min(1e-6))
+
+
+def padded(rows: Sequence[np.ndarray], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as one rectangle, and the mask of what is no padding; both [row, token]."""
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), pad), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for row, own in enumerate(rows):
+        inside = slice(longest - len(own), None) if left else slice(len(own))
+        ids[row, inside] = torch.from_numpy(own.astype(np.int64))
+        mask[row, inside] = 1
+    return ids, mask
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

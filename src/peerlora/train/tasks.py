@@ -137,10 +137,11 @@ class TokenLosses(ABC):
     """Cross-entropy of tokens, for tasks that learn something of each token: means are over tokens, not rows."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Mean cross-entropy over each client's own tokens; those of a row count as the row does."""
+        """Mean cross-entropy over each client's own tokens, 0 of none; those of a row count as the row does."""
         loss, tokens = self._sums(logits, batch)
         real = self._real(batch, loss.dtype)
-        return (loss.view_as(real) * real).sum(1) / self._counted(tokens, real)
+        counted = self._counted(tokens, real)
+        return (loss.view_as(real) * real).sum(1) / torch.where(counted > 0, counted, 1)
 
     def loss_terms(self, batch: Batch) -> Float[Tensor, " client"]:
         """The tokens over which ``losses`` takes its means."""
@@ -259,7 +260,7 @@ class TokenClassification(TokenLosses):
 
     def outcomes_width(self, names: Sequence[str]) -> int:
         """Loss, words, right ones, and the numbers of entities by type (``ENTITY_COUNTS``)."""
-        return 3 + ENTITY_COUNTS * len(entity_types(names))
+        return 3 + ENTITY_COUNTS * len(entity_types(tuple(names)))
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, numbers of words and right ones, then per type of entity: true, predicted, both)."""
@@ -284,7 +285,7 @@ def outcomes_width(task: Task, data: Dataset) -> int:
 
 def names_of_counts(target: Target, names: Sequence[str]) -> Sequence[str]:
     """What ``metrics.counts_by_name`` counts: labels, or the types of entities that tags make."""
-    return entity_types(names) if target == "tags" else names
+    return entity_types(tuple(names)) if target == "tags" else names
 
 
 def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:

@@ -34,6 +34,7 @@ from peerlora.runtime.cluster.parts import (
 from peerlora.runtime.cluster.placement import Placement, place, plan_transfers
 from peerlora.runtime.cluster.worker import WorkerTask
 from peerlora.runtime.compose import assemble, use_threads
+from peerlora.runtime.division import divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.federation import Federation, start_adapters
 from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_of
@@ -226,10 +227,11 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     refuse_config(config, planned.algorithm)
     use_threads(config)
     resources = load_resources(config)
-    planned = plan_rounds(planned, len(resources.train_data), clients=None)
+    division = divide_rows(config, resources)
+    planned = plan_rounds(planned, division.trained, clients=None)
     config = planned.config
     local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
-    federation = assemble(local, resources, clients=[0], speed=speed)
+    federation = assemble(local, resources, clients=[0], speed=speed, division=division)
     if config.adapter.start is not None:  # whose digest is that of all clients
         everybody = range(config.clients)
         assert isinstance(federation.model, StackedModel)
