@@ -141,6 +141,8 @@ def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf
 
+    if kind in ("vit", "deit"):
+        return tiny_image_model(kind, folder)
     size = save_tokenizer(folder)
     small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
     small |= dict(intermediate_size=24, max_position_embeddings=40)
@@ -168,9 +170,26 @@ def tiny_model(kind, folder):
     return folder
 
 
+def tiny_image_model(kind, folder):
+    """Save a randomly initialised model that reads 8 x 8 pixels in patches of 4 x 4, and its image processor."""
+    import transformers as tf
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    config = {"vit": tf.ViTConfig, "deit": tf.DeiTConfig}[kind](
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+    )
+    torch.manual_seed(1)
+    model = tf.ViTModel(config, add_pooling_layer=False) if kind == "vit" else tf.DeiTModel(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4) if parameter.ndim in (2, 4) else None
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and vit and deit for images."""
     made = {}
 
     def get(kind):
@@ -244,6 +263,47 @@ def tagged(tmp_path_factory):
         tags = [("B-LOC", "I-LOC")[number // 5] if number < 10 else "O" for number in numbers]
         rows.append({"tokens": [WORDS[number] for number in numbers], "tags": tags})
     return write_jsonl(tmp_path_factory.mktemp("tagged") / "tagged.jsonl", rows)
+
+
+def draw_images(count):
+    """(8 x 10 RGB images of noise with a bright part, the number of their class): its place is the class."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        values = draw.integers(0, 120, (8, 10, 3), dtype=np.uint8)
+        values[:, 3 * (i % 3) : 3 * (i % 3) + 3] += 120
+        yield Image.fromarray(values), i % 3
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A parquet file of 48 images of 3 classes, as `datasets` writes them: image {bytes, path}, label with names."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for i, (image, label) in enumerate(draw_images(48)):
+        image.save(file := io.BytesIO(), format="PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "label": label, "site": f"site{i % 4}"})
+    note = {"info": {"features": {"label": {"names": ["left", "middle", "right"], "_type": "ClassLabel"}}}}
+    path = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(note)}), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """The same images, as PNG files in the folders left, middle and right."""
+    root = tmp_path_factory.mktemp("picture_folder")
+    for i, (image, label) in enumerate(draw_images(48)):
+        folder = root / ("left", "middle", "right")[label]
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{i:02d}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from peerlora.config.task_kinds import IMAGE_FORMS
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
+from peerlora.data.image_files import IMAGE, LABEL, is_image_column
 from peerlora.data.numerals import is_number, whole_number
+from peerlora.data.roles import find_roles
 from peerlora.data.row_forms import TOKENS_PER_WORD, find_form
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
@@ -85,7 +88,8 @@ class Guess:
     """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression, multi-label, causal-lm, token-classification or chat."""
+    """The ``task.kind``: classification, regression, multi-label, causal-lm, token-classification, chat or
+    image-classification."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -94,7 +98,7 @@ class Guess:
     candidates: tuple[Candidate, ...] = ()
     """The columns that could be the label, the chosen one first."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column by role, of chats and of words with tags."""
+    """Column by role, of chats, of words with tags and of images."""
 
 
 def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
@@ -109,6 +113,8 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
         check_columns(table.column_names, Columns(tuple(text), given))
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
+    if not text and (image := _image_column(table)):
+        return _guess_images(table, image, label, given, source)
     table = _with_numbers(table)
     usual = None if unlabelled else _named_label(table, text)
     if label is None and not text:
@@ -123,6 +129,28 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     candidates = _candidates(table, found, chosen)
     reason = "given by --label" if label is not None else _reason(table, chosen, usual, candidates)
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
+
+
+def _image_column(table: pa.Table) -> str | None:
+    """The column with images, by its usual name or else the only one; of files in folders, their paths."""
+    names = [name for name in _plain_names(table) if is_image_column(table.schema.field(name).type)]
+    usual = find_roles(names, IMAGE_FORMS)
+    if table.column_names in ([IMAGE], [IMAGE, LABEL]) and is_text(table.schema.field(IMAGE).type):
+        return IMAGE
+    return usual["image"] if usual else names[0] if len(names) == 1 else None
+
+
+def _guess_images(table: pa.Table, image: str, asked: str | None, label: str | None, source: str) -> Guess:
+    """Classes of images: the label is the given one, or has a usual name, or few different values."""
+    others = _with_numbers(table.drop_columns([image]))
+    usual = _named_label(others, ())
+    chosen = label or (None if asked == NO_LABEL else usual or _few_values(others, ()))
+    if chosen is None or chosen == image:
+        raise DataError(f"{source}: holds images in column {image} and no column for their classes; give --label NAME")
+    candidates = _candidates(others, (), chosen)
+    reason = "given by --label" if label is not None else _reason(others, chosen, usual, candidates)
+    columns = {"image": image}
+    return Guess([image], chosen, "image-classification", 64, _clients(table), reason, candidates, columns)
 
 
 def _reason(table: pa.Table, label: str | None, usual: str | None, candidates: Sequence[Candidate]) -> str:

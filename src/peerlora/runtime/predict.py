@@ -17,6 +17,7 @@ from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.columns import Columns, is_text
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import read_table
+from peerlora.data.image_files import read_images
 from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.tokens import Tokens, tokenise
 from peerlora.errors import DataError
@@ -36,11 +37,14 @@ from peerlora.runtime.serving import Served
 def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) -> Iterator[dict[str, Any]]:
     """Answer every row of a source, in its order.
 
-    A class: ``label`` and ``probabilities`` by name; several labels: ``labels``, likewise; a number: ``value``; words:
-    ``tokens`` and their ``tags``; of a language model, ``answer``: its greedy continuation of at most ``new_tokens``
-    tokens.  Raises DataError where the rows cannot be read.
+    A class, of an image too: ``label`` and ``probabilities`` by name; several labels: ``labels``, likewise; a number:
+    ``value``; words: ``tokens`` and their ``tags``; of a language model, ``answer``: its greedy continuation of at most
+    ``new_tokens`` tokens.  Raises DataError where the rows cannot be read.
     """
     kind, reading = task_kind(served.reading.task), served.reading
+    if kind.reads_images:
+        yield from _classes(served, _images(served, rows), batch)
+        return
     if kind.target == "text":
         columns = read_asked(rows, kind, reading.columns)
         prompts, _ = read_pairs(columns, np.arange(len(columns["prompt"])), rows)
@@ -60,9 +64,21 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) ->
         yield from _answers(served, texts[0], batch, new_tokens)
         return
     data = Dataset(*tokens, np.zeros(len(texts[0]), np.int64), served.labels)
+    yield from _classes(served, data, batch)
+
+
+def _classes(served: Served, data: Dataset, batch: int) -> Iterator[dict[str, Any]]:
+    several = task_kind(served.reading.task).target == "labels"
     for some in _some(len(data), batch):
         for row, logits in zip(some.tolist(), _logits(served, data, some), strict=True):
-            yield {"row": row + 1} | _told(logits, served.labels, kind.target == "labels")
+            yield {"row": row + 1} | _told(logits, served.labels, several)
+
+
+def _images(served: Served, rows: str) -> Dataset:
+    column = read_asked(rows, task_kind(served.reading.task), served.reading.columns)["image"]
+    reader, everything = served.tokenizer, np.arange(len(column))
+    pixels = reader.read(read_images(column, everything, rows), len(column), rows)
+    return reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
 
 
 def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:

@@ -11,9 +11,10 @@ import torch
 from peerlora.config.task_kinds import KINDS, TaskKind, task_kind
 from peerlora.errors import ConfigError, ModelError, first_line
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import Storage, load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.lora.base_weights import real_names
 from peerlora.lora.model_folder import ADAPTER, WHOLE, adapter_weights, base_name, is_adapter, read_settings
+from peerlora.runtime.readers import load_reader
 from peerlora.runtime.reading import FILE as READING
 from peerlora.runtime.reading import Reading
 from peerlora.train.online.base_policy import SETTINGS
@@ -24,7 +25,12 @@ _OLD_ENDINGS = {"causal-lm": ("LMHeadModel",), "sequence-to-sequence": ("ForCond
 _PROBLEMS = {"regression": "number", "multi_label_classification": "labels"}
 """transformers' problem_type -> what such a model predicts."""
 _TEMPLATE = "chat_template.jinja"  # as transformers writes it; that of the run, which its base may lack
-_ASKED_IN = {"chat": "prompt", "sequence-to-sequence": "prompt", "token-classification": "tokens"}
+_ASKED_IN = {
+    "chat": "prompt",
+    "sequence-to-sequence": "prompt",
+    "token-classification": "tokens",
+    "image-classification": "image",
+}
 """Task whose columns have roles -> the role of a column that is named alone."""
 
 
@@ -34,6 +40,7 @@ class Served:
 
     model: Any
     tokenizer: Any
+    """Of images, the ``ImageReader``."""
     reading: Reading
     labels: tuple[str, ...]
     """Class names by id; () for other tasks."""
@@ -58,7 +65,7 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
     reading = _reading(folder, settings, adapter, text)
     kind = _known_kind(folder, reading)
     source, revision = _source(folder, settings) if adapter else (str(folder.resolve()), None)
-    tokenizer = load_tokenizer(source, revision)
+    tokenizer = load_reader(source, kind, revision)
     if kind.is_chat and (folder / _TEMPLATE).is_file():
         tokenizer.chat_template = _text_of(folder / _TEMPLATE)
     labels = _labels(folder, settings, kind)
@@ -74,9 +81,10 @@ def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[
     """How rows are to be read: as the folder says, from the columns ``text`` where these are given."""
     reading = Reading.read(folder)
     if reading is None:
-        if not text:
+        kind = _kind_of(folder, settings, adapter)
+        if not text and not kind.reads_images:  # whose column has a usual name
             raise ConfigError(f"{folder} does not say which columns it reads (no peerlora.json); give --text NAME")
-        reading = Reading(_kind_of(folder, settings, adapter).name, text, _MOST_TOKENS)
+        reading = Reading(kind.name, text or (kind.name,), _MOST_TOKENS)
     if text and (role := _ASKED_IN.get(reading.task)):
         reading = replace(reading, columns={role: text[0]})
     return replace(reading, text=text or reading.text)
@@ -137,7 +145,11 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
     target = _PROBLEMS.get(problem) if isinstance(problem, str) else None
     answering = [kind for kind in KINDS.values() if not kind.acts]
     kinds = [kind for kind in answering if target in (None, kind.target)]
-    if adapter:
+    mapping = settings.get("auto_mapping")
+    if adapter and isinstance(mapping, dict) and not settings.get("task_type"):
+        told = f"auto_mapping={mapping}"
+        found = [kind for kind in kinds if str(mapping.get("base_model_class")).endswith(_endings(kind))]
+    elif adapter:
         told = f"task_type={settings.get('task_type')!r}"
         found = [kind for kind in kinds if kind.peft_type == settings.get("task_type")]
     else:
@@ -145,7 +157,7 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
         told = f"architectures={classes}"
         found = [kind for kind in kinds if any(name.endswith(_endings(kind)) for name in classes)]
     if not found:
-        known = dict.fromkeys(kind.peft_type for kind in answering)
+        known = dict.fromkeys(kind.peft_type or kind.auto_model.removeprefix("Auto") for kind in answering)
         raise ModelError(f"{folder} has {told}; rows can be answered by {', '.join(known)}")
     return found[0]
 

@@ -20,6 +20,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import ModelError, first_line
 from peerlora.lora.attach import inputs_of, with_decoder_inputs
 from peerlora.lora.layer import Layout
+from peerlora.randomness import numpy_generator
 
 _ROWS = 3  # rows of one forward: one is exchanged at the front, then one at the end
 _WRITTEN = 3  # tokens that a decoder writes in them
@@ -41,15 +42,17 @@ class ForwardFacts:
 
 
 def observe_forward(
-    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int, kind: TaskKind
+    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int | None, kind: TaskKind
 ) -> ForwardFacts:
     """Run a model on a few short rows of ``data`` and look at the inputs of ``modules``; a decoder writes some tokens.
+
+    Of images those of ``data`` count for their size alone: noise shows more.
 
     Raises ModelError where the forward fails, or gives no logits.
     """
     watch = _Watch(model, modules)
     predicts_tokens, writes = kind.predicts_tokens, kind.target == "text"
-    rows = _three_rows(data, predicts_tokens, writes)
+    rows = _three_rows(data, predicts_tokens, writes) if data.pixels is None else _three_images(data)
 
     def forward(numbers: list[int], left: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
         batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
@@ -61,7 +64,8 @@ def observe_forward(
     try:
         with torch.no_grad():
             alone = forward([0], False)[0][0]
-            padding: list[bool] = [False] if predicts_tokens else [False, True]
+            one_side = predicts_tokens or data.pixels is not None
+            padding: list[bool] = [False] if one_side else [False, True]
             unread = [left for left in padding if _same_row(alone, forward([0, 1, 0], left)[0][0], left and not writes)]
             left = bool(unread) and unread[0]
         first, before = forward([0, 1, 0], left)
@@ -70,10 +74,7 @@ def observe_forward(
             second, between = forward([2, 1, 0], left)
             third, after = forward([2, 1, 2], left)
     except Exception as error:  # any library model may come, with any kind of failure
-        raise ModelError(
-            f"model.source={source!r}: {type(model).__name__} fails on rows of tokens "
-            f"({first_line(error)}); give a model that reads texts, or another task.kind"
-        ) from None
+        raise ModelError(_failure(model, source, data, error)) from None
     finally:
         watch.stop()
     rows_first = all(
@@ -86,6 +87,17 @@ def observe_forward(
     changed = int(rows.lengths[0]) - 1  # of a language model's rows, the last token alone
     later = predicts_tokens and _differ(first[0, :changed], second[0, :changed])
     return ForwardFacts(used, Layout(rows_first and bool(unread), "left" if left else "right"), not unread, later)
+
+
+def _failure(model: nn.Module, source: str, data: Dataset, error: Exception) -> str:
+    name = f"model.source={source!r}: {type(model).__name__} fails on"
+    if data.pixels is None:
+        return f"{name} rows of tokens ({first_line(error)}); give a model that reads texts, or another task.kind"
+    size = " x ".join(map(str, data.pixels.shape))
+    return (
+        f"{name} images of {size} values, which its image processor makes ({first_line(error)}); give a model with the "
+        "image processor that belongs to it"
+    )
 
 
 class _Watch:
@@ -145,6 +157,14 @@ def _three_rows(data: Dataset, predicts_tokens: bool, writes: bool) -> Dataset:
         starts = np.arange(_ROWS + 1) * _WRITTEN
         rows = replace(rows, targets=np.repeat(tokens, _WRITTEN), target_starts=starts)
     return rows
+
+
+def _three_images(data: Dataset) -> Dataset:
+    """Three images of noise."""
+    assert data.pixels is not None
+    rows = data.take([0] * _ROWS)
+    noise = numpy_generator(0, "observed images").integers(0, 256, (_ROWS, *data.pixels.shape), dtype=np.uint8)
+    return replace(rows, pixels=replace(data.pixels, bytes=noise))
 
 
 def _tokens(data: Dataset, row: int) -> np.ndarray:
