@@ -141,7 +141,7 @@ def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf
 
-    if kind in ("vit", "deit"):
+    if kind in ("vit", "deit", "swin"):
         return tiny_image_model(kind, folder)
     size = save_tokenizer(folder)
     small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
@@ -175,11 +175,16 @@ def tiny_image_model(kind, folder):
     import transformers as tf
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    config = {"vit": tf.ViTConfig, "deit": tf.DeiTConfig}[kind](
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
-    )
+    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    small |= dict(image_size=8, patch_size=4)
     torch.manual_seed(1)
-    model = tf.ViTModel(config, add_pooling_layer=False) if kind == "vit" else tf.DeiTModel(config)
+    if kind == "vit":
+        model = tf.ViTModel(tf.ViTConfig(**small), add_pooling_layer=False)
+    elif kind == "deit":
+        model = tf.DeiTModel(tf.DeiTConfig(**small))
+    else:
+        windows = dict(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, drop_path_rate=0.0)
+        model = tf.SwinModel(tf.SwinConfig(image_size=8, patch_size=2, **windows))
     for parameter in model.parameters():
         parameter.data.mul_(4) if parameter.ndim in (2, 4) else None
     model.save_pretrained(folder)
@@ -189,7 +194,7 @@ def tiny_image_model(kind, folder):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and vit and deit for images."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and vit, deit and swin for images."""
     made = {}
 
     def get(kind):

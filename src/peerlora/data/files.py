@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from peerlora.data.columns import Columns, check_columns, without_views
 from peerlora.data.delimited import read_csv, read_tab
-from peerlora.data.image_files import LABEL, read_folder
 from peerlora.data.image_files import SUFFIXES as IMAGE_SUFFIXES
+from peerlora.data.image_files import read_folder
 from peerlora.data.json_rows import read_json
 from peerlora.data.text_files import Unreadable, base_suffix, refuse_foreign
 from peerlora.environment import package_file
@@ -44,7 +44,7 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
         table = _read_hub(source, place, split)
         tables = [_prepared(source, table, columns)]
     elif kind == "folder":
-        tables = [_prepared(source, _read_classes(source, place, columns), columns)]
+        tables = [_prepared(source, _read_images(source, place), columns)]
     else:
         tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
     table = _joined(source, tables, columns)
@@ -62,17 +62,14 @@ def name_folder(source: str) -> str:
     return f"folder:{source}" if any(file.suffix.lower() in IMAGE_SUFFIXES for file in images) else source
 
 
-def _read_classes(source: str, place: str, columns: Columns | None) -> pa.Table:
-    """The images of a folder; refuse one without classes where a label is needed."""
+def _read_images(source: str, place: str) -> pa.Table:
+    """The images of a folder, or of its folders."""
     try:
-        table = read_folder(Path(place).expanduser())
+        return read_folder(Path(place).expanduser())
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {_first_line(error)}; check its folders") from None
-    if columns is not None and columns.label is not None and LABEL not in table.column_names:
-        raise DataError(f"{source}: holds images in no folder of a class; expected a folder for each class")
-    return table
 
 
 def has_header_line(source: str) -> bool:

@@ -104,6 +104,12 @@ def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Ite
         yield where, decode_image(content, where)
 
 
+def image_paths(column: pa.ChunkedArray) -> Iterator[str | None]:
+    """The path of every image of a column; None for those without."""
+    for cell in column:
+        yield _parts(cell.as_py())[1]
+
+
 def _parts(cell: Any) -> tuple[bytes | None, str | None]:
     """The bytes and the path of an image, as far as a cell has them."""
     if isinstance(cell, dict):

@@ -72,10 +72,8 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
 
 
 def _usual_targets(model: nn.Module) -> list[str] | None:
-    """Queries and values of attention, PEFT's usual choice, for a type of model that it has none for."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    if getattr(model.config, "model_type", None) in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+    """Queries and values of attention in a model of images, for which PEFT has no choice, as it has for most of texts."""
+    if getattr(model, "main_input_name", None) != "pixel_values":
         return None
     endings = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return next((list(names) for names in _QUERIES_AND_VALUES if endings >= set(names)), None)

@@ -17,7 +17,7 @@ from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.columns import Columns, is_text
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import read_table
-from peerlora.data.image_files import read_images
+from peerlora.data.image_files import image_paths, read_images
 from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.tokens import Tokens, tokenise
 from peerlora.errors import DataError
@@ -43,7 +43,7 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) ->
     """
     kind, reading = task_kind(served.reading.task), served.reading
     if kind.reads_images:
-        yield from _classes(served, _images(served, rows), batch)
+        yield from _image_classes(served, rows, batch)
         return
     if kind.target == "text":
         columns = read_asked(rows, kind, reading.columns)
@@ -74,11 +74,14 @@ def _classes(served: Served, data: Dataset, batch: int) -> Iterator[dict[str, An
             yield {"row": row + 1} | _told(logits, served.labels, several)
 
 
-def _images(served: Served, rows: str) -> Dataset:
+def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, Any]]:
+    """Answer images; of those with a path, that too."""
     column = read_asked(rows, task_kind(served.reading.task), served.reading.columns)["image"]
     reader, everything = served.tokenizer, np.arange(len(column))
     pixels = reader.read(read_images(column, everything, rows), len(column), rows)
-    return reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
+    data = reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
+    for path, told in zip(image_paths(column), _classes(served, data, batch), strict=True):
+        yield {"row": told.pop("row")} | ({} if path is None else {"image": path}) | told
 
 
 def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:

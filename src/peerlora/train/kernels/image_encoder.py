@@ -65,12 +65,12 @@ class ImageEncoder:
             x = block(x)
         return self.base.classifier(self.body.layernorm(x)[:, 0])
 
-    def _below(self, pixels: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row token width"]:
+    def _below(self, pixels: Float[Tensor, "row channel height width"]) -> Float[Tensor, "row token hidden"]:
         """Embeddings and the blocks below the lowest adapted one."""
         x = self.body.embeddings(pixels.to(self.body.embeddings.patch_embeddings.projection.weight.dtype))
         for block in self.blocks[: self.lowest]:
             x = block(x)
         return x
 
-    def _flat_below(self, inputs: dict[str, Tensor]) -> Float[Tensor, "token width"]:
+    def _flat_below(self, inputs: dict[str, Tensor]) -> Float[Tensor, "token hidden"]:
         return self._below(inputs["pixel_values"]).flatten(0, 1)
