@@ -237,6 +237,7 @@ def test_folders_that_are_no_classes_are_refused(models, tmp_path, caplog):
         load(models, f"folder:{root}/empty")
     with pytest.raises(DataError, match="holds no file that can be read; expected .*; of images write folder:PATH"):
         load(models, root)
+    (root / "empty").rmdir()
     (root / "dog/0.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"folder:.*: row \d+ \(.*dog/0.jpg\): cannot be read as PNG or JPEG"):
         load(models, f"folder:{root}", f"data.eval=folder:{root}")

@@ -72,7 +72,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
 
 
 def _usual_targets(model: nn.Module) -> list[str] | None:
-    """Queries and values of attention in a model of images, for which PEFT has no choice, as it has for most of texts."""
+    """Queries and values of attention, PEFT's choice for most models of texts; for those of images it has none."""
     if getattr(model, "main_input_name", None) != "pixel_values":
         return None
     endings = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
