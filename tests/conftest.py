@@ -68,10 +68,11 @@ def loaded_once():
 
     facts = {}
 
-    def observed_once(model, source, modules, *words):
-        key = (type(model), model.config.to_json_string(), tuple(modules))
+    def observed_once(model, source, modules, data, *words):
+        size = None if data.pixels is None else data.pixels.shape
+        key = (type(model), model.config.to_json_string(), tuple(modules), size)
         if key not in facts:
-            facts[key] = observe(model, source, modules, *words)
+            facts[key] = observe(model, source, modules, data, *words)
         return facts[key]
 
     with pytest.MonkeyPatch.context() as patch:

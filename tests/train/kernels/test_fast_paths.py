@@ -119,9 +119,11 @@ def test_paths_of_images_say_where_they_are_off(config, pictures):
 
 def test_the_packed_weights_of_images_give_the_same_losses(config, pictures):
     task = ["task.kind=image-classification", f"data.train={pictures}", "train.dtype=fp32"]
+    task += ["train.optimizer=sgd", "train.lr=0.1", "train.local_steps=1"]
     fast, x, losses, _ = trained(config("vit", *task))
     _, y, expected, _ = trained(config("vit", *task, "train.fast=false"))
-    assert float((losses - expected).abs().max()) < 1e-3 and float((x - y).abs().max()) < 0.05
+    assert float((x - fast.start.flat).abs().max()) > 1e-2, "nothing was trained"
+    assert float((losses - expected).abs().max()) < 1e-4 and float((x - y).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])
