@@ -142,7 +142,7 @@ def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf
 
-    if kind in ("vit", "deit", "swin"):
+    if kind in ("vit", "deit", "swin", "beit", "dinov2"):
         return tiny_image_model(kind, folder)
     size = save_tokenizer(folder)
     small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
@@ -183,6 +183,10 @@ def tiny_image_model(kind, folder):
         model = tf.ViTModel(tf.ViTConfig(**small), add_pooling_layer=False)
     elif kind == "deit":
         model = tf.DeiTModel(tf.DeiTConfig(**small))
+    elif kind == "beit":
+        model = tf.BeitModel(tf.BeitConfig(**small, use_relative_position_bias=True))
+    elif kind == "dinov2":
+        model = tf.Dinov2Model(tf.Dinov2Config(**small))
     else:
         windows = dict(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, drop_path_rate=0.0)
         model = tf.SwinModel(tf.SwinConfig(image_size=8, patch_size=2, **windows))
@@ -195,7 +199,7 @@ def tiny_image_model(kind, folder):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and vit, deit and swin for images."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5; of images vit, deit, swin, beit, dinov2."""
     made = {}
 
     def get(kind):

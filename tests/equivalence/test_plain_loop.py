@@ -142,6 +142,8 @@ IMAGES = ["task.kind=image-classification", "data.label=label"]
             ("vit", ["adapter.targets=all-linear", "train.batch=[1, 3, 4, 2]", "train.block=3"]),
             ("deit", ["adapter.head=frozen", "train.batch=[1, 3, 4, 2]"]),
             ("swin", []),
+            ("beit", []),
+            ("dinov2", []),
         ],
         [0, 1, 4, 5],
     ),

@@ -151,7 +151,7 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
         found = [kind for kind in kinds if str(mapping.get("base_model_class")).endswith(_endings(kind))]
     elif adapter:
         told = f"task_type={settings.get('task_type')!r}"
-        found = [kind for kind in kinds if kind.peft_type == settings.get("task_type")]
+        found = [kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("task_type")]
     else:
         classes = [str(name) for name in settings.get("architectures") or ()]
         told = f"architectures={classes}"
