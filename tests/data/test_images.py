@@ -258,6 +258,12 @@ def test_the_columns_of_images_are_guessed(pictures):
     assert list(found.candidates[0].counts) == ["left", "middle", "right"]
     other = guess_columns(table.rename_columns(["scan", "kind", "site"]), "rows.parquet", label="site")
     assert (other.label, other.columns) == ("site", {"image": "scan"})
+    bytes_of = pa.array([cell["bytes"] for cell in table.column("image").to_pylist()])
+    assert guess_columns(pa.table({"b": bytes_of, "label": ["x", "y"] * 24}), "r").columns == {"image": "b"}
+    hashes = {"hash": [b"12"] * 20, "text": ["one two three"] * 20, "label": ["a", "b"] * 10}
+    assert guess_columns(pa.table(hashes), "r").kind == "classification"
+    with pytest.raises(DataError, match="score is for regression; expected one class for each image"):
+        guess_columns(pa.table({"image": bytes_of, "score": np.linspace(0, 1, 48)}), "r")
     with pytest.raises(DataError, match="holds images in column image and no column for their classes; give --label"):
         guess_columns(table.select(["image"]), "rows.parquet")
     with pytest.raises(DataError, match="no column for their classes"):

@@ -20,6 +20,8 @@ IMAGE, LABEL = "image", "label"
 """The columns of a table of files: their paths, and the names of their folders."""
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _FORMATS = ("PNG", "JPEG")
+_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_LOOKED_AT = 10  # cells
 _MOST_PIXELS = 89_478_485  # of an image, pillow's own limit: 256 MB of RGB
 _MOST_BYTES = 1 << 28  # of a file
 _NARROWEST = 100  # times as long as wide: what is resized by its shorter side stays bounded
@@ -73,6 +75,12 @@ def is_image_column(kind: pa.DataType) -> bool:
         place = kind.get_field_index("bytes")
         return place >= 0 and _is_binary(kind.field(place).type)
     return _is_binary(kind)
+
+
+def holds_images(column: pa.ChunkedArray) -> bool:
+    """Whether the first cells of a column begin as PNG or JPEG files do."""
+    contents = [_parts(cell.as_py())[0] for cell in column[:_LOOKED_AT]]
+    return any(contents) and all(content is None or content.startswith(_BEGINNINGS) for content in contents)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -145,16 +145,14 @@ def _kind_of(folder: Path, settings: dict[str, Any], adapter: bool) -> TaskKind:
     target = _PROBLEMS.get(problem) if isinstance(problem, str) else None
     answering = [kind for kind in KINDS.values() if not kind.acts]
     kinds = [kind for kind in answering if target in (None, kind.target)]
-    mapping = settings.get("auto_mapping")
-    if adapter and isinstance(mapping, dict) and not settings.get("task_type"):
-        told = f"auto_mapping={mapping}"
-        found = [kind for kind in kinds if str(mapping.get("base_model_class")).endswith(_endings(kind))]
-    elif adapter:
+    mapping = None if settings.get("task_type") else settings.get("auto_mapping")
+    if adapter and not isinstance(mapping, dict):
         told = f"task_type={settings.get('task_type')!r}"
         found = [kind for kind in kinds if kind.peft_type and kind.peft_type == settings.get("task_type")]
     else:
-        classes = [str(name) for name in settings.get("architectures") or ()]
-        told = f"architectures={classes}"
+        named = [mapping.get("base_model_class")] if isinstance(mapping, dict) else settings.get("architectures")
+        classes = [str(name) for name in named or ()]
+        told = f"{'base_model_class' if adapter else 'architectures'}={classes}"
         found = [kind for kind in kinds if any(name.endswith(_endings(kind)) for name in classes)]
     if not found:
         known = dict.fromkeys(kind.peft_type or kind.auto_model.removeprefix("Auto") for kind in answering)
