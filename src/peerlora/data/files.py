@@ -56,10 +56,14 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
 def name_folder(source: str) -> str:
     """Return a source, with ``folder:`` before one that is a path without tables, but with folders of images."""
     path = Path(source).expanduser()
-    if ":" in source or not path.is_dir() or any(base_suffix(file.name) in _SUFFIXES for file in path.iterdir()):
+    try:
+        inside = list(path.iterdir()) if ":" not in source and path.is_dir() else []
+        files = inside + [file for folder in inside if folder.is_dir() for file in folder.iterdir()]
+    except OSError:  # reading will say what is wrong
         return source
-    images = (file for folder in [path, *path.iterdir()] if folder.is_dir() for file in folder.iterdir())
-    return f"folder:{source}" if any(file.suffix.lower() in IMAGE_SUFFIXES for file in images) else source
+    tables = any(base_suffix(file.name) in _SUFFIXES for file in inside)
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+    return f"folder:{source}" if images and not tables else source
 
 
 def _read_images(source: str, place: str) -> pa.Table:
