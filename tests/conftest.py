@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import image_rows
 import shape_checks
 
 # How long an example takes, or drawing one, depends on the machine and on what else it does.
@@ -142,8 +143,8 @@ def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf
 
-    if kind in ("vit", "deit", "swin", "beit", "dinov2"):
-        return tiny_image_model(kind, folder)
+    if kind in image_rows.MODELS:
+        return image_rows.save_model(kind, folder)
     size = save_tokenizer(folder)
     small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
     small |= dict(intermediate_size=24, max_position_embeddings=40)
@@ -171,35 +172,9 @@ def tiny_model(kind, folder):
     return folder
 
 
-def tiny_image_model(kind, folder):
-    """Save a randomly initialised model that reads 8 x 8 pixels in patches of 4 x 4, and its image processor."""
-    import transformers as tf
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    small = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    small |= dict(image_size=8, patch_size=4)
-    torch.manual_seed(1)
-    if kind == "vit":
-        model = tf.ViTModel(tf.ViTConfig(**small), add_pooling_layer=False)
-    elif kind == "deit":
-        model = tf.DeiTModel(tf.DeiTConfig(**small))
-    elif kind == "beit":
-        model = tf.BeitModel(tf.BeitConfig(**small, use_relative_position_bias=True))
-    elif kind == "dinov2":
-        model = tf.Dinov2Model(tf.Dinov2Config(**small))
-    else:
-        windows = dict(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, drop_path_rate=0.0)
-        model = tf.SwinModel(tf.SwinConfig(image_size=8, patch_size=2, **windows))
-    for parameter in model.parameters():
-        parameter.data.mul_(4) if parameter.ndim in (2, 4) else None
-    model.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5; of images vit, deit, swin, beit, dinov2."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and those of images."""
     made = {}
 
     def get(kind):
@@ -275,45 +250,16 @@ def tagged(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("tagged") / "tagged.jsonl", rows)
 
 
-def draw_images(count):
-    """(8 x 10 RGB images of noise with a bright part, the number of their class): its place is the class."""
-    import numpy as np
-    from PIL import Image
-
-    draw = np.random.default_rng(0)
-    for i in range(count):
-        values = draw.integers(0, 120, (8, 10, 3), dtype=np.uint8)
-        values[:, 3 * (i % 3) : 3 * (i % 3) + 3] += 120
-        yield Image.fromarray(values), i % 3
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A parquet file of 48 images of 3 classes, as `datasets` writes them: image {bytes, path}, label with names."""
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
-    for i, (image, label) in enumerate(draw_images(48)):
-        image.save(file := io.BytesIO(), format="PNG")
-        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "label": label, "site": f"site{i % 4}"})
-    note = {"info": {"features": {"label": {"names": ["left", "middle", "right"], "_type": "ClassLabel"}}}}
-    path = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
-    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(note)}), path)
-    return path
+    return image_rows.write_table(tmp_path_factory.mktemp("pictures") / "pictures.parquet")
 
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory):
     """The same images, as PNG files in the folders left, middle and right."""
-    root = tmp_path_factory.mktemp("picture_folder")
-    for i, (image, label) in enumerate(draw_images(48)):
-        folder = root / ("left", "middle", "right")[label]
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{i:02d}.png")
-    return root
+    return image_rows.write_folder(tmp_path_factory.mktemp("picture_folder"))
 
 
 @pytest.fixture(scope="session")

@@ -284,6 +284,8 @@ def broken(models, tmp_path, **changes):
     [
         ({"size": {"height": 10**9, "width": 8}}, "has size.height=1000000000; expected 1 to 2048 pixels; mend it"),
         ({"image_mean": [0.5], "image_std": [0.5]}, "its image processor fails on an image"),
+        ({"image_std": [0.5, 0, 0.5]}, "does not scale and shift pixels to finite numbers"),
+        ({"rescale_factor": ".nan"}, "its image processor"),
         ({"image_processor_type": "Nobody"}, "preprocessor_config.json"),
     ],
 )

@@ -144,6 +144,7 @@ IMAGES = ["task.kind=image-classification", "data.label=label"]
             ("swin", []),
             ("beit", []),
             ("dinov2", []),
+            ("convnext", ["adapter.targets=[pwconv1, pwconv2]"]),
         ],
         [0, 1, 4, 5],
     ),

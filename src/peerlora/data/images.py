@@ -43,13 +43,14 @@ class ImageReader:
         """Find out what a processor does with an image of so many pixels a ``side``, as those that the model reads.
 
         ``tokens``: what the model makes of an image of a shape.  Raises ModelError for one that makes no RGB image of
-        one size of it, or does more to values than to scale and shift them.
+        one size of it, or does anything to values but to scale and shift them.
         """
         told = f"model.source={source!r}: its image processor"
         _check_sizes(processor, told)
         image = _noise(side)
         try:
-            shown, read = (np.asarray(_processed(processor, image, plain)) for plain in (True, False))
+            with np.errstate(all="ignore"):  # of a deviation of 0, which is refused below
+                shown, read = (np.asarray(_processed(processor, image, plain)) for plain in (True, False))
         except Exception as error:  # any library processor may come, with any kind of failure
             raise ModelError(f"{told} fails on an image ({first_line(error)}); give another model") from None
         if shown.dtype != np.uint8 or shown.ndim != 3 or len(shown) != 3 or read.shape != shown.shape:
@@ -57,12 +58,13 @@ class ImageReader:
                 f"{told} makes {read.dtype} {list(read.shape)} of an RGB image; expected 3 channels of one height and "
                 "width; give another model"
             )
-        scale, shift = zip(*(_line(one, other) for one, other in zip(shown, read, strict=True)), strict=True)
-        pixels = Pixels(shown[None], np.array(scale), np.array(shift))
-        again = pixels.scale[:, None, None] * shown + pixels.shift[:, None, None]
-        if np.abs(again - read).max() > _NOISE * max(1.0, float(np.abs(read).max())):
-            raise ModelError(f"{told} does more to pixels than to scale and shift them; give another model")
-        return cls(processor, tokens(shown.shape), shown.shape, pixels.scale, pixels.shift)
+        with np.errstate(all="ignore"):
+            found = _scale_and_shift(shown, read)
+        if found is None:
+            raise ModelError(
+                f"{told} does not scale and shift pixels to finite numbers; give another model, or mend it"
+            )
+        return cls(processor, tokens(shown.shape), shown.shape, *found)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the processor's settings into a folder."""
@@ -124,9 +126,14 @@ def _noise(side: int) -> Any:
     return Image.fromarray(values)
 
 
-def _line(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Scale and shift of the straight line from one channel's bytes to what is read of them."""
-    x, y = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
-    low, high = int(x.argmin()), int(x.argmax())
-    scale = (y[high] - y[low]) / (x[high] - x[low]) if x[high] > x[low] else 0.0
-    return scale, y[low] - scale * x[low]
+def _scale_and_shift(shown: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """By channel the straight line from bytes to what is read of them; None where it is none, or not finite."""
+    x, y = (each.reshape(len(each), -1).astype(np.float64) for each in (shown, read))
+    low, high = x.argmin(1)[:, None], x.argmax(1)[:, None]
+    x0, x1, y0, y1 = (np.take_along_axis(of, at, 1) for of in (x, y) for at in (low, high))
+    scale = (y1 - y0) / np.maximum(x1 - x0, 1)
+    shift = y0 - scale * x0
+    wrong = np.abs(scale * x + shift - y).max()
+    if not wrong <= _NOISE * max(1.0, float(np.abs(y).max())):  # of NaN neither holds
+        return None
+    return scale[:, 0], shift[:, 0]

@@ -126,6 +126,14 @@ def test_the_packed_weights_of_images_give_the_same_losses(config, pictures):
     assert float((losses - expected).abs().max()) < 1e-4 and float((x - y).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("words", [[], [UPPER_OF_IMAGES, "train.rounds=8"]])
+def test_images_are_read_in_bf16_as_in_fp32_within_its_rounding(config, pictures, words):
+    task = ["task.kind=image-classification", f"data.train={pictures}", *words]
+    found = [compose(config("vit", *task, f"train.dtype={dtype}")) for dtype in ("fp32", "bf16")]
+    one, other = (each.learner.logits(each.start, each.eval_data, 5) for each in found)
+    assert np.abs(one).max() > 0.1 and 0 < np.abs(one - other).max() < 0.02
+
+
 @pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])
 def test_packed_tokens_with_one_active_factor(config, schedule):
     _, x, _, _ = trained(config("bert"), "AB", *schedule)
