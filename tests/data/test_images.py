@@ -177,6 +177,18 @@ def test_a_path_without_bytes_is_not_followed(models, tmp_path):
         load(models, file, f"data.eval={file}")
 
 
+def test_paths_of_downloaded_data_sets_are_followed(tmp_path):
+    (tmp_path / "a.png").write_bytes(GOOD)
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "gone.png")]
+    column = pa.chunked_array([[{"bytes": None, "path": path} for path in paths]])
+    column = column.cast(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    found = image_files.read_images(column, np.arange(2), "hub:owner/name")
+    where, image = next(found)
+    assert where == f"hub:owner/name: row 1 ({paths[0]})" and image.size == (8, 8)
+    with pytest.raises(DataError, match=r"row 2 \(.*gone.png\): cannot be read \(No such file or directory\)"):
+        next(found)
+
+
 @pytest.mark.parametrize(
     ("cells", "words", "told"),
     [
