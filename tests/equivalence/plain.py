@@ -12,18 +12,20 @@ from peerlora.lora.base_models import load_base, load_tokenizer
 
 def initial_models(config, federation):
     """N separate PEFT models with the federation's common start."""
-    tokenizer = load_tokenizer(config.model.source)
+    images = config.task.kind == "image-classification"
+    pad = None if images else load_tokenizer(config.model.source).pad_token_id
     dtype = torch.float64 if config.train.dtype == "fp64" else torch.float32
     kind = config.task.kind
-    base = load_base(config.model.source, kind, federation.train_data.names, config.seed, tokenizer.pad_token_id, dtype)
+    base = load_base(config.model.source, kind, federation.train_data.names, config.seed, pad, dtype)
     models = []
     for i in range(config.clients):
         lora = LoraConfig(
             r=config.ranks[i],
             lora_alpha=config.adapter.alpha,
             lora_dropout=0.0,
-            target_modules=config.adapter.targets,
-            task_type=task_kind(kind).peft_type,
+            target_modules=config.adapter.targets or (["q_proj", "v_proj"] if images else None),
+            modules_to_save=["classifier"] if images else None,
+            task_type=task_kind(kind).peft_type or None,
             fan_in_fan_out="gpt2" in base.model.config.model_type,
         )
         model = get_peft_model(copy.deepcopy(base.model), lora, autocast_adapter_dtype=False).eval()
@@ -50,6 +52,10 @@ def trained_parameters(model, active, head):
 
 def loss_of(model, data, rows, kind):
     """HF's own loss on the rows of one client, padded to this client's longest."""
+    if kind == "image-classification":
+        pixels = torch.tensor(data.pixels.bytes[rows], dtype=next(model.parameters()).dtype)
+        scale, shift = (torch.tensor(each)[:, None, None] for each in (data.pixels.scale, data.pixels.shift))
+        return model(pixel_values=pixels * scale + shift, labels=torch.tensor(data.labels[rows])).loss
     texts = [data.ids[data.starts[r] : data.starts[r + 1]] for r in rows]
     types = [data.types[data.starts[r] : data.starts[r + 1]] for r in rows] if data.types is not None else None
     longest = max(len(text) for text in texts)

@@ -128,6 +128,52 @@ def test_tags_of_words_equal_plain_peft(config, tagged, kind, words):
     assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE["adf-lora"])) < 1e-9
 
 
+IMAGES = ["task.kind=image-classification", "data.label=label"]
+
+
+@pytest.mark.parametrize("method", others_slow(ACTIVE, ["adf-lora"]))
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    others_slow(
+        [
+            ("vit", []),
+            ("vit", ["adapter.targets=.*layers\\.1\\..*(q_proj|v_proj)", "train.rounds=5"]),  # block 0 is computed once
+            ("vit", ["adapter.head=private", "train.fast=false"]),
+            ("vit", ["adapter.targets=all-linear", "train.batch=[1, 3, 4, 2]", "train.block=3"]),
+            ("deit", ["adapter.head=frozen", "train.batch=[1, 3, 4, 2]"]),
+            ("swin", []),
+            ("beit", []),
+            ("dinov2", []),
+            ("convnext", ["adapter.targets=[pwconv1, pwconv2]"]),
+        ],
+        [0, 1, 4, 5],
+    ),
+)
+def test_images_equal_plain_peft(config, pictures, method, kind, words):
+    chosen = config(kind, *algorithm_words(method), *IMAGES, f"data.train=parquet:{pictures}", *words)
+    x = run_stacked(compose(chosen))
+    assert largest_difference(x, run_plain(chosen, compose(chosen), ACTIVE[method])) < 1e-9
+
+
+def test_a_run_of_images_is_that_of_the_frozen_blocks_computed_once(config, pictures):
+    words = [*IMAGES, f"data.train={pictures}", "adapter.targets=.*layers\\.1\\..*(q_proj|v_proj)", "train.rounds=5"]
+    kept, plain = (compose(config("vit", "algorithm.name=dec-lora", *words, f"train.fast={fast}")) for fast in (1, 0))
+    assert kept.paths["frozen prefix"] is None and plain.paths["frozen prefix"] == "train.fast is false"
+    one, other = run_stacked(kept), run_stacked(plain)
+    assert (one.flat - other.flat).abs().max() < 1e-9
+    (cached,) = kept.model.forward.prefix._kept.values()
+    assert cached.known.all() and cached.data is kept.train_data
+
+
+def test_draws_of_images_depend_on_no_neighbours(config, pictures):
+    words = ["adapter.dropout=0.3", "model.dropout=0.1", "train.batch=[1, 3, 4, 2]", *IMAGES, f"data.train={pictures}"]
+    one, other = (
+        run_stacked(compose(config(kind, "algorithm.name=dec-lora", *words, f"train.block={block}")))
+        for kind, block in (("swin", 1), ("swin", 4))
+    )
+    assert (one.flat - other.flat).abs().max() < 1e-9
+
+
 def test_unequal_ranks_equal_plain_peft(config):
     chosen = config("bert", "algorithm.name=local", "adapter.rank=[1, 3, 2, 3]")
     x = run_stacked(compose(chosen))

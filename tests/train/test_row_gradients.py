@@ -89,6 +89,20 @@ def test_a_private_step_is_the_clipped_mean_of_row_gradients(config, model, bloc
     assert any(bool((each > 0.5).any()) for each in seen) and moved.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("kind", others_slow(["vit", "deit", "swin"], ["vit", "swin"]))
+def test_a_private_step_of_images_is_the_clipped_mean_of_row_gradients(config, pictures, kind):
+    task = ["task.kind=image-classification", f"data.train={pictures}"]
+    federation = compose(config(kind, *task, *SGD, "adapter.targets=all-linear"))
+    x = noisy(federation.start)
+    privacy = private(federation, clip=0.5)
+    moved = x.flat - federation.learner.fit(x, "AB").flat
+    for client, guarantee in enumerate(privacy.guarantees):
+        found = row_gradients(federation, x, client, drawn_rows(federation, client)[0], ("A", "B"))
+        clipped = found * (0.5 / (found.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)
+        assert (moved[client] - clipped.sum(0) / guarantee.expected_rows).abs().max() < MOST
+        assert not len(found) or found.norm(dim=1).max() > 0.5
+
+
 def test_shared_graphs_packed_tokens_and_pieces_change_nothing(config):
     """Clients alone or together, packed or not, in one piece or in three."""
     found = []

@@ -35,6 +35,7 @@ def test_the_registry_names_what_the_config_knows():
         "causal-lm": False,
         "token-classification": True,
         "sequence-to-sequence": False,
+        "image-classification": True,
         "chat": False,
         "flow-policy": True,
     }

@@ -19,7 +19,10 @@ _MANY = 20  # epochs, from which on the budget is worth a second line
 
 def command(
     train: Annotated[
-        str, typer.Option("--train", help="your training data: a parquet, CSV or JSONL file, or a folder of them")
+        str,
+        typer.Option(
+            "--train", help="your training data: a parquet, CSV or JSONL file, a folder of them, or of images"
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", help="the config file to write; must be new")] = Path("peerlora.yaml"),
     label: Annotated[
@@ -46,7 +49,12 @@ def command(
     if guess.columns:
         told = ", ".join(f"{role} {name}" for role, name in guess.columns.items())
         print(f"wrote {to}: {told}; {guess.kind}")
-        print(f"{guess.kind}: {guess.reason}; --text NAME trains on all tokens of a column, --label NAME classifies")
+        if guess.label is None:
+            print(
+                f"{guess.kind}: {guess.reason}; --text NAME trains on all tokens of a column, --label NAME classifies"
+            )
+        else:
+            print(f"label {guess.label}: {guess.reason}; --label NAME takes another")
     else:
         print(f"wrote {to}: text {', '.join(guess.text)}; label {guess.label or 'none'}; {guess.kind}")
         print(f"label {guess.label or 'none'}: {guess.reason}; --label NAME takes another, --text NAME another text")

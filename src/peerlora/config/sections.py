@@ -74,7 +74,7 @@ class AdapterConfig(Section):
     dropout: Rate = 0.0
     """Dropout in front of A."""
     targets: list[str] | str | None = None
-    """Layer-name endings or one regular expression, as in PEFT; null: PEFT's own choice for the model type."""
+    """Layer-name endings or one regular expression, as in PEFT; null: PEFT's choice, of images queries and values."""
     head: Literal["frozen", "mixed", "private"] = "mixed"
     """The task layer is mixed: trained and exchanged; private: trained, never exchanged; frozen: neither."""
     modules_to_save: list[str] = []

@@ -75,6 +75,11 @@ class TaskKind:
         return self.target == "action"
 
     @property
+    def reads_images(self) -> bool:
+        """Whether rows are images, in place of texts."""
+        return any("image" in form.needed for form in self.forms)
+
+    @property
     def is_chat(self) -> bool:
         """Whether rows are chats, of which the answers are learned."""
         return self.target == "tokens" and bool(self.forms)
@@ -111,6 +116,7 @@ CHAT_FORMS = (
     ),
 )
 TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")}),)
+IMAGE_FORMS = (Form({"image": ("image", "images", "img", "picture", "photo")}),)
 PAIR_FORMS = (
     Form(
         {
@@ -139,6 +145,15 @@ _KINDS = (
         "SEQ_2_SEQ_LM",
         "AutoModelForSeq2SeqLM",
         forms=PAIR_FORMS,
+    ),
+    TaskKind(
+        "image-classification",
+        "class",
+        "peerlora.train.tasks:ImageClassification",
+        "",  # PEFT has no type for it
+        "AutoModelForImageClassification",
+        0,
+        forms=IMAGE_FORMS,
     ),
     TaskKind("chat", "tokens", "peerlora.train.tasks:Chat", "CAUSAL_LM", "AutoModelForCausalLM", 0, 2, CHAT_FORMS),
     TaskKind("flow-policy", "action", "peerlora.train.online.task:FlowPolicyTask", "", "", 0, 0),

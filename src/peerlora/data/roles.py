@@ -15,20 +15,24 @@ from peerlora.errors import DataError, nearest
 
 
 def read_roles(
-    source: str, split: str, given: Mapping[str, str] | None, kind: TaskKind, owner: str | None
+    source: str,
+    split: str,
+    given: Mapping[str, str] | None,
+    kind: TaskKind,
+    owner: str | None,
+    label: str | None = None,
 ) -> tuple[pa.Table, Mapping[str, str], dict[str, pa.ChunkedArray]]:
     """Read a source: its table, and by role the names of its columns and the columns.
 
     ``given``: ``data.columns``, None to find the columns by their usual names; a name with dots is a field inside a
-    column of objects.  ``owner``: as in ``Columns``.  Raises DataError, also where no form of ``kind`` fits.
+    column of objects.  ``owner``, ``label``: as in ``Columns``.  Raises DataError, also where no form of ``kind`` fits.
     """
     plain = [name for name in (given or {}).values() if "." not in name]
     if given is not None and len(plain) == len(given):
-        table = read_table(source, split, Columns(roles=tuple(plain), owner=owner))
+        table = read_table(source, split, Columns(label=label, roles=tuple(plain), owner=owner))
     else:
         table = read_table(source, split)
-        if owner is not None:
-            _require(source, table.column_names, owner)
+        _require(source, table.column_names, Columns(label=label, owner=owner))
     found = given if given is not None else find_roles(table.column_names, kind.forms)
     if found is None:
         wanted = "; or ".join(str(form) for form in kind.forms)
@@ -58,9 +62,9 @@ def _example(form: Form) -> str:
     return "{" + ", ".join(f"{role}: NAME" for role in form.needed) + "}"
 
 
-def _require(source: str, names: Sequence[str], owner: str) -> None:
+def _require(source: str, names: Sequence[str], columns: Columns) -> None:
     try:
-        check_columns(names, Columns(owner=owner))
+        check_columns(names, columns)
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
 

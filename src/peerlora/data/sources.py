@@ -18,6 +18,8 @@ from peerlora.data.columns import Columns, is_text, short
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.holdout import draw_holdout
+from peerlora.data.image_files import read_images
+from peerlora.data.images import ImageReader
 from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.label_lists import as_indicators, read_label_lists
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
@@ -58,7 +60,7 @@ class _Rows:
 def load_datasets(
     config: RunConfig, tokenizer: Any, cache: Path | Literal["default"] | None = "default"
 ) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation rows of a run, tokenised by a transformers tokenizer.
+    """The training and the evaluation rows of a run, tokenised by a transformers tokenizer, or an ``ImageReader``'s.
 
     Every random choice depends on ``config.seed`` only. Labels get the same ids in both. Rows with nothing to
     predict (of causal-lm those with fewer than 2 tokens, of chat those without an answer, of words those of which none
@@ -84,9 +86,9 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     """One source with its labels; ``train``: the training rows, None while these are read."""
     data, kind = config.data, task_kind(config.task.kind)
     label, owner = data.label if kind.has_label else None, _owner(config) if train is None else None
-    if kind.forms:
+    if kind.forms and label is None:
         return _read_roles(config, source, split, train, owner)
-    table = read_table(source, split, Columns(tuple(data.text), label, owner))
+    table, roles = _read_columns(config, source, split, label, owner)
     everything = np.arange(table.num_rows)
     if label is None:
         return _Rows(source, table, np.zeros(table.num_rows, dtype=np.int64), None, everything)
@@ -104,7 +106,18 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
         raise DataError(f"{where}: only one class, {short(''.join(classes.names))!r}; classification needs at least 2")
     ids = class_ids(labels, classes, where)
     warn_of_labels(labels, classes, ids, first=train is None, own_rows=config.partition.kind == "own", where=where)
-    return _Rows(source, table, ids, classes, everything)
+    return _Rows(source, table, ids, classes, everything, roles)
+
+
+def _read_columns(
+    config: RunConfig, source: str, split: str, label: str | None, owner: str | None
+) -> tuple[pa.Table, Mapping[str, pa.ChunkedArray]]:
+    """The table of a source whose rows have a label, or none, and its columns with roles."""
+    kind = task_kind(config.task.kind)
+    if not kind.forms:
+        return read_table(source, split, Columns(tuple(config.data.text), label, owner)), {}
+    table, _, roles = read_roles(source, split, config.data.columns, kind, owner, label)
+    return table, roles
 
 
 def _read_roles(config: RunConfig, source: str, split: str, train: _Rows | None, owner: str | None) -> _Rows:
@@ -154,6 +167,9 @@ def _tokenised(config: RunConfig, rows: _Rows, tokenizer: Any, cache: Path | Non
         found = pair_dataset(*read_pairs(rows.roles, rows.chosen, rows.source), data.max_length, tokenizer, rows.source)
         found = _without_short(found, rows, kind.tokens, drop=False)
         return _without_unlearned(replace(found, columns={kept: _values(rows, kept)} if kept else {}), rows)
+    if kind.reads_images:
+        found = _image_rows(rows, tokenizer)
+        return replace(found, columns={kept: _values(rows, kept)} if kept else {})
     if rows.tagged is not None:
         found = tagged_dataset(rows.tagged, rows.chosen, rows.names, data.max_length, tokenizer, rows.source)
         return _without_unlearned(replace(found, columns={kept: _values(rows, kept)} if kept else {}), rows)
@@ -169,6 +185,11 @@ def _chats(data: DataConfig, rows: _Rows, tokenizer: Any, kept: str | None) -> D
     found = chat_dataset(data, read_chats(rows.roles, rows.chosen, rows.source), rows.chosen, rows.source, tokenizer)
     columns = {kept: _values(rows, kept)[found.labels]} if kept else {}
     return replace(found, labels=np.zeros(len(found), dtype=np.int64), columns=columns)
+
+
+def _image_rows(rows: _Rows, reader: ImageReader) -> Dataset:
+    images = read_images(rows.roles["image"], rows.chosen, rows.source)
+    return reader.dataset(reader.read(images, len(rows.chosen), rows.source), rows.labels[rows.chosen], rows.names)
 
 
 def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Dataset:

@@ -19,6 +19,9 @@ from peerlora.lora.base_weights import top_modules, within
 from peerlora.lora.layer import ClientDropout, Layout, StackedEmbedding, StackedHead, StackedLinear, Step
 from peerlora.lora.merged import Merged
 
+_QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))
+"""How models name their attention's projections."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -40,6 +43,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    targets = targets or _usual_targets(model)
     shell = _without_weights(model)
     try:
         with without_peft_warnings():
@@ -65,6 +69,14 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
     if not layers:
         raise ModelError(_no_targets(model, targets, "only layers of the head, which trains in full"))
     return Targets(tuple(_layer_spec(own.get(name), name) for name in layers), tuple(heads))
+
+
+def _usual_targets(model: nn.Module) -> list[str] | None:
+    """Queries and values of attention, PEFT's choice for most models of texts; for those of images it has none."""
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return None
+    endings = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return next((list(names) for names in _QUERIES_AND_VALUES if endings >= set(names)), None)
 
 
 def find_saved(model: nn.Module, targets: Targets, endings: list[str], frozen_head: bool = False) -> tuple[str, ...]:
@@ -281,7 +293,7 @@ class StackedModel:
 
     def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
-        self.step.shape = (inputs["input_ids"].shape[0], inputs["input_ids"].shape[1])
+        self.step.shape = _shape_of(inputs)
         if "decoder_input_ids" in inputs:
             self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
         logits = self.forward({name: value for name, value in inputs.items() if name in self._read}, origin)
@@ -290,6 +302,13 @@ class StackedModel:
     def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """The base model's own forward."""
         return self.base(**inputs).logits
+
+
+def _shape_of(inputs: dict[str, Tensor]) -> tuple[int, int]:
+    """(rows, tokens) of what a model reads; -1 for images, all tokens of which are real."""
+    if "pixel_values" in inputs:
+        return len(inputs["pixel_values"]), -1
+    return inputs["input_ids"].shape[0], inputs["input_ids"].shape[1]
 
 
 def _head_linears(base: nn.Module, heads: tuple[str, ...]) -> list[tuple[str, nn.Linear]]:

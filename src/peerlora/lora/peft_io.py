@@ -76,6 +76,7 @@ def export_adapter(
         alpha_pattern=factors.alpha_pattern,
         modules_to_save=full or None,
         task_type=context.task_type or None,
+        auto_mapping=None if context.task_type else _own_class(model.base),
         base_model_name_or_path=context.location or context.base_source,
         revision=context.revision,
         fan_in_fan_out=_transposed(model),
@@ -91,6 +92,14 @@ def export_adapter(
         (folder / "labels.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(adapter_card(context, factors), encoding="utf-8")
     return folder
+
+
+def _own_class(base: Any) -> dict[str, str] | None:
+    """By which PEFT finds the class of a base model of a task that it has no type for."""
+    kind = type(base)
+    if kind.__module__.partition(".")[0] != "transformers":
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def whole_number(alpha: float) -> int | float:

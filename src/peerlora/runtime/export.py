@@ -131,9 +131,12 @@ def _built(run: Path, config: RunConfig) -> tuple[StackedModel, ExportContext]:
     """The base model of a run, with places for adapters, and how they are exported."""
     if task_kind(config.task.kind).acts:
         return build_policy(config, load_policy(config))
-    tokenizer, causal = run_tokenizer(config), task_kind(config.task.kind).predicts_tokens
-    tokens = sample_tokens(tokenizer, config.data.max_length, causal)
-    rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), class_names(run, config))
+    tokenizer, kind, names = run_tokenizer(config), task_kind(config.task.kind), class_names(run, config)
+    if kind.reads_images:
+        rows = tokenizer.samples(1, names)
+    else:
+        tokens = sample_tokens(tokenizer, config.data.max_length, kind.predicts_tokens)
+        rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), names)
     built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
     return built.model, built.export
 

@@ -44,17 +44,19 @@ def kind_of_folder(folder: Path, settings: dict[str, Any], adapter: bool) -> Tas
     A language model is taken for one of plain text: nothing in such a folder says that it was trained on chats.
     """
     answering = [kind for kind in KINDS.values() if not kind.acts]
-    if adapter:
+    mapping = None if settings.get("task_type") else settings.get("auto_mapping")
+    if adapter and not isinstance(mapping, dict):
         told = f"task_type={settings.get('task_type')!r}"
-        found = [kind for kind in answering if kind.peft_type == settings.get("task_type")]
+        found = [kind for kind in answering if kind.peft_type and kind.peft_type == settings.get("task_type")]
     else:
-        classes = [str(name) for name in settings.get("architectures") or ()]
-        told = f"architectures={classes}"
+        named = [mapping.get("base_model_class")] if isinstance(mapping, dict) else settings.get("architectures")
+        classes = [str(name) for name in named or ()]
+        told = f"{'base_model_class' if adapter else 'architectures'}={classes}"
         found = [kind for kind in answering if any(name.endswith(_endings(kind)) for name in classes)]
     if not found:
-        known = dict.fromkeys(kind.peft_type for kind in answering)
+        known = dict.fromkeys(kind.peft_type or kind.auto_model.removeprefix("Auto") for kind in answering)
         raise ModelError(f"{folder} has {told}; rows can be answered by {', '.join(known)}")
-    if any(kind.has_label for kind in found):
+    if len({kind.target for kind in found}) > 1:
         target = _target_of(folder, _head_of(folder, settings, adapter))
         return next(kind for kind in found if kind.target == target)
     return found[0]

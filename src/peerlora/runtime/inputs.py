@@ -114,17 +114,23 @@ def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _describe(data: Dataset | Episodes) -> dict[str, Any]:
     if isinstance(data, Episodes):
         return data.digests()
-    types = [] if data.types is None else [data.types]
     written = [] if data.target_starts is None else [data.target_starts]
     targets = {} if data.targets is None else {"targets": _digest([data.targets, *written])}
     columns = [np.asarray(values) for _, values in sorted(data.columns.items())]
     return {
         "rows": len(data),
-        "tokens": _digest([data.ids, data.starts, *types]),
+        **_described_inputs(data),
         **targets,
         "labels": _digest([data.labels]),
         "classes": hashlib.sha256("\0".join(data.names).encode()).hexdigest(),
     } | ({"columns": _digest(columns)} if columns else {})
+
+
+def _described_inputs(data: Dataset) -> dict[str, str]:
+    if data.pixels is not None:
+        return {"images": _digest([data.pixels.bytes, data.pixels.scale, data.pixels.shift])}
+    types = [] if data.types is None else [data.types]
+    return {"tokens": _digest([data.ids, data.starts, *types])}
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:

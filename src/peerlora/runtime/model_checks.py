@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
@@ -48,6 +49,16 @@ def check_answers(config: RunConfig, base: Base, data: Dataset) -> tuple[str, ..
         f"eval.generate.max_new_tokens={wanted.max_new_tokens} given; {base.source} reads at most {base.longest} "
         f"tokens, and the longest question has {most}: answers end after {room}",
     )
+
+
+def check_norms(base: Base) -> None:
+    """Refuse layers that keep running statistics of what they see: no adapter holds these, and no method mixes them."""
+    found = [name for name, module in base.model.named_modules() if isinstance(module, _BatchNorm)]
+    if found:
+        raise ModelError(
+            f"model.source={base.source!r}: {type(base.model).__name__} has batch norms ({some(found)}), whose running "
+            "statistics no adapter holds; give a model with layer norms, such as a ViT or a DeiT"
+        )
 
 
 def check_ranks(config: RunConfig, targets: Targets) -> None:

@@ -17,6 +17,7 @@ from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.columns import Columns, is_text
 from peerlora.data.dataset import Dataset
 from peerlora.data.files import read_table
+from peerlora.data.image_files import image_paths, read_images
 from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.tokens import Tokens, tokenise
 from peerlora.errors import DataError
@@ -36,11 +37,14 @@ from peerlora.runtime.serving import Served
 def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) -> Iterator[dict[str, Any]]:
     """Answer every row of a source, in its order.
 
-    A class: ``label`` and ``probabilities`` by name; several labels: ``labels``, likewise; a number: ``value``; words:
-    ``tokens`` and their ``tags``; of a language model, ``answer``: its greedy continuation of at most ``new_tokens``
-    tokens.  Raises DataError where the rows cannot be read.
+    A class, of an image too: ``label`` and ``probabilities`` by name; several labels: ``labels``, likewise; a number:
+    ``value``; words: ``tokens`` and their ``tags``; of a language model, ``answer``: its greedy continuation of at most
+    ``new_tokens`` tokens.  Raises DataError where the rows cannot be read.
     """
     kind, reading = task_kind(served.reading.task), served.reading
+    if kind.reads_images:
+        yield from _image_classes(served, rows, batch)
+        return
     if kind.target == "text":
         columns = read_asked(rows, kind, reading.columns)
         prompts, _ = read_pairs(columns, np.arange(len(columns["prompt"])), rows)
@@ -59,9 +63,24 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) ->
         yield from answer_prompts(served, rows, _split(tokens), batch, new_tokens)
         return
     data = Dataset(*tokens, np.zeros(len(texts[0]), np.int64), served.labels)
+    yield from _classes(served, data, batch)
+
+
+def _classes(served: Served, data: Dataset, batch: int) -> Iterator[dict[str, Any]]:
+    target = task_kind(served.reading.task).target
     for some in _some(served, len(data), batch):
         for row, logits in zip(some.tolist(), _logits(served, data, some), strict=True):
-            yield {"row": row + 1} | _told(logits, served.labels, kind.target)
+            yield {"row": row + 1} | _told(logits, served.labels, target)
+
+
+def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, Any]]:
+    """Answer images; of those with a path, that too."""
+    column = read_asked(rows, task_kind(served.reading.task), served.reading.columns)["image"]
+    reader, everything = served.tokenizer, np.arange(len(column))
+    pixels = reader.read(read_images(column, everything, rows), len(column), rows)
+    data = reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
+    for path, told in zip(image_paths(column), _classes(served, data, batch), strict=True):
+        yield {"row": told.pop("row")} | ({} if path is None else {"image": path}) | told
 
 
 def _split(tokens: Tokens) -> list[np.ndarray]:

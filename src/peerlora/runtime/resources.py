@@ -20,7 +20,7 @@ from peerlora.lora.adapter_init import PRINCIPAL, Principal, take_principal, wei
 from peerlora.lora.adapters import AdapterSpec
 from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
-from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, locate_base
+from peerlora.lora.base_models import Base, Storage, load_base, locate_base
 from peerlora.lora.base_weights import within
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
@@ -29,11 +29,13 @@ from peerlora.runtime.model_checks import (
     check_answers,
     check_head,
     check_lengths,
+    check_norms,
     check_ranks,
     check_tokens,
     linears_of,
     some,
 )
+from peerlora.runtime.readers import load_reader
 from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.prefix_cache import HiddenStates
 from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
@@ -144,6 +146,7 @@ class RunResources:
     train_data: Dataset
     eval_data: Dataset
     tokenizer: Any
+    """Of images, the ``ImageReader``."""
     bases: BaseModelCache | None = None
     """None: every run loads its own."""
     share_prefix: bool = False
@@ -157,8 +160,8 @@ def load_resources(config: RunConfig) -> RunResources:
 
 
 def run_tokenizer(config: RunConfig) -> Any:
-    """The base model's tokenizer, with the chat template of the config where it gives one."""
-    tokenizer = load_tokenizer(config.model.source, config.model.revision)
+    """The base model's tokenizer, with the chat template of the config if it gives one; of images the ImageReader."""
+    tokenizer = load_reader(config.model.source, task_kind(config.task.kind), config.model.revision)
     if config.data.template is not None:
         tokenizer.chat_template = resolve_template(config.data.template)
     return tokenizer
@@ -243,9 +246,10 @@ def _prepared(config: RunConfig, resources: RunResources, begun: Speed | None) -
     task, pad = task_kind(config.task.kind), resources.tokenizer.pad_token_id
     storage = Storage(config.model.quantize, config.device, config.model.revision)
     base = load_base(source, task.name, data.names, config.seed, pad, dtype, storage)
+    check_norms(base)
     check_lengths(config, base)
     check_tokens(base, resources.tokenizer, (data, resources.eval_data))  # else the forward below fails on them
-    targets = find_targets(base.model, task.peft_type, config.adapter.targets)
+    targets = find_targets(base.model, task.peft_type or None, config.adapter.targets)
     frozen_head = config.adapter.head == "frozen"
     targets = replace(targets, saved=find_saved(base.model, targets, config.adapter.modules_to_save, frozen_head))
     warnings = base.warnings + check_head(base, targets, data.names)

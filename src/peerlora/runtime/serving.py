@@ -16,11 +16,12 @@ from peerlora.data.dataset import Dataset
 from peerlora.data.tokens import sample_tokens
 from peerlora.errors import ConfigError, ModelError, first_line
 from peerlora.lora.attach import without_peft_warnings
-from peerlora.lora.base_models import Base, Storage, load_base, load_tokenizer, quiet
+from peerlora.lora.base_models import Base, Storage, load_base, quiet
 from peerlora.lora.base_weights import within
 from peerlora.lora.model_folder import ADAPTER, WHOLE, adapter_weights, base_name, is_adapter, read_settings
 from peerlora.lora.peft_io import PREFIX
 from peerlora.runtime.folder_kind import MOST_TOKENS, base_of, kind_of_folder, output_names, tensor_names
+from peerlora.runtime.readers import load_reader
 from peerlora.runtime.reading import FILE as READING
 from peerlora.runtime.reading import Reading
 from peerlora.train.forward_facts import find_padding_side
@@ -28,7 +29,12 @@ from peerlora.train.online.base_policy import SETTINGS
 
 _SAMPLE = 16  # tokens of the rows that a model is looked at with
 _TEMPLATE = "chat_template.jinja"  # as transformers writes it; that of the run, which its base may lack
-_ASKED_IN = {"chat": "prompt", "sequence-to-sequence": "prompt", "token-classification": "tokens"}
+_ASKED_IN = {
+    "chat": "prompt",
+    "sequence-to-sequence": "prompt",
+    "token-classification": "tokens",
+    "image-classification": "image",
+}
 """Task whose columns have roles -> the role of a column that is named alone."""
 
 
@@ -38,6 +44,7 @@ class Served:
 
     model: Any
     tokenizer: Any
+    """Of images, the ``ImageReader``."""
     reading: Reading
     labels: tuple[str, ...]
     """Class names by id; () for other tasks."""
@@ -69,7 +76,7 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
     reading = _reading(folder, settings, adapter, text)
     kind = _known_kind(folder, reading)
     source, revision = base_of(folder, settings) if adapter else (str(folder.resolve()), None)
-    tokenizer = load_tokenizer(source, revision)
+    tokenizer = load_reader(source, kind, revision)
     if kind.is_chat and (folder / _TEMPLATE).is_file():
         tokenizer.chat_template = _text_of(folder / _TEMPLATE)
     labels = output_names(folder, settings, adapter, kind)
@@ -110,6 +117,8 @@ def _padding_side(base: Base, tokenizer: Any, kind: TaskKind) -> Literal["right"
     """On which side rows are padded, as it is found for training; decoders are asked with their prompts."""
     if kind.predicts_tokens:
         return None
+    if kind.reads_images:  # which have no padding
+        return "right"
     tokens = sample_tokens(tokenizer, min(_SAMPLE, base.longest or _SAMPLE), causal=False)
     rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), ())
     return find_padding_side(base.model, base.source, rows, tokenizer.pad_token_id, kind)
@@ -119,11 +128,12 @@ def _reading(folder: Path, settings: dict[str, Any], adapter: bool, text: tuple[
     """How rows are to be read: as the folder says, from the columns ``text`` where these are given."""
     reading = Reading.read(folder)
     if reading is None:
-        if not text:
-            raise ConfigError(f"{folder} does not say which columns it reads (no peerlora.json); give --text NAME")
         kind = kind_of_folder(folder, settings, adapter)
-        _check_texts(folder, text, range(1, 2 if kind.forms else kind.texts + 1))
-        reading = Reading(kind.name, text, MOST_TOKENS)
+        if not text and not kind.reads_images:  # whose column has a usual name
+            raise ConfigError(f"{folder} does not say which columns it reads (no peerlora.json); give --text NAME")
+        least = 0 if kind.reads_images else 1
+        _check_texts(folder, text, range(least, 2 if kind.forms else kind.texts + 1))
+        reading = Reading(kind.name, text or (kind.name,), MOST_TOKENS)
     elif text:
         reads = 1 if reading.task in _ASKED_IN else len(reading.text)
         _check_texts(folder, text, range(reads, reads + 1))

@@ -110,7 +110,8 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
-    model.config.use_cache = True
+    if tokenizer.pad_token_id is not None:
+        model.config.use_cache = True
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -119,12 +120,15 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 def _card(config: RunConfig, base: str, whose: str) -> str:
     """The README.md; ``base``: as the run named it, not where it lies."""
     kinds = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
+    task = task_kind(config.task.kind)
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lora", "peerlora", "merged"]}
-    if kind := kinds.get(task_kind(config.task.kind).peft_type):
+    if kind := task.name if task.reads_images else kinds.get(task.peft_type):
         head["pipeline_tag"] = kind
+    cut = f"Rows were cut at {config.data.max_length} tokens."
+    read = "Images are read as preprocessor_config.json says." if task.reads_images else cut
     return (
         f"---\n{json.dumps(head, indent=2)}\n---\n\n# A model trained without a server\n\n"
         f"`{base}` with the LoRA adapter of {whose} added to its weights.  Trained with peerlora "
         f"({config.algorithm.name}, {config.clients} clients): every client keeps its data and averages adapters with "
-        f"its neighbours.  Rows were cut at {config.data.max_length} tokens.\n"
+        f"its neighbours.  {read}\n"
     )

@@ -21,6 +21,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.errors import ModelError, first_line
 from peerlora.lora.attach import inputs_of, with_decoder_inputs
 from peerlora.lora.layer import Layout
+from peerlora.randomness import numpy_generator
 
 _ROWS = 3  # rows of one forward: one is exchanged at the front, then one at the end
 _WRITTEN = 3  # tokens that a decoder writes in them
@@ -42,22 +43,25 @@ class ForwardFacts:
 
 
 def observe_forward(
-    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int, kind: TaskKind
+    model: nn.Module, source: str, modules: Sequence[str], data: Dataset, pad: int | None, kind: TaskKind
 ) -> ForwardFacts:
     """Run a model on a few short rows of ``data`` and look at the inputs of ``modules``; a decoder writes some tokens.
+
+    Of images those of ``data`` count for their size alone: noise shows more.
 
     Raises ModelError where the forward fails, or gives no logits.
     """
     watch = _Watch(model, modules)
     predicts_tokens, writes = kind.predicts_tokens, kind.target == "text"
-    rows = _three_rows(data, predicts_tokens, writes)
+    rows = _three_rows(data, predicts_tokens, writes) if data.pixels is None else _three_images(data)
 
     def forward(numbers: list[int], left: bool) -> tuple[Tensor, dict[str, list[Tensor]]]:
         with watch.inputs() as seen:
             return _logits_of(model, rows, numbers, pad, left, writes), seen
 
     try:
-        side = _unread_side(lambda *given: forward(*given)[0], both=not predicts_tokens, writes=writes)
+        both = not predicts_tokens and data.pixels is None
+        side = _unread_side(lambda *given: forward(*given)[0], both=both, writes=writes)
         left = side == "left"
         first, before = forward([0, 1, 0], left)
         used = watch.used(first)
@@ -65,7 +69,7 @@ def observe_forward(
             second, between = forward([2, 1, 0], left)
             third, after = forward([2, 1, 2], left)
     except Exception as error:  # any library model may come, with any kind of failure
-        raise _failed(model, source, error) from None
+        raise _failed(model, source, data, error) from None
     finally:
         watch.stop()
     rows_first = all(
@@ -96,7 +100,7 @@ def find_padding_side(
     try:
         return _unread_side(forward, both=True, writes=writes)
     except Exception as error:  # any library model may come, with any kind of failure
-        raise _failed(model, source, error) from None
+        raise _failed(model, source, data, error) from None
 
 
 def _unread_side(
@@ -120,10 +124,16 @@ def _logits_of(model: nn.Module, rows: Dataset, numbers: list[int], pad: int, le
     return logits[:, :_WRITTEN] if writes else logits
 
 
-def _failed(model: nn.Module, source: str, error: Exception) -> ModelError:
+def _failed(model: nn.Module, source: str, data: Dataset, error: Exception) -> ModelError:
+    name = f"model.source={source!r}: {type(model).__name__} fails on"
+    if data.pixels is None:
+        return ModelError(
+            f"{name} rows of tokens ({first_line(error)}); give a model that reads texts, or another task.kind"
+        )
+    size = " x ".join(map(str, data.pixels.shape))
     return ModelError(
-        f"model.source={source!r}: {type(model).__name__} fails on rows of tokens "
-        f"({first_line(error)}); give a model that reads texts, or another task.kind"
+        f"{name} images of {size} values, which its image processor makes ({first_line(error)}); give a model with the "
+        "image processor that belongs to it"
     )
 
 
@@ -184,6 +194,14 @@ def _three_rows(data: Dataset, predicts_tokens: bool, writes: bool) -> Dataset:
         starts = np.arange(_ROWS + 1) * _WRITTEN
         rows = replace(rows, targets=np.repeat(tokens, _WRITTEN), target_starts=starts)
     return rows
+
+
+def _three_images(data: Dataset) -> Dataset:
+    """Three images of noise."""
+    assert data.pixels is not None
+    rows = data.take([0] * _ROWS)
+    noise = numpy_generator(0, "observed images").integers(0, 256, (_ROWS, *data.pixels.shape), dtype=np.uint8)
+    return replace(rows, pixels=replace(data.pixels, bytes=noise))
 
 
 def _tokens(data: Dataset, row: int) -> np.ndarray:

@@ -49,7 +49,7 @@ class StackedLearner(LocalTraining):
         task: Task,
         shards: Shards,
         settings: TrainConfig,
-        pad: int,
+        pad: int | None,
         graph: GraphSize = GraphSize(PADDED_TOKENS, padded=True),  # noqa: B008 (frozen)
     ):
         super().__init__(settings, shards.clients)

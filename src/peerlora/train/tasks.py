@@ -1,4 +1,4 @@
-"""Losses and metrics of the kinds of tasks: classification, regression, language models, chats, tags of words."""
+"""Losses and metrics of the kinds of tasks: classes, of images too, numbers, language models, chats, tags of words."""
 
 from __future__ import annotations
 
@@ -76,6 +76,13 @@ class Classification:
     def score(self, outcomes: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         """(share of rows predicted right, mean cross-entropy)."""
         return float((outcomes[:, 1] == labels).mean()), float(outcomes[:, 0].mean())
+
+
+@dataclass(frozen=True)
+class ImageClassification(Classification):
+    """Cross-entropy of the classes of images; accuracy."""
+
+    kind: ClassVar[TaskKind] = KINDS["image-classification"]
 
 
 @dataclass(frozen=True)

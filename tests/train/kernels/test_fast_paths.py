@@ -15,6 +15,7 @@ from peerlora.runtime.compose import compose
 from peerlora.train.graph_size import GraphSize
 from peerlora.train.kernels import prefix_cache
 from peerlora.train.kernels.attention import attend
+from peerlora.train.kernels.image_encoder import ImageEncoder
 from peerlora.train.kernels.packed_encoder import PackedEncoder
 from peerlora.train.kernels.packing import TokenPacking
 
@@ -76,6 +77,61 @@ def test_packed_tokens_classify_words_as_the_padded_forward_does(config, tagged,
     assert float((y - plain.start.flat).abs().max()) > 1e-3, "nothing was trained"
     assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
     assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
+
+
+UPPER_OF_IMAGES = "adapter.targets=.*layers\\.1\\..*(q_proj|v_proj)"
+
+
+@pytest.mark.parametrize("kind", others_slow(["vit", "deit"], ["vit"]))
+@pytest.mark.parametrize(
+    "words",
+    [[], ["adapter.dropout=0.3"], ["train.batch=[1, 3, 4, 2]", "adapter.head=private"]],
+    ids=lambda words: " ".join(words) or "default",
+)
+def test_frozen_blocks_computed_once_for_each_image_equal_the_models_own_forward(config, pictures, kind, words):
+    task = ["task.kind=image-classification", f"data.train={pictures}", "train.rounds=8", UPPER_OF_IMAGES]
+    fast, x, losses, scores = trained(config(kind, *task, *words))
+    plain, y, expected, others = trained(config(kind, *task, *words, "train.fast=false"))
+    assert isinstance(fast.model.forward, ImageEncoder) and plain.model.forward == plain.model.plain
+    kept = list(fast.model.forward.prefix._kept.values())
+    assert [each.data for each in kept] == [fast.train_data, fast.eval_data] and any(each.known.all() for each in kept)
+    assert float((y - plain.start.flat).abs().max()) > 1e-3, "nothing was trained"
+    assert float((x - y).abs().max()) < 1e-9 and float((losses - expected).abs().max()) < 1e-10
+    assert np.abs(scores.loss - others.loss).max() < 1e-10 and (scores.metric == others.metric).all()
+
+
+def test_paths_of_images_say_where_they_are_off(config, pictures):
+    task = ["task.kind=image-classification", f"data.train={pictures}"]
+    vit = compose(config("vit", *task, "train.dtype=fp32"))
+    assert vit.paths["packed tokens"] == "images have no padding"
+    assert vit.paths["frozen prefix"] == "the lowest block is adapted"
+    assert vit.paths["packed weights"] == compose(config("bert", "train.dtype=fp32")).paths["packed weights"]
+    assert "Swin" in str(compose(config("swin", *task)).paths["frozen prefix"])
+    assert "model.dropout" in str(compose(config("vit", *task, UPPER_OF_IMAGES, "model.dropout=0.1")).paths)
+    assert "modules_to_save" in str(
+        compose(config("vit", *task, UPPER_OF_IMAGES, "adapter.modules_to_save=[fc1]")).paths
+    )
+    assert set(compose(config("vit", *task, "train.fast=false")).paths.values()) == {
+        "train.fast is false",
+        "images have no padding",
+    }
+
+
+def test_the_packed_weights_of_images_give_the_same_losses(config, pictures):
+    task = ["task.kind=image-classification", f"data.train={pictures}", "train.dtype=fp32"]
+    task += ["train.optimizer=sgd", "train.lr=0.1", "train.local_steps=1"]
+    fast, x, losses, _ = trained(config("vit", *task))
+    _, y, expected, _ = trained(config("vit", *task, "train.fast=false"))
+    assert float((x - fast.start.flat).abs().max()) > 1e-2, "nothing was trained"
+    assert float((losses - expected).abs().max()) < 1e-4 and float((x - y).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("words", [[], [UPPER_OF_IMAGES, "train.rounds=8"]])
+def test_images_are_read_in_bf16_as_in_fp32_within_its_rounding(config, pictures, words):
+    task = ["task.kind=image-classification", f"data.train={pictures}", *words]
+    found = [compose(config("vit", *task, f"train.dtype={dtype}")) for dtype in ("fp32", "bf16")]
+    one, other = (each.learner.logits(each.start, each.eval_data, 5) for each in found)
+    assert np.abs(one).max() > 0.1 and 0 < np.abs(one - other).max() < 0.02
 
 
 @pytest.mark.parametrize("schedule", [("B", "A"), ("A",)])

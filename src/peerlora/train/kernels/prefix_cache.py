@@ -61,7 +61,7 @@ class PrefixCache:
 
     Rows are computed in chunks that depend on the data set and its parts alone, not on which rows were asked for
     together: a resumed run, and one that holds some of the parts, then finds the same bits.  ``shared``: where they are
-    kept; by default for this run alone.
+    kept; by default for this run alone.  ``dtype``: of the pixels of images.
     """
 
     def __init__(
@@ -69,13 +69,14 @@ class PrefixCache:
         compute: Callable[[dict[str, Tensor]], Float[Tensor, "token width"]],
         bytes_per_token: int,
         shared: HiddenStates | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.compute, self.bytes_per_token = compute, bytes_per_token
+        self.compute, self.bytes_per_token, self.dtype = compute, bytes_per_token, dtype
         self._kept = {} if shared is None else shared.kept
 
     def holds(self, data: Dataset) -> bool:
         """Whether these rows' hidden states may be kept: they take at most a quarter of the machine's memory."""
-        return len(data.ids) * self.bytes_per_token <= main_memory() // _SHARE
+        return int(data.starts[-1]) * self.bytes_per_token <= main_memory() // _SHARE
 
     def __call__(self, origin: Origin) -> Float[Tensor, "token width"]:
         """The real tokens of these rows, one row after another."""
@@ -92,9 +93,9 @@ class PrefixCache:
     @torch.no_grad()
     def _compute(self, kept: _Kept, chunk: np.integer) -> None:
         rows = kept.chunks[chunk]
-        found = self.compute(collate(kept.data, [rows], 0, torch.float32).inputs)
+        found = self.compute(collate(kept.data, [rows], 0, self.dtype).inputs)
         if kept.hidden is None:
-            kept.hidden = found.new_empty(len(kept.data.ids), found.shape[1])
+            kept.hidden = found.new_empty(int(kept.data.starts[-1]), found.shape[1])
         kept.hidden[torch.from_numpy(_tokens(kept.data, rows))] = found
         kept.known[chunk] = True
 

@@ -8,10 +8,12 @@ from torch import nn
 from peerlora.lora.attach import StackedModel
 from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
+from peerlora.train.kernels.image_encoder import ImageEncoder, images_unavailable
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
 from peerlora.train.kernels.prefix_cache import HiddenStates
 from peerlora.train.kernels.speed import Speed
 
+_SAVED = "layers of the body train in full (adapter.modules_to_save)"
 Paths = dict[str, str | None]  # name of a speed path -> None where it is used, else the reason why not
 
 
@@ -35,9 +37,11 @@ def prepare_base(
 def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = None) -> Paths:
     """Switch a model to the fast forward where that works; ``shared``: what earlier runs on its base have computed."""
     device = next(model.base.parameters()).device.type
+    if reads_images(model.base):
+        return _use_image_encoder(model, fast, device, shared)
     reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
     if reason is None and model.targets.saved:
-        reason = "layers of the body train in full (adapter.modules_to_save)"
+        reason = _SAVED
     if reason is not None:
         return {"packed tokens": reason, "frozen prefix": reason}
     encoder = PackedEncoder(model, shared)
@@ -45,13 +49,27 @@ def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = N
     return {"packed tokens": None, "frozen prefix": encoder.prefix_unavailable()}
 
 
+def _use_image_encoder(model: StackedModel, fast: bool, device: str, shared: HiddenStates | None) -> Paths:
+    reason = images_unavailable(model.base, device) if fast else "train.fast is false"
+    if reason is None and model.targets.saved:
+        reason = _SAVED
+    if reason is None:
+        model.forward = ImageEncoder(model, shared)
+    return {"packed tokens": "images have no padding", "frozen prefix": reason}
+
+
+def reads_images(base: nn.Module) -> bool:
+    """Whether a model reads pixels, in place of tokens."""
+    return getattr(base, "main_input_name", None) == "pixel_values"
+
+
 def graph_size(base: nn.Module, paths: Paths) -> GraphSize:
     """How much one graph of this model should hold."""
     weight = next(base.parameters())
-    if weight.device.type == "cuda":
+    if weight.device.type == "cuda" and hasattr(base.config, "num_hidden_layers"):  # convolutions have none
         config, (free, _) = base.config, torch.cuda.mem_get_info(weight.device)
         words = 0 if base.get_output_embeddings() is None else config.vocab_size  # pyright: ignore
         return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize, words)  # pyright: ignore
-    if paths["packed tokens"] is None:
+    if paths["packed tokens"] is None or reads_images(base):
         return GraphSize(PACKED_TOKENS, padded=False)
     return GraphSize(PADDED_TOKENS, padded=True)
