@@ -17,7 +17,7 @@ PINNED = [
     ["decaf"],
     ["fedrot-lora"],
 ]
-TRAIN = ["train.dtype=fp32", "train.rounds=4", "train.lr=0.0003", "clients=3", "peer.deadline=60", "peer.join=60"]
+TRAIN = ["train.dtype=fp64", "train.rounds=4", "train.lr=0.0003", "clients=3", "peer.deadline=60", "peer.join=60"]
 
 
 @pytest.mark.parametrize("method", others_slow(PINNED, [1]))
