@@ -88,7 +88,7 @@ def test_chats_equal_plain_peft(config, chats, kind):
 
 FP32 = 1e-6
 STEPS = ["train.optimizer=sgd", "train.lr=0.5", "train.clip=0.5"]
-"""Where fp32 rounds, as in T5's layer norm and attention: AdamW would turn last bits of a small gradient into a step."""
+"""Where fp32 rounds, as in T5's layer norm and attention: AdamW would make steps of the last bits of gradients."""
 PAIRS = ["task.kind=sequence-to-sequence", "data.label=null", "data.max_length=12", *STEPS]
 
 
