@@ -4,8 +4,8 @@
 
 The loop has no forward pass: it sets gradients and steps, so that what is measured is not lost in a model's own time.
 A method that corrects gradients, such as dfedadmm, does it in every step.
-Prints microseconds of the thread's own time per step, which other programs do not change: of the bare loop and of the joined one, and their difference, as medians over the
-turns.
+Prints microseconds of the loop's thread per step, which do not count when others compute: of the bare loop, of the
+joined one, and their difference, as medians over the turns.
 """
 
 from __future__ import annotations

@@ -57,11 +57,10 @@ def check_settings(config: RunConfig) -> None:
 
 
 def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.Optimizer) -> RunConfig:
-    """The config of a run whose adapter and optimiser one client's loop has.
+    """The config, which ``check_settings`` has passed, of a run whose adapter and optimiser one client's loop has.
 
-    Raises ConfigError and CompositionError as ``check_settings``, and for settings that the PEFT model contradicts.
+    Raises ConfigError for settings that the PEFT model contradicts.
     """
-    check_settings(config)
     if adapter.spec.head and config.adapter.head == "frozen":
         raise ConfigError(
             f"adapter.head=frozen given, the PEFT model trains {adapter.spec.head[0][0]} in full; use "

@@ -45,7 +45,7 @@ class SequentialLearner:
 
         Raises ModelError, ConfigError or CompositionError for what cannot be mixed; for settings before any is made.
         """
-        check_settings(config)
+        check_settings(config.model_copy(update={"threads": None}))  # those of this process, which simulate has set
         plan(config)
         trainers = [self.make_trainer(client) for client in range(config.clients)]
         largest = max(config.ranks) if isinstance(config.adapter.rank, list) else None
