@@ -27,6 +27,7 @@ def largest_difference(x, plain):
     for i, state in enumerate(plain):
         ours = own_state(x, i)
         assert set(ours) <= set(state)
+        assert all(bool(value.isfinite().all()) for named in (ours, state) for value in named.values())
         worst = max(worst, *(float((ours[name] - state[name]).abs().max()) for name in ours))
         moved = max(moved, *(float(state[name].abs().max()) for name in ours if "lora_B" in name))
     assert moved > 1e-3, "nothing was trained"
