@@ -10,7 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError, RunError
+from peerlora.runtime.loop import check_settings
 from peerlora.runtime.peer.join import JoinedPeer, PeerRun, as_config, grpc_run
+from peerlora.runtime.peer.train import OwnLoop
 from peerlora.runtime.sequential import SequentialLearner as SequentialLearner
 from peerlora.runtime.trainer import Result, Sink
 from peerlora.train.loop_driver import EVALUATION
@@ -27,7 +29,8 @@ class PeerCallback(TrainerCallback):
     output folder; a run in it goes on.  The run writes a checkpoint whenever the Trainer does, so both go on from one
     moment: ``trainer.train(resume_from_checkpoint=True)``.  When all rounds are done the Trainer stops.  Its logs and
     evaluations stand in the run's events; those of ``metric_for_best_model`` are its metric.
-    Raises ModelError, ConfigError or CompositionError when training begins, for what cannot be mixed.
+    Raises ConfigError or CompositionError for settings of which a Trainer decides, or that leave it no steps; when
+    training begins, ModelError, ConfigError or CompositionError for what cannot be mixed.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class PeerCallback(TrainerCallback):
         sinks: Sequence[Sink] = (),
     ):
         self.config, self.identity, self.members = as_config(config), identity, members
+        check_settings(self.config)
         self.out, self.listen, self.sinks = out, listen, sinks
         self.peer: JoinedPeer | None = None
 
@@ -59,13 +63,11 @@ class PeerCallback(TrainerCallback):
         """Join; the first round's adapters are in the model when this returns."""
         self.leave()
         out = Path(self.out) if self.out is not None else Path(str(args.output_dir)) / "peer"
-        if state.global_step == 0 and (out / "summary.json").is_file():
-            raise RunError(f"{out} holds a run that is over; give PeerCallback another out, and peer.run another name")
         self.peer = JoinedPeer(
             kwargs["model"],
             kwargs["optimizer"],
             self.config,
-            self.connect(out),
+            self.connect(out) if state.global_step else new_run(self.connect(out), out),
             steps=state.global_step,
             counts_steps=False,
             task=task_of(args),
@@ -109,6 +111,17 @@ class PeerCallback(TrainerCallback):
         if self.peer is not None and self.peer.result is None:
             error = RunError("training was broken off and has begun again")
             self.peer.__exit__(RunError, error, None)
+
+
+def new_run(run: PeerRun, out: Path) -> PeerRun:
+    """Refuse, where ``run`` would begin, a folder whose run is over: only the first process of a client looks there."""
+
+    def begin(config: RunConfig, *, loop: OwnLoop) -> Result:
+        if (out / "summary.json").is_file():
+            raise RunError(f"{out} holds a run that is over; give PeerCallback another out, and peer.run another name")
+        return run(config, loop=loop)
+
+    return begin
 
 
 def saves_soon(args: TrainingArguments, state: TrainerState, control: TrainerControl, steps: int) -> bool:

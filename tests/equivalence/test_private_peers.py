@@ -19,7 +19,7 @@ WORDS = ("bert", "algorithm.name=adf-lora", "algorithm.interval=1", "peer.deadli
 
 @pytest.mark.parametrize("unit", ["row", "client"])
 def test_seeded_noise_gives_what_the_simulation_gives(config, tmp_path, unit):
-    words = [*WORDS, "privacy.noise=0.4", f"privacy.unit={unit}", "privacy.clip=0.5", "train.dtype=fp32"]
+    words = [*WORDS, "privacy.noise=0.4", f"privacy.unit={unit}", "privacy.clip=0.5"]
     chosen = config(*words, "privacy.generator=seeded")
     whole, parts = simulate(chosen, tmp_path / "whole"), federation(chosen, tmp_path)
     check(whole, parts)

@@ -16,7 +16,7 @@ from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import train_peer
 
 CLIENTS = 3
-TOLERANCE = 1e-6
+TOLERANCE = 1e-9  # fp64: in fp32, AdamW makes steps of the last bits of small gradients, on each processor others
 
 
 def peft_model(config, federation, seed=0, **settings):
@@ -112,11 +112,11 @@ def matched(x, row, spec):
     return torch.cat([named[slot.block, slot.name].flatten() for slot in spec.slots])
 
 
-def require_equal(whole: Adapters, parts, tolerance=TOLERANCE):
+def require_equal(whole: Adapters, parts):
     """Every part is the simulation's client, and something was learned."""
     for client, part in enumerate(parts):
         found, expected = part.flat[0], matched(whole, client, part.spec)
-        assert torch.allclose(found, expected, rtol=0, atol=tolerance), float((found - expected).abs().max())
+        assert torch.allclose(found, expected, rtol=0, atol=TOLERANCE), float((found - expected).abs().max())
         assert part.B and max(float(B.abs().max()) for B in part.B.values()) > 1e-4
 
 

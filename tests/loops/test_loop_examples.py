@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,11 +61,11 @@ def test_a_plain_loop(run, models, texts, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def chat(models):
-    """A tiny language model whose tokenizer has a chat template."""
+def chat(models, tmp_path):
+    """A tiny language model of this test alone, whose tokenizer has another chat template."""
     from transformers import AutoTokenizer
 
-    folder = models("llama")
+    folder = str(shutil.copytree(models("llama"), tmp_path / "llama"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

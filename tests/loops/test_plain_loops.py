@@ -1,9 +1,15 @@
 """Plain loops that join over the memory transport end with the adapters of the simulation."""
 
+import math
+
 import pytest
-from loop_rigs import plain_loops, require_equal
+import torch
+from loop_rigs import plain_loops, read, require_equal
 
 from cases import others_slow
+from peerlora.runs.events import Evaluated
+from peerlora.runs.metrics import select_events
+from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
@@ -17,7 +23,7 @@ PINNED = [
     ["decaf"],
     ["fedrot-lora"],
 ]
-TRAIN = ["train.dtype=fp32", "train.rounds=4", "train.lr=0.0003", "clients=3", "peer.deadline=60", "peer.join=60"]
+TRAIN = ["train.dtype=fp64", "train.rounds=4", "train.lr=0.0003", "clients=3", "peer.deadline=60", "peer.join=60"]
 
 
 @pytest.mark.parametrize("method", others_slow(PINNED, [1]))
@@ -27,3 +33,18 @@ def test_loops_end_with_the_adapters_of_the_simulation(config, tmp_path, method)
     whole = simulate(chosen, tmp_path / "whole")
     results, _ = plain_loops(chosen, tmp_path)
     require_equal(whole.adapters, [each.adapters for each in results])
+
+
+@pytest.mark.parametrize("deploy", others_slow(["own", "relayed"], ["relayed"]))
+def test_loops_relay_what_the_simulation_relays_and_end(config, tmp_path, deploy):
+    relay = [f"exchange.relay.deploy={deploy}", "topology=path"]
+    chosen = config("bert", "algorithm.name=dec-lora", *TRAIN, *relay)
+    whole = simulate(chosen, tmp_path / "whole")
+    results, models = plain_loops(chosen, tmp_path)
+    require_equal(whole.adapters, [each.adapters for each in results])
+    require_equal(whole.relayed, [each.relayed for each in results])
+    for result, model in zip(results, models, strict=True):
+        assert torch.equal(read(model), result.adapters.flat[0]), "the loop goes on with the own adapters"
+        assert not torch.equal(result.relayed.flat, result.adapters.flat)
+        (last,) = [each for each in select_events(read_events(result.run), Evaluated) if each.final]
+        assert all(math.isnan(each) for each in (*last.relayed, *last.relayed_loss)), "no loop evaluates them"

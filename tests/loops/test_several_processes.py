@@ -1,18 +1,26 @@
 """One client that several processes train (DDP): the first speaks, and all go on with the mixed adapters."""
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from loop_rigs import alone, batches, optimizer_of, peft_model, plain_loops, read, take_steps
+from loop_rigs import TOLERANCE, alone, batches, optimizer_of, peft_model, plain_loops, read, take_steps
 from safetensors.torch import load_file, save_file
 
 from peerlora.config.loading import load_config
 from peerlora.runtime.compose import compose
 from peerlora.runtime.launch.processes import free_ports
+from peerlora.train.handover import LastJob, TrainJob
+from peerlora.train.local_rules import DualProx
+from peerlora.train.process_group import Remote, decode, encode
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_reports")]
-ONE = ["clients=1", "topology.kind=complete", "peer.join=1", "train.dtype=fp32", "train.rounds=4", "train.lr=0.001"]
+pytestmark = pytest.mark.usefixtures("no_reports")
+ONE = ["clients=1", "topology.kind=complete", "peer.join=1", "train.dtype=fp64", "train.rounds=4", "train.lr=0.001"]
 METHODS = [["algorithm.name=adf-lora", "algorithm.interval=1"], ["algorithm.name=dfedadmm", "train.optimizer=sgd"]]
 
 
@@ -35,6 +43,7 @@ def train(yaml, rank, port, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_of_one_client_end_as_one_process(config, tmp_path, method):
     chosen = config("bert", *ONE, *method, "train.clip=0.5")
@@ -50,5 +59,50 @@ def test_two_processes_of_one_client_end_as_one_process(config, tmp_path, method
     assert [each.exitcode for each in processes] == [0, 0]
     for rank in range(2):
         flat = load_file(tmp_path / f"rank-{rank}.safetensors")["flat"]
-        assert torch.allclose(flat, whole[0].adapters.flat[0], rtol=0, atol=1e-6)
+        assert torch.allclose(flat, whole[0].adapters.flat[0], rtol=0, atol=TOLERANCE)
     assert whole[0].adapters.B and (tmp_path / "peer-0" / "summary.json").is_file()
+
+
+FLAT = torch.arange(3.0)
+JOBS = [
+    TrainJob(FLAT, ("A", "head"), 7, True, at=12),
+    TrainJob(FLAT, ("B",), 1, False, at=0),
+    TrainJob(FLAT, ("A", "B"), 2, False),
+    LastJob(FLAT),
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_reaches_the_other_processes_whole(job):
+    found, expected = vars(decode(encode(job), FLAT)), vars(job)
+    assert found.pop("flat") is expected["flat"] and found == {k: v for k, v in expected.items() if k != "flat"}
+
+
+def test_a_rule_stays_in_the_first_process():
+    job = TrainJob(FLAT, ("A",), 1, False, DualProx(), 3)
+    assert isinstance(decode(encode(job), FLAT).rule, Remote)
+
+
+def torchrun(folder, first, last):
+    """Two processes, started as a user would; what they print stands in an error."""
+    tests = Path(__file__).parent
+    places = [tests, tests.parent / "equivalence", tests.parent, *map(Path, sys.path)]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_ports(1)[0]}"]
+    words += [tests / "torchrun_loop.py", folder / "run.yaml", folder, first, last]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+    done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_go_on_within_a_round(config, tmp_path):
+    """They are broken off after three steps, in the second round of two each, and go on with the fourth."""
+    chosen = config("bert", *ONE, "algorithm.name=dec-lora", "train.optimizer=sgd")
+    whole, _ = plain_loops(chosen, tmp_path / "whole")
+    (tmp_path / "run.yaml").write_text(chosen.to_yaml())
+    torchrun(tmp_path, 0, 3)
+    torchrun(tmp_path, 3, 8)
+    for rank in range(2):
+        flat = load_file(tmp_path / f"rank-{rank}.safetensors")["flat"]
+        assert torch.allclose(flat, whole[0].adapters.flat[0], rtol=0, atol=TOLERANCE)
+        assert json.loads((tmp_path / f"begun-{rank}.json").read_text()) == 1, "one step of the round was taken before"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from in_memory import network
-from loop_rigs import memory_run, own_settings, peft_model, read, trainer_of
+from loop_rigs import TOLERANCE, memory_run, own_settings, peft_model, read, trainer_of
 from transformers import Trainer
 
 from cases import others_slow
@@ -17,7 +17,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 
 pytestmark = pytest.mark.usefixtures("no_reports")
-TRAIN = ["train.dtype=fp32", "train.rounds=4", "train.lr=0.001", "clients=1", "topology.kind=complete", "peer.join=1"]
+TRAIN = ["train.dtype=fp64", "train.rounds=4", "train.lr=0.001", "clients=1", "topology.kind=complete", "peer.join=1"]
 
 
 class Alone(PeerCallback):
@@ -94,7 +94,7 @@ def test_a_trainer_that_goes_on_from_its_checkpoint_ends_as_one_that_was_not_sto
     found, _, _ = trained(keep, tmp_path / "killed", str(trainer / f"checkpoint-{checkpoint}"), **saves)
     events = read_events(run)
     assert [each.round for each in select_events(events, Resumed)] == [checkpoint // 2]
-    assert torch.allclose(found.result.adapters.flat, whole.result.adapters.flat, rtol=0, atol=1e-7)
+    assert torch.allclose(found.result.adapters.flat, whole.result.adapters.flat, rtol=0, atol=TOLERANCE)
     assert not [each for each in select_events(events, Warned) if "goes on from its step" in each.message]
 
 

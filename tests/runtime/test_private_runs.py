@@ -1,6 +1,7 @@
 """Runs with privacy: what they promise, count, refuse and leave behind."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from cases import others_slow
 from peerlora.algorithms import REGISTRY, describe_algorithms
 from peerlora.algorithms.base import is_asynchronous
+from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
 from peerlora.experiments.measures import measure_run
+from peerlora.runs import privacy_ledger
 from peerlora.runs.events import Evaluated, RoundDone, Warned
 from peerlora.runs.metrics import evaluations, select_events
-from peerlora.runs.privacy_ledger import FILE, PrivacyLedger
+from peerlora.runs.privacy_ledger import FILE, PrivacyLedger, Release
 from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
@@ -136,15 +139,67 @@ def test_a_run_without_any_checkpoint_still_knows_what_it_spent(config, tmp_path
 @pytest.mark.parametrize("damage", [b'{"client":0}\n', b"\xff\n", b'{"client":0,"job":0,"releases":-2}\n'])
 def test_a_damaged_count_is_refused_and_half_a_line_is_none(tmp_path, damage):
     ledger = PrivacyLedger(tmp_path)
-    ledger.append(3, 0, 10)
+    ledger.append([Release(3, 0, 10)])
     with open(ledger.path, "ab") as file:
         file.write(damage[:-1])
     assert list(ledger.entries()) == [(3, 10)]
-    ledger.append(1, 0, 5)
-    assert list(ledger.entries()) == [(3, 10), (1, 5)], "the next line begins anew"
+    ledger.append([Release(1, 0, 5), Release(2, 0, 5)])
+    assert list(ledger.entries()) == [(3, 10), (1, 5), (2, 5)], "the next line begins anew"
     ledger.path.write_bytes(b'{"client":3,"job":0,"releases":10}\n' + damage)
     with pytest.raises(RunError, match="line 2 is damaged"):
         list(ledger.entries())
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"\0" * 9000])
+def test_a_count_reads_its_last_line_only_whatever_a_kill_left_behind(tmp_path, torn, monkeypatch):
+    ledger, synced = PrivacyLedger(tmp_path), []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for job in range(2000):
+        ledger.append([Release(client, job, 10) for client in range(2)])
+    assert len(synced) == 2001, "once for each append, and once for the file's name"
+    with open(ledger.path, "ab") as file:
+        file.write(torn)
+    read, real = [], privacy_ledger._end_of_lines
+
+    def counted(file):
+        end = real(file)
+        read.append(file.tell() - end)
+        return end
+
+    monkeypatch.setattr(privacy_ledger, "_end_of_lines", counted)
+    ledger.append([Release(3, 2000, 1)])
+    assert max(read) <= len(torn), "nothing before the last whole line is looked for"
+    found = list(ledger.entries())
+    assert len(found) == 4001 and found[-1] == (3, 1) and b"\0" not in ledger.path.read_bytes()
+
+
+def test_a_used_up_budget_is_told_once_however_often_a_run_is_resumed(config, tmp_path, no_reports):
+    words = ["privacy.epsilon=8", "privacy.generator=system", "train.rounds=6", "checkpoint.every=1"]
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config("bert", *words), folder, sinks=[killed_after(3)])
+    PrivacyLedger(folder).append([Release(0, 3, 6)])  # client 0 has no budget left after its third round
+    for rounds in (5, 6):
+        with pytest.raises(KeyboardInterrupt):
+            resume(folder, sinks=[killed_after(rounds)])
+    resume(folder)
+    told = [each.message for each in select_events(read_events(folder), Warned)]
+    assert sum("client 0 has used up" in each for each in told) == 1
+
+
+def test_answers_to_private_rows_are_not_printed(config, chats, tmp_path):
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32", "privacy.noise=1"]
+    asks = "eval.generate={rows: 1, max_new_tokens: 2}"
+    with pytest.raises(CompositionError, match=r"eval.generate would print rows held out of private ones"):
+        compose(config("llama", *words, asks))
+    compose(config("llama", *words, asks, f"data.eval=jsonl:{write_public(tmp_path, chats)}"))
+    compose(config("llama", *words))
+
+
+def write_public(folder, rows):
+    """Other rows, which are nobody's."""
+    (folder / "public.jsonl").write_text(rows.read_text())
+    return folder / "public.jsonl"
 
 
 def test_a_client_that_is_away_spends_less(config, tmp_path, no_reports):
@@ -261,6 +316,15 @@ def test_a_plan_tells_epsilon_by_round_and_of_other_choices(config, real_account
     assert known[4, 10] == pytest.approx(8, rel=0.01)
     assert known[2, 10] < known[4, 10] < known[8, 10] and known[4, 5] < known[4, 10] < known[4, 20]
     assert found["guarantee"] == NO_GUARANTEE and found["generator"] == "seeded"
+
+
+def test_a_plan_of_epochs_is_the_plan_of_the_rounds_that_they_become(config):
+    tree = config("bert", "privacy.noise=1").model_dump(mode="json")
+    del tree["train"]["rounds"]
+    chosen = load_config(tree, ["train.epochs=5"])
+    rounds = compose(chosen).config.train.rounds
+    assert rounds != chosen.train.rounds, "a case in which it matters"
+    assert plan_privacy(chosen) == plan_privacy(config("bert", "privacy.noise=1", f"train.rounds={rounds}"))
 
 
 def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(config):

@@ -76,6 +76,15 @@ def test_an_epsilon_that_no_noise_gives_is_refused():
         noise_for(1e-9, 1.0, 100, 1e-9, "rdp")
 
 
+@needs_opacus
+@pytest.mark.parametrize("kind", ["rdp", "prv"])
+@pytest.mark.parametrize(("epsilon", "releases"), [(1e3, 1), (1e5, 200), (1e9, 200)])
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_an_epsilon_that_promises_nothing_is_had_for_hardly_any_noise(epsilon, releases, rate, kind):
+    noise = noise_for(epsilon, rate, releases, 1e-3, kind)
+    assert noise == 0.05 and spent_epsilon(noise, rate, releases, 1e-3, kind) <= epsilon
+
+
 def test_nothing_costs_nothing_and_no_noise_has_no_bound():
     assert spent_epsilon(1.0, 0.1, 0, 1e-3, "rdp") == 0 and spent_epsilon(0.0, 0.1, 1, 1e-3, "rdp") == math.inf
 

@@ -14,6 +14,7 @@ from test_row_gradients import SGD, drawn_rows, private, row_gradients
 from cases import others_slow
 from peerlora.errors import CompositionError
 from peerlora.lora.adapters import mask_ranks
+from peerlora.runs.privacy_ledger import Release
 from peerlora.runtime.compose import compose
 from peerlora.train.base import LocalPlan
 from peerlora.train.privacy import clip_factor
@@ -119,7 +120,7 @@ def test_a_used_up_budget_ends_training_before_it_is_exceeded(config):
     federation = compose(config("bert", "train.local_steps=2"))
     privacy = private(federation, epsilon=8, noise=0.1, steps=2, releases=5)
     told = []
-    privacy.record = lambda *entry: told.append(entry)
+    privacy.record = told.append
     x = noisy(federation.start)
     for t in range(4):
         with federation.learner.round(t, clients=[0, 1] if t else [0]) as stats_of:
@@ -129,7 +130,7 @@ def test_a_used_up_budget_ends_training_before_it_is_exceeded(config):
         assert [not loss.isnan() for loss in stats_of.losses] == moved
         x = after
     assert privacy.releases == [4, 4, 0, 0] and privacy.exhausted == (0, 1)
-    assert told == [(0, 0, 2), (0, 1, 2), (1, 1, 2), (1, 2, 2)]
+    assert told == [[Release(0, 0, 2)], [Release(0, 1, 2), Release(1, 1, 2)], [Release(1, 2, 2)]], "once a round"
 
 
 @pytest.mark.parametrize("kind", DRAWS)

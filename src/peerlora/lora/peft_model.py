@@ -78,7 +78,7 @@ class PeftAdapter:
         flat = torch.zeros(self.spec.parameters, dtype=self.dtype)
         state = self._state()
         for name, slot in self.slots.items():
-            self._part(flat, slot).copy_(state[name])
+            self.part(flat, slot).copy_(state[name])
         return flat
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class PeftAdapter:
         state = {name: value for name, value in self._state().items() if name in self.slots}
         for name, slot in self.slots.items():
             if slot.block in blocks:
-                state[name] = self._part(flat, slot).to(self.parameters[name]).clone()
+                state[name] = self.part(flat, slot).to(self.parameters[name]).clone()
         with without_peft_warnings():
             set_peft_model_state_dict(self.model, state, adapter_name=self.name)
 
@@ -97,7 +97,7 @@ class PeftAdapter:
         """What is exchanged, by the names in PEFT's state dict, as copies on the CPU in fp32 or better."""
         flat = self.read()
         shared = {name: slot for name, slot in self.slots.items() if slot.start < self.spec.shared.stop}
-        return {name: self._part(flat, slot).clone() for name, slot in shared.items()}
+        return {name: self.part(flat, slot).clone() for name, slot in shared.items()}
 
     def put_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put in what ``tensors`` gave, here or elsewhere.  Raises ModelError for other names, shapes or values."""
@@ -112,24 +112,8 @@ class PeftAdapter:
             )
         flat = self.read()
         for name, value in tensors.items():
-            self._part(flat, self.slots[name]).copy_(value)
+            self.part(flat, self.slots[name]).copy_(value)
         self.write(flat)
-
-    def gradients(self, blocks: Collection[Block]) -> Float[Tensor, " parameter"]:
-        """The gradients of these blocks on the CPU; zero elsewhere, and where a parameter has none."""
-        flat = torch.zeros(self.spec.parameters, dtype=self.dtype)
-        for name, slot in self.slots.items():
-            gradient = self.parameters[name].grad
-            if slot.block in blocks and gradient is not None:
-                self._part(flat, slot).copy_(gradient)
-        return flat
-
-    def put_gradients(self, flat: Float[Tensor, " parameter"], blocks: Collection[Block]) -> None:
-        """Give the parameters of these blocks other gradients."""
-        for name, slot in self.slots.items():
-            if slot.block in blocks:
-                own = self.parameters[name]
-                own.grad = self._part(flat, slot).to(own).clone()
 
     def of_blocks(self, blocks: Collection[Block]) -> list[nn.Parameter]:
         """The parameters of these blocks."""
@@ -146,7 +130,7 @@ class PeftAdapter:
         for slot in self.spec.slots:
             if slot.block == "A":
                 drawn = draw_factor(slot, generator).view(slot.shape)
-                self._part(flat, slot).copy_(drawn[: self.rank])
+                self.part(flat, slot).copy_(drawn[: self.rank])
         self.write(flat, ("A",))
 
     def adapters(self) -> Adapters:
@@ -211,7 +195,7 @@ class PeftAdapter:
         alpha, rslora = float(self.config.lora_alpha), bool(self.config.use_rslora)
         return AdapterSpec(layers, largest, alpha, head, private_head, rslora=rslora)
 
-    def _part(self, flat: Tensor, slot: Slot) -> Tensor:
+    def part(self, flat: Tensor, slot: Slot) -> Tensor:
         """The part of a slot that the adapter's own rank uses, as a view."""
         whole = flat[slot.start : slot.stop].view(slot.shape)
         shape = shape_at_rank(slot, self.rank)

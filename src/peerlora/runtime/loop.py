@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from peerlora.algorithms import build_algorithm
+from peerlora.algorithms.base import Algorithm
 from peerlora.algorithms.compatibility import cache_settings
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
@@ -32,18 +34,18 @@ _KEPT = {
     "eval": ("every",),
 }
 """Settings that count, of sections in which others are the loop's own."""
-_OWN = ("model", "task", "data", "partition", "device", "clock", "adversary", "privacy")
-"""Sections that are the loop's own."""
+_OWN = ("model", "task", "data", "partition", "device", "threads", "clock", "adversary", "privacy")
+"""Sections and settings that are the loop's own."""
 NOTE = (
     "local steps are those of a training loop of the user's own: rows, loss, optimiser and learning rate are the "
     "loop's, and what the settings say of them does not count"
 )
 
 
-def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.Optimizer) -> RunConfig:
-    """The config of a run whose adapter and optimiser one client's loop has.
+def check_settings(config: RunConfig) -> None:
+    """Check what can be known of a loop's run before there is a model.
 
-    Raises ConfigError for settings that a loop has itself, and those that its PEFT model contradicts.
+    Raises ConfigError for settings that a loop has itself, CompositionError for a method that leaves no steps to one.
     """
     if task_kind(config.task.kind).acts:
         raise ConfigError(
@@ -51,6 +53,14 @@ def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.
             "learns from rows: drop it, or train by `peerlora train` or `peerlora peer`"
         )
     _require_defaults(config)
+    _check_method(config.algorithm.name, build_algorithm(config.algorithm.name, config.algorithm.parameters))
+
+
+def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.Optimizer) -> RunConfig:
+    """The config, which ``check_settings`` has passed, of a run whose adapter and optimiser one client's loop has.
+
+    Raises ConfigError for settings that the PEFT model contradicts.
+    """
     if adapter.spec.head and config.adapter.head == "frozen":
         raise ConfigError(
             f"adapter.head=frozen given, the PEFT model trains {adapter.spec.head[0][0]} in full; use "
@@ -71,13 +81,12 @@ def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.
         "model": {"source": adapter.source, "quantize": adapter.quantisation},
     }
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update={**changed, "threads": torch.get_num_threads()})
+    return config.model_copy(update=changed)
 
 
-def check_loop(planned: Plan) -> None:
+def _check_method(name: str, algorithm: Algorithm[Any]) -> None:
     """Raise CompositionError for a method that cannot leave its local steps to a loop."""
-    name = planned.config.algorithm.name
-    if reason := planned.algorithm.traits.own_loop_refusal():
+    if reason := algorithm.traits.own_loop_refusal():
         raise CompositionError(
             f"{name} cannot leave its local steps to a training loop of your own: {reason}; use another method, "
             "such as algorithm.name=adf-lora or dec-lora"
@@ -91,8 +100,7 @@ def assemble_loops(
 
     ``start``: what they begin with, a row each.  ``notes``: further ones for the run.
     """
-    check_loop(planned)
-    config = planned.config
+    config = planned.config.model_copy(update={"threads": torch.get_num_threads()})  # of this process, to be told
     rows = dict.fromkeys(range(config.clients) if len(clients) == config.clients else clients, 1)
     exchange = StackedExchange(planned.topology, clients)
     cache = cache_settings(config, planned.algorithm)

@@ -37,7 +37,7 @@ def check_privacy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ..
         others = ", ".join(own for own, kind in REGISTRY.items() if kind.traits.privacy_refusal(unit) is None)
         raise CompositionError(f"{name} cannot protect each {unit} (privacy.unit={unit}): {reason}; use {others}")
     _check_losses(config, config.privacy)
-    _check_selection(config)
+    _check_evaluation(config)
     return _evaluation_warnings(config)
 
 
@@ -65,12 +65,17 @@ def _check_losses(config: RunConfig, privacy: PrivacyConfig) -> None:
         )
 
 
-def _check_selection(config: RunConfig) -> None:
-    """Refuse scores of private rows by which models are chosen, and of the very rows that are learned."""
+def _check_evaluation(config: RunConfig) -> None:
+    """Refuse private rows in the run's events, scores of them by which models are chosen, and of what is learned."""
     if config.data.eval is not None and config.data.eval == config.data.train:
         raise CompositionError(
             f"privacy: data.eval={config.data.eval} are the training rows, and scores on them tell who is among them; "
             "name other rows"
+        )
+    if config.eval.generate is not None and config.data.eval is None:
+        raise CompositionError(
+            "privacy: eval.generate would print rows held out of private ones (data.eval=null), with their expected "
+            "answers; name public rows as data.eval, or drop eval.generate"
         )
     select = config.eval.select
     if select is not None and (select.rows == "own" or config.data.eval is None):

@@ -29,7 +29,7 @@ def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dic
     if config.partition.kind == "own" and clients is None:
         clients = [0]  # a site's file has rows of its own client alone, whichever number that is
     federation = compose(config, clients=clients)
-    privacy = federation.learner.privacy
+    config, privacy = federation.config, federation.learner.privacy  # whose epochs have become rounds
     assert privacy is not None
     return {
         **describe_promises(privacy),

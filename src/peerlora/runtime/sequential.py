@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from peerlora.config.run import RunConfig
-from peerlora.errors import CompositionError, ModelError
+from peerlora.errors import ModelError
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.loop import assemble_loops, loop_config, require_rank, start_of
+from peerlora.runtime.loop import assemble_loops, check_settings, loop_config, require_rank, start_of
 from peerlora.runtime.plan import plan
 from peerlora.train.handover import Handover, LoopFailed
 from peerlora.train.loop_driver import LoopDriver, plain_optimizer
@@ -39,8 +43,10 @@ class SequentialLearner:
     def federation(self, config: RunConfig) -> Federation:
         """Make the Trainers, and the Federation of their clients.
 
-        Raises ModelError, ConfigError or CompositionError for what cannot be mixed.
+        Raises ModelError, ConfigError or CompositionError for what cannot be mixed; for settings before any is made.
         """
+        check_settings(config.model_copy(update={"threads": None}))  # those of this process, which simulate has set
+        plan(config)
         trainers = [self.make_trainer(client) for client in range(config.clients)]
         largest = max(config.ranks) if isinstance(config.adapter.rank, list) else None
         private = config.adapter.head == "private"
@@ -57,8 +63,6 @@ class SequentialLearner:
             require_rank(config, adapter, client)
         self._loops = [_TrainerLoop(trainer, adapter) for trainer, adapter in zip(trainers, adapters, strict=True)]
         learner = LoopLearner(config.train, self.task, [loop.handover for loop in self._loops], asked=True)
-        if config.clock is not None or config.adversary is not None:
-            raise CompositionError("clock and adversary need our own learner; drop them, or simulate without learner=")
         note = (
             f"learner: {type(trainers[0]).__name__} of every client, one after another: a round takes as long as the "
             "local steps of all clients together"
@@ -79,19 +83,43 @@ class SequentialLearner:
                 loop.stop()
 
 
+@dataclass(frozen=True)
+class _GlobalDraws:
+    """The state of all generators that a loop may draw from without naming one."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> Self:
+        """The state as it is."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def put(self) -> None:
+        """Let the next draws be those of this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
 class _Turn:
     """Random state of one Trainer, which it finds again when its turn comes."""
 
     def __init__(self):
-        self.own = self.outside = torch.get_rng_state()
+        self.own = self.outside = _GlobalDraws.now()
 
     def begin(self) -> None:
-        self.outside = torch.get_rng_state()
-        torch.set_rng_state(self.own)
+        self.outside = _GlobalDraws.now()
+        self.own.put()
 
     def end(self) -> None:
-        self.own = torch.get_rng_state()
-        torch.set_rng_state(self.outside)
+        self.own = _GlobalDraws.now()
+        self.outside.put()
 
 
 class _TurnHandover(Handover):

@@ -15,7 +15,7 @@ from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.exchange.relayed_average import RelayedModels
 from peerlora.runs.events import Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
-from peerlora.runs.privacy_ledger import PrivacyLedger
+from peerlora.runs.privacy_ledger import PrivacyLedger, Release
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.best_export import write_best, write_best_folders
 from peerlora.runtime.compose import Federation, resolve_threads
@@ -84,7 +84,8 @@ class Trainer:
         self.evaluator = evaluator or Evaluator(federation, participation)
         self.best = _best_rounds(federation)
         self.opening_bytes = 0
-        self.privacy, self._exhausted = federation.learner.privacy, 0
+        self.privacy = federation.learner.privacy
+        self._exhausted = 0  # how many clients were told of whose budget is used up
         self.ledger = PrivacyLedger(store.folder)
         if self.privacy and not self.privacy.repeatable:
             self.privacy.record = self._spend
@@ -159,10 +160,10 @@ class Trainer:
             self._emit(Warned(exhaustion_notice(self.privacy, fresh, t)))
         return state
 
-    def _spend(self, client: int, job: int, releases: int) -> None:
+    def _spend(self, releases: Sequence[Release]) -> None:
         """Write down what is about to be spent: from then on the folder is that of a run."""
         with self.store.spending():
-            self.ledger.append(client, job, releases)
+            self.ledger.append(releases)
 
     def _rate(self, t: int) -> dict[str, float]:
         """The learning rate of a training round, where it is not the same in all."""
@@ -243,6 +244,7 @@ class Trainer:
             checkpoint = self.store.load_checkpoint()
         if self.privacy:
             self.privacy.restore(checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries())
+            self._exhausted = len(self.privacy.exhausted)
         self.store.rewind(checkpoint)
         if checkpoint is None:
             return 0, start

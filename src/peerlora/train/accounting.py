@@ -19,6 +19,7 @@ ORDERS = (1.1, 1.25, 1.5, 1.75, 2.5, 3.5, 4.5, *range(2, 65), 80, 96, 128, 192, 
 """Renyi orders that are tried; whole ones are quick, and any set of them gives a valid epsilon."""
 _PRECISION = 1e-3  # relative, of the noise that is looked for
 _LEAST, _MOST = 0.05, 1e5  # noise multipliers that are considered
+_LARGEST_PRV = 100.0  # epsilon; beyond, opacus' grid of privacy losses grows to minutes and gigabytes
 _WIDER = 1.5  # factor between two guesses until the noise that is looked for lies between them
 
 
@@ -46,7 +47,8 @@ def spent_epsilon(noise: float, rate: float, releases: int, delta: float, accoun
     """Epsilon of so many releases of the sampled Gaussian mechanism, an upper bound.
 
     ``noise``: standard deviation by clipping norm; ``rate``: probability with which each row, or the client, is in
-    a release.  With rate 1 the Renyi accountant counts for both, since opacus' other one divides by 1 - rate.
+    a release.  With rate 1, and where it finds more than 100, the Renyi accountant counts for both: opacus' other one
+    divides by 1 - rate, and takes time and memory that grow with epsilon.
     Source: Mironov et al. 2019, arXiv 1908.10530 (rdp); Gopi et al. 2021, arXiv 2106.02848 (prv).
     """
     if releases == 0:
@@ -56,12 +58,12 @@ def spent_epsilon(noise: float, rate: float, releases: int, delta: float, accoun
     accountants = require_accountants()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Optimal order is the ")  # told as well where no better one exists
-        if accountant == "prv" and rate < 1:
+        renyi = releases * _renyi_divergences(noise, rate)
+        epsilon, _ = accountants.analysis.rdp.get_privacy_spent(orders=list(ORDERS), rdp=renyi, delta=delta)
+        if accountant == "prv" and rate < 1 and epsilon <= _LARGEST_PRV:
             counter = accountants.PRVAccountant()
             counter.history = [(noise, rate, releases)]
             return float(counter.get_epsilon(delta=delta))
-        renyi = releases * _renyi_divergences(noise, rate)
-        epsilon, _ = accountants.analysis.rdp.get_privacy_spent(orders=list(ORDERS), rdp=renyi, delta=delta)
         return float(epsilon)
 
 
@@ -74,7 +76,7 @@ def _renyi_divergences(noise: float, rate: float) -> Float[np.ndarray, " order"]
 
 @lru_cache(maxsize=4096)
 def noise_for(epsilon: float, rate: float, releases: int, delta: float, accountant: Accountant) -> float:
-    """The least noise multiplier, up to 0.1 %, with which so many releases spend at most ``epsilon``.
+    """The least noise multiplier, up to 0.1 %, with which so many releases spend at most ``epsilon``; at least 0.05.
 
     Raises ConfigError where no noise is enough.
     """
@@ -94,9 +96,11 @@ def noise_for(epsilon: float, rate: float, releases: int, delta: float, accounta
                 f"privacy.epsilon={epsilon:g} cannot be had with delta={delta:.3g} in {releases} releases at a "
                 f"sampling rate of {rate:.3g}; ask for a larger epsilon, or for fewer rounds"
             )
-    while low > _LEAST and excess(math.log(low)) <= 0:
-        low, high = low / _WIDER, min(high, low)
-    root: Any = brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2) if low < high else math.log(high)
+    while excess(math.log(low)) <= 0:
+        if low <= _LEAST:  # of an epsilon that promises next to nothing
+            return _LEAST
+        low, high = max(low / _WIDER, _LEAST), low
+    root: Any = brentq(excess, math.log(low), math.log(high), xtol=_PRECISION / 2)
     found = math.exp(root)
     while spent_epsilon(found, rate, releases, delta, accountant) > epsilon:  # a root is met from either side
         found *= 1 + _PRECISION / 2

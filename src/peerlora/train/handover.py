@@ -160,7 +160,10 @@ class Handover:
             raise self._error
 
     def end(self, steps: int, report: LoopReport) -> None:
-        """The loop is over, ``steps`` after its last report; this one tells what it logged since."""
+        """The loop is over, ``steps`` after its last report; this one tells what it logged since.
+
+        It answers the job that was taken, if any, and every later one.
+        """
         self._close(LoopEnded(steps, report))
 
     def abort(self, error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from peerlora.errors import CompositionError, ModelError, RunError
 from peerlora.lora.adapters import BLOCKS, Block
 from peerlora.lora.peft_model import PeftAdapter
+from peerlora.lora.step_buffers import StepBuffers
 from peerlora.train.handover import EvaluateJob, Handover, LastJob, LoggedScores, LoopReport, TrainJob
 from peerlora.train.local_rules import Gradients, LocalStep
 from peerlora.train.process_group import ProcessGroup
@@ -45,6 +47,7 @@ class LoopDriver:
         self.optimizer = plain_optimizer(optimizer)
         check_optimizer(adapter, self.optimizer)
         self.group = ProcessGroup()
+        steps = self.group.share_steps(steps)
         self.total, self._told = steps or 0, steps is not None
         """Steps that the loop has taken in all."""
         self.over = False
@@ -110,10 +113,7 @@ class LoopDriver:
         """The loop is over: report what was logged last, or end the round under way; give back all that was changed."""
         report = self._report(None)
         if self.group.speaks:
-            if self.over:
-                self.handover.give(report)
-            else:
-                self.handover.end(self._taken, report)
+            self.handover.end(self._taken, report)
         self.release()
 
     def release(self) -> None:
@@ -222,13 +222,17 @@ class LoopDriver:
                 "the method changes gradients, and a fused optimiser under a gradient scaler shows them scaled; use "
                 "fused=False, bf16, or algorithm.name=dec-lora"
             )
-        flat = self.adapter.gradients(job.blocks)
+        flat = self._buffers.gradients(job.blocks)
         if self.group.speaks:
             found = self._ruled(job, flat)
             for block in job.blocks:
                 if block in found:
                     flat[self.adapter.spec.columns(block)] = found[block][0]
-        self.adapter.put_gradients(self.group.broadcast(flat), job.blocks)
+        self._buffers.put_gradients(self.group.broadcast(flat), job.blocks)
+
+    @cached_property
+    def _buffers(self) -> StepBuffers:
+        return StepBuffers(self.adapter)
 
     def _ruled(self, job: TrainJob, flat: Float[Tensor, " parameter"]) -> Gradients:
         """The rule's gradients, of the minibatch whose gradients these are."""
@@ -246,7 +250,7 @@ class LoopDriver:
             asked.append(True)
             return {block: flat[None, own].clone() for block, own in active.items()}
 
-        step = LocalStep(self.adapter.read()[None], job.flat[None].to(flat), active, [0], closure)
+        step = LocalStep(self._buffers.values()[None], job.flat[None].to(flat), active, [0], closure)
         return job.rule.gradient(step)
 
 

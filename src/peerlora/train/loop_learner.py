@@ -62,6 +62,8 @@ class LoopLearner(InRounds):
         self._known: set[int] = set()
         self._steps: list[int | None] = [None] * len(loops)
         self._newest: list[LoggedScores | None] = [None] * len(loops)
+        self._handed_out = False
+        """Whether the loops have their final adapters, of which their last evaluations are."""
         self._round: _Round = self._begun(0, None, None)
 
     @property
@@ -155,8 +157,13 @@ class LoopLearner(InRounds):
     def evaluate(self, x: Adapters, data: Dataset, batch: int, metrics: Sequence[str] = ()) -> Scores:
         """Ask the loops, each by rows of its own; or hand out the final adapters and wait for what is logged of them.
 
-        A model beyond the clients, which is their average, is evaluated by the first client's loop.
+        A model beyond the clients, which is their average, is evaluated by the first client's loop.  Loops that are not
+        asked know nothing of further models, such as relayed ones: NaN.
         """
+        if self._handed_out:
+            unknown = np.full(x.clients, np.nan)
+            return Scores(unknown, unknown, 0)
+        self._handed_out = not self.asked
         found = []
         for row in range(x.clients):
             client = row if row < len(self.loops) else 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peerlora.config.privacy import PrivacyConfig
 from peerlora.lora.adapters import Adapters, mask_ranks
+from peerlora.runs.privacy_ledger import Release
 from peerlora.train.accounting import spent_epsilon
 from peerlora.train.local_rules import ClientRows, Gradients
 from peerlora.train.optim import norms
@@ -64,8 +65,8 @@ class PrivateTraining:
         self.by_row = settings.unit == "row"
         self.releases = [0] * len(clients)
         """[client] noisy releases so far."""
-        self.record: Callable[[int, int, int], None] = lambda client, job, releases: None
-        """Called with a client's number, its job and the job's releases before any of them is made."""
+        self.record: Callable[[Sequence[Release]], None] = lambda releases: None
+        """Called with what the jobs of a round will release, before any of it is made."""
         self._per_job = steps if self.by_row else 1
         self._exhausted: list[int] = []
 
@@ -76,16 +77,17 @@ class PrivateTraining:
 
     def admit(self, clients: ClientRows, jobs: Sequence[int]) -> ClientRows:
         """Those of these clients whose budget allows a job of local steps, which is counted before it begins."""
-        admitted = []
-        for i in clients:
-            if self.settings.epsilon is not None and self.releases[i] + self._per_job > self.guarantees[i].releases:
-                if self.clients[i] not in self._exhausted:
-                    self._exhausted.append(self.clients[i])
-                continue
-            self.record(self.clients[i], jobs[i], self._per_job)
+        admitted = [i for i in clients if self._affords_job(i)]
+        ended = [self.clients[i] for i in clients if i not in admitted]
+        self._exhausted += [client for client in ended if client not in self._exhausted]
+        if admitted:
+            self.record([Release(self.clients[i], jobs[i], self._per_job) for i in admitted])
+        for i in admitted:
             self.releases[i] += self._per_job
-            admitted.append(i)
         return admitted
+
+    def _affords_job(self, i: int) -> bool:
+        return self.settings.epsilon is None or self.releases[i] + self._per_job <= self.guarantees[i].releases
 
     @property
     def exhausted(self) -> tuple[int, ...]:
@@ -106,6 +108,7 @@ class PrivateTraining:
         What a run did after its checkpoint counts, too, since it may have been sent; seeded noise gives it again.
         """
         self.releases = list(saved.get("releases", [0] * len(self.clients)))
+        self._exhausted = list(saved.get("exhausted", []))
         if self.repeatable:
             return
         total = dict.fromkeys(self.clients, 0)
@@ -115,7 +118,7 @@ class PrivateTraining:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"releases": self.releases}
+        return {"releases": list(self.releases), "exhausted": list(self._exhausted)}
 
     # --- rows
 

@@ -10,6 +10,7 @@ from peerlora.lora.adapters import BLOCKS, Block
 from peerlora.train.handover import EvaluateJob, Job, LastJob, LoopFailed, TrainJob
 
 _NONE, _TRAIN, _LAST, _FAILED = range(4)
+_UNKNOWN = -1  # of a number of steps
 
 
 class ProcessGroup:
@@ -44,23 +45,23 @@ class ProcessGroup:
         if self.size == 1:
             return job
         assert not isinstance(job, EvaluateJob), "evaluations are asked of loops of one process"
-        code = self.broadcast(_encode(job)).tolist()
+        code = self.broadcast(encode(job))
         if code[0] == _FAILED:
             raise LoopFailed("the process that speaks for this client has failed; see its error")
         if code[0] == _NONE:
             return None
         flat = self.broadcast(like if job is None else job.flat.to(like))
-        if code[0] == _LAST:
-            return LastJob(flat)
-        if self.speaks:
-            return job
-        blocks: tuple[Block, ...] = tuple(block for block, trains in zip(BLOCKS, code[4:], strict=True) if trains)
-        return TrainJob(flat, blocks, code[1], bool(code[2]), Remote() if code[3] else None)
+        return job if self.speaks else decode(code, flat)
+
+    def share_steps(self, steps: int | None) -> int | None:
+        """The steps that the first process's loop has behind it, in every process; None: not known."""
+        shared = int(self.broadcast(torch.tensor(_UNKNOWN if steps is None else steps)))
+        return None if shared == _UNKNOWN else shared
 
     def share_failure(self) -> None:
         """Let the others know that no job will come, since the first process has failed."""
         if self.size > 1:
-            code = _encode(None)
+            code = encode(None)
             code[0] = _FAILED
             self.broadcast(code)
 
@@ -73,12 +74,22 @@ class Remote:
         raise PeerloraError("a rule of another process was asked here; call it in the first one")
 
 
-def _encode(job: Job | None) -> Tensor:
-    """Kind, steps, fresh, has a rule, and per block whether it trains."""
-    code = torch.zeros(4 + len(BLOCKS), dtype=torch.int64)
+def encode(job: Job | None) -> Tensor:
+    """All of a job but its adapters: kind, steps, fresh, has a rule, steps before, and per block whether it trains."""
+    code = torch.zeros(5 + len(BLOCKS), dtype=torch.int64)
     if isinstance(job, LastJob):
         code[0] = _LAST
     elif isinstance(job, TrainJob):
         trains = [int(block in job.blocks) for block in BLOCKS]
-        code[:] = torch.tensor([_TRAIN, job.steps, int(job.fresh), int(job.rule is not None), *trains])
+        at = _UNKNOWN if job.at is None else job.at
+        code[:] = torch.tensor([_TRAIN, job.steps, int(job.fresh), int(job.rule is not None), at, *trains])
     return code
+
+
+def decode(code: Tensor, flat: Tensor) -> Job:
+    """The job of ``encode``'s numbers with these adapters; a rule is ``Remote``."""
+    kind, steps, fresh, ruled, at, *trains = code.tolist()
+    if kind == _LAST:
+        return LastJob(flat)
+    blocks: tuple[Block, ...] = tuple(block for block, each in zip(BLOCKS, trains, strict=True) if each)
+    return TrainJob(flat, blocks, steps, bool(fresh), Remote() if ruled else None, None if at == _UNKNOWN else at)

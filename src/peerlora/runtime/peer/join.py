@@ -19,7 +19,7 @@ from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
 from peerlora.runs.store import START_FILE
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.loop import assemble_loops, loop_config, require_rank, start_of
+from peerlora.runtime.loop import assemble_loops, check_settings, loop_config, require_rank, start_of
 from peerlora.runtime.peer.train import OwnLoop
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink
@@ -58,6 +58,7 @@ class JoinedPeer:
         follows_saves: bool = False,
     ):
         given = as_config(config)
+        check_settings(given)
         private = given.adapter.head == "private"
         largest = max(given.ranks) if isinstance(given.adapter.rank, list) else None
         self.adapter = PeftAdapter(model, private, largest)
