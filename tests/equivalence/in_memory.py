@@ -5,6 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from peerlora.network.identity.agreement import SiteAgreement
 from peerlora.network.identity.authority import throwaway
 from peerlora.network.identity.identity import load_identity
 from peerlora.network.identity.roster import Roster
@@ -72,6 +75,13 @@ def sites_signatures(folder, sites):
     }
 
 
+def sites_agreements(sites):
+    """Site -> key agreement with long-term keys of its own, which all others know."""
+    keys = {site: X25519PrivateKey.generate() for site in sites}
+    listed = {site: key.public_key().public_bytes_raw().hex() for site, key in keys.items()}
+    return {site: SiteAgreement(key, listed.get) for site, key in keys.items()}
+
+
 def together(calls):
     """The results of synchronous calls that need each other."""
     with ThreadPoolExecutor(max(1, len(calls))) as pool:
@@ -93,11 +103,12 @@ def one_at_a_time():
 
 def federation(config, folder, **options):
     """The results of one peer per client of a config, each in its own folder; best with the fixture `no_reports`."""
+    agreements = sites_agreements(names(config.clients).values())
     with one_at_a_time(), network(config.clients) as (net, thread):
 
         def run(client):
             site = Site(client, names(config.clients), "run")
-            transport = net.transport(site.names[client])
+            transport = net.transport(site.names[client], agreement=agreements[site.names[client]])
             return train_peer(config, site, transport, thread, folder / f"peer-{client}", **options)
 
         return together([lambda client=client: run(client) for client in range(config.clients)])
