@@ -17,10 +17,12 @@ from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.network.protocol.secure_exchange import SecureExchange
 from peerlora.network.protocol.wire import Expected
 from peerlora.network.transport.heartbeat import Timing
 from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.runtime.peer import train as peer_train
+from peerlora.runtime.peer.secure import sender_sets
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import train_peer
 
@@ -41,23 +43,29 @@ def network(clients, timing=QUICK):
 
 
 @contextmanager
-def exchanges(topology, deadline=20.0, largest=1 << 20, start=None, first=0, signatures=None, audits=None):
+def exchanges(
+    topology, deadline=20.0, largest=1 << 20, start=None, first=0, signatures=None, audits=None, secure=False
+):
     """One NeighbourExchange per client, all greeted; ``start``: the common start, ``first``: the first round.
 
-    ``signatures`` and ``audits``: site -> those of its transport.
+    ``signatures`` and ``audits``: site -> those of its transport.  ``secure``: each is a SecureExchange.
     """
     sites = names(topology.clients)
+    agreements, kind = sites_agreements(sites.values()), SecureExchange if secure else NeighbourExchange
     with network(topology.clients) as (net, thread):
         made, controls = [], []
         for client, site in sites.items():
             others = [name for name in sites.values() if name != site]
-            transport = net.transport(site, audits and audits.get(site), signatures and signatures[site])
+            signs = signatures and signatures[site]
+            transport = net.transport(site, audits and audits.get(site), signs, agreements[site])
             endpoint = Endpoint(transport, Expected("run", "ba5e", "5bec"), others)
-            controls.append(PeerControl(endpoint, {"train": "same"}, deadline))
+            sets = sender_sets(topology, Site(client, sites, "run"), endpoint, deadline) if secure else None
+            controls.append(PeerControl(endpoint, {"train": "same"}, deadline, sender_sets=sets))
             protocol = RoundProtocol(endpoint, deadline, lambda kind: largest, controls[-1])
             thread.ask(endpoint.start_at, first)  # as a run does: handshakes say in which round a peer is
             thread.call(controls[-1].start(protocol))
-            made.append(NeighbourExchange(topology, client, sites, protocol, thread, start))
+            made.append(kind(topology, client, sites, protocol, thread, start))
+            made[-1].sender_sets = sets
         greeted = together([lambda control=control: thread.call(control.handshake(10)) for control in controls])
         assert all(len(each.reached) == topology.clients - 1 for each in greeted)
         yield made

@@ -15,7 +15,12 @@ pytestmark = pytest.mark.usefixtures("no_reports")
 SECURE = "exchange.secure=true"
 METHODS = [name for name, kind in ROW_METHODS.items() if kind.traits.refusal("secure") is None]
 WORDS = ["topology=complete", "train.dtype=fp64", "peer.deadline=60", "peer.join=60"]
-OWN = {"adf-lora": ["algorithm.interval=1"], "fedspeed": ["train.lr=0.7"], "qg-dsgdm": ["train.lr=0.7"]}
+OWN = {
+    "dsgd": ["train.local_steps=1"],
+    "adf-lora": ["algorithm.interval=1"],
+    "fedspeed": ["train.lr=0.7"],
+    "qg-dsgdm": ["train.lr=0.7"],
+}
 
 
 def words(method):
@@ -42,4 +47,5 @@ def test_peers_give_what_the_simulation_gives(config, tmp_path, method):
 def test_plain_mixing_is_a_few_steps_away(config, tmp_path, method):
     secure = simulate(config("bert", *words(method), SECURE), tmp_path / "secure").adapters
     plain = simulate(config("bert", *words(method)), tmp_path / "plain").adapters
-    assert 0 < float((secure.flat - plain.flat).abs().max()) < 1e-9, "three rounds, in each of which values are rounded"
+    apart = float((secure.flat - plain.flat).abs().max())
+    assert 0 < apart < 1e-6, "values are rounded three times to steps of 1e-12, and methods divide by small norms"

@@ -12,18 +12,18 @@ from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.sender_sets import SenderSets
-from peerlora.runtime.compose import Federation
 from peerlora.runtime.peer.site import Site
+from peerlora.topology.schedule import Topology
 
 _ROUNDS = 4  # whose senders are remembered: sums are of this round or the next one
 
 
-def sender_sets(federation: Federation, site: Site, endpoint: Endpoint) -> SenderSets:
+def sender_sets(topology: Topology, site: Site, endpoint: Endpoint, deadline: float) -> SenderSets:
     """Make the sender sets of a peer; raises CompositionError for a transport without key agreement."""
     agreement = endpoint.transport.agreement
     if agreement is None:
         raise CompositionError("exchange.secure needs a transport with key agreement; this one has none")
-    topology, numbers = federation.topology, {peer: client for client, peer in site.names.items()}
+    numbers = {peer: client for client, peer in site.names.items()}
     graph_of = lru_cache(_ROUNDS)(topology.at)
 
     def planned(round: int, receiver: PeerId) -> list[PeerId]:
@@ -31,7 +31,7 @@ def sender_sets(federation: Federation, site: Site, endpoint: Endpoint) -> Sende
         neighbours = graph_of(round).neighbours(client) if client < topology.clients else []
         return [site.names[j] for j in neighbours if j in site.names]
 
-    return SenderSets(endpoint, agreement, planned, federation.config.peer.deadline)
+    return SenderSets(endpoint, agreement, planned, deadline)
 
 
 def check_agreement_keys(config: RunConfig, who: Identity, listed: MemberList) -> None:

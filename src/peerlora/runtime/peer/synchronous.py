@@ -66,7 +66,7 @@ class SynchronousPeer(PeerParticipation):
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
         hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
-        sets = sender_sets(federation, site, endpoint) if config.exchange.secure else None
+        sets = sender_sets(federation.topology, site, endpoint, deadline) if config.exchange.secure else None
         control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind], sets)
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
         self.exchange = (SecureExchange if sets else NeighbourExchange)(
