@@ -23,7 +23,8 @@ def check_secure(config: RunConfig, algorithm: Algorithm[Any], topology: Topolog
         return
     _check_settings(config)
     if reason := algorithm.traits.refusal("secure"):
-        fits = [name for name, kind in REGISTRY.items() if kind.traits.refusal("secure") is None]
+        named = {name: kind.traits for name, kind in REGISTRY.items() if not kind.traits.flow_policies_only}
+        fits = [name for name, traits in named.items() if traits.refusal("secure") is None]
         raise CompositionError(
             f"exchange.secure cannot be used with {config.algorithm.name}: {reason}; use one of {', '.join(fits)}"
         )
