@@ -64,8 +64,7 @@ def peer(folder: Path, client: int, sites: dict[int, str], scalars: int, rounds:
         control = PeerControl(endpoint, {}, DEADLINE, sender_sets=sets)
         protocol = RoundProtocol(endpoint, DEADLINE, lambda kind: 1 << 24, control)
         plain = NeighbourExchange(topology, client, others, protocol, thread)
-        secure = SecureExchange(replace(topology, least_degree=2), client, others, protocol, thread)
-        secure.sender_sets = sets
+        secure = SecureExchange(sets, replace(topology, least_degree=2), client, others, protocol, thread)
         thread.call(control.start(protocol))
         assert len(thread.call(control.handshake(30)).reached) == len(others)
         for t in range(rounds + WARM):

@@ -51,7 +51,7 @@ def exchanges(
     ``signatures`` and ``audits``: site -> those of its transport.  ``secure``: each is a SecureExchange.
     """
     sites = names(topology.clients)
-    agreements, kind = sites_agreements(sites.values()), SecureExchange if secure else NeighbourExchange
+    agreements = sites_agreements(sites.values())
     with network(topology.clients) as (net, thread):
         made, controls = [], []
         for client, site in sites.items():
@@ -64,8 +64,8 @@ def exchanges(
             protocol = RoundProtocol(endpoint, deadline, lambda kind: largest, controls[-1])
             thread.ask(endpoint.start_at, first)  # as a run does: handshakes say in which round a peer is
             thread.call(controls[-1].start(protocol))
-            made.append(kind(topology, client, sites, protocol, thread, start))
-            made[-1].sender_sets = sets
+            parts = (topology, client, sites, protocol, thread, start)
+            made.append(SecureExchange(sets, *parts) if secure else NeighbourExchange(*parts))
         greeted = together([lambda control=control: thread.call(control.handshake(10)) for control in controls])
         assert all(len(each.reached) == topology.clients - 1 for each in greeted)
         yield made

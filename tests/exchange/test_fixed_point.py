@@ -59,6 +59,14 @@ def test_sums_do_not_depend_on_the_order_of_clients():
     assert torch.equal(weighted_sums(x, W, range(6))[order], weighted_sums(x[order], W[np.ix_(order, order)], range(6)))
 
 
+def test_a_block_of_clients_has_the_sums_that_all_together_have():
+    """As on a worker of a cluster, which holds some clients and asks for the rows of their neighbours."""
+    topology, x = build_topology(RingGraph(kind="ring"), 6, seed=1), torch.randn(6, 8)
+    whole, block = StackedExchange(topology, range(6)), StackedExchange(topology, [1, 2], gather=lambda rows: x)
+    whole.secure = block.secure = True
+    assert torch.equal(block.mix(x[[1, 2]]), whole.mix(x)[[1, 2]])
+
+
 def secure_exchange(clients=4):
     peers = StackedExchange(build_topology(CompleteGraph(kind="complete"), clients, seed=1), list(range(clients)))
     peers.secure = True

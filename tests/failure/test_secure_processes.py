@@ -69,7 +69,7 @@ def check(run, killed):
     )
     assert given_up <= ROUNDS // 3, "one that dies and comes back costs few sums"
     assert summary["privacy"]["guarantee"].startswith("each row") and summary["privacy"]["spent"]["releases"][0] > 0
-    told = [event.text for event in select_events(events, Warned)]
+    told = [event.message for event in select_events(events, Warned)]
     assert any("secure sums were given up" in text for text in told) <= (given_up > 0)
     refusals = [each.detail for each in select_events(events, NeighbourChanged) if each.kind == "refused"]
     allowed = ("late", "replay", "from-the-future", "second-set", "other-set")

@@ -62,9 +62,8 @@ def request(
     from peerlora.network.identity.identity import request as make
     from peerlora.network.identity.key_files import write_new
 
-    key = read_key(folder / "key.pem")
-    site, fingerprint = read_site(folder), fingerprint_of(key.public_key())
-    agreement = agreement_public(private_pem(key))
+    site, key = read_site(folder), read_key(folder / "key.pem")
+    fingerprint, agreement = fingerprint_of(key.public_key()), agreement_public(private_pem(key))
     write_new(to, make(folder))
     if json:
         print_json({"site": site, "fingerprint": fingerprint, "agreement": agreement, "to": str(to)})

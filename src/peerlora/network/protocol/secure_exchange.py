@@ -70,16 +70,19 @@ async def secure_sum(
 
 
 class SecureExchange(NeighbourExchange):
-    """Exchange of a real peer by secure sums; see NeighbourExchange, whose arguments it takes.
+    """Exchange of a real peer by secure sums; see NeighbourExchange, whose arguments it takes beside its sender sets.
 
     Senders weigh what they send by the receiver's row of W.  The weight of whoever is not in a sum goes to the
     receiver's diagonal; a sum that does not come together leaves the receiver's own values as they are.
     """
 
-    sender_sets: SenderSets
-    """Set before the first round."""
-    given_up = 0
-    """Sums of this process that did not come together."""
+    secure = True
+
+    def __init__(self, sender_sets: SenderSets, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.sender_sets = sender_sets
+        self.given_up = 0
+        """Sums of this process that did not come together."""
 
     def begin(self, t: int, absent: Sequence[int] = ()) -> ExchangeStats:
         """Begin a round, and ask those who are there for its first sum: nobody has to wait for that at its end."""

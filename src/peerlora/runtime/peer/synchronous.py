@@ -69,7 +69,7 @@ class SynchronousPeer(PeerParticipation):
         sets = sender_sets(federation.topology, site, endpoint, deadline) if config.exchange.secure else None
         control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind], sets)
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
-        self.exchange = (SecureExchange if sets else NeighbourExchange)(
+        parts = (
             federation.topology,
             site.client,
             neighbours,
@@ -79,9 +79,7 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
             site.names,
         )
-        if isinstance(self.exchange, SecureExchange):
-            assert sets is not None
-            self.exchange.sender_sets = sets
+        self.exchange = SecureExchange(sets, *parts) if sets else NeighbourExchange(*parts)
         cache, rows = cache_settings(config, federation.algorithm), _told_rows(federation, site)
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers, cache, rows)
         if cache:
@@ -144,15 +142,12 @@ class SynchronousPeer(PeerParticipation):
 
     def _sums_given_up(self) -> list[Event]:
         """Warn of secure sums that did not come together."""
-        count = getattr(self.exchange, "given_up", 0)
-        if not count:
-            return []
-        return [
-            Warned(
-                f"{count} secure sums were given up, since a neighbour went away meanwhile or fewer than "
-                f"{LEAST_SENDERS} were there; this site kept its own values in these rounds"
-            )
-        ]
+        count = self.exchange.given_up if isinstance(self.exchange, SecureExchange) else 0
+        told = (
+            f"{count} secure sums were given up, since a neighbour went away meanwhile or fewer than {LEAST_SENDERS} "
+            "were there; this site kept its own values in these rounds"
+        )
+        return [Warned(told)] if count else []
 
     def _catch_up(self, t: int, state: State, round: int, peer: PeerId) -> tuple[int, State]:
         """Leave out rounds; after a long absence adopt the state of the neighbour that is followed.
