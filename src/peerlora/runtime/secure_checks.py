@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm
 from peerlora.config.run import RunConfig
@@ -71,7 +73,7 @@ def _check_graph(topology: Topology) -> None:
             f"exchange.secure needs weights that are not negative, topology={kind} has others; use "
             "topology.weights=metropolis"
         )
-    alone = ~sum(graph.adjacency for graph in drawn).any(axis=1)
+    alone = ~np.any([graph.adjacency.any(axis=1) for graph in drawn], axis=0)
     if alone.any():
         raise CompositionError(
             f"exchange.secure sums at least {LEAST_SENDERS} neighbours, and client {int(alone.argmax())} never has as "

@@ -202,9 +202,11 @@ def test_tables_that_are_none_are_refused(body):
         read_table(header, body + b"x", 10)
 
 
-@pytest.mark.parametrize("facts", [{}, {"session": "zz"}, {"session": "00" * 31}, {"session": 7}])
-def test_a_hello_without_a_session_key_is_refused(facts):
+@pytest.mark.parametrize("facts", [{"session": ""}, {"session": "zz"}, {"session": "00" * 31}, {"session": 7}])
+def test_a_hello_with_a_session_key_that_is_none_is_refused(facts):
     sets = sets_of("a")
+    sets.take_hello("b", sets.endpoint.header("hello"))
+    assert not sets.session_keys, "as of peerlora doctor, which takes part in no sum"
     with pytest.raises(Refused, match="bad-header"):
         sets.take_hello("b", sets.endpoint.header("hello", **facts))
     sets.take_hello("b", sets.endpoint.header("hello", **sets_of("b").hello_facts))

@@ -176,13 +176,18 @@ class SenderSets:
         return {_FACT: self.agreement.session_key.hex()}
 
     def take_hello(self, peer: PeerId, header: Header) -> None:
-        """Note the session key of a neighbour; raises Refused where it gives none."""
+        """Note the session key of a neighbour, if it gives one: a check before a run has none.
+
+        Raises Refused for what is no key.
+        """
+        if _FACT not in header.facts:
+            return
         try:
-            key = bytes.fromhex(str(header.facts.get(_FACT, "")))
+            key = bytes.fromhex(str(header.facts[_FACT]))
         except ValueError:
             key = b""
         if len(key) != KEY_BYTES:
-            raise Refused("bad-header", "a session key of 32 bytes, hexadecimal, is missing")
+            raise Refused("bad-header", "a session key has 32 bytes, in hexadecimal")
         if self.session_keys.get(peer) != key:
             self.session_keys[peer] = key
             self.endpoint.changed.notify()
