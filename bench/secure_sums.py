@@ -4,7 +4,8 @@
 
 Every peer is a process of its own, linked with all others.  In each round all begin their exchange at the same moment,
 after a pause in the place of training; even rounds are plain, odd ones secure, over the same connections.  Prints one
-JSON object: milliseconds (median and tenth of the slowest, over rounds and peers) and bytes of a message, of both.
+JSON object: milliseconds (median and tenth of the slowest, over rounds and peers; and of CPU, of all threads of a peer)
+and bytes of a message, of both.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def free_port() -> int:
 
 
 def peer(folder: Path, client: int, sites: dict[int, str], scalars: int, rounds: int, start: Any, results: Any) -> None:
-    """One process: exchange in every round, and report (secure, seconds, bytes of a message) of each."""
+    """One process: exchange in every round, and report (secure, seconds, CPU seconds, bytes of a message)."""
     torch.set_num_threads(1)
     me, topology = sites[client], build_topology(CompleteGraph(kind="complete"), len(sites), seed=0)
     who = load_identity(folder / me)
@@ -72,19 +73,21 @@ def peer(folder: Path, client: int, sites: dict[int, str], scalars: int, rounds:
             exchange.begin(t)
             time.sleep(PAUSE)
             start.wait()
+            cpu = time.process_time()
             exchange.mix(x)
+            cpu = time.process_time() - cpu
             if t >= WARM:
-                results.put((bool(t % 2), exchange.stats.seconds, exchange.stats.bytes_per_edge))
+                results.put((bool(t % 2), exchange.stats.seconds, cpu, exchange.stats.bytes_per_edge))
             assert not exchange.stats.missing, exchange.stats.missing
         start.wait()
         thread.call(control.close())
 
 
-def summary(found: list[tuple[bool, float, int]], secure: bool) -> dict[str, float]:
-    seconds = [each[1] for each in found if each[0] is secure]
-    (size,) = {each[2] for each in found if each[0] is secure}
-    slow = statistics.quantiles(seconds, n=10)[-1]
-    return {"median_ms": 1e3 * statistics.median(seconds), "slowest_tenth_ms": 1e3 * slow, "bytes": size}
+def summary(found: list[tuple[bool, float, float, int]], secure: bool) -> dict[str, float]:
+    _, seconds, cpu, sizes = zip(*(each for each in found if each[0] is secure), strict=True)
+    times = {"median": statistics.median(seconds), "slowest_tenth": statistics.quantiles(seconds, n=10)[-1]}
+    times["cpu"] = statistics.median(cpu)
+    return {f"{name}_ms": 1e3 * value for name, value in times.items()} | {"bytes": sizes[0]}
 
 
 def main() -> None:
@@ -107,7 +110,8 @@ def main() -> None:
         for process in processes:
             process.join()
     plain, secure = summary(found, False), summary(found, True)
-    more = {"more_ms": secure["median_ms"] - plain["median_ms"], "times_bytes": secure["bytes"] / plain["bytes"]}
+    more = {f"more_{name}": secure[name] - plain[name] for name in ("median_ms", "cpu_ms")}
+    more["times_bytes"] = secure["bytes"] / plain["bytes"]
     print(json.dumps({**vars(given), "plain": plain, "secure": secure, **more}, indent=2))
 
 

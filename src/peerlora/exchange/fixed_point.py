@@ -34,16 +34,18 @@ def summed_schema(vectors: Schema) -> Schema:
 
 
 def encode(x: Float[Tensor, "*shape"], weight: float) -> Int64[Tensor, "*shape"]:
-    """``weight x`` in steps, rounded to the nearest whole number.
+    """``weight x`` in steps, rounded to the nearest whole number; raises DivergenceError, see ``check_range``."""
+    check_range(x)
+    return (x.double() * (weight / STEP)).round().to(torch.int64)
 
-    Raises DivergenceError for values beyond ``LIMIT`` or not finite: cut to it, they would bias the sum unseen.
-    """
+
+def check_range(x: Float[Tensor, "*shape"]) -> None:
+    """Raise DivergenceError for values beyond ``LIMIT`` or not finite: cut to it, they would bias a sum unseen."""
     if x.numel() and not bool((x.abs() <= LIMIT).all()):
         raise DivergenceError(
             f"an adapter has values of {float(x.abs().max()):.3g}; secure sums (exchange.secure) hold up to {LIMIT:.0f}"
             ": training has diverged, lower train.lr"
         )
-    return (x.double() * (weight / STEP)).round().to(torch.int64)
 
 
 def decode(total: Int64[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

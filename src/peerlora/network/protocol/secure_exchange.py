@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from peerlora.exchange.base import ExchangeStats
-from peerlora.exchange.fixed_point import SUMMED, decode, encode
+from peerlora.exchange.fixed_point import SUMMED, check_range, decode, encode
 from peerlora.exchange.payload import Payload
 from peerlora.exchange.plain import open_messages_refused
 from peerlora.exchange.schema import Schema, encoded_bytes
@@ -115,10 +116,12 @@ class SecureExchange(NeighbourExchange):
         (me,), planned = self.clients, self.topology.at(self.t)
         senders = {self.names[j]: j for j in planned.neighbours(me) if j in self.names}
         scalars = sum(part.numel() for part in parts)
-        weighted_steps(parts, 1.0)  # raises where training has diverged, before anything is sent
+        for part in parts:  # before anything is sent
+            check_range(part)
+        encoded = cache(partial(weighted_steps, parts))  # many receivers have the same weight
 
         def weighted(receiver: PeerId) -> Steps:
-            return weighted_steps(parts, float(planned.W[senders[receiver], me]))
+            return encoded(float(planned.W[senders[receiver], me]))
 
         result = self.thread.call(
             secure_sum(self.protocol, self.sender_sets, list(senders), weighted, scalars, self._deadline)
