@@ -152,6 +152,7 @@ def test_agreement_keys_come_to_the_list_by_commands(consortium, cli):
     listed = json.loads(agreed.out)
     assert listed["format"] == 2 and listed["members"][0]["agreement"] == shown["agreement"]
     assert "agreement" not in listed["members"][1]
+    assert cli("members", "show", file).out.count("agreement key") == 1
     bad = cli("members", "agree", file, "--site", "hospital-a", "--agreement", "short")
     assert bad.code == 2 and "member list" in bad.err
     assert cli("members", "sign", file, "--authority", consortium / "authority").code == 0

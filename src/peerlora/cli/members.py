@@ -163,6 +163,8 @@ def show(file: File, json: AsJson = False) -> None:
         print("signed; not checked here" if signed.signature else "a draft: not signed")
         for member in signed.list.members:
             print(f"{member.client:4}  {member.site:24} {member.address or 'dials only':32} {member.fingerprint}")
+            if member.agreement:
+                print(f"{'':30} {'agreement key':32} {member.agreement}")
         if signed.list.edges is not None:
             print("edges: " + (", ".join(f"{one}-{other}" for one, other in signed.list.edges) or "none"))
     _print(signed.list, file, json)
