@@ -80,6 +80,7 @@ def test_the_description_says_what_a_table_needs():
             "exchange.codec": "it exchanges nothing",
             "exchange.robust": "it exchanges nothing",
             "exchange.relay": "it exchanges nothing",
+            "exchange.secure": "it exchanges nothing",
             "adversary": "all but label-flip: it exchanges nothing",
         },
         "asynchronous": False,

@@ -138,3 +138,22 @@ def test_without_the_extra_one_message_says_how_to_get_it(cli, monkeypatch, tmp_
     for group in ("identity", "members"):
         answer = cli(group, "show", tmp_path)
         assert answer.code == 2 and "no_such_module" in answer.err and "pip install '.[peer]'" in answer.err
+
+
+def test_agreement_keys_come_to_the_list_by_commands(consortium, cli):
+    file = consortium / "members.json"
+    shown = json.loads(cli("identity", "show", consortium / "hospital-a", "--json").out)
+    asked = json.loads(
+        cli("identity", "request", consortium / "hospital-a", "--to", consortium / "again.csr", "--json").out
+    )
+    assert shown["agreement"] == asked["agreement"] and len(shown["agreement"]) == 64
+    assert shown["agreement"] in cli("identity", "show", consortium / "hospital-a").out
+    agreed = cli("members", "agree", file, "--site", "hospital-a", "--agreement", shown["agreement"], "--json")
+    listed = json.loads(agreed.out)
+    assert listed["format"] == 2 and listed["members"][0]["agreement"] == shown["agreement"]
+    assert "agreement" not in listed["members"][1]
+    assert cli("members", "show", file).out.count("agreement key") == 1
+    bad = cli("members", "agree", file, "--site", "hospital-a", "--agreement", "short")
+    assert bad.code == 2 and "member list" in bad.err
+    assert cli("members", "sign", file, "--authority", consortium / "authority").code == 0
+    assert cli("members", "verify", file, "--trust", consortium / "authority/trust.pem").code == 0

@@ -228,6 +228,21 @@ def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file
 
 @pytest.mark.slow
 @pytest.mark.alone
+def test_a_launched_federation_has_secure_sums(cli, yaml_file, tmp_path):
+    settings = ["clients=4", "topology=complete", "train.rounds=4", "exchange.secure=true"]
+    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out.strip().splitlines()[-1])["ok"]
+    for client in range(4):
+        run = tmp_path / "out" / f"peer-{client:02d}"
+        told = json.loads((run / "summary.json").read_text())["secure_sums"]
+        done = select_events(read_events(run), RoundDone)
+        assert len([each for each in done if each.contacts == 3]) == 4 - told["given_up"] >= 1
+        assert all(each.bytes_sent > 0 for each in done)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
 def test_failures_on_purpose(cli, yaml_file, tmp_path):
     words = [*SETTINGS, "clients=4", "train.rounds=80", "train.local_steps=30", "algorithm.name=dec-lora"]
     path = yaml_file(*words, "peer.deadline=2", "peer.join=60", "checkpoint.every=5", "eval.every=1000")

@@ -53,6 +53,20 @@ def test_a_peer_without_neighbours_trains_alone_resumes_and_says_so(cli, yaml_fi
     assert other.code == 2 and "train.lr" in other.err
 
 
+def test_secure_sums_need_the_keys_of_all_sites_before_anything_is_written(cli, yaml_file, sites, tmp_path):
+    words = [*WORDS, "clients=3", "topology=ring", "exchange.secure=true"]
+    listed = read_list(sites / "members.json").list
+    listed = add_member(listed, "c", "c" * 64)
+    write_list(sites / "members.json", sign_list(listed, list_signer(sites / "authority"), timedelta(days=30)))
+    for command in (
+        ["peer", yaml_file(*words), "--out", tmp_path / "run"],
+        ["doctor", yaml_file(*words), "--wait", "0"],
+    ):
+        answer = cli(*command, *options(sites, "a"))
+        assert answer.code in (1, 2) and not (tmp_path / "run").exists()
+        assert "has none of c; have them added: peerlora members agree" in answer.err + answer.out
+
+
 def test_a_run_without_contact_is_no_success(cli, yaml_file, sites, tmp_path):
     """It ended with exit code 0 and a consensus distance of 0, as if all had agreed."""
     path, out = yaml_file(*WORDS[:-1]), tmp_path / "run"

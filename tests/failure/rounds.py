@@ -42,9 +42,8 @@ class Federation:
 
     async def peer(self, client, t):
         others = [site(j) for j in range(self.clients) if j != client]
-        transport = self.network.transport(site(client))
-        endpoint = Endpoint(transport, Expected("run", "ba5e", "5bec"), others, self.rounds)
-        control = PeerControl(endpoint, {}, self.deadline)
+        endpoint = Endpoint(self.transport(client), Expected("run", "ba5e", "5bec"), others, self.rounds)
+        control = self.control(client, endpoint)
         protocol = RoundProtocol(endpoint, self.deadline, lambda kind: 1 << 12, control)
         self.endpoint[client] = endpoint
         await control.start(protocol)
@@ -57,7 +56,7 @@ class Federation:
                 called = endpoint.peers.round_to_follow(t)
                 if called:
                     t = min(called[0], self.rounds - 1)
-                endpoint.enter(t)
+                self.enter(client, endpoint, t)
                 await asyncio.sleep(self.seconds[client])
                 began = loop.time()
                 await self.exchange(client, t, protocol)
@@ -69,6 +68,15 @@ class Federation:
             self.notices += [(client, *notice[1:]) for notice in endpoint.events.waiting]
             if asyncio.current_task().cancelling() == 0:
                 await control.close()
+
+    def transport(self, client):
+        return self.network.transport(site(client))
+
+    def control(self, client, endpoint):
+        return PeerControl(endpoint, {}, self.deadline)
+
+    def enter(self, client, endpoint, t):
+        endpoint.enter(t)
 
     async def exchange(self, client, t, protocol):
         graph = self.topology.at(t)

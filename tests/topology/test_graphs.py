@@ -1,3 +1,4 @@
+import networkx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,7 +7,7 @@ from pydantic import TypeAdapter
 
 from peerlora.config.sections import TopologyConfig
 from peerlora.errors import TopologyError
-from peerlora.topology.graphs import build_graph, components, edge_draw, is_connected
+from peerlora.topology.graphs import build_graph, components, edge_draw, is_connected, keep_degrees
 
 ADAPTER = TypeAdapter(TopologyConfig)
 FIXED = ["ring", "torus", "path", "star", "complete", "exponential", "random-regular", "erdos-renyi"]
@@ -154,3 +155,14 @@ def test_weights_that_need_both_ways_are_refused_where_links_go_one_way():
         graph(3, "edges", edges=[[0, 1]], directed=True, weights="metropolis")
     with pytest.raises(ValueError, match="push-sum"):
         graph(3, "directed-ring", weights="metropolis")
+
+
+@given(st.integers(1, 12), st.integers(0, 2**31), st.integers(1, 4))
+def test_the_links_that_are_kept_are_all_that_can_be(clients, seed, least):
+    """networkx' k-core: the largest part in which everybody has so many neighbours."""
+    adjacency = edge_draw(0.4, clients, seed, 0)
+    kept = keep_degrees(adjacency, least)
+    degrees = kept.sum(axis=1)
+    assert ((degrees == 0) | (degrees >= least)).all() and not (kept & ~adjacency).any()
+    core = networkx.k_core(networkx.from_numpy_array(adjacency), least)
+    assert {tuple(sorted(edge)) for edge in core.edges} == set(map(tuple, np.argwhere(np.triu(kept)).tolist()))

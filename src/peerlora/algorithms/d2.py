@@ -51,6 +51,7 @@ class D2(Stateful):
         refuses={
             "codec": "it adds up what every mixing moved, and what a codec leaves out can make that grow without bound",
             "robust": "it undoes what the last mixing did, which has to be linear",
+            "secure": "it undoes what the last mixing did, over all links, and secure sums may be given up",
         },
         requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True, static=True),
         topology_reason="it undoes what the last mixing did; k-gt is exact on graphs that change too",

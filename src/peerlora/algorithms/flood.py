@@ -87,6 +87,7 @@ class FLood(Stateful):
             "codec": f"its weights follow the clients' confidence, which crosses along, and {REPLICAS}",
             "robust": _SELF_REPORTED,
             "attack": _SELF_REPORTED,
+            "secure": "its weights follow the clients' confidence, which senders do not know of each other",
             "label-flip": _SELF_REPORTED,
         },
         topology_reason="of its mixings push-sum alone, with beta above 0, can do with one-way links",

@@ -59,6 +59,7 @@ class KGT(Stateful):
         refuses={
             "codec": f"x and z cross together, and {REPLICAS}",
             "robust": "its corrections sum to zero only where mixing keeps the mean, which robust rules give up",
+            "secure": "its corrections sum to zero only where mixing keeps the mean, and a sum given up does not",
         },
         sends_gradients=True,
         topology_reason="its corrections must sum to zero; use dfedavg where they cannot",

@@ -17,8 +17,8 @@ Operator = Literal["none", "product-sum", "sum-product", "both"]
 product-sum (PS) averages the factors and multiplies the averages.  sum-product (SP) averages the products and, where it
 sends factors on, factors the average again.  Both: one factor is common to all clients, so the two are the same.
 """
-Wrapper = Literal["codec", "robust", "attack", "label-flip", "relay"]
-"""What may stand between a method and its exchange; attack: any that changes what is sent."""
+Wrapper = Literal["codec", "robust", "attack", "label-flip", "relay", "secure"]
+"""What may stand between a method and its exchange; attack: any that changes what is sent; secure: secure sums."""
 Sends = Literal["adapters", "models", "cached", "merges", "sums", "replicas", "layers", "pushes", "nothing", "other"]
 """What a method's messages hold, which decides the wrappers that fit unless the method says otherwise.
 
@@ -41,11 +41,12 @@ SGD = {"optimizer": "sgd", "lr": 0.1}
 _OWN_RULE: dict[Wrapper, str] = {
     "codec": "it needs what each neighbour sent, and with a codec receivers know averages only",
     "robust": "it combines what arrives by a rule of its own",
+    "secure": "it needs what each neighbour sent, and with secure sums receivers know their weighted sum only",
 }
 
 
 def _all(reason: str) -> dict[Wrapper, str]:
-    return {"codec": reason, "robust": reason, "attack": reason, "relay": reason}
+    return {"codec": reason, "robust": reason, "attack": reason, "relay": reason, "secure": reason}
 
 
 REASONS: dict[Sends, dict[Wrapper, str]] = {
@@ -55,6 +56,7 @@ REASONS: dict[Sends, dict[Wrapper, str]] = {
         "codec": "its clients pass on whole adapters of others, and with a codec receivers know replicas only",
         "robust": "it averages what came over several links too, and a robust rule sees this round's neighbours only",
         "relay": "it keeps that cache itself, and its clients' models are the averages of it",
+        "secure": "its clients keep and pass on each other's adapters, which secure sums hide",
     },
     "merges": {
         **_OWN_RULE,
@@ -66,12 +68,14 @@ REASONS: dict[Sends, dict[Wrapper, str]] = {
         "robust": "what it mixes are shares of a sum, and a rule that leaves any out loses their mass",
         "attack": "it sends shares of a sum, and an attack on models would leave their mass alone",
         "relay": "it sends shares of a sum, which are no models without their mass",
+        "secure": "a sum that is given up, since a neighbour went away meanwhile, would lose the mass of all others",
     },
     "replicas": {
         "codec": "it has a codec of its own",
         "robust": "its receivers know averages of their neighbours only, and a robust rule has to see each of them",
         "attack": "its messages are compressed differences, no models; dec-lora with exchange.codec can be attacked",
         "relay": "its messages are compressed differences, no models",
+        "secure": "its receivers build on what each neighbour sent before, which secure sums hide",
     },
     "layers": _all("it sends some layers, and which ones they are"),
     "pushes": _all("its clients keep no common rounds"),
@@ -179,6 +183,7 @@ class Traits:
             "exchange.codec": self.refusal("codec"),
             "exchange.robust": self.refusal("robust"),
             "exchange.relay": self.refusal("relay"),
+            "exchange.secure": self.refusal("secure"),
             "adversary": flip or attack and f"all but label-flip: {attack}",
             "train.local_steps > 1": self.one_step,
             "train.quiet": self.quiet_refusal(),

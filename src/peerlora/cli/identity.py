@@ -57,17 +57,20 @@ def request(
     json: AsJson = False,
 ) -> None:
     """Write a certificate request for the authority."""
-    from peerlora.network.identity.identity import fingerprint_of, read_key, read_site
+    from peerlora.network.identity.agreement import agreement_public
+    from peerlora.network.identity.identity import fingerprint_of, private_pem, read_key, read_site
     from peerlora.network.identity.identity import request as make
     from peerlora.network.identity.key_files import write_new
 
-    site, fingerprint = read_site(folder), fingerprint_of(read_key(folder / "key.pem").public_key())
+    site, key = read_site(folder), read_key(folder / "key.pem")
+    fingerprint, agreement = fingerprint_of(key.public_key()), agreement_public(private_pem(key))
     write_new(to, make(folder))
     if json:
-        print_json({"site": site, "fingerprint": fingerprint, "to": str(to)})
+        print_json({"site": site, "fingerprint": fingerprint, "agreement": agreement, "to": str(to)})
         return
     print(f"wrote {to} for {site}; send it to the authority, and tell them by another way, such as a call:")
     print(f"fingerprint {fingerprint}")
+    print(f"agreement   {agreement}  (for runs with exchange.secure)")
 
 
 @app.command()
@@ -97,13 +100,16 @@ def show(folder: Folder, json: AsJson = False) -> None:
     """Check an identity and say whose it is and how long it is valid."""
     from datetime import UTC, datetime
 
+    from peerlora.network.identity.agreement import agreement_public
     from peerlora.network.identity.identity import load_identity
 
     identity = load_identity(folder)
+    agreement = agreement_public(identity.key)
     left = (identity.expires - datetime.now(UTC)).days
     if json:
-        facts = {"site": identity.site, "fingerprint": identity.fingerprint, "days_left": left}
+        facts = {"site": identity.site, "fingerprint": identity.fingerprint, "agreement": agreement, "days_left": left}
         print_json(facts | {"expires": identity.expires.isoformat()})
         return
     print(f"{identity.site}: fingerprint {identity.fingerprint}")
+    print(f"agreement {agreement} (for runs with exchange.secure)")
     print(f"certificate valid until {identity.expires:%Y-%m-%d %H:%M} UTC, {left} days from now")

@@ -18,6 +18,7 @@ app = typer.Typer(help="The signed list of who takes part.", no_args_is_help=Tru
 File = Annotated[Path, typer.Argument(help="the member list")]
 Site = Annotated[str, typer.Option("--site", help="the site's name")]
 One = Annotated[str, typer.Argument(metavar="SITE", help="a site on the list")]
+Agreement = typer.Option("--agreement", help="the site's key for secure sums (exchange.secure)")
 Other = Annotated[str, typer.Argument(metavar="SITE", help="another one")]
 
 
@@ -52,6 +53,7 @@ def add(
     neighbour: Annotated[
         list[str] | None, typer.Option("--neighbour", help="allow this edge, and others no more")
     ] = None,
+    agreement: Annotated[str | None, Agreement] = None,
     json: AsJson = False,
 ) -> None:
     """Add a site; the list must be signed again afterwards."""
@@ -68,7 +70,20 @@ def add(
             raise IdentityError(f"{certificate} is for site {named}, --site {site} given; use the right certificate")
         fingerprint = certificate_fingerprint(pem)
     key = fingerprint or ""
-    _edit(file, lambda members: add_member(members, site, key, address, tuple(neighbour or ())), json)
+    _edit(file, lambda members: add_member(members, site, key, address, tuple(neighbour or ()), agreement), json)
+
+
+@app.command()
+def agree(
+    file: File,
+    site: Site,
+    agreement: Annotated[str, Agreement],
+    json: AsJson = False,
+) -> None:
+    """Name the agreement key of a site on the list; the list must be signed again afterwards."""
+    from peerlora.network.identity.members import set_agreement
+
+    _edit(file, lambda members: set_agreement(members, site, agreement), json)
 
 
 @app.command()
@@ -148,6 +163,8 @@ def show(file: File, json: AsJson = False) -> None:
         print("signed; not checked here" if signed.signature else "a draft: not signed")
         for member in signed.list.members:
             print(f"{member.client:4}  {member.site:24} {member.address or 'dials only':32} {member.fingerprint}")
+            if member.agreement:
+                print(f"{'':30} {'agreement key':32} {member.agreement}")
         if signed.list.edges is not None:
             print("edges: " + (", ".join(f"{one}-{other}" for one, other in signed.list.edges) or "none"))
     _print(signed.list, file, json)

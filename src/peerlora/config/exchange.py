@@ -163,6 +163,8 @@ class ExchangeConfig(Section):
     """Against attackers: trimmed-mean, median, clipped-gossip, balance, rfa or krum; null: the average."""
     relay: RelayConfig | None = None
     """Clients pass on each other's newest adapters and deploy their average; {}: the defaults; null: they do not."""
+    secure: bool = False
+    """Secure sums: a receiver learns the weighted sum of its neighbours' adapters and none of them; docs/privacy.md."""
 
     @field_validator("codec", "robust", mode="before")
     @classmethod

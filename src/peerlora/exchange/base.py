@@ -136,6 +136,9 @@ class MeteredExchange(Exchange, Protocol):
     relayed: RelayCaches | None
     """What the clients held here know of all others' adapters; None where nothing is relayed."""
 
+    secure: bool
+    """Whether receivers get the weighted sum of their neighbours' vectors only."""
+
     def relayed_models(self, x: Adapters) -> RelayedModels | None:
         """Return what the clients held here, whose models are ``x``, deploy; None without ``exchange.relay``."""
         ...

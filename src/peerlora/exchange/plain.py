@@ -14,6 +14,7 @@ from peerlora.config.exchange import RelayConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import compressed
+from peerlora.exchange.fixed_point import summed_schema
 from peerlora.exchange.relay import RelayCaches
 from peerlora.exchange.relayed_average import RelayedModels, relayed_models
 from peerlora.exchange.schema import Schema
@@ -31,10 +32,12 @@ class PlainExchange:
     stats: ExchangeStats
     relayed: RelayCaches | None = None
     """What the clients held here know of all others' adapters; None where nothing is relayed."""
+    secure: bool = False
+    """Whether receivers get the weighted sum of their neighbours' vectors only, in whole numbers (``fixed_point``)."""
 
     def wire_schema(self, vectors: Schema) -> Schema:
-        """Return the vectors unchanged."""
-        return vectors
+        """Return the vectors unchanged, or with secure sums the one in their place."""
+        return summed_schema(vectors) if self.secure else vectors
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the relayed adapters: no round depends on an earlier one in anything else."""
@@ -61,6 +64,11 @@ class PlainExchange:
         self.stats.seconds += time.perf_counter() - began
         return averaged
 
+    def _require_open(self, needed: bool = True) -> None:
+        """Raise CompositionError with secure sums, for a method that needs more than them."""
+        if self.secure and needed:
+            raise open_messages_refused()
+
     def _send(self, x: Adapters) -> None:
         """Send adapters to the neighbours, and mix nothing; their cost joins the stats."""
         raise NotImplementedError
@@ -84,6 +92,14 @@ class PlainExchange:
     def shared_random(self, purpose: str) -> torch.Generator:
         """Derive the generator from the run's seed, which is the topology's, and the round."""
         return torch_generator(self.topology.seed, f"shared {purpose}", round=self.t)
+
+
+def open_messages_refused() -> CompositionError:
+    """The error of a method that needs each neighbour's message, where there are sums only."""
+    return CompositionError(
+        "exchange.secure gives a client the mean over its neighbours alone, and this method needs more of them than "
+        "that; leave exchange.secure out, or use dec-lora"
+    )
 
 
 _MANY, _FEW = 256, 0.1  # clients, and share of W that is not zero, from which the sparse product is faster

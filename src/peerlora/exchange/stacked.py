@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import CombineRule, apply_rule
+from peerlora.exchange.fixed_point import weighted_sums
 from peerlora.exchange.payload import message
 from peerlora.exchange.plain import PlainExchange, is_sparse, operator
 from peerlora.exchange.relay import relay_round
@@ -46,6 +47,7 @@ class StackedExchange(PlainExchange):
     def mix(self, x: Payload, target: str | None = None) -> Payload:
         """``x_i <- sum_j W_ij x_j`` for every leaf of ``x``; W for the leaf ``target`` where one is named."""
         began = time.perf_counter()
+        self._require_open(target is not None)
         if target is not None:
             c = self._gathered(leaves(x)[f".{target}"]).double().cpu().numpy()
             self.graph = replace(self.graph, W=self.topology.aimed(self.graph.adjacency, c))
@@ -56,6 +58,7 @@ class StackedExchange(PlainExchange):
 
     def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
         """``s + sum_j W_ij q_j``: as long as W stays the same, that is the sum over the replicas."""
+        self._require_open()
         began = time.perf_counter()
         self._count(sent.message)
         self.stats.sent = x
@@ -65,6 +68,7 @@ class StackedExchange(PlainExchange):
 
     def combine(self, x: Adapters, rule: CombineRule, merged: bool = False) -> Adapters:
         """``x_i <- rule(what reached i)``; those whom nobody reached keep what they have."""
+        self._require_open()
         began = time.perf_counter()
         self._count(x, *([x.merged] if merged else []))
         self.stats.sent = x
@@ -78,6 +82,7 @@ class StackedExchange(PlainExchange):
 
     def _send(self, x: Adapters) -> None:
         """Count the messages: all clients' adapters are here."""
+        self._require_open()
         began = time.perf_counter()
         self._count(x)
         self.stats.sent = x
@@ -108,7 +113,9 @@ class StackedExchange(PlainExchange):
         The rows of a sparse product do not depend on each other; a dense one is that of all rows.
         """
         everybody, W = self._reached(x.reshape(len(x), -1)), self.graph.W
-        if is_sparse(W) or len(self.clients) == len(W):
+        if self.secure:
+            mixed = weighted_sums(everybody, W, self.clients)
+        elif is_sparse(W) or len(self.clients) == len(W):
             mixed = operator(W, everybody, self.clients) @ everybody
         else:
             mixed = (operator(W, everybody) @ everybody)[self.clients]
@@ -130,6 +137,6 @@ class StackedExchange(PlainExchange):
     def _count(self, *payload: object) -> None:
         """Add what this mixing sends: every linked client's encoded message to each of its receivers."""
         degrees = self.graph.out_degrees[self.clients]
-        sizes = [encoded_bytes(message(payload, row)) for row in range(len(self.clients))]
+        sizes = [encoded_bytes(self.wire_schema(message(payload, row))) for row in range(len(self.clients))]
         self.stats.bytes_per_edge += max(sizes)
         self.stats.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))

@@ -44,6 +44,9 @@ REASONS = {
     "out-of-range": "the body holds a value that is far from this site's own ones, or no possible count or mass",
     "bad-signature": "the signature of a relayed adapter is missing, or not its origin's over this adapter in this run",
     "unknown-origin": "a relayed adapter is by nobody whom the run and the current member list name",
+    "few-senders": "a sum over fewer than two senders was asked for, which would show one of them",
+    "second-set": "the sender has answered another sender set for the same sum, and answers one only",
+    "other-set": "the message is masked for another sender set than the receiver asked for",
     "stale-version": "a relayed adapter is not newer than the one held here, or older than exchange.relay.max_age",
     "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
     "internal": "the receiver failed on this message; see its log",
@@ -125,6 +128,20 @@ class Signatures(Protocol):
         ...
 
 
+class KeyAgreement(Protocol):
+    """Keys that two sites have in common and no third one can compute."""
+
+    session_key: bytes
+    """Public key of this process, which the other site needs."""
+
+    def pair_key(self, site: PeerId, session_key: bytes, context: bytes) -> bytes:
+        """Return the key of this process and the one of ``site`` that has ``session_key``, for one purpose.
+
+        Raises Refused where there can be none: ``not-a-member`` or ``bad-body``.
+        """
+        ...
+
+
 @runtime_checkable
 class Receiver(Protocol):
     """Takes the messages of a transport, on the transport's event loop."""
@@ -149,6 +166,8 @@ class Transport(Protocol):
     me: PeerId
     signatures: Signatures | None
     """None where the transport authenticates nobody: then nothing is signed."""
+    agreement: KeyAgreement | None
+    """None where sites have no keys for it: then nothing can be summed secretly."""
 
     async def start(self, receiver: Receiver) -> None:
         """Open the port (where it has one) and dial the neighbours that can be dialled."""

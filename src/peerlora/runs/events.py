@@ -55,6 +55,8 @@ class RunStarted:
     privacy: dict[str, Any] | None = None
     """What is promised to rows or clients: unit, clip, accountant, generator, guarantee, and planned with [client]
     epsilon, delta, releases, noise, rate and rows; None: nothing is."""
+    secure_sums: bool = False
+    """Whether clients learn the weighted sums of their neighbours' adapters only."""
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
     virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  Where clients
     relay, scores also have relayed_mean, relayed_worst and relayed_cut, and deployed says which models become PEFT
     folders, own or relayed.  Further metrics, scores on clients' own rows and best evaluations: see ``further_scores``;
-    privacy: see ``privacy_summary``.
+    privacy: see ``privacy_summary``; with secure sums also secure_sums {given_up}.
     The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)
@@ -199,6 +199,7 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         **({"metrics": further} if further else {}),
         **({"best": best} if best else {}),
         **({"privacy": privacy} if privacy else {}),
+        **({"secure_sums": {"given_up": sums_given_up(done)}} if start and start.secure_sums else {}),
         "consensus": {
             "A": last and _known(last.consensus_A),
             "B": last and _known(last.consensus_B),
@@ -211,6 +212,11 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "last_contact": last_contact(events, clients),
         **({"contact": contact(events)} if start and start.held else {}),
     }
+
+
+def sums_given_up(done: Sequence[RoundDone]) -> int:
+    """Count the secure sums that did not come together in these rounds."""
+    return sum(round(each.measures.get("sums_given_up", 0)) for each in done)
 
 
 def scores_of(summary: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -95,6 +95,8 @@ def _headline(start: RunStarted, events: Sequence[Event]) -> str:
         ("cross-term", distance["cross_term"]),
         ("sent by all clients together", format_bytes(facts["bytes_sent"])),
     ]
+    if "secure_sums" in facts:
+        rows.append(("secure sums given up", facts["secure_sums"]["given_up"]))
     if facts["virtual_seconds"] is not None:
         rows.append(("virtual seconds", facts["virtual_seconds"]))
     rows += [(f"seconds: {phase}", value) for phase, value in seconds.items()]

@@ -36,6 +36,7 @@ def build_exchange(
     Raises CompositionError for attackers that would have to know clients of other processes.
     """
     peers: Any = plain
+    plain.secure = config.exchange.secure
     codec, robust = config.exchange.codec, config.exchange.robust
     if cache:
         plain.relayed = RelayCaches(cache, start.spec, rows or {}, config.clients)

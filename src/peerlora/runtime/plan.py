@@ -12,9 +12,11 @@ from peerlora.config.run import RunConfig
 from peerlora.config.sections import ClockConfig
 from peerlora.errors import CompositionError
 from peerlora.exchange.attacks import attackers
+from peerlora.exchange.fixed_point import LEAST_SENDERS
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.runtime.checks import check_composition, check_memory, check_own
 from peerlora.runtime.exchange_stack import attack_notes, attack_warnings
+from peerlora.runtime.secure_checks import check_secure, secure_notes
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology, build_topology
 
@@ -50,11 +52,14 @@ def plan(
     topology = build_topology(config.topology, config.clients, config.seed)
     check(algorithm, topology)
     clock = build_clock(config, algorithm)
-    topology = replace(topology, interrupted=clock is not None and clock.interrupts and not is_asynchronous(algorithm))
+    interrupted = clock is not None and clock.interrupts and not is_asynchronous(algorithm)
+    least = LEAST_SENDERS if config.exchange.secure else 0
+    topology = replace(topology, interrupted=interrupted, least_degree=least)
     attacking = attackers(config.adversary, config.clients, config.seed)
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
+    check_secure(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
-    notes = (*notes, *_prior_notes(config, topology), *attack_notes(config, attacking))
+    notes = (*notes, *_prior_notes(config, topology), *secure_notes(config), *attack_notes(config, attacking))
     return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
 
 

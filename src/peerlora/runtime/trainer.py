@@ -288,6 +288,7 @@ class Trainer:
             deploys=config.exchange.relay.deploy if config.exchange.relay else "own",
             select=self.best.selection.describe() if self.best else None,
             privacy=describe_promises(self.privacy) if self.privacy else None,
+            secure_sums=config.exchange.secure,
         )
         return self.participation.describe(started)
 

@@ -45,6 +45,19 @@ def plugin_graph(config: Any, made: Any, clients: int) -> Adjacency:
     return _connected(config, made)
 
 
+def keep_degrees(adjacency: Adjacency, least: int) -> Adjacency:
+    """The links that are left where every client has ``least`` neighbours or none: the graph's ``least``-core.
+
+    Links must go both ways.
+    """
+    while True:
+        few = adjacency.sum(axis=1) < least
+        kept = adjacency & ~np.logical_or.outer(few, few)
+        if kept.sum() == adjacency.sum():
+            return kept
+        adjacency = kept
+
+
 def _connected(config: Any, adjacency: Adjacency) -> Adjacency:
     """The graph itself; raises TopologyError where it is disconnected without ``allow_disconnected``."""
     clients = len(adjacency)

@@ -21,6 +21,7 @@ from peerlora.topology.graphs import (
     check_out_degree,
     edge_draw,
     is_symmetric,
+    keep_degrees,
     out_draw,
     pair_draw,
     plugin_graph,
@@ -92,6 +93,8 @@ class Topology:
     """Where the topology comes with its own W."""
     interrupted: bool = False
     """Whether rounds may have to do without clients that the topology itself does not drop: see ``at``."""
+    least_degree: int = 0
+    """Neighbours without which a client has no links in a round, whose weight goes to the diagonals of both ends."""
 
     @cached_property
     def properties(self) -> Properties:
@@ -201,7 +204,7 @@ class Topology:
 
     @cached_property
     def _static(self) -> RoundGraph:
-        return RoundGraph(*self._planned(self.seed, 0))
+        return self._with_degrees(RoundGraph(*self._planned(self.seed, 0)))
 
     @cached_property
     def _full_weights(self) -> Matrix:
@@ -220,11 +223,20 @@ class Topology:
         apart = np.logical_or.outer(gone, gone)
         if self.config.weights == "pairwise":
             up = self._up(seed, t) & ~apart
-            return RoundGraph(up, self._lazy(pairwise_weights(up, numpy_generator(seed, "pairwise", round=t))))
+            W = self._lazy(pairwise_weights(up, numpy_generator(seed, "pairwise", round=t)))
+            return self._with_degrees(RoundGraph(up, W))
         full, W = self._planned(seed, t)
         missing = full & (self._missing(seed, t) | apart)
         sender_keeps = self.directed and self.config.weights != "row-average"
-        return RoundGraph(full & ~missing, remove_links(W, missing, sender_keeps or self.config.weights == "push-sum"))
+        W = remove_links(W, missing, sender_keeps or self.config.weights == "push-sum")
+        return self._with_degrees(RoundGraph(full & ~missing, W))
+
+    def _with_degrees(self, graph: RoundGraph) -> RoundGraph:
+        """The graph without the links of clients that have fewer than ``least_degree``."""
+        if not self.least_degree:
+            return graph
+        kept = keep_degrees(graph.adjacency, self.least_degree)
+        return RoundGraph(kept, remove_links(graph.W, graph.adjacency & ~kept))
 
     def _planned(self, seed: int, t: int) -> tuple[Adjacency, Matrix]:
         """The links of a round and W before anything drops."""

@@ -12,12 +12,14 @@ from peerlora.network.base import Refused
 from peerlora.network.identity.members import (
     SignedList,
     add_member,
+    canonical,
     check_address,
     link_members,
     load_members,
     new_list,
     read_list,
     remove_member,
+    set_agreement,
     sign_list,
     unlink_members,
     verify_list,
@@ -267,3 +269,48 @@ def test_a_newline_at_the_end_and_a_date_without_zone_are_refused(tmp_path, wher
     (tmp_path / "m.json").write_text(json.dumps(tree))
     with pytest.raises(IdentityError, match="is not a member list"):
         read_list(tmp_path / "m.json")
+
+
+def test_a_list_without_agreement_keys_is_signed_as_it_always_was():
+    """Its bytes are those of versions that know of no such keys, which therefore read it."""
+    listed = sign_list(members("a"), KEY, MONTH, NOW).list
+    assert canonical(listed) == (
+        b'peerlora member list 1\n{"edges":null,"expires":"2026-05-31T12:00:00Z","format":1,"former":{},'
+        b'"issued":"2026-05-01T12:00:00Z","members":[{"address":"a.example:7443","client":0,"fingerprint":"'
+        + key("a").encode()
+        + b'","site":"a"}],"name":"test","version":1}'
+    )
+
+
+def test_agreement_keys_are_signed_and_make_the_list_format_2(tmp_path):
+    listed = set_agreement(members("a", "b"), "b", key("x"))
+    assert (listed.format, [member.agreement or None for member in listed.members]) == (2, [None, key("x")])
+    signed = sign_list(listed, KEY, MONTH, NOW)
+    write_list(tmp_path / "m.json", signed)
+    assert load_members(tmp_path / "m.json", SIGNER, NOW) == signed.list
+    tree = json.loads((tmp_path / "m.json").read_text())
+    tree["list"]["members"][1]["agreement"] = key("y")
+    (tmp_path / "m.json").write_text(json.dumps(tree))
+    with pytest.raises(IdentityError, match="was changed since"):
+        load_members(tmp_path / "m.json", SIGNER, NOW)
+    roster = Roster("a", key("a"), signed.list, clock=lambda: NOW)
+    assert (roster.agreement("a"), roster.agreement("b"), roster.agreement("c")) == (None, key("x"), None)
+
+
+def test_a_list_is_of_the_format_that_its_keys_ask_for():
+    with_keys = add_member(members("a"), "b", key("b"), agreement=key("x"))
+    assert with_keys.format == 2 and remove_member(with_keys, "b").format == 1
+    for wrong in (msgspec.structs.replace(with_keys, format=1), msgspec.structs.replace(members("a"), format=2)):
+        with pytest.raises(IdentityError, match="format . given"):
+            sign_list(wrong, KEY, MONTH, NOW)
+
+
+@pytest.mark.parametrize("bad", ["", "xyz", "a" * 63, "A" * 64])
+def test_agreement_keys_that_are_none_are_refused(bad):
+    with pytest.raises(IdentityError, match="member list"):
+        set_agreement(members("a"), "a", bad)
+
+
+def test_two_sites_cannot_have_one_agreement_key():
+    with pytest.raises(IdentityError, match="agreement key .* occurs 2 times"):
+        set_agreement(set_agreement(members("a", "b"), "a", key("x")), "b", key("x"))

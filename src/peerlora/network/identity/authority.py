@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from peerlora.errors import IdentityError
+from peerlora.network.identity.agreement import agreement_public
 from peerlora.network.identity.identity import (
     common_name,
     fingerprint_of,
@@ -146,7 +147,8 @@ def throwaway(
     for site, address in addresses.items():
         fingerprint = new_identity(folder / site, site)
         enrol(authority, folder / site, days)
-        members = add_member(members, site, fingerprint, address)
+        agreement = agreement_public(private_pem(read_key(folder / site / "key.pem")))
+        members = add_member(members, site, fingerprint, address, agreement=agreement)
     if edges is not None:
         members = msgspec.structs.replace(members, edges=list(edges))
     signed = sign_list(members, list_signer(authority), timedelta(days=days))

@@ -3,6 +3,9 @@
 One JSON file: ``{"list": {...}, "signature": "..."}``.  The signature (Ed25519) covers the list's values in one
 canonical form, so the file may be formatted for reading.  An edited list has no signature until it is signed again, as
 the next version.  A site keeps its client number for ever: in all versions, and when it returns.
+
+Format 2 names the members' keys for key agreement, of some or of all; a list without any is of format 1, as it was
+before these were known.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Annotated, Literal
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from peerlora.errors import IdentityError, nearest
 from peerlora.network.identity.identity import SITE, check_site
@@ -43,6 +46,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SHA-256 of its public key."""
     address: Annotated[str, Meta(max_length=300)] | None = None
     """host:port that others dial; None for a site that only dials."""
+    agreement: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | UnsetType = UNSET
+    """Public key for key agreement (X25519), which secure sums need; unset: none."""
 
 
 class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,7 +63,8 @@ class MemberList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Client numbers of removed sites."""
     edges: list[tuple[Site, Site]] | None = None
     """Pairs of sites that may talk; None: all pairs."""
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
+    """2 where a member has a key for key agreement."""
 
     def member(self, site: str) -> Member:
         """Member of this name; raises IdentityError that names the nearest."""
@@ -93,9 +99,16 @@ def new_list(name: str) -> MemberList:
 
 
 def add_member(
-    members: MemberList, site: str, fingerprint: str, address: str | None = None, neighbours: tuple[str, ...] = ()
+    members: MemberList,
+    site: str,
+    fingerprint: str,
+    address: str | None = None,
+    neighbours: tuple[str, ...] = (),
+    agreement: str | None = None,
 ) -> MemberList:
     """Add a site; with ``neighbours``, edges to them, and from then on only named edges exist.
+
+    ``agreement``: its public key for key agreement, hexadecimal.
 
     A site that returns gets its old client number.  Raises IdentityError.
     """
@@ -110,8 +123,26 @@ def add_member(
     if neighbours:
         edges = [*(edges or []), *((members.member(other).site, site) for other in neighbours)]
     former = {name: number for name, number in members.former.items() if name != site}
-    grown = sorted([*members.members, Member(site, client, fingerprint, address)], key=lambda member: member.client)
-    return _checked(msgspec.structs.replace(members, members=grown, former=former, edges=edges))
+    member = Member(site, client, fingerprint, address, agreement or UNSET)
+    grown = sorted([*members.members, member], key=lambda member: member.client)
+    return _checked(_in_format(msgspec.structs.replace(members, members=grown, former=former, edges=edges)))
+
+
+def set_agreement(members: MemberList, site: str, agreement: str) -> MemberList:
+    """Name a member's public key for key agreement, hexadecimal; raises IdentityError."""
+    changed = msgspec.structs.replace(members.member(site), agreement=agreement)
+    others = [member for member in members.members if member.site != site]
+    grown = sorted([*others, changed], key=lambda member: member.client)
+    return _checked(_in_format(msgspec.structs.replace(members, members=grown)))
+
+
+def _in_format(members: MemberList) -> MemberList:
+    """The list in the format that its members' keys ask for."""
+    return msgspec.structs.replace(members, format=_format_of(members))
+
+
+def _format_of(members: MemberList) -> Literal[1, 2]:
+    return 2 if any(member.agreement is not UNSET for member in members.members) else 1
 
 
 def remove_member(members: MemberList, site: str) -> MemberList:
@@ -119,7 +150,8 @@ def remove_member(members: MemberList, site: str) -> MemberList:
     gone = members.member(site)
     edges = None if members.edges is None else [edge for edge in members.edges if site not in edge]
     kept = [member for member in members.members if member.site != site]
-    return msgspec.structs.replace(members, members=kept, former=members.former | {site: gone.client}, edges=edges)
+    former = members.former | {site: gone.client}
+    return _in_format(msgspec.structs.replace(members, members=kept, former=former, edges=edges))
 
 
 def link_members(members: MemberList, one: str, other: str) -> MemberList:
@@ -214,7 +246,13 @@ def _checked(members: MemberList) -> MemberList:
     sites = [member.site for member in members.members] + list(members.former)
     numbers = [member.client for member in members.members] + list(members.former.values())
     keys = [member.fingerprint for member in members.members]
-    for what, values in (("site", sites), ("client number", numbers), ("fingerprint", keys)):
+    agreements = [member.agreement for member in members.members if member.agreement is not UNSET]
+    unique = (("site", sites), ("client number", numbers), ("fingerprint", keys), ("agreement key", agreements))
+    if members.format != _format_of(members):
+        raise IdentityError(
+            f"member list: format {members.format} given; one with agreement keys is of format 2, one without of 1"
+        )
+    for what, values in unique:
         value, times = Counter(values).most_common(1)[0] if values else ("", 0)
         if times > 1:
             raise IdentityError(f"member list: {what} {value} occurs {times} times; each belongs to one site")

@@ -67,6 +67,10 @@ class Roster:
         if not self._linked(site):
             raise Refused("not-a-neighbour", site)
 
+    def agreement(self, site: PeerId) -> str | None:
+        """Public key of a member for key agreement, hexadecimal; None where the current list names none."""
+        return next((each.agreement or None for each in self.members.members if each.site == site), None)
+
     def others(self) -> list[PeerId]:
         """All members that may talk to this one, of those given to ``keep_to``."""
         return [member.site for member in self.members.members if self._linked(member.site)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from peerlora.network.base import DeadlineMissed, PeerDown, PeerId, Receiver, Refused, refused_for
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.round_protocol import Bounds
+from peerlora.network.protocol.sender_sets import SenderSets
 from peerlora.network.protocol.wire import Fact, Header, Kind, encode_body, encode_header, with_checksum
 
 _PROBE = 0.5  # seconds between two probes of a neighbour that is absent
@@ -44,7 +45,7 @@ class PeerControl:
 
     ``settings``: by section of the config the hash of what all peers must have in common.  ``deadline``: seconds that
     a probe or a state may take to a neighbour.  ``shared_state`` gives the state that a neighbour may request, None
-    for none.  ``bounds``: bytes that a requested ``state`` may have.
+    for none.  ``bounds``: bytes that a requested ``state`` may have.  ``sender_sets``: those of secure sums, if any.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class PeerControl:
         deadline: float,
         shared_state: Callable[[], Mapping[str, Tensor] | None] = lambda: None,
         bounds: Bounds = lambda kind: 0,
+        sender_sets: SenderSets | None = None,
     ):
         self.endpoint, self.settings, self.deadline = endpoint, settings, deadline
-        self.shared_state, self.bounds = shared_state, bounds
+        self.shared_state, self.bounds, self.sender_sets = shared_state, bounds, sender_sets
         self._answered: dict[PeerId, asyncio.Event] = {peer: asyncio.Event() for peer in endpoint.peers.neighbours}
         self._requested: dict[PeerId, asyncio.Future[StateReply]] = {}
         self._tasks: dict[tuple[str, PeerId], asyncio.Task[None]] = {}
@@ -68,7 +70,8 @@ class PeerControl:
     async def start(self, receiver: Receiver) -> None:
         """Open the transport for ``receiver`` and watch the neighbours."""
         await self.endpoint.transport.start(receiver)
-        for forever in (self._watch, self._probe_absent):
+        of_sums = [self.sender_sets.keep_sending] if self.sender_sets else []
+        for forever in (self._watch, self._probe_absent, *of_sums):
             self._background.add(asyncio.create_task(forever()))
 
     async def close(self) -> None:
@@ -131,21 +134,27 @@ class PeerControl:
             return self.bounds("state")
         if header.kind in ("hello", "ask"):
             return 0
+        if header.kind == "senders" and self.sender_sets:
+            return self.sender_sets.admit(peer, header)
         raise Refused("unexpected", header.kind)
 
     async def take(self, peer: PeerId, header: Header, body: bytearray) -> None:
-        """See Handler; takes ``hello``, ``ask`` and ``state``."""
+        """See Handler; takes ``hello``, ``ask``, ``state`` and ``senders``."""
         if header.kind == "hello":
             self._take_hello(peer, header)
         elif header.kind == "ask":
             self._send_in_background("state", peer, self._send_state)
         elif header.kind == "state" and peer in self._requested and not self._requested[peer].done():
             self._requested[peer].set_result(StateReply(peer, header, body))
+        elif header.kind == "senders" and self.sender_sets:
+            self.sender_sets.take(peer, header, body)
         else:
             raise Refused("unexpected", header.kind)
 
     def _take_hello(self, peer: PeerId, header: Header) -> None:
         self._check_settings(header)
+        if self.sender_sets:
+            self.sender_sets.take_hello(peer, header)
         self.endpoint.peers.record_handshake(peer)
         clock = header.facts.get("clock")
         if isinstance(clock, int):
@@ -179,7 +188,9 @@ class PeerControl:
 
     async def _send_hello(self, peer: PeerId, deadline: float, answer: int) -> None:
         facts = {f"{_SETTING}{name}": value for name, value in self.settings.items()}
-        await self._send("hello", peer, b"", deadline, answer=answer, clock=int(time.time() * 1000), **facts)
+        of_sums = self.sender_sets.hello_facts if self.sender_sets else {}
+        clock = int(time.time() * 1000)
+        await self._send("hello", peer, b"", deadline, answer=answer, clock=clock, **facts, **of_sums)
 
     async def _send_state(self, peer: PeerId) -> None:
         state = self.shared_state()

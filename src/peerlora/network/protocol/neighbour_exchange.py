@@ -99,6 +99,7 @@ class NeighbourExchange(PlainExchange):
 
     def mix_differences(self, x: Adapters, sent: Difference) -> Float[Tensor, "client scalar"]:
         """``sum_j W_ij xhat_j``, with the cached replicas of the neighbours; see ``ReplicaCache``."""
+        self._require_open()
         assert self.replicas is not None, "compressed gossip builds on the common start"
         began = time.perf_counter()
         received = self._exchange(outgoing(sent), partial(self.replicas.decode, sent))

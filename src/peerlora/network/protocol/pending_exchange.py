@@ -48,6 +48,8 @@ class PendingExchange:
     """Whether each direction of a link is used by itself."""
     deadline: float
     kind: Kind = "mix"
+    all_or_none: bool = False
+    """Whether the messages of the senders are of use together only, as those of a secure sum."""
     received: dict[PeerId, Any] = field(default_factory=dict)
     acknowledged: set[PeerId] = field(default_factory=set)
     failed: dict[PeerId, str] = field(default_factory=dict)
@@ -86,6 +88,12 @@ class PendingExchange:
             return True
         sent = peer in self.acknowledged or peer not in self.receivers
         return (peer in self.failed or sent and passed) and (self.complete(peer) or passed or not self.one_way)
+
+    def give_up(self) -> None:
+        """Drop what came, where the messages are of use together only and one is missing."""
+        if self.all_or_none and not all(self.complete(peer) for peer in self.senders):
+            self.failed |= dict.fromkeys(self.received, "sum given up")
+            self.received.clear()
 
     def outcome(self) -> tuple[dict[PeerId, Any], set[PeerId]]:
         """The received messages that are used, and the neighbours that use the own one."""

@@ -11,7 +11,7 @@ message says whether the latest exchanges used its link, and the end with anothe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -27,6 +27,9 @@ from peerlora.network.protocol.wire import EXCHANGED, Header, Kind, check_length
 
 Bounds = Callable[[Kind], int]
 """Bytes of body that a message of a kind may have now."""
+
+Provider = Callable[[PeerId], Awaitable[tuple[Header, OutgoingMessage] | None]]
+"""Makes the message for a receiver, with its header, when that one is ready for it; None where it wants none."""
 
 _GIVE_UP = 0.8  # of the deadline: then the missing message of a one-sided link is given up
 _GRACE = 0.1  # of the deadline: a link stays one-sided at least so long, since its two messages come one by one
@@ -135,30 +138,31 @@ class RoundProtocol:
     async def exchange(
         self,
         receivers: Collection[PeerId],
-        message: OutgoingMessage | bytes | Mapping[PeerId, OutgoingMessage],
+        message: OutgoingMessage | bytes | Mapping[PeerId, OutgoingMessage] | Provider,
         decode: Decoder,
         deadline: float,
         senders: Collection[PeerId] | None = None,
         kind: Kind = "mix",
+        all_or_none: bool = False,
     ) -> ExchangeResult:
         """Send to all neighbours and take their messages, until all have answered or ``deadline`` seconds are over.
 
-        ``message``: one for all receivers, or one for each.  With ``senders`` links go one way: their messages are
-        taken, the own ones go to ``receivers``.  Only a ``mix`` says who is there: what fails in another exchange
-        costs its message, and no later one.
+        ``message``: one for all receivers, or one for each, or what provides one when its receiver is ready for it.
+        With ``senders`` links go one way: their messages are taken, the own ones go to ``receivers``; with
+        ``all_or_none`` those messages are used together or not at all.  Only a ``mix`` says who is there: what fails in
+        another exchange costs its message, and no later one.
         """
-        messages = _addressed(message, receivers)
-        headers = await run_off_loop(max(map(_size, messages.values()), default=0), self._headers, kind, messages)
+        provide = message if callable(message) else await self._prepared(_addressed(message, receivers), kind)
         one_way, senders = senders is not None, receivers if senders is None else senders
         step, peers = self.endpoint.at, self.endpoint.peers
-        pending = PendingExchange(receivers, senders, decode, one_way, deadline, kind)
+        pending = PendingExchange(receivers, senders, decode, one_way, deadline, kind, all_or_none)
         if one_way:  # a cancelled send may still be delivered, and then be used by the receiver only
             pending.failed |= {peer: "absent" for peer in receivers if peer in peers.absent}
         pending.failed |= {peer: "wrong-config" for peer in pending.peers if peer in peers.mismatched}
         self._open = pending
         self.endpoint.changed.notify()
         remaining = [peer for peer in receivers if peer not in pending.failed]
-        sends = [asyncio.create_task(self._send(pending, peer, headers[peer], messages[peer])) for peer in remaining]
+        sends = [asyncio.create_task(self._send_provided(pending, peer, provide)) for peer in remaining]
         try:
             await self._wait(pending, step)
             return self._close(step, pending)
@@ -172,7 +176,16 @@ class RoundProtocol:
                 if isinstance(end, Exception):
                     raise end
 
-    def _headers(self, kind: Kind, messages: Mapping[PeerId, OutgoingMessage]) -> dict[PeerId, Header]:
+    async def _prepared(self, messages: Mapping[PeerId, OutgoingMessage], kind: Kind) -> Provider:
+        """Provide messages that exist already, with their headers."""
+        headers = await run_off_loop(max(map(_size, messages.values()), default=0), self.headers, kind, messages)
+
+        async def provide(peer: PeerId) -> tuple[Header, OutgoingMessage]:
+            return headers[peer], messages[peer]
+
+        return provide
+
+    def headers(self, kind: Kind, messages: Mapping[PeerId, OutgoingMessage]) -> dict[PeerId, Header]:
         """The header of every receiver's message; a body that several get is hashed once."""
         made: dict[int, Header] = {}
         for message in messages.values():
@@ -211,6 +224,18 @@ class RoundProtocol:
     def _passed(self, pending: PendingExchange, peer: PeerId, step: ExchangeStep) -> bool:
         """Whether a peer that sends one way is known to have closed this exchange."""
         return pending.one_way and self.endpoint.peers.last_step.get(peer, step) > step
+
+    async def _send_provided(self, pending: PendingExchange, peer: PeerId, provide: Provider) -> None:
+        """Send a message once it is there; a receiver for whom there is none has no part in the exchange."""
+        try:
+            provided = await provide(peer)
+        except Refused as refusal:
+            pending.failed[peer] = refusal.reason
+        else:
+            if provided is not None:
+                return await self._send(pending, peer, *provided)
+            pending.failed[peer] = "not asked"
+        self.endpoint.changed.notify()
 
     async def _send(self, pending: PendingExchange, peer: PeerId, common: Header, message: OutgoingMessage) -> None:
         """Send the message to one neighbour, again where that can help; the deadline ends this task."""
@@ -251,6 +276,7 @@ class RoundProtocol:
     def _close(self, step: ExchangeStep, pending: PendingExchange) -> ExchangeResult:
         """Decide which links are used, and remember it."""
         peers, missing = self.endpoint.peers, {}
+        pending.give_up()
         for peer in pending.peers:
             used = pending.used(peer)
             if not used:

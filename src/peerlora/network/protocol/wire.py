@@ -34,15 +34,18 @@ from peerlora.network.protocol.safetensors_reader import (
 
 __all__ = ["EXCHANGED", "VERSION", "Expected", "Header", "Kind", "Schema", "encode_body", "encode_header"]
 __all__ += ["encoded_bytes", "largest_body", "message_facts", "pack", "read_body", "read_claimed", "read_header"]
-__all__ += ["read_files", "with_checksum"]
+__all__ += ["KEY_BYTES", "WORD_LENGTH", "encode_table", "read_files", "read_table", "with_checksum"]
 
 VERSION = 1
-Kind = Literal["hello", "ask", "state", "mix", "relay", "push", "bye"]
+Kind = Literal["hello", "ask", "state", "mix", "relay", "push", "senders", "bye"]
 EXCHANGED: tuple[Kind, ...] = ("mix", "relay")
 """Kinds whose messages belong to a numbered exchange of a round."""
-Word = Annotated[str, Meta(min_length=1, max_length=128)]
+WORD_LENGTH = 128
+Word = Annotated[str, Meta(min_length=1, max_length=WORD_LENGTH)]
 Hash = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]*\Z")]
 Round = Annotated[int, Meta(ge=-20_000, le=2**53)]
+KEY_BYTES = 32
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 Fact = int | Annotated[str, Meta(max_length=1024)]
 
 
@@ -54,7 +57,8 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Id of the run: equal on all peers of one run, different for the next run."""
     kind: Kind
     """``mix``: vectors of one exchange; ``relay``: relayed adapters, in an exchange after it; ``ask`` for a state and
-    ``state``, the answer; ``push``: outside of rounds; ``hello``: handshake and probe; ``bye``: reserved."""
+    ``state``, the answer; ``push``: outside of rounds; ``senders``: whose secure sum the sender asks for; ``hello``:
+    handshake and probe; ``bye``: reserved."""
     round: Round = 0
     """Below 0 before the first round, while clients sum label counts."""
     step: Whole = 0
@@ -179,6 +183,24 @@ def read_claimed(
     if len(view) > largest_body(expected):
         raise Refused("oversize", f"body of {len(view)} bytes; at most {largest_body(expected)}")
     return read_vectors(view, expected)
+
+
+def read_table(header: Header, body: bytes | bytearray | memoryview, most: int) -> dict[str, bytes]:
+    """Decode a body that maps names to keys of 32 bytes, in one canonical form with rising names; raises Refused."""
+    view = memoryview(body).cast("B")
+    _complete(header, view)
+    try:
+        table = msgspec.msgpack.decode(view, type=dict[Word, Key])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Refused("bad-body", str(error)[:200]) from None
+    if len(table) > most or encode_table(table) != view:
+        raise Refused("bad-body", f"more than {most} names, or not in their one canonical form")
+    return table
+
+
+def encode_table(table: Mapping[str, bytes]) -> bytes:
+    """Encode a map of names to keys."""
+    return msgspec.msgpack.encode(dict(sorted(table.items())))
 
 
 def read_files(

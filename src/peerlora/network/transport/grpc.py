@@ -11,7 +11,8 @@ import asyncio
 from datetime import datetime
 
 from peerlora.errors import IdentityError
-from peerlora.network.base import PeerId, Receiver, Signatures
+from peerlora.network.base import KeyAgreement, PeerId, Receiver, Signatures
+from peerlora.network.identity.agreement import SiteAgreement, agreement_key
 from peerlora.network.identity.identity import Identity
 from peerlora.network.identity.members import MemberList, check_address
 from peerlora.network.identity.roster import Roster
@@ -46,6 +47,7 @@ class GrpcTransport(LinkTransport):
         own = roster.members.member(self.me).address
         self.listen = listen or (f"0.0.0.0:{check_address(own)[1]}" if own else None)
         self.signatures: Signatures | None = SiteSignatures(lambda: self.identity, roster)
+        self.agreement: KeyAgreement | None = SiteAgreement(agreement_key(identity.key), roster.agreement)
         self.ends = LinkTable(self.me, roster, audit)
         self._listener = Listener(self.ends, roster, lambda: self.identity, self.timing)
         self._dialling: dict[PeerId, asyncio.Task] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 
-from peerlora.network.base import PeerDown, PeerId, Receiver, Refused, Signatures
+from peerlora.network.base import KeyAgreement, PeerDown, PeerId, Receiver, Refused, Signatures
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.heartbeat import Heartbeat, Timing, give_up, watch
 from peerlora.network.transport.links import CHUNK, Link, LinkTable, LinkTransport, Read
@@ -34,10 +34,14 @@ class MemoryNetwork(FaultyLinks):
         self._tasks: set[asyncio.Task] = set()
 
     def transport(
-        self, site: PeerId, audit: AuditLog | None = None, signatures: Signatures | None = None
+        self,
+        site: PeerId,
+        audit: AuditLog | None = None,
+        signatures: Signatures | None = None,
+        agreement: KeyAgreement | None = None,
     ) -> MemoryTransport:
         """Create a transport for ``site``: of its first process, or of the one after a crash."""
-        return MemoryTransport(self, site, audit, signatures)
+        return MemoryTransport(self, site, audit, signatures, agreement)
 
     def split(self, group: Iterable[PeerId]) -> None:
         """Cut every link between ``group`` and the other sites."""
@@ -150,8 +154,9 @@ class MemoryTransport(LinkTransport):
         me: PeerId,
         audit: AuditLog | None = None,
         signatures: Signatures | None = None,
+        agreement: KeyAgreement | None = None,
     ):
-        self.network, self.me, self.signatures = network, me, signatures
+        self.network, self.me, self.signatures, self.agreement = network, me, signatures, agreement
         self.ends = LinkTable(me, self, audit)
         self._tasks: dict[PeerId, asyncio.Task] = {}
         self._watches: set[asyncio.Task] = set()

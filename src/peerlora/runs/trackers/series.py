@@ -16,7 +16,16 @@ QUANTILES = (5, 25, 50, 75, 95)
 """Per cent."""
 _GROUPS = {
     "consensus": ("consensus_", "cross_term", "local_cross_term", "weak_mismatch", "strong_mismatch", "rho"),
-    "network": ("contacts", "bytes_", "absent", "relayed_age", "relayed_known", "relayed_entries", "relayed_bytes"),
+    "network": (
+        "contacts",
+        "bytes_",
+        "absent",
+        "relayed_age",
+        "relayed_known",
+        "relayed_entries",
+        "relayed_bytes",
+        "sums_given_up",
+    ),
     "time": ("seconds_", "virtual_seconds", "eval_seconds"),
     "train": ("loss", "learning_rate"),
     "eval": ("own", "averaged", "relayed", "personal", "best", "eval_rows"),

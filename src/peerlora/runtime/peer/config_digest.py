@@ -44,6 +44,8 @@ def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | 
     tree["peer"] = _without(tree["peer"], _SITE_PEER)
     if tree["exchange"]["relay"] is None:  # then a site agrees with one whose version does not know the setting
         del tree["exchange"]["relay"]
+    if not tree["exchange"]["secure"]:
+        del tree["exchange"]["secure"]
     tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
     tree["adapter.start"] = start_digest if start is None else _file(Path(start) / "adapter_model.safetensors")

@@ -14,7 +14,7 @@ from peerlora.runtime.compose import Federation
 def largest_message(federation: Federation, sends: Schema) -> int:
     """The most bytes of body that a message of an exchange may have; ``sends``: all vectors that the method sends."""
     x, found = federation.start, [sends]
-    if sends and federation.config.exchange.codec:
+    if sends and (federation.config.exchange.codec or federation.config.exchange.secure):
         found = [federation.exchange.wire_schema(sends)]
     if federation.config.exchange.codec or federation.algorithm.traits.sends == "replicas":
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference

@@ -26,6 +26,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer, sums_known
 from peerlora.runtime.peer.metrics_server import MetricsServer
 from peerlora.runtime.peer.open_metrics import PeerMetrics
+from peerlora.runtime.peer.secure import check_agreement_keys
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import OwnLoop, finished, train_peer
 from peerlora.runtime.trainer import Result, Sink
@@ -120,6 +121,7 @@ def site_of(
     listed = load_members(members, who.signers)
     roster = Roster(who.site, who.fingerprint, listed, identity)
     site = site_on(config, listed, who.site)
+    check_agreement_keys(config, who, listed)
     linked = site.neighbours(plan_peer(config, site, sums_known(begun)).topology)
     barred = sorted(set(linked.values()) - set(roster.others()))
     if barred and begun is None:  # a run goes on without links that were taken off the list meanwhile

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peerlora.algorithms.compatibility import cache_settings
 from peerlora.display import format_now
+from peerlora.exchange.fixed_point import LEAST_SENDERS
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.exchange.payload import Shapes
 from peerlora.exchange.schema import Schema
@@ -21,6 +22,7 @@ from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.neighbour_exchange import NeighbourExchange
 from peerlora.network.protocol.round_protocol import RoundProtocol
+from peerlora.network.protocol.secure_exchange import SecureExchange
 from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
 from peerlora.network.protocol.value_bounds import check_state
 from peerlora.network.protocol.wire import Kind, read_claimed
@@ -33,6 +35,7 @@ from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.label_counts import StartupSum
 from peerlora.runtime.peer.message_bounds import exchanged_blocks, largest_message
 from peerlora.runtime.peer.participation import PeerParticipation
+from peerlora.runtime.peer.secure import sender_sets
 from peerlora.runtime.peer.site import Site, expected_of
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
@@ -63,9 +66,10 @@ class SynchronousPeer(PeerParticipation):
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
         hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
-        control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind])
+        sets = sender_sets(federation.topology, site, endpoint, deadline) if config.exchange.secure else None
+        control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind], sets)
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)
-        self.exchange = NeighbourExchange(
+        parts = (
             federation.topology,
             site.client,
             neighbours,
@@ -75,6 +79,7 @@ class SynchronousPeer(PeerParticipation):
             federation.algorithm.traits.positive_vectors,
             site.names,
         )
+        self.exchange = SecureExchange(sets, *parts) if sets else NeighbourExchange(*parts)
         cache, rows = cache_settings(config, federation.algorithm), _told_rows(federation, site)
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers, cache, rows)
         if cache:
@@ -126,14 +131,23 @@ class SynchronousPeer(PeerParticipation):
         """Share the final state while neighbours may still ask for it."""
         self.publish_state(done, state)
         self.enter_round(done)
-        return self.closing_events()
+        return [*self.closing_events(), *self._sums_given_up()]
 
     def publish_state(self, done: int, state: State) -> None:
         """Hold what neighbours may have of the state for when they ask; no tensor of it is ever changed in place."""
-        shared = exportable(state, self.blocks, self.local_only) if self.sends else {}
+        shared = exportable(state, self.blocks, self.local_only) if self._shares_state else {}
         self._shared = (shared | self.label_counts.vectors) or None
-        self._bounds["mix"] = max(self.largest, self._state_bytes(state) if self.sends else 0)
+        self._bounds["mix"] = max(self.largest, self._state_bytes(state) if self._shares_state else 0)
         self.done = done
+
+    def _sums_given_up(self) -> list[Event]:
+        """Warn of secure sums that did not come together."""
+        count = self.exchange.given_up if isinstance(self.exchange, SecureExchange) else 0
+        told = (
+            f"{count} secure sums were given up, since a neighbour went away meanwhile or fewer than {LEAST_SENDERS} "
+            "were there; this site kept its own values in these rounds"
+        )
+        return [Warned(told)] if count else []
 
     def _catch_up(self, t: int, state: State, round: int, peer: PeerId) -> tuple[int, State]:
         """Leave out rounds; after a long absence adopt the state of the neighbour that is followed.
@@ -141,7 +155,11 @@ class SynchronousPeer(PeerParticipation):
         How many follows from the neighbours' messages, not from what comes with the state.
         """
         adopted = None
-        if round - t >= self.config.peer.pull and self.thread.ask(lambda: self.protocol.endpoint.peers.isolated):
+        if (
+            self._shares_state
+            and round - t >= self.config.peer.pull
+            and self.thread.ask(lambda: self.protocol.endpoint.peers.isolated)
+        ):
             adopted = self._adopted(peer, state)
         if adopted is None:  # without a state of the end, the last round must still be trained
             to = min(round, self.config.train.rounds - 1)
@@ -189,6 +207,11 @@ class SynchronousPeer(PeerParticipation):
         return largest_state(state) + sum(
             largest_state(torch.zeros(shape, dtype=kind)) for shape, kind in counts.values()
         )
+
+    @property
+    def _shares_state(self) -> bool:
+        """Whether neighbours may have this client's state and it theirs: with secure sums nobody sees any adapter."""
+        return bool(self.sends) and not self.config.exchange.secure
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
