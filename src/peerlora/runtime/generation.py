@@ -31,7 +31,7 @@ def generate_answers(
     data, tokenizer = federation.eval_data, federation.export.tokenizer
     model, learner = federation.model, federation.learner
     assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner)  # a loop of one's own has no chats
-    assert isinstance(data, Dataset)  # nor has a policy
+    assert isinstance(data, Dataset) and learner.pad is not None  # nor has a policy, nor have images
     rows = drawn_rows(data, wanted.rows, federation.config.seed)
     prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
     ends, most = answer_ends(tokenizer), room_behind(max(map(len, prompts)), wanted.max_new_tokens, longest(model.base))

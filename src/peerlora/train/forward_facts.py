@@ -116,7 +116,9 @@ def _unread_side(
     return None
 
 
-def _logits_of(model: nn.Module, rows: Dataset, numbers: list[int], pad: int, left: bool, writes: bool) -> Tensor:
+def _logits_of(
+    model: nn.Module, rows: Dataset, numbers: list[int], pad: int | None, left: bool, writes: bool
+) -> Tensor:
     """What a model says of some rows, padded on one side; a decoder writes their targets."""
     batch = collate(rows, [np.array(numbers)], pad, next(_floats(model)).dtype, left).to(_device(model))
     inputs = with_decoder_inputs(model, batch.inputs, batch.targets) if writes else batch.inputs
