@@ -25,13 +25,13 @@ from peerlora.cli import (
     train,
     watch,
 )
+from peerlora.cli.examples import add_examples
 from peerlora.errors import PeerloraError
 
 app = typer.Typer(
     name="peerlora",
     help="Fine-tune one model together without a server: LoRA adapters, gossiped over any graph.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 commands = (demo, init, train, compare, peer, launch, doctor, methods, topology, privacy, show, watch)
@@ -39,6 +39,7 @@ for module in (*commands, export, merge, predict, push, schema):
     app.command(module.__name__.rsplit(".", 1)[-1])(module.command)
 app.add_typer(identity.app, name="identity")
 app.add_typer(members.app, name="members")
+add_examples(app)
 
 
 def main() -> None:
