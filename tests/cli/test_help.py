@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from typer.main import get_command
@@ -50,3 +51,9 @@ def test_a_shell_completes_words(typed, expected):
     code = "import sys; sys.argv = ['peerlora']; from peerlora.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
     assert done.stdout.split() == expected.split()
+
+
+def test_the_version_is_that_of_the_package(cli):
+    answer = cli("--version")
+    assert answer.code == 0 and answer.out.strip() == metadata.version("peerlora")
+    assert cli("--help").code == 0 and "train" in cli("--help").out

@@ -1,6 +1,7 @@
 """The command line: one file per command, each a call into the library, imported only when it runs."""
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -40,6 +41,23 @@ for module in (*commands, export, merge, predict, push, schema):
 app.add_typer(identity.app, name="identity")
 app.add_typer(members.app, name="members")
 add_examples(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        print(metadata.version("peerlora"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass  # the option does it, before a command is looked for
 
 
 def main() -> None:

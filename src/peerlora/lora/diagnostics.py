@@ -151,7 +151,7 @@ def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], af
 
 def local_cross_terms2(
     sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None
-) -> Float[Tensor, " receiver"]:
+) -> Float[Tensor, " looked_at"]:
     """The squared losses of which ``local_cross_term`` is the mean root, of the receivers that it looks at."""
     kept = tuple(block for block in ("A", "B") if block not in sent.spec.blocks)
     if kept and after is None:
