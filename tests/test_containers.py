@@ -127,22 +127,37 @@ def words(name, folder):
     ]
 
 
+@pytest.fixture
+def start():
+    """Start a process that does not outlive the test."""
+    started = []
+
+    def go(command):
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield go
+    for each in started:
+        if each.poll() is None:
+            each.kill()
+        each.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.alone
-def test_three_sites_train_with_the_commands_of_the_file(trial, models, cache):
+def test_three_sites_train_with_the_commands_of_the_file(trial, start, cache):
     office = subprocess.run(words("office", trial), capture_output=True, text=True)
     assert office.returncode == 0, office.stderr
     made = {path: path.read_bytes() for path in (trial / "keys").rglob("*.*")}
     assert subprocess.run(words("office", trial)).returncode == 0
     assert made == {path: path.read_bytes() for path in (trial / "keys").rglob("*.*")}, "a second start changes nothing"
-    short = [f"model.source={models('bert')}", "adapter.rank=2", "adapter.alpha=4", "data.max_length=12", "threads=1"]
-    short += ["train.rounds=2", "train.local_steps=1", "train.batch=4"]
-    started = []
+    short = ["adapter.rank=2", "adapter.alpha=4", "threads=1", "train.rounds=2", "train.local_steps=1"]
+    started = {}
     for site, port in zip(SITES, free_ports(3), strict=True):
         command = [word.replace("127.0.0.1:9464", f"127.0.0.1:{port}") for word in words(site, trial)]
-        started.append(subprocess.Popen([*command, *short], stderr=subprocess.PIPE, text=True))
-    for site, each in zip(SITES, started, strict=True):
-        said = each.communicate()[1]
+        started[site] = start([*command, *short])
+    for site, each in started.items():
+        _, said = each.communicate()
         assert each.returncode == 0, said
         assert list((trial / "runs" / site / "adapters").glob("client-0?/adapter_model.safetensors"))
 

@@ -177,7 +177,7 @@ def lay_pages() -> None:
     lay_examples()
     write("commands.md", command_page())
     write("api.md", api_page())
-    shutil.copyfile(ROOT / "docs" / "demo.png", PAGES / "demo.png")
+    write("assets/site.css", (ROOT / "tools" / "site.css").read_text(encoding="utf-8"))
     write("llms.txt", llms_text())
 
 
