@@ -140,7 +140,7 @@ def start():
     for each in started:
         if each.poll() is None:
             each.kill()
-        each.communicate()
+            each.communicate()
 
 
 @pytest.mark.slow
