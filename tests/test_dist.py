@@ -60,6 +60,15 @@ def test_faults_of_archives_are_named():
     assert dist.sdist_faults(files | {f"{head}/tests/test_x.py"}) == [f"{head}/tests/test_x.py does not belong there"]
 
 
+def test_torch_is_lent_where_no_installer_writes(tmp_path):
+    packages, lent = tmp_path / "packages", tmp_path / "lent"
+    packages.mkdir()
+    dist.lend_torch(lent, packages)
+    assert [path.name for path in packages.iterdir()] == ["lent.pth"]
+    assert (packages / "lent.pth").read_text().strip() == str(lent)
+    assert (lent / "torch" / "__init__.py").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("build") is None or find_spec("twine") is None, reason="needs the extra dist")
 def test_the_wheel_runs_in_an_environment_of_its_own():

