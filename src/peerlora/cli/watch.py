@@ -27,10 +27,7 @@ def command(
     wait: Annotated[bool, typer.Option("--wait", help="the folder may not be there yet")] = False,
     parent: Annotated[int | None, typer.Option("--parent", hidden=True, help="process to end with")] = None,
 ) -> None:
-    """Show a run on a page while it goes on; also a stopped or finished one, launched peers, or a comparison.
-
-    Example: peerlora watch runs/adf-lora-20260101-120000 --open
-    """
+    """Show a run on a page while it goes on; also a stopped or finished one, launched peers, or a comparison."""
     import sys
 
     from peerlora.runs.live.process import end_with
