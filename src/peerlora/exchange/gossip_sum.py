@@ -16,6 +16,7 @@ from peerlora.exchange.schema import Schema
 from peerlora.randomness import numpy_generator
 from peerlora.topology.graphs import is_connected
 from peerlora.topology.schedule import Topology
+from peerlora.topology.storage import as_dense
 
 LARGEST = 2**31  # that a sum may be: it is exact up to here
 SUM = "sum"
@@ -117,7 +118,7 @@ def _static_rounds(rho: float, allowed: float) -> int:
 def _drawn_rounds(topology: Topology, allowed: float) -> int:
     product = np.eye(topology.clients)
     for rounds in count(1):
-        product = product @ topology.at(-rounds).W
+        product = product @ as_dense(topology.at(-rounds).W)
         share = product if topology.properties.doubly_stochastic else product / product.sum(axis=1, keepdims=True)
         if np.abs(share - 1 / topology.clients).max() < allowed or rounds > MOST_ROUNDS:
             return rounds

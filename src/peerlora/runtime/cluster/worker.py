@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,6 +33,7 @@ from peerlora.runtime.plan import plan
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.topology.storage import identity
 from peerlora.train.base import Scores
 from peerlora.train.kernels.speed import Speed
 from peerlora.tree import rebuild, tree_map
@@ -128,7 +128,7 @@ class BlockWorker:
         after, sent = self._share(x, parts), self.result.sent and self._share(self.result.sent, parts)
         if not after.spec.layers:
             return None
-        whole = np.eye(self.placement.clients) if W is None else W
+        whole = identity(self.placement.clients) if W is None else W
         honest = [each for each in range(self.placement.clients) if each not in self.federation.attackers]
         return measure_share(*of_clients(honest, after, sent, whole))
 
