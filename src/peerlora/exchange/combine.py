@@ -180,7 +180,7 @@ def receiver_blocks(W: Any, parameters: int) -> Iterator[SenderBlock]:
 
 def _equal_rows(
     senders: Int[np.ndarray, "row sender"], weights: Float[np.ndarray, "row sender"]
-) -> tuple[list[Int[np.ndarray, " alike"]], Int[np.ndarray, " row"]]:
+) -> tuple[list[Int[np.ndarray, " _"]], Int[np.ndarray, " alone"]]:
     """Groups of places with equal senders and weights, and the places of all other rows."""
     # Rounded, since the diagonal of W, what the others leave of 1, may differ from them in its last bit.
     both = np.concatenate([np.ones((len(senders), 1)), senders, weights.round(14)], axis=1)

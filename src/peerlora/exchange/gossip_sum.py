@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, DataError, RunError
 from peerlora.exchange.base import Exchange
 from peerlora.exchange.schema import Schema
@@ -116,6 +117,11 @@ def _static_rounds(rho: float, allowed: float) -> int:
 
 
 def _drawn_rounds(topology: Topology, allowed: float) -> int:
+    if (needed := 3 * 8 * topology.clients**2) > main_memory():  # a dense product, and what it takes to go on
+        raise _refused(
+            f"over links that change gossip of {topology.clients} clients is planned in {needed / 1e9:.3g} GB, more "
+            "than this machine has"
+        )
     product = np.eye(topology.clients)
     for rounds in count(1):
         product = product @ as_dense(topology.at(-rounds).W)

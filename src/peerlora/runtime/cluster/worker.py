@@ -129,7 +129,8 @@ class BlockWorker:
         if not after.spec.layers:
             return None
         whole = identity(self.placement.clients) if W is None else W
-        honest = [each for each in range(self.placement.clients) if each not in self.federation.attackers]
+        attackers = set(self.federation.attackers)
+        honest = [each for each in range(self.placement.clients) if each not in attackers]
         return measure_share(*of_clients(honest, after, sent, whole))
 
     def _share(self, x: Adapters, parts: Sequence[Any]) -> Adapters:
