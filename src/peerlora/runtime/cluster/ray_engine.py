@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import import_module
@@ -13,11 +13,13 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ClusterError, PeerloraError, WorkersLost
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.rows import Values
-from peerlora.runtime.cluster.session import ray_session
+from peerlora.runtime.cluster.session import lacking, ray_session
 from peerlora.runtime.cluster.worker import BlockWorker, describe_process
 
 _INBOX = "inbox"  # the threads of an actor that take rows while it computes
 _ASKED = {"describe": "to start; are so many cores and GPUs free?"}
+_LOOK = 1.0  # seconds between two looks at a cluster that lacks machines
+_GLANCE = 10.0  # seconds between two looks at its machines while workers compute
 _FETCH = 60.0  # seconds to fetch an answer that is there
 
 
@@ -38,6 +40,17 @@ class RayEngine(Engine):
         """See ``Engine``."""
         return RayGroup(self.ray, workers, settings)
 
+    def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
+        """See ``Engine``."""
+        end, told = time.monotonic() + settings.wait, False
+        while reason := lacking(settings, self.ray.cluster_resources()):
+            if time.monotonic() >= end:
+                raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
+            if not told:
+                tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
+            told = True
+            time.sleep(_LOOK)
+
 
 class RayGroup:
     """Workers on the machines of a Ray cluster.
@@ -46,7 +59,7 @@ class RayGroup:
     """
 
     def __init__(self, ray: Any, count: int, settings: ClusterConfig):
-        self.ray, self.timeout, self.nodes = ray, settings.timeout, 1
+        self.ray, self.settings, self.timeout, self.nodes = ray, settings, settings.timeout, 1
         resources = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
         actor = actor_class().options(**resources)
         self.workers = [actor.remote(index) for index in range(count)]
@@ -67,10 +80,13 @@ class RayGroup:
         """See ``WorkerGroup``."""
         answers = [getattr(worker, method).remote(*own) for worker, own in zip(self.workers, arguments, strict=True)]
         try:
-            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"))
+            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"), self._lacking)
         except BaseException:
             self.close()
             raise
+
+    def _lacking(self) -> str:
+        return lacking(self.settings, self.ray.cluster_resources())
 
     def close(self) -> None:
         """End all workers."""
@@ -78,14 +94,21 @@ class RayGroup:
             self.ray.kill(worker, no_restart=True)
 
 
-def wait_for(ray: Any, answers: Sequence[Any], timeout: float, what: str) -> list[Any]:
+def wait_for(
+    ray: Any, answers: Sequence[Any], timeout: float, what: str, lacking: Callable[[], str] = lambda: ""
+) -> list[Any]:
     """Return the answers of all workers, which were asked something.
 
-    Raises WorkersLost where one died or did not answer in ``timeout`` seconds, else what a worker raised.
+    Raises WorkersLost where one died, did not answer in ``timeout`` seconds, or has no machine left, as ``lacking``
+    says; else what a worker raised.
     """
     end, pending, found = time.monotonic() + timeout, list(answers), {}
     while pending:
-        ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+        ready, pending = ray.wait(pending, timeout=min(_GLANCE, max(0.0, end - time.monotonic())))
+        if not ready and time.monotonic() < end:
+            if reason := lacking():
+                raise WorkersLost(f"machines have left when workers were asked {what}: {reason}")
+            continue
         if not ready:
             late = [answers.index(each) for each in pending]
             raise WorkersLost(f"workers {late} did not answer within {timeout:g} s when asked {what}")
