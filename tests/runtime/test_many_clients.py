@@ -85,7 +85,7 @@ def test_a_run_of_many_clients_goes_on_with_its_bits(config, tmp_path, many):
     assert rho[0] == rho[1]
 
 
-def test_a_round_of_too_many_clients_to_list_tells_their_spread(config, tmp_path, monkeypatch):
+def test_a_round_of_too_many_clients_to_list_tells_their_spread(config, tmp_path, monkeypatch, drawn):
     chosen = config("bert", "clients=5", "train.rounds=2")
     listed = simulate(chosen, tmp_path / "listed", report=False)
     monkeypatch.setattr(events, "LISTED_CLIENTS", 4)
@@ -100,8 +100,7 @@ def test_a_round_of_too_many_clients_to_list_tells_their_spread(config, tmp_path
         assert expected.items() <= other.measures.items()
         assert other.mean_loss == pytest.approx(one.mean_loss, rel=1e-12)
     assert "Training loss over all clients" in (told.run / "report.html").read_text()
-    lengths = [len(line) for line in (told.run / "events.jsonl").read_text().splitlines() if "RoundDone" in line]
-    assert lengths and json.loads((told.run / "summary.json").read_text())["rounds"] == 2
+    assert json.loads((told.run / "summary.json").read_text())["rounds"] == 2
 
 
 def test_the_spread_leaves_out_who_did_not_train():

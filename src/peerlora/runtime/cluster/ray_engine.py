@@ -55,13 +55,13 @@ class RayEngine(Engine):
 class RayGroup:
     """Workers on the machines of a Ray cluster.
 
-    Where one fails or is lost, all are ended: the others wait for its rows.
+    Where one fails or is lost, all are ended: the others wait for its rows.  ``kind``: what each does when it is asked.
     """
 
-    def __init__(self, ray: Any, count: int, settings: ClusterConfig):
+    def __init__(self, ray: Any, count: int, settings: ClusterConfig, kind: type[BlockWorker] = BlockWorker):
         self.ray, self.settings, self.timeout, self.nodes = ray, settings, settings.timeout, 1
         resources = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
-        actor = actor_class().options(**resources)
+        actor = actor_class(kind).options(**resources)
         self.workers = [actor.remote(index) for index in range(count)]
         try:
             facts = self.call("describe")
@@ -139,12 +139,12 @@ def check_versions(facts: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-@lru_cache(maxsize=1)
-def actor_class() -> Any:
+@lru_cache(maxsize=4)
+def actor_class(kind: Any) -> Any:
     """The class of a worker's actor: calls of the driver on one thread, deliveries on another."""
     ray: Any = import_module("ray")
 
-    class BlockActor(BlockWorker):
+    class BlockActor(kind):
         def describe(self) -> dict[str, Any]:
             return describe_process() | {"node": ray.get_runtime_context().get_node_id()}
 
