@@ -152,7 +152,7 @@ def local_cross_term(sent: Adapters, W: MixingMatrix, after: Adapters | None = N
     return float(local_cross_terms2(sent, W, after).sqrt().mean())
 
 
-def local_cross_terms2(sent: Adapters, W: MixingMatrix, after: Adapters | None = None) -> Float[Tensor, " receiver"]:
+def local_cross_terms2(sent: Adapters, W: MixingMatrix, after: Adapters | None = None) -> Float[Tensor, " measured"]:
     """The squared losses of which ``local_cross_term`` is the mean root, of the receivers that it looks at."""
     kept = tuple(block for block in ("A", "B") if block not in sent.spec.blocks)
     if kept and after is None:
