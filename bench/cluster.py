@@ -96,6 +96,7 @@ class RowsWorker(BlockWorker):
 
     def swap(self, placement: Placement, nodes: int, scalars: int, dense: bool, times: int) -> float:
         """Seconds of an exchange, the first one left out."""
+        assert self.send is not None
         rows = SwappedRows(self.index, placement, nodes, self.inbox, self.send, 120.0)
         own = torch.ones(len(placement.blocks[self.index]), scalars)
         for number in range(times + 1):

@@ -64,7 +64,7 @@ def mixing(nodes: int, scalars: int, columns: int) -> dict:
     strip = np.random.default_rng(0).standard_normal((nodes, columns), dtype=np.float32)
     began = time.process_time()
     for _ in range(0, scalars, columns):
-        W @ strip
+        _ = W @ strip
     return {"nodes": nodes, "scalars": scalars, "processor_seconds": time.process_time() - began}
 
 

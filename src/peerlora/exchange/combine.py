@@ -190,7 +190,7 @@ def _equal_rows(
     return [group for group in groups if len(group) > 1], np.flatnonzero(counts[which] == 1)
 
 
-def _entries(W: Any) -> csr_array:
+def _entries(W: Any) -> Any:
     """The entries of a dense or sparse matrix that are not zero, by rows and in order."""
     made = csr_array(W, copy=True)
     made.eliminate_zeros()
@@ -198,10 +198,10 @@ def _entries(W: Any) -> csr_array:
     return made
 
 
-def sparse_tensor(W: csr_array, like: Tensor) -> Tensor:
+def sparse_tensor(W: Any, like: Tensor) -> Tensor:
     """A sparse matrix to multiply ``like`` with."""
-    index = (torch.from_numpy(each.astype(np.int64)).to(like.device) for each in (W.indptr, W.indices))
-    return _csr_tensor(*index, torch.from_numpy(W.data).to(like), W.shape)
+    starts, columns = (torch.from_numpy(each.astype(np.int64)).to(like.device) for each in (W.indptr, W.indices))
+    return _csr_tensor(starts, columns, torch.from_numpy(W.data).to(like), W.shape)
 
 
 def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +23,11 @@ _COLUMNS, _SCALARS = 32, 2**19  # columns and scalars of all clients' products i
 LeftFactors = Float[Tensor, "client d_out rank"]
 RightFactors = Float[Tensor, "client rank d_in"]
 Weights = Float[Tensor, "receiver sender"]
-MixingMatrix = Float[np.ndarray, "receiver sender"] | csr_array
+if TYPE_CHECKING:
+    Sparse = Any  # whose stubs know neither the number of its axes nor its arithmetic
+else:
+    Sparse = csr_array
+MixingMatrix = Float[np.ndarray, "receiver sender"] | Sparse
 """Sparse where clients are many."""
 
 

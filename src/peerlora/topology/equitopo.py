@@ -1,6 +1,7 @@
 """EquiTopo: random cyclic shifts, whose mixing speed does not depend on the number of clients."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,8 @@ def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> Weight
             "topology.degree or use topology.kind=complete"
         )
     shifts = numpy_generator(seed, "graph").choice(max(1, clients - 1), M, replace=False) + 1
-    W = sum(shift_basis(clients, int(u)) for u in shifts) / M
-    W = stored((W + W.T) / 2 if kind == "u-equistatic" else W, clients)
+    mean: Any = sum(shift_basis(clients, int(u)) for u in shifts) / M
+    W = stored((mean + mean.T) / 2 if kind == "u-equistatic" else mean, clients)
     return WeightSequence(lambda seed, t: W, symmetric=is_symmetric(W), period=1)
 
 

@@ -7,17 +7,22 @@ Functions of this package take both and return the kind that they were given.  `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 from scipy.sparse import csr_array, diags_array
 
+if TYPE_CHECKING:
+    Sparse = Any  # whose stubs know neither the number of its axes nor its arithmetic
+else:
+    Sparse = csr_array
+
 LARGE = 2000
 """Clients from which tables are sparse: a dense W of so many has 32 MB."""
 
-Adjacency = Bool[np.ndarray, "client client"] | csr_array
-Matrix = Float64[np.ndarray, "client client"] | csr_array
+Adjacency = Bool[np.ndarray, "client client"] | Sparse
+Matrix = Float64[np.ndarray, "client client"] | Sparse
 
 
 def is_large(clients: int) -> bool:

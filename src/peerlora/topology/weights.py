@@ -57,7 +57,8 @@ def laplacian(adjacency: Adjacency) -> Matrix:
 
 def uniform(adjacency: Adjacency) -> Matrix:
     """1 / (1 + the largest degree of the graph) on every link: 1/3 on a ring, 1/clients on the complete graph."""
-    return _fill_diagonal(entries_like(adjacency, *adjacency.nonzero(), 1 / (1.0 + row_counts(adjacency).max())))
+    i, j = adjacency.nonzero()
+    return _fill_diagonal(entries_like(adjacency, i, j, 1 / (1.0 + row_counts(adjacency).max())))
 
 
 def metropolis_target(adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> Matrix:
