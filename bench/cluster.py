@@ -13,13 +13,19 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from peerlora import load_config, read_events, simulate
 from peerlora.config.cluster import ClusterConfig
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.runner import Callbacks, start_grid
 from peerlora.experiments.trial_pool import trial_pools
 from peerlora.runs.events import RoundDone
-from peerlora.runtime.cluster.ray_engine import RayEngine
+from peerlora.runtime.cluster.placement import Placement, place
+from peerlora.runtime.cluster.ray_engine import RayEngine, RayGroup
+from peerlora.runtime.cluster.rows import SwappedRows
+from peerlora.runtime.cluster.worker import BlockWorker
+from peerlora.topology.graphs import ring
 
 TWO = ClusterConfig(workers=2)
 WORDS = [
@@ -85,6 +91,35 @@ def ratio(pairs: list[tuple[float, float]]) -> dict:
     return {"ratio": statistics.median(found), "least": min(found), "most": max(found)}
 
 
+class RowsWorker(BlockWorker):
+    """Swaps random rows, without data and model."""
+
+    def swap(self, placement: Placement, nodes: int, scalars: int, dense: bool, times: int) -> float:
+        """Seconds of an exchange, the first one left out."""
+        assert self.send is not None
+        rows = SwappedRows(self.index, placement, nodes, self.inbox, self.send, 120.0)
+        own = torch.ones(len(placement.blocks[self.index]), scalars)
+        for number in range(times + 1):
+            if number == 1:
+                began = time.perf_counter()
+            rows.all_rows(own) if dense else rows.rows_for(own, ring(placement.clients))
+        return (time.perf_counter() - began) / times
+
+
+def exchange_seconds(clients: int, scalars: int, times: int) -> dict:
+    """Seconds of a round's exchange of two workers: of a ring, and of a graph that needs all rows."""
+    placement = place([range(client, client + 1) for client in range(clients)], 2, ring(clients))
+    found = {}
+    with RayEngine(TWO, 4 * clients * scalars * 4) as engine:
+        group = RayGroup(engine.ray, 2, TWO, RowsWorker)
+        for name, dense in (("ring", False), ("all rows", True)):
+            found[name] = max(group.call("swap", placement, group.nodes, scalars, dense, times))
+            group.close()
+            group = RayGroup(engine.ray, 2, TWO, RowsWorker)
+        group.close()
+    return {"clients": clients, "bytes per client": 4 * scalars, "seconds": found}
+
+
 def start_seconds(repeats: int) -> list[float]:
     """Seconds until two workers of a cluster that is started here answer."""
     found = []
@@ -106,6 +141,7 @@ def main() -> None:
     found = {
         "training": training(arguments.repeats, arguments.rounds),
         "comparing": comparing(arguments.repeats),
+        "exchange": exchange_seconds(1000, 75_000, times=5),
         "start": start_seconds(arguments.repeats),
     }
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")

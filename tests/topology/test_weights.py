@@ -9,9 +9,9 @@ from peerlora.errors import TopologyError
 from peerlora.topology.graphs import complete, is_connected, pair_draw, path, ring, star
 from peerlora.topology.weights import (
     lazy,
+    mean_over_permutations,
     metropolis,
     metropolis_target,
-    over_permutations,
     pairwise_weights,
     push_sum,
     remove_links,
@@ -152,9 +152,10 @@ def test_rho_of_a_symmetric_w_is_its_second_largest_eigenvalue(adjacency, rule):
     assert rho(W.T @ W) == pytest.approx(second_largest(W), abs=1e-6)
 
 
-def test_over_permutations_by_hand():
-    assert over_permutations(np.array([[3.0, 1.0], [0.0, 1.0]])).tolist() == [[2.0, 0.5], [0.5, 2.0]]
-    assert over_permutations(np.ones((1, 1))).tolist() == [[1.0]]
+def test_mean_over_permutations_by_hand():
+    # The mean over both orders of [[3, 1], [0, 1]] is [[2, 0.5], [0.5, 2]].
+    assert mean_over_permutations(4.0, 5.0, 2) == pytest.approx(1.5, abs=1e-15)
+    assert mean_over_permutations(1.0, 1.0, 1) == 0.0
 
 
 @given(random_graphs, st.integers(0, 99))

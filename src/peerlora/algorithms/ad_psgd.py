@@ -14,12 +14,13 @@ from peerlora.algorithms.asynchronous import FIXED_GRAPH, AsynchronousGossip
 from peerlora.algorithms.traits import Traits
 from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
+from peerlora.topology.storage import as_dense
 
 if TYPE_CHECKING:
     from peerlora.exchange.base import Exchange, Mailbox
     from peerlora.exchange.payload import Shapes
     from peerlora.exchange.schema import Schema
-    from peerlora.topology.graphs import Adjacency
+    from peerlora.topology.storage import Adjacency
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class ADPSGD(AsynchronousGossip):
 
     def start(self, x: Adapters, peers: Exchange) -> ADPSGDState:
         """Everybody knows its role from the graph alone."""
-        active = torch.from_numpy(roles(peers.graph.adjacency))[list(peers.clients)]
-        linked = torch.from_numpy(peers.graph.adjacency)[list(peers.clients)]
-        passive = ~torch.from_numpy(roles(peers.graph.adjacency))
+        adjacency = as_dense(peers.graph.adjacency)
+        everybody = torch.from_numpy(roles(adjacency))
+        active, passive = everybody[list(peers.clients)], ~everybody
+        linked = torch.from_numpy(adjacency)[list(peers.clients)]
         asked = torch.full((len(active),), -1, dtype=torch.int64)
         return ADPSGDState(x, linked & active[:, None] & passive, asked)
 

@@ -78,5 +78,5 @@ class CachedDFL(Scheduled):
         averaged = peers.mix_cached(trained)
         if self.when == "rounds":
             return averaged
-        met = torch.from_numpy(peers.graph.adjacency[list(peers.clients)].any(1)).to(x.flat.device)
+        met = torch.from_numpy(peers.graph.degrees[list(peers.clients)] > 0).to(x.flat.device)
         return replace(averaged, flat=torch.where(met[:, None], averaged.flat, trained.flat))

@@ -59,7 +59,7 @@ class DepthGossip(Scheduled):
     def depths(self, layers: int, learner: Learner, peers: Exchange) -> Int[Tensor, " client"] | None:
         """Layers that each client reaches in this round; None where all reach everything by the settings."""
         clients, draw = torch.as_tensor(peers.clients), peers.shared_random("depth")
-        everybody = len(peers.graph.W)
+        everybody = peers.graph.clients
         if self.depth == "uniform":
             cut_short = torch.rand(everybody, generator=draw) < self.stragglers
             depth = torch.where(cut_short, torch.randint(1, layers + 1, (everybody,), generator=draw), layers)

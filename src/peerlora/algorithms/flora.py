@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 
 from peerlora.algorithms.gossip import FactorGossip
@@ -103,6 +102,6 @@ def growth(topology: Topology) -> str:
     """
     if topology.config.weights == "laplacian":
         return ""
-    if topology.properties.static and np.linalg.eigvalsh(topology.at(0).W)[0] > -1e-9:
+    if topology.properties.static and topology.smallest_eigenvalue > -1e-9:
         return ""
     return "; where W has negative eigenvalues they run away from each other: topology.weights=laplacian has none"

@@ -8,6 +8,7 @@ import torch
 
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
+from peerlora.topology.storage import row_counts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +34,7 @@ def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, round
             f"{name} merges into the base, and {quantised}; merging needs weights of full precision: load the base "
             "unquantised, or use algorithm.name=dec-lora"
         )
-    senders = topology.clients if topology.graph is None else int(topology.graph.sum(axis=1).max()) + 1
+    senders = topology.clients if topology.graph is None else int(row_counts(topology.graph).max()) + 1
     columns = algorithm.merged_columns(x.spec.rank, senders, rounds)
     needed = _COPIES * x.clients * _scalars(x, columns) * x.flat.element_size()
     there, of_what = room(x.flat.device)

@@ -110,7 +110,7 @@ class Progress:
         done = event.round + 1 - (self.first_round or 0)
         facts = {
             "round": f"{event.round + 1}" + (f"/{rounds}" if rounds else ""),
-            "loss": format_fixed(mean(_without_nan(event.loss))),
+            "loss": format_fixed(event.mean_loss),
             "consensus A/B": "/".join(format_fixed(each, ".2e") for each in (event.consensus_A, event.consensus_B)),
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": format_bytes(self.bytes_sent, fixed=True),

@@ -24,5 +24,7 @@ class ClusterConfig(Section):
     """GPUs of each."""
     timeout: Annotated[float, Field(gt=0, le=_SECONDS_MOST)] = 900.0
     """Seconds without an answer after which a worker counts as lost; a round and an evaluation must take less."""
+    wait: Annotated[float, Field(ge=0, le=_SECONDS_MOST)] = 600.0
+    """Seconds to wait for machines where one has left and the others have too few cores or GPUs to go on."""
     retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """How often a run, or a cell of a comparison, is taken up again after workers were lost."""

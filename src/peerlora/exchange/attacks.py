@@ -23,7 +23,7 @@ from peerlora.exchange.combine import CombineRule
 from peerlora.exchange.wrapper import ExchangeWrapper
 from peerlora.lora.adapters import Adapters
 from peerlora.randomness import numpy_generator, torch_generator
-from peerlora.topology.weights import Matrix
+from peerlora.topology.storage import Matrix, as_dense, dense_rows
 from peerlora.tree import tree_map
 
 
@@ -169,7 +169,7 @@ class Adversarial(ExchangeWrapper):
 
     def mix_cached(self, x: Adapters) -> Adapters:
         """Average a cache into which attackers send what the attack makes; all around an attacker count alike."""
-        around = self.peers.graph.adjacency | np.eye(len(self.peers.graph.adjacency), dtype=bool)
+        around = as_dense(self.peers.graph.adjacency) | np.eye(self.peers.graph.clients, dtype=bool)
         W = around / around.sum(axis=1, keepdims=True)
         return self._own_goes_on(x, self.peers.mix_cached(self._sent(x, W)), W)
 
@@ -183,7 +183,7 @@ class Adversarial(ExchangeWrapper):
         scene = AttackContext(
             x.flat[:, shared],
             self.start.flat[0, places],
-            torch.from_numpy(self.peers.graph.W if W is None else W),
+            torch.from_numpy(as_dense(self.peers.graph.W if W is None else W)),
             self.who,
             self.scale,
             lambda client: torch_generator(self.seed, "attack", client=client, round=self.peers.t),
@@ -194,7 +194,7 @@ class Adversarial(ExchangeWrapper):
 
     def _own_goes_on(self, x: Adapters, mixed: Adapters, W: Matrix | None = None) -> Adapters:
         flat, shared = mixed.flat.clone(), x.spec.shared
-        own = (self.peers.graph.W if W is None else W)[self.who]
+        own = dense_rows(self.peers.graph.W if W is None else W, self.who)
         flat[self.who, shared] = torch.from_numpy(own).to(x.flat) @ x.flat[:, shared]
         return replace(mixed, flat=flat)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.topology.schedule import RoundGraph, Topology
+from peerlora.topology.storage import Adjacency
 
 
 @runtime_checkable
@@ -21,9 +21,7 @@ class RowExchange(Protocol):
         """Return the rows of all clients, in the order of their numbers."""
         ...
 
-    def rows_for(
-        self, own: Float[Tensor, "client scalar"], links: Bool[np.ndarray, "receiver sender"]
-    ) -> Float[Tensor, "everybody scalar"]:
+    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "everybody scalar"]:
         """Return the rows of those from whom clients held here hear, and their own; the others may be zero."""
         ...
 
@@ -43,6 +41,6 @@ class BlockExchange(StackedExchange):
         return self.rows.rows_for(x, links_of(self.graph))
 
 
-def links_of(graph: RoundGraph) -> Bool[np.ndarray, "receiver sender"]:
+def links_of(graph: RoundGraph) -> Adjacency:
     """Who may need whose rows: a method may replace the weights of links, not the links."""
-    return graph.adjacency | (graph.W != 0)
+    return graph.adjacency + (graph.W != 0)  # of bools: either

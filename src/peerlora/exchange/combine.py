@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters
@@ -64,9 +66,13 @@ class Received:
 
         A sparse product, on a CPU: in a dense one the last bits of a row depend on how many rows there are.
         """
+        senders = self.senders.expand(len(weights), -1)
+        if values.device.type == "cpu":
+            starts = torch.arange(len(weights) + 1) * senders.shape[1]
+            parts = starts, senders.flatten(), weights.to(values.dtype).flatten()
+            return _csr_tensor(*parts, (len(weights), len(values))) @ values
         W = torch.zeros(len(weights), len(values), dtype=torch.float64, device=weights.device)
-        W.scatter_(1, self.senders.expand(len(weights), -1), weights)
-        return compressed(W.to(values.dtype)) @ values if values.device.type == "cpu" else W.to(values.dtype) @ values
+        return W.scatter_(1, senders, weights).to(values.dtype) @ values
 
     def with_factors(
         self,
@@ -104,19 +110,19 @@ def mean(received: Received) -> Combined:
 def apply_rule(
     x: Adapters,
     everybody: Adapters,
-    W: Float[np.ndarray, "row client"],
+    W: Any,
     rule: CombineRule,
     held: Sequence[int] | None = None,
 ) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
     """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
 
-    ``everybody`` are the clients that the columns of W stand for.  ``held``: the rows of W that ``x`` holds, all by
-    default; the blocks are those of all rows.  Also gives what the rule measured, by name.
+    ``everybody`` are the clients that the columns of W, dense or sparse, stand for.  ``held``: the rows of W that ``x``
+    holds, all by default; the blocks are those of all rows.  Also gives what the rule measured, by name.
     """
-    result, parts = x.flat.clone(), []
+    result, parts, W = x.flat.clone(), [], _entries(W)
     measured: dict[str, Tensor] = {}
-    place = {row: i for i, row in enumerate(range(len(W)) if held is None else held)}
-    (reached,) = np.nonzero(np.count_nonzero(W, axis=1) > 1)
+    place = {row: i for i, row in enumerate(range(W.shape[0]) if held is None else held)}
+    (reached,) = np.nonzero(np.diff(W.indptr) > 1)
     for whole in receiver_blocks(W[reached], x.spec.parameters):
         clients = reached[whole.rows].tolist()
         here = [i for i, client in enumerate(clients) if client in place]
@@ -153,24 +159,54 @@ class SenderBlock:
         return SenderBlock(self.rows[some], senders, own)
 
 
-def receiver_blocks(W: Float[np.ndarray, "receiver client"], parameters: int) -> Iterator[SenderBlock]:
-    """All receivers of these rows of W, equal rows together, else those with equally many senders.
+def receiver_blocks(W: Any, parameters: int) -> Iterator[SenderBlock]:
+    """All receivers of these rows of W, dense or sparse: equal rows together, else those with equally many senders.
 
     So nothing is padded, and what a receiver gets does not depend on who else is held here.
     """
-    # Rounded, since the diagonal of W, what the others leave of 1, may differ from them in its last bit.
-    _, which, counts = np.unique(W.round(14), axis=0, return_inverse=True, return_counts=True)
-    for group in np.flatnonzero(counts > 1):
-        alike = np.flatnonzero(which == group)
-        senders = np.flatnonzero(W[alike[0]])[None]
-        for rows in _pieces(alike, parameters):
-            yield SenderBlock(rows, senders, W[alike[0]][senders])
-    alone = np.flatnonzero(counts[which] == 1)
-    degrees = np.count_nonzero(W[alone], axis=1)
+    W = _entries(W)
+    degrees = np.diff(W.indptr)
     for degree in np.unique(degrees):
-        for rows in _pieces(alone[degrees == degree], parameters * int(degree)):
-            senders = np.nonzero(W[rows])[1].reshape(len(rows), degree)
-            yield SenderBlock(rows, senders, np.take_along_axis(W[rows], senders, axis=1))
+        rows = np.flatnonzero(degrees == degree)
+        places = W.indptr[rows][:, None] + np.arange(degree)
+        senders, weights = W.indices[places].astype(np.int64), W.data[places]
+        alike, alone = _equal_rows(senders, weights)
+        for group in alike:
+            for part in _pieces(group, parameters):
+                yield SenderBlock(rows[part], senders[group[:1]], weights[group[:1]])
+        for part in _pieces(alone, parameters * int(degree)):
+            yield SenderBlock(rows[part], senders[part], weights[part])
+
+
+def _equal_rows(
+    senders: Int[np.ndarray, "row sender"], weights: Float[np.ndarray, "row sender"]
+) -> tuple[list[Int[np.ndarray, " _"]], Int[np.ndarray, " alone"]]:
+    """Groups of places with equal senders and weights, and the places of all other rows."""
+    # Rounded, since the diagonal of W, what the others leave of 1, may differ from them in its last bit.
+    both = np.concatenate([np.ones((len(senders), 1)), senders, weights.round(14)], axis=1)
+    _, which, counts = np.unique(both, axis=0, return_inverse=True, return_counts=True)
+    which = which.reshape(-1)
+    groups = np.split(np.argsort(which, kind="stable"), np.cumsum(counts)[:-1])
+    return [group for group in groups if len(group) > 1], np.flatnonzero(counts[which] == 1)
+
+
+def _entries(W: Any) -> Any:
+    """The entries of a dense or sparse matrix that are not zero, by rows and in order."""
+    made = csr_array(W, copy=True)
+    made.eliminate_zeros()
+    made.sort_indices()
+    return made
+
+
+def sparse_tensor(W: Any, like: Tensor) -> Tensor:
+    """A sparse matrix to multiply ``like`` with."""
+    starts, columns = (torch.from_numpy(each.astype(np.int64)).to(like.device) for each in (W.indptr, W.indices))
+    return _csr_tensor(starts, columns, torch.from_numpy(W.data).to(like), W.shape)
+
+
+def _csr_tensor(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    _hear_notice()
+    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=True)
 
 
 def compressed(W: Float[Tensor, "receiver client"]) -> Tensor:

@@ -124,7 +124,7 @@ def _with(whole: Tensor, columns: Integer[Tensor, " column"], part: Tensor) -> T
 
 def _draws(peers: Exchange) -> Draws:
     def own() -> list[torch.Generator]:
-        drawn = torch.randint(2**62, (len(peers.graph.W),), generator=peers.shared_random("rounding"))
+        drawn = torch.randint(2**62, (peers.graph.clients,), generator=peers.shared_random("rounding"))
         return [torch.Generator().manual_seed(seed) for seed in drawn[list(peers.clients)].tolist()]
 
     return Draws(lambda: peers.shared_random("codec"), own)

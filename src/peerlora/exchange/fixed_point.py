@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from peerlora.errors import DivergenceError
 from peerlora.exchange.schema import Schema
+from peerlora.topology.storage import Matrix, columns_of
 
 STEP = 2.0**-40
 """What a value is rounded to a multiple of."""
@@ -54,13 +54,13 @@ def decode(total: Int64[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, 
 
 
 def weighted_sums(
-    x: Float[Tensor, "client scalar"], W: Float[np.ndarray, "client client"], receivers: Sequence[int]
+    x: Float[Tensor, "client scalar"], W: Matrix, receivers: Sequence[int]
 ) -> Float[Tensor, "receiver scalar"]:
     """``sum_j W_ij x_j`` for some receivers i, each summed in whole numbers."""
     sums = []
     for i in receivers:
         total = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-        for j in np.flatnonzero(W[i]).tolist():
+        for j in columns_of(W, i):
             total += encode(x[j], float(W[i, j]))
         sums.append(decode(total, x.dtype))
     return torch.stack(sums)

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, DataError, RunError
 from peerlora.exchange.base import Exchange
 from peerlora.exchange.schema import Schema
 from peerlora.randomness import numpy_generator
 from peerlora.topology.graphs import is_connected
 from peerlora.topology.schedule import Topology
+from peerlora.topology.storage import as_dense
 
 LARGEST = 2**31  # that a sum may be: it is exact up to here
 SUM = "sum"
@@ -115,9 +117,14 @@ def _static_rounds(rho: float, allowed: float) -> int:
 
 
 def _drawn_rounds(topology: Topology, allowed: float) -> int:
+    if (needed := 3 * 8 * topology.clients**2) > main_memory():  # a dense product, and what it takes to go on
+        raise _refused(
+            f"over links that change gossip of {topology.clients} clients is planned in {needed / 1e9:.3g} GB, more "
+            "than this machine has"
+        )
     product = np.eye(topology.clients)
     for rounds in count(1):
-        product = product @ topology.at(-rounds).W
+        product = product @ as_dense(topology.at(-rounds).W)
         share = product if topology.properties.doubly_stochastic else product / product.sum(axis=1, keepdims=True)
         if np.abs(share - 1 / topology.clients).max() < allowed or rounds > MOST_ROUNDS:
             return rounds

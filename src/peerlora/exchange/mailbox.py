@@ -36,7 +36,7 @@ class Mailboxes:
     """
 
     def __init__(self, graph: RoundGraph, seed: int, newest_only: bool):
-        clients = len(graph.W)
+        clients = graph.clients
         self.graph, self.seed, self.newest_only = graph, seed, newest_only
         self.versions = [0] * clients
         self.known = np.zeros((clients, clients), dtype=np.int64)
@@ -149,7 +149,7 @@ class ClientMailbox:
 
     def __init__(self, mailboxes: Mailboxes, client: int):
         self._mailboxes, self.client = mailboxes, client
-        self.version, self.weights = mailboxes.versions[client], mailboxes.graph.W[client]
+        self.version, self.weights = mailboxes.versions[client], mailboxes.graph.weights([client])[0]
 
     def push(self, payload: Vectors, to: Sequence[int] | None = None) -> None:
         """Send to some neighbours, by default to all."""

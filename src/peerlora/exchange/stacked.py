@@ -20,6 +20,7 @@ from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import Topology
+from peerlora.topology.storage import as_dense
 from peerlora.tree import leaves, tree_map
 
 Payload = TypeVar("Payload")
@@ -95,7 +96,7 @@ class StackedExchange(PlainExchange):
         began = time.perf_counter()
         everybody = self._everybody(self.stats.sent.exchanged())
         present = [client for client in range(everybody.clients) if client not in self.absent]
-        counts = relay_round(self.relayed, self.t, everybody, self.graph.adjacency, present)
+        counts = relay_round(self.relayed, self.t, everybody, as_dense(self.graph.adjacency), present)
         entries, sent_bytes = (int(each[self.clients].sum()) for each in (counts.entries, counts.sent_bytes))
         self.stats.bytes_sent += sent_bytes
         self._record_relay(began, relayed_entries=entries, relayed_bytes=sent_bytes)
@@ -115,7 +116,7 @@ class StackedExchange(PlainExchange):
         everybody, W = self._reached(x.reshape(len(x), -1)), self.graph.W
         if self.secure:
             mixed = weighted_sums(everybody, W, self.clients)
-        elif is_sparse(W) or len(self.clients) == len(W):
+        elif is_sparse(W) or len(self.clients) == W.shape[0]:
             mixed = operator(W, everybody, self.clients) @ everybody
         else:
             mixed = (operator(W, everybody) @ everybody)[self.clients]

@@ -113,12 +113,12 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
 
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     hidden = attackers(config.adversary, config.clients, config.seed)
-    rows = trainings = 0
+    rows, trainings, batches = 0, 0, config.batches
     for each in done:
-        trained = _trained(each, hidden)
+        trained = _trained(each, hidden, config.clients)
         if is_asynchronous(algorithm) and trained:
             trained = range(config.clients)
-        rows += sum(config.batches[client] for client in trained)
+        rows += sum(batches[client] for client in trained)
         trainings += len(trained)
     each, passes = config.train.minibatches, algorithm.traits.gradients
     return {
@@ -128,7 +128,10 @@ def count_work(done: Sequence[RoundDone], config: RunConfig) -> dict[str, float]
     }
 
 
-def _trained(done: RoundDone, hidden: Sequence[int]) -> Sequence[int]:
+def _trained(done: RoundDone, hidden: Sequence[int], clients: int) -> Sequence[int]:
+    if not done.loss and not math.isnan(done.mean_loss):  # too many to be listed: all who were there
+        gone = set(done.absent)
+        return [client for client in range(clients) if client not in gone]
     seen = [client for client, loss in enumerate(done.loss) if not math.isnan(loss)]
     return [*seen, *(client for client in hidden if client not in done.absent)] if seen else []
 

@@ -29,6 +29,10 @@ def parse_blocks(blocks: str | tuple[Block, ...]) -> tuple[Block, ...]:
     return found
 
 
+MANY = 2000
+"""Clients from which equal starts share their memory."""
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """One adapted linear layer of the base model."""
@@ -203,6 +207,8 @@ class Adapters:
 
     def with_shared(self, values: Float[Tensor, "client shared"]) -> Adapters:
         """These values in the columns that are exchanged; a private head stays."""
+        if self.spec.shared.stop == self.flat.shape[1]:  # all there is: no copy of it
+            return replace(self, flat=values)
         return replace(self, flat=torch.cat([values, self.flat[:, self.spec.shared.stop :]], dim=1))
 
     def message(self, client: int = 0) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -264,7 +270,9 @@ def initial_adapters(
             part.copy_(draw_factor(slot, generator))
         elif slot.block == "head":
             part.copy_(head[slot.name].reshape(-1))
-    adapters = Adapters(spec, row.repeat(len(ranks), 1), torch.tensor(ranks))
+    # Of many clients, one row that stands for all: training and mixing make rows of their own.
+    rows = row.expand(len(ranks), -1) if len(ranks) >= MANY else row.repeat(len(ranks), 1)
+    adapters = Adapters(spec, rows, torch.tensor(ranks))
     return mask_ranks(adapters)
 
 

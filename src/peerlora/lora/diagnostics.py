@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from peerlora.lora import merged
@@ -21,6 +23,12 @@ _COLUMNS, _SCALARS = 32, 2**19  # columns and scalars of all clients' products i
 LeftFactors = Float[Tensor, "client d_out rank"]
 RightFactors = Float[Tensor, "client rank d_in"]
 Weights = Float[Tensor, "receiver sender"]
+if TYPE_CHECKING:
+    Sparse = Any  # whose stubs know neither the number of its axes nor its arithmetic
+else:
+    Sparse = csr_array
+MixingMatrix = Float[np.ndarray, "receiver sender"] | Sparse
+"""Sparse where clients are many."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Diagnostics(Agreement, Mismatch):
     local_cross_term: float
 
 
-def diagnose(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "receiver sender"]) -> Diagnostics:
+def diagnose(after: Adapters, sent: Adapters | None, W: MixingMatrix) -> Diagnostics:
     """Everything about one round: the clients ``after`` it, and what they ``sent`` into the exchange, if anything.
 
     Where rows of W don't sum to 1, clients sent shares of a sum, not models: what compares the two is NaN.
@@ -139,7 +147,7 @@ def before_exchange(after: Adapters, sent: Adapters) -> Adapters:
     return sent if {"A", "B"} <= set(sent.spec.blocks) else after.with_blocks(sent)
 
 
-def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None) -> float:
+def local_cross_term(sent: Adapters, W: MixingMatrix, after: Adapters | None = None) -> float:
     """What mixing the factors of ``sent`` loses against mixing their products, averaged over receivers.
 
     Of many receivers an even sample is taken.  Where one factor alone was sent, the receiver keeps its own other one,
@@ -149,16 +157,20 @@ def local_cross_term(sent: Adapters, W: Float[np.ndarray, "receiver sender"], af
     return float(local_cross_terms2(sent, W, after).sqrt().mean())
 
 
-def local_cross_terms2(
-    sent: Adapters, W: Float[np.ndarray, "receiver sender"], after: Adapters | None = None
-) -> Float[Tensor, " sampled"]:
+def local_cross_terms2(sent: Adapters, W: MixingMatrix, after: Adapters | None = None) -> Float[Tensor, " measured"]:
     """The squared losses of which ``local_cross_term`` is the mean root, of the receivers that it looks at."""
     kept = tuple(block for block in ("A", "B") if block not in sent.spec.blocks)
     if kept and after is None:
         return torch.full((1,), torch.nan, dtype=torch.float64)
     x = before_exchange(after, sent) if after is not None else sent
-    receivers = np.unique(np.linspace(0, len(W) - 1, min(len(W), _RECEIVERS)).astype(int))
-    weights, scale = torch.from_numpy(W[receivers]), _relative_scaling(x)
+    rows = W.shape[0]
+    receivers = np.unique(np.linspace(0, rows - 1, min(rows, _RECEIVERS)).astype(int))
+    weights = W[receivers]
+    if not isinstance(weights, np.ndarray):  # of many clients, those that nobody here hears from are left out
+        heard = np.union1d(weights.nonzero()[1], receivers)
+        x, weights = x.rows(heard.tolist()), weights[:, heard].toarray()
+        receivers = np.searchsorted(heard, receivers)
+    weights, scale = torch.from_numpy(weights), _relative_scaling(x)
     total, different = torch.zeros(len(receivers), dtype=torch.float64), _different(weights)
     for layer, A in x.A.items():
         B, A = x.B[layer].double() * scale, A.double()

@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters, AdapterSpec
-from peerlora.lora.diagnostics import Agreement, Diagnostics, Mismatch, agreement, local_cross_terms2, mismatch
+from peerlora.lora.diagnostics import (
+    Agreement,
+    Diagnostics,
+    Mismatch,
+    MixingMatrix,
+    agreement,
+    local_cross_terms2,
+    mismatch,
+)
 from peerlora.lora.diagnostics import before_exchange as before
 from peerlora.lora.merged import Merged
 
@@ -52,7 +60,7 @@ def merged_of_layers(merged: Merged | None, part: AdapterSpec) -> Merged | None:
     return merged and Merged({layer.name: merged.layers[layer.name] for layer in part.layers})
 
 
-def measure_share(after: Adapters, sent: Adapters | None, W: Float[np.ndarray, "receiver sender"]) -> LayerShare:
+def measure_share(after: Adapters, sent: Adapters | None, W: MixingMatrix) -> LayerShare:
     """Measure the layers of ``after`` and ``sent``, as ``diagnose`` does all of them."""
     if sent is None or not np.allclose(W.sum(axis=1), 1):
         return LayerShare(agreement(after), None, None, sent is not None)

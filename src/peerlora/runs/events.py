@@ -14,6 +14,11 @@ from typing import Any, ClassVar, get_args, get_origin
 
 from peerlora.errors import RunError
 
+LISTED_CLIENTS = 5000
+"""Clients of a run, beyond which the event of a round has no list of them."""
+SPREAD = {"least": 0, "lower_quartile": 25, "median": 50, "upper_quartile": 75, "largest": 100}
+"""What stands for such a list beside its mean: names of measures, and percentiles."""
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -67,7 +72,9 @@ class RoundDone:
     round: int
     """Index of the round, from 0."""
     loss: list[float]
-    """[client] mean training loss of the local steps; NaN for clients that did not train."""
+    """[client] mean training loss of the local steps; NaN for clients that did not train.  Empty in a run of more than
+    ``LISTED_CLIENTS`` clients, whose ``measures`` have its mean, least, quartiles and largest over those that trained.
+    """
     consensus_A: float
     consensus_B: float
     consensus_product: float
@@ -104,6 +111,12 @@ class RoundDone:
     """Neighbour -> why its link was not used, for real peers."""
     behind: int | None = None
     """Rounds by which the foremost neighbour present is ahead, for real peers with common rounds; None: not known."""
+
+    @property
+    def mean_loss(self) -> float:
+        """Over the clients that trained; NaN where nobody did."""
+        known = [each for each in self.loss if math.isfinite(each)]
+        return sum(known) / len(known) if known else self.measures.get("loss_mean", math.nan)
 
 
 @dataclass(frozen=True)
@@ -326,6 +339,7 @@ def contradiction(event: Event, start: RunStarted | None) -> str:
         return f"{type(event).__name__} of round {event.round}, in a run of {start.rounds}"
     clients = len(start.held) or start.clients
     lists = [event.loss] if isinstance(event, RoundDone) else [event.own, event.own_loss]
+    lists = [] if lists == [[]] and clients > LISTED_CLIENTS else lists
     if isinstance(event, Evaluated):
         if event.relayed or event.relayed_loss:
             lists += [event.relayed, event.relayed_loss]

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from peerlora.display import Cell, format_bytes
 from peerlora.runs.answers import answers_html
+from peerlora.runs.client_spread import spread_lines
 from peerlora.runs.client_table import client_rows, describe_outcome
-from peerlora.runs.events import Event, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import LISTED_CLIENTS, Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
 from peerlora.runs.page import picture_html, table_html, write_page
@@ -224,12 +225,17 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
     rounds = [each.round + 1 for each in done]
     curves, found = metric_curves(events), [labels_picture(start), graph_picture(start, events)]
     if done:
-        loss = figures.Curves(rounds, np.array([each.loss for each in done], float))
+        listed = len(start.held) or start.clients
+        if listed <= LISTED_CLIENTS:
+            curves_of_loss = figures.Curves(rounds, np.array([each.loss for each in done], float))
+            loss = figures.clients_figure("loss", "Training loss", curves_of_loss)
+        else:
+            loss = figures.lines_figure("loss", "Training loss over all clients", spread_lines("loss", done), "loss")
         series = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term")
         lines = {name.replace("_", " "): (rounds, [getattr(each, name) for each in done]) for name in series}
         sent = {"bytes": (rounds, [each.bytes_sent for each in done])}
         found[:0] = [
-            figures.clients_figure("loss", "Training loss", loss),
+            loss,
             figures.log_figure("consensus", "How far the clients are apart", lines),
         ]
         rates = {each.round + 1: each.measures["learning_rate"] for each in done if "learning_rate" in each.measures}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peerlora.algorithms import REGISTRY
-from peerlora.algorithms.base import Algorithm, requirement
+from peerlora.algorithms.base import Algorithm, is_asynchronous, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
@@ -17,6 +17,7 @@ from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.lora.adapter_init import PRINCIPAL
 from peerlora.runtime.policy_checks import check_policy
 from peerlora.runtime.privacy import check_privacy
+from peerlora.topology.mixing_bytes import mixing_bytes
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
 
@@ -175,15 +176,31 @@ def _check_selection(config: RunConfig, algorithm: Algorithm[Any]) -> None:
         )
 
 
-def check_memory(clients: int) -> None:
-    """Refuse early what cannot be held: W and its second moment are dense [client, client] tables."""
-    needed = 4 * 8 * clients**2
-    there = main_memory()
+def check_memory(config: RunConfig, algorithm: Algorithm[Any]) -> None:
+    """Refuse early links and mixing matrices that cannot be held: sparse ones, and dense ones where a part needs them.
+
+    Raises CompositionError with what it is that needs them.
+    """
+    clients, reason = config.clients, _needs_dense(config, algorithm)
+    needed, there = mixing_bytes(config.topology, clients, dense=reason is not None), main_memory()
     if needed > there:
+        what = reason or f"topology.kind={config.topology.kind}"
         raise CompositionError(
-            f"clients={clients} needs {needed / 1e9:.0f} GB for mixing matrices, this machine has "
-            f"{there / 1e9:.0f} GB; use fewer clients"
+            f"clients={clients} with {what} needs {needed / 1e9:.3g} GB for mixing matrices, this machine has "
+            f"{there / 1e9:.0f} GB; use fewer clients, or a synchronous method such as algorithm.name=dec-lora on few "
+            "links such as topology=ring"
         )
+
+
+def _needs_dense(config: RunConfig, algorithm: Algorithm[Any]) -> str | None:
+    """What keeps tables [client, client], in words; None where links alone are kept."""
+    if is_asynchronous(algorithm):
+        return f"algorithm.name={config.algorithm.name}, whose clients know each other's versions,"
+    if config.exchange.relay:
+        return "exchange.relay, whose clients hold each other's adapters,"
+    if config.adversary is not None:
+        return "an adversary, which knows everybody's models,"
+    return None
 
 
 def check_own(config: RunConfig, clients: Sequence[int] | None) -> None:

@@ -112,7 +112,8 @@ def assemble(
     check_relayed_message(config, planned.algorithm, start.rows([0]))
     rows = divided.shards if own else [divided.shards[i] for i in here]
     learned = poison_labels(config, resources.train_data, [divided.shards[i] for i in attacking])
-    batches = [config.batches[i] for i in here]
+    every_batch = config.batches
+    batches = [every_batch[i] for i in here]
     shards = Shards(learned, rows, batches, here, config.seed, config.train.batches == "by-length")
     cache, rows_of = cache_settings(config, planned.algorithm), _rows_of(divided, own, here)
     graph = graph_size(model.base, paths)

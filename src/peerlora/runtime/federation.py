@@ -65,7 +65,8 @@ class Federation:
     @property
     def honest_rows(self) -> list[int]:
         """The rows, of the clients held here, whose results count."""
-        return [row for row, client in enumerate(self.exchange.clients) if client not in self.attackers]
+        attackers = set(self.attackers)
+        return [row for row, client in enumerate(self.exchange.clients) if client not in attackers]
 
     @cached_property
     def base_digest(self) -> str:
@@ -87,7 +88,8 @@ def start_adapters(
     config: RunConfig, model: StackedModel, export: ExportContext, here: Sequence[int]
 ) -> tuple[Adapters, tuple[str, ...]]:
     """The adapters that the clients held here begin with, and warnings."""
-    ranks = [config.ranks[i] for i in here]
+    every_rank = config.ranks
+    ranks = [every_rank[i] for i in here]
     adapter = config.adapter
     spec = model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
     generator = torch_generator(config.seed, "adapter")

@@ -20,7 +20,9 @@ from peerlora.runs.events import Event, RunStarted
 from peerlora.runs.store import resume_command
 from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.rounds import RoundResult
-from peerlora.topology.weights import remove_links, rho
+from peerlora.topology.second_moment import SecondMoment
+from peerlora.topology.storage import Matrix, entries_like, identity
+from peerlora.topology.weights import remove_links
 from peerlora.tree import rebuild
 
 WITHOUT_W = ("local_cross_term", "weak_mismatch", "strong_mismatch", "rho")
@@ -110,9 +112,8 @@ class AllClients(HeldState):
 
     def __init__(self, federation: Federation):
         self.federation = federation
-        clients = federation.config.clients
-        self.mixing_moment = np.zeros((clients, clients))
-        """Sum of ``W^T W`` over the rounds so far, of which rho follows."""
+        self.moment = SecondMoment(federation.config.clients)
+        """Of the rounds so far."""
 
     def start(self) -> Opening:
         """Sum label counts by gossip where the loss needs them, and start the method."""
@@ -130,13 +131,13 @@ class AllClients(HeldState):
 
     def observe(self, t: int, state: State, result: RoundResult) -> dict[str, Any]:
         """Measure agreement, mismatch and rho."""
-        W = result.W if result.W is not None else np.eye(self.federation.config.clients)
+        W = result.W if result.W is not None else identity(self.federation.config.clients)
         found = vars(self._diagnosed(state, result.sent, W))
-        self.mixing_moment += W.T @ W
+        self.moment.add(W)
         if result.W is None:
             return {**found, **dict.fromkeys(WITHOUT_W, math.nan)}
         doubly = np.allclose(W.sum(axis=0), 1)  # a method may have replaced the topology's weights
-        return {**found, "rho": rho(self.mixing_moment / (t + 1)) if doubly else math.nan}
+        return {**found, "rho": self.moment.rho(t + 1) if doubly else math.nan}
 
     def evaluated(self, x: Adapters) -> tuple[Adapters, ...]:
         """Return the clients and the average of the honest ones; unequal ranks have no average.
@@ -165,24 +166,26 @@ class AllClients(HeldState):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the mixing moment."""
-        return {"moment": torch.from_numpy(self.mixing_moment)}
+        return {name: torch.from_numpy(values) for name, values in self.moment.state_dict().items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore the mixing moment."""
-        self.mixing_moment = tensors["moment"].numpy().copy()
+        own = {name: values.numpy() for name, values in tensors.items() if name.partition(".")[0] == "moment"}
+        self.moment.load_state_dict(own)
 
-    def _diagnosed(self, state: State, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+    def _diagnosed(self, state: State, sent: Adapters | None, W: Matrix) -> Diagnostics:
         after, sent, W = of_clients(self.federation.honest_rows, self.federation.algorithm.model(state), sent, W)
         return diagnose(after.to("cpu"), sent.to("cpu") if sent is not None else None, W)
 
 
 def of_clients(
-    clients: Sequence[int], after: Adapters, sent: Adapters | None, W: np.ndarray
-) -> tuple[Adapters, Adapters | None, np.ndarray]:
+    clients: Sequence[int], after: Adapters, sent: Adapters | None, W: Matrix
+) -> tuple[Adapters, Adapters | None, Matrix]:
     """What some clients did in a round, as if they had no link to the others; of all clients, unchanged."""
     if len(clients) == after.clients:
         return after, sent, W
-    cut = np.ones_like(W, dtype=bool)
-    cut[np.ix_(clients, clients)] = False
-    W = remove_links(W, cut & ~np.eye(len(W), dtype=bool))[np.ix_(clients, clients)]
-    return after.rows(clients), sent and sent.rows(clients), W
+    others = ~np.isin(np.arange(W.shape[0]), clients)
+    i, j = W.nonzero()
+    cut = (others[i] | others[j]) & (i != j)
+    kept = remove_links(W, entries_like(W, i[cut], j[cut], True))[list(clients)][:, list(clients)]
+    return after.rows(clients), sent and sent.rows(clients), kept

@@ -48,7 +48,7 @@ def plan(
     """
     check_own(config, clients)
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    check_memory(config.clients)
+    check_memory(config, algorithm)
     topology = build_topology(config.topology, config.clients, config.seed)
     check(algorithm, topology)
     clock = build_clock(config, algorithm)

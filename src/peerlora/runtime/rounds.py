@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peerlora.lora.adapters import Adapters
 from peerlora.runs.events import Event
-from peerlora.topology.weights import Matrix
+from peerlora.topology.storage import Matrix
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,8 @@ from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.virtual_clock import VirtualClock, seconds, ticks
+from peerlora.topology.schedule import RoundGraph
+from peerlora.topology.storage import identity_like
 from peerlora.train.base import Learner
 from peerlora.tree import held
 
@@ -59,7 +60,8 @@ class SynchronousRounds:
     def advance(self, t: int, state: Any) -> tuple[Any, RoundResult]:
         """Round ``t``; the state is that of its end."""
         absent = self._pass_time(self.clock, t, state) if self.clock else []
-        here = [place for place, client in enumerate(self.exchange.clients) if client not in absent]
+        gone = set(absent)
+        here = [place for place, client in enumerate(self.exchange.clients) if client not in gone]
         stats = self.exchange.begin(t, absent)
         began = time.perf_counter()
         own_seconds = self.step_seconds[list(self.exchange.clients)] if self.clock else None
@@ -69,18 +71,18 @@ class SynchronousRounds:
             advance = self.algorithm.quiet_round if self.learner.settings.is_quiet(t) else self.algorithm.round
             after = advance(t, state, self.learner, self.exchange)
         if absent:
-            after = held(state, after, [place for place in range(len(self.jobs)) if place not in here])
+            after = held(state, after, sorted({*range(len(self.jobs))}.difference(here)))
         if not stats.cached:  # else the method has relayed
             self.exchange.relay()
         worked = time.perf_counter() - began
         for client in here:
             self.jobs[client] += 1
-        graph, mixes, own = self.exchange.graph, stats.sent is not None, set(self.exchange.clients)
+        graph, mixes = self.exchange.graph, stats.sent is not None
         return after, RoundResult(
             losses=trained.losses.tolist(),
             sent=stats.sent,
-            W=None if stats.cached else graph.W if mixes else np.eye(len(graph.W)),
-            edges=[edge for edge in graph.edges if own.intersection(edge)] if mixes else [],
+            W=None if stats.cached else graph.W if mixes else identity_like(graph.W),
+            edges=_links_of(graph, self.exchange.clients) if mixes else [],
             bytes_per_edge=stats.bytes_per_edge,
             bytes_sent=stats.bytes_sent,
             seconds_train=worked - stats.seconds,
@@ -124,9 +126,9 @@ class SynchronousRounds:
         """Who is there and idle begins; a message that is late goes on being sent as it was begun."""
         idle = [i for i in range(clock.clients) if i not in self.ready]
         away = [i for i in idle if clock.away(i, self.now, t)]
-        degrees = self.exchange.topology.at(t, away).degrees
+        degrees, not_there = self.exchange.topology.at(t, away).degrees, set(away)
         steps, limit = self.learner.settings.local_steps, self.algorithm.time_limit
-        quiet, begun, computed = self.learner.settings.is_quiet(t), [i for i in idle if i not in away], {}
+        quiet, begun, computed = self.learner.settings.is_quiet(t), [i for i in idle if i not in not_there], {}
         for i in begun:
             gradients = 0 if quiet or i in self.stopped else self.algorithm.traits.gradients
             self.step_seconds[i] = seconds(clock.compute(i, gradients, self.now))
@@ -140,10 +142,18 @@ class SynchronousRounds:
     def _message_bytes(self, t: int, state: Any, begun: list[int]) -> list[int]:
         """[client] of the run: the bytes of the message that each of those ``begun`` will send to a neighbour."""
         x, steps = self.algorithm.model(state), self.learner.settings.local_steps
-        own = torch.zeros(len(self.jobs), 1, dtype=torch.float64)
+        own, begins = torch.zeros(len(self.jobs), 1, dtype=torch.float64), set(begun)
         for place, client in enumerate(self.exchange.clients):
-            if client in begun:
+            if client in begins:
                 vectors = self.algorithm.message_in_time(x.rows([place]), t, self.step_seconds[[client]], steps)
                 message = self.exchange.wire_schema(vectors)
                 own[place] = encoded_bytes(message) if message else 0
         return self.gather(own)[:, 0].long().tolist()
+
+
+def _links_of(graph: RoundGraph, clients: Sequence[int]) -> list[tuple[int, int]]:
+    """The links of a round that have an end among these clients."""
+    if len(clients) == graph.clients:
+        return graph.edges
+    own = set(clients)
+    return [edge for edge in graph.edges if own.intersection(edge)]

@@ -13,7 +13,8 @@ from torch import Tensor
 from peerlora.display import format_now
 from peerlora.errors import DivergenceError, Stopped, TooManyFiles
 from peerlora.exchange.relayed_average import RelayedModels
-from peerlora.runs.events import Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
+from peerlora.runs.client_spread import spread
+from peerlora.runs.events import LISTED_CLIENTS, Event, Resumed, RoundDone, RunFinished, RunStarted, Warned, plain
 from peerlora.runs.metrics import find_start, summarise
 from peerlora.runs.privacy_ledger import PrivacyLedger, Release
 from peerlora.runs.store import RunStore, read_events
@@ -139,9 +140,11 @@ class Trainer:
             raise self._diverged(t, str(error)) from None
         self._emit(*result.events)
         began = time.perf_counter()
+        loss = self.evaluator.of_honest(np.array(result.losses))
+        listed = len(loss) <= LISTED_CLIENTS
         event = RoundDone(
             round=t,
-            loss=self.evaluator.of_honest(np.array(result.losses)),
+            loss=loss if listed else [],
             **self.participation.observe(t, state, result),
             edges=[list(edge) for edge in result.edges] if len(result.edges) <= _LISTED_LINKS else None,
             contacts=len(result.edges),
@@ -150,7 +153,7 @@ class Trainer:
             seconds_train=result.seconds_train,
             seconds_mix=result.seconds_mix,
             seconds_diagnostics=time.perf_counter() - began,
-            measures={**result.measures, **self._rate(t)},
+            measures={**result.measures, **self._rate(t), **({} if listed else spread("loss", loss))},
             virtual_seconds=self.rounds.virtual_seconds,
             absent=result.absent,
         )
@@ -228,7 +231,8 @@ class Trainer:
             "rounds": in_flight,
             "best": kept,
         }
-        tensors = {f"{part}.{name}": leaf.cpu() for part, named in parts.items() for name, leaf in named.items()}
+        named = {f"{part}.{name}": leaf for part, own in parts.items() for name, leaf in own.items()}
+        tensors = {name: leaf.cpu().contiguous() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
         facts = {"trained": self.learner.trained, "rounds": facts, "best": choice, "time": self.wall_clock.state_dict()}
         facts |= {"privacy": self.privacy.state() if self.privacy else {}}

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from peerlora.topology.graphs import Adjacency, components, is_connected
+from peerlora.topology.graphs import components, is_connected
 from peerlora.topology.schedule import Topology
+from peerlora.topology.storage import Adjacency, column_counts, row_counts
 
 
 def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def describe(topology: Topology, rounds: int, bytes_per_transfer: int) -> dict[s
     static = topology.properties.static
     drawn = [topology.links(t) for t in range(topology.period)] if topology.period else []
     drawn = drawn or list(topology.sample_links(topology.draws or 1))
-    messages, rho = float(np.mean([links.sum() for links in drawn])), topology.rho()
+    messages, rho = float(np.mean([row_counts(links).sum() for links in drawn])), topology.rho()
     return {
         "kind": topology.config.kind,
         "clients": topology.clients,
@@ -58,8 +59,8 @@ def rounds_to_halve(rho: float) -> float | None:
 
 
 def _shape(drawn: list[Adjacency], static: bool) -> dict[str, Any]:
-    degrees = np.stack([links.sum(axis=0) for links in drawn])
-    heard = np.stack([links.sum(axis=1) for links in drawn])
+    degrees = np.stack([column_counts(links) for links in drawn])
+    heard = np.stack([row_counts(links) for links in drawn])
     connected = [is_connected(links) for links in drawn]
     return {
         "degree": {"min": int(degrees.min()), "mean": float(degrees.mean()), "max": int(degrees.max())},
@@ -69,8 +70,8 @@ def _shape(drawn: list[Adjacency], static: bool) -> dict[str, Any]:
 
 
 def _union(topology: Topology, rounds: int) -> dict[str, Any]:
-    union = np.zeros((topology.clients, topology.clients), dtype=bool)
-    for t in range(min(rounds, topology.period) if topology.period else rounds):
-        union |= topology.links(t)
+    union = topology.links(0)
+    for t in range(1, min(rounds, topology.period) if topology.period else rounds):
+        union = union + topology.links(t)  # of bools: either
     largest = int(np.bincount(components(union)).max())
     return {"rounds": rounds, "connected": largest == topology.clients, "reached": largest / topology.clients}

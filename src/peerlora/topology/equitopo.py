@@ -1,18 +1,25 @@
 """EquiTopo: random cyclic shifts, whose mixing speed does not depend on the number of clients."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
+from peerlora.topology.storage import Matrix, from_entries, identity, is_symmetric, stored
 from peerlora.topology.weight_sequence import WeightSequence
-from peerlora.topology.weights import Matrix
 
 
 def shift_basis(clients: int, u: int) -> Matrix:
     """``A^(u) = I / N + (N - 1) / N P^u``, P^u hands everything on by u places; its mean over u = 1 ... N - 1 is J."""
-    return (np.eye(clients) + (clients - 1) * np.roll(np.eye(clients), u, axis=0)) / clients
+    return (identity(clients) + (clients - 1) * shift(clients, u)) / clients
+
+
+def shift(clients: int, u: int) -> Matrix:
+    """``P^u``: client i hands everything to i + u."""
+    here = np.arange(clients)
+    return from_entries(clients, (here + u) % clients, here, 1.0)
 
 
 def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> WeightSequence:
@@ -28,9 +35,9 @@ def equistatic(kind: str, clients: int, degree: int | None, seed: int) -> Weight
             "topology.degree or use topology.kind=complete"
         )
     shifts = numpy_generator(seed, "graph").choice(max(1, clients - 1), M, replace=False) + 1
-    W = np.mean([shift_basis(clients, int(u)) for u in shifts], axis=0)
-    W = (W + W.T) / 2 if kind == "u-equistatic" else W
-    return WeightSequence(lambda seed, t: W, symmetric=bool((W == W.T).all()), period=1)
+    mean: Any = sum(shift_basis(clients, int(u)) for u in shifts) / M
+    W = stored((mean + mean.T) / 2 if kind == "u-equistatic" else mean, clients)
+    return WeightSequence(lambda seed, t: W, symmetric=is_symmetric(W), period=1)
 
 
 def equidyn(kind: str, clients: int, eta: float) -> WeightSequence:
@@ -43,9 +50,9 @@ def equidyn(kind: str, clients: int, eta: float) -> WeightSequence:
 
     def W(seed: int, t: int) -> Matrix:
         if clients == 1:
-            return np.eye(1)
+            return identity(1)
         generator = numpy_generator(seed, "graph", round=t)
-        return (1 - eta) * np.eye(clients) + eta * shifted(clients, generator)
+        return (1 - eta) * identity(clients) + eta * shifted(clients, generator)
 
     return WeightSequence(W, symmetric=kind == "ou-equidyn")
 
@@ -56,11 +63,12 @@ def _random_shift(clients: int, generator: np.random.Generator) -> Matrix:
 
 def _random_pairs(clients: int, generator: np.random.Generator) -> Matrix:
     u, first = int(generator.integers(1, clients)), int(generator.integers(clients))
-    W, free = np.eye(clients), np.ones(clients, dtype=bool)
+    partner = np.arange(clients)  # of a client, itself where it has none
     for i in (first + np.arange(clients)) % clients:
         j = (i + u) % clients
-        if free[i] and free[j]:
-            free[[i, j]] = False
-            W[i, j] = W[j, i] = (clients - 1) / clients
-            W[i, i] = W[j, j] = 1 / clients
-    return W
+        if partner[i] == i and partner[j] == j:
+            partner[[i, j]] = j, i
+    here, paired = np.arange(clients), np.flatnonzero(partner != np.arange(clients))
+    i, j = np.concatenate([here, paired]), np.concatenate([here, partner[paired]])
+    own = np.where(partner == here, 1.0, 1 / clients)
+    return from_entries(clients, i, j, np.concatenate([own, np.full(len(paired), (clients - 1) / clients)]))

@@ -5,8 +5,9 @@ from functools import lru_cache
 import numpy as np
 
 from peerlora.errors import TopologyError
+from peerlora.topology.equitopo import shift
+from peerlora.topology.storage import Matrix, from_entries, identity
 from peerlora.topology.weight_sequence import WeightSequence, averaging
-from peerlora.topology.weights import Matrix
 
 Group = list[int]
 Pair = tuple[int, int, float]  # two clients that average with this weight on each other
@@ -19,8 +20,11 @@ def one_peer(clients: int) -> WeightSequence:
     Ying et al. 2021, arXiv 2110.13363.
     """
     period = max(1, (clients - 1).bit_length())
-    shift = lambda t: np.roll(np.eye(clients), 2 ** (t % period), axis=0)  # noqa: E731
-    return WeightSequence(lambda seed, t: (np.eye(clients) + shift(t)) / 2, symmetric=clients <= 2, period=period)
+
+    def W(seed: int, t: int) -> Matrix:
+        return (identity(clients) + shift(clients, 2 ** (t % period))) / 2
+
+    return WeightSequence(W, symmetric=clients <= 2, period=period)
 
 
 def hypercube(clients: int) -> WeightSequence:
@@ -55,7 +59,7 @@ def base_graph(clients: int, k: int) -> WeightSequence:
     ]
     across = [averaging(clients, groups) for groups in _across(copies.T.tolist(), k)]
     alone = [_round(clients, *each) for each in _simple(list(range(clients)), k)]
-    rounds = min([*beside, *across], alone, key=len) or [np.eye(1)]
+    rounds = min([*beside, *across], alone, key=len) or [identity(1)]
     return WeightSequence(lambda seed, t: rounds[t % len(rounds)], symmetric=True, period=len(rounds))
 
 
@@ -126,12 +130,15 @@ def _place(plan: list[Round], rounds: list[list[Group]], at: int) -> None:
 
 
 def _round(clients: int, groups: list[Group], pairs: list[Pair]) -> Matrix:
-    W = averaging(clients, groups)
-    for i, j, weight in pairs:
-        W[i, j] = W[j, i] = weight
-        W[i, i] -= weight
-        W[j, j] -= weight
-    return W
+    i = np.array([pair[0] for pair in pairs], dtype=int)
+    j = np.array([pair[1] for pair in pairs], dtype=int)
+    weight, own = np.array([pair[2] for pair in pairs]), np.ones(clients)
+    for ends in (i, j):
+        np.subtract.at(own, ends, weight)
+    here = np.arange(clients)
+    rows, columns = np.concatenate([here, i, j]), np.concatenate([here, j, i])
+    paired = from_entries(clients, rows, columns, np.concatenate([own, weight, weight]))
+    return averaging(clients, groups) + (paired - identity(clients))  # who averages in a group is in no pair
 
 
 def _side_by_side(clients: int, rounds: tuple[Round, ...]) -> Matrix:

@@ -1,7 +1,7 @@
 """Graphs that stay the same for a whole run, and the draw of one that changes every round.
 
 A graph is a boolean array [client, client] with an empty diagonal: ``adjacency[i, j]`` says that i hears from j.  It is
-symmetric but for the kinds that are called directed.
+symmetric but for the kinds that are called directed, and sparse where clients are many (see ``storage``).
 """
 
 import math
@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from peerlora.config.topology import DirectedGraph, Graph, TopologyConfig
 from peerlora.errors import TopologyError
 from peerlora.randomness import numpy_generator
-
-Adjacency = Bool[np.ndarray, "client client"]
+from peerlora.topology.storage import Adjacency, entries_like, from_entries, is_large, is_symmetric, stored
 
 TRIES = 200
 OVERRIDE = "or set topology.allow_disconnected=true"
@@ -42,7 +41,7 @@ def plugin_graph(config: Any, made: Any, clients: int) -> Adjacency:
         raise TopologyError(f"{kind}: {shape} given; expected a bool array of {clients} x {clients} clients")
     if made.diagonal().any() or not (directed or is_symmetric(made)):
         raise TopologyError(f"{kind}: links of clients with themselves, or one-way links in an undirected graph")
-    return _connected(config, made)
+    return _connected(config, stored(made, clients))
 
 
 def keep_degrees(adjacency: Adjacency, least: int) -> Adjacency:
@@ -50,17 +49,18 @@ def keep_degrees(adjacency: Adjacency, least: int) -> Adjacency:
 
     Links must go both ways.
     """
+    i, j = adjacency.nonzero()
     while True:
-        few = adjacency.sum(axis=1) < least
-        kept = adjacency & ~np.logical_or.outer(few, few)
-        if kept.sum() == adjacency.sum():
-            return kept
-        adjacency = kept
+        few = np.bincount(i, minlength=adjacency.shape[0]) < least
+        kept = ~(few[i] | few[j])
+        if kept.all():
+            return entries_like(adjacency, i, j, True)
+        i, j = i[kept], j[kept]
 
 
 def _connected(config: Any, adjacency: Adjacency) -> Adjacency:
     """The graph itself; raises TopologyError where it is disconnected without ``allow_disconnected``."""
-    clients = len(adjacency)
+    clients = adjacency.shape[0]
     if not (config.allow_disconnected or is_connected(adjacency)):
         labels = components(adjacency)
         apart = ", ".join(map(str, np.flatnonzero(labels != labels[0])[:5]))
@@ -78,10 +78,29 @@ def edge_draw(p: float, clients: int, seed: int, t: int) -> Adjacency:
 
 def out_draw(degree: int, clients: int, seed: int, t: int) -> Adjacency:
     """The directed graph of round ``t``: each client sends to ``degree`` others; pure in (seed, t)."""
-    draw = numpy_generator(seed, "graph", round=t).random((clients, clients))
+    generator, senders = numpy_generator(seed, "graph", round=t), np.repeat(np.arange(clients), degree)
+    if is_large(clients):
+        return _arrows(clients, senders, _distinct_others(clients, degree, generator).ravel())
+    draw = generator.random((clients, clients))
     np.fill_diagonal(draw, np.inf)
-    receivers = np.argsort(draw, axis=1)[:, :degree]
-    return _arrows(clients, np.repeat(np.arange(clients), degree), receivers.ravel())
+    return _arrows(clients, senders, np.argsort(draw, axis=1)[:, :degree].ravel())
+
+
+def _distinct_others(clients: int, degree: int, generator: np.random.Generator) -> Int[np.ndarray, "client degree"]:
+    """For each client so many different others, all sets alike likely; rows that name one twice are drawn again."""
+    found = np.empty((clients, degree), dtype=np.int64)
+    again = np.arange(clients)
+    for _ in range(TRIES):
+        drawn = generator.integers(0, clients - 1, (len(again), degree))
+        found[again] = drawn + (drawn >= again[:, None])  # everybody but the client itself
+        ordered = np.sort(found[again], axis=1)
+        again = again[(ordered[:, 1:] == ordered[:, :-1]).any(axis=1)]
+        if not len(again):
+            return found
+    raise TopologyError(
+        f"random-out graph with degree {degree} and {clients} clients: no different receivers in {TRIES} draws; lower "
+        "topology.degree"
+    )
 
 
 def check_out_degree(clients: int, degree: int) -> None:
@@ -95,8 +114,27 @@ def check_out_degree(clients: int, degree: int) -> None:
 
 def pair_draw(p: float, clients: int, generator: np.random.Generator) -> Adjacency:
     """Each pair of clients independently with probability ``p``."""
+    if is_large(clients):
+        return _linked(clients, *_drawn_pairs(p, clients, generator))
     upper = np.triu(generator.random((clients, clients)) < p, 1)
     return upper | upper.T
+
+
+def _drawn_pairs(
+    p: float, clients: int, generator: np.random.Generator
+) -> tuple[Int[np.ndarray, " pair"], Int[np.ndarray, " pair"]]:
+    """The pairs (i, j), i < j, that are linked: from one to the next it is a geometric number of pairs further."""
+    pairs, last, found = clients * (clients - 1) // 2, -1, []
+    while last < pairs:
+        expected = int((pairs - last) * p)
+        places = last + np.cumsum(generator.geometric(p, expected + 100))
+        found.append(places)
+        last = int(places[-1])
+    places = np.concatenate(found)
+    places = places[places < pairs]
+    ends = np.cumsum(np.arange(clients - 1, 0, -1))  # of each i, the number of pairs up to its last one
+    i = np.searchsorted(ends, places, side="right")
+    return i, places - (ends[i] - (clients - 1 - i)) + i + 1
 
 
 def components(adjacency: Adjacency) -> Int[np.ndarray, " client"]:
@@ -111,11 +149,6 @@ def components(adjacency: Adjacency) -> Int[np.ndarray, " client"]:
 def is_connected(adjacency: Adjacency) -> bool:
     """Whether every client can reach every other one."""
     return bool((components(adjacency) == 0).all())
-
-
-def is_symmetric(adjacency: Adjacency) -> bool:
-    """Whether every link goes both ways."""
-    return bool((adjacency == adjacency.T).all())
 
 
 def ring(clients: int) -> Adjacency:
@@ -142,7 +175,7 @@ def torus(clients: int, rows: int | None) -> Adjacency:
     row, column = divmod(i, columns)
     right = row * columns + (column + 1) % columns
     below = (row + 1) % rows * columns + column
-    return _linked(clients, i, right) | _linked(clients, i, below)
+    return _linked(clients, np.concatenate([i, i]), np.concatenate([right, below]))
 
 
 def path(clients: int) -> Adjacency:
@@ -158,15 +191,13 @@ def star(clients: int) -> Adjacency:
 
 def complete(clients: int) -> Adjacency:
     """Everybody with everybody."""
-    return ~np.eye(clients, dtype=bool)
+    i, j = np.divmod(np.arange(clients * clients), clients)
+    return _arrows(clients, i[i != j], j[i != j])
 
 
 def exponential(clients: int) -> Adjacency:
     """Client i with i ± 2^k (mod clients), for all 2^k < clients."""
-    adjacency, i = _empty(clients), np.arange(clients)
-    for k in range((clients - 1).bit_length()):
-        adjacency |= _linked(clients, i, (i + 2**k) % clients)
-    return adjacency
+    return _linked(clients, *_power_shifts(clients))
 
 
 def random_regular(clients: int, degree: int, seed: int, any_draw: bool = False) -> Adjacency:
@@ -181,11 +212,12 @@ def random_regular(clients: int, degree: int, seed: int, any_draw: bool = False)
             f"random-regular graph with degree {degree} and {clients} clients; degree x clients must be even; "
             f"use topology.degree={degree + 1 if degree + 1 < clients else degree - 1} or an even number of clients"
         )
-    from networkx import random_regular_graph, to_numpy_array
+    from networkx import random_regular_graph
 
     def draw(generator: np.random.Generator) -> Adjacency:
         graph = random_regular_graph(degree, clients, seed=int(generator.integers(2**32)))
-        return to_numpy_array(graph, nodelist=range(clients)) > 0
+        ends = np.array(graph.edges, dtype=int).reshape(-1, 2)
+        return _linked(clients, ends[:, 0], ends[:, 1])
 
     given = f"random-regular graph with degree {degree} and {clients} clients"
     return _first_connected(draw, seed, any_draw, given, "use topology.degree=2 or more")
@@ -204,19 +236,30 @@ def directed_ring(clients: int, chords: list[tuple[int, int]]) -> Adjacency:
     With a chord in- and out-degrees differ; a directed ring alone is as balanced as an undirected one.
     """
     i = np.arange(clients)
-    return _arrows(clients, i, (i + 1) % clients) | from_edges(clients, chords, directed=True, name="chords")
+    senders, receivers = _checked_ends(clients, chords, "chords")
+    return _arrows(clients, np.concatenate([i, senders]), np.concatenate([(i + 1) % clients, receivers]))
 
 
 def directed_exponential(clients: int) -> Adjacency:
     """Client i sends to i + 2^k (mod clients), for all 2^k < clients."""
-    hears, i = _empty(clients), np.arange(clients)
-    for k in range((clients - 1).bit_length()):
-        hears |= _arrows(clients, i, (i + 2**k) % clients)
-    return hears
+    return _arrows(clients, *_power_shifts(clients))
 
 
-def from_edges(clients: int, edges: list[tuple[int, int]], directed: bool = False, name: str = "edges") -> Adjacency:
+def _power_shifts(clients: int) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
+    """Ends (i, i + 2^k mod clients) for all 2^k < clients."""
+    i, shifts = np.arange(clients), 2 ** np.arange((clients - 1).bit_length())
+    return np.tile(i, len(shifts)), ((i + shifts[:, None]) % clients).ravel()
+
+
+def from_edges(clients: int, edges: list[tuple[int, int]], directed: bool = False) -> Adjacency:
     """The links written out, directed ones as (sender, receiver); naming one twice is the same as once."""
+    return (_arrows if directed else _linked)(clients, *_checked_ends(clients, edges, "edges"))
+
+
+def _checked_ends(
+    clients: int, edges: list[tuple[int, int]], name: str
+) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
+    """The ends of links that are written out; raises TopologyError for one that no graph of these clients has."""
     for i, j in edges:
         if i == j:
             raise TopologyError(f"topology.{name} links client {i} to itself; remove [{i}, {j}]")
@@ -226,7 +269,7 @@ def from_edges(clients: int, edges: list[tuple[int, int]], directed: bool = Fals
                 f"{clients - 1}; remove it or raise clients"
             )
     ends = np.array(edges, dtype=int).reshape(-1, 2)
-    return (_arrows if directed else _linked)(clients, ends[:, 0], ends[:, 1])
+    return ends[:, 0], ends[:, 1]
 
 
 GRAPHS: dict[str, Callable[[Any, int, int], Adjacency]] = {
@@ -259,14 +302,13 @@ def _first_connected(
 
 
 def _empty(clients: int) -> Adjacency:
-    return np.zeros((clients, clients), dtype=bool)
+    nobody = np.zeros(0, dtype=int)
+    return _arrows(clients, nobody, nobody)
 
 
 def _linked(clients: int, i: Int[np.ndarray, " edge"], j: Int[np.ndarray, " edge"]) -> Adjacency:
-    return _arrows(clients, i, j) | _arrows(clients, j, i)
+    return _arrows(clients, np.concatenate([i, j]), np.concatenate([j, i]))
 
 
 def _arrows(clients: int, senders: Int[np.ndarray, " edge"], receivers: Int[np.ndarray, " edge"]) -> Adjacency:
-    adjacency = _empty(clients)
-    adjacency[receivers, senders] = True
-    return adjacency
+    return from_entries(clients, receivers, senders, True)

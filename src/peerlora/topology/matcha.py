@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Float
 
 from peerlora.randomness import numpy_generator
-from peerlora.topology.graphs import Adjacency
+from peerlora.topology.storage import Adjacency, Matrix, linked_pairs
 from peerlora.topology.weight_sequence import WeightSequence
-from peerlora.topology.weights import Matrix
 
 Laplacians = Float[np.ndarray, "matching client client"]
 _STEPS, _DIGITS = 300, 3
@@ -40,7 +39,7 @@ class Matcha:
 
 def matcha(adjacency: Adjacency, budget: float) -> Matcha:
     """The matchings of a graph, of which a round uses the share ``budget`` on average."""
-    clients = len(adjacency)
+    clients = adjacency.shape[0]
     found = matchings(adjacency)
     L = np.stack([_laplacian(pairs, clients) for pairs in found]) if found else np.zeros((0, clients, clients))
     p = probabilities(L, budget)
@@ -51,7 +50,7 @@ def matchings(adjacency: Adjacency) -> list[list[tuple[int, int]]]:
     """The links, each in the first matching in which both its ends are free: at most 2 x the largest degree - 1."""
     found: list[list[tuple[int, int]]] = []
     busy: list[set[int]] = []
-    for i, j in np.argwhere(np.triu(adjacency)).tolist():
+    for i, j in linked_pairs(adjacency, upper=True):
         m = next((m for m, taken in enumerate(busy) if i not in taken and j not in taken), len(found))
         if m == len(found):
             found.append([])

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from peerlora.config.topology import TopologyConfig, WeightedGraph
 from peerlora.errors import TopologyError
@@ -16,11 +16,9 @@ from peerlora.topology.equitopo import equidyn, equistatic
 from peerlora.topology.finite_time import base_graph, hypercube, one_peer
 from peerlora.topology.graphs import (
     GRAPHS,
-    Adjacency,
     build_graph,
     check_out_degree,
     edge_draw,
-    is_symmetric,
     keep_degrees,
     out_draw,
     pair_draw,
@@ -28,16 +26,30 @@ from peerlora.topology.graphs import (
 )
 from peerlora.topology.matcha import matcha
 from peerlora.topology.properties import Properties
+from peerlora.topology.spectrum import chain_gram, largest_off_mean, mean_gram, smallest_eigenvalue
+from peerlora.topology.storage import (
+    Adjacency,
+    Matrix,
+    column_counts,
+    columns_of,
+    dense_rows,
+    entries_like,
+    is_large,
+    is_symmetric,
+    linked_pairs,
+    row_counts,
+    stored,
+)
 from peerlora.topology.weight_sequence import WeightSequence
 from peerlora.topology.weights import (
-    Matrix,
     lazy,
     long_run_rho,
+    mean_over_permutations,
     metropolis_target,
-    over_permutations,
     pairwise_weights,
     remove_links,
     rho,
+    rho_of_eigenvalue,
     static_rho,
     weights,
 )
@@ -47,37 +59,54 @@ from peerlora.topology.weights import (
 class RoundGraph:
     """The links that are really up in one round, and W [client, client] with rows = receivers.
 
-    ``adjacency[i, j]`` says that i hears from j; W_ij is then the weight of j's message.
-    Static topologies hand out the same object every round: read it, never write into it.
+    ``adjacency[i, j]`` says that i hears from j; W_ij is then the weight of j's message.  Both are sparse where clients
+    are many.  Static topologies hand out the same object every round: read it, never write into it.
     """
 
     adjacency: Adjacency
     W: Matrix
 
     @property
+    def clients(self) -> int:
+        """Of the run."""
+        return self.adjacency.shape[0]
+
+    @cached_property
     def degrees(self) -> Int[np.ndarray, " client"]:
         """The number of those whom a client hears from."""
-        return self.adjacency.sum(axis=1)
+        return row_counts(self.adjacency)
 
-    @property
+    @cached_property
     def out_degrees(self) -> Int[np.ndarray, " client"]:
         """The number of those whom a client sends to; the same where links go both ways."""
-        return self.adjacency.sum(axis=0)
+        return column_counts(self.adjacency)
 
-    @property
+    @cached_property
     def edges(self) -> list[tuple[int, int]]:
         """The links (i, j) with i < j; where any goes one way only, all of them as (sender, receiver)."""
         if is_symmetric(self.adjacency):
-            return [(i, j) for i, j in np.argwhere(np.triu(self.adjacency)).tolist()]
-        return [(j, i) for i, j in np.argwhere(self.adjacency).tolist()]
+            return linked_pairs(self.adjacency, upper=True)
+        return [(j, i) for i, j in linked_pairs(self.adjacency, upper=False)]
 
     def neighbours(self, client: int) -> list[int]:
         """Those whom ``client`` hears from this round, in order."""
-        return np.flatnonzero(self.adjacency[client]).tolist()
+        return columns_of(self.adjacency, client)
 
     def receivers(self, client: int) -> list[int]:
         """Those whom ``client`` sends to this round, in order."""
-        return np.flatnonzero(self.adjacency[:, client]).tolist()
+        return columns_of(self._heard_by, client)
+
+    def weights(
+        self, receivers: Sequence[int], senders: Sequence[int] | None = None
+    ) -> Float[np.ndarray, "receiver sender"]:
+        """Some rows of W, and of these some columns (all by default), as a dense array."""
+        rows = dense_rows(self.W, receivers)
+        return rows if senders is None else rows[:, list(senders)]
+
+    @cached_property
+    def _heard_by(self) -> Adjacency:
+        turned = self.adjacency.T
+        return turned if isinstance(turned, np.ndarray) else turned.tocsr()
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +202,32 @@ class Topology:
                 return static_rho(self._static.W)
             drawn = (graph.W for graph in self.sample(rounds))
             return long_run_rho(drawn, self.properties.column_stochastic, numpy_generator(self.seed, "rho"))
+        matrices = (graph.W for graph in ([self._static] if self.period == 1 else self.sample(rounds)))
+        if self.config.kind == "random":
+            # No client is special in a graph drawn anew every round, so neither is one in the true moment;
+            # imposing that removes the upward bias that the largest eigenvalue of a noisy matrix has.
+            return self._rho_of_drawn(list(matrices))
+        if is_large(self.clients):
+            kept = list(matrices)
+            alone = kept[0].T @ kept[0] if len(kept) == 1 else None
+            largest = largest_off_mean(mean_gram(kept, [1] * len(kept)), self.clients, alone)
+            return rho_of_eigenvalue(largest, self.clients)
         moment = np.zeros((self.clients, self.clients))
-        for drawn in [self._static] if self.period == 1 else self.sample(rounds):
-            moment += drawn.W.T @ drawn.W / rounds
-        # No client is special in a graph drawn anew every round, so neither is one in the true moment;
-        # imposing that removes the upward bias that the largest eigenvalue of a noisy matrix has.
-        return rho(over_permutations(moment) if self.config.kind == "random" else moment)
+        for W in matrices:
+            moment += W.T @ W / rounds
+        return rho(moment)
+
+    def _rho_of_drawn(self, matrices: list[Matrix]) -> float:
+        """rho of a moment that is the same for all clients, from the traces and sums of ``W^T W``."""
+        trace = np.mean([(W * W).sum() for W in matrices])
+        total = np.mean([np.square(W.sum(axis=1)).sum() for W in matrices])
+        largest = mean_over_permutations(float(trace), float(total), self.clients)
+        return rho_of_eigenvalue(largest, self.clients)
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        """Of the W of round 0, which is symmetric."""
+        return smallest_eigenvalue(self.at(0).W)
 
     @property
     def averages_all(self) -> bool:
@@ -189,9 +238,12 @@ class Topology:
         """``|| W_period ... W_1 - J ||_2``: what one period leaves of the disagreement; None without a period."""
         if self.period is None or not self.properties.doubly_stochastic:
             return None
+        matrices = [self.at(t).W for t in range(self.period)]
+        if is_large(self.clients):
+            return rho_of_eigenvalue(largest_off_mean(chain_gram(matrices), self.clients), self.clients)
         product = np.eye(self.clients)
-        for t in range(self.period):
-            product = self.at(t).W @ product
+        for W in matrices:
+            product = W @ product
         return rho(product.T @ product)
 
     @property
@@ -220,40 +272,47 @@ class Topology:
 
     def _round(self, seed: int, t: int, absent: Sequence[int] = ()) -> RoundGraph:
         gone = np.isin(np.arange(self.clients), absent)
-        apart = np.logical_or.outer(gone, gone)
         if self.config.weights == "pairwise":
-            up = self._up(seed, t) & ~apart
+            full = self._planned_links(seed, t)
+            up = full > self._missing(full, seed, t, gone)
             W = self._lazy(pairwise_weights(up, numpy_generator(seed, "pairwise", round=t)))
             return self._with_degrees(RoundGraph(up, W))
         full, W = self._planned(seed, t)
-        missing = full & (self._missing(seed, t) | apart)
+        missing = self._missing(full, seed, t, gone)
         sender_keeps = self.directed and self.config.weights != "row-average"
         W = remove_links(W, missing, sender_keeps or self.config.weights == "push-sum")
-        return self._with_degrees(RoundGraph(full & ~missing, W))
+        return self._with_degrees(RoundGraph(full > missing, W))
 
     def _with_degrees(self, graph: RoundGraph) -> RoundGraph:
         """The graph without the links of clients that have fewer than ``least_degree``."""
         if not self.least_degree:
             return graph
         kept = keep_degrees(graph.adjacency, self.least_degree)
-        return RoundGraph(kept, remove_links(graph.W, graph.adjacency & ~kept))
+        return RoundGraph(kept, remove_links(graph.W, graph.adjacency > kept))
 
     def _planned(self, seed: int, t: int) -> tuple[Adjacency, Matrix]:
         """The links of a round and W before anything drops."""
         if self.plan is not None:
-            W = self._lazy(self.plan.W(seed, t))
+            W = self._lazy(self._own_weights(self.plan, seed, t))
             return _links(W), W
         if self.graph is not None:
             return self.graph, self._full_weights
         full = self._drawn(seed, t)
         return full, self._weighted(full)
 
+    def _own_weights(self, plan: WeightSequence, seed: int, t: int) -> Matrix:
+        """W of a topology that comes with its own, as it is kept for so many clients."""
+        return stored(plan.W(seed, t), self.clients)
+
     def _up(self, seed: int, t: int) -> Adjacency:
+        full = self._planned_links(seed, t)
+        return full > self._missing(full, seed, t, np.zeros(self.clients, dtype=bool))
+
+    def _planned_links(self, seed: int, t: int) -> Adjacency:
+        """The links of a round before anything drops."""
         if self.plan is not None:
-            full = _links(self.plan.W(seed, t))
-        else:
-            full = self.graph if self.graph is not None else self._drawn(seed, t)
-        return full & ~self._missing(seed, t)
+            return _links(self._own_weights(self.plan, seed, t))
+        return self.graph if self.graph is not None else self._drawn(seed, t)
 
     def _drawn(self, seed: int, t: int) -> Adjacency:
         config = self.config
@@ -262,20 +321,30 @@ class Topology:
         assert config.kind == "random-out"
         return out_draw(config.degree, self.clients, seed, t)
 
-    def _missing(self, seed: int, t: int) -> Adjacency:
-        """Which links are down if they are planned; each way has its own luck where links may go one way."""
-        config, clients = self.config, self.clients
-        missing = np.zeros((clients, clients), dtype=bool)
-        if config.drop_links > 0:
-            generator = numpy_generator(seed, "links", round=t)
+    def _missing(self, full: Adjacency, seed: int, t: int, gone: Bool[np.ndarray, " client"]) -> Adjacency:
+        """Which of the planned links are down; each way has its own luck where links may go one way."""
+        i, j = full.nonzero()
+        down = gone[i] | gone[j]
+        if self.config.drop_links > 0:
+            down |= self._dropped(i, j, numpy_generator(seed, "links", round=t))
+        if self.config.drop_clients > 0:
+            away = numpy_generator(seed, "participation", round=t).random(self.clients) < self.config.drop_clients
+            down |= away[i] | away[j]
+        return entries_like(full, i[down], j[down], True)
+
+    def _dropped(
+        self, i: Int[np.ndarray, " link"], j: Int[np.ndarray, " link"], generator: np.random.Generator
+    ) -> Bool[np.ndarray, " link"]:
+        """Which links have no luck: drawn for all pairs, of many clients for the links alone."""
+        chance, clients = self.config.drop_links, self.clients
+        if not is_large(clients):
             if self.directed:
-                missing |= generator.random((clients, clients)) < config.drop_links
-            else:
-                missing |= pair_draw(config.drop_links, clients, generator)
-        if config.drop_clients > 0:
-            away = numpy_generator(seed, "participation", round=t).random(clients) < config.drop_clients
-            missing |= np.logical_or.outer(away, away)
-        return missing
+                return (generator.random((clients, clients)) < chance)[i, j]
+            return pair_draw(chance, clients, generator)[i, j]
+        if self.directed:
+            return generator.random(len(i)) < chance
+        pairs, place = np.unique(np.minimum(i, j) * clients + np.maximum(i, j), return_inverse=True)
+        return (generator.random(len(pairs)) < chance)[place]
 
 
 def build_topology(config: TopologyConfig | Any, clients: int, seed: int) -> Topology:
@@ -300,7 +369,7 @@ def _of_plugin(config: Any, made: Any, clients: int, seed: int) -> Topology:
         return Topology(config, clients, seed, plugin_graph(config, made, clients))
     if not isinstance(config, WeightedGraph):
         raise TopologyError(f"{kind}: a WeightSequence given; its settings must derive from WeightedGraph")
-    W = made.W(seed, 0)
+    W: Any = made.W(seed, 0)
     sums = np.concatenate([W.sum(axis=0), W.sum(axis=1)]) if W.shape == (clients, clients) else np.zeros(1)
     if not np.allclose(sums, 1, rtol=0, atol=1e-9):
         raise TopologyError(f"{kind}: W of round 0 is not doubly stochastic for {clients} clients")
@@ -308,12 +377,13 @@ def _of_plugin(config: Any, made: Any, clients: int, seed: int) -> Topology:
 
 
 def _links(W: Matrix) -> Adjacency:
-    return (W != 0) & ~np.eye(len(W), dtype=bool)
+    i, j = W.nonzero()
+    return entries_like(W, i[i != j], j[i != j], True)
 
 
 def _is_regular(adjacency: Adjacency) -> bool:
     """Whether all clients hear from and send to equally many."""
-    degrees = np.concatenate([adjacency.sum(axis=0), adjacency.sum(axis=1)])
+    degrees = np.concatenate([column_counts(adjacency), row_counts(adjacency)])
     return bool((degrees == degrees[0]).all())
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peerlora.topology.weights import Matrix
+from peerlora.topology.storage import Matrix, from_entries
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class WeightSequence:
 
 def averaging(clients: int, groups: list[list[int]]) -> Matrix:
     """The W of a round in which every group takes its plain mean and everybody else keeps what they have."""
-    W = np.eye(clients)
-    for group in groups:
-        W[np.ix_(group, group)] = 1 / len(group)
-    return W
+    here, parts = np.arange(clients), [np.array(group, dtype=int) for group in groups]
+    i = np.concatenate([here, *(np.repeat(group, len(group)) for group in parts)])
+    j = np.concatenate([here, *(np.tile(group, len(group)) for group in parts)])
+    shares = np.repeat([1 / len(group) for group in parts], [len(group) ** 2 for group in parts])
+    return from_entries(clients, i, j, np.concatenate([np.ones(clients), shares]))

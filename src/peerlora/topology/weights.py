@@ -1,19 +1,31 @@
 """Mixing matrices W (rows are receivers) from a graph, and how fast they make clients agree.
 
-``neighbours`` of a client never include itself; every W is float64 [client, client].  Those of an undirected graph are
-doubly stochastic, but for the ones that say what else they keep: ``metropolis_target``, ``push_sum``, ``row_average``.
+``neighbours`` of a client never include itself; every W is float64 [client, client], dense or sparse as its graph is
+(see ``storage``).  Those of an undirected graph are doubly stochastic, but for the ones that say what else they keep:
+``metropolis_target``, ``push_sum``, ``row_average``.
 """
 
 import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 
 from peerlora.errors import TopologyError
-from peerlora.topology.graphs import Adjacency
+from peerlora.topology.spectrum import largest_eigenvalue, second_modulus
+from peerlora.topology.storage import (
+    Adjacency,
+    Matrix,
+    add_to_diagonal,
+    column_counts,
+    entries_like,
+    identity_like,
+    linked_pairs,
+    row_counts,
+)
 
-Matrix = Float64[np.ndarray, "client client"]
+Row = np.ndarray | dict[int, float]
+"""A row of a matrix that is filled step by step: dense, or its entries by column."""
 
 
 def weights(adjacency: Adjacency, rule: str) -> Matrix:
@@ -26,8 +38,8 @@ def metropolis(adjacency: Adjacency) -> Matrix:
 
     Source: Xiao, Boyd, Lall 2005, "A scheme for robust distributed sensor fusion based on average consensus".
     """
-    degrees = adjacency.sum(axis=1)
-    return _fill_diagonal(adjacency / (1.0 + np.maximum.outer(degrees, degrees)))
+    degrees, (i, j) = row_counts(adjacency), adjacency.nonzero()
+    return _fill_diagonal(entries_like(adjacency, i, j, 1 / (1.0 + np.maximum(degrees[i], degrees[j]))))
 
 
 def laplacian(adjacency: Adjacency) -> Matrix:
@@ -36,16 +48,17 @@ def laplacian(adjacency: Adjacency) -> Matrix:
     The diagonal stays at or above 1/3, because no degree exceeds lambda_max(L).
     Source: Dec-LoRA 2025, arXiv 2501.15361, for its Erdos-Renyi graph.
     """
-    if not adjacency.any():
-        return np.eye(len(adjacency))
-    L = np.diag(adjacency.sum(axis=1, dtype=float)) - adjacency
-    largest = np.linalg.eigvalsh(L)[-1]
-    return _fill_diagonal(adjacency * (2 / (3 * largest)))
+    i, j = adjacency.nonzero()
+    if not len(i):
+        return identity_like(adjacency)
+    L = add_to_diagonal(entries_like(adjacency, i, j, -1.0), row_counts(adjacency).astype(float))
+    return _fill_diagonal(entries_like(adjacency, i, j, 2 / (3 * largest_eigenvalue(L))))
 
 
 def uniform(adjacency: Adjacency) -> Matrix:
     """1 / (1 + the largest degree of the graph) on every link: 1/3 on a ring, 1/clients on the complete graph."""
-    return _fill_diagonal(adjacency / (1.0 + adjacency.sum(axis=1).max()))
+    i, j = adjacency.nonzero()
+    return _fill_diagonal(entries_like(adjacency, i, j, 1 / (1.0 + row_counts(adjacency).max())))
 
 
 def metropolis_target(adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> Matrix:
@@ -59,13 +72,13 @@ def metropolis_target(adjacency: Adjacency, c: Float[np.ndarray, " client"]) -> 
     """
     if not (np.isfinite(c).all() and (c > 0).all()):
         raise TopologyError(f"target weights {np.asarray(c).tolist()} given; each client needs a positive number")
-    share = 1.0 / (1.0 + adjacency.sum(axis=1))
-    return _fill_diagonal(np.where(adjacency, np.minimum(share[:, None], np.outer(1 / c, c * share)), 0.0))
+    share, (i, j) = 1.0 / (1.0 + row_counts(adjacency)), adjacency.nonzero()
+    return _fill_diagonal(entries_like(adjacency, i, j, np.minimum(share[i], (1 / c)[i] * (c * share)[j])))
 
 
 def lazy(W: Matrix) -> Matrix:
     """``(I + W) / 2``: half as fast, and without negative eigenvalues where W is symmetric."""
-    return (np.eye(len(W)) + W) / 2
+    return (identity_like(W) + W) / 2
 
 
 def push_sum(adjacency: Adjacency) -> Matrix:
@@ -74,13 +87,15 @@ def push_sum(adjacency: Adjacency) -> Matrix:
     ``adjacency[i, j]``: i hears from j.  Columns sum to 1; rows do too where all have equally many neighbours each way.
     Source: Kempe, Dobra, Gehrke 2003, "Gossip-based computation of aggregate information".
     """
-    linked = adjacency | np.eye(len(adjacency), dtype=bool)
-    return linked / linked.sum(axis=0)
+    here = np.arange(adjacency.shape[0])
+    i, j = (np.concatenate([ends, here]) for ends in adjacency.nonzero())
+    return entries_like(adjacency, i, j, 1 / (1.0 + column_counts(adjacency))[j])
 
 
 def row_average(adjacency: Adjacency) -> Matrix:
     """Receivers take the plain average of what reaches them: rows sum to 1, and the limit is a weighted mean."""
-    return np.ascontiguousarray(push_sum(adjacency.T).T)
+    turned = push_sum(adjacency.T).T
+    return np.ascontiguousarray(turned) if isinstance(turned, np.ndarray) else turned.tocsr()
 
 
 def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Matrix:
@@ -89,12 +104,24 @@ def pairwise_weights(adjacency: Adjacency, generator: np.random.Generator) -> Ma
     Not symmetric, and it reaches beyond neighbours: what a client got in an early contact it passes on in a later one.
     Source: Boyd, Ghosh, Prabhakar, Shah 2006, "Randomized gossip algorithms", for one contact.
     """
-    W = np.eye(len(adjacency))
-    contacts = np.argwhere(np.triu(adjacency))
+    contacts = np.array(linked_pairs(adjacency, upper=True), dtype=int).reshape(-1, 2)
+    dense = isinstance(adjacency, np.ndarray)
+    rows: list[Row] = list(np.eye(len(adjacency))) if dense else [{i: 1.0} for i in range(adjacency.shape[0])]
     for i, j in generator.permutation(contacts).tolist():
-        mean = (W[i] + W[j]) / 2
-        W[i] = W[j] = mean
-    return W
+        rows[i] = rows[j] = _half_of_each(rows[i], rows[j])
+    if dense:
+        return np.stack([np.asarray(row) for row in rows])
+    filled = [dict(sorted(row.items())) for row in rows if isinstance(row, dict)]
+    receivers = np.repeat(np.arange(len(filled)), [len(row) for row in filled])
+    senders, values = (np.array([each for row in filled for each in part(row)]) for part in (dict.keys, dict.values))
+    return entries_like(adjacency, receivers, senders, values)
+
+
+def _half_of_each(one: Row, other: Row) -> Row:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {column: (one.get(column, 0.0) + other.get(column, 0.0)) / 2 for column in one | other}
+    assert isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
+    return (one + other) / 2
 
 
 def remove_links(W: Matrix, missing: Adjacency, sender_keeps: bool = False) -> Matrix:
@@ -103,9 +130,8 @@ def remove_links(W: Matrix, missing: Adjacency, sender_keeps: bool = False) -> M
     The first keeps the sums of rows, the second those of columns: what was not sent is not lost.  A symmetric W without
     links both ways stays symmetric, and both are the same.
     """
-    kept = np.where(missing, 0.0, W)
-    kept[np.diag_indices_from(kept)] += np.where(missing, W, 0.0).sum(axis=0 if sender_keeps else 1)
-    return kept
+    lost = W * missing
+    return add_to_diagonal(W - lost, lost.sum(axis=0 if sender_keeps else 1))
 
 
 def rho(second_moment: Matrix) -> float:
@@ -114,12 +140,16 @@ def rho(second_moment: Matrix) -> float:
     ``second_moment`` is E[W^T W]; rho^2 is the largest eigenvalue of E[W^T W] - J, with J = 1/clients everywhere.
     """
     clients = len(second_moment)
-    largest = np.linalg.eigvalsh(second_moment - 1 / clients)[-1]
+    return rho_of_eigenvalue(largest_eigenvalue(second_moment - 1 / clients), clients)
+
+
+def rho_of_eigenvalue(largest: float, clients: int) -> float:
+    """rho from the largest eigenvalue of E[W^T W] - J, without the rounding that this comes with."""
     # Without this, rounding of 1e-16 would read as rho 1e-8, and a disconnected graph as one that slowly agrees.
     rounding = 10 * clients * np.finfo(float).eps
     if largest <= rounding:
         return 0.0
-    return 1.0 if largest >= 1 - rounding else float(np.sqrt(largest))
+    return 1.0 if largest >= 1 - rounding else math.sqrt(largest)
 
 
 def spectral_gap(second_moment: Matrix) -> float:
@@ -135,7 +165,7 @@ def long_run_rho(matrices: Iterable[Matrix], columns: bool, generator: np.random
     """
     x, logs = None, []
     for W in matrices:
-        x = generator.normal(size=len(W)) if x is None else x
+        x = generator.normal(size=W.shape[0]) if x is None else x
         x = (W if columns else W.T) @ (x - x.mean())
         size = float(np.linalg.norm(x))
         if size < 1e-14:
@@ -147,17 +177,18 @@ def long_run_rho(matrices: Iterable[Matrix], columns: bool, generator: np.random
 
 def static_rho(W: Matrix) -> float:
     """``long_run_rho`` of one W: the second largest modulus of its eigenvalues."""
-    return float(np.sort(np.abs(np.linalg.eigvals(W)))[-2]) if len(W) > 1 else 0.0
+    return second_modulus(W)
 
 
-def over_permutations(matrix: Matrix) -> Matrix:
-    """The mean of a matrix over all renumberings of the clients: one value on the diagonal, one elsewhere."""
-    clients = len(matrix)
+def mean_over_permutations(diagonal: float, total: float, clients: int) -> float:
+    """The largest eigenvalue off the mean of a matrix averaged over all renumberings of the clients.
+
+    That average has one value on the diagonal, whose sum here is ``diagonal``, and one elsewhere; ``total``: the sum of
+    all entries.
+    """
     if clients == 1:
-        return matrix
-    diagonal = np.trace(matrix) / clients
-    elsewhere = (matrix.sum() - np.trace(matrix)) / (clients * (clients - 1))
-    return np.where(np.eye(clients, dtype=bool), diagonal, elsewhere)
+        return 0.0
+    return diagonal / clients - (total - diagonal) / (clients * (clients - 1))
 
 
 RULES: dict[str, Callable[[Adjacency], Matrix]] = {
@@ -170,6 +201,5 @@ RULES: dict[str, Callable[[Adjacency], Matrix]] = {
 
 
 def _fill_diagonal(W: Matrix) -> Matrix:
-    """Rows that sum to 1, whatever the links leave going to the diagonal."""
-    np.fill_diagonal(W, 1 - W.sum(axis=1))
-    return W
+    """Rows that sum to 1, whatever the links leave going to the diagonal, which is empty."""
+    return add_to_diagonal(W, 1 - W.sum(axis=1))

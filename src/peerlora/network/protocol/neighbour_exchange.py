@@ -30,7 +30,8 @@ from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.protocol.value_bounds import check_values
 from peerlora.network.protocol.wire import Header, encode_body, encode_header, read_claimed
 from peerlora.topology.schedule import RoundGraph, Topology
-from peerlora.topology.weights import Matrix, remove_links
+from peerlora.topology.storage import Matrix, entries_like
+from peerlora.topology.weights import remove_links
 from peerlora.tree import leaves, tree_map
 
 Tree = TypeVar("Tree")
@@ -109,7 +110,7 @@ class NeighbourExchange(PlainExchange):
         senders = sorted(received)
         rows = torch.cat([received[j] for j in senders])
         self.stats.sent, self.stats.received = x, _replicas(x, rows)
-        mixed = operator(self.graph.W[self.clients][:, senders], rows) @ rows
+        mixed = operator(self.graph.weights(self.clients, senders), rows) @ rows
         self.stats.seconds += time.perf_counter() - began
         return mixed
 
@@ -153,7 +154,7 @@ class NeighbourExchange(PlainExchange):
         received = self._exchange(message, decode, None if target is None else (target, own[target]))
         received[self.clients[0]] = own
         senders = sorted(received)
-        return everybody(payload, [received[j] for j in senders]), self.graph.W[self.clients][:, senders]
+        return everybody(payload, [received[j] for j in senders]), self.graph.weights(self.clients, senders)
 
     def _exchange(
         self, message: OutgoingMessage, decode: Decoder, target: tuple[str, Tensor] | None = None
@@ -246,7 +247,7 @@ class NeighbourExchange(PlainExchange):
 
     def _weighted(self, planned: RoundGraph, known: Mapping[int, float]) -> Matrix:
         """W whose own row has Metropolis-Hastings weights for the known c; the other rows have no meaning."""
-        c = np.ones(len(planned.W))  # where c is unknown the link is not used
+        c = np.ones(planned.clients)  # where c is unknown the link is not used
         c[list(known)] = list(known.values())
         return self.topology.aimed(planned.adjacency, c)
 
@@ -295,8 +296,7 @@ def without(graph: RoundGraph, missing: list[tuple[int, int]], one_way: bool = F
     """
     if not missing:
         return graph
-    gone = np.zeros_like(graph.adjacency)
-    for i, j in missing:
-        gone[i, j] = True
-        gone[j, i] |= not one_way
-    return RoundGraph(graph.adjacency & ~gone, remove_links(graph.W, gone, one_way))
+    links = {*missing} if one_way else {*missing, *((j, i) for i, j in missing)}
+    i, j = np.array(sorted(links)).T
+    gone = entries_like(graph.adjacency, i, j, True)
+    return RoundGraph(graph.adjacency > gone, remove_links(graph.W, gone, one_way))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -42,6 +42,12 @@ class Engine(AbstractContextManager["Engine"]):
     def start(self, workers: int, settings: ClusterConfig) -> WorkerGroup:
         """Start so many workers; raises ClusterError where they cannot be had."""
         raise NotImplementedError
+
+    def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
+        """Return when the workers of a run fit again, after some were lost; ``tell`` is told where that takes a while.
+
+        Raises ClusterError where they do not within ``settings.wait`` seconds.
+        """
 
     def __exit__(self, *_error: object) -> None:
         """Leave nothing running that this engine started."""

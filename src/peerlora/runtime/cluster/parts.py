@@ -20,6 +20,7 @@ from peerlora.runtime.compose import Federation
 from peerlora.runtime.evaluation import Evaluation, Evaluator
 from peerlora.runtime.participation import AllClients, Opening
 from peerlora.runtime.rounds import RoundResult
+from peerlora.topology.storage import Matrix
 from peerlora.train.base import Scores
 from peerlora.tree import leaves, rebuild
 
@@ -190,7 +191,7 @@ class ClusterClients(AllClients):
         self.parts.group.call_each("restore_state", [(own,) for own in self.parts.divided(tensors)])
         return RemoteState()
 
-    def _diagnosed(self, state: RemoteState, sent: Adapters | None, W: np.ndarray) -> Diagnostics:
+    def _diagnosed(self, state: RemoteState, sent: Adapters | None, W: Matrix) -> Diagnostics:
         return join_shares([share for share in self.parts.group.call("measure") if share is not None])
 
 

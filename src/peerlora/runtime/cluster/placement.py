@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool
 
+from peerlora.topology.storage import Adjacency
+
 Tile = range
-Links = Bool[np.ndarray, "receiver sender"]
+Links = Adjacency
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _near_each_other(tiles: Sequence[Tile], links: Links) -> list[int]:
     from scipy.sparse.csgraph import reverse_cuthill_mckee
 
     tile_of = np.repeat(np.arange(len(tiles)), [len(tile) for tile in tiles])
-    receivers, senders = np.nonzero(links | links.T)
+    receivers, senders = (links + links.T).nonzero()
     ones = np.ones(len(receivers), dtype=np.int8)
     between = csr_array((ones, (tile_of[receivers], tile_of[senders])), shape=(len(tiles), len(tiles)))
     return reverse_cuthill_mckee(between, symmetric_mode=True).tolist()
@@ -71,8 +73,9 @@ class Transfers:
 def plan_transfers(links: Links, placement: Placement, nodes: int) -> Transfers:
     """Count what the workers need of each other; an object is read by all workers of a node, and sent to it once."""
     blocks = placement.blocks
-    needed = np.stack([links[block].any(axis=0) for block in blocks])
+    needed = np.zeros((len(blocks), placement.clients), dtype=bool)
     for worker, block in enumerate(blocks):
+        needed[worker, links[block].nonzero()[1]] = True
         needed[worker, block] = False
     by_pairs, gathered = int(needed.sum()), placement.clients * max(1, nodes - 1)
     gathers = gathered < by_pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import import_module
@@ -13,11 +13,13 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ClusterError, PeerloraError, WorkersLost
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.rows import Values
-from peerlora.runtime.cluster.session import ray_session
+from peerlora.runtime.cluster.session import lacking, ray_session
 from peerlora.runtime.cluster.worker import BlockWorker, describe_process
 
 _INBOX = "inbox"  # the threads of an actor that take rows while it computes
 _ASKED = {"describe": "to start; are so many cores and GPUs free?"}
+_LOOK = 1.0  # seconds between two looks at a cluster that lacks machines
+_GLANCE = 10.0  # seconds between two looks at its machines while workers compute
 _FETCH = 60.0  # seconds to fetch an answer that is there
 
 
@@ -38,17 +40,28 @@ class RayEngine(Engine):
         """See ``Engine``."""
         return RayGroup(self.ray, workers, settings)
 
+    def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
+        """See ``Engine``."""
+        end, told = time.monotonic() + settings.wait, False
+        while reason := lacking(settings, self.ray.cluster_resources()):
+            if time.monotonic() >= end:
+                raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
+            if not told:
+                tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
+            told = True
+            time.sleep(_LOOK)
+
 
 class RayGroup:
     """Workers on the machines of a Ray cluster.
 
-    Where one fails or is lost, all are ended: the others wait for its rows.
+    Where one fails or is lost, all are ended: the others wait for its rows.  ``kind``: what each does when it is asked.
     """
 
-    def __init__(self, ray: Any, count: int, settings: ClusterConfig):
-        self.ray, self.timeout, self.nodes = ray, settings.timeout, 1
+    def __init__(self, ray: Any, count: int, settings: ClusterConfig, kind: type[BlockWorker] = BlockWorker):
+        self.ray, self.settings, self.timeout, self.nodes = ray, settings, settings.timeout, 1
         resources = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
-        actor = actor_class().options(**resources)
+        actor = actor_class(kind).options(**resources)
         self.workers = [actor.remote(index) for index in range(count)]
         try:
             facts = self.call("describe")
@@ -67,10 +80,13 @@ class RayGroup:
         """See ``WorkerGroup``."""
         answers = [getattr(worker, method).remote(*own) for worker, own in zip(self.workers, arguments, strict=True)]
         try:
-            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"))
+            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"), self._lacking)
         except BaseException:
             self.close()
             raise
+
+    def _lacking(self) -> str:
+        return lacking(self.settings, self.ray.cluster_resources())
 
     def close(self) -> None:
         """End all workers."""
@@ -78,14 +94,21 @@ class RayGroup:
             self.ray.kill(worker, no_restart=True)
 
 
-def wait_for(ray: Any, answers: Sequence[Any], timeout: float, what: str) -> list[Any]:
+def wait_for(
+    ray: Any, answers: Sequence[Any], timeout: float, what: str, lacking: Callable[[], str] = lambda: ""
+) -> list[Any]:
     """Return the answers of all workers, which were asked something.
 
-    Raises WorkersLost where one died or did not answer in ``timeout`` seconds, else what a worker raised.
+    Raises WorkersLost where one died, did not answer in ``timeout`` seconds, or has no machine left, as ``lacking``
+    says; else what a worker raised.
     """
     end, pending, found = time.monotonic() + timeout, list(answers), {}
     while pending:
-        ready, pending = ray.wait(pending, timeout=max(0.0, end - time.monotonic()))
+        ready, pending = ray.wait(pending, timeout=min(_GLANCE, max(0.0, end - time.monotonic())))
+        if not ready and time.monotonic() < end:
+            if reason := lacking():
+                raise WorkersLost(f"machines have left when workers were asked {what}: {reason}")
+            continue
         if not ready:
             late = [answers.index(each) for each in pending]
             raise WorkersLost(f"workers {late} did not answer within {timeout:g} s when asked {what}")
@@ -116,12 +139,12 @@ def check_versions(facts: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-@lru_cache(maxsize=1)
-def actor_class() -> Any:
+@lru_cache(maxsize=4)
+def actor_class(kind: Any) -> Any:
     """The class of a worker's actor: calls of the driver on one thread, deliveries on another."""
     ray: Any = import_module("ray")
 
-    class BlockActor(BlockWorker):
+    class BlockActor(kind):
         def describe(self) -> dict[str, Any]:
             return describe_process() | {"node": ray.get_runtime_context().get_node_id()}
 

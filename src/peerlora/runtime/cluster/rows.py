@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.errors import WorkersLost
 from peerlora.runtime.cluster.placement import Placement, plan_transfers
+from peerlora.topology.storage import Adjacency
 
 Values = np.ndarray
 Send = Callable[[int, Sequence[int], Values], None]
@@ -79,9 +80,7 @@ class SwappedRows:
             self.send(number, self.others, _values(own))
         return self._placed(own, {worker: self.blocks[worker] for worker in self.others}, number)
 
-    def rows_for(
-        self, own: Float[Tensor, "client scalar"], links: Bool[np.ndarray, "receiver sender"]
-    ) -> Float[Tensor, "everybody scalar"]:
+    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "everybody scalar"]:
         """Return the rows of those from whom clients held here hear, and their own; the others are zero.
 
         Where an all-gather moves less, they are there too.

@@ -12,7 +12,7 @@ from typing import Any
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
-from peerlora.errors import DataError, RunError, WorkersLost
+from peerlora.errors import ClusterError, DataError, RunError, WorkersLost
 from peerlora.exchange.blocks import links_of
 from peerlora.lora.attach import StackedModel
 from peerlora.runs.events import Event, Warned
@@ -197,8 +197,21 @@ class Driver:
                 if left == 0:
                     raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
                 events = (Warned(f"{error}; new workers go on from the last checkpoint"),)
+            self._await_machines(machines, store, every)
             group, resumed = None, True
         raise AssertionError("the last attempt returns or raises")
+
+    def _await_machines(self, machines: Engine, store: RunStore, sinks: Sequence[Sink]) -> None:
+        """Wait until workers fit on the machines that are left; raises RunError where none come in time."""
+
+        def tell(message: str) -> None:
+            for sink in (store.emit, *sinks):
+                sink(Warned(message))
+
+        try:
+            machines.await_machines(self.settings, tell)
+        except ClusterError as error:
+            raise RunError(f"{error}: {resume_command(store.folder)}") from None
 
     def _trainer(
         self, group: WorkerGroup, store: RunStore, sinks: Sequence[Sink], stop: Stop, events: Sequence[Event]

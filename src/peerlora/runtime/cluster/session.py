@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,6 +21,7 @@ from peerlora.errors import ClusterError, first_line
 STORE_BYTES = 200_000_000  # bytes, at least, of the object store of a cluster that is started here
 _ANSWERS = 20.0  # seconds in which an address must answer
 _CLIENT_PORT = 10001  # of ray:// addresses that name none
+_QUESTION = "import sys, ray; print(flush=True); ray._raylet.GcsClient(address=sys.argv[1])"
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody of this run
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without machines to join, Ray listens on loopback alone
@@ -86,6 +89,28 @@ def check_address(address: str) -> None:
             f"no cluster answers at {address} ({first_line(error)}); start one with `ray start --head`, or leave the "
             "address out to start one on this machine"
         ) from None
+    if not address.startswith("ray://"):
+        _require_answer(address)
+
+
+def _require_answer(address: str) -> None:
+    """Raise ClusterError where what listens at host:port does not answer as a cluster does.
+
+    Asked by a process of its own, which can be ended: Ray's client waits for minutes, and not for this process.
+    """
+    asked = [sys.executable, "-c", _QUESTION, address]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()  # once Ray is imported, which may take longer than any answer
+            child.wait(timeout=_ANSWERS)
+        except subprocess.TimeoutExpired:
+            raise ClusterError(
+                f"what listens at {address} gave no answer within {_ANSWERS:g} s; expected a running Ray cluster, see "
+                "`ray status`"
+            ) from None
+        finally:
+            child.kill()
 
 
 def _check_cores(settings: ClusterConfig) -> None:
@@ -100,10 +125,14 @@ def _check_cores(settings: ClusterConfig) -> None:
 
 def check_resources(settings: ClusterConfig, there: dict[str, float]) -> None:
     """Raise ClusterError where a cluster has fewer cores or GPUs than are asked for."""
+    if reason := lacking(settings, there):
+        raise ClusterError(f"{reason}; use fewer workers, or add machines")
+
+
+def lacking(settings: ClusterConfig, there: dict[str, float]) -> str:
+    """Say of which kind a cluster has less than is asked for; an empty string where it has enough."""
     for name, each in (("CPU", float(settings.cpus_per_worker)), ("GPU", settings.gpus_per_worker)):
         asked, has = settings.workers * each, there.get(name, 0.0)
         if asked > has + 1e-9:
-            raise ClusterError(
-                f"{settings.workers} workers with {each:g} {name}s each asked for, the cluster has {has:g} in all; use "
-                "fewer workers, or add machines"
-            )
+            return f"{settings.workers} workers with {each:g} {name}s each asked for, the cluster has {has:g} in all"
+    return ""

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from peerlora.config.run import RunConfig
+from peerlora.errors import DataError, ModelError
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.layer_shares import (
     LayerShare,
@@ -31,9 +31,10 @@ from peerlora.runtime.evaluation import Evaluation, Evaluator
 from peerlora.runtime.inputs import facts_of
 from peerlora.runtime.participation import AllClients, of_clients
 from peerlora.runtime.plan import plan
-from peerlora.runtime.resources import load_resources
+from peerlora.runtime.resources import RunResources, load_resources
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
+from peerlora.topology.storage import identity
 from peerlora.train.base import Scores
 from peerlora.train.kernels.speed import Speed
 from peerlora.tree import rebuild, tree_map
@@ -89,7 +90,7 @@ class BlockWorker:
         assert self.send is not None
         self.rows = SwappedRows(self.index, task.placement, task.nodes, self.inbox, self.send, task.timeout)
         block = Block(task.placement.tiles[self.index], self.rows)
-        self.federation = assemble(plan(config), load_resources(config), speed=task.speed, block=block)
+        self.federation = assemble(plan(config), self._resources(config), speed=task.speed, block=block)
         federation, self.placement = self.federation, task.placement
         self.rounds = SynchronousRounds(
             federation.algorithm, federation.learner, federation.exchange, federation.clock, self.rows.all_rows
@@ -97,6 +98,14 @@ class BlockWorker:
         self.participation = BlockClients(federation, self.rows)
         self.evaluator = Evaluator(federation, self.participation)
         return facts_of(federation)
+
+    def _resources(self, config: RunConfig) -> RunResources:
+        """Data and tokenizer; raises DataError or ModelError with the machine that lacks them."""
+        try:
+            return load_resources(config)
+        except (DataError, ModelError) as error:
+            kind = DataError if isinstance(error, DataError) else ModelError
+            raise kind(f"worker {self.index} on {platform.node()}: {error}") from None
 
     def start(self) -> int:
         """Start the method; return the bytes that this block sent for it."""
@@ -128,8 +137,9 @@ class BlockWorker:
         after, sent = self._share(x, parts), self.result.sent and self._share(self.result.sent, parts)
         if not after.spec.layers:
             return None
-        whole = np.eye(self.placement.clients) if W is None else W
-        honest = [each for each in range(self.placement.clients) if each not in self.federation.attackers]
+        whole = identity(self.placement.clients) if W is None else W
+        attackers = set(self.federation.attackers)
+        honest = [each for each in range(self.placement.clients) if each not in attackers]
         return measure_share(*of_clients(honest, after, sent, whole))
 
     def _share(self, x: Adapters, parts: Sequence[Any]) -> Adapters:

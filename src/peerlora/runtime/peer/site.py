@@ -10,6 +10,7 @@ from peerlora.network.protocol.wire import Expected
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.peer.config_digest import spec_digest
 from peerlora.topology.schedule import Topology
+from peerlora.topology.storage import columns_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Site:
     def neighbours(self, topology: Topology) -> dict[int, PeerId]:
         """Those on the list that this client may meet in some round, whichever way their link goes."""
         anybody, graph = range(topology.clients), topology.graph
-        linked = anybody if graph is None else (graph | graph.T)[self.client].nonzero()[0].tolist()
+        linked = anybody if graph is None else columns_of(graph + graph.T, self.client)
         return {j: self.names[j] for j in linked if j != self.client and j in self.names}
 
 

@@ -121,7 +121,7 @@ class SynchronousPeer(PeerParticipation):
         after = self.algorithm.model(state).to("cpu")
         sent, received = (x.to("cpu") if x is not None else None for x in (result.sent, result.received))
         senders = sorted({me} | set(graph.neighbours(me)))
-        found = neighbourhood(after, sent, received, graph.W[[me]][:, senders])
+        found = neighbourhood(after, sent, received, graph.weights([me], senders))
         missed = {str(client): reason for client, reason in sorted(result.missing.items())}
         unknown = {} if result.W is not None else dict.fromkeys(WITHOUT_W, float("nan"))
         behind = max(0, self.thread.ask(self.protocol.endpoint.peers.rounds_behind, t + 1))

@@ -1,0 +1,176 @@
+"""Runs on Ray clusters of two and three nodes on this machine: workers killed at chosen moments, nodes that leave."""
+
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+
+from peerlora.config.cluster import ClusterConfig
+from peerlora.errors import RunError
+from peerlora.runs.events import RoundDone, Warned
+from peerlora.runs.store import read_events
+from peerlora.runtime.cluster.run import resume, simulate
+from peerlora.runtime.simulate import simulate as simulate_here
+from peerlora.tree import leaves
+
+pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+WORDS = ["clients=6", "topology=ring", "train.rounds=6", "train.block=2", "train.optimizer_state=keep"]
+
+
+@contextmanager
+def nodes(count):
+    """A cluster whose head computes nothing, and so many nodes of one core each; all end with the block."""
+    from ray.cluster_utils import Cluster
+
+    tests = os.path.dirname(os.path.dirname(__file__))
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), tests])
+    quiet = {"include_dashboard": False, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet}, shutdown_at_exit=True)
+    try:
+        cluster.extra = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000) for _ in range(count)]
+        cluster.wait_for_nodes(timeout=120)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def settings_of(cluster, **others):
+    return ClusterConfig(address=cluster.address, workers=2, timeout=300, **others)
+
+
+@pytest.fixture(scope="module")
+def three():
+    with nodes(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def undisturbed(config, tmp_path):
+    chosen = config("bert", *WORDS)
+    return chosen, simulate_here(chosen, tmp_path / "here", report=False).adapters
+
+
+def same_bits(one, other):
+    one, other = leaves(one), leaves(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def actors():
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        try:
+            if "BlockActor" in " ".join(each.cmdline()):
+                found.append(each.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return sorted(found)
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def killed_when_asked(monkeypatch, method, at, wait=0.0):
+    """Kill a worker when it has been asked something for the ``at``-th time, some seconds later."""
+    from peerlora.runtime.cluster import ray_engine
+
+    wait_for, count = ray_engine.wait_for, iter(range(at, -1, -1))
+
+    def waiting(ray, answers, timeout, what, *others):
+        if what == f"to {method}" and next(count, -1) == 0:
+            victim = actors()[-1]
+            threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
+        return wait_for(ray, answers, timeout, what, *others)
+
+    monkeypatch.setattr(ray_engine, "wait_for", waiting)
+
+
+def lost(run):
+    return [each.message for each in read_events(run) if isinstance(each, Warned) and "last checkpoint" in each.message]
+
+
+@pytest.mark.parametrize(
+    ("method", "at", "wait"),
+    [("build", 0, 0.1), ("start", 0, 0.0), ("advance", 2, 0.0), ("advance", 3, 0.02), ("collect", 2, 0.0)],
+    ids=["loading", "starting", "in a round", "in an exchange", "at a checkpoint"],
+)
+def test_a_worker_killed_at_any_moment_costs_no_bit(three, undisturbed, tmp_path, monkeypatch, method, at, wait):
+    chosen, expected = undisturbed
+    killed_when_asked(monkeypatch, method, at, wait)
+    if method == "build":  # before there is a run to go on with
+        with pytest.raises(RunError, match="was lost"):
+            simulate(chosen, tmp_path / "there", cluster=settings_of(three), report=False)
+        assert not (tmp_path / "there").exists()
+        return
+    found = simulate(chosen, tmp_path / "there", cluster=settings_of(three), report=False)
+    assert same_bits(found.adapters, expected) and lost(tmp_path / "there")
+
+
+def test_a_node_that_leaves_costs_no_bit_where_others_have_room(undisturbed, tmp_path):
+    chosen, expected = undisturbed
+    with nodes(3) as cluster:
+        gone = []
+
+        def leave(event):
+            if isinstance(event, RoundDone) and event.round == 2 and not gone:
+                busy = {psutil.Process(pid).ppid() for pid in actors()}
+                own = [each for each in cluster.extra if each.all_processes["raylet"][0].process.pid in busy]
+                gone.append(own[0])
+                cluster.remove_node(own[0], allow_graceful=False)
+
+        found = simulate(chosen, tmp_path / "there", cluster=settings_of(cluster), report=False, sinks=[leave])
+        assert gone and same_bits(found.adapters, expected) and lost(tmp_path / "there")
+
+
+def test_too_few_nodes_are_waited_for_with_a_message_and_a_limit(undisturbed, tmp_path):
+    chosen, expected = undisturbed
+    with nodes(2) as cluster:
+        told, gone = [], []
+
+        def leave(event):
+            told.extend([event.message] if isinstance(event, Warned) else [])
+            if isinstance(event, RoundDone) and event.round == 2 and not gone:
+                gone.append(cluster.extra.pop())
+                cluster.remove_node(gone[0], allow_graceful=False)
+
+        with pytest.raises(RunError, match="2 workers with 1 CPUs each asked for, the cluster has 1 in all.*resume"):
+            limit = settings_of(cluster, wait=2)
+            simulate(chosen, tmp_path / "there", cluster=limit, report=False, sinks=[leave])
+        assert any("machines have left" in each and "waiting up to 2 s" in each for each in told), told
+        assert actors() == []
+        cluster.extra.append(cluster.add_node(num_cpus=1, object_store_memory=100_000_000))
+        cluster.wait_for_nodes(timeout=120)
+        go_on = settings_of(cluster).model_copy(update={"workers": 1})
+        found = resume(tmp_path / "there", where=lambda stored: go_on, report=False)
+        assert same_bits(found.adapters, expected)
+
+
+def test_twenty_kills_at_random_moments_cost_no_bit(three, config, tmp_path):
+    chosen = config("bert", *WORDS, "train.rounds=30", "exchange.codec={kind: top-k, share: 0.3}")
+    expected = simulate_here(chosen, tmp_path / "here", report=False).adapters
+    drawn, kills = random.Random(1), []
+
+    def strike(event):
+        if isinstance(event, RoundDone) and len(kills) < 20 and drawn.random() < 0.8 and (there := actors()):
+            kills.append(drawn.choice(there))
+            moment = drawn.choice([0.0, drawn.random() * 0.2])
+            threading.Timer(moment, kill, [kills[-1]]).start() if moment else kill(kills[-1])
+
+    settings = settings_of(three, retries=100)
+    found = simulate(chosen, tmp_path / "there", cluster=settings, report=False, sinks=[strike])
+    assert len(kills) == 20 and same_bits(found.adapters, expected)
+    end = time.monotonic() + 60
+    while actors() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert actors() == []
