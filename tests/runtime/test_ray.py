@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +9,6 @@ import time
 
 import psutil
 import pytest
-import torch
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.runs.events import RoundDone, Warned
@@ -18,7 +16,7 @@ from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.run import resume, simulate
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.simulate import simulate as simulate_here
-from peerlora.tree import leaves
+from ray_runs import actor_processes, kill, same_bits
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
 
@@ -33,11 +31,6 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), tests])
     with ray_session(SETTINGS) as session:
         yield session
-
-
-def same_bits(one, other):
-    one, other = leaves(one), leaves(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def on_ray(config, out, **options):
@@ -59,30 +52,11 @@ class Killer:
         self.left, self.latest, self.random = kills, latest, random.Random(seed)
 
     def __call__(self, event):
-        there = processes() if isinstance(event, RoundDone) and self.left else []
+        there = actor_processes() if isinstance(event, RoundDone) and self.left else []
         if there and self.random.random() < 0.6:
             self.left -= 1
             victim, wait = self.random.choice(there), self.random.random() * self.latest
             threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
-
-
-def kill(pid):
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def processes():
-    """The processes of this cluster's actors that are alive, by the title that Ray gives them."""
-    found = []
-    for each in psutil.Process().children(recursive=True):
-        try:
-            if "BlockActor" in " ".join(each.cmdline()):
-                found.append(each.pid)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def wait_until(true, seconds=120):
@@ -106,7 +80,7 @@ def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undist
     assert same_bits(found.adapters, expected)
     lost = [each.message for each in read_events(tmp_path / "there") if isinstance(each, Warned)]
     assert any("was lost" in message and "go on from the last checkpoint" in message for message in lost), lost
-    wait_until(lambda: processes() == [])
+    wait_until(lambda: actor_processes() == [])
 
 
 @pytest.mark.timeout(3600)

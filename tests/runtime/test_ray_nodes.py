@@ -1,15 +1,11 @@
 """Runs on Ray clusters of two and three nodes on this machine: workers killed at chosen moments, nodes that leave."""
 
 import os
-import random
-import signal
 import threading
-import time
 from contextlib import contextmanager
 
 import psutil
 import pytest
-import torch
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import RunError
@@ -17,7 +13,7 @@ from peerlora.runs.events import RoundDone, Warned
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.run import resume, simulate
 from peerlora.runtime.simulate import simulate as simulate_here
-from peerlora.tree import leaves
+from ray_runs import actor_processes, kill, same_bits
 
 pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
 
@@ -58,29 +54,6 @@ def undisturbed(config, tmp_path):
     return chosen, simulate_here(chosen, tmp_path / "here", report=False).adapters
 
 
-def same_bits(one, other):
-    one, other = leaves(one), leaves(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def actors():
-    found = []
-    for each in psutil.Process().children(recursive=True):
-        try:
-            if "BlockActor" in " ".join(each.cmdline()):
-                found.append(each.pid)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return sorted(found)
-
-
-def kill(pid):
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
 def killed_when_asked(monkeypatch, method, at, wait=0.0):
     """Kill a worker when it has been asked something for the ``at``-th time, some seconds later."""
     from peerlora.runtime.cluster import ray_engine
@@ -89,7 +62,7 @@ def killed_when_asked(monkeypatch, method, at, wait=0.0):
 
     def waiting(ray, answers, timeout, what, *others):
         if what == f"to {method}" and next(count, -1) == 0:
-            victim = actors()[-1]
+            victim = actor_processes()[-1]
             threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
         return wait_for(ray, answers, timeout, what, *others)
 
@@ -124,7 +97,7 @@ def test_a_node_that_leaves_costs_no_bit_where_others_have_room(undisturbed, tmp
 
         def leave(event):
             if isinstance(event, RoundDone) and event.round == 2 and not gone:
-                busy = {psutil.Process(pid).ppid() for pid in actors()}
+                busy = {psutil.Process(pid).ppid() for pid in actor_processes()}
                 own = [each for each in cluster.extra if each.all_processes["raylet"][0].process.pid in busy]
                 gone.append(own[0])
                 cluster.remove_node(own[0], allow_graceful=False)
@@ -148,29 +121,9 @@ def test_too_few_nodes_are_waited_for_with_a_message_and_a_limit(undisturbed, tm
             limit = settings_of(cluster, wait=2)
             simulate(chosen, tmp_path / "there", cluster=limit, report=False, sinks=[leave])
         assert any("machines have left" in each and "waiting up to 2 s" in each for each in told), told
-        assert actors() == []
+        assert actor_processes() == []
         cluster.extra.append(cluster.add_node(num_cpus=1, object_store_memory=100_000_000))
         cluster.wait_for_nodes(timeout=120)
         go_on = settings_of(cluster).model_copy(update={"workers": 1})
         found = resume(tmp_path / "there", where=lambda stored: go_on, report=False)
         assert same_bits(found.adapters, expected)
-
-
-def test_twenty_kills_at_random_moments_cost_no_bit(three, config, tmp_path):
-    chosen = config("bert", *WORDS, "train.rounds=30", "exchange.codec={kind: top-k, share: 0.3}")
-    expected = simulate_here(chosen, tmp_path / "here", report=False).adapters
-    drawn, kills = random.Random(1), []
-
-    def strike(event):
-        if isinstance(event, RoundDone) and len(kills) < 20 and drawn.random() < 0.8 and (there := actors()):
-            kills.append(drawn.choice(there))
-            moment = drawn.choice([0.0, drawn.random() * 0.2])
-            threading.Timer(moment, kill, [kills[-1]]).start() if moment else kill(kills[-1])
-
-    settings = settings_of(three, retries=100)
-    found = simulate(chosen, tmp_path / "there", cluster=settings, report=False, sinks=[strike])
-    assert len(kills) == 20 and same_bits(found.adapters, expected)
-    end = time.monotonic() + 60
-    while actors() and time.monotonic() < end:
-        time.sleep(0.2)
-    assert actors() == []
