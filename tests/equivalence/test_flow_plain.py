@@ -48,6 +48,8 @@ def test_a_stack_of_clients_equals_each_of_them_written_out(cache, turns):
     "words",
     [
         ("online.entropy=0.05", "train.accumulate=2", "online.critic_rate=0.5"),
+        ("online.policy=steered", "algorithm=dec-lora"),
+        ("online.policy=one-step", "algorithm=dec-lora"),
         pytest.param((), marks=pytest.mark.slow),
     ],
 )

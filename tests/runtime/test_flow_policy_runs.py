@@ -233,6 +233,15 @@ def test_values_beyond_what_rewards_allow_are_divergence(tmp_path):
         (["algorithm.name=swfp", "algorithm.turn=0"], ConfigError, r"algorithm\.turn: 0 given"),
         (["online.replay=10000000", "clients=1000", "partition.values={}"], CompositionError, r"keep fewer"),
         (["partition.values={}", "partition.vary={weight: [1, 2]}"], ConfigError, r"no attribute 'weight'"),
+        (["partition.each=2"], ConfigError, r"lists 3 values for 3 clients with 2 environments each; give 6"),
+        (["online.policy=steered"], CompositionError, r"swfp fine-tunes the flow's blocks.*=steered keeps them frozen"),
+        (
+            ["online.policy=steered", "online.beta=2"],
+            ConfigError,
+            r"online\.beta is not read",
+        ),
+        (["online.policy=one-step", "online.entropy=1"], ConfigError, r"online\.entropy is not read"),
+        (["online.policy=cloned", "online.normalize=false"], ConfigError, r"online\.normalize is not read"),
     ],
 )
 def test_what_does_not_fit_a_flow_policy_is_refused_before_anything_is_loaded(words, error, message):

@@ -24,8 +24,8 @@ from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.local_rules import ClientRows, LocalStep
 from peerlora.train.local_training import LocalTraining
 from peerlora.train.online.episodes import ClientEnvironments, Episodes
-from peerlora.train.online.flow import FlowPolicy, twin_values
-from peerlora.train.online.lessons import Lessons, make_lessons, stacked_chain
+from peerlora.train.online.flow import FLOW, FlowPolicy, twin_values
+from peerlora.train.online.lessons import Lessons, make_lessons, stacked_actions
 from peerlora.train.online.losses import Head, critic_losses, policy_losses, step_targets
 from peerlora.train.online.measures import SAMPLES, measure_policies
 from peerlora.train.online.replay import Replay
@@ -84,9 +84,9 @@ class OnlineLearner(LocalTraining):
         yield self._round.clients, TrainableColumns(active, active)
 
     def _turns(self, plan: LocalPlan) -> list[int]:
-        """The flow's blocks that train: none while the critic trains alone."""
-        blocks = self.policy.config.blocks
-        if self._round.t < self.online.critic_rounds:
+        """The flow's blocks that train, or 0 of a net: none while the critic trains alone."""
+        blocks = self.policy.config.blocks if self.policy.config.actor == FLOW else 1
+        if self._round.t < self.online.critic_rounds or self.online.policy == "cloned":
             return []
         return list(range(blocks)) if plan.turn is None else [plan.turn % blocks]
 
@@ -131,7 +131,7 @@ class OnlineLearner(LocalTraining):
 
     def _explore(self, x: Adapters, clients: ClientRows) -> None:
         """Let the clients act with the policies that are bound, and remember what happened."""
-        shape = (self.online.episodes, self.horizon, self.policy.config.action)
+        shape = (self.explorer.episodes, self.horizon, self.policy.config.action)
         noise, wandering = (self._normal(purpose, clients, shape, x.flat) for purpose in ("actions", "exploration"))
         seeds = [self._derived("episodes", i) for i in clients]
         numbers = [self._numbers[i] for i in clients]
@@ -140,7 +140,7 @@ class OnlineLearner(LocalTraining):
 
     def act(self, observation: Tensor, noise: Tensor) -> Tensor:
         """Actions of the policies that are bound; leaves [client, row, ...]."""
-        return stacked_chain(self.policy, observation, noise).actions
+        return stacked_actions(self.policy, observation, noise)
 
     def _lessons(self, clients: ClientRows) -> Lessons:
         """All minibatches of a fit, one after another, with what the policies that are bound do in them."""
@@ -159,7 +159,7 @@ class OnlineLearner(LocalTraining):
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """The losses of a minibatch at the adapters that are bound when it is called; its targets are fixed now."""
         part = lessons.part(rows)
-        targets = step_targets(self.online, part, head, target, turns)
+        targets = step_targets(self.online, part, head, target, turns, self.policy.config.actor)
 
         def losses() -> tuple[Tensor, Tensor]:
             own = critic_losses(head, part, targets)
