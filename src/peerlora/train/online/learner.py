@@ -95,6 +95,7 @@ class OnlineLearner(LocalTraining):
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
         self.model.bind_adapters(x)
+        self.model.form_weights()
         self._explore(x, clients)
         lessons, active, turns = self._lessons(clients), columns.full, self._turns(plan)
         critic, start = x.spec.columns("head"), x.flat.clone()
@@ -118,6 +119,8 @@ class OnlineLearner(LocalTraining):
             seen.append(closure.losses)
         seen.append(x.flat.abs().amax(1))
         self._targets(x)[clients] = target
+        self.model.bind_adapters(x)
+        self.model.form_weights()
         self._measure(lessons, clients)
         losses = self._mean_losses(seen, clients)
         self._require_sane_critics(head, lessons, clients)
@@ -197,6 +200,7 @@ class OnlineLearner(LocalTraining):
         if x.clients > 1 and equal_rows(x):
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
         self.model.bind_adapters(x)
+        self.model.form_weights()
         parts = [data.take(np.arange(at, min(at + batch, len(data)))) for at in range(0, len(data), batch)]
         found = np.concatenate([returns(self.act, x.clients, part, x.flat) for part in parts], axis=1)
         more = {name: _METRICS[name](found, data) for name in metrics}
