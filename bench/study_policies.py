@@ -2,7 +2,8 @@
 
 Six clients act in environments of their own, drawn by the seed.  A row's rate is searched in the environments of two
 seeds that are not reported, once for both graphs.  Rows alone, in one place and on graphs take equal steps, and equally
-many episodes in every environment; "behaviour cloning only" takes one round, in which no policy trains.
+many episodes in every environment; "behaviour cloning only" takes one round, in which no policy trains.  A round of
+swfp moves one of four blocks, so its beta is four times that of the whole flow: the same reach.
 """
 
 from __future__ import annotations
@@ -16,15 +17,9 @@ CLIENTS = 6
 CLONED, PLACE = "behaviour cloning only", "all environments in one place"
 GRAPHS: dict[str, Tree] = {"p = 0.1": {"kind": "random", "p": 0.1}, "ring": {"kind": "ring"}}
 NOBODY: Tree = {"kind": "edges", "edges": [], "allow_disconnected": True}
-ALTERNATING = {"name": "swfp", "interval": 1}
-EXCHANGED: dict[str, Tree] = {
-    "noise steering (DSRL-like)": {"algorithm": "dec-lora", "online": {"policy": "steered"}},
-    "one-step (FQL-like)": {"algorithm": "dec-lora", "online": {"policy": "one-step"}},
-    "whole flow, dec-lora": {"algorithm": "dec-lora"},
-    "swfp": {"algorithm": "swfp"},
-    "swfp, adf-lora (T = 1)": {"algorithm": ALTERNATING},
-}
-"""What is exchanged on every graph."""
+BLOCKS = 4
+BETAS: dict[str, tuple[float, float]] = {"point-mass": (1, 10), "Pendulum-v1": (2, 50)}
+"""Of the whole flow, and of the one-step net, whose anchor stays where it is; by single runs at seed 100."""
 GROUPS = ["algorithm.name", "algorithm.interval", "online.policy", "clients"]
 """Settings by which rates differ; a row alone, on p = 0.1 and on the ring has the same."""
 
@@ -32,7 +27,7 @@ GROUPS = ["algorithm.name", "algorithm.interval", "online.policy", "clients"]
 def environments(name: str, vary: Tree, online: Tree, train: Tree) -> Tree:
     """What the rows of one table have in common."""
     return {
-        "task": {"kind": "flow-policy", "env": name},
+        "task": {"kind": "flow-policy", "env": name, "blocks": BLOCKS},
         "clients": CLIENTS,
         "partition": {"kind": "environment", "vary": vary},
         "topology": GRAPHS["p = 0.1"],
@@ -51,18 +46,43 @@ COMMON: dict[str, Tree] = {
         {"reward_scale": 3, "evaluated": 16},
         {"rounds": 60, "local_steps": 30, "batch": 16},
     ),
+    "Pendulum-v1": environments(
+        "Pendulum-v1",
+        {"g": [8, 13], "l": [0.8, 1.3]},
+        {
+            "reward_scale": 0.1,
+            "pretraining": 1500,
+            "episodes": 2,
+            "discount": 0.97,
+            "target_rate": 0.05,
+            "noise": 0.4,
+            "noise_end": 0.1,
+        },
+        {"rounds": 40, "local_steps": 100, "batch": 64},
+    ),
 }
 
 
 def rows(common: Tree) -> dict[str, Tree]:
     """Label -> change to the base: each method on each graph, alone, and with all environments at one client."""
+    whole, one_step = BETAS[common["task"]["env"]]
+    turns = {"algorithm": {"name": "swfp"}, "online": {"beta": BLOCKS * whole}}
+    flow = {"algorithm": {"name": "dec-lora"}, "online": {"beta": whole}}
+    exchanged: dict[str, Tree] = {
+        "noise steering (DSRL-like)": {**flow, "online": {"policy": "steered"}},
+        "one-step (FQL-like)": {**flow, "online": {"policy": "one-step", "beta": one_step}},
+        "whole flow": flow,
+        "swfp": turns,
+        "swfp, A and B in turn": {**turns, "algorithm": {"name": "swfp", "interval": 1}},
+    }
     found: dict[str, Tree] = {CLONED: cloned()}
-    found["swfp, alone"] = {"algorithm": "swfp", "topology": NOBODY}
-    found["whole flow, alone"] = {"algorithm": "dec-lora", "topology": NOBODY}
-    for label, change in EXCHANGED.items():
+    for label, change in (("whole flow", flow), ("swfp", turns)):
+        found[f"{label}, alone"] = {**change, "topology": NOBODY}
+    for label, change in exchanged.items():
         found |= {f"{label}, {graph}": {**change, "topology": topology} for graph, topology in GRAPHS.items()}
-    found[f"{PLACE}, swfp"] = {"algorithm": "swfp"} | in_one_place(common)
-    found[f"{PLACE}, whole flow"] = {"algorithm": "dec-lora"} | in_one_place(common)
+    for label, change in (("whole flow", flow), ("swfp", turns)):
+        pooled = in_one_place(common)
+        found[f"{PLACE}, {label}"] = {**change, **pooled, "online": change["online"] | pooled["online"]}
     return found
 
 
@@ -70,7 +90,7 @@ def cloned() -> Tree:
     """The policy as demonstrations made it, which one round does not change."""
     one = {"every": 1}
     online = {"policy": "cloned", "critic_rounds": 0}
-    return {"algorithm": "local", "online": online, "train": {"rounds": 1}, "eval": one, "checkpoint": one}
+    return {"algorithm": {"name": "local"}, "online": online, "train": {"rounds": 1}, "eval": one, "checkpoint": one}
 
 
 def in_one_place(common: Tree) -> Tree:
@@ -103,4 +123,7 @@ def policies(env: str, rates: tuple[float, ...]) -> Study:
     return Study(parts, "flow-policies.md", {"system": "swfp, p = 0.1"})
 
 
-STUDIES: dict[str, Study] = {"policies-point-mass": policies("point-mass", (1e-3, 3e-3, 9e-3))}
+STUDIES: dict[str, Study] = {
+    "policies-point-mass": policies("point-mass", (1e-3, 3e-3, 9e-3)),
+    "policies-pendulum": policies("Pendulum-v1", (1e-3, 2e-3)),
+}
