@@ -18,7 +18,7 @@ CLONED, PLACE = "behaviour cloning only", "all environments in one place"
 GRAPHS: dict[str, Tree] = {"p = 0.1": {"kind": "random", "p": 0.1}, "ring": {"kind": "ring"}}
 NOBODY: Tree = {"kind": "edges", "edges": [], "allow_disconnected": True}
 BLOCKS = 4
-BETAS: dict[str, tuple[float, float]] = {"point-mass": (1, 10), "Pendulum-v1": (2, 50)}
+BETAS: dict[str, tuple[float, float]] = {"point-mass": (1, 10), "Pendulum-v1": (10, 50)}
 """Of the whole flow, and of the one-step net, whose anchor stays where it is; by single runs at seed 100."""
 GROUPS = ["algorithm.name", "algorithm.interval", "online.policy", "clients"]
 """Settings by which rates differ; a row alone, on p = 0.1 and on the ring has the same."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,14 @@ def test_a_whole_model_of_no_task_is_not_taken_for_a_policy(tmp_path, name):
         load_served(tmp_path, ("text",))
 
 
-def test_the_config_of_the_guide_can_be_planned():
-    config = load_config(Path(__file__).parents[2] / "configs" / "swfp.yaml")
+def test_the_configs_of_the_guide_can_be_planned():
+    place = Path(__file__).parents[2] / "configs"
+    config = load_config(place / "swfp.yaml")
     assert plan(config).algorithm.turn == 1 and config.clients == 8
+    config = load_config(place / "swfp-pendulum.yaml")
+    assert (config.online.beta, config.train.lr, config.train.batch) == (40, 0.001, 64)
+    if find_spec("gymnasium"):
+        assert plan(config).algorithm.turn == 1
 
 
 def read_policy_at(folder):

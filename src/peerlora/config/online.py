@@ -39,8 +39,7 @@ class OnlineConfig(Section):
     target_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share by which the target critic follows the critic after each local step."""
     beta: PositiveFloat = 1.0
-    """Step size of the proximal update, the reach of its trust region: a sweep over all blocks is one step of it; of
-    the one-step net, half the weight of values against the distance from the flow's action."""
+    """The trust region: a sweep over all blocks is one proximal step of this size; of one-step, FQL's 1 / (2 alpha)."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Tau, the weight of the entropy of actions; above zero for at most three action dimensions."""
     normalize: bool = True
