@@ -21,7 +21,7 @@ BLOCKS = 4
 BETAS: dict[str, tuple[float, float]] = {"point-mass": (1, 10), "Pendulum-v1": (10, 50)}
 """Of the whole flow, and of the one-step net, whose anchor stays where it is; by single runs at seed 100."""
 GROUPS = ["algorithm.name", "algorithm.interval", "online.policy", "clients"]
-"""Settings by which rates differ; a row alone, on p = 0.1 and on the ring has the same."""
+"""Settings by which rates differ; on p = 0.1, where it is searched, on the ring and alone a row has the same."""
 
 
 def environments(name: str, vary: Tree, online: Tree, train: Tree) -> Tree:
@@ -76,12 +76,11 @@ def rows(common: Tree) -> dict[str, Tree]:
         "swfp, A and B in turn": {**turns, "algorithm": {"name": "swfp", "interval": 1}},
     }
     found: dict[str, Tree] = {CLONED: cloned()}
-    for label, change in (("whole flow", flow), ("swfp", turns)):
-        found[f"{label}, alone"] = {**change, "topology": NOBODY}
     for label, change in exchanged.items():
         found |= {f"{label}, {graph}": {**change, "topology": topology} for graph, topology in GRAPHS.items()}
     for label, change in (("whole flow", flow), ("swfp", turns)):
         pooled = in_one_place(common)
+        found[f"{label}, alone"] = {**change, "topology": NOBODY}
         found[f"{PLACE}, {label}"] = {**change, **pooled, "online": change["online"] | pooled["online"]}
     return found
 
