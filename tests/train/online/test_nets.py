@@ -8,7 +8,9 @@ import torch
 
 from flow_runs import tiny
 from peerlora.config.online import OnlineConfig
-from peerlora.runs.events import Evaluated, RoundDone
+from peerlora.runs.events import Evaluated, PolicyShown, RoundDone
+from peerlora.runs.metrics import find_start
+from peerlora.runs.policy_pictures import environment_rows
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.export import export_from_run
@@ -141,6 +143,9 @@ def test_only_the_net_is_adapted_and_exchanged(kind, tmp_path, no_reports):
     )
     rounds = [event for event in read_events(result.run) if isinstance(event, RoundDone)]
     assert all(each.measures["drift"] > 0 and "drift_0" not in each.measures for each in rounds)
+    (shown,) = (event for event in read_events(result.run) if isinstance(event, PolicyShown))
+    assert (np.shape(shown.fields) == (2, 81, 4)) == (kind == "steered"), "a one-step net has no blocks to draw"
+    assert (len(shown.traces) == 3) == (kind == "one-step")
 
 
 @pytest.mark.parametrize("kind", ["steered", "one-step"])
@@ -184,3 +189,10 @@ def test_one_client_in_all_environments_meets_those_of_many():
     with one.learner.round(0):
         one.learner.fit(one.start, "AB")
     assert one.learner.replay.seen.tolist() == [3 * 2 * 5], "episodes in each of its environments"
+
+
+def test_a_report_says_how_many_environments_a_client_has(tmp_path, no_reports):
+    words = ("clients=1", "partition.each=3", "topology=complete", "train.rounds=1")
+    result = simulate(tiny(*words), tmp_path / "run")
+    ((_, told),) = environment_rows(find_start(read_events(result.run)))
+    assert told == "point-mass, by environment, 3 of each client: goal_x 0.2, 0.5, 0.8"

@@ -94,8 +94,7 @@ class OnlineLearner(LocalTraining):
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
-        self.model.bind_adapters(x)
-        self.model.form_weights()
+        self._bind(x)
         self._explore(x, clients)
         lessons, active, turns = self._lessons(clients), columns.full, self._turns(plan)
         critic, start = x.spec.columns("head"), x.flat.clone()
@@ -119,8 +118,7 @@ class OnlineLearner(LocalTraining):
             seen.append(closure.losses)
         seen.append(x.flat.abs().amax(1))
         self._targets(x)[clients] = target
-        self.model.bind_adapters(x)
-        self.model.form_weights()
+        self._bind(x)
         self._measure(lessons, clients)
         losses = self._mean_losses(seen, clients)
         self._require_sane_critics(head, lessons, clients)
@@ -131,6 +129,12 @@ class OnlineLearner(LocalTraining):
         if self.target is None:
             self.target = x.flat[:1, x.spec.columns("head")].repeat(len(self._numbers), 1)
         return self.target
+
+    def _bind(self, x: Adapters) -> None:
+        """Let the policies act with these adapters, in passes that need no gradients."""
+        self.model.bind_adapters(x)
+        if self.settings.fast:
+            self.model.form_weights()
 
     def _explore(self, x: Adapters, clients: ClientRows) -> None:
         """Let the clients act with the policies that are bound, and remember what happened."""
@@ -199,8 +203,7 @@ class OnlineLearner(LocalTraining):
         """See ``Learner``: the mean return of every client's policy in these episodes, ``batch`` of them at a time."""
         if x.clients > 1 and equal_rows(x):
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        self.model.bind_adapters(x)
-        self.model.form_weights()
+        self._bind(x)
         parts = [data.take(np.arange(at, min(at + batch, len(data)))) for at in range(0, len(data), batch)]
         found = np.concatenate([returns(self.act, x.clients, part, x.flat) for part in parts], axis=1)
         more = {name: _METRICS[name](found, data) for name in metrics}
