@@ -3,13 +3,13 @@
     python bench/studies.py methods --data FOLDER
     python bench/studies.py --list [--write]
 
-FOLDER holds glue/sst2, glue/qnli, glue/qqp and extra/ag_news, each with train.parquet and validation.parquet.  Every
-finished run is a line in bench/results/outcomes, by which a study that was stopped goes on, here or in another
-checkout.  At the end the table goes to bench/results and between the study's markers of its page in docs/results.  A
-study runs in one process of a checkout at a time; several studies may run at once.  ``--list`` prints what each study
-takes (runs, training rows, core-hours), how many runs have finished, and what the seeds can show; with ``--write`` it
-goes to docs/results/studies.md.  ``paper-budget`` and ``paper-budget-sparse`` search no rates: give each as
-``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
+FOLDER holds glue/sst2, glue/qnli, glue/qqp and extra/ag_news, each with train.parquet and validation.parquet; studies
+of flow policies read nothing of it, so any folder will do.  Every finished run is a line in bench/results/outcomes, by
+which a study that was stopped goes on, here or in another checkout.  At the end the table goes to bench/results and
+between the study's markers of its page in docs/results.  A study runs in one process of a checkout at a time; several
+studies may run at once.  ``--list`` prints what each study takes (runs, training rows, core-hours), how many runs have
+finished, and what the seeds can show; with ``--write`` it goes to docs/results/studies.md.  ``paper-budget`` and
+``paper-budget-sparse`` search no rates: give each as ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import study_grids
+import study_policies
 import study_privacy
 import study_systems
 import study_tasks
@@ -58,6 +59,7 @@ STUDIES: dict[str, Study] = {
     **study_systems.STUDIES,
     **study_tasks.STUDIES,
     **study_privacy.STUDIES,
+    **study_policies.STUDIES,
 }
 
 

@@ -18,6 +18,8 @@ def test_it_measures_both_sides_and_their_ratio():
     seconds = found["seconds"]
     assert found["clients"] == 3 and min(seconds.values()) > 0
     assert found["ratio"] == pytest.approx(seconds["one by one"] / seconds["together"])
+    found |= {"seconds": {"together": 0.2, "one by one": 1.0}, "ratio": 5.0}
+    assert "| 3 | 8 | 200 ms | 1000 ms | 5.0 |" in flow_speed.table([found])
 
 
 def test_resources_are_shared_without_being_changed():

@@ -24,8 +24,8 @@ from peerlora.runtime.plan import plan
 
 BENCH = Path(__file__).parents[2] / "bench"
 RATES = {name: 1e-3 for name in ("dec-lora", "adf-lora, T = 1", "adf-lora, T = 5", "ffa-lora", "rolora")}
-ABOUT_TRAINING = ("sparse-", "label-prior")
-"""Studies whose rows differ in loss, schedule or memory on purpose."""
+ABOUT_TRAINING = ("sparse-", "label-prior", "policies-")
+"""Studies whose rows differ in loss, schedule or memory on purpose, or have no labels."""
 
 
 PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine"}
@@ -39,6 +39,7 @@ SGD = {
 }
 """Rows whose steps are SGD's where others have AdamW; qg-adam scales them by moments of its own."""
 LESS_OR_MORE = {
+    **dict.fromkeys(("policies-point-mass", "policies-pendulum"), {"behaviour cloning only"}),
     "label-skew": {"dfedsam"},
     "label-skew-sgd": {"dfedsam", "dfedadmm-sam", "fedspeed"},
     **dict.fromkeys(("methods", "methods-ring", "drift"), {"rac-lora"}),
@@ -102,7 +103,7 @@ NAMES = (
     *(f"alternating-{rounds}-{schedule}" for rounds in (24, 48, 96) for schedule in ("constant", "cosine")),
     *("paper-budget", "paper-budget-sparse", "label-skew", "label-skew-sgd", "stragglers", "attackers", "compression"),
     *("strangers", "qnli", "qqp", "dtype", "label-prior", "label-prior-uneven", "label-prior-agnews"),
-    *("privacy-sst2", "privacy-agnews"),
+    *("privacy-sst2", "privacy-agnews", "policies-point-mass", "policies-pendulum"),
 )
 
 
@@ -140,6 +141,7 @@ def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
         assert {config.train.label_prior for config in rows.values()} == {prior}
         assert len({config.train.schedule for config in rows.values()}) == 1
         assert len({config.seed for config in rows.values()}) == 1
+    rows.pop("behaviour cloning only", None)  # nothing of it trains
     if name != "stragglers":  # there the budget is virtual time
         assert len({config.training_samples for config in rows.values()}) == 1
     sgd = {label for label, config in rows.items() if config.train.optimizer == "sgd"}

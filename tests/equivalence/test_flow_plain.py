@@ -48,6 +48,8 @@ def test_a_stack_of_clients_equals_each_of_them_written_out(cache, turns):
     "words",
     [
         ("online.entropy=0.05", "train.accumulate=2", "online.critic_rate=0.5"),
+        ("online.policy=steered", "algorithm=dec-lora"),
+        ("online.policy=one-step", "algorithm=dec-lora"),
         pytest.param((), marks=pytest.mark.slow),
     ],
 )
@@ -58,6 +60,18 @@ def test_clients_together_equal_clients_alone(cache, words):
     for client in range(config.clients):
         alone = fits(compose(config, clients=[client]), plans)
         assert torch.allclose(together.flat[client], alone.flat[0], rtol=0, atol=1e-9)
+
+
+def test_weights_that_are_formed_once_change_no_fit_and_no_return(cache):
+    found = []
+    for fast in ("true", "false"):
+        federation = compose(tiny(f"train.fast={fast}"))
+        x = fits(federation, [LocalPlan("AB", turn=turn) for turn in (0, 1)])
+        formed = any(layer.formed is not None for layer in federation.model._layers.values())
+        assert formed == (fast == "true")
+        found.append((x.flat, federation.learner.evaluate(x, federation.eval_data, 64).metric))
+    assert torch.allclose(found[0][0], found[1][0], rtol=0, atol=1e-9)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-9)
 
 
 def test_clients_that_are_absent_keep_everything(cache):

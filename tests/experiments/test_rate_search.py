@@ -1,14 +1,19 @@
 """Which learning rate a group takes, and where its rates grow, against examples worked by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from flow_runs import TINY
 from peerlora.errors import ConfigError
+from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid, search_warnings
 from peerlora.experiments.rate_search import choose_rates, gather_searches, next_rate
 from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.table_notes import rates_title, table_notes
 from peerlora.experiments.tables import rate_columns, rate_rows
+from peerlora.experiments.trials import plan_search
 
 
 def grid_of(methods=("dec-lora",), **search):
@@ -54,6 +59,37 @@ def test_a_rate_of_which_a_run_diverged_is_out():
     grid, every = grid_of(), outcomes({"dec-lora": {0.01: (None, 0.5), 0.1: (None, None)}})
     with pytest.raises(ConfigError, match=r"diverged for dec-lora \(0.01, 0.1\)"):
         choose_rates(grid, gather_searches(grid, every))
+
+
+def policy_grid(seeds):
+    return load_grid(
+        {
+            "base": {"task": TINY["task"], "train": {"rounds": 9}},
+            "axes": {"algorithm.name": ["swfp", "dec-lora"]},
+            "seeds": [0, 1],
+            "search": {"rates": [0.01, 0.1], "seeds": seeds},
+        }
+    )
+
+
+def test_rates_of_policies_are_searched_in_environments_that_are_not_reported():
+    planned = plan_search(policy_grid([5, 6]))
+    assert not planned.refused and len(planned.trials) == 2 * 2 * 2
+    assert {trial.config.seed for trial in planned.trials} == {5, 6}
+    assert {trial.config.train.lr for trial in planned.trials} == {0.01, 0.1}
+
+
+def test_notes_say_what_rates_were_searched_on():
+    for metric, where in (("return", "in environments of seeds that are not reported"), ("accuracy", "rows set aside")):
+        found = [searched({0.01: (0.5, 0.6), 0.1: (0.7, 0.5), 1.0: (0.6, 0.6)})]
+        result = Comparison(Path("x"), [], metric, True, {}, found)
+        assert where in rates_title(result) and any(where in note for note in table_notes(result))
+
+
+def test_a_search_in_reported_environments_is_refused():
+    planned = plan_search(policy_grid([1, 6]))
+    assert not planned.trials and len(planned.refused) == 2
+    assert "search.seeds and seeds share 1" in planned.refused[0][1] and "such as 101" in planned.refused[0][1]
 
 
 @pytest.mark.parametrize(

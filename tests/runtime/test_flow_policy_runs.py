@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,14 @@ def test_a_whole_model_of_no_task_is_not_taken_for_a_policy(tmp_path, name):
         load_served(tmp_path, ("text",))
 
 
-def test_the_config_of_the_guide_can_be_planned():
-    config = load_config(Path(__file__).parents[2] / "configs" / "swfp.yaml")
+def test_the_configs_of_the_guide_can_be_planned():
+    place = Path(__file__).parents[2] / "configs"
+    config = load_config(place / "swfp.yaml")
     assert plan(config).algorithm.turn == 1 and config.clients == 8
+    config = load_config(place / "swfp-pendulum.yaml")
+    assert (config.online.beta, config.train.lr, config.train.batch) == (40, 0.001, 64)
+    if find_spec("gymnasium"):
+        assert plan(config).algorithm.turn == 1
 
 
 def read_policy_at(folder):
@@ -233,6 +239,15 @@ def test_values_beyond_what_rewards_allow_are_divergence(tmp_path):
         (["algorithm.name=swfp", "algorithm.turn=0"], ConfigError, r"algorithm\.turn: 0 given"),
         (["online.replay=10000000", "clients=1000", "partition.values={}"], CompositionError, r"keep fewer"),
         (["partition.values={}", "partition.vary={weight: [1, 2]}"], ConfigError, r"no attribute 'weight'"),
+        (["partition.each=2"], ConfigError, r"lists 3 values for 3 clients with 2 environments each; give 6"),
+        (["online.policy=steered"], CompositionError, r"swfp fine-tunes the flow's blocks.*=steered keeps them frozen"),
+        (
+            ["online.policy=steered", "online.beta=2"],
+            ConfigError,
+            r"online\.beta is not read",
+        ),
+        (["online.policy=one-step", "online.entropy=1"], ConfigError, r"online\.entropy is not read"),
+        (["online.policy=cloned", "online.normalize=false"], ConfigError, r"online\.normalize is not read"),
     ],
 )
 def test_what_does_not_fit_a_flow_policy_is_refused_before_anything_is_loaded(words, error, message):

@@ -10,12 +10,14 @@ from peerlora.config.base import PositiveFloat, Rate, Section
 class OnlineConfig(Section):
     """How a flow policy acts in its environment and learns from it; for task.kind=flow-policy only."""
 
+    policy: Literal["flow", "steered", "one-step", "cloned"] = "flow"
+    """What is fine-tuned: the flow; a net that steers its noise; a one-step net distilled from it; or nothing."""
     episodes: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """Episodes of a client at the start of every round, side by side."""
+    """Episodes in each of a client's environments at the start of every round, side by side."""
     horizon: Annotated[int, Field(ge=2, le=100_000)] | None = None
     """Steps of an episode; null: those of the environment."""
     evaluated: Annotated[int, Field(ge=1, le=10_000)] = 8
-    """Episodes of each client's environment in an evaluation."""
+    """Episodes of every environment in an evaluation."""
     demonstrations: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Episodes of the scripted controller on the nominal environment, from which the policy is pre-trained."""
     pretraining: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
@@ -37,7 +39,7 @@ class OnlineConfig(Section):
     target_rate: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Share by which the target critic follows the critic after each local step."""
     beta: PositiveFloat = 1.0
-    """Step size of the proximal update, the reach of its trust region: a sweep over all blocks is one step of it."""
+    """The trust region: a sweep over all blocks is one proximal step of this size; of one-step, FQL's 1 / (2 alpha)."""
     entropy: Annotated[float, Field(ge=0)] = 0.0
     """Tau, the weight of the entropy of actions; above zero for at most three action dimensions."""
     normalize: bool = True
@@ -53,13 +55,15 @@ class OnlineConfig(Section):
 
 
 class EnvironmentPartition(Section):
-    """Of flow-policy: every client acts in an environment of its own, in which some attributes have other values."""
+    """Of flow-policy: every client acts in environments of its own, in which some attributes have other values."""
 
     kind: Literal["environment"]
     vary: dict[str, tuple[float, float]] = {}
-    """Attribute -> lowest and highest value; each client's is drawn uniformly from the seed."""
+    """Attribute -> lowest and highest value; each environment's is drawn uniformly from the seed."""
     values: dict[str, list[float]] = {}
-    """Attribute -> one value per client."""
+    """Attribute -> one value per environment, those of client 0 first."""
+    each: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Environments of each client; with clients=1 all are in one place."""
 
     @model_validator(mode="after")
     def _once(self):

@@ -55,9 +55,13 @@ def _of_policy(config: RunConfig) -> str | None:
             f"partition.kind={config.partition.kind} divides rows, and {_NO_ROWS}; use partition.kind=environment, "
             "with vary, or drop it"
         )
+    needed = config.clients * config.partition.each
     for name, values in config.partition.values.items():
-        if len(values) != config.clients:
-            return f"partition.values.{name} lists {len(values)} values for {config.clients} clients; give one each"
+        if len(values) != needed:
+            each = "" if config.partition.each == 1 else f" with {config.partition.each} environments each"
+            return (
+                f"partition.values.{name} lists {len(values)} values for {config.clients} clients{each}; give {needed}"
+            )
     if config.adapter.head == "frozen":
         return "adapter.head=frozen leaves the critic untrained; use adapter.head=private, or mixed to exchange it"
     if config.train.dtype not in ("fp32", "fp64"):
@@ -71,7 +75,15 @@ def _of_policy(config: RunConfig) -> str | None:
             f"online.critic_rounds={config.online.critic_rounds} leaves the policy none of the "
             f"{config.train.training_rounds} rounds that train; lower it, or raise train.rounds"
         )
-    return None
+    return next(_unread(config.online), None)
+
+
+def _unread(online: OnlineConfig) -> Iterator[str]:
+    """Settings that the policy which acts does not read."""
+    unread = {"one-step": ("entropy",), "steered": ("entropy", "beta"), "cloned": ("entropy", "beta", "normalize")}
+    for name in unread.get(online.policy, ()):
+        if _differs(online, name, OnlineConfig):
+            yield f"online.{name} is not read with online.policy={online.policy}; drop it, or use online.policy=flow"
 
 
 def _without_meaning(config: RunConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ WORDS = {"algorithm": "name", "topology": "kind", "partition": "kind"}
 
 
 class SearchConfig(Section):
-    """How learning rates are found: on training rows set aside, so never on the rows that are reported."""
+    """How learning rates are found: on training rows set aside, or in other environments, never on what is reported."""
 
     rates: list[Annotated[float, Field(gt=0)]] = []
     """Empty: nothing is searched, ``train.lr`` is used."""

@@ -10,6 +10,7 @@ from peerlora.experiments.measures import FEW_EVALUATIONS, UNRELAYED
 from peerlora.experiments.rate_search import RELAYED
 from peerlora.experiments.statistics import Design
 from peerlora.experiments.tables import MARKED, NOT_DISTINGUISHABLE, UNEQUAL_SIGN, gauge_marker, shown_measures
+from peerlora.train.online.task import FlowPolicyTask
 
 
 def table_notes(result: Comparison) -> list[str]:
@@ -48,7 +49,10 @@ COLUMNS = {
         "Relayed client: of the average that a client makes of the newest adapters that it has heard of, which is what "
         "it deploys unless exchange.relay.deploy is own."
     ),
-    "personalised client": "Personalised client: of its own model, on rows of its own that were held out (eval.own).",
+    "personalised client": (
+        "Personalised client: of its own model, on rows of its own that were held out (eval.own), or in its own "
+        "environment."
+    ),
     "best rounds of clients": (
         "Best rounds of clients: the mean over clients of the value by which eval.select kept each one's best "
         "adapters; where that was on the rows that are reported, it flatters."
@@ -128,7 +132,7 @@ def _work(result: Comparison) -> Iterator[str]:
 
 def _rates(result: Comparison) -> Iterator[str]:
     if result.searches:
-        yield "Each rate was searched on training rows set aside, at the same budget; the table of rates is below."
+        yield f"Each rate was searched {_searched_where(result)}, at the same budget; the table of rates is below."
     if any(line.rate_from for line in result.lines):
         yield "A rate 'of' another setting was searched there: both agree on what search.each of the grid names."
     if any(each.edge for each in result.searches):
@@ -143,7 +147,13 @@ def rates_title(result: Comparison) -> str:
     """What the table of searched rates shows."""
     relayed = any(each.measure == RELAYED for each in result.searches)
     models = ", of relayed models where these are deployed" if relayed else ""
-    return f"{result.metric or 'metric'} of the mean client by learning rate, on training rows set aside{models}"
+    return f"{result.metric or 'metric'} of the mean client by learning rate, {_searched_where(result)}{models}"
+
+
+def _searched_where(result: Comparison) -> str:
+    """What the search of rates is scored on, which is never what is reported."""
+    acted = result.metric == FlowPolicyTask.metric
+    return "in environments of seeds that are not reported" if acted else "on training rows set aside"
 
 
 def rate_notes(result: Comparison) -> list[str]:

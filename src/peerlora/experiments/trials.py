@@ -10,6 +10,7 @@ from typing import Any
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import ConfigError, nearest
 from peerlora.experiments.file_names import number_equals
 from peerlora.experiments.grid import GridConfig, Tree, axis_levels, written_out
@@ -103,20 +104,40 @@ def plan_trials(grid: GridConfig, rates: Mapping[str, float] | None = None) -> T
 def plan_search(grid: GridConfig, rates: Mapping[str, Sequence[float]] | None = None) -> TrialPlan:
     """Plan the trials that search learning rates: per group and rate, on rows set aside from the training rows.
 
+    A policy, which reads no rows, is searched in the environments and episodes of seeds that are not reported.
     ``rates``: searched setting -> the rates that it has come to; by default those of the grid.
     """
     found, first_names = TrialPlan(), {}
     first = searched_settings(grid)
     for setting, folder in zip(first.values(), _folders([setting.name for setting in first.values()]), strict=True):
-        if load_config(setting.tree).data.eval is None:
-            reason = "search.rates needs rows of its own, but data.eval is null, so the reported rows are training rows"
-            found.refused.append((setting.name, f"{reason}; name a file in data.eval, or give train.lr and no rates"))
+        config = load_config(setting.tree)
+        if reason := _unsearchable(config, grid):
+            found.refused.append((setting.name, reason))
             continue
+        acts = task_kind(config.task.kind).acts
+        holdout: Tree = {} if acts else {"data": {"eval": None, "holdout": grid.search.holdout}}
         for rate, seed in product((rates or {}).get(setting.name, grid.search.rates), grid.search.seeds):
-            holdout = {"eval": None, "holdout": grid.search.holdout}
-            change = {"seed": seed, "train": {"lr": rate}, "data": holdout}
+            change = {"seed": seed, "train": {"lr": rate}} | holdout
             _add_trial(found, setting, change, f"search/{folder}__lr-{rate:g}__seed-{seed}", first_names)
     return found
+
+
+def _unsearchable(config: RunConfig, grid: GridConfig) -> str | None:
+    """Why a rate cannot be searched on what is not reported, and what to do; None where it can."""
+    if task_kind(config.task.kind).acts:
+        both = sorted(set(grid.search.seeds) & set(grid.seeds))
+        if not both:
+            return None
+        return (
+            f"search.seeds and seeds share {both[0]}, whose episodes are reported; give search.seeds others, such as "
+            f"{max(grid.seeds) + 100}"
+        )
+    if config.data.eval is not None:
+        return None
+    return (
+        "search.rates needs rows of its own, but data.eval is null, so the reported rows are training rows; name a "
+        "file in data.eval, or give train.lr and no rates"
+    )
 
 
 def search_labels(grid: GridConfig) -> dict[str, dict[str, str]]:

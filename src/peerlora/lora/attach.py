@@ -21,6 +21,7 @@ from peerlora.lora.merged import Merged
 
 _QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))
 """How models name their attention's projections."""
+_FORMED = 1 << 26  # numbers of weights that are formed at most: 256 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -277,10 +278,22 @@ class StackedModel:
         for name, layer in self._layers.items():
             update = merged.layers[name] if merged is not None else None
             layer.merged = None if update is None or update.empty else update
+            layer.formed = None
 
     def bind_adapters(self, x: Adapters) -> None:
         """Let the next forward passes use the adapters of these clients."""
         self.bind(x.spec, [x.spec.view(slot, x.flat) for slot in x.spec.slots], x.scaling, x.merged)
+
+    def form_weights(self) -> None:
+        """Let passes that need no gradients of the adapters multiply by every client's whole weights, formed once.
+
+        For layers that are small and plain (no quantised base), and until other adapters are bound; nothing is formed
+        where these weights would take more than ``_FORMED`` numbers.
+        """
+        sizes = [layer.d_in * layer.d_out for layer in self._layers.values()]
+        if self.step.clients * sum(sizes) <= _FORMED:
+            for layer in self._layers.values():
+                layer.form()
 
     @contextmanager
     def training(self, streams: list[torch.Generator]) -> Iterator[None]:

@@ -98,17 +98,19 @@ class StackedLinear(nn.Module):
     """``y = base(x) + merged x + scaling * B A x`` with client i's factors on client i's rows.
 
     ``A`` [client, rank, d_in] and ``B`` [client, d_out, rank] are set before each step, and ``merged`` where a method
-    merges: it is part of the base, so adapter dropout does not reach it.
+    merges: it is part of the base, so adapter dropout does not reach it.  ``formed``: every client's whole weight,
+    where passes that need no gradients of the factors are many.
     """
 
     A: Tensor
     B: Tensor
     merged: Update | None
+    formed: Float[Tensor, "client d_out d_in"] | None
 
     def __init__(self, base: nn.Module, d_in: int, d_out: int, dropout: float, step: Step):
         super().__init__()
         self.base, self.d_in, self.d_out, self.p, self.step = base, d_in, d_out, dropout, step
-        self.merged = None
+        self.merged = self.formed = None
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +123,10 @@ class StackedLinear(nn.Module):
         return self.base.bias  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
-        """One frozen product for all rows, two batched ones for the factors."""
+        """One frozen product for all rows, two batched ones for the factors; or one where weights are formed."""
+        if self.formed is not None:
+            z = x.reshape(self.step.clients, -1, self.d_in)
+            return _affine(z, self.formed, self.bias).view(*x.shape[:-1], self.d_out)
         y = self.base(x)
         if self.merged is not None:
             y = y + self.merged.apply(x.reshape(self.step.clients, -1, self.d_in)).view(y.shape)
@@ -130,6 +135,19 @@ class StackedLinear(nn.Module):
         if self.step.row_gradients is not None:
             return y + client_product(u, self.B, self.step.row_gradients).view(y.shape)
         return torch.baddbmm(y.reshape(self.step.clients, -1, self.d_out), u, self.B.mT.to(z.dtype)).view(y.shape)
+
+    def form(self) -> None:
+        """Form ``W + merged + scaling B A`` of every client, for passes without dropout until the factors are set."""
+        weight = torch.baddbmm(self.weight, self.step.scaling * self.B, self.A)
+        if self.merged is not None:
+            weight = weight + self.merged.weight()
+        self.formed = weight.detach()
+
+
+def _affine(
+    x: Float[Tensor, "client row d_in"], weight: Float[Tensor, "client d_out d_in"], bias: Tensor | None
+) -> Float[Tensor, "client row d_out"]:
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
 
 
 class StackedHead(nn.Module):

@@ -30,7 +30,9 @@ def environment_rows(start: RunStarted) -> list[tuple[str, Cell]]:
         f"{name} {', '.join(f'{value:.4g}' for value in own[:_MANY])}"
         for name, own in start.partition["values"].items()
     )
-    return [("environment", f"{start.partition['environment']}, by client: {values or 'the same for all'}")]
+    each = start.partition.get("each", 1)
+    whose = "by client" if each == 1 else f"by environment, {each} of each client"
+    return [("environment", f"{start.partition['environment']}, {whose}: {values or 'the same for all'}")]
 
 
 def _fields_figure(shown: PolicyShown) -> Picture:

@@ -78,7 +78,7 @@ def assemble_policy(
     check_relayed_message(config, planned.algorithm, start.rows([0]))
     cache, rows_of = cache_settings(config, planned.algorithm), dict.fromkeys(range(config.clients), 1)
     exchange = StackedExchange(planned.topology, here, gather)
-    own = np.arange(len(episodes)).reshape(config.clients, online.evaluated)
+    own = np.arange(len(episodes)).reshape(config.clients, -1)
     return Federation(
         config=config,
         algorithm=planned.algorithm,

@@ -11,7 +11,7 @@ from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.train.online.environment_names import facts_of
 from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
-from peerlora.train.online.flow import FlowShape
+from peerlora.train.online.flow import FLOW, FlowShape
 from peerlora.train.online.proximal import LOG_DET_ACTIONS
 
 
@@ -25,6 +25,11 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
         raise CompositionError(
             f"{name} cannot fine-tune flow policies (task.kind=flow-policy): they go with methods that send adapters "
             "and nothing else, or nothing; use algorithm.name=swfp, dec-lora, adf-lora or local"
+        )
+    if traits.flow_policies_only and config.online.policy != "flow":
+        raise CompositionError(
+            f"{name} fine-tunes the flow's blocks in turn, and online.policy={config.online.policy} keeps them frozen; "
+            "use algorithm.name=dec-lora, adf-lora or local"
         )
     facts, shape = environment_facts(config), flow_shape(config)
     horizon_of(config, facts)
@@ -65,4 +70,5 @@ def environment_facts(config: RunConfig) -> EnvironmentFacts:
 def flow_shape(config: RunConfig) -> FlowShape:
     """The sizes of a run's policy."""
     facts = environment_facts(config)
-    return FlowShape(facts.observation, facts.action, config.task.blocks, config.task.width)
+    actor = FLOW if config.online.policy == "cloned" else config.online.policy
+    return FlowShape(facts.observation, facts.action, config.task.blocks, config.task.width, actor)

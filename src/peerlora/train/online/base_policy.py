@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from peerlora.errors import ModelError, first_line
 from peerlora.files import sync_tree
 from peerlora.randomness import torch_generator
-from peerlora.train.online.demonstrations import demonstrate, pretrain
-from peerlora.train.online.flow import FlowPolicy, FlowShape, draw_layers
+from peerlora.train.online.demonstrations import demonstrate, prepare_net, pretrain
+from peerlora.train.online.flow import CRITIC, FLOW, FlowPolicy, FlowShape, draw_layers
 
 _FORMAT = 1  # of a folder; raise it whenever the same settings would give other weights
 _LARGEST = 1 << 20  # bytes of flow.json
@@ -37,7 +39,8 @@ class PretrainingSettings:
 
     def digest(self) -> str:
         """A name that no other settings have: hexadecimal."""
-        return hashlib.sha256(json.dumps([_FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:20]
+        told = {**asdict(self), "shape": self.shape.to_dict()}
+        return hashlib.sha256(json.dumps([_FORMAT, told], sort_keys=True).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def scripted_policy(settings: PretrainingSettings, cache: Path) -> BasePolicy:
     folder = cache / f"{settings.env.replace('/', '_')}-{settings.digest()}"
     if not (folder / WEIGHTS).is_file():
         policy = FlowPolicy(settings.shape)
-        pretrain(policy, demonstrate(settings.env, settings.horizon, settings.demonstrations), settings.steps)
+        demonstrations = demonstrate(settings.env, settings.horizon, settings.demonstrations)
+        pretrain(policy, demonstrations, settings.steps)
+        prepare_net(policy, demonstrations, settings.steps)
         try:
             write_policy(policy, settings.env, folder)
         except OSError as error:
@@ -68,13 +73,13 @@ def scripted_policy(settings: PretrainingSettings, cache: Path) -> BasePolicy:
 
 
 def write_policy(policy: FlowPolicy, env: str, folder: Path) -> None:
-    """Write a policy's blocks as a folder that is whole or not there; a critic belongs to a run."""
+    """Write a policy's blocks and net as a folder that is whole or not there; a critic belongs to a run."""
     half = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    tree = {"format": _FORMAT, "env": env, **asdict(policy.config)}
+    tree = {"format": _FORMAT, "env": env, **policy.config.to_dict()}
     (half / SETTINGS).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    save_file({name: value.contiguous() for name, value in policy.blocks.state_dict().items()}, half / WEIGHTS)
+    save_file({name: value.contiguous() for name, value in _weights(policy).items()}, half / WEIGHTS)
     sync_tree(half)
     try:
         os.replace(half, folder)
@@ -91,6 +96,7 @@ def read_policy(folder: Path, env: str, shape: FlowShape) -> BasePolicy:
     """
     tree = _read_settings(folder)
     wanted = {"format": _FORMAT, "env": env, **asdict(shape)}
+    tree = {"actor": FLOW, **tree}
     for name, value in wanted.items():
         if tree.get(name) != value:
             raise ModelError(
@@ -102,14 +108,14 @@ def read_policy(folder: Path, env: str, shape: FlowShape) -> BasePolicy:
         found = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"model.source={folder}: {WEIGHTS} cannot be read ({first_line(error)}); restore it") from None
-    own = policy.blocks.state_dict()
+    own = _weights(policy)
     fits = found.keys() == own.keys() and all(
         value.shape == own[name].shape and value.dtype == own[name].dtype and bool(value.isfinite().all())
         for name, value in found.items()
     )
     if not fits:
         raise ModelError(f"model.source={folder}: {WEIGHTS} does not hold the finite weights of {SETTINGS}; restore it")
-    policy.blocks.load_state_dict(found)
+    policy.load_state_dict({**_named(found), **policy.critic.state_dict(prefix=f"{CRITIC}.")})
     return BasePolicy(policy.requires_grad_(False), folder)
 
 
@@ -120,6 +126,16 @@ def with_critic(policy: FlowPolicy, seed: int, dtype: torch.dtype) -> FlowPolicy
     made = made.to(dtype).requires_grad_(False)
     draw_layers(made.critic, torch_generator(seed, "head"))
     return made
+
+
+def _weights(policy: FlowPolicy) -> dict[str, Tensor]:
+    """What a folder holds: the blocks' weights by their names below ``blocks``, and those of a net by its own."""
+    return {**policy.blocks.state_dict(), **policy.actor.state_dict(prefix="actor.")}
+
+
+def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a folder by their names in the policy."""
+    return {name if name.startswith("actor.") else f"blocks.{name}": value for name, value in weights.items()}
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from peerlora.randomness import derive, numpy_generator, torch_generator
 from peerlora.train.online.environment_names import build_environment
 from peerlora.train.online.environments import POINT_MASS, Controller
-from peerlora.train.online.flow import FlowPolicy, draw_layers
+from peerlora.train.online.flow import ONE_STEP, FlowPolicy, draw_layers
 from peerlora.train.online.point_mass import point_mass_controller
 
 SEED = 0  # of demonstrations and pre-training: all runs of the same settings begin with the same policy
@@ -93,6 +93,37 @@ def pretrain(policy: FlowPolicy, demonstrations: Demonstrations, steps: int) -> 
         flow_matching_loss(policy, states[rows], actions[rows], generator).backward()
         optimizer.step()
     policy.requires_grad_(False).float()
+
+
+def prepare_net(policy: FlowPolicy, demonstrations: Demonstrations, steps: int) -> None:
+    """Give the net that acts, if there is one, its first weights in place, so that it acts as the flow does.
+
+    A steering net has a last layer of zeros: the flow's own noise, within the limit.  A one-step net is distilled from
+    the trained flow, in float64: it regresses on the flow's action in demonstrated states, from the same noise.
+    """
+    if not len(policy.actor):
+        return
+    generator = torch_generator(SEED, "pretraining of the net")
+    policy.double()
+    draw_layers(policy.actor, generator)
+    if policy.config.actor == ONE_STEP:
+        _distill(policy, torch.from_numpy(demonstrations.observation), steps, generator)
+    else:
+        for values in policy.actor[0][-1].parameters():  # pyright: ignore[reportIndexIssue]
+            values.zero_()
+    policy.requires_grad_(False).float()
+
+
+def _distill(policy: FlowPolicy, states: Tensor, steps: int, generator: torch.Generator) -> None:
+    optimizer = torch.optim.AdamW(policy.actor.requires_grad_().parameters(), lr=_RATE, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        seen = states[torch.randint(len(states), (_BATCH,), generator=generator)]
+        noise = torch.randn(_BATCH, policy.config.action, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            wanted = policy.chain(seen, noise).actions
+        (policy.net(seen, noise) - wanted).square().sum(1).mean().backward()
+        optimizer.step()
 
 
 def flow_matching_loss(policy: FlowPolicy, states: Tensor, actions: Tensor, generator: torch.Generator) -> Tensor:

@@ -61,34 +61,46 @@ class ClientEnvironments:
     """The environments of all clients: what takes the place of a division of rows."""
 
     env: str
-    values: Mapping[str, Float[np.ndarray, " client"]]
-    """Attributes in which clients differ."""
+    values: Mapping[str, Float[np.ndarray, " environment"]]
+    """Attributes in which environments differ, those of client 0 first."""
     clients: int
+    each: int = 1
+    """Environments of a client."""
     warnings: tuple[str, ...] = ()
 
     @property
     def shards(self) -> tuple[np.ndarray, ...]:
-        """[client] the values of its attributes."""
-        return tuple(np.array([own[i] for own in self.values.values()]) for i in range(self.clients))
+        """[client] the values of its environments' attributes, one environment after another."""
+        return tuple(
+            np.array([own[i] for i in self.numbers([client]) for own in self.values.values()])
+            for client in range(self.clients)
+        )
+
+    def numbers(self, clients: Sequence[int]) -> list[int]:
+        """The environments of these clients, one client after another."""
+        return [client * self.each + i for client in clients for i in range(self.each)]
 
     def report(self) -> dict[str, Any]:
-        """The attributes of every client's environment, in plain lists."""
-        return {"environment": self.env, "values": {name: own.tolist() for name, own in self.values.items()}}
+        """The attributes of every environment, in plain lists."""
+        values = {name: own.tolist() for name, own in self.values.items()}
+        return {"environment": self.env, "values": values, "each": self.each}
 
     def of(self, clients: Sequence[int], episodes: int) -> dict[str, Float[np.ndarray, " episode"]]:
-        """The attributes of so many episodes of each of these clients, one client after another."""
-        return {name: np.repeat(own[list(clients)], episodes) for name, own in self.values.items()}
+        """The attributes of so many episodes in each environment of these clients, one client after another."""
+        return {name: np.repeat(own[self.numbers(clients)], episodes) for name, own in self.values.items()}
 
     def episodes(self, each: int, horizon: int, seed: int) -> Episodes:
-        """So many episodes for evaluation in every client's environment, one client after another."""
-        seeds = [derive(seed, f"evaluated {i}", client=client) for client in range(self.clients) for i in range(each)]
+        """So many episodes for evaluation in every environment, which do not depend on whose environment it is."""
+        numbers = self.numbers(range(self.clients))
+        seeds = [derive(seed, f"evaluated {i}", client=number) for number in numbers for i in range(each)]
         return Episodes(self.env, horizon, seeds, self.of(range(self.clients), each))
 
 
 def client_environments(env: str, settings: EnvironmentPartition, clients: int, seed: int) -> ClientEnvironments:
-    """The environment of every client: given, or drawn by its own generator."""
+    """The environments of every client: given, or each drawn by a generator of its own."""
     values = {name: np.array(own, dtype=float) for name, own in settings.values.items()}
     for name, (low, high) in settings.vary.items():
-        draws = [numpy_generator(seed, f"environment {name}", client=i).uniform() for i in range(clients)]
+        numbers = range(clients * settings.each)
+        draws = [numpy_generator(seed, f"environment {name}", client=i).uniform() for i in numbers]
         values[name] = low + (high - low) * np.array(draws)
-    return ClientEnvironments(env, dict(sorted(values.items())), clients)
+    return ClientEnvironments(env, dict(sorted(values.items())), clients, settings.each)

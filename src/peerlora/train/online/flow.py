@@ -1,4 +1,7 @@
-"""Flow policies: N Euler steps from noise to an action, each a block of its own, with a twin critic as the head."""
+"""Flow policies: N Euler steps from noise to an action, each a block of its own, with a twin critic as the head.
+
+A net may act in front of the flow or in its place; the flow itself is then frozen.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,28 @@ CRITIC = "critic"
 """The head's name among the modules of a policy."""
 TWINS = 2
 """Critics, of which the smaller value counts."""
+FLOW, STEERED, ONE_STEP = "flow", "steered", "one-step"
+"""What acts: the flow from the noise; the flow from what a net makes of the noise; a net alone."""
+NOISE_LIMIT = 1.5
+"""The largest size of steered noise, as in DSRL."""
 Velocity = Callable[[int, Tensor], Tensor]
 """(block, actions) -> velocities of these actions, in fixed states."""
 
 
 @dataclass(frozen=True)
 class FlowShape:
-    """The sizes of a flow policy."""
+    """The sizes of a flow policy, and what acts."""
 
     observation: int
     action: int
     blocks: int
     width: int
+    actor: str = FLOW
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a mapping, which PEFT asks of a model's config."""
-        return asdict(self)
+        """The same as a mapping, which PEFT asks of a model's config; of a flow that acts itself, its sizes alone."""
+        told = asdict(self)
+        return {name: value for name, value in told.items() if (name, value) != ("actor", FLOW)}
 
 
 class FlowPolicy(nn.Module):
@@ -41,6 +50,7 @@ class FlowPolicy(nn.Module):
 
     Block k is an MLP of two hidden layers that sees state, action and time.  It is trained on times in
     [k/N, (k+1)/N); the Euler step takes it at k/N.  Rows may be those of several clients, one client after another.
+    ``actor`` is one more such MLP, without time, where a net acts; else it has no layers.
     """
 
     def __init__(self, shape: FlowShape):
@@ -48,6 +58,8 @@ class FlowPolicy(nn.Module):
         self.config = shape
         into = shape.observation + shape.action
         self.blocks = nn.ModuleList(_layers(into + 1, shape.width, shape.action) for _ in range(shape.blocks))
+        nets = 0 if shape.actor == FLOW else 1
+        self.actor = nn.ModuleList(_layers(into, shape.width, shape.action) for _ in range(nets))
         self.critic = TwinCritic(into, shape.width)
 
     def velocity(
@@ -55,9 +67,21 @@ class FlowPolicy(nn.Module):
     ) -> Float[Tensor, "row action"]:
         """``v_block`` at a time, a number or [row, 1]."""
         when = torch.as_tensor(time, dtype=action.dtype).expand(len(action), 1)
-        hidden = torch.cat([observation, action, when], dim=1)
-        first, second, last = self.blocks[block]  # pyright: ignore[reportGeneralTypeIssues]
-        return last(F.silu(second(F.silu(first(hidden)))))
+        return _apply(self.blocks[block], torch.cat([observation, action, when], dim=1))
+
+    def net(
+        self, observation: Float[Tensor, "row observation"], noise: Float[Tensor, "row action"]
+    ) -> Float[Tensor, "row action"]:
+        """What the acting net gives: of ``one-step`` an action, without bounds; of ``steered`` a move of the noise."""
+        return _apply(self.actor[0], torch.cat([observation, noise], dim=1))
+
+    def begin(
+        self, observation: Float[Tensor, "row observation"], noise: Float[Tensor, "row action"]
+    ) -> Float[Tensor, "row action"]:
+        """What the flow begins with: the noise, or within its limit what the steering net makes of it."""
+        if self.config.actor != STEERED:
+            return noise
+        return NOISE_LIMIT * torch.tanh(noise / NOISE_LIMIT + self.net(observation, noise))
 
     def at_start(self, observation: Float[Tensor, "row observation"]) -> Velocity:
         """The velocities of Euler steps in these states."""
@@ -67,7 +91,13 @@ class FlowPolicy(nn.Module):
         self, observation: Float[Tensor, "row observation"], noise: Float[Tensor, "row action"]
     ) -> Float[Tensor, "row action"]:
         """Actions in [-1, 1]; ``noise`` is standard normal."""
-        return euler_chain(self.at_start(observation), noise, self.config.blocks).actions
+        if self.config.actor == ONE_STEP:
+            return self.net(observation, noise).clamp(-1.0, 1.0)
+        return self.chain(observation, noise).actions
+
+    def chain(self, observation: Float[Tensor, "row observation"], noise: Float[Tensor, "row action"]) -> Chain:
+        """What the flow passes through in these states."""
+        return euler_chain(self.at_start(observation), self.begin(observation, noise), self.config.blocks)
 
 
 class TwinCritic(nn.Module):
@@ -92,8 +122,13 @@ class Chain:
 
     inputs: Float[Tensor, "block *row action"]
     velocities: Float[Tensor, "block *row action"]
-    actions: Float[Tensor, "*row action"]
-    """In [-1, 1]."""
+    arrival: Float[Tensor, "*row action"]
+    """Where the last step leads, without bounds."""
+
+    @property
+    def actions(self) -> Float[Tensor, "*row action"]:
+        """In [-1, 1]."""
+        return self.arrival.clamp(-1.0, 1.0)
 
 
 def euler_chain(velocity: Velocity, noise: Tensor, blocks: int) -> Chain:
@@ -103,7 +138,7 @@ def euler_chain(velocity: Velocity, noise: Tensor, blocks: int) -> Chain:
         inputs.append(action)
         velocities.append(velocity(block, action))
         action = action + velocities[-1] / blocks
-    return Chain(torch.stack(inputs), torch.stack(velocities), action.clamp(-1.0, 1.0))
+    return Chain(torch.stack(inputs), torch.stack(velocities), action)
 
 
 def twin_values(
@@ -126,9 +161,10 @@ def twin_values(
 
 
 def flow_targets(policy: FlowPolicy) -> Targets:
-    """All layers of all blocks are adapted; the critic is the head."""
+    """All layers of what acts are adapted, those of the flow's blocks or of the net; the critic is the head."""
+    acts = "blocks." if policy.config.actor == FLOW else "actor."
     layers = [(name, module) for name, module in policy.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [(name, module) for name, module in layers if not name.startswith(f"{CRITIC}.")]
+    adapted = [(name, module) for name, module in layers if name.startswith(acts)]
     return Targets(tuple(LayerSpec(name, each.in_features, each.out_features) for name, each in adapted), (CRITIC,))
 
 
@@ -141,6 +177,11 @@ def draw_layers(layers: nn.Module, generator: torch.Generator) -> None:
                 for values in (module.weight, module.bias):
                     drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64)
                     values.copy_((drawn * 2 - 1) * bound)
+
+
+def _apply(layers: nn.Module, inputs: Float[Tensor, "row _"]) -> Float[Tensor, "row _"]:
+    first, second, last = layers  # pyright: ignore[reportGeneralTypeIssues]
+    return last(F.silu(second(F.silu(first(inputs)))))
 
 
 def _layers(into: int, width: int, out: int) -> nn.ModuleList:

@@ -13,7 +13,7 @@ from peerlora.lora.adapters import Adapters
 from peerlora.randomness import torch_generator
 from peerlora.train.online.environments import POINT_MASS
 from peerlora.train.online.episodes import Episodes
-from peerlora.train.online.flow import FlowPolicy, euler_chain
+from peerlora.train.online.flow import ONE_STEP, FlowPolicy
 from peerlora.train.online.rollout import record
 
 if TYPE_CHECKING:
@@ -34,17 +34,20 @@ class Illustration:
 
 @torch.no_grad()
 def illustrate(learner: OnlineLearner, x: Adapters, episodes: Episodes) -> Illustration:
-    """One policy, ``x`` of one client, on the grid of the point mass or in the first of each client's ``episodes``."""
+    """One policy, ``x`` of one client, on the grid of the point mass or in each client's first environment.
+
+    ``episodes``: one of each environment.
+    """
     learner.model.bind_adapters(x)
-    if episodes.env == POINT_MASS:
+    if episodes.env == POINT_MASS and learner.policy.config.actor != ONE_STEP:
         return Illustration(block_moves(learner.policy, x.flat), "", {})
-    clients = range(min(_TRACED, len(episodes)))
-    seen = record(learner.act, episodes.take(np.array(clients)), x.flat)
+    first = np.arange(0, len(episodes), learner.environments.each)[:_TRACED]
+    seen = record(learner.act, episodes.take(first), x.flat)
     if episodes.env == "Pendulum-v1":  # it observes cosine and sine of the angle, 0 upright
         shown, values = "angle in radians, 0 is upright", np.arctan2(seen[:, :, 1], seen[:, :, 0])
     else:
         shown, values = "first number of the observation", seen[:, :, 0]
-    return Illustration([], shown, {str(client): values[client].tolist() for client in clients})
+    return Illustration([], shown, {str(client): own.tolist() for client, own in enumerate(values)})
 
 
 def block_moves(policy: FlowPolicy, like: Tensor) -> list[list[list[float]]]:
@@ -53,6 +56,6 @@ def block_moves(policy: FlowPolicy, like: Tensor) -> list[list[list[float]]]:
     places = torch.cartesian_prod(axis, axis)
     states = torch.cat([places, torch.zeros_like(places)], dim=1).repeat_interleave(_SAMPLES, dim=0)
     noise = torch.randn(_SAMPLES, 2, generator=torch_generator(0, "illustration"), dtype=torch.float64).to(like.dtype)
-    chain = euler_chain(policy.at_start(states), noise.repeat(len(places), 1), policy.config.blocks)
+    chain = policy.chain(states, noise.repeat(len(places), 1))
     moves = chain.velocities.unflatten(1, (len(places), _SAMPLES)).mean(2) / policy.config.blocks
     return [torch.cat([places, each], dim=1).tolist() for each in moves]

@@ -24,8 +24,8 @@ from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.local_rules import ClientRows, LocalStep
 from peerlora.train.local_training import LocalTraining
 from peerlora.train.online.episodes import ClientEnvironments, Episodes
-from peerlora.train.online.flow import FlowPolicy, twin_values
-from peerlora.train.online.lessons import Lessons, make_lessons, stacked_chain
+from peerlora.train.online.flow import FLOW, FlowPolicy, twin_values
+from peerlora.train.online.lessons import Lessons, make_lessons, stacked_actions
 from peerlora.train.online.losses import Head, critic_losses, policy_losses, step_targets
 from peerlora.train.online.measures import SAMPLES, measure_policies
 from peerlora.train.online.replay import Replay
@@ -84,9 +84,9 @@ class OnlineLearner(LocalTraining):
         yield self._round.clients, TrainableColumns(active, active)
 
     def _turns(self, plan: LocalPlan) -> list[int]:
-        """The flow's blocks that train: none while the critic trains alone."""
-        blocks = self.policy.config.blocks
-        if self._round.t < self.online.critic_rounds:
+        """The flow's blocks that train, or 0 of a net: none while the critic trains alone."""
+        blocks = self.policy.config.blocks if self.policy.config.actor == FLOW else 1
+        if self._round.t < self.online.critic_rounds or self.online.policy == "cloned":
             return []
         return list(range(blocks)) if plan.turn is None else [plan.turn % blocks]
 
@@ -94,7 +94,7 @@ class OnlineLearner(LocalTraining):
         self, x: Adapters, clients: ClientRows, columns: TrainableColumns, moments: Moments, plan: LocalPlan
     ) -> Float[Tensor, " client"]:
         """All local steps of some clients, in place on ``x.flat`` and ``moments``; returns their mean losses."""
-        self.model.bind_adapters(x)
+        self._bind(x)
         self._explore(x, clients)
         lessons, active, turns = self._lessons(clients), columns.full, self._turns(plan)
         critic, start = x.spec.columns("head"), x.flat.clone()
@@ -118,6 +118,7 @@ class OnlineLearner(LocalTraining):
             seen.append(closure.losses)
         seen.append(x.flat.abs().amax(1))
         self._targets(x)[clients] = target
+        self._bind(x)
         self._measure(lessons, clients)
         losses = self._mean_losses(seen, clients)
         self._require_sane_critics(head, lessons, clients)
@@ -129,9 +130,15 @@ class OnlineLearner(LocalTraining):
             self.target = x.flat[:1, x.spec.columns("head")].repeat(len(self._numbers), 1)
         return self.target
 
+    def _bind(self, x: Adapters) -> None:
+        """Let the policies act with these adapters, in passes that need no gradients."""
+        self.model.bind_adapters(x)
+        if self.settings.fast:
+            self.model.form_weights()
+
     def _explore(self, x: Adapters, clients: ClientRows) -> None:
         """Let the clients act with the policies that are bound, and remember what happened."""
-        shape = (self.online.episodes, self.horizon, self.policy.config.action)
+        shape = (self.explorer.episodes, self.horizon, self.policy.config.action)
         noise, wandering = (self._normal(purpose, clients, shape, x.flat) for purpose in ("actions", "exploration"))
         seeds = [self._derived("episodes", i) for i in clients]
         numbers = [self._numbers[i] for i in clients]
@@ -140,7 +147,7 @@ class OnlineLearner(LocalTraining):
 
     def act(self, observation: Tensor, noise: Tensor) -> Tensor:
         """Actions of the policies that are bound; leaves [client, row, ...]."""
-        return stacked_chain(self.policy, observation, noise).actions
+        return stacked_actions(self.policy, observation, noise)
 
     def _lessons(self, clients: ClientRows) -> Lessons:
         """All minibatches of a fit, one after another, with what the policies that are bound do in them."""
@@ -159,7 +166,7 @@ class OnlineLearner(LocalTraining):
     ) -> Callable[[], tuple[Tensor, Tensor]]:
         """The losses of a minibatch at the adapters that are bound when it is called; its targets are fixed now."""
         part = lessons.part(rows)
-        targets = step_targets(self.online, part, head, target, turns)
+        targets = step_targets(self.online, part, head, target, turns, self.policy.config.actor)
 
         def losses() -> tuple[Tensor, Tensor]:
             own = critic_losses(head, part, targets)
@@ -196,7 +203,7 @@ class OnlineLearner(LocalTraining):
         """See ``Learner``: the mean return of every client's policy in these episodes, ``batch`` of them at a time."""
         if x.clients > 1 and equal_rows(x):
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        self.model.bind_adapters(x)
+        self._bind(x)
         parts = [data.take(np.arange(at, min(at + batch, len(data)))) for at in range(0, len(data), batch)]
         found = np.concatenate([returns(self.act, x.clients, part, x.flat) for part in parts], axis=1)
         more = {name: _METRICS[name](found, data) for name in metrics}

@@ -67,6 +67,20 @@ def log_det(
     return torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
 
 
+def anchored_losses(
+    action: Float[Tensor, "client row action"],
+    anchor: Float[Tensor, "client row action"],
+    value: Float[Tensor, " client"],
+    beta: float,
+) -> Float[Tensor, " client"]:
+    """Each client's ``E |a - anchor|^2 - 2 beta E Q``: FQL's loss of a one-step net, ``alpha = 1 / (2 beta)``.
+
+    ``value``: the mean Q of ``action``.  Of ``Q = -kappa/2 (a - a*)^2`` the minimum is ``(anchor + beta kappa a*) / (1
+    + beta kappa)``.
+    """
+    return (action - anchor).square().sum(2).mean(1) - 2 * beta * value
+
+
 def proximal_losses(
     velocity: Float[Tensor, "client row action"],
     target: Float[Tensor, "client row action"],

@@ -20,10 +20,12 @@ Act = Callable[[Tensor, Tensor], Tensor]
 
 
 class Explorer:
-    """Lets clients act in their own environments, so many episodes of each side by side."""
+    """Lets clients act in their own environments, so many episodes in each side by side."""
 
     def __init__(self, environments: ClientEnvironments, horizon: int, episodes: int):
-        self.environments, self.horizon, self.episodes = environments, horizon, episodes
+        self.environments, self.horizon = environments, horizon
+        self._in_each, self.episodes = episodes, episodes * environments.each
+        """``episodes``: of a client, in all its environments."""
         self._made: tuple[tuple[int, ...], Environment] | None = None
 
     @torch.no_grad()
@@ -57,7 +59,7 @@ class Explorer:
     def _environment(self, clients: Sequence[int]) -> Environment:
         """The environments of these clients, kept for the next round, whose clients are mostly the same."""
         if self._made is None or self._made[0] != tuple(clients):
-            values = self.environments.of(clients, self.episodes)
+            values = self.environments.of(clients, self._in_each)
             made = build_environment(self.environments.env, len(clients) * self.episodes, values)
             self._made = tuple(clients), made
         return self._made[1]
