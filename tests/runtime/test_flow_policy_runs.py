@@ -123,7 +123,7 @@ def test_a_peft_folder_gives_the_policy_on_the_base_policy(done, tmp_path):
 
 
 def test_a_run_may_begin_where_another_one_on_the_same_base_ended(tmp_path, no_reports):
-    """The folder of the base policy, which the adapter names, is where ``scripted`` lies: no warning of another base."""
+    """The adapter names the folder of the base policy, which is where ``scripted`` lies: no warning of another base."""
     first = simulate(tiny("train.rounds=1"), tmp_path / "first")
     begun = compose(tiny(f"adapter.start={first.run / 'adapters' / 'client-02'}"))
     assert not any("adapter.start" in each for each in begun.warnings)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flow_runs import tiny
-from peerlora.errors import ConfigError, DivergenceError, ExtraMissing, PeerloraError
+from peerlora.errors import ConfigError, DivergenceError, ExtraMissing, PeerloraError, RunError
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
 from peerlora.train.online.demonstrations import demonstrate, scripted_controller
@@ -115,6 +115,14 @@ def test_clients_have_their_own_gravity_and_length():
     assert after.reward[0] == after.reward[1] and not np.array_equal(after.reached[0], after.reached[1])
     speed = 8 * (after.reached[:, 2] - one[:, 2])  # without torque the change of speed is 1.5 g / l sin(angle) dt
     assert speed[1] / speed[0] == pytest.approx(1.5, rel=1e-5)
+
+
+@needs_gymnasium
+def test_an_environment_that_fails_is_named():
+    environment = build_environment("Pendulum-v1", 2, {"l": np.array([1.0, 0.0])})
+    environment.reset([5, 5])
+    with pytest.raises(RunError, match=r"Pendulum-v1 fails in an episode \(ZeroDivisionError: .*; choose other values"):
+        environment.step(np.zeros((2, 1)))
 
 
 @needs_gymnasium

@@ -101,7 +101,8 @@ def record(act: Act, episodes: Episodes, like: Tensor) -> Float[np.ndarray, "epi
 
 def _step(environment: Environment, actions: Float[Tensor, "episode action"]) -> Outcome:
     """Let every episode take an action; raises DivergenceError for what an environment tells in no finite numbers."""
-    found = environment.step(actions.double().numpy())
+    with np.errstate(all="ignore"):  # what comes of it is looked at
+        found = environment.step(actions.double().numpy())
     if not (np.isfinite(found.reward).all() and np.isfinite(found.reached).all()):
         if not bool(actions.isfinite().all()):
             return found  # it is the policy that diverged, which its loss will tell
