@@ -278,7 +278,7 @@ def test_100_000_class_names_are_no_trouble(files, plain):
         ([1.0, float("nan")], [1.0], {}, "1 of 2 rows have no label, the first is row 2"),
         ([1.0, float("inf")], [1.0], {}, "holds inf, which is not a class"),
         ([["x"], ["y"]], [["x"]], {}, "expected one word or whole number per row"),
-        ([b"x", b"y"], [b"x"], {}, "holds b'x', a bytes"),
+        ([b"x", b"y"], [b"x"], {}, "holds binary; expected one word or whole number per row"),
         (["x", "y"], ["x"], {"task": "regression"}, "row 1 holds 'x', regression needs numbers"),
         (["1,5", "2"], ["1"], {"task": "regression"}, "row 1 holds '1,5', regression needs numbers such as 0.5"),
         (["1.5", "nan"], ["1"], {"task": "regression"}, "1 of 2 rows have no label, the first is row 2"),
