@@ -79,6 +79,7 @@ def test_a_method_that_says_nothing_is_refused():
         (["topology.kind=random", "topology.p=0.6", "topology.weights=pairwise"], "weights of neighbours alone"),
         (["topology.kind=one-peer"], "links that go both ways"),
         (["topology.kind=hypercube", "clients=8"], "client 0 never has as many"),
+        (["topology=complete", "clients=2"], "clients=2 given; use at least 3 clients"),
     ],
 )
 def test_what_secure_sums_do_not_go_with(words, told):

@@ -62,7 +62,7 @@ def test_every_method_can_be_planned_with_the_recipe(method):
     plan(config)
 
 
-def test_a_recipe_relays_where_the_method_and_its_codec_can():
+def test_a_recipe_relays_where_the_method_its_codec_and_secure_sums_can():
     assert load_config({"recipe": "sparse", "algorithm": "dec-lora"}).exchange.relay == RelayConfig()
     assert load_config({"recipe": "sparse", "algorithm": "flora"}).exchange.relay is None
     assert load_config({"recipe": "sparse", "exchange": {"relay": None}}).exchange.relay is None
@@ -72,6 +72,9 @@ def test_a_recipe_relays_where_the_method_and_its_codec_can():
     )
     assert coded.exchange.relay is None
     plan(coded)
+    secure = load_config({"recipe": "sparse", "exchange": {"secure": True}, "topology": "ring"})
+    assert secure.exchange.relay is None
+    plan(secure)
 
 
 def test_the_resolved_config_says_all_and_reads_as_it_was_written():

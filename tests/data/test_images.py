@@ -18,6 +18,7 @@ from peerlora.config.task_kinds import KINDS
 from peerlora.data import image_files, images
 from peerlora.data.batches import collate
 from peerlora.data.files import name_folder, read_table
+from peerlora.data.first_config import write_template
 from peerlora.data.guess import guess_columns
 from peerlora.data.image_files import decode_image
 from peerlora.data.sources import load_datasets
@@ -318,3 +319,17 @@ def test_images_of_several_sizes_need_a_processor_that_resizes(models, tmp_path)
     assert reader.shape == (3, 8, 8)
     with pytest.raises(DataError, match="row 2: becomes 9 x 7 pixels, others 8 x 8; the model's image processor"):
         reader.read([("row 1", noise(8, 8, 3)), ("row 2", noise(9, 7, 3))], 2, "a file")
+
+
+def test_paths_of_images_are_no_texts(picture_folder):
+    """A model of texts would read the class in them."""
+    source = f"folder:{picture_folder}"
+    base = {"partition": "iid", "data": {"train": source, "text": ["image"], "label": "label"}}
+    with pytest.raises(DataError, match=r"holds images, and image is named as a column of text; use task\.kind=image"):
+        load_datasets(load_config(base), None, None)
+    chat = {"task": {"kind": "chat"}, "data": {"train": source, "columns": {"prompt": "image", "completion": "label"}}}
+    with pytest.raises(DataError, match="holds images; task.kind=chat reads none"):
+        load_datasets(load_config(base | chat), None, None)
+    with pytest.raises(DataError, match="image is named as a column of text"):
+        write_template(source, picture_folder / "new.yaml", text=["image"])
+    assert not (picture_folder / "new.yaml").exists()

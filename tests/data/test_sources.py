@@ -278,7 +278,7 @@ def test_100_000_class_names_are_no_trouble(files, plain):
         ([1.0, float("nan")], [1.0], {}, "1 of 2 rows have no label, the first is row 2"),
         ([1.0, float("inf")], [1.0], {}, "holds inf, which is not a class"),
         ([["x"], ["y"]], [["x"]], {}, "expected one word or whole number per row"),
-        ([b"x", b"y"], [b"x"], {}, "holds b'x', a bytes"),
+        ([b"x", b"y"], [b"x"], {}, "holds binary; expected one word or whole number per row"),
         (["x", "y"], ["x"], {"task": "regression"}, "row 1 holds 'x', regression needs numbers"),
         (["1,5", "2"], ["1"], {"task": "regression"}, "row 1 holds '1,5', regression needs numbers such as 0.5"),
         (["1.5", "nan"], ["1"], {"task": "regression"}, "1 of 2 rows have no label, the first is row 2"),
@@ -360,6 +360,19 @@ def test_owners_are_numbers_only_if_all_are_written_as_such(files, plain, owners
     path = files.write("rows.parquet", text=["a", "b", "c"], label=["x", "y", "x"], site=owners)
     tree = files.config(path, path).model_dump() | {"partition": {"kind": "column", "column": "site"}}
     assert load(load_config(tree), plain)[0].columns["site"].tolist() == expected
+
+
+@pytest.mark.parametrize("owners", [[b"a", b"b", b"a"], [["p"], ["q"], ["p"]], [{"bytes": b"a"}] * 3])
+def test_owners_and_labels_are_no_bytes_lists_or_objects(files, plain, owners):
+    """An image as an owner would make every row a site, and as a label a message would show the whole file."""
+    path = files.write("rows.parquet", text=["a", "b", "c"], label=["x", "y", "x"], site=owners)
+    tree = files.config(path, path).model_dump() | {"partition": {"kind": "column", "column": "site"}}
+    with pytest.raises(DataError, match="partition.column=site: holds .*; expected one word or whole number per row"):
+        load(load_config(tree), plain)
+    tree |= {"partition": {"kind": "iid"}}
+    tree["data"]["label"] = "site"
+    with pytest.raises(DataError, match="data.label=site in .*: holds .*; expected one word or whole number per row"):
+        load(load_config(tree), plain)
 
 
 def test_a_row_without_owner_is_refused_and_one_without_text_is_warned_of(files, paired, caplog):

@@ -40,6 +40,15 @@ def test_values_out_of_range_are_refused(value):
         encode(torch.tensor([0.0, value]), 0.5)
 
 
+def test_whose_values_are_out_of_range_is_told():
+    W = build_topology(RingGraph(kind="ring"), 5, seed=1).at(0).W
+    x = torch.zeros(5, 3)
+    x[2, 1] = float("nan")
+    with pytest.raises(DivergenceError, match="the adapter of client 2 has values of nan"):
+        weighted_sums(x, W, [1])
+    assert weighted_sums(x, W, [4]).abs().max() == 0, "client 2 is no neighbour of client 4"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("graph", [RingGraph(kind="ring"), CompleteGraph(kind="complete")])
 def test_sums_are_those_of_plain_mixing_up_to_steps(graph, dtype):

@@ -83,6 +83,13 @@ def test_no_match_lists_the_layers_that_exist(models):
         found(models, "bert", "nothing.*")
 
 
+def test_a_match_of_whole_blocks_is_told_in_one_line(models):
+    """PEFT prints the module that it cannot adapt over many lines."""
+    with pytest.raises(ModelError, match=r"Target module.*linear layers that exist") as refused:
+        found(models, "bert", ".*layer.*")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
 def test_a_broken_regular_expression_is_a_model_error(models):
     with pytest.raises(ModelError, match="targets"):
         found(models, "bert", "(query")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peerlora.errors import ModelError
-from peerlora.lora.base_models import load_base, load_tokenizer, longest
+from peerlora.lora.base_models import load_base, load_image_processor, load_tokenizer, longest
 from peerlora.lora.base_weights import check_class_order, real_names
 
 LABELS = ("x", "y", "z")
@@ -265,3 +265,11 @@ def test_positions_behind_padding_are_left_out_of_the_limit(table, positions, li
     model = torch.nn.Module()
     model.position_embeddings, model.config = table, SimpleNamespace(max_position_embeddings=positions)
     assert longest(model) == limit
+
+
+def test_a_model_of_images_is_no_model_of_texts_nor_the_other_way_round(models):
+    with pytest.raises(ModelError, match=r"reads images .* and has no tokenizer; use task\.kind=image-classification"):
+        load_tokenizer(models("vit"))
+    with pytest.raises(ModelError, match=r"config\.json and preprocessor_config\.json, or a hub id") as refused:
+        load_image_processor(models("bert"))
+    assert "packaged:" not in str(refused.value), "which is a model of texts"

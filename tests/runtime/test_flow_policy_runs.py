@@ -123,6 +123,15 @@ def test_a_peft_folder_gives_the_policy_on_the_base_policy(done, tmp_path):
     assert not (folder / "peerlora.json").exists(), "it tells how rows are read"
 
 
+def test_a_run_may_begin_where_another_one_on_the_same_base_ended(tmp_path, no_reports):
+    """The adapter names the folder of the base policy, which is where ``scripted`` lies: no warning of another base."""
+    first = simulate(tiny("train.rounds=1"), tmp_path / "first")
+    begun = compose(tiny(f"adapter.start={first.run / 'adapters' / 'client-02'}"))
+    assert not any("adapter.start" in each for each in begun.warnings)
+    body = begun.start.spec.shared.stop
+    assert torch.equal(begun.start.flat[0, :body].float(), first.adapters.flat[2, :body].float())
+
+
 def test_programs_for_rows_refuse_a_flow_policy(done, tmp_path):
     with pytest.raises(RunError, match="no other program loads.*peerlora export"):
         merge_from_run(done.run, tmp_path / "whole", 0)

@@ -172,7 +172,8 @@ class RunConfig(Section):
         method = METHODS.find(self.algorithm.name) if wanted or self.recipe is not None else None
         own = {} if method is None else method.traits.own_train_defaults()
         if self.recipe is not None:
-            relays = method is not None and method.traits.refusal("relay") is None and self.exchange.codec is None
+            alone = self.exchange.codec is not None or self.exchange.secure  # which go without relaying
+            relays = not alone and method is not None and method.traits.refusal("relay") is None
             for name, settings in RECIPES[self.recipe](self, own, relays).items():
                 self._fill(name, settings)
         if wanted:

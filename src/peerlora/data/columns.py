@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from peerlora.data.text_files import Unreadable
-from peerlora.errors import nearest
+from peerlora.errors import DataError, nearest
 
 _LONGEST = 80  # letters of a name in a message
 
@@ -64,6 +64,18 @@ def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds text; a dictionary of texts does."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def refuse_objects(kind: pa.DataType, where: str) -> None:
+    """Raise DataError for a column of lists, objects or bytes, such as images: it has no word or number per row."""
+    if pa.types.is_nested(kind) or is_binary(kind):
+        raise DataError(f"{where}: holds {kind}; expected one word or whole number per row; name another column")
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes."""
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
 
 
 def without_views(table: pa.Table) -> pa.Table:

@@ -44,7 +44,7 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
         table = _read_hub(source, place, split)
         tables = [_prepared(source, table, columns)]
     elif kind == "folder":
-        tables = [_prepared(source, _read_images(source, place), columns)]
+        tables = [_prepared(source, _read_images(source, place, columns), columns)]
     else:
         tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
     table = _joined(source, tables, columns)
@@ -66,8 +66,13 @@ def name_folder(source: str) -> str:
     return f"folder:{source}" if images and not tables else source
 
 
-def _read_images(source: str, place: str) -> pa.Table:
-    """The images of a folder, or of its folders."""
+def _read_images(source: str, place: str, columns: Columns | None) -> pa.Table:
+    """The images of a folder, or of its folders; their paths are no texts, and often tell the class."""
+    if columns and columns.text:
+        raise DataError(
+            f"{source}: holds images, and {', '.join(columns.text)} is named as a column of text; use "
+            "task.kind=image-classification, and name no text"
+        )
     try:
         return read_folder(Path(place).expanduser())
     except Unreadable as error:

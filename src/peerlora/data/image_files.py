@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from peerlora.data.columns import is_text
+from peerlora.data.columns import is_binary, is_text
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError, first_line
 
@@ -73,19 +73,14 @@ def is_image_column(kind: pa.DataType) -> bool:
     """Whether a column of this type can hold images: bytes, or the objects with bytes that `datasets` writes."""
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
-        return place >= 0 and _is_binary(kind.field(place).type)
-    return _is_binary(kind)
+        return place >= 0 and is_binary(kind.field(place).type)
+    return is_binary(kind)
 
 
 def holds_images(column: pa.ChunkedArray) -> bool:
     """Whether the first cells of a column begin as PNG or JPEG files do."""
     contents = [_parts(cell.as_py())[0] for cell in column[:_LOOKED_AT]]
     return any(contents) and all(content is None or content.startswith(_BEGINNINGS) for content in contents)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    return any(test(kind) for test in tests)
 
 
 def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from peerlora.data.columns import is_text, short, shown
+from peerlora.data.columns import is_text, refuse_objects, short, shown
 from peerlora.data.numerals import is_number, whole_number
 from peerlora.errors import ConfigError, DataError, nearest
 
@@ -58,8 +58,7 @@ def read_labels(column: pa.ChunkedArray, own_names: Sequence[str] | None, where:
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    if pa.types.is_nested(kind):
-        raise DataError(f"{where}: holds {kind}; expected one word or whole number per row")
+    refuse_objects(kind, where)
     encoded = column.combine_chunks().dictionary_encode()
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     values = encoded.dictionary.to_pylist()

@@ -27,6 +27,8 @@ def read_roles(
     ``given``: ``data.columns``, None to find the columns by their usual names; a name with dots is a field inside a
     column of objects.  ``owner``, ``label``: as in ``Columns``.  Raises DataError, also where no form of ``kind`` fits.
     """
+    if source.startswith("folder:") and not kind.reads_images:  # paths of files are no texts
+        raise DataError(f"{source}: holds images; task.kind={kind.name} reads none, use task.kind=image-classification")
     plain = [name for name in (given or {}).values() if "." not in name]
     if given is not None and len(plain) == len(given):
         table = read_table(source, split, Columns(label=label, roles=tuple(plain), owner=owner))

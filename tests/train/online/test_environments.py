@@ -1,17 +1,19 @@
 """Environments: the point mass against its closed form, gymnasium's where it is installed, and what is refused."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from flow_runs import tiny
-from peerlora.errors import ConfigError, ExtraMissing, PeerloraError
+from peerlora.errors import ConfigError, DivergenceError, ExtraMissing, PeerloraError, RunError
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
 from peerlora.train.online.demonstrations import demonstrate, scripted_controller
 from peerlora.train.online.environment_names import build_environment, facts_of
 from peerlora.train.online.point_mass import HORIZON, PointMass
+from peerlora.train.online.rollout import returns
 
 needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium (extra rl) is not installed")
 GYM = ["task.env=Pendulum-v1", "partition.values={}"]
@@ -55,6 +57,33 @@ def test_an_attribute_that_an_environment_lacks_is_refused_with_the_nearest():
         facts_of("point-mass", ["goal_z"])
 
 
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"mass": [1, 0, 1]}, "client 1 has mass=0, damping=0.5, force=2; expected mass and force above 0"),
+        ({"mass": [1, 1, -2]}, "client 2 has mass=-2"),
+        ({"damping": [-0.1, 1, 1]}, "client 0 has mass=1, damping=-0.1"),
+        ({"damping": [1, 1, 11]}, "client 2 has mass=1, damping=11, .*damping from 0 to 10 times the mass"),
+        ({"force": [1, 1, 0]}, "client 2 has mass=1, damping=0.5, force=0"),
+    ],
+)
+def test_a_point_mass_that_moves_as_none_does_is_refused(values, told):
+    """A mass below zero would be learned from without a word, one of zero ends as a loss that is no number."""
+    with pytest.raises(ConfigError, match=told):
+        plan(tiny(f"partition={{kind: environment, values: {values}}}"))
+    allowed = {"mass": [0.1, 2, 9], "damping": [1, 0, 3], "force": [0.1, 1, 5]}
+    plan(tiny(f"partition={{kind: environment, values: {allowed}}}"))
+    with pytest.raises(ConfigError, match="of client . has mass=-"):
+        plan(tiny("partition={kind: environment, vary: {mass: [-2, -1]}}"))
+
+
+def test_an_environment_that_gives_no_finite_numbers_is_named(monkeypatch):
+    step, federation = PointMass.step, compose(tiny())
+    monkeypatch.setattr(PointMass, "step", lambda *words: replace(step(*words), reward=np.full(len(words[1]), np.inf)))
+    with pytest.raises(DivergenceError, match="point-mass gives rewards or observations that are not finite; choose"):
+        returns(lambda states, noise: noise.clamp(-1, 1), 2, federation.eval_data, federation.start.flat)
+
+
 def test_a_gymnasium_environment_without_gymnasium_says_what_to_install(monkeypatch):
     monkeypatch.setattr("peerlora.environment.find_spec", lambda name: None)
     with pytest.raises(ExtraMissing, match=r"gymnasium.*pip install '\.\[rl\]'"):
@@ -86,6 +115,14 @@ def test_clients_have_their_own_gravity_and_length():
     assert after.reward[0] == after.reward[1] and not np.array_equal(after.reached[0], after.reached[1])
     speed = 8 * (after.reached[:, 2] - one[:, 2])  # without torque the change of speed is 1.5 g / l sin(angle) dt
     assert speed[1] / speed[0] == pytest.approx(1.5, rel=1e-5)
+
+
+@needs_gymnasium
+def test_an_environment_that_fails_is_named():
+    environment = build_environment("Pendulum-v1", 2, {"l": np.array([1.0, 0.0])})
+    environment.reset([5, 5])
+    with pytest.raises(RunError, match=r"Pendulum-v1 fails in an episode \(ZeroDivisionError: .*; choose other values"):
+        environment.step(np.zeros((2, 1)))
 
 
 @needs_gymnasium

@@ -25,9 +25,8 @@ from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.participation import Opening
 from peerlora.runtime.peer.async_rounds import PeerAsyncRounds
-from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.participation import PeerParticipation
-from peerlora.runtime.peer.site import Site, expected_of
+from peerlora.runtime.peer.site import Site, expected_of, settings_of
 from peerlora.runtime.rounds import RoundResult
 
 _RETURN = 5.0  # seconds that a peer which comes back gives its neighbours to answer its handshake
@@ -59,7 +58,7 @@ class AsynchronousPeer(PeerParticipation):
         self.failed: dict[PeerId, str] = {}
         """Neighbours that no message reached in the latest round, and why."""
         endpoint = Endpoint(transport, expected, list(neighbours.values()), config.train.rounds)
-        hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
+        hashes = settings_of(federation)
         control = PushService(endpoint, hashes, seconds, self.mailbox, self.send_queue)
         protocol = RoundProtocol(endpoint, seconds, lambda kind: 0, control, PushOnlyAdmission(endpoint))
         super().__init__(replace(federation, clock=None), site, thread, protocol, control, store)

@@ -9,9 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import AdapterConfig, DataConfig, TaskConfig
 from peerlora.config.train import TrainConfig
+from peerlora.data.pixels import Pixels
 from peerlora.lora.adapters import AdapterSpec
 
 _SITE = ("model", "device", "threads", "privacy", "eval", "checkpoint", "track", "cluster")  # a site's own business
@@ -26,15 +29,16 @@ _NEWER_ADAPTER = {
 _READING = ("template", "loss_on", "too_long")  # of chats, which all sites must read alike
 _NEWER_DATA = {name: DataConfig.model_fields[name].default for name in (*_READING, "columns")}
 _NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
-_NEWER_TASK = {name: TaskConfig.model_fields[name].default for name in ("env", "blocks", "width")}
 _SITE_PEER = ("join", "audit_days", "quorum")
 
 
-def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | None = None) -> dict[str, str]:
+def section_hashes(
+    config: RunConfig, names: Sequence[str], start_digest: str | None = None, pixels: Pixels | None = None
+) -> dict[str, str]:
     """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
 
     Where data lie is left out if every site has its own; the model has a hash of its own.  ``start_digest``: of the
-    adapter to start from, where that is no file.
+    adapter to start from, where that is no file.  ``pixels``: of images, whose image processor lies beside the model.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
@@ -54,7 +58,15 @@ def section_hashes(config: RunConfig, names: Sequence[str], start_digest: str | 
         read = {name: tree["data"][name] for name in _READING if name in tree["data"]}
         tree["data"] = {"max_length": config.data.max_length, "texts": len(config.data.text), **read}
     tree["labels"] = list(names)
+    if pixels is not None:
+        tree["image-processor"] = [pixels.shape, *_black_and_white(pixels)]
     return {name: _hash(json.dumps(value, sort_keys=True).encode()) for name, value in tree.items()}
+
+
+def _black_and_white(pixels: Pixels) -> list[str]:
+    """What a model reads of the darkest and the lightest byte, by channel, to where processors round alike."""
+    ends = np.concatenate([pixels.shift, 255 * pixels.scale + pixels.shift])
+    return [f"{round(value, 3) + 0.0:.3f}" for value in ends.tolist()]  # never -0
 
 
 def spec_digest(spec: AdapterSpec) -> str:

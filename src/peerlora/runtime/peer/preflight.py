@@ -25,9 +25,8 @@ from peerlora.network.protocol.round_protocol import RoundProtocol
 from peerlora.network.transport.grpc import GrpcTransport
 from peerlora.runtime.compose import compose, use_threads
 from peerlora.runtime.peer.checks import warn_of_sites_beyond
-from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.run import site_of
-from peerlora.runtime.peer.site import Site, expected_of
+from peerlora.runtime.peer.site import Site, expected_of, settings_of
 
 _SKEW = 30.0  # seconds that two clocks may differ
 _LINGER = 0.5  # seconds that a neighbour's doctor has to hear the answer to its greeting
@@ -95,9 +94,7 @@ def examine(
     with EventLoopThread() as thread:
         transport = GrpcTransport(who, roster, listen=listen)
         endpoint = Endpoint(transport, expected, list(neighbours.values()))
-        control = PeerControl(
-            endpoint, section_hashes(config, federation.train_data.names, federation.start_digest), wait
-        )
+        control = PeerControl(endpoint, settings_of(federation), wait)
         try:
             thread.call(control.start(RoundProtocol(endpoint, wait, lambda kind: 0, control)))
         except TransportError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peerlora.data.dataset import Dataset
 from peerlora.network.base import PeerId
 from peerlora.network.protocol.wire import Expected
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.peer.config_digest import spec_digest
+from peerlora.runtime.peer.config_digest import section_hashes, spec_digest
 from peerlora.topology.schedule import Topology
 from peerlora.topology.storage import columns_of
 
@@ -33,3 +34,10 @@ class Site:
 def expected_of(federation: Federation, site: Site) -> Expected:
     """What every message of the run must agree with."""
     return Expected(site.run, federation.base_digest, spec_digest(federation.start.spec))
+
+
+def settings_of(federation: Federation) -> dict[str, str]:
+    """What this site's greeting tells of its settings, by section; see ``section_hashes``."""
+    data = federation.train_data
+    pixels = data.pixels if isinstance(data, Dataset) else None
+    return section_hashes(federation.config, data.names, federation.start_digest, pixels)

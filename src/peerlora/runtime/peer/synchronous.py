@@ -31,12 +31,11 @@ from peerlora.runs.store import RunStore
 from peerlora.runtime.compose import Federation, opening_state
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.participation import WITHOUT_W, Opening
-from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.peer.label_counts import StartupSum
 from peerlora.runtime.peer.message_bounds import exchanged_blocks, largest_message
 from peerlora.runtime.peer.participation import PeerParticipation
 from peerlora.runtime.peer.secure import sender_sets
-from peerlora.runtime.peer.site import Site, expected_of
+from peerlora.runtime.peer.site import Site, expected_of, settings_of
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.tree import leaves
@@ -65,7 +64,7 @@ class SynchronousPeer(PeerParticipation):
         self._shared: dict[str, Tensor] | None = None
         neighbours, deadline = site.neighbours(federation.topology), config.peer.deadline
         endpoint = Endpoint(transport, expected_of(federation, site), list(neighbours.values()), config.train.rounds)
-        hashes = section_hashes(config, federation.train_data.names, federation.start_digest)
+        hashes = settings_of(federation)
         sets = sender_sets(federation.topology, site, endpoint, deadline) if config.exchange.secure else None
         control = PeerControl(endpoint, hashes, deadline, lambda: self._shared, lambda kind: self._bounds[kind], sets)
         protocol = RoundProtocol(endpoint, deadline, lambda kind: self._bounds[kind], control)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from peerlora.environment import need_extra
-from peerlora.errors import ConfigError, first_line, nearest
+from peerlora.errors import ConfigError, RunError, first_line, nearest
 from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts, Outcome, Values, check_attributes
 
 _LARGEST = 4096  # numbers of an observation or an action; a policy's layers are small
@@ -33,16 +34,18 @@ class GymnasiumEnvironment:
 
     def reset(self, seeds: Sequence[int]) -> Float[np.ndarray, "episode observation"]:
         """See ``Environment``."""
-        started = [each.reset(seed=seed % 2**31)[0] for each, seed in zip(self._each, seeds, strict=True)]
+        with _named(self.facts.name):
+            started = [each.reset(seed=seed % 2**31)[0] for each, seed in zip(self._each, seeds, strict=True)]
         return self._observed(started)
 
     def step(self, actions: Float[np.ndarray, "episode action"]) -> Outcome:
         """See ``Environment``."""
         reached, observed, rewards, terminals = [], [], [], []
         for environment, action in zip(self._each, self._of_action.unscaled(actions), strict=True):
-            found, reward, terminal, _, _ = environment.step(action.reshape(environment.action_space.shape))
+            with _named(self.facts.name):
+                found, reward, terminal, _, _ = environment.step(action.reshape(environment.action_space.shape))
+                observed.append(environment.reset()[0] if terminal else found)
             reached.append(found)
-            observed.append(environment.reset()[0] if terminal else found)
             rewards.append(float(reward))
             terminals.append(bool(terminal))
         return Outcome(np.array(rewards), self._observed(reached), np.array(terminals), self._observed(observed))
@@ -66,6 +69,18 @@ class _Scale:
 
     def unscaled(self, values: np.ndarray) -> np.ndarray:
         return (self.middle + self.half * values).astype(self.kind)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Raise RunError, naming the environment, where it fails: with attributes of zero, say, by which it divides."""
+    try:
+        yield
+    except Exception as error:  # environments of strangers bring out errors of every class
+        raise RunError(
+            f"{name} fails in an episode ({first_line(error)}); choose other values of its attributes (partition.vary, "
+            "partition.values), or another environment"
+        ) from None
 
 
 def gymnasium_facts(name: str, varied: Sequence[str]) -> EnvironmentFacts:

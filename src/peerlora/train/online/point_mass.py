@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from peerlora.errors import ConfigError
 from peerlora.train.online.environments import POINT_MASS, Controller, EnvironmentFacts, Outcome, Values
 
 ATTRIBUTES = {"goal_x": 0.0, "goal_y": 0.0, "mass": 1.0, "damping": 0.5, "force": 2.0}
@@ -70,6 +71,23 @@ class PointMass:
         state, (_, P) = self.reset(seeds), self.gains(horizon)
         errors = np.stack([state[:, :2] - self.goal, state[:, 2:]], axis=2)  # [episode, axis, (error, speed)]
         return -np.einsum("eai,eij,eaj->e", errors, P, errors)
+
+
+def check_values(values: Values) -> None:
+    """Raise ConfigError for values, [client] by attribute, with which a mass moves as none does.
+
+    A step of ``DT`` seconds multiplies the speed by ``1 - DT damping / mass``.
+    """
+    clients = max((len(own) for own in values.values()), default=0)
+    nominal = {name: np.full(clients, value) for name, value in ATTRIBUTES.items()}
+    mass, damping, force = (({**nominal, **values})[name] for name in ("mass", "damping", "force"))
+    wrong = (mass <= 0) | (damping < 0) | (force <= 0) | (DT * damping > 2 * mass)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise ConfigError(
+            f"partition: the {POINT_MASS} of client {i} has mass={mass[i]:g}, damping={damping[i]:g}, force="
+            f"{force[i]:g}; expected mass and force above 0, and damping from 0 to {2 / DT:g} times the mass"
+        )
 
 
 def point_mass_controller(horizon: int = HORIZON) -> Controller:

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from peerlora.errors import DivergenceError
 from peerlora.randomness import derive
 from peerlora.train.online.environment_names import build_environment
-from peerlora.train.online.environments import Environment
+from peerlora.train.online.environments import Environment, Outcome
 from peerlora.train.online.episodes import ClientEnvironments, Episodes
 from peerlora.train.online.replay import Transitions
 
@@ -48,7 +49,7 @@ class Explorer:
         for t in range(self.horizon):
             states = to_tensor(observation, noise).unflatten(0, split)
             action = (act(states, noise[:, :, t]) + wandering[:, :, t]).clamp(-1.0, 1.0)
-            found = environment.step(action.flatten(0, 1).double().numpy())
+            found = _step(environment, action.flatten(0, 1))
             after = (
                 to_tensor(part, noise).unflatten(0, split) for part in (found.reward, found.reached, found.terminal)
             )
@@ -78,7 +79,7 @@ def returns(act: Act, policies: int, episodes: Episodes, like: Tensor) -> Float[
     for t in range(episodes.horizon):
         states = to_tensor(observation, like).unflatten(0, total.shape)
         action = act(states, noise[:, t].expand(policies, -1, -1))
-        found = environment.step(action.flatten(0, 1).double().numpy())
+        found = _step(environment, action.flatten(0, 1))
         total += np.where(going, found.reward.reshape(total.shape), 0.0)
         going &= ~found.terminal.reshape(total.shape)
         observation = found.observation
@@ -96,8 +97,22 @@ def record(act: Act, episodes: Episodes, like: Tensor) -> Float[np.ndarray, "epi
     for t in range(episodes.horizon):
         seen.append(observation)
         action = act(to_tensor(observation, like)[None], noise[None, :, t])
-        observation = environment.step(action[0].double().numpy()).observation
+        observation = _step(environment, action[0]).observation
     return np.stack(seen, axis=1)
+
+
+def _step(environment: Environment, actions: Float[Tensor, "episode action"]) -> Outcome:
+    """Let every episode take an action; raises DivergenceError for what an environment tells in no finite numbers."""
+    with np.errstate(all="ignore"):  # what comes of it is looked at
+        found = environment.step(actions.double().numpy())
+    if not (np.isfinite(found.reward).all() and np.isfinite(found.reached).all()):
+        if not bool(actions.isfinite().all()):
+            return found  # it is the policy that diverged, which its loss will tell
+        raise DivergenceError(
+            f"{environment.facts.name} gives rewards or observations that are not finite; choose other values of its "
+            "attributes (partition.vary, partition.values), or a shorter online.horizon"
+        )
+    return found
 
 
 def episode_noise(episodes: Episodes, actions: int, like: Tensor) -> Float[Tensor, "episode step action"]:
