@@ -15,6 +15,10 @@ from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 
 FP32 = "train.dtype=fp32"
+SHARE = {"fp32": 0.01, "bf16": 0.1}
+"""Of the way that clients have come, by which they may differ where sums run in another order."""
+CLOSE = {"int8": 1e-2, "nf4": 2e-5}
+"""Of the largest logit; last bits may turn an activation's code of 8 bits into the next one."""
 
 
 def needs_bitsandbytes(test):
@@ -52,7 +56,7 @@ def test_logits_are_those_of_peft_on_the_same_base(config, tmp_path, kind, quant
     ours, inputs = logits_of(federation, x, 1)
     with torch.no_grad():
         theirs = loaded(**inputs).logits
-    assert (ours - theirs).abs().max() < 2e-5 * float(theirs.abs().max().clamp_min(1))
+    assert (ours - theirs).abs().max() < CLOSE[quantize] * float(theirs.abs().max().clamp_min(1))
     whole = compose(config(kind, FP32))
     other, _ = logits_of(whole, x, 1)
     assert 1e-4 < (ours - other).abs().max() < 3 * float(other.abs().max())
@@ -62,18 +66,20 @@ def test_logits_are_those_of_peft_on_the_same_base(config, tmp_path, kind, quant
 @needs_bitsandbytes
 @pytest.mark.parametrize(("quantize", "dtype"), [("int8", "fp32"), ("int8", "bf16"), ("nf4", "fp32"), ("nf4", "bf16")])
 def test_clients_train_together_as_each_would_alone(config, quantize, dtype):
-    words = [f"train.dtype={dtype}", f"model.quantize={quantize}", "algorithm.name=local"]
-    results, losses = [], []
+    """By SGD, whose steps differ by as much as gradients do; AdamW's, of the smallest ones, by all that they are."""
+    sgd = ["train.optimizer=sgd", "train.lr=0.1", "train.clip=1"]
+    words = [f"train.dtype={dtype}", f"model.quantize={quantize}", "algorithm.name=local", *sgd]
+    results = []
     for block in ("null", "1"):
         federation = compose(config("bert", *words, f"train.block={block}"))
-        x = federation.start
+        x = start = trained(federation)
         for t in range(3):
-            with federation.learner.round(t) as stats:
+            with federation.learner.round(t):
                 x = federation.learner.fit(x, "AB")
-                losses.append(float(stats.losses.mean()))
-        results.append(x.flat)
-    assert (results[0] - federation.start.flat).abs().max() > 1e-3
-    assert torch.allclose(results[0], results[1], atol=1e-4 if dtype == "fp32" else 0.1)
+        results.append(x.flat - start.flat)
+    together, alone = results
+    assert alone.norm(dim=1).min() > 0.05
+    assert ((together - alone).norm(dim=1) < SHARE[dtype] * alone.norm(dim=1)).all()
     reason = federation.paths["packed tokens"]
     assert reason is not None and "bit" in reason
 

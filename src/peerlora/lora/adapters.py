@@ -99,8 +99,16 @@ class AdapterSpec:
 
     def columns(self, block: Block) -> slice:
         """The contiguous columns of one block."""
-        own = [slot for slot in self.slots if slot.block == block]
-        return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
+        return self._columns.get(block, slice(0, 0))
+
+    @cached_property
+    def _columns(self) -> dict[Block, slice]:
+        """By block that has any; rules of local steps ask in every step."""
+        found: dict[Block, slice] = {}
+        for slot in self.slots:
+            start = found[slot.block].start if slot.block in found else slot.start
+            found[slot.block] = slice(start, slot.stop)
+        return found
 
     def trained(self, factors: tuple[Block, ...]) -> tuple[Block, ...]:
         """The blocks that change when these factors are trained: a head always does."""

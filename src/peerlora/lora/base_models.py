@@ -15,6 +15,7 @@ from peerlora.config.task_kinds import task_kind
 from peerlora.environment import need_extra, package_model
 from peerlora.errors import ModelError, PeerloraError, first_line
 from peerlora.lora.base_weights import check_weights, real_names, top_modules
+from peerlora.lora.weight_order import keep_weight_order
 from peerlora.randomness import derive
 
 _OF_IMAGES = "preprocessor_config.json"
@@ -127,9 +128,7 @@ def load_base(
         raise ModelError(_is_adapter(source))
     own_names = real_names(given)
     initialised, warnings = check_weights(source, model, info, kind, own_names, labels)
-    for module in model.modules():  # else bitsandbytes re-orders weights in the first forward without gradients, which
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # changes the bits of all that is computed later
-            module.support_avx512bf16_for_cpu = False
+    keep_weight_order(model)
     if pad_token is not None:
         model.config.pad_token_id = pad_token
         model.config.use_cache = False

@@ -29,13 +29,15 @@ from peerlora.lora.peft_checks import (
     unwrap,
 )
 from peerlora.lora.peft_io import PREFIX, ExportContext, adapter_card, lora_tensors, own_factors, whole_number
+from peerlora.lora.weight_order import keep_weight_order
 
 
 class PeftAdapter:
     """The active LoRA adapter of a PEFT model, with its heads and other modules in full.
 
     ``private_head``: modules in full are trained and never exchanged.  ``largest_rank``: that of all clients, by
-    default the adapter's own.  Raises ModelError for adapters that methods cannot mix.
+    default the adapter's own.  Raises ModelError for adapters that methods cannot mix, and for a base whose weights
+    bitsandbytes has re-ordered.
     """
 
     def __init__(self, model: Any, private_head: bool = False, largest_rank: int | None = None):
@@ -43,6 +45,7 @@ class PeftAdapter:
         self.name = adapter_name(self.model)
         self.config = self.model.peft_config[self.name]
         check_settings(self.config)
+        keep_weight_order(self.model)
         self._layers = lora_layers(self.model, self.name)
         if not self._layers:
             raise ModelError(f"the PEFT adapter {self.name!r} adapts no layer; see LoraConfig(target_modules=...)")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peerlora.lora.adapters import Block
+from peerlora.lora.adapters import BLOCKS, Block
 from peerlora.lora.peft_model import PeftAdapter
 
 
@@ -26,29 +26,25 @@ class StepBuffers:
         self._values, self._gradients = (
             torch.zeros(adapter.spec.parameters, dtype=adapter.dtype, device=device) for _ in range(2)
         )
-        self._parts: list[tuple[Block, nn.Parameter, Tensor, Tensor]] = [
-            (
-                slot.block,
-                adapter.parameters[name],
-                adapter.part(self._values, slot),
-                adapter.part(self._gradients, slot),
-            )
-            for name, slot in adapter.slots.items()
-        ]
+        self._own = [adapter.parameters[name] for name in adapter.slots]
+        self._value_parts = [adapter.part(self._values, slot) for slot in adapter.slots.values()]
+        self._of_block: dict[Block, tuple[list[nn.Parameter], list[Tensor]]] = {
+            block: (adapter.of_blocks([block]), self._parts_of(adapter, block)) for block in BLOCKS
+        }
+        """By block, its parameters and where the gradient of each lies in the buffer."""
 
     @torch.no_grad()
     def values(self) -> Float[Tensor, " parameter"]:
         """The adapter's values, until the next call; padding beyond the own rank is zero."""
-        torch._foreach_copy_([values for *_, values, _ in self._parts], [value for _, value, *_ in self._parts])
+        torch._foreach_copy_(self._value_parts, self._own)
         return self._values.cpu()
 
     @torch.no_grad()
     def gradients(self, blocks: Collection[Block]) -> Float[Tensor, " parameter"]:
         """The gradients of these blocks, until the next call; zero elsewhere, and where a parameter has none."""
         self._gradients.zero_()
-        pairs = [(part, own.grad) for block, own, _, part in self._parts if block in blocks and own.grad is not None]
-        if pairs:
-            parts, gradients = zip(*pairs, strict=True)
+        gradients, parts = self._pairs(blocks)
+        if parts:
             torch._foreach_copy_(parts, gradients)
         return self._gradients.cpu()
 
@@ -56,11 +52,25 @@ class StepBuffers:
     def put_gradients(self, flat: Float[Tensor, " parameter"], blocks: Collection[Block]) -> None:
         """Give the parameters of these blocks other gradients."""
         self._gradients.copy_(flat)
-        into, parts = [], []
-        for block, own, _, part in self._parts:
-            if block in blocks:
-                if own.grad is None:
-                    own.grad = torch.empty_like(own)
-                into.append(own.grad)
-                parts.append(part)
-        torch._foreach_copy_(into, parts)
+        gradients, parts = self._pairs(blocks)
+        if parts:
+            torch._foreach_copy_(gradients, parts)
+
+    def _parts_of(self, adapter: PeftAdapter, block: Block) -> list[Tensor]:
+        return [adapter.part(self._gradients, slot) for slot in adapter.slots.values() if slot.block == block]
+
+    def _pairs(self, blocks: Collection[Block]) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients of these blocks' parameters, made where there are none, and where each lies in the buffer."""
+        gradients: list[Tensor] = []
+        parts: list[Tensor] = []
+        for block in blocks:
+            own, of_own = self._of_block[block]
+            gradients += [_made(each) if each.grad is None else each.grad for each in own]
+            parts += of_own
+        return gradients, parts
+
+
+def _made(parameter: nn.Parameter) -> Tensor:
+    """A gradient of zero for a parameter without one."""
+    parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
