@@ -26,7 +26,7 @@ class StepBuffers:
         self._values, self._gradients = (
             torch.zeros(adapter.spec.parameters, dtype=adapter.dtype, device=device) for _ in range(2)
         )
-        self._own = [adapter.parameters[name] for name in adapter.slots]
+        self._own: list[Tensor] = [adapter.parameters[name] for name in adapter.slots]
         self._value_parts = [adapter.part(self._values, slot) for slot in adapter.slots.values()]
         self._of_block: dict[Block, tuple[list[nn.Parameter], list[Tensor]]] = {
             block: (adapter.of_blocks([block]), self._parts_of(adapter, block)) for block in BLOCKS
