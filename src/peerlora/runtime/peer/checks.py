@@ -75,6 +75,10 @@ def warn_of_sites_beyond(config: RunConfig, site: Site) -> list[Warned]:
 def _check_config(config: RunConfig, site: Site, sums_known: bool) -> None:
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
+    if config.cluster is not None:
+        raise CompositionError(
+            "cluster holds the clients of a simulation on its workers, and a real peer trains where it runs; drop cluster"
+        )
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     if is_asynchronous(algorithm) and config.train.label_prior == "pooled":
         raise CompositionError(
