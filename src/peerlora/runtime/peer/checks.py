@@ -77,7 +77,8 @@ def _check_config(config: RunConfig, site: Site, sums_known: bool) -> None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
     if config.cluster is not None:
         raise CompositionError(
-            "cluster holds the clients of a simulation on its workers, and a real peer trains where it runs; drop cluster"
+            "cluster has workers train the clients of a simulation, and a real peer trains where it runs; drop it: "
+            "cluster=null"
         )
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     if is_asynchronous(algorithm) and config.train.label_prior == "pooled":
