@@ -333,3 +333,13 @@ def test_paths_of_images_are_no_texts(picture_folder):
     with pytest.raises(DataError, match="image is named as a column of text"):
         write_template(source, picture_folder / "new.yaml", text=["image"])
     assert not (picture_folder / "new.yaml").exists()
+
+
+def test_a_first_config_is_not_written_for_a_table_of_paths(tmp_path):
+    """It would be one of images, which no run reads, or one of texts, which are the paths."""
+    path = tmp_path / "list.csv"
+    path.write_text("image,label\n" + "a/1.png,a\nb/2.JPG,b\n" * 4)
+    with pytest.raises(DataError, match=r"holds paths of images \(a/1.png\), which are not followed; put the images"):
+        write_template(str(path), tmp_path / "new.yaml")
+    path.write_text("image,label\n" + "a poem,a\nof two images,b\n" * 4)
+    assert write_template(str(path), tmp_path / "new.yaml").guess.kind == "classification"

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 
 import torch
-from in_memory import names, network, together
+from in_memory import names, network, sites_agreements, together
 from peft import LoraConfig, get_peft_model
 from plain import loss_of
 
@@ -76,12 +76,13 @@ def take_steps(peer, model, optimizer, config, federation, rows):
         peer.step()
 
 
-def memory_run(net, thread, client, clients, folder, **options):
+def memory_run(net, thread, client, clients, folder, agreement=None, **options):
     """Takes part over the memory transport."""
 
     def run(config, *, loop):
         site = Site(client, names(clients), "run")
-        return train_peer(config, site, net.transport(site.names[client]), thread, folder, loop=loop, **options)
+        transport = net.transport(site.names[client], agreement=agreement)
+        return train_peer(config, site, transport, thread, folder, loop=loop, **options)
 
     return run
 
@@ -95,11 +96,13 @@ def plain_loops(config, folder, steps=take_steps, seed=lambda client: 0, **setti
     """The results of one plain loop per client over the memory transport, and their models."""
     federation = compose(config)
     models = [peft_model(config, federation, seed(client), **settings) for client in range(config.clients)]
+    agreements = list(sites_agreements(names(config.clients).values()).values())
     with network(config.clients) as (net, thread):
 
         def one(client):
             optimizer = optimizer_of(config, models[client])
-            with joined(config, folder, client, net, thread, models[client], optimizer) as peer:
+            options = {"agreement": agreements[client]}
+            with joined(config, folder, client, net, thread, models[client], optimizer, options) as peer:
                 steps(peer, models[client], optimizer, config, federation, batches(config, federation, client))
             return peer.result
 

@@ -48,3 +48,13 @@ def test_loops_relay_what_the_simulation_relays_and_end(config, tmp_path, deploy
         assert not torch.equal(result.relayed.flat, result.adapters.flat)
         (last,) = [each for each in select_events(read_events(result.run), Evaluated) if each.final]
         assert all(math.isnan(each) for each in (*last.relayed, *last.relayed_loss)), "no loop evaluates them"
+
+
+def test_loops_add_up_what_the_simulation_adds_up(config, tmp_path):
+    """With secure sums a loop of one's own learns the sum of its neighbours, too."""
+    chosen = config("bert", "algorithm.name=dec-lora", *TRAIN, "exchange.secure=true")
+    whole = simulate(chosen, tmp_path / "whole")
+    results, _ = plain_loops(chosen, tmp_path)
+    require_equal(whole.adapters, [each.adapters for each in results])
+    for result in results:
+        assert result.summary["secure_sums"] == {"given_up": 0}

@@ -71,7 +71,8 @@ def test_a_further_check_comes_before_those_of_the_method():
 
 
 @pytest.mark.parametrize(
-    ("client", "words", "message"), [(4, [], "is client 4"), (0, ["clock.speed=1"], "virtual time")]
+    ("client", "words", "message"),
+    [(4, [], "is client 4"), (0, ["clock.speed=1"], "virtual time"), (0, ["cluster.workers=2"], "cluster=null")],
 )
 def test_a_peer_is_refused_what_only_a_simulation_can_do(client, words, message):
     config = load_config(NOWHERE, ["topology=ring", *words])

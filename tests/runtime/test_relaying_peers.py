@@ -33,9 +33,9 @@ def test_sites_must_agree_on_relaying():
         assert hashes("exchange.relay={}", f"exchange.relay.{other}")["exchange"] != relayed["exchange"]
 
 
-def test_a_site_without_relaying_agrees_with_versions_that_do_not_know_it():
+def test_a_site_without_relaying_and_secure_sums_agrees_with_versions_that_do_not_know_them():
     exchange = _config().model_dump(mode="json")["exchange"]
-    del exchange["relay"]
+    del exchange["relay"], exchange["secure"]
     before = config_digest._hash(json.dumps(exchange, sort_keys=True).encode())
     assert hashes()["exchange"] == before
 

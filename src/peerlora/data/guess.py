@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from peerlora.config.task_kinds import IMAGE_FORMS
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
-from peerlora.data.image_files import IMAGE, LABEL, holds_images, is_image_column
+from peerlora.data.image_files import IMAGE, LABEL, SUFFIXES, holds_images, is_image_column
 from peerlora.data.label_columns import (
     CLASSES,
     NO_LABEL,
@@ -46,6 +46,9 @@ PAIRS = (
     ("question", "context"),
     ("query", "passage"),
 )
+
+
+_LOOKED_AT = 10  # cells
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
         check_columns(table.column_names, Columns(tuple(text), given))
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
-    if not text and (image := _image_column(table)):
+    if not text and (image := _image_column(table, source)):
         return _guess_images(table, image, label, given, source)
     table = with_numbers(table)
     usual = None if unlabelled else find_named_label(table, text)
@@ -99,12 +102,22 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
 
 
-def _image_column(table: pa.Table) -> str | None:
-    """The column with images, by its usual name or else the only one; of files in folders, their paths."""
+def _image_column(table: pa.Table, source: str) -> str | None:
+    """The column with images, by its usual name or else the only one; of files in folders, their paths.
+
+    Raises DataError for a table of paths, which are followed nowhere else.
+    """
     names = [name for name in plain_names(table) if is_image_column(table.schema.field(name).type)]
     usual = find_roles(names, IMAGE_FORMS)
     if table.column_names in ([IMAGE], [IMAGE, LABEL]) and is_text(table.schema.field(IMAGE).type):
-        return IMAGE
+        if source.startswith("folder:"):
+            return IMAGE
+        cells = [str(cell) for cell in table.column(IMAGE)[:_LOOKED_AT]]
+        if all(cell.lower().endswith(SUFFIXES) for cell in cells):
+            raise DataError(
+                f"{source}: holds paths of images ({cells[0]}), which are not followed; put the images into a folder "
+                "for each class and give folder:PATH, or write their bytes into a parquet file"
+            )
     if usual:
         return usual["image"]
     return names[0] if len(names) == 1 and holds_images(table.column(names[0])) else None

@@ -61,7 +61,7 @@ def weighted_sums(
     x: Float[Tensor, "client scalar"], W: Matrix, receivers: Sequence[int]
 ) -> Float[Tensor, "receiver scalar"]:
     """``sum_j W_ij x_j`` for some receivers i, each summed in whole numbers."""
-    for j in np.flatnonzero(W[list(receivers)].any(axis=0)).tolist():
+    for j in sorted({j for i in receivers for j in columns_of(W, i)}):
         check_range(x[j], j)
     sums = []
     for i in receivers:

@@ -75,6 +75,11 @@ def warn_of_sites_beyond(config: RunConfig, site: Site) -> list[Warned]:
 def _check_config(config: RunConfig, site: Site, sums_known: bool) -> None:
     if config.clock is not None:
         raise CompositionError("clock is the virtual time of a simulation, real peers have their own; drop clock")
+    if config.cluster is not None:
+        raise CompositionError(
+            "cluster has workers train the clients of a simulation, and a real peer trains where it runs; drop it: "
+            "cluster=null"
+        )
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
     if is_asynchronous(algorithm) and config.train.label_prior == "pooled":
         raise CompositionError(
