@@ -134,7 +134,7 @@ def test_page_tells_what_was_reached(bench, tmp_path):
     assert "take 2.00% of the round; the aim is at most 1%: target not reached" in text
     assert "| other | ring | 1.0 | 25.0 | 25.0 |  | 1.00 GB | 1.00 MB | 0.900 |  | 12.5 | 12.5 | a / b |" in text
     assert "| third | does not install |" in text
-    assert text.count("Not measured on this machine") == 3  # evaluation, many clients, GPU
+    assert text.count("Not measured on this machine") == 4  # evaluation, chat models, many clients, GPU
 
 
 def test_page_without_results_says_how_to_get_them(bench, tmp_path):

@@ -113,7 +113,7 @@ def test_methods(cli):
     printed = cli("methods").out
     assert all(name in printed for name in REGISTRY)
     assert set(told["d2"]["not_with"]) == {
-        "exchange.codec", "exchange.robust", "train.local_steps > 1", "train.optimizer=adamw"
+        "exchange.codec", "exchange.robust", "exchange.secure", "train.local_steps > 1", "train.optimizer=adamw"
     }  # fmt: skip
     assert "only warned of" in told["d2"]["not_with"]["train.optimizer=adamw"]
     assert "not together" in printed and "train.local_steps > 1" in printed

@@ -51,6 +51,7 @@ EXAMPLES = {
         "peerlora members add members.json --site hospital-a --certificate hospital-a.pem"
         " --address peer.hospital-a.example:7443",
     ),
+    "members agree": ("peerlora members agree members.json --site hospital-a --agreement " + "0f" * 32,),
     "members remove": ("peerlora members remove members.json --site hospital-b",),
     "members link": ("peerlora members link members.json hospital-a hospital-b",),
     "members unlink": ("peerlora members unlink members.json hospital-a hospital-b",),
