@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -65,9 +66,15 @@ def _check_losses(config: RunConfig, privacy: PrivacyConfig) -> None:
         )
 
 
+def _place(source: str) -> str:
+    """Where the rows of a source lie: a file may be named by several paths, and with its kind or without."""
+    kind, _, place = source.partition(":")
+    return source if kind in ("hub", "packaged") else str(Path(place or source).expanduser().resolve())
+
+
 def _check_evaluation(config: RunConfig) -> None:
     """Refuse private rows in the run's events, scores of them by which models are chosen, and of what is learned."""
-    if config.data.eval is not None and config.data.eval == config.data.train:
+    if config.data.eval is not None and _place(config.data.eval) == _place(config.data.train):
         raise CompositionError(
             f"privacy: data.eval={config.data.eval} are the training rows, and scores on them tell who is among them; "
             "name other rows"
