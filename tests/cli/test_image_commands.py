@@ -123,6 +123,9 @@ def test_folders_without_our_file_are_recognised(cli, finished, pictures, tmp_pa
     pq.write_table(pq.read_table(pictures).rename_columns(["scan", "label", "site"]), tmp_path / "scans.parquet")
     found = answers(cli, tmp_path / "model", "--rows", tmp_path / "scans.parquet", "--text", "scan")
     assert found == expected
+    for option, told in (("--max-length", "reads images"), ("--new-tokens", "writes no answers")):
+        answer = cli("predict", tmp_path / "model", "--rows", pictures, option, 9)
+        assert answer.code == 2 and told in answer.err
     answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "scans.parquet")
     assert answer.code == 2 and "has no columns for task.kind=image-classification; expected image" in answer.err
 

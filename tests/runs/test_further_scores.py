@@ -106,7 +106,7 @@ def test_the_report_has_their_numbers(further, run, tmp_path):
     page, plain = written(tmp_path / "further", further), written(tmp_path / "plain", run())
     for told in (
         "macro-f1, averaged model",
-        "on held-out rows of their own",
+        "on held-out rows or in environments of their own",
         "0.625",
         "scores of the best rounds flatter",
     ):
@@ -117,7 +117,10 @@ def test_the_table_at_the_end_says_them_in_a_line_each(further, capsys):
     summary = summarise(further) | {"run": "runs/one"}
     print_summary([("one", summary)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "one: accuracy: mean 0.625, worst 0.375 (clients' own models, on held-out rows of their own)" in shown
+    assert (
+        "one: accuracy: mean 0.625, worst 0.375 (clients' own models, on held-out rows or in environments of their own)"
+        in shown
+    )
     assert "one: macro-f1: mean 0.375, worst 0.250, averaged 0.750 (clients' own models); mean 0.125" in shown
     assert (
         "one: best adapters: of rounds 2 to 4, each client's by the minimum of loss (mean 0.500) on the common" in shown

@@ -18,7 +18,9 @@ def command(
     ] = None,
     max_length: Annotated[int | None, typer.Option("--max-length", min=1, help="most tokens of a row")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, max=100_000, help="rows at a time")] = 64,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="most tokens of an answer")] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", min=1, help="most tokens of an answer; 64 by default")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Answer rows: label names with probabilities, numbers, or continuations."""
@@ -31,11 +33,11 @@ def command(
         raise ConfigError(f"--to {to} exists; choose a new file")
     texts = chosen_texts(text)
     from peerlora.runs.write_failures import write_failures_told
-    from peerlora.runtime.predict import predict
+    from peerlora.runtime.predict import check_answer_length, predict
     from peerlora.runtime.serving import load_served
 
     served = load_served(folder, texts, max_length)
-    answers = predict(served, rows, batch, new_tokens)
+    answers = predict(served, rows, batch, check_answer_length(served, new_tokens))
 
     def write(file: TextIO) -> int:
         done = 0

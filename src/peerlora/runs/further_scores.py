@@ -15,8 +15,8 @@ Told = tuple[str, float | None]
 MODELS = {
     "own": "clients' own models",
     "relayed": "clients' relayed models",
-    "personal": "clients' own models, on held-out rows of their own",
-    "personal_relayed": "clients' relayed models, on held-out rows of their own",
+    "personal": "clients' own models, on held-out rows or in environments of their own",
+    "personal_relayed": "clients' relayed models, on held-out rows or in environments of their own",
 }
 """Field of ``Evaluated`` -> whose scores stand there."""
 

@@ -20,7 +20,7 @@ from peerlora.data.files import read_table
 from peerlora.data.image_files import image_paths, read_images
 from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.tokens import Tokens, tokenise
-from peerlora.errors import DataError
+from peerlora.errors import ConfigError, DataError
 from peerlora.lora.attach import inputs_of
 from peerlora.runtime.predict_answers import answer_prompts
 from peerlora.runtime.predict_roles import (
@@ -33,8 +33,18 @@ from peerlora.runtime.predict_roles import (
 )
 from peerlora.runtime.serving import Served
 
+NEW_TOKENS = 64  # of an answer, at most, where nothing is asked for
 
-def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = 64) -> Iterator[dict[str, Any]]:
+
+def check_answer_length(served: Served, asked: int | None) -> int:
+    """The most tokens of an answer.  Raises ConfigError where some are asked of a model that writes no answers."""
+    kind = task_kind(served.reading.task)
+    if asked is not None and not kind.has_language_head:
+        raise ConfigError(f"--new-tokens {asked} given; a model for {kind.name} writes no answers; leave it out")
+    return asked or NEW_TOKENS
+
+
+def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = NEW_TOKENS) -> Iterator[dict[str, Any]]:
     """Answer every row of a source, in its order.
 
     A class, of an image too: ``label`` and ``probabilities`` by name; several labels: ``labels``, likewise; a number:

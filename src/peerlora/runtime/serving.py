@@ -75,6 +75,8 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
         )
     reading = _reading(folder, settings, adapter, text)
     kind = _known_kind(folder, reading)
+    if max_length is not None and kind.reads_images:
+        raise ConfigError(f"--max-length {max_length} given; the model of {folder} reads images; leave it out")
     source, revision = base_of(folder, settings) if adapter else (str(folder.resolve()), None)
     tokenizer = load_reader(source, kind, revision)
     if kind.is_chat and (folder / _TEMPLATE).is_file():
