@@ -438,7 +438,7 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(told["grids"])
     lines = (tmp_path / "bench/results/outcomes/toy.jsonl").read_text().splitlines()
     assert len(lines) == 8 + 4 + 4  # of the tuned row's search nothing is run twice
-    monkeypatch.setattr("peerlora.experiments.runner.simulate", None)  # all is known by its lines
+    monkeypatch.setattr("peerlora.experiments.trial_run.simulate", None)  # all is known by its lines
     assert studies.conduct("toy", study, data).result.lines == found.result.lines
 
 
