@@ -18,7 +18,7 @@ from ray_runs import actor_processes, kill, same_bits
 pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
-WORDS = ["clients=6", "topology=ring", "train.rounds=6", "train.block=2", "train.optimizer_state=keep"]
+WORDS = ["clients=6", "topology=ring", "train.rounds=10", "train.block=2", "train.optimizer_state=keep"]
 
 
 @contextmanager
@@ -40,6 +40,17 @@ def nodes(count):
 
 def settings_of(cluster, **others):
     return ClusterConfig(address=cluster.address, workers=2, timeout=300, **others)
+
+
+def remove(cluster, node):
+    """Take a node out of its cluster, and wait until its workers are gone: a short run could end before."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    workers = [each for each in map(psutil.Process, actor_processes()) if each.ppid() == raylet]
+    assert workers
+    cluster.extra.remove(node)
+    cluster.remove_node(node, allow_graceful=False)
+    _, left = psutil.wait_procs(workers, timeout=120)
+    assert not left
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,7 @@ def test_a_node_that_leaves_costs_no_bit_where_others_have_room(undisturbed, tmp
                 busy = {psutil.Process(pid).ppid() for pid in actor_processes()}
                 own = [each for each in cluster.extra if each.all_processes["raylet"][0].process.pid in busy]
                 gone.append(own[0])
-                cluster.remove_node(own[0], allow_graceful=False)
+                remove(cluster, own[0])
 
         found = simulate(chosen, tmp_path / "there", cluster=settings_of(cluster), report=False, sinks=[leave])
         assert gone and same_bits(found.adapters, expected) and lost(tmp_path / "there")
@@ -114,8 +125,8 @@ def test_too_few_nodes_are_waited_for_with_a_message_and_a_limit(undisturbed, tm
         def leave(event):
             told.extend([event.message] if isinstance(event, Warned) else [])
             if isinstance(event, RoundDone) and event.round == 2 and not gone:
-                gone.append(cluster.extra.pop())
-                cluster.remove_node(gone[0], allow_graceful=False)
+                gone.append(cluster.extra[-1])
+                remove(cluster, gone[0])
 
         with pytest.raises(RunError, match="2 workers with 1 CPUs each asked for, the cluster has 1 in all.*resume"):
             limit = settings_of(cluster, wait=2)
