@@ -199,7 +199,7 @@ def chat_models(found: dict[str, Any]) -> str:
     gain, tokens = rate[clock], rate["tokens_per_second"]
     return (
         f"`{found['model']}`, rank 8 on q and v, answers of chats of 24 to 96 tokens, {rate['clients']} clients, two "
-        f"rows a step, fp32, threads={rate['threads']}, on {found['machine']['processor']}: "
+        f"rows a step, {rate['dtype']} against fp32, threads={rate['threads']}, on {found['machine']['processor']}: "
         f"{tokens['ours']:.0f} tokens a second, the usual way {tokens['plain']:.0f}; "
         f"**{gain['median']:.2f}** times as fast by "
         f"{_clock(clock)} ({gain['least']:.2f} to {gain['most']:.2f}), "
