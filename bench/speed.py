@@ -183,7 +183,8 @@ def products() -> dict[str, Product]:
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
             found[f"{kind} {size}"] = Product(kind, partial(_linear, x, weight), work)
-            if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available():
+            packs = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
+            if packs and (kind == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
                 own = "packed fp32" if kind == "fp32" else kind  # bf16 has one peak, the better of its two ways
                 found[f"{kind} {size}, packed"] = Product(own, partial(_packed, x, packed), work)
