@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from peerlora.randomness import torch_generator
 from peerlora.topology.schedule import Topology
 
 
-class PlainExchange:
+class PlainExchange(ABC):
     """Sends vectors uncompressed; between rounds it keeps relayed adapters, where clients relay, and nothing else."""
 
     topology: Topology
@@ -48,9 +49,9 @@ class PlainExchange:
         if self.relayed:
             self.relayed.load_state_dict(saved)
 
+    @abstractmethod
     def relay(self) -> None:
         """Swap over the links of this round what the clients know of others; see ``exchange.relay``."""
-        raise NotImplementedError
 
     def mix_cached(self, x: Adapters) -> Adapters:
         """``x_i <- sum_j alpha_ij (the newest x_j that i holds)``, after this round's messages and swaps."""
@@ -69,9 +70,9 @@ class PlainExchange:
         if self.secure and needed:
             raise open_messages_refused()
 
+    @abstractmethod
     def _send(self, x: Adapters) -> None:
         """Send adapters to the neighbours, and mix nothing; their cost joins the stats."""
-        raise NotImplementedError
 
     def _record_relay(self, began: float, **counts: int) -> None:
         """Add to the stats what a relay that began at this moment cost, by name, and what the caches hold after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -39,9 +40,9 @@ class WorkerGroup(Protocol):
 class Engine(AbstractContextManager["Engine"]):
     """What starts workers: a connection to a cluster, or this process."""
 
+    @abstractmethod
     def start(self, workers: int, settings: ClusterConfig) -> WorkerGroup:
         """Start so many workers; raises ClusterError where they cannot be had."""
-        raise NotImplementedError
 
     def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
         """Return when the workers of a run fit again, after some were lost; ``tell`` is told where that takes a while.
