@@ -193,6 +193,13 @@ def test_a_federation_of_two_processes(cli, yaml_file, tmp_path):
     assert refused.code == 2 and "give --client 1" in refused.err
 
 
+def launched(cli, config, out):
+    """The summary of a federation that was launched and ended well."""
+    answer = cli("launch", config, "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    return json.loads(answer.out.strip().splitlines()[-1])
+
+
 def known_to_each(folder):
     """How many clients' adapters each of three peers on a path holds, and how old the oldest is, after each round."""
     rounds = [select_events(read_events(folder / f"peer-{i:02d}"), RoundDone) for i in range(3)]
@@ -206,9 +213,7 @@ def known_to_each(folder):
 @pytest.mark.alone
 def test_a_launched_federation_trains_on_from_what_its_peers_pass_on(cli, yaml_file, tmp_path):
     settings = ["clients=3", "topology=path", "train.rounds=4", "algorithm.name=cached-dfl", "algorithm.weights=rows"]
-    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
-    assert answer.code == 0, answer.err
-    summary = json.loads(answer.out.strip().splitlines()[-1])
+    summary = launched(cli, yaml_file(*SETTINGS, *settings), tmp_path / "out")
     assert summary["ok"] and "deployed" not in summary
     known_to_each(tmp_path / "out")
 
@@ -217,9 +222,7 @@ def test_a_launched_federation_trains_on_from_what_its_peers_pass_on(cli, yaml_f
 @pytest.mark.alone
 def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file, tmp_path):
     settings = ["clients=3", "topology=path", "train.rounds=4", "exchange.relay={weights: rows}"]
-    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
-    assert answer.code == 0, answer.err
-    summary = json.loads(answer.out.strip().splitlines()[-1])
+    summary = launched(cli, yaml_file(*SETTINGS, *settings), tmp_path / "out")
     assert summary["deployed"] == "relayed" and summary["relayed_mean"] is not None
     known_to_each(tmp_path / "out")
     exported = cli("export", tmp_path / "out" / "peer-02", "--client", "2", "--exact", "--to", tmp_path / "adapter")
@@ -230,9 +233,7 @@ def test_a_launched_federation_relays_and_deploys_what_it_relayed(cli, yaml_file
 @pytest.mark.alone
 def test_a_launched_federation_has_secure_sums(cli, yaml_file, tmp_path):
     settings = ["clients=4", "topology=complete", "train.rounds=4", "exchange.secure=true"]
-    answer = cli("launch", yaml_file(*SETTINGS, *settings), "--out", tmp_path / "out", "--json")
-    assert answer.code == 0, answer.err
-    assert json.loads(answer.out.strip().splitlines()[-1])["ok"]
+    assert launched(cli, yaml_file(*SETTINGS, *settings), tmp_path / "out")["ok"]
     for client in range(4):
         run = tmp_path / "out" / f"peer-{client:02d}"
         told = json.loads((run / "summary.json").read_text())["secure_sums"]
