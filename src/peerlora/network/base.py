@@ -48,7 +48,7 @@ REASONS = {
     "second-set": "the sender has answered another sender set for the same sum, and answers one only",
     "other-set": "the message is masked for another sender set than the receiver asked for",
     "stale-version": "a relayed adapter is not newer than the one held here, or older than exchange.relay.max_age",
-    "bad-frame": "the chunks of a message break the transport's rules, or some are missing",
+    "bad-frame": "the chunks of a message break the transport's rules",
     "internal": "the receiver failed on this message; see its log",
     "unknown-reason": "the other side gave a reason that is not in this list",
 }

@@ -5,7 +5,7 @@ import hashlib
 import msgspec
 import torch
 
-from peerlora.network.base import Refused
+from peerlora.network.base import PeerDown, Refused
 from peerlora.network.protocol.control import PeerControl
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.link_history import ExchangeStep
@@ -83,11 +83,11 @@ class Site:
             memory.clear()
 
     async def take(self, pieces):
-        """The vectors of a message, or Refused; what is refused leaves no trace but the round that its sender says."""
+        """The vectors of a message; one that is refused or breaks off leaves no trace but its sender's round."""
         self._begin()
         try:
             return await self._take(pieces)
-        except Refused:
+        except (Refused, PeerDown):
             peers, history = self.endpoint.peers, self.endpoint.history
             assert not self.pending.received and not history.one_sided and not peers.mismatched
             assert max((step.round for step in peers.last_step.values()), default=0) <= self.endpoint.rounds

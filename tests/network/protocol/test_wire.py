@@ -8,13 +8,13 @@ import tracemalloc
 import msgspec
 import pytest
 import torch
-from frames_of import ABOUT, EXPECTED, SCHEMA, in_pieces, message, take, vectors, with_checksum
+from frames_of import ABOUT, EXPECTED, SCHEMA, Site, in_pieces, message, take, vectors, with_checksum
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load, save
 
-from peerlora.network.base import HEADER_BYTES, REASONS, Refused
+from peerlora.network.base import HEADER_BYTES, REASONS, PeerDown, Refused
 from peerlora.network.protocol.wire import (
     Header,
     largest_body,
@@ -24,6 +24,7 @@ from peerlora.network.protocol.wire import (
     read_claimed,
     read_header,
 )
+from peerlora.network.transport.virtual_loop import virtual_run
 
 
 def refused(reason, *call):
@@ -273,11 +274,19 @@ def test_reordered_missing_and_repeated_pieces_are_refused():
     take([first, *rest])
     refused("bad-body", take, [first, rest[1], rest[0], *rest[2:]])
     refused("bad-body", take, [first, rest[0], rest[0], *rest[2:]])
-    refused("bad-frame", take, [first, *rest[:-1]])
     refused("bad-frame", take, [first, rest[0], b"", *rest[1:]])
     refused("bad-frame", take, [first, *rest[:-1], rest[-1] + b"x"])
     refused("bad-frame", take, [])
     refused("bad-frame", take, [b"1234567"])
+
+
+def test_a_message_whose_call_ends_before_it_is_a_sender_that_is_down_and_nothing_that_was_refused():
+    first, *rest = in_pieces(*message())
+    for count in range(len(rest)):
+        site = Site()
+        with pytest.raises(PeerDown, match=f"broke off after .* of {sum(map(len, rest))} bytes"):
+            virtual_run(site.take([first, *rest[:count]]))
+        assert not site.ends._events and not site.endpoint.events.waiting
 
 
 def test_what_we_would_refuse_is_never_sent():

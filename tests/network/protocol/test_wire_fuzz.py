@@ -15,7 +15,7 @@ from frames_of import SCHEMA, Site, in_pieces, message, with_checksum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peerlora.network.base import Refused
+from peerlora.network.base import PeerDown, Refused
 from peerlora.network.identity.proof import check_proof
 from peerlora.network.protocol.wire import read_body, read_header
 from peerlora.network.transport.frames import read_refusal
@@ -87,9 +87,11 @@ def resealed(body, draw):
 
 
 async def outcome(site, pieces):
-    """``accepted`` or the reason for which it was refused; everything else fails the test."""
+    """``accepted``, ``broken-off`` or the reason for which it was refused; everything else fails the test."""
     try:
         got = await site.take(pieces)
+    except PeerDown:
+        return "broken-off"
     except Refused as refusal:
         assert refusal.reason != "internal"  # the transport's word for whatever else was raised
         return refusal.reason
@@ -130,7 +132,7 @@ async def check(count, seed):
     assert kept < 1 << 18 and peak < 1 << 20, (kept, peak)
     reasons = {reason: reasons.get(reason, 0) + late.get(reason, 0) for reason in reasons | late}
     assert sum(reasons.values()) == count
-    assert {"bad-header", "bad-body", "bad-frame", "oversize"} <= reasons.keys()
+    assert {"bad-header", "bad-body", "bad-frame", "oversize", "broken-off"} <= reasons.keys()
     assert reasons.get("accepted", 0) < count / 4
 
 

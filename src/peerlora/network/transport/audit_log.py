@@ -76,7 +76,7 @@ class AuditLog:
             self._drop_old()
 
     def message(self, event: str, peer: str, header: bytes, size: int, moved: bool = True) -> None:
-        """Log a message that was ``sent``, ``received``, or went ``unanswered``.
+        """Log a message that was ``sent``, ``received``, ``broken-off`` on its way here, or went ``unanswered``.
 
         ``size``: bytes of body.  ``moved``: whether any of them may have left this site, or reached it.
         """

@@ -149,10 +149,16 @@ class LinkTable:
             await edge.wait_for_another(link)
 
     async def take(self, peer: PeerId, header: bytes, length: int, read: Read) -> None:
-        """Receive one message and hand it over; raises Refused, and reports it here as well."""
+        """Receive one message and hand it over; raises Refused, and reports it here as well.
+
+        Raises PeerDown where the call ends within the message: its sender is gone, and nothing was refused.
+        """
         try:
             async with self.edge(peer).taking:
                 await self._take(peer, header, length, read)
+        except PeerDown:
+            self.audit.message("broken-off", peer, header, length, moved=False)
+            raise
         except Refused as refusal:
             self.refused(peer, refusal, "here", header)
             raise
@@ -246,12 +252,14 @@ class LinkTable:
 
 
 async def _assemble(length: int, read: Read) -> bytearray:
-    """Read a body of exactly ``length`` bytes from its chunks."""
+    """Read a body of exactly ``length`` bytes from its chunks; raises Refused, and PeerDown where they end before."""
     body, filled = bytearray(length), 0
     while filled < length:
         chunk = await read()
-        if chunk is None or not 0 < len(chunk) <= min(CHUNK, length - filled):
-            raise Refused("bad-frame", f"broken after {filled} of {length} bytes")
+        if chunk is None:
+            raise PeerDown(f"the call broke off after {filled} of {length} bytes")
+        if not 0 < len(chunk) <= min(CHUNK, length - filled):
+            raise Refused("bad-frame", f"a chunk of {len(chunk)} bytes after {filled} of {length}")
         body[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
     return body
