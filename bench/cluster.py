@@ -2,7 +2,8 @@
 
     python bench/cluster.py --repeats 3 --out bench/results/cluster.json
 
-Needs Ray and two quiet cores.  Rates are of rounds, start and end of a run left out; MiniLM, batches of 8, 32 tokens.
+Needs Ray and two quiet cores, for twenty minutes; each part is written when it is done.  Rates are of rounds, start and
+end of a run left out; MiniLM, batches of 8, 32 tokens.
 """
 
 import argparse
@@ -133,19 +134,23 @@ def start_seconds(repeats: int) -> list[float]:
 
 
 def main() -> None:
+    parts = {
+        "training": lambda: training(arguments.repeats, arguments.rounds),
+        "comparing": lambda: comparing(arguments.repeats),
+        "exchange": lambda: exchange_seconds(1000, 75_000, times=5),
+        "start": lambda: start_seconds(arguments.repeats),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--out", type=Path, default=Path("bench/results/cluster.json"))
     arguments = parser.parse_args()
-    found = {
-        "training": training(arguments.repeats, arguments.rounds),
-        "comparing": comparing(arguments.repeats),
-        "exchange": exchange_seconds(1000, 75_000, times=5),
-        "start": start_seconds(arguments.repeats),
-    }
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    found = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    for part in arguments.parts:
+        found[part] = parts[part]()
+        print(json.dumps({part: found[part]}, indent=1), flush=True)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

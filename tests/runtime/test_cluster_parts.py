@@ -15,7 +15,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.layer_shares import columns_of_layers, join_shares, measure_share, split_layers
 from peerlora.runtime.cluster import session
-from peerlora.runtime.cluster.placement import Placement, place, plan_transfers
+from peerlora.runtime.cluster.placement import Placement, choose_tile_size, place, plan_transfers
 from peerlora.runtime.cluster.rows import Inbox, RowsMissing, SwappedRows
 from peerlora.topology.schedule import build_topology
 from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
@@ -50,6 +50,24 @@ def test_many_workers_of_a_dense_graph_gather_all_rows_unless_each_machine_would
     assert plan_transfers(links("complete", 8), placement, 1).gathers
     assert not plan_transfers(links("complete", 8), placement, 5).gathers
     assert "all-gather" in plan_transfers(links("complete", 8), placement, 1).describe()
+
+
+@pytest.mark.parametrize(
+    ("clients", "workers", "most", "size"),
+    [
+        (40, 2, 8, 5),
+        (40, 1, 8, 8),
+        (40, 4, 8, 5),
+        (10, 2, 8, 5),
+        (12, 2, 8, 6),
+        (3, 4, 8, 1),
+        (7, 2, 1, 1),
+        (16, 2, 8, 8),
+    ],
+)
+def test_tiles_give_no_worker_more_clients_than_they_must(clients, workers, most, size):
+    """Forty clients by eight would be 24 on one of two workers, for whom the other waits."""
+    assert choose_tile_size(clients, workers, most) == size
 
 
 def workers(placement, work):

@@ -220,8 +220,8 @@ class ClusterEvaluator(Evaluator):
         return self._joined(self.parts.group.call("rescore", of))
 
     def _joined(self, parts: Sequence[Scores]) -> Scores:
-        def joined(values: Sequence[np.ndarray]) -> np.ndarray:
-            return self.parts.joined([{"": torch.from_numpy(each)} for each in values])[""].numpy()
+        def joined(values: Sequence[np.ndarray]) -> np.ndarray:  # copied: what came from the object store is read-only
+            return self.parts.joined([{"": torch.tensor(each)} for each in values])[""].numpy()
 
         more = {name: joined([each.metrics[name] for each in parts]) for name in parts[0].metrics}
         counts = [each.counts for each in parts if each.counts is not None]

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from peerlora.topology.storage import Adjacency
+from peerlora.train.tiles import tiles_of
 
 Tile = range
 Links = Adjacency
@@ -40,6 +41,17 @@ def place(tiles: Sequence[Tile], workers: int, links: Links | None) -> Placement
     order = list(range(len(tiles))) if links is None else _near_each_other(tiles, links)
     parts = np.array_split(np.array(order), min(workers, len(tiles)))
     return Placement(tuple(tuple(tiles[i] for i in sorted(part.tolist())) for part in parts))
+
+
+def choose_tile_size(clients: int, workers: int, most: int) -> int:
+    """Choose how many clients share a graph, from half of ``most`` to ``most``, but not more than leave a worker none.
+
+    All wait for the worker with the most clients, and whole tiles go to workers; so the size that gives that one the
+    fewest, of several the largest.  Graphs are as fast per client over that range: docs/decisions/0009.
+    """
+    most = max(1, min(most, clients // workers))
+    sizes = range(most, (most + 1) // 2 - 1, -1)
+    return min(sizes, key=lambda size: max(map(len, place(tiles_of(clients, size), workers, None).blocks)))
 
 
 def _near_each_other(tiles: Sequence[Tile], links: Links) -> list[int]:

@@ -31,7 +31,7 @@ from peerlora.runtime.cluster.parts import (
     RemoteLearner,
     RemoteParts,
 )
-from peerlora.runtime.cluster.placement import Placement, place, plan_transfers
+from peerlora.runtime.cluster.placement import Placement, choose_tile_size, place, plan_transfers
 from peerlora.runtime.cluster.worker import WorkerTask
 from peerlora.runtime.compose import assemble, use_threads
 from peerlora.runtime.division import divide_rows
@@ -251,7 +251,7 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
         start, _ = start_adapters(local.config, federation.model, federation.export, everybody)
         federation = replace(federation, start=start)
     if config.device == "cpu" and config.train.block is None:
-        block = _clients_per_graph(federation, settings.workers)
+        block = choose_tile_size(config.clients, settings.workers, _most_per_graph(federation))
         config = config.model_copy(update={"train": config.train.model_copy(update={"block": block})})
     federation = replace(federation, config=config)
     tiles = tiles_of(config.clients, config.train.block or 1)
@@ -260,11 +260,10 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     return Driver(federation, settings, place(tiles, settings.workers, links), chosen)
 
 
-def _clients_per_graph(federation: Federation, workers: int) -> int:
-    """As many as one process would put into a graph, but not more than leave every worker one."""
+def _most_per_graph(federation: Federation) -> int:
+    """As many clients as one process would put into a graph."""
     config, model, learner, data = federation.config, federation.model, federation.learner, federation.train_data
     assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner) and isinstance(data, Dataset)
     if not model.step.layout.rows_first:
         return 1
-    most = learner.graph.clients(max(config.batches), data.all_lengths)
-    return max(1, min(most, config.clients // workers))
+    return learner.graph.clients(max(config.batches), data.all_lengths)
