@@ -231,10 +231,25 @@ def test_what_is_no_method_is_refused(thing, told):
     assert "new" not in METHODS.names()
 
 
-def test_a_package_that_cannot_be_imported_is_named(installed):
-    installed("own_i", source="import no_such_module")
-    with pytest.raises(ConfigError, match="'lazy' of package own_i 1.2 cannot be loaded .*no_such_module"):
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("class Other: pass", "AttributeError: .*Lazy"),
+        ("def broken(:", "SyntaxError: invalid syntax"),
+        ("Lazy = Lzy", "NameError: name 'Lzy' is not defined"),
+        ("Lazy = len(3)", "TypeError: object of type 'int' has no len"),
+        ("raise RuntimeError('of two\\nlines')", r"RuntimeError: of two\)"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_named(installed, source, told):
+    installed("own_i", source=source)
+    with pytest.raises(ConfigError, match=f"'lazy' of package own_i 1.2 cannot be loaded .{told}") as raised:
         find_method("lazy")
+    assert raised.value.__cause__ is not None
+    METHODS._scanned = False
+    with pytest.raises(ConfigError, match="'lazy' of package own_i 1.2 cannot be loaded"):
+        list_methods()
 
 
 @pytest.mark.parametrize(

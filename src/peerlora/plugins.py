@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peerlora.errors import ConfigError
+from peerlora.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -123,10 +123,10 @@ class Registry:
     def _loaded(self, name: str, plugin: Plugin) -> Any:
         try:
             return plugin.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a module of others runs, which may fail in any way
             raise ConfigError(
-                f"{self.noun} {name!r} of {plugin.source} cannot be loaded ({type(error).__name__}: {error}); install "
-                "another version of that package, or uninstall it"
+                f"{self.noun} {name!r} of {plugin.source} cannot be loaded ({first_line(error)}); "
+                "install another version of that package, or uninstall it"
             ) from error
 
     def _check(self, name: str, thing: Any, source: str) -> None:

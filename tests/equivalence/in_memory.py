@@ -66,8 +66,8 @@ def exchanges(
             thread.call(controls[-1].start(protocol))
             parts = (topology, client, sites, protocol, thread, start)
             made.append(SecureExchange(sets, *parts) if secure else NeighbourExchange(*parts))
-        greeted = together([lambda control=control: thread.call(control.handshake(10)) for control in controls])
-        assert all(len(each.reached) == topology.clients - 1 for each in greeted)
+        handshakes = together([lambda control=control: thread.call(control.handshake(10)) for control in controls])
+        assert all(len(each.reached) == topology.clients - 1 for each in handshakes)
         yield made
         for control in controls:
             thread.call(control.close())

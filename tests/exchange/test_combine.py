@@ -34,7 +34,7 @@ def exchange(graph=RING, clients=6, t=0, held=None, **options):
 
 def largest(received):
     """A rule that is no average: entry by entry the largest value that reached the receiver."""
-    everybody = received.everybody.flat[received.senders]
+    everybody = received.all_adapters.flat[received.senders]
     flat = everybody.amax(1).expand(received.own.clients, -1)
     return Combined(replace(received.own, flat=flat.clone()), {"count": (everybody * 0 + 1).sum((1, 2))})
 
@@ -122,7 +122,7 @@ def test_combining_never_holds_all_pairs_at_once(monkeypatch):
     sizes = []
 
     def note(received):
-        sizes.append(received.everybody.flat[received.senders].numel())
+        sizes.append(received.all_adapters.flat[received.senders].numel())
         return mean(received)
 
     exchange(RANDOM, 20).combine(adapters(20), note)
@@ -140,7 +140,7 @@ def test_a_private_head_stays_and_is_not_shown():
     x = adapters(spec=replace(SPEC, private_head=True))
 
     def no_head(received):
-        assert received.own.head == received.everybody.head == {}
+        assert received.own.head == received.all_adapters.head == {}
         return largest(received)
 
     found = exchange().combine(x, no_head)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from peerlora.exchange.payload import LEAVES, everybody, expected, message, vectors, widest
+from peerlora.exchange.payload import LEAVES, expected, message, stack_with_own, vectors, widest
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec, mask_ranks
 from peerlora.network.protocol.state_transfer import adopt, exportable, largest_state, state_schema
@@ -47,7 +47,7 @@ def test_values_have_the_names_shapes_and_bytes_of_the_message():
 def test_what_all_sent_comes_together_padded(private):
     x = adapters(spec=replace(SPEC, private_head=private))
     own = (x.rows([0]),)
-    (found,) = everybody(own, [vectors((x,), row) for row in range(3)])
+    (found,) = stack_with_own(own, [vectors((x,), row) for row in range(3)])
     assert torch.equal(found.ranks, x.ranks)
     assert torch.equal(found.flat[:, x.spec.shared], x.flat[:, x.spec.shared])
     if private:
@@ -61,7 +61,7 @@ def test_merged_parts_come_together_with_their_own_columns():
     payload = (x, x.merged)
     sent = [vectors(payload, row) for row in range(3)]
     assert sent[1]["left:q"].shape == (6, 1) and sent[0]["left:q"].shape == (6, 2)
-    _, found = everybody((x.rows([0]), x.merged.rows([0])), sent)
+    _, found = stack_with_own((x.rows([0]), x.merged.rows([0])), sent)
     assert torch.equal(found.layers["q"].weight()[2], x.merged.layers["q"].weight()[2])
     assert torch.allclose(found.layers["q"].weight()[1], left[1] @ x.merged.layers["q"].right[1])
 

@@ -91,7 +91,7 @@ def test_the_last_evaluation_ends_nobodys_training():
 def test_attackers_do_not_follow_the_rule():
     kept = best(patience=1, clients=(4, 7), honest=(0,))
     assert offered(kept, [0.5, 0.5], [0.5, 0.5]) == [[], [4]]
-    assert np.isnan(kept.told()["best"][1]) and kept.told()["stopped"] == [4]
+    assert np.isnan(kept.as_fields()["best"][1]) and kept.as_fields()["stopped"] == [4]
 
 
 def test_what_is_kept_goes_through_a_checkpoint():
@@ -102,7 +102,7 @@ def test_what_is_kept_goes_through_a_checkpoint():
     again.load_state_dict(tensors, facts, x_of(0, 0))
     more = [0.6, 0.1]
     assert again.offer(4, np.array(more), x_of(7, 8)) == kept.offer(4, np.array(more), x_of(7, 8)) == [1]
-    assert again.told() == kept.told() and torch.equal(again.x.flat, kept.x.flat)
+    assert again.as_fields() == kept.as_fields() and torch.equal(again.x.flat, kept.x.flat)
     assert again.stopped == {0, 1} and again.rounds == [4, 2]
 
 

@@ -77,31 +77,31 @@ class ADPSGD(AsynchronousGossip):
     def start(self, x: Adapters, peers: Exchange) -> ADPSGDState:
         """Everybody knows its role from the graph alone."""
         adjacency = as_dense(peers.graph.adjacency)
-        everybody = torch.from_numpy(roles(adjacency))
-        active, passive = everybody[list(peers.clients)], ~everybody
+        active_of_all = torch.from_numpy(roles(adjacency))
+        active, passive = active_of_all[list(peers.clients)], ~active_of_all
         linked = torch.from_numpy(adjacency)[list(peers.clients)]
         asked = torch.full((len(active),), -1, dtype=torch.int64)
         return ADPSGDState(x, linked & active[:, None] & passive, asked)
 
-    def on_job(self, state: ADPSGDState, before: Adapters, trained: Adapters, mail: Mailbox) -> ADPSGDState:
+    def on_job(self, state: ADPSGDState, before: Adapters, trained: Adapters, mailbox: Mailbox) -> ADPSGDState:
         """The step is added; an active client asks somebody."""
         x = replace(state.x, flat=state.x.flat + (trained.flat - before.flat))
         (partners,) = np.nonzero(state.partners[0].numpy())
         asked = int(state.asked[0])
-        if len(partners) == 0 or (asked >= 0 and mail.version - asked < self.patience):
+        if len(partners) == 0 or (asked >= 0 and mailbox.version - asked < self.patience):
             return replace(state, x=x)
-        partner = int(mail.random("partner").choice(partners))
-        mail.push({"x": x.flat[0, x.spec.shared].clone()}, [partner])
-        return replace(state, x=x, asked=torch.full_like(state.asked, mail.version))
+        partner = int(mailbox.random("partner").choice(partners))
+        mailbox.push({"x": x.flat[0, x.spec.shared].clone()}, [partner])
+        return replace(state, x=x, asked=torch.full_like(state.asked, mailbox.version))
 
-    def on_message(self, state: ADPSGDState, mail: Mailbox) -> ADPSGDState:
+    def on_message(self, state: ADPSGDState, mailbox: Mailbox) -> ADPSGDState:
         """Add and answer the half difference, or subtract it."""
         flat, asked, shared = state.x.flat.clone(), state.asked, state.x.spec.shared
-        for message in mail.poll():
+        for message in mailbox.poll():
             if "x" in message.payload:
                 d = (message.payload["x"] - flat[0, shared]) / 2
                 flat[0, shared] += d
-                mail.push({"d": d}, [message.sender])
+                mailbox.push({"d": d}, [message.sender])
             else:
                 flat[0, shared] -= message.payload["d"]
                 asked = torch.full_like(asked, -1)

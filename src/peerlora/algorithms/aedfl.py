@@ -119,23 +119,23 @@ class AEDFL(AsynchronousGossip):
         """What a client holds."""
         return None if self.density == 1 else coordinates(state.x.spec, state.held)
 
-    def on_job(self, state: AEDFLState, before: Adapters, trained: Adapters, mail: Mailbox) -> AEDFLState:
+    def on_job(self, state: AEDFLState, before: Adapters, trained: Adapters, mailbox: Mailbox) -> AEDFLState:
         """The result is pushed as it is; averages come before the next job."""
         scores = component_norms(trained)
-        mail.push(packed(trained, state.held, scores))
+        mailbox.push(packed(trained, state.held, scores))
         return replace(state, x=trained, scores=scores)
 
-    def before_job(self, state: AEDFLState, mail: Mailbox) -> AEDFLState:
+    def before_job(self, state: AEDFLState, mailbox: Mailbox) -> AEDFLState:
         """Combine what has arrived; every ``refresh`` jobs choose what is held."""
-        received = [each for each in mail.poll() if self.cutoff is None or each.staleness <= self.cutoff]
-        state = combined(state, received, self.weights(received, mail))
-        if mail.version % self.refresh == 0:
-            state = replace(state, held=largest(state.scores, self.kept(mail.version, state.x.spec)))
+        received = [each for each in mailbox.poll() if self.cutoff is None or each.staleness <= self.cutoff]
+        state = combined(state, received, self.weights(received, mailbox))
+        if mailbox.version % self.refresh == 0:
+            state = replace(state, held=largest(state.scores, self.kept(mailbox.version, state.x.spec)))
         return state
 
-    def weights(self, received: list[Message], mail: Mailbox) -> list[float]:
+    def weights(self, received: list[Message], mailbox: Mailbox) -> list[float]:
         """``w~_ij`` of every message; what is left of 1 is the receiver's own."""
-        return [float(mail.weights[each.sender]) * self.xi(each.staleness, mail.version) for each in received]
+        return [float(mailbox.weights[each.sender]) * self.xi(each.staleness, mailbox.version) for each in received]
 
     def xi(self, tau: int, version: int) -> float:
         """The share of its weight that a message of this staleness keeps; ``version``: the receiver's jobs done."""

@@ -54,10 +54,10 @@ class AsynchronousGossip(Method):
         """Names, shapes and dtypes say it all."""
         return None
 
-    def on_message(self, state, mail: Mailbox):
+    def on_message(self, state, mailbox: Mailbox):
         """It waits until the next job begins."""
         return state
 
-    def before_job(self, state, mail: Mailbox):
+    def before_job(self, state, mailbox: Mailbox):
         """Nothing is left to do."""
         return state

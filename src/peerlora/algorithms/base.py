@@ -184,15 +184,15 @@ class AsynchronousAlgorithm(Method, Protocol[State]):
         """What may change in local training; None: everything."""
         ...
 
-    def on_job(self, state: State, before: Adapters, trained: Adapters, mail: Mailbox) -> State:
+    def on_job(self, state: State, before: Adapters, trained: Adapters, mailbox: Mailbox) -> State:
         """A job that began at ``before`` came to ``trained``."""
         ...
 
-    def on_message(self, state: State, mail: Mailbox) -> State:
+    def on_message(self, state: State, mailbox: Mailbox) -> State:
         """Something has arrived."""
         ...
 
-    def before_job(self, state: State, mail: Mailbox) -> State:
+    def before_job(self, state: State, mailbox: Mailbox) -> State:
         """The next job is about to begin, from the model of what this returns."""
         ...
 

@@ -59,13 +59,13 @@ class DepthGossip(Scheduled):
     def depths(self, layers: int, learner: Learner, peers: Exchange) -> Int[Tensor, " client"] | None:
         """Layers that each client reaches in this round; None where all reach everything by the settings."""
         clients, draw = torch.as_tensor(peers.clients), peers.shared_random("depth")
-        everybody = peers.graph.clients
+        total = peers.graph.clients
         if self.depth == "uniform":
-            cut_short = torch.rand(everybody, generator=draw) < self.stragglers
-            depth = torch.where(cut_short, torch.randint(1, layers + 1, (everybody,), generator=draw), layers)
+            cut_short = torch.rand(total, generator=draw) < self.stragglers
+            depth = torch.where(cut_short, torch.randint(1, layers + 1, (total,), generator=draw), layers)
             return depth[clients] if self.stragglers else None
         if self.depth == "poisson":
-            drawn = torch.poisson(torch.full((everybody,), self.rate), generator=draw)
+            drawn = torch.poisson(torch.full((total,), self.rate), generator=draw)
             return drawn.clamp_max(layers).long()[clients]
         if self.deadline is None:
             return None

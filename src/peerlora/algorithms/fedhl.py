@@ -117,7 +117,7 @@ def balanced(found: Decomposition, rank: int, like: Float[Tensor, "client parame
 
 def corrected_reference(received: Received, weighting: str, cap: float) -> Combined:
     """New references, and the adapters cut from them; measures what either cut off, squared."""
-    own, sent, W = received.own, received.everybody, received.weights
+    own, sent, W = received.own, received.all_adapters, received.weights
     assert sent.merged is not None
     references, ranks = sent.merged.layers, own.ranks.to(W.device)
     width = next(iter(references.values())).left.shape[2]

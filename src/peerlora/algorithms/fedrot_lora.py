@@ -75,13 +75,13 @@ def aligned_average(received: Received, on: str, strength: float) -> Combined:
         B_own, A_own = own.B[layer].double(), own.A[layer].double()
         if on == "A":
             M = torch.einsum("ijad,ibd->ijab", A, A_own)
-            apart = A.square().sum((2, 3)) + A_own.square().sum((1, 2))[:, None]
+            squares = A.square().sum((2, 3)) + A_own.square().sum((1, 2))[:, None]
         else:
             M = torch.einsum("ijda,idb->ijab", B, B_own)
-            apart = B.square().sum((2, 3)) + B_own.square().sum((1, 2))[:, None]
+            squares = B.square().sum((2, 3)) + B_own.square().sum((1, 2))[:, None]
         R = nearest_rotation(M, strength)
-        before = before + (W * (apart - 2 * M.diagonal(dim1=-2, dim2=-1).sum(-1))).sum(1)
-        after = after + (W * (apart - 2 * (R * M).sum((2, 3)))).sum(1)
+        before = before + (W * (squares - 2 * M.diagonal(dim1=-2, dim2=-1).sum(-1))).sum(1)
+        after = after + (W * (squares - 2 * (R * M).sum((2, 3)))).sum(1)
         turned = W[..., None, None] * R
         factors[layer] = torch.einsum("ijdb,ijbc->idc", B, turned), torch.einsum("ijba,ijbd->iad", turned, A)
     return received.with_factors(factors, {"alignment_before": before, "alignment_after": after})

@@ -175,12 +175,12 @@ def _mixings(rho: float) -> int | None:
 def measured_mean(received: Received, frozen: Mapping[str, Float[Tensor, "row column"]]) -> Combined:
     """The average, and how far the products ``s B_j A`` that reached a receiver were apart: weighted mean square."""
     W, scaling = received.weights, received.scaling
-    apart = torch.zeros(len(W), dtype=torch.float64, device=W.device)
+    disagreement = torch.zeros(len(W), dtype=torch.float64, device=W.device)
     for layer, factor in frozen.items():
         right = layer in received.own.B
         own = received.B(layer) if right else received.A(layer)
         off = (own - (W[..., None, None] * own).sum(1, keepdim=True)).flatten(0, 1)
         common = factor.expand(len(off), -1, -1)
         size2 = norms2(off, common) if right else norms2(common, off)
-        apart += (W * scaling.square() * size2.view_as(W)).sum(1)
-    return Combined(received.average(), {"residual_disagreement": apart})
+        disagreement += (W * scaling.square() * size2.view_as(W)).sum(1)
+    return Combined(received.average(), {"residual_disagreement": disagreement})

@@ -37,5 +37,5 @@ def command(
         from peerlora.runtime.export import export_from_run
 
         export_from_run(run, to, choice)
-    told = {"run": str(run), "client": client, "to": str(to)} | ({"model": model} if model else {})
-    print_json(told) if json else print(f"wrote {to}")
+    written = {"run": str(run), "client": client, "to": str(to)} | ({"model": model} if model else {})
+    print_json(written) if json else print(f"wrote {to}")

@@ -47,8 +47,8 @@ def command(
         print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})
         return
     if guess.columns:
-        told = ", ".join(f"{role} {name}" for role, name in guess.columns.items())
-        print(f"wrote {to}: {told}; {guess.kind}")
+        columns = ", ".join(f"{role} {name}" for role, name in guess.columns.items())
+        print(f"wrote {to}: {columns}; {guess.kind}")
         if guess.label is None:
             print(
                 f"{guess.kind}: {guess.reason}; --text NAME trains on all tokens of a column, --label NAME classifies"

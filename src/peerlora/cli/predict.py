@@ -32,7 +32,7 @@ def command(
     if to is not None and to.exists():
         raise ConfigError(f"--to {to} exists; choose a new file")
     texts = chosen_texts(text)
-    from peerlora.runs.write_failures import write_failures_told
+    from peerlora.runs.write_failures import describe_write_failures
     from peerlora.runtime.predict import check_answer_length, predict
     from peerlora.runtime.serving import load_served
 
@@ -49,7 +49,7 @@ def command(
     if to is None:
         count = write(sys.stdout)
     else:
-        with write_failures_told(to.parent, lambda: "predict again"), atomic_file(to) as half:
+        with describe_write_failures(to.parent, lambda: "predict again"), atomic_file(to) as half:
             with half.open("w", encoding="utf-8") as file:
                 count = write(file)
     if json:

@@ -199,8 +199,8 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
     for name, summary in rows:
         console.print(f"{name}: {_contacts(summary['last_contact'])}", highlight=False, soft_wrap=True)
     for name, summary in rows:
-        told = (*describe_further(summary["metric"], summary), *describe_best(summary))
-        for line in (*told, *describe_privacy(summary.get("privacy"))):
+        lines = (*describe_further(summary["metric"], summary), *describe_best(summary))
+        for line in (*lines, *describe_privacy(summary.get("privacy"))):
             console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
         if deployed := summary.get("deployed"):
             console.print(f"{name}: the {deployed} models are deployed", highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from peerlora.data.tokens import require_places
 from peerlora.errors import ConfigError, DataError
 
 _CHUNK = 500  # chats at a time, whose letters' places are Python lists
-_TOLD = {
+_EFFECTS = {
     "cut-right": "their ends are cut off",
     "cut-left": "their beginnings are cut off",
     "drop": "they are left out",
@@ -86,7 +86,7 @@ def _tell_long(lengths: Sequence[int], data: DataConfig, source: str) -> None:
     if long:
         logging.getLogger(__name__).warning(
             "%s: %d of %d chats have more than data.max_length=%d tokens, the longest %d; %s (data.too_long=%s)",
-            *(source, len(long), len(lengths), data.max_length, max(long), _TOLD[data.too_long], data.too_long),
+            *(source, len(long), len(lengths), data.max_length, max(long), _EFFECTS[data.too_long], data.too_long),
         )
 
 

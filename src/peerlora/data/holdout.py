@@ -43,11 +43,11 @@ def set_aside_own(
         held.append(shard[places])
         kept.append(np.delete(shard, places))
     without = [str(client) for client, rows in zip(clients, held, strict=True) if not len(rows)]
-    told = (f"too few rows to set any aside (eval.own), so no personalised score: clients {', '.join(without)}",)
+    warning = (f"too few rows to set any aside (eval.own), so no personalised score: clients {', '.join(without)}",)
     left = replace(
         divided,
         shards=tuple(kept),
         counts=np.stack([count_labels(train, rows) for rows in kept]),
-        warnings=divided.warnings + (told if without else ()),
+        warnings=divided.warnings + (warning if without else ()),
     )
     return left, tuple(held)

@@ -45,24 +45,24 @@ class ImageReader:
         ``tokens``: what the model makes of an image of a shape.  Raises ModelError for one that makes no RGB image of
         one size of it, or does anything to values but to scale and shift them.
         """
-        told = f"model.source={source!r}: its image processor"
-        _check_sizes(processor, told)
+        subject = f"model.source={source!r}: its image processor"
+        _check_sizes(processor, subject)
         image = _noise(side)
         try:
             with np.errstate(all="ignore"):  # of a deviation of 0, which is refused below
                 shown, read = (np.asarray(_processed(processor, image, plain)) for plain in (True, False))
         except Exception as error:  # any library processor may come, with any kind of failure
-            raise ModelError(f"{told} fails on an image ({first_line(error)}); give another model") from None
+            raise ModelError(f"{subject} fails on an image ({first_line(error)}); give another model") from None
         if shown.dtype != np.uint8 or shown.ndim != 3 or len(shown) != 3 or read.shape != shown.shape:
             raise ModelError(
-                f"{told} makes {read.dtype} {list(read.shape)} of an RGB image; expected 3 channels of one height and "
-                "width; give another model"
+                f"{subject} makes {read.dtype} {list(read.shape)} of an RGB image; expected 3 channels of one height "
+                "and width; give another model"
             )
         with np.errstate(all="ignore"):
             found = _scale_and_shift(shown, read)
         if found is None:
             raise ModelError(
-                f"{told} does not scale and shift pixels to finite numbers; give another model, or mend it"
+                f"{subject} does not scale and shift pixels to finite numbers; give another model, or mend it"
             )
         return cls(processor, tokens(shown.shape), shown.shape, *found)
 
@@ -110,13 +110,13 @@ def _processed(processor: Any, image: Any, plain: bool) -> np.ndarray:
     return processor(images=image, return_tensors="np", **more)["pixel_values"][0]
 
 
-def _check_sizes(processor: Any, told: str) -> None:
+def _check_sizes(processor: Any, subject: str) -> None:
     """Refuse sizes that no memory could hold, before an image gets them."""
     for name in ("size", "crop_size", "pad_size"):
         given = getattr(processor, name, None)
         for side, length in dict(given or {}).items():
             if isinstance(length, int | float) and not 1 <= length <= _LARGEST:
-                raise ModelError(f"{told} has {name}.{side}={length}; expected 1 to {_LARGEST} pixels; mend it")
+                raise ModelError(f"{subject} has {name}.{side}={length}; expected 1 to {_LARGEST} pixels; mend it")
 
 
 def _noise(side: int) -> Any:

@@ -22,11 +22,11 @@ def warn_of_labels(
 
     ``ids``: class ids [row].  ``first``: these are the training rows.  ``own_rows``: other sites have other files.
     """
-    told = [*_about_names(classes, ids)] if first and classes.source == "the training labels" else []
+    notes = [*_about_names(classes, ids)] if first and classes.source == "the training labels" else []
     if own_rows and labels.numeric and labels.own_names is None and classes.codes is not None:
         places = ", ".join(f"{number} = {name}" for number, name in enumerate(classes.codes[:_SHOWN]))
-        told.append(f"numbers are taken as places among {classes.source}: {places}; all sites must mean the same")
-    for sentence in told:
+        notes.append(f"numbers are taken as places among {classes.source}: {places}; all sites must mean the same")
+    for sentence in notes:
         logging.getLogger(__name__).warning("%s: %s", where, sentence)
 
 

@@ -66,9 +66,9 @@ def open_decompressed(path: Path) -> io.BufferedReader:
 
 def refuse_foreign(head: bytes) -> None:
     """Raise Unreadable where the first bytes of a file are those of another kind of file."""
-    for magic, told in _FOREIGN.items():
+    for magic, kind in _FOREIGN.items():
         if re.match(magic, head):
-            raise Unreadable(told)
+            raise Unreadable(kind)
     if b"\0" in head:
         one_of_two = b"\0" in head[::2], b"\0" in head[1::2]
         if all(one_of_two):

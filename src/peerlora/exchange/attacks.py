@@ -56,26 +56,28 @@ class AttackContext:
         return default if self.scale is None else self.scale
 
 
-def sign_flip(scene: AttackContext) -> Tensor:
+def sign_flip(context: AttackContext) -> Tensor:
     """``x_0 - scale (x - x_0)``: the own update turned round."""
-    return scene.base - scene.strength(1.0) * (scene.own - scene.base)
+    return context.base - context.strength(1.0) * (context.own - context.base)
 
 
-def gaussian(scene: AttackContext) -> Tensor:
+def gaussian(context: AttackContext) -> Tensor:
     """``x + scale`` times standard normal noise."""
-    drawn = [torch.randn(scene.x.shape[1], generator=scene.noise(i), dtype=torch.float64) for i in scene.attackers]
-    return scene.own + scene.strength(1.0) * torch.stack(drawn).to(scene.x)
+    drawn = [
+        torch.randn(context.x.shape[1], generator=context.noise(i), dtype=torch.float64) for i in context.attackers
+    ]
+    return context.own + context.strength(1.0) * torch.stack(drawn).to(context.x)
 
 
-def alie(scene: AttackContext) -> Tensor:
+def alie(context: AttackContext) -> Tensor:
     """``mean - z std`` of the honest models, coordinate by coordinate: a little is enough.
 
     z is the normal quantile of ``(n - b - s) / (n - b)`` with ``s = floor(n / 2 + 1) - b``: as far out as the honest
     clients that are needed for a majority.
     """
-    b = len(scene.attackers)
-    z = scene.strength(alie_quantile(len(scene.x), b))
-    honest = scene.honest
+    b = len(context.attackers)
+    z = context.strength(alie_quantile(len(context.x), b))
+    honest = context.honest
     return (honest.mean(0) - z * honest.std(0, correction=0)).expand(b, -1)
 
 
@@ -86,18 +88,20 @@ def alie_quantile(clients: int, attacking: int) -> float:
     return NormalDist().inv_cdf(min(0.99, max(0.01, share)))
 
 
-def ipm(scene: AttackContext) -> Tensor:
+def ipm(context: AttackContext) -> Tensor:
     """``x_0 - scale`` times the honest mean update: its inner product with theirs is negative."""
-    return (scene.base - scene.strength(0.5) * (scene.honest.mean(0) - scene.base)).expand(len(scene.attackers), -1)
+    return (context.base - context.strength(0.5) * (context.honest.mean(0) - context.base)).expand(
+        len(context.attackers), -1
+    )
 
 
-def dissensus(scene: AttackContext) -> Tensor:
+def dissensus(context: AttackContext) -> Tensor:
     """``x_b - scale sum_k w_bk (x_k - x_b)``: away from where the neighbours are.
 
     Differs: the paper sends every receiver another message; here a client says the same to all.
     """
-    pull = scene.W[list(scene.attackers)].to(scene.x) @ scene.x - scene.own
-    return scene.own - scene.strength(1.0) * pull
+    pull = context.W[list(context.attackers)].to(context.x) @ context.x - context.own
+    return context.own - context.strength(1.0) * pull
 
 
 ATTACKS: dict[str, Callable[[AttackContext], Tensor]] = {
@@ -180,7 +184,7 @@ class Adversarial(ExchangeWrapper):
     def _sent(self, x: Adapters, W: Matrix | None = None) -> Adapters:
         """What crosses; ``W``: weights of who is around, those of the round by default."""
         shared, places = x.spec.shared, self.start.spec.columns_of(x.spec)
-        scene = AttackContext(
+        context = AttackContext(
             x.flat[:, shared],
             self.start.flat[0, places],
             torch.from_numpy(as_dense(self.peers.graph.W if W is None else W)),
@@ -189,7 +193,7 @@ class Adversarial(ExchangeWrapper):
             lambda client: torch_generator(self.seed, "attack", client=client, round=self.peers.t),
         )
         flat = x.flat.clone()
-        flat[self.who, shared] = self.attack(scene)
+        flat[self.who, shared] = self.attack(context)
         return replace(x, flat=flat)
 
     def _own_goes_on(self, x: Adapters, mixed: Adapters, W: Matrix | None = None) -> Adapters:

@@ -17,11 +17,11 @@ from peerlora.topology.storage import Adjacency
 class RowExchange(Protocol):
     """How the workers of a run swap rows: every call is made by all of them, in the same order."""
 
-    def all_rows(self, own: Float[Tensor, "client scalar"]) -> Float[Tensor, "everybody scalar"]:
+    def all_rows(self, own: Float[Tensor, "client scalar"]) -> Float[Tensor, "all_clients scalar"]:
         """Return the rows of all clients, in the order of their numbers."""
         ...
 
-    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "everybody scalar"]:
+    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "all_clients scalar"]:
         """Return the rows of those from whom clients held here hear, and their own; the others may be zero."""
         ...
 
@@ -36,7 +36,7 @@ class BlockExchange(StackedExchange):
         self.rows = rows
         super().__init__(topology, clients, rows.all_rows)
 
-    def _reached(self, x: Float[Tensor, "client scalar"]) -> Float[Tensor, "everybody scalar"]:
+    def _reached(self, x: Float[Tensor, "client scalar"]) -> Float[Tensor, "all_clients scalar"]:
         """The rows of all clients, of which those are zero that have no link to a client held here."""
         return self.rows.rows_for(x, links_of(self.graph))
 

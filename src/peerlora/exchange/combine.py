@@ -29,7 +29,7 @@ class Received:
 
     own: Adapters
     """[receiver]: what they sent themselves."""
-    everybody: Adapters
+    all_adapters: Adapters
     """[client]: read it through ``senders``."""
     senders: Int[Tensor, "#receiver sender"]
     """Clients with a weight above zero."""
@@ -43,20 +43,20 @@ class Received:
 
     def A(self, layer: str) -> Float[Tensor, "#receiver sender rank d_in"]:
         """The factors A of one layer, in float64 as all algebra on products."""
-        return self.everybody.A[layer][self.senders].double()
+        return self.all_adapters.A[layer][self.senders].double()
 
     def B(self, layer: str) -> Float[Tensor, "#receiver sender d_out rank"]:
         """The factors B of one layer, in float64."""
-        return self.everybody.B[layer][self.senders].double()
+        return self.all_adapters.B[layer][self.senders].double()
 
     @property
     def scaling(self) -> Float[Tensor, "#receiver sender"]:
         """alpha/rank of every sender."""
-        return self.everybody.scaling.double()[self.senders]
+        return self.all_adapters.scaling.double()[self.senders]
 
     def average(self) -> Adapters:
         """The receivers with the weighted average of all they got, entry by entry (heads too)."""
-        mixed = self.weighted_sum(self.weights, self.everybody.flat)
+        mixed = self.weighted_sum(self.weights, self.all_adapters.flat)
         return replace(self.own, flat=mixed.expand(self.own.clients, -1).contiguous())
 
     def weighted_sum(
@@ -109,15 +109,15 @@ def mean(received: Received) -> Combined:
 
 def apply_rule(
     x: Adapters,
-    everybody: Adapters,
+    all_adapters: Adapters,
     W: Any,
     rule: CombineRule,
     held: Sequence[int] | None = None,
 ) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
     """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
 
-    ``everybody`` are the clients that the columns of W, dense or sparse, stand for.  ``held``: the rows of W that ``x``
-    holds, all by default; the blocks are those of all rows.  Also gives what the rule measured, by name.
+    ``all_adapters``: of the clients that the columns of W, dense or sparse, stand for.  ``held``: the rows of W that
+    ``x`` holds, all by default; the blocks are those of all rows.  Also gives what the rule measured, by name.
     """
     result, parts, W = x.flat.clone(), [], _entries(W)
     measured: dict[str, Tensor] = {}
@@ -133,9 +133,9 @@ def apply_rule(
         # from each other, so all of them are at hand; only what others have merged is not.
         together = len(here) < len(clients) and len(whole.senders) == 1 and x.merged is None
         block = whole if together else whole.of(here)
-        own = everybody.rows(clients) if together else x.rows(rows)
+        own = all_adapters.rows(clients) if together else x.rows(rows)
         senders, weights = (torch.from_numpy(part).to(result.device) for part in (block.senders, block.weights))
-        combined = rule(Received(own, everybody, senders, weights))
+        combined = rule(Received(own, all_adapters, senders, weights))
         result[rows] = combined.adapters.flat[here] if together else combined.adapters.flat
         parts.append((rows, combined.adapters.merged))
         for name, values in combined.measures.items():

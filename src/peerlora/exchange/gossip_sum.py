@@ -78,7 +78,7 @@ class NetworkSum:
         return total
 
 
-def known_marks(topology: Topology) -> Float64[Tensor, "everybody mark"]:
+def known_marks(topology: Topology) -> Float64[Tensor, "all_clients mark"]:
     """Whole numbers that follow from the run's seed: those of every client, to be summed along with what is not known.
 
     Drawn, so that hardly any uneven mixing leaves the sums of all marks as they should be.

@@ -79,8 +79,8 @@ def widest(payload: Payload) -> Schema:
     return expected(payload, claims)
 
 
-def everybody(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payload:
-    """The payloads of those whose messages these are, in this order on the leading axis, padded as ``payload`` is.
+def stack_with_own(payload: Payload, messages: Sequence[dict[str, Tensor]]) -> Payload:
+    """Stack the payloads of those whose messages these are, in this order, padded as ``payload`` is.
 
     What does not cross, such as a private head, is the own one for all.
     """

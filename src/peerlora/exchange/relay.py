@@ -155,13 +155,13 @@ class RelayCaches:
         """
         ages = [cache.ages(self.done) for cache in self.caches if len(cache.held)]
         known = [len(cache.held) for cache in self.caches]
-        told = {
+        measured = {
             "relayed_age_mean": float(np.mean([each.mean() for each in ages])) if ages else 0.0,
             "relayed_age_max": float(max((each.max() for each in ages), default=0)),
             "relayed_known_mean": float(np.mean(known)),
             "relayed_known_min": float(min(known)),
         }
-        return {name: torch.tensor([value], dtype=torch.float64) for name, value in told.items()}
+        return {name: torch.tensor([value], dtype=torch.float64) for name, value in measured.items()}
 
     def weights(self, clients: Sequence[int]) -> Float[np.ndarray, "client entry"]:
         """The weights that these clients give the entries in ``pool.used``; a row of zeros where nothing is held."""
@@ -232,15 +232,15 @@ class SwapCounts:
 
 def _swap(caches: RelayCaches, adjacency: Bool[np.ndarray, "client client"]) -> SwapCounts:
     """Swap entries over all links, each as of before the round."""
-    told, sizes = caches.versions, _entry_sizes(caches)
-    counts = SwapCounts(np.zeros(len(told), dtype=np.int64), np.zeros(len(told), dtype=np.int64))
+    versions, sizes = caches.versions, _entry_sizes(caches)
+    counts = SwapCounts(np.zeros(len(versions), dtype=np.int64), np.zeros(len(versions), dtype=np.int64))
     arrived = []
     for i, j in np.argwhere(adjacency).tolist():
-        origins = caches.caches[j].lacking(told[i])
+        origins = caches.caches[j].lacking(versions[i])
         places = caches.caches[j].places_before[origins]
         counts.entries[j] += len(origins)
         counts.sent_bytes[j] += header_bytes(len(origins)) + int(sizes[places].sum())
-        counts.sent_bytes[i] += versions_bytes(len(told))
+        counts.sent_bytes[i] += versions_bytes(len(versions))
         arrived.append((i, origins, places))
     for i, origins, places in arrived:  # of several versions the newest stays, whoever sent it
         newer = caches.pool.versions(places) > caches.pool.versions(caches.places[i, origins])

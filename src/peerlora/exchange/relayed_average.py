@@ -113,7 +113,7 @@ def _products(received: Received) -> Combined:
 
 
 def _factors(received: Received) -> Combined:
-    own, whole = received.own, slice(0, received.everybody.flat.shape[1])
+    own, whole = received.own, slice(0, received.all_adapters.flat.shape[1])
     averaged = _sum_in_order(received, whole).to(own.flat).expand(own.clients, -1).contiguous()
     return Combined(replace(own, flat=averaged))
 
@@ -123,7 +123,7 @@ def _sum_in_order(received: Received, columns: slice) -> Float[Tensor, "#receive
 
     So it has the same bits whoever else's entries are in the table, which a matrix product does not promise.
     """
-    values = received.everybody.flat[:, columns]
+    values = received.all_adapters.flat[:, columns]
     total = torch.zeros(len(received.senders), values.shape[1], dtype=torch.float64, device=values.device)
     for senders, weights in zip(received.senders.T, received.weights.T, strict=True):
         total += weights[:, None] * values[senders].double()

@@ -47,14 +47,14 @@ def clipped_gossip(received: Received, radius: float | None, drop: int) -> Combi
 
     Source: He, Karimireddy, Jaggi 2022, arXiv 2202.01545; the adaptive tau as in the authors' code (second largest).
     """
-    apart = distances(received)
+    distance = distances(received)
     if radius is None:
         # The receiver's own distance is the last, a zero: so many neighbours are needed as are dropped, and one more.
-        ordered = apart.where(apart.isfinite(), 0).sort(dim=1, descending=True).values
+        ordered = distance.where(distance.isfinite(), 0).sort(dim=1, descending=True).values
         tau = ordered[:, drop : drop + 1] if ordered.shape[1] > drop else torch.zeros_like(ordered[:, :1])
     else:
-        tau = torch.full_like(apart[:, :1], radius)
-    shrunk = (tau / apart.clamp_min(torch.finfo(apart.dtype).tiny)).clamp_max(1)
+        tau = torch.full_like(distance[:, :1], radius)
+    shrunk = (tau / distance.clamp_min(torch.finfo(distance.dtype).tiny)).clamp_max(1)
     return blended(received, received.weights * shrunk, clipped=(shrunk < 1).double().mean(1))
 
 
@@ -64,10 +64,10 @@ def balance(received: Received, base: Float[Tensor, " parameter"], share: float,
     Source: Fang et al. 2024, arXiv 2406.10416 (recalled); ``share = gamma exp(-kappa t / T)``.
     Differs: the norm is that of the update since the common start ``base``, since A's start would dominate ``|x_i|``.
     """
-    apart = distances(received)
-    near = apart <= share * (received.own.flat.double() - base.double()).norm(dim=1, keepdim=True)
+    distance = distances(received)
+    near = distance <= share * (received.own.flat.double() - base.double()).norm(dim=1, keepdim=True)
     others = near.sum(1, keepdim=True) - 1  # the receiver is near itself
-    each = near.to(apart) * (1 - alpha) / others.clamp_min(1)  # its own entry has no effect: blended sums x_j - x_i
+    each = near.to(distance) * (1 - alpha) / others.clamp_min(1)  # its own entry has no effect: blended sums x_j - x_i
     return blended(received, each, rejected=(~near).double().mean(1))
 
 
@@ -95,11 +95,11 @@ def krum(received: Received, drop: int) -> Combined:
     Source: Blanchard et al. 2017, arXiv 1703.02757.
     """
     values, here = _values(received), present(received)
-    apart = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
-    apart = apart.masked_fill(~here[:, None, :], math.inf).masked_fill(~here[:, :, None], math.inf)
+    squared = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squared = squared.masked_fill(~here[:, None, :], math.inf).masked_fill(~here[:, :, None], math.inf)
     compared = here.sum(1, keepdim=True) - drop - 2
-    counts = torch.arange(apart.shape[2], device=apart.device) <= compared[..., None]  # the nearest is itself, at 0
-    score = apart.sort(dim=2).values.where(counts, 0).sum(2).masked_fill(~here, math.inf)
+    counts = torch.arange(squared.shape[2], device=squared.device) <= compared[..., None]  # the nearest is itself, at 0
+    score = squared.sort(dim=2).values.where(counts, 0).sum(2).masked_fill(~here, math.inf)
     chosen = torch.nn.functional.one_hot(score.argmin(1), score.shape[1]).to(values) * (compared > 0)
     return blended(received, chosen.expand(received.own.clients, -1))
 
@@ -114,15 +114,15 @@ def distances(received: Received) -> Float[Tensor, "receiver sender"]:
     own, values = received.own.flat.double(), _values(received)
     mode = "donot_use_mm_for_euclid_dist"  # a product would lose the digits of near vectors
     if len(values) == 1:
-        apart = torch.cdist(own, values[0], compute_mode=mode)
+        distance = torch.cdist(own, values[0], compute_mode=mode)
     else:
-        apart = torch.cdist(own[:, None], values, compute_mode=mode)[:, 0]
-    return apart.masked_fill(~present(received), math.inf)
+        distance = torch.cdist(own[:, None], values, compute_mode=mode)[:, 0]
+    return distance.masked_fill(~present(received), math.inf)
 
 
 def blended(received: Received, c: Coefficients, **measures: Float[Tensor, " receiver"]) -> Combined:
     """``x_i + sum_j c_ij (x_j - x_i)`` for finite ``x_j``, and what is worth logging."""
-    flat, own, fine = received.everybody.flat.double(), received.own.flat.double(), _finite(received)
+    flat, own, fine = received.all_adapters.flat.double(), received.own.flat.double(), _finite(received)
     weights = c.double().where(fine[received.senders], 0)
     kept = 1 - weights.sum(1, keepdim=True)
     mixed = kept * own + received.weighted_sum(weights.expand(len(own), -1), flat.where(fine[:, None], 0))
@@ -148,12 +148,12 @@ def _middle(
 
 def _finite(received: Received) -> Bool[Tensor, " client"]:
     """By client; a norm that is infinite in float64 is no client's honest one either."""
-    return received.everybody.flat.double().norm(dim=1).isfinite()
+    return received.all_adapters.flat.double().norm(dim=1).isfinite()
 
 
 def _values(received: Received, absent: float = 0.0) -> Float[Tensor, "#receiver sender parameter"]:
     """What was sent, in float64; ``absent`` in place of a message that is not finite."""
-    sent = received.everybody.flat[received.senders].double()
+    sent = received.all_adapters.flat[received.senders].double()
     return sent.where(present(received)[..., None], absent)
 
 

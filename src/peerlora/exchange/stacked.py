@@ -75,8 +75,8 @@ class StackedExchange(PlainExchange):
         self.stats.sent = x
         sent = x.exchanged()
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
-        everybody = replace(sent, flat=self._reached(sent.flat), ranks=self._gathered(x.ranks), merged=others)
-        mixed, measured = apply_rule(sent, everybody, self.graph.W, rule, self.clients)
+        all_adapters = replace(sent, flat=self._reached(sent.flat), ranks=self._gathered(x.ranks), merged=others)
+        mixed, measured = apply_rule(sent, all_adapters, self.graph.W, rule, self.clients)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(mixed), merged=mixed.merged)
@@ -94,9 +94,9 @@ class StackedExchange(PlainExchange):
         if self.relayed is None or self.stats.sent is None:
             return
         began = time.perf_counter()
-        everybody = self._everybody(self.stats.sent.exchanged())
-        present = [client for client in range(everybody.clients) if client not in self.absent]
-        counts = relay_round(self.relayed, self.t, everybody, as_dense(self.graph.adjacency), present)
+        all_adapters = self._all_adapters(self.stats.sent.exchanged())
+        present = [client for client in range(all_adapters.clients) if client not in self.absent]
+        counts = relay_round(self.relayed, self.t, all_adapters, as_dense(self.graph.adjacency), present)
         entries, sent_bytes = (int(each[self.clients].sum()) for each in (counts.entries, counts.sent_bytes))
         self.stats.bytes_sent += sent_bytes
         self._record_relay(began, relayed_entries=entries, relayed_bytes=sent_bytes)
@@ -113,27 +113,27 @@ class StackedExchange(PlainExchange):
 
         The rows of a sparse product do not depend on each other; a dense one is that of all rows.
         """
-        everybody, W = self._reached(x.reshape(len(x), -1)), self.graph.W
+        rows, W = self._reached(x.reshape(len(x), -1)), self.graph.W
         if self.secure:
-            mixed = weighted_sums(everybody, W, self.clients)
+            mixed = weighted_sums(rows, W, self.clients)
         elif is_sparse(W) or len(self.clients) == W.shape[0]:
-            mixed = operator(W, everybody, self.clients) @ everybody
+            mixed = operator(W, rows, self.clients) @ rows
         else:
-            mixed = (operator(W, everybody) @ everybody)[self.clients]
+            mixed = (operator(W, rows) @ rows)[self.clients]
         return mixed.view_as(x)
 
-    def _reached(self, x: Float[Tensor, "client scalar"]) -> Float[Tensor, "everybody scalar"]:
+    def _reached(self, x: Float[Tensor, "client scalar"]) -> Float[Tensor, "all_clients scalar"]:
         """The rows of all clients, of which those may be zero that have no link to a client held here."""
         return self.gather(x)
 
-    def _everybody(self, x: Adapters) -> Adapters:
+    def _all_adapters(self, x: Adapters) -> Adapters:
         """The adapters of all clients, without merged parts."""
         return replace(x, flat=self._gathered(x.flat), ranks=self._gathered(x.ranks), merged=None)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The rows of all clients."""
-        everybody = self.gather(x.flatten(1) if x.ndim > 1 else x[:, None])
-        return everybody.view(len(everybody), *x.shape[1:])
+        rows = self.gather(x.flatten(1) if x.ndim > 1 else x[:, None])
+        return rows.view(len(rows), *x.shape[1:])
 
     def _count(self, *payload: object) -> None:
         """Add what this mixing sends: every linked client's encoded message to each of its receivers."""

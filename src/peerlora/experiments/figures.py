@@ -175,32 +175,34 @@ def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence
 def _lines(
     name: str, title: str, lines: Mapping[str, Curve], xlabel: str, panel: Mapping[str, Sequence[Outcome]]
 ) -> Picture:
-    apart = any(_ends_on_other_rows(run.events) for runs in panel.values() for run in runs)
+    separate = any(_ends_on_other_rows(run.events) for runs in panel.values() for run in runs)
     with figures.svg_figure(name, title, size=(7.4, 3.6)) as (figure, out):
         axes = figures.add_axes(figure, xlabel=xlabel)
         for (x, y), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
-            line = slice(None, -1 if apart else None)
+            line = slice(None, -1 if separate else None)
             axes.fill_between(x[line], y.min(0)[line], y.max(0)[line], color=colour, alpha=0.12, linewidth=0)
             axes.plot(x[line], y.mean(0)[line], color=colour, linewidth=2.0, **figures.point_markers(list(x)))
-            if apart:
+            if separate:
                 axes.plot(x[-1:], y.mean(0)[-1:], "D", color=colour, markersize=6.0)
-    note = "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if apart else ""
+    note = (
+        "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if separate else ""
+    )
     legend = [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")]
-    return Picture(title, out.getvalue(), legend, note, chart=_seeds_chart(lines, xlabel, apart))
+    return Picture(title, out.getvalue(), legend, note, chart=_seeds_chart(lines, xlabel, separate))
 
 
-def _seeds_chart(lines: Mapping[str, Curve], xlabel: str, apart: bool) -> Chart:
+def _seeds_chart(lines: Mapping[str, Curve], xlabel: str, separate: bool) -> Chart:
     """The mean over seeds of every line, and every seed; points where the last evaluation is on other rows."""
     found = []
     for (label, (x, y)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
-        line = slice(None, -1 if apart else None)
+        line = slice(None, -1 if separate else None)
         seeds = y if len(y) > 1 else []
         found += [
             Line(f"{label}, seed {number + 1}", colour, "thin", x[line], each[line])
             for number, each in enumerate(seeds)
         ]
         found.append(Line(label, colour, "thick", x[line], y.mean(0)[line]))
-        if apart:
+        if separate:
             found.append(Line(f"{label}, all rows", colour, "points", x[-1:], y.mean(0)[-1:]))
     return Chart(found, xlabel)
 

@@ -85,8 +85,8 @@ def _further(last: Evaluated) -> dict[str, float]:
     """The measures of further metrics; NaN where a run has none."""
     found = metric_scores(last)
     return {
-        f"{metric}, {of}": math.nan if told.get(key) is None else float(told[key] or 0.0)
-        for metric, told in found.items()
+        f"{metric}, {of}": math.nan if scores.get(key) is None else float(scores[key] or 0.0)
+        for metric, scores in found.items()
         for of, key in FURTHER.items()
     }
 

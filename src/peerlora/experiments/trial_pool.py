@@ -64,10 +64,10 @@ class TrialWorker:
             run = Path(temporary) / "run"
             write_files(run, job.files)
             run_trial(job.config, run, self.rows)
-            return {name: _told(name, data, run, job.run) for name, data in read_files(run).items()}
+            return {name: _relocated(name, data, run, job.run) for name, data in read_files(run).items()}
 
 
-def _told(name: str, data: bytes, here: Path, there: Path) -> bytes:
+def _relocated(name: str, data: bytes, here: Path, there: Path) -> bytes:
     """A file that names the folder of its run, with the one that the driver puts it in."""
     return data.replace(str(here).encode(), str(there).encode()) if name.endswith((".json", ".jsonl")) else data
 

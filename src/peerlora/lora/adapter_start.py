@@ -72,12 +72,12 @@ def read_adapter(
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    told = f"adapter.start={str(folder)!r}"
-    path = adapter_weights(folder, told)
+    subject = f"adapter.start={str(folder)!r}"
+    path = adapter_weights(folder, subject)
     try:
         tensors = load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise ModelError(f"{told} cannot be read: {error}; use an undamaged adapter") from None
+        raise ModelError(f"{subject} cannot be read: {error}; use an undamaged adapter") from None
     return tensors, read_settings(folder / ADAPTER)
 
 

@@ -100,14 +100,16 @@ def find_saved(model: nn.Module, targets: Targets, endings: list[str], frozen_he
             )
         found += [name for name in names if not within(name, targets.heads) and name not in found]
     for name in found:
-        module, told = model.get_submodule(name), f"adapter.modules_to_save: {name}"
+        module, subject = model.get_submodule(name), f"adapter.modules_to_save: {name}"
         if type(module) not in (nn.Linear, nn.Embedding):
-            raise ModelError(f"{told} is a {type(module).__name__}; linear and embedding layers can be trained in full")
+            raise ModelError(
+                f"{subject} is a {type(module).__name__}; linear and embedding layers can be trained in full"
+            )
         if any(layer.name == name for layer in targets.layers):
-            raise ModelError(f"{told} is adapted, too; take it out of adapter.targets, or out of here")
+            raise ModelError(f"{subject} is adapted, too; take it out of adapter.targets, or out of here")
         if other := tied_to(model, name):
             raise ModelError(
-                f"{told} shares its weights with {other}, and training one of them would untie them; drop it, or "
+                f"{subject} shares its weights with {other}, and training one of them would untie them; drop it, or "
                 "adapt linear layers by adapter.targets"
             )
     return tuple(found)

@@ -30,10 +30,10 @@ def check_weights(
     inner = [key for key in missing if inside_body(model, key) and "pooler" not in key]
     if inner:
         extra = sorted(info["unexpected_keys"])
-        told = f"; the files hold others instead: {_some(extra)}" if extra else ""
+        others = f"; the files hold others instead: {_some(extra)}" if extra else ""
         raise ModelError(
             f"model.source={source!r}: the weights of {len(inner)} tensors of {type(model).__name__} are missing: "
-            f"{_some(inner)}{told}; give a model whose weights and config.json belong together"
+            f"{_some(inner)}{others}; give a model whose weights and config.json belong together"
         )
     if missing and task_kind(kind).has_language_head:
         raise ModelError(

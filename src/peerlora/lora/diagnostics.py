@@ -72,13 +72,13 @@ def diagnose(after: Adapters, sent: Adapters | None, W: MixingMatrix) -> Diagnos
 
     Where rows of W don't sum to 1, clients sent shares of a sum, not models: what compares the two is NaN.
     """
-    apart = vars(agreement(after))
+    disagreement = vars(agreement(after))
     if sent is not None and not np.allclose(W.sum(axis=1), 1):
-        return Diagnostics(**apart, weak_mismatch=np.nan, strong_mismatch=np.nan, local_cross_term=np.nan)
+        return Diagnostics(**disagreement, weak_mismatch=np.nan, strong_mismatch=np.nan, local_cross_term=np.nan)
     if sent is None:
-        return Diagnostics(**apart, weak_mismatch=0.0, strong_mismatch=0.0, local_cross_term=0.0)
+        return Diagnostics(**disagreement, weak_mismatch=0.0, strong_mismatch=0.0, local_cross_term=0.0)
     moved = mismatch(before_exchange(after, sent), after)
-    return Diagnostics(**apart, **vars(moved), local_cross_term=local_cross_term(sent, W, after))
+    return Diagnostics(**disagreement, **vars(moved), local_cross_term=local_cross_term(sent, W, after))
 
 
 def neighbourhood(
@@ -98,12 +98,12 @@ def neighbourhood(
     if len(known) == 2:
         met = replace(met, merged=None)
         return Diagnostics(**vars(agreement(met)), **vars(moved), local_cross_term=local_cross_term(met, row))
-    apart = {
+    disagreement = {
         f"consensus_{block}": sum(_norm2(deviation(factor.double())) for factor in getattr(met, block).values())
         / met.clients
         for block in known
     }
-    return replace(unknown, **vars(moved), **apart)
+    return replace(unknown, **vars(moved), **disagreement)
 
 
 def agreement(x: Adapters) -> Agreement:

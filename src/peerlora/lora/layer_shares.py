@@ -70,9 +70,9 @@ def measure_share(after: Adapters, sent: Adapters | None, W: MixingMatrix) -> La
 
 def join_shares(shares: Sequence[LayerShare]) -> Diagnostics:
     """The diagnostics of the round: sums over layers, of cross-terms of their squares."""
-    apart = [vars(each.agreement) for each in shares]
-    sums = {name: float(sum(each[name] for each in apart)) for name in apart[0] if name != "cross_term"}
-    sums["cross_term"] = sqrt(sum(each["cross_term"] ** 2 for each in apart))
+    agreements = [vars(each.agreement) for each in shares]
+    sums = {name: float(sum(each[name] for each in agreements)) for name in agreements[0] if name != "cross_term"}
+    sums["cross_term"] = sqrt(sum(each["cross_term"] ** 2 for each in agreements))
     first = shares[0]
     if first.mismatch is None or first.lost2 is None:
         unknown = nan if first.sent else 0.0

@@ -37,19 +37,19 @@ def is_adapter(folder: Path) -> bool:
     )
 
 
-def adapter_weights(folder: Path, told: str) -> Path:
-    """The file of an adapter folder's tensors; ``told``: what a message calls the folder.
+def adapter_weights(folder: Path, subject: str) -> Path:
+    """The file of an adapter folder's tensors; ``subject``: what a message calls the folder.
 
     Raises ModelError where there is none, and for a pickle.
     """
     path = folder / "adapter_model.safetensors"
     if (folder / "adapter_model.bin").is_file() and not path.is_file():
         raise ModelError(
-            f"{told} holds adapter_model.bin, a pickle, which can run code and is never read; load it with PEFT and "
+            f"{subject} holds adapter_model.bin, a pickle, which can run code and is never read; load it with PEFT and "
             "save it again, which writes adapter_model.safetensors"
         )
     if not path.is_file() or not (folder / ADAPTER).is_file():
-        raise ModelError(f"{told} has no adapter_model.safetensors and {ADAPTER}; give the folder of a PEFT adapter")
+        raise ModelError(f"{subject} has no adapter_model.safetensors and {ADAPTER}; give the folder of a PEFT adapter")
     return path
 
 

@@ -183,8 +183,8 @@ def _whole_facts(context: ExportContext) -> dict[str, str]:
 
 def _cut_facts(rank: int, left_out: float, size: float) -> dict[str, str]:
     share = (left_out / size) ** 0.5 if size else 0.0
-    told = f"{left_out**0.5:.4g}, {share:.2%} of the update (Frobenius norm over all layers)"
-    return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": told}
+    error = f"{left_out**0.5:.4g}, {share:.2%} of the update (Frobenius norm over all layers)"
+    return {"holds": f"the best approximation of rank {rank}; scaling 1", "left out": error}
 
 
 def lora_tensors(factors: Factors) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from peerlora.runs.metrics import select_events
 
 def answers_html(events: Sequence[Event]) -> str:
     """Render the last answers beside the expected ones; nothing where a run wrote none."""
-    told = select_events(events, Generated)
-    if not told or not told[-1].answers:
+    generated = select_events(events, Generated)
+    if not generated or not generated[-1].answers:
         return ""
-    last = told[-1]
+    last = generated[-1]
     names = {"prompt": "prompt", "expected": "expected", "own": f"client {last.client}", "averaged": "averaged model"}
     shown = [name for name in names if name in last.answers[0]]
     head = "".join(f"<th>{escape(names[name])}</th>" for name in shown)

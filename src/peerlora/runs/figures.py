@@ -246,10 +246,10 @@ def _draw_end(axes: Any, end: Curves, mean: str, averaged: str) -> None:
 
 def _end_note(runs: Iterable[Curves]) -> str:
     """What the points at the end are, where there are any."""
-    told = {(each.rows, each.end.rows) for each in runs if each.end is not None}
-    if not told:
+    row_counts = {(each.rows, each.end.rows) for each in runs if each.end is not None}
+    if not row_counts:
         return ""
-    sizes = " or ".join(f"{few:,} of the {every:,} evaluation rows" for few, every in sorted(told))
+    sizes = " or ".join(f"{few:,} of the {every:,} evaluation rows" for few, every in sorted(row_counts))
     return (
         f"Lines: on a sample, {sizes}. Diamonds after the last round: on all of them (mean over clients filled, "
         "averaged model hollow); they differ from the lines by the rows, too."

@@ -10,7 +10,7 @@ from peerlora.config.metrics import higher_is_better
 from peerlora.display import format_fixed
 from peerlora.runs.events import Evaluated, RunStarted
 
-Told = tuple[str, float | None]
+ScoreRow = tuple[str, float | None]
 
 MODELS = {
     "own": "clients' own models",
@@ -43,8 +43,8 @@ def metric_scores(score: Evaluated | None) -> dict[str, dict[str, float | None]]
     for of, named in score.metrics.items() if score is not None else ():
         for name, values in named.items():
             mean, worst = mean_and_worst(values, higher_is_better(name))
-            told = {"averaged": mean} if of == "averaged" else {f"{of}_mean": mean, f"{of}_worst": worst}
-            found.setdefault(name, {}).update(told)
+            scores = {"averaged": mean} if of == "averaged" else {f"{of}_mean": mean, f"{of}_worst": worst}
+            found.setdefault(name, {}).update(scores)
     return found
 
 
@@ -57,7 +57,7 @@ def best_scores(score: Evaluated | None, start: RunStarted | None) -> dict[str, 
     return {**start.select, "mean": mean, "values": values, "rounds": score.best_rounds, "stopped": score.stopped}
 
 
-def table_rows(metric: str, summary: Mapping[str, Any]) -> list[Told]:
+def table_rows(metric: str, summary: Mapping[str, Any]) -> list[ScoreRow]:
     """Tell all of a summary's further scores, (what, value) each."""
     scores: Mapping[str, Any] = summary.get("scores") or {}
     personal = {of: who for of, who in MODELS.items() if f"{of}_mean" in scores and of.startswith("personal")}
@@ -71,7 +71,7 @@ def table_rows(metric: str, summary: Mapping[str, Any]) -> list[Told]:
     return rows
 
 
-def _rows(metric: str, found: Mapping[str, Any], of: str, who: str) -> list[Told]:
+def _rows(metric: str, found: Mapping[str, Any], of: str, who: str) -> list[ScoreRow]:
     return [(f"{metric}, mean over {who}", found[f"{of}_mean"]), (f"{metric}, worst of {who}", found[f"{of}_worst"])]
 
 
@@ -85,9 +85,9 @@ def describe_further(metric: str, summary: Mapping[str, Any]) -> list[str]:
             if f"{of}_mean" in found:
                 numbers = {"mean": found[f"{of}_mean"], "worst": found[f"{of}_worst"]}
                 numbers |= {"averaged": found["averaged"]} if of == "own" and "averaged" in found else {}
-                told = ", ".join(f"{word} {format_fixed(value)}" for word, value in numbers.items())
-                by_metric.setdefault(name, []).append(f"{told} ({who})")
-    return [f"{name}: {'; '.join(told)}" for name, told in by_metric.items()]
+                numbers_text = ", ".join(f"{word} {format_fixed(value)}" for word, value in numbers.items())
+                by_metric.setdefault(name, []).append(f"{numbers_text} ({who})")
+    return [f"{name}: {'; '.join(numbers_text)}" for name, numbers_text in by_metric.items()]
 
 
 _FLATTERS = {
@@ -106,8 +106,8 @@ def describe_best(summary: Mapping[str, Any]) -> list[str]:
     reached = "" if mean is None else f" (mean {mean:.3f})"
     whose = "" if best["model"] == "own" else f" of the {best['model']} models"
     by = f"each client's by the {best['mode']}imum of {best['metric']}{reached} on {_FLATTERS[best['rows']]}"
-    told = [f"best adapters{whose}: of {rounds}, {by}"]
+    lines = [f"best adapters{whose}: of {rounds}, {by}"]
     if stopped := best["stopped"]:
         who = f"clients {', '.join(map(str, stopped))}" if len(stopped) <= 20 else f"{len(stopped)} clients"
-        told.append(f"trained no more at the end (eval.patience): {who}")
-    return told
+        lines.append(f"trained no more at the end (eval.patience): {who}")
+    return lines

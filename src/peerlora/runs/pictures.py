@@ -61,13 +61,13 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
     from peerlora.runs import figures
 
     curves = metric_curves(events, of="relayed")
-    told = [each for each in select_events(events, RoundDone) if "relayed_age_mean" in each.measures]
+    relayed = [each for each in select_events(events, RoundDone) if "relayed_age_mean" in each.measures]
     title = f"{start.metric} of every client's relayed model and of the averaged model"
     found = [] if curves is None else [figures.clients_figure("relayed", title, curves)]
-    if told:
-        rounds = [each.round + 1 for each in told]
+    if relayed:
+        rounds = [each.round + 1 for each in relayed]
         shown = {"mean age": "relayed_age_mean", "oldest": "relayed_age_max"}
-        lines = {label: (rounds, [each.measures[name] for each in told]) for label, name in shown.items()}
+        lines = {label: (rounds, [each.measures[name] for each in relayed]) for label, name in shown.items()}
         found.append(figures.lines_figure("relayed-age", "Age of the entries that clients hold", lines, "rounds"))
     return found
 

@@ -42,9 +42,9 @@ def describe_privacy(facts: Mapping[str, Any] | None) -> list[str]:
         return []
     spent, planned = facts["spent"]["epsilon"], facts["planned"]["epsilon"]
     used = f"spent epsilon {_range(spent)} of " if spent else "epsilon "
-    told = f"{used}{_range(planned)} planned"
+    budget = f"{used}{_range(planned)} planned"
     return [
-        f"privacy of each {facts['unit']}: {told}, delta {_range(facts['planned']['delta'])}, noise "
+        f"privacy of each {facts['unit']}: {budget}, delta {_range(facts['planned']['delta'])}, noise "
         f"{_range(facts['planned']['noise'])}, clip {facts['clip']:g}, by {facts['accountant']} ({facts['guarantee']})"
     ]
 

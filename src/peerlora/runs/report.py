@@ -18,7 +18,7 @@ from peerlora.runs.policy_pictures import environment_rows, policy_pictures
 from peerlora.runs.privacy_summary import describe_privacy
 from peerlora.runs.scores_by_name import HEAD, by_name_rows
 from peerlora.runs.store import read_events, resume_command
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 if TYPE_CHECKING:
     from peerlora.runs.figures import Picture
@@ -37,7 +37,7 @@ class ReportWriter:
     def __call__(self, event: Event) -> None:
         """Draw it at ``RunFinished``."""
         if isinstance(event, RunFinished):
-            with write_failures_told(self.folder, lambda: f"draw the report: {resume_command(self.folder)}"):
+            with describe_write_failures(self.folder, lambda: f"draw the report: {resume_command(self.folder)}"):
                 write_report(self.folder)
 
 

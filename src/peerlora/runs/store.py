@@ -42,7 +42,7 @@ from peerlora.runs.events import (
     to_json,
 )
 from peerlora.runs.json_files import read_json, write_json
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ class RunStore:
             ) from None
         try:
             require_free(folder)  # again: another process may have been faster
-            with write_failures_told(folder, lambda: "choose another --out"):
+            with describe_write_failures(folder, lambda: "choose another --out"):
                 write_atomically(folder / "config.yaml", config_yaml)
                 write_json(folder / "run.json", facts)  # last: with it, the folder is a run folder
                 store = cls(folder, lock)
@@ -109,7 +109,7 @@ class RunStore:
         """
         folder = Path(folder)
         _require_run(folder)
-        with write_failures_told(folder, lambda: "make it writable, or go on with a copy of it"):
+        with describe_write_failures(folder, lambda: "make it writable, or go on with a copy of it"):
             lock = _take_lock(folder)
             try:
                 return cls(folder, lock)
@@ -125,7 +125,7 @@ class RunStore:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Turn the failure of a write in the folder into a RunError that says what to do."""
-        with write_failures_told(self.folder, self._what_then):
+        with describe_write_failures(self.folder, self._what_then):
             yield
 
     @contextmanager

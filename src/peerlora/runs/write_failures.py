@@ -14,7 +14,7 @@ _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
-def write_failures_told(folder: Path, then: Callable[[], str]) -> Iterator[None]:
+def describe_write_failures(folder: Path, then: Callable[[], str]) -> Iterator[None]:
     """Turn the failure of a write in a folder into a RunError; ``then``: what to do once it can be written again."""
     try:
         yield

@@ -45,13 +45,13 @@ def write_best_folders(run: Path, to: Exporter, summary: Mapping[str, Any]) -> N
     if best is None or best.clients > EXPORTED:
         return
     for row, client in enumerate(to.clients):
-        to.write(run / FOLDERS / f"client-{client:02d}", best, row, summary, client, told_too=best_facts(summary, row))
+        to.write(run / FOLDERS / f"client-{client:02d}", best, row, summary, client, facts=best_facts(summary, row))
     sync_tree(run / FOLDERS)
 
 
 def best_facts(summary: Mapping[str, Any], row: int) -> dict[str, str]:
     """For the card of the best adapter in this row: of which round it is, and by what."""
-    told = summary["best"]
-    value = told["values"][row]
+    best = summary["best"]
+    value = best["values"][row]
     reached = "" if value is None else f", {value:.4g}"
-    return {"kept": f"round {told['rounds'][row]}, by {told['metric']}{reached} on the {told['rows']} rows"}
+    return {"kept": f"round {best['rounds'][row]}, by {best['metric']}{reached} on the {best['rows']} rows"}

@@ -200,8 +200,8 @@ def _absent_classes(config: RunConfig, data: Dataset) -> tuple[str, ...]:
     """Warnings on classes that the evaluation rows lack, or only the sample of them."""
     sample = evaluation_rows(config, data)
     assert isinstance(sample, Dataset)  # as the rows are that it is of
-    told = absent_classes(config.eval.computed, data)
-    return told or absent_classes(config.eval.computed, sample, f"row of the sample (eval.rows={config.eval.rows})")
+    warnings = absent_classes(config.eval.computed, data)
+    return warnings or absent_classes(config.eval.computed, sample, f"row of the sample (eval.rows={config.eval.rows})")
 
 
 def resolve_threads(threads: int | None) -> int:

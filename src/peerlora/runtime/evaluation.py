@@ -103,7 +103,11 @@ class Evaluator:
 
     def event(self, done: int, found: Evaluation, began: float, virtual_seconds: float, final: bool) -> Evaluated:
         """Tell the scores of honest clients after ``done`` rounds; ``began``: when the evaluation did."""
-        told = {f"{of}{what}": values for of, each in found.scores().items() for what, values in self._told(of, each)}
+        fields = {
+            f"{of}{what}": values
+            for of, each in found.scores().items()
+            for what, values in self._score_fields(of, each)
+        }
         relayed = found.relayed_models
         return Evaluated(
             round=done,
@@ -115,10 +119,10 @@ class Evaluator:
             metrics={of: self._further(of, each) for of, each in found.scores().items() if each.metrics},
             by_name=self._by_name(found) if final else {},
             privacy=self.learner.privacy.spent() if self.learner.privacy else {},
-            **{"averaged": float("nan"), "averaged_loss": float("nan"), **told},
+            **{"averaged": float("nan"), "averaged_loss": float("nan"), **fields},
         )
 
-    def _told(self, of: str, scores: Scores) -> Sequence[tuple[str, list[float] | float]]:
+    def _score_fields(self, of: str, scores: Scores) -> Sequence[tuple[str, list[float] | float]]:
         pairs = (("", scores.metric), ("_loss", scores.loss))
         return [(what, float(values[0]) if of == "averaged" else self.of_honest(values)) for what, values in pairs]
 
@@ -132,13 +136,13 @@ class Evaluator:
             return {}
         target, averaged = task_kind(self.federation.config.task.kind).target, found.averaged
         names = names_of_counts(target, found.rows.names)
-        told = {}
+        scores = {}
         for place, name in enumerate(names):
             own = found.own.counts[self.federation.honest_rows, place]
-            told[name] = {"true": float(own[0, 0]), "own": float(np.mean([f1(*each) for each in own.tolist()]))}
+            scores[name] = {"true": float(own[0, 0]), "own": float(np.mean([f1(*each) for each in own.tolist()]))}
             if averaged is not None and averaged.counts is not None:
-                told[name]["averaged"] = f1(*averaged.counts[0, place].tolist())
-        return told
+                scores[name]["averaged"] = f1(*averaged.counts[0, place].tolist())
+        return scores
 
     def of_honest(self, values: np.ndarray) -> list[float]:
         """[client], NaN for attackers."""

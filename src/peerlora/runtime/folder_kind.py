@@ -46,16 +46,16 @@ def kind_of_folder(folder: Path, settings: dict[str, Any], adapter: bool) -> Tas
     answering = [kind for kind in KINDS.values() if not kind.acts]
     mapping = None if settings.get("task_type") else settings.get("auto_mapping")
     if adapter and not isinstance(mapping, dict):
-        told = f"task_type={settings.get('task_type')!r}"
+        given = f"task_type={settings.get('task_type')!r}"
         found = [kind for kind in answering if kind.peft_type and kind.peft_type == settings.get("task_type")]
     else:
         named = [mapping.get("base_model_class")] if isinstance(mapping, dict) else settings.get("architectures")
         classes = [str(name) for name in named or ()]
-        told = f"{'base_model_class' if adapter else 'architectures'}={classes}"
+        given = f"{'base_model_class' if adapter else 'architectures'}={classes}"
         found = [kind for kind in answering if any(name.endswith(_endings(kind)) for name in classes)]
     if not found:
         known = dict.fromkeys(kind.peft_type or kind.auto_model.removeprefix("Auto") for kind in answering)
-        raise ModelError(f"{folder} has {told}; rows can be answered by {', '.join(known)}")
+        raise ModelError(f"{folder} has {given}; rows can be answered by {', '.join(known)}")
     if len({kind.target for kind in found}) > 1:
         target = _target_of(folder, _head_of(folder, settings, adapter))
         return next(kind for kind in found if kind.target == target)

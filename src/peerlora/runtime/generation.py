@@ -43,12 +43,13 @@ def generate_answers(
     for name, x in answering.items():
         found = greedy_answers(model, x, prompts, most, learner.pad, ends)
         texts[name] = [_text(tokenizer, own) for own in found]
-    told = {"prompt": [_text(tokenizer, own) for own in prompts], **texts}
+    columns = {"prompt": [_text(tokenizer, own) for own in prompts], **texts}
     scores = {
         name: {each: _mean_score(each, texts[name], texts["expected"]) for each in wanted.scores} for name in answering
     }
     answers = [
-        {name: own[-_LETTERS:] for name, own in zip(told, row, strict=True)} for row in zip(*told.values(), strict=True)
+        {name: own[-_LETTERS:] for name, own in zip(columns, row, strict=True)}
+        for row in zip(*columns.values(), strict=True)
     ]
     return Generated(done, held[place], answers, scores if wanted.scores else {})
 

@@ -34,10 +34,10 @@ def plan_upload(folder: Path, repo: str, private: bool, base: str | None = None)
     Raises ConfigError for names that no hub has, ModelError for a folder without a model, or with an adapter whose
     base nobody else can load.
     """
-    for told, name in (("the name of the repository", repo), ("--base", base)):
+    for option, name in (("the name of the repository", repo), ("--base", base)):
         if name is not None and not _is_hub_id(name):
             raise ConfigError(
-                f"{told} is {name!r}; expected OWNER/NAME or NAME, of letters, digits, dots, dashes and underscores"
+                f"{option} is {name!r}; expected OWNER/NAME or NAME, of letters, digits, dots, dashes and underscores"
             )
     adapter = is_adapter(folder)
     if base is not None and not adapter:

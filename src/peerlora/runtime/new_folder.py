@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peerlora.errors import RunError
 from peerlora.files import sync_tree
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def new_folder(to: Path) -> Iterator[Path]:
     require_new(to)
     to = to.resolve()
     half = to.with_name(f"{to.name}.tmp")
-    with write_failures_told(to.parent, lambda: "try again"):
+    with describe_write_failures(to.parent, lambda: "try again"):
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
         try:

@@ -80,7 +80,7 @@ def _classes(served: Served, data: Dataset, batch: int) -> Iterator[dict[str, An
     target = task_kind(served.reading.task).target
     for some in _some(served, len(data), batch):
         for row, logits in zip(some.tolist(), _logits(served, data, some), strict=True):
-            yield {"row": row + 1} | _told(logits, served.labels, target)
+            yield {"row": row + 1} | _answer(logits, served.labels, target)
 
 
 def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, Any]]:
@@ -89,8 +89,8 @@ def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, 
     reader, everything = served.tokenizer, np.arange(len(column))
     pixels = reader.read(read_images(column, everything, rows), len(column), rows)
     data = reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
-    for path, told in zip(image_paths(column), _classes(served, data, batch), strict=True):
-        yield {"row": told.pop("row")} | ({} if path is None else {"image": path}) | told
+    for path, answer in zip(image_paths(column), _classes(served, data, batch), strict=True):
+        yield {"row": answer.pop("row")} | ({} if path is None else {"image": path}) | answer
 
 
 def _split(tokens: Tokens) -> list[np.ndarray]:
@@ -109,8 +109,8 @@ def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:
     longer = [[column[i] for i in full] for column in texts]
     cut = len(full) and int((np.diff(tokenise(longer, served.tokenizer, limit + 1, False, None).starts) > limit).sum())
     if cut:
-        told = "%s: %d of %d rows have more than %d tokens and are cut there, as in training"
-        logging.getLogger(__name__).warning(told, rows, cut, len(lengths), limit)
+        message = "%s: %d of %d rows have more than %d tokens and are cut there, as in training"
+        logging.getLogger(__name__).warning(message, rows, cut, len(lengths), limit)
     return tokens
 
 
@@ -121,7 +121,7 @@ def _some(served: Served, number: int, size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + size, number))
 
 
-def _told(logits: Tensor, labels: tuple[str, ...], target: Target) -> dict[str, Any]:
+def _answer(logits: Tensor, labels: tuple[str, ...], target: Target) -> dict[str, Any]:
     if target == "number":
         return {"value": float(logits[0])}
     if target == "labels":

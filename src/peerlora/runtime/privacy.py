@@ -172,14 +172,14 @@ def noise_warnings(privacy: PrivateTraining, parameters: int) -> tuple[str, ...]
     if not drowned:
         return ()
     worst = sorted(drowned, key=lambda each: -each[0])[:_LISTED]
-    told = "; ".join(
+    ratios = "; ".join(
         f"client {client} with {each.rows} rows and noise {each.noise:.3g}: {ratio:.2g} times"
         for ratio, client, each in worst
     )
     return (
         f"privacy: for {len(drowned)} of {len(privacy.clients)} clients all noise together is longer than the way that "
-        f"their rows could move an adapter in the whole run ({told}); expect little of their own training; more rows, "
-        "more rounds, a lower adapter.rank or a larger epsilon help",
+        f"their rows could move an adapter in the whole run ({ratios}); expect little of their own training; more "
+        "rows, more rounds, a lower adapter.rank or a larger epsilon help",
     )
 
 

@@ -96,7 +96,7 @@ class BestRounds:
         sign = 1 if self.selection.mode == "max" else -1
         return np.isnan(self.values) | (sign * values > sign * self.values)
 
-    def told(self) -> dict[str, Any]:
+    def as_fields(self) -> dict[str, Any]:
         """The fields of the event that tells of an evaluation."""
         shown = np.full(len(self.clients), np.nan)
         shown[self.honest] = self.values[self.honest]

@@ -48,8 +48,8 @@ class SynchronousRounds:
         """Client that has begun a job -> when its result will have been sent."""
         self.stopped: set[int] = set()
         """Clients that train no more, and go on exchanging; only of methods whose rounds do no more than that."""
-        everybody = clock.clients if clock else 0
-        self.step_seconds = torch.full((everybody,), float("nan"), dtype=torch.float64)
+        timed = clock.clients if clock else 0
+        self.step_seconds = torch.full((timed,), float("nan"), dtype=torch.float64)
         """[client] of the run: of the latest job, as long as it took from its beginning."""
 
     @property

@@ -171,8 +171,8 @@ class Trainer:
     def _rate(self, t: int) -> dict[str, float]:
         """The learning rate of a training round, where it is not the same in all."""
         train = self.config.train
-        told = (train.schedule != "constant" or train.warmup) and not train.is_quiet(t)
-        return {"learning_rate": rate(train, t)} if told else {}
+        varies = (train.schedule != "constant" or train.warmup) and not train.is_quiet(t)
+        return {"learning_rate": rate(train, t)} if varies else {}
 
     def _diverged(self, done: int, reason: str) -> DivergenceError:
         """Mark the checkpoint that training could not go on from, and say what a resumed run goes on from."""
@@ -192,7 +192,7 @@ class Trainer:
         found = self.evaluator.evaluate(state, final)
         fresh = self._select(done, found, final)
         event = self.evaluator.event(done, found, began, self.rounds.virtual_seconds, final)
-        self._emit(replace(event, **self.best.told()) if self.best else event)
+        self._emit(replace(event, **self.best.as_fields()) if self.best else event)
         if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
         loss = found.own.loss[self.federation.honest_rows]

@@ -63,9 +63,9 @@ def _connected(config: Any, adjacency: Adjacency) -> Adjacency:
     clients = adjacency.shape[0]
     if not (config.allow_disconnected or is_connected(adjacency)):
         labels = components(adjacency)
-        apart = ", ".join(map(str, np.flatnonzero(labels != labels[0])[:5]))
+        unreachable = ", ".join(map(str, np.flatnonzero(labels != labels[0])[:5]))
         raise TopologyError(
-            f"{config.kind} graph of {clients} clients is disconnected: client 0 never hears from {apart}; "
+            f"{config.kind} graph of {clients} clients is disconnected: client 0 never hears from {unreachable}; "
             f"add links, {OVERRIDE}"
         )
     return adjacency

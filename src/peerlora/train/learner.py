@@ -143,7 +143,7 @@ class StackedLearner(LocalTraining):
         rows: Sequence[np.ndarray],
         x: Adapters,
         clients: ClientRows,
-        row_weights: Float[Tensor, "everybody row"] | None,
+        row_weights: Float[Tensor, "all_clients row"] | None,
     ) -> tuple[Float[Tensor, " client"], Float[Tensor, " client"]]:
         """The training losses of a minibatch, by the task, the weights of rows and the loss rules; and their terms."""
         logits, batch = self._train_forward(rows, x)

@@ -48,7 +48,7 @@ class LoopDriver:
         check_optimizer(adapter, self.optimizer)
         self.group = ProcessGroup()
         steps = self.group.share_steps(steps)
-        self.total, self._told = steps or 0, steps is not None
+        self.total, self._total_known = steps or 0, steps is not None
         """Steps that the loop has taken in all."""
         self.over = False
         """Whether no job follows: the loop may go on alone, or end."""
@@ -171,8 +171,8 @@ class LoopDriver:
         """Steps of this job that the loop has already taken, as its own checkpoint has it; 0 where that cannot be."""
         if job.at is None:
             return 0
-        if not self._told:
-            self.total, self._told = job.at, True
+        if not self._total_known:
+            self.total, self._total_known = job.at, True
         ahead = self.total - job.at
         if not 0 <= ahead < job.steps:
             self._notes.append(

@@ -52,7 +52,7 @@ def test_peers_mix_as_the_stacked_exchange_does(graph, private):
 
 
 def largest(received):
-    everybody = received.everybody.flat[received.senders]
+    everybody = received.all_adapters.flat[received.senders]
     flat = everybody.amax(1).expand(received.own.clients, -1)
     return Combined(replace(received.own, flat=flat.clone()), {"scale": received.scaling.sum(1)})
 
@@ -92,7 +92,7 @@ def test_merged_parts_cross():
     x = replace(x, merged=x.merged.plus(sums))
 
     def summed(received):
-        layers = received.everybody.merged.layers
+        layers = received.all_adapters.merged.layers
         value = sum(own.left[received.senders].sum((1, 2, 3)) + own.right[received.senders].sum((1, 2, 3))
                     for own in layers.values())  # fmt: skip
         return Combined(replace(received.own), {"sum": value})

@@ -224,7 +224,7 @@ def test_a_receiver_asks_those_who_are_there():
     sets = receiver("a", "b", "c")
     sets.endpoint.peers.mark_absent("b")
     sets.ask(AT)
-    assert sets.own == SenderSet("r", AT, of("a", "c").keys) and sets._untold() == ["a", "c", "d"]
+    assert sets.own == SenderSet("r", AT, of("a", "c").keys) and sets._not_sent_to() == ["a", "c", "d"]
 
 
 def test_of_fewer_than_two_nobody_is_asked():

@@ -23,16 +23,16 @@ class ExpiryWatch:
 
     def __init__(self, ends: Callable[[], Mapping[str, datetime | None]], clock: Callable[[], datetime] = utc_now):
         self.ends, self.clock = ends, clock
-        self._told: dict[tuple[str, datetime], int] = {}
+        self._warned: dict[tuple[str, datetime], int] = {}
 
     def __call__(self) -> list[str]:
         """Warnings that are due since the last call."""
         due, found = [], {what: end for what, end in self.ends().items() if end is not None}
-        self._told = {key: days for key, days in self._told.items() if key in found.items()}
+        self._warned = {key: days for key, days in self._warned.items() if key in found.items()}
         for what, end in found.items():
             left = (end - self.clock()).days
-            if left < SOON and self._told.get((what, end)) != left:
-                self._told[what, end] = left
+            if left < SOON and self._warned.get((what, end)) != left:
+                self._warned[what, end] = left
                 when = f"ends in {left} days, on" if left >= 0 else "has ended, on"
                 due.append(f"{what} {when} {end:%Y-%m-%d %H:%M} UTC: {CURES[what]}; a run that goes on takes it up")
         return due

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peerlora.exchange.base import ExchangeStats
 from peerlora.exchange.combine import CombineRule, apply_rule
-from peerlora.exchange.payload import Payload, everybody, expected, fault, vectors, widest
+from peerlora.exchange.payload import Payload, expected, fault, stack_with_own, vectors, widest
 from peerlora.exchange.plain import PlainExchange, operator
 from peerlora.exchange.replicas import Difference
 from peerlora.lora.adapters import Adapters
@@ -154,7 +154,7 @@ class NeighbourExchange(PlainExchange):
         received = self._exchange(message, decode, None if target is None else (target, own[target]))
         received[self.clients[0]] = own
         senders = sorted(received)
-        return everybody(payload, [received[j] for j in senders]), self.graph.weights(self.clients, senders)
+        return stack_with_own(payload, [received[j] for j in senders]), self.graph.weights(self.clients, senders)
 
     def _exchange(
         self, message: OutgoingMessage, decode: Decoder, target: tuple[str, Tensor] | None = None
@@ -219,8 +219,8 @@ class NeighbourExchange(PlainExchange):
         began, before = time.perf_counter(), self.stats.bytes_sent
         met = {j: self.names[j] for j in self.graph.neighbours(self.clients[0])}
         relay.begin(self.t, sent, received, met)
-        told = self._swap(dict.fromkeys(met.values(), relay.versions()), relay.decode_versions())
-        offered = {peer: relay.entries_for(versions) for peer, versions in told.received.items()}
+        held = self._swap(dict.fromkeys(met.values(), relay.versions()), relay.decode_versions())
+        offered = {peer: relay.entries_for(versions) for peer, versions in held.received.items()}
         swapped = self._swap({peer: message for peer, (message, _) in offered.items()}, relay.decode_entries())
         relay.end({j: swapped.received[peer] for j, peer in met.items() if peer in swapped.received})
         entries = sum(offered[peer][1] for peer in swapped.delivered)

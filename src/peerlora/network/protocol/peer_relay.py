@@ -39,7 +39,7 @@ class PeerRelay:
         """The present round, and the entries that were refused in it."""
         self._signatures: dict[tuple[int, int], bytes] = {}
         """(origin, version) -> signature, of what the cache holds."""
-        self._told: Int[np.ndarray, " client"] = self.cache.versions
+        self._announced: Int[np.ndarray, " client"] = self.cache.versions
         self._headers: dict[PeerId, Header] = {}
 
     @property
@@ -81,7 +81,7 @@ class PeerRelay:
         for row, client in enumerate(sorted([self.client, *senders])):
             if client != self.client:
                 self._take_mixed(self._headers[senders[client]], client, others, row)
-        self._told = self.cache.versions
+        self._announced = self.cache.versions
 
     def _take_mixed(self, header: Header, client: int, x: Adapters, row: int) -> None:
         rows = header.facts.get(ROWS)
@@ -99,7 +99,7 @@ class PeerRelay:
 
     def versions(self) -> OutgoingMessage:
         """What this client tells all its neighbours."""
-        return self.form.encode_versions(self._told)
+        return self.form.encode_versions(self._announced)
 
     def decode_versions(self) -> Decoder:
         """The decoder of what they tell."""
@@ -114,7 +114,7 @@ class PeerRelay:
 
     def decode_entries(self) -> Decoder:
         """The decoder of what neighbours send; it gives the header too."""
-        own, known, max_age = self.caches.pool.entry(int(self.cache.places[self.client])), self._told, self.max_age
+        own, known, max_age = self.caches.pool.entry(int(self.cache.places[self.client])), self._announced, self.max_age
         if max_age is not None:  # an honest neighbour has dropped what is older
             known = np.maximum(known, self.t - max_age)
         decode = partial(self.form.decode_entries, self.t, known, own, self.caches.layout)

@@ -24,8 +24,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from peerlora.exchange.entry_pool import Entry
-from peerlora.exchange.payload import everybody, vectors, widest
 from peerlora.exchange.payload import expected as expected_of
+from peerlora.exchange.payload import stack_with_own, vectors, widest
 from peerlora.exchange.relay import table_schema, versions_schema
 from peerlora.exchange.schema import Schema
 from peerlora.lora.adapters import Adapters, AdapterSpec
@@ -121,9 +121,9 @@ class RelayFormat:
         digest = hashlib.sha256()
         for vector in entry_vectors(entry, layout).values():
             digest.update(vector.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        told = [_DOMAIN, self.expected.run, self.expected.base, self.expected.spec, entry.origin, entry.version]
-        told += [entry.rank, entry.rows, str(entry.values.dtype), list(layout.blocks), digest.hexdigest()]
-        return json.dumps(told, separators=(",", ":")).encode()
+        signed = [_DOMAIN, self.expected.run, self.expected.base, self.expected.spec, entry.origin, entry.version]
+        signed += [entry.rank, entry.rows, str(entry.values.dtype), list(layout.blocks), digest.hexdigest()]
+        return json.dumps(signed, separators=(",", ":")).encode()
 
     # --- versions
 
@@ -240,7 +240,7 @@ def _adapters(entry: Entry, layout: AdapterSpec) -> Adapters:
 def _read_entry(file: memoryview, like: Adapters, origin: int, version: int, rows: int) -> Entry:
     """Decode one entry, whose values may still be any; ``like``: adapters of the same layout."""
     schema = expected_of((like,), claimed_shapes(file, widest((like,))))
-    (x,) = everybody((like,), [read_vectors(file, schema, finite=False)])
+    (x,) = stack_with_own((like,), [read_vectors(file, schema, finite=False)])
     return Entry(origin, version, int(x.ranks[0]), rows, x.flat[0])
 
 

@@ -79,7 +79,7 @@ class SenderSets:
         self._summing = False
         self._asked: dict[PeerId, dict[ExchangeStep, SenderSet]] = {}
         self._answered: dict[PeerId, SenderSet] = {}
-        self._told: set[PeerId] = set()
+        self._sent_to: set[PeerId] = set()
         self._tasks: dict[PeerId, asyncio.Task[None]] = {}
 
     # --- as a receiver
@@ -106,7 +106,7 @@ class SenderSets:
         try:
             while True:
                 self._renew()
-                for peer in self._untold():
+                for peer in self._not_sent_to():
                     if peer not in self._tasks:
                         self._tasks[peer] = asyncio.create_task(self._send(peer))
                 await self.endpoint.changed.wait()
@@ -133,20 +133,20 @@ class SenderSets:
 
     def _set_own(self, own: SenderSet) -> None:
         self.own = own
-        self._told.clear()
+        self._sent_to.clear()
         self.endpoint.changed.notify()
 
-    def _untold(self) -> list[PeerId]:
+    def _not_sent_to(self) -> list[PeerId]:
         if self.own is None:
             return []
         planned = self.planned(self.own.step.round, self.me)
         known = [peer for peer in planned if peer in self.endpoint.peers.neighbours]
-        return [peer for peer in known if peer not in self._told and not self.endpoint.peers.excluded(peer)]
+        return [peer for peer in known if peer not in self._sent_to and not self.endpoint.peers.excluded(peer)]
 
     async def _send(self, peer: PeerId) -> None:
         """Send the own set until the neighbour has taken or refused it; also one that it is not in, so it can go on."""
         try:
-            while (own := self.own) is not None and peer in self._untold():
+            while (own := self.own) is not None and peer in self._not_sent_to():
                 body = encode_table(own.keys)
                 facts: dict[str, Fact] = self.endpoint.last_outcomes(peer)
                 header = msgspec.structs.replace(
@@ -163,7 +163,7 @@ class SenderSets:
                         await asyncio.sleep(_RETRY)
                         continue
                 if own is self.own:
-                    self._told.add(peer)
+                    self._sent_to.add(peer)
         finally:
             del self._tasks[peer]
             self.endpoint.changed.notify()

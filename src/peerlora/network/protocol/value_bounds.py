@@ -30,8 +30,8 @@ def check_values(
         _check_between(name, given[name], *_MASS)
     if SUM in given:
         _check_between(SUM, given[SUM], 0.0, LARGEST)
-    apart = {SUM, *positive}
-    mine, theirs = ({name: each for name, each in some.items() if name not in apart} for some in (own, given))
+    excluded = {SUM, *positive}
+    mine, theirs = ({name: each for name, each in some.items() if name not in excluded} for some in (own, given))
     weight = next(iter(positive)) if weighted and positive else None
     own_weight, weight = (float(some[weight].max()) if weight else 1.0 for some in (own, given))
     check_largest(theirs, weight * allowed(largest(mine.values()) / own_weight))

@@ -134,8 +134,8 @@ class Listener:
             self._fresh = 0
             self._connections.trim(self.port)
             if failed := self._handshakes.failed():
-                told = f"{failed} connections" if failed > 1 else ""
-                self.ends.refused(STRANGER, Refused("tls-failed", told), "here", count=failed)
+                detail = f"{failed} connections" if failed > 1 else ""
+                self.ends.refused(STRANGER, Refused("tls-failed", detail), "here", count=failed)
 
     @contextmanager
     def _calling(self, context: Any) -> Iterator[Caller]:

@@ -177,11 +177,11 @@ async def _run_stream(source: RunSource, ended: asyncio.Event) -> AsyncIterator[
 
 
 async def _grid_stream(source: GridSource, ended: asyncio.Event) -> AsyncIterator[str]:
-    told = None
+    sent = None
     while not ended.is_set():
         grid = {"folder": source.folder.name, "cells": list(source.cells.values()), "trouble": source.trouble}
-        if (text := _message("grid", grid)) != told:
-            told = text
+        if (text := _message("grid", grid)) != sent:
+            sent = text
             yield text
         await asyncio.sleep(_EVERY)
 

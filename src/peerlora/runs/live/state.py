@@ -155,8 +155,8 @@ class LiveRun:
     def _environment(self, client: int) -> str:
         """What one client acts in, in words; nothing where it has rows."""
         values = self.meta["values"].items() if "environment" in self.meta else ()
-        told = ", ".join(f"{name} {own[client]:.4g}" for name, own in values if client < len(own))
-        return " with ".join(filter(None, [self.meta.get("environment"), told]))
+        constants = ", ".join(f"{name} {own[client]:.4g}" for name, own in values if client < len(own))
+        return " with ".join(filter(None, [self.meta.get("environment"), constants]))
 
     def _standing(self) -> dict[str, Any]:
         named = {"done": self.done, "status": self.status}
@@ -240,8 +240,8 @@ class LiveRun:
         self._notice(level, f"{name}: {kind} {event.get('detail', '')}".strip(), [*held, client])
 
     def _notice(self, level: str, text: str, clients: Sequence[int]) -> None:
-        told = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)}
-        self.notices.append({**told, "round": max(self.rounds, default=0)})
+        notice = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)}
+        self.notices.append({**notice, "round": max(self.rounds, default=0)})
         self.numbered += 1
 
 

@@ -52,7 +52,7 @@ class TrackerFeed:
         self._failure = ""
         self.refusal = ""
         """Why the tracker does not take a point while it takes others, if so."""
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def begin(self, run: TrackedRun, start: RunStarted | None) -> None:
         """Open the run in the tracker, on a new thread."""
@@ -79,11 +79,11 @@ class TrackerFeed:
 
     def news(self) -> str:
         """Return what is wrong with the tracker, where that has not been told yet, else an empty string."""
-        if self.refusal and "refusal" not in self._told:
-            self._told |= {"refusal", "failure"}
+        if self.refusal and "refusal" not in self._reported:
+            self._reported |= {"refusal", "failure"}
             return f"{self.name} takes others but not some of this run's points ({self.refusal}); it goes on without"
-        if self._failure and "failure" not in self._told:
-            self._told.add("failure")
+        if self._failure and "failure" not in self._reported:
+            self._reported.add("failure")
             return (
                 f"{self.name} does not take this run's numbers ({self._failure}); the run goes on, and tries it again"
             )

@@ -42,13 +42,13 @@ class RayEngine(Engine):
 
     def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
         """See ``Engine``."""
-        end, told = time.monotonic() + settings.wait, False
+        end, reported = time.monotonic() + settings.wait, False
         while reason := lacking(settings, self.ray.cluster_resources()):
             if time.monotonic() >= end:
                 raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
-            if not told:
+            if not reported:
                 tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
-            told = True
+            reported = True
             time.sleep(_LOOK)
 
 

@@ -73,14 +73,14 @@ class SwappedRows:
         self.others = [worker for worker in range(len(self.blocks)) if worker != index]
         self.number = 0
 
-    def all_rows(self, own: Float[Tensor, "client scalar"]) -> Float[Tensor, "everybody scalar"]:
+    def all_rows(self, own: Float[Tensor, "client scalar"]) -> Float[Tensor, "all_clients scalar"]:
         """Return the rows of all clients, in the order of their numbers."""
         number = self._next()
         if self.others:
             self.send(number, self.others, _values(own))
         return self._placed(own, {worker: self.blocks[worker] for worker in self.others}, number)
 
-    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "everybody scalar"]:
+    def rows_for(self, own: Float[Tensor, "client scalar"], links: Adjacency) -> Float[Tensor, "all_clients scalar"]:
         """Return the rows of those from whom clients held here hear, and their own; the others are zero.
 
         Where an all-gather moves less, they are there too.
@@ -98,7 +98,7 @@ class SwappedRows:
 
     def columns(
         self, own: Float[Tensor, "client scalar"], shares: Sequence[Int[Tensor, " column"]]
-    ) -> Float[Tensor, "everybody column"]:
+    ) -> Float[Tensor, "all_clients column"]:
         """Return all clients' values in this worker's share of the columns; ``shares`` has one for every worker."""
         number = self._next()
         for worker in self.others:
@@ -121,7 +121,7 @@ class SwappedRows:
 
     def _placed(
         self, own: Float[Tensor, "client scalar"], expected: dict[int, Int[Tensor, " client"]], number: int
-    ) -> Float[Tensor, "everybody scalar"]:
+    ) -> Float[Tensor, "all_clients scalar"]:
         found = own.new_zeros(self.placement.clients, own.shape[1])
         found[self.blocks[self.index].to(own.device)] = own
         for worker, values in self.inbox.take(number, expected, self.timeout).items():

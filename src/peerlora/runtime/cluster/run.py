@@ -246,9 +246,9 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
     federation = assemble(local, resources, clients=[0], speed=speed, division=division)
     if config.adapter.start is not None:  # whose digest is that of all clients
-        everybody = range(config.clients)
+        clients = range(config.clients)
         assert isinstance(federation.model, StackedModel)
-        start, _ = start_adapters(local.config, federation.model, federation.export, everybody)
+        start, _ = start_adapters(local.config, federation.model, federation.export, clients)
         federation = replace(federation, start=start)
     if config.device == "cpu" and config.train.block is None:
         block = choose_tile_size(config.clients, settings.workers, _most_per_graph(federation))

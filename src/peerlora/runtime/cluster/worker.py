@@ -123,11 +123,11 @@ class BlockWorker:
         use_threads(self.federation.config)
         self.rounds.stopped = set(stopped)
         self.state, self.result = self.rounds.advance(t, self.state)
-        told = replace(self.result, sent=None, received=None)
+        result = replace(self.result, sent=None, received=None)
         graph = self.federation.exchange.graph
         edges = graph.edges if self.result.sent is not None else []
-        told = replace(told, edges=edges) if self.index == 0 else replace(told, edges=[], W=None)
-        return told, self.rounds.virtual_seconds
+        result = replace(result, edges=edges) if self.index == 0 else replace(result, edges=[], W=None)
+        return result, self.rounds.virtual_seconds
 
     def measure(self) -> LayerShare | None:
         """Measure this worker's share of the layers after the last round, of all honest clients."""
@@ -204,19 +204,19 @@ class BlockClients(AllClients):
         """
         if not bool(self.rows.all_rows(torch.tensor([[x.equal_ranks]] * x.clients)).all()):
             return (x,)
-        everybody = [i for i in range(self.rows.placement.clients) if i not in self.federation.attackers]
+        honest = [i for i in range(self.rows.placement.clients) if i not in self.federation.attackers]
         merged = tree_map(lambda _, leaf: gather_rows(self.rows, leaf), x.merged)
         shares = list(torch.arange(x.flat.shape[1]).tensor_split(len(self.rows.blocks)))
-        mine = self.rows.columns(x.flat, shares)[everybody]
+        mine = self.rows.columns(x.flat, shares)[honest]
         parts = self.rows.to_one(self.last, client_mean(mine)[0])
         if not parts:
             return (x,)
         flat = torch.cat(parts)[None].to(x.flat)
         if merged is not None:
-            return x, replace(x, flat=flat, ranks=x.ranks[:1], merged=merged.rows(everybody).mean())
+            return x, replace(x, flat=flat, ranks=x.ranks[:1], merged=merged.rows(honest).mean())
         return (replace(x, flat=torch.cat([x.flat, flat]), ranks=torch.cat([x.ranks, x.ranks[:1]])),)
 
 
-def gather_rows(rows: SwappedRows, leaf: Float[Tensor, "client ..."]) -> Float[Tensor, "everybody ..."]:
+def gather_rows(rows: SwappedRows, leaf: Float[Tensor, "client ..."]) -> Float[Tensor, "all_clients ..."]:
     """One leaf of a tree, of all clients."""
     return rows.all_rows(leaf.flatten(1)).view(rows.placement.clients, *leaf.shape[1:])

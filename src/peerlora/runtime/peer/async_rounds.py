@@ -95,7 +95,7 @@ class PeerAsyncRounds:
         with self.mailbox.lock:
             mailboxes = self.mailbox.mailboxes
             mailboxes.end_job(self.mailbox.client)
-            self._let(lambda state, mail: self.algorithm.on_job(state, start, trained, mail))
+            self._let(lambda state, mailbox: self.algorithm.on_job(state, start, trained, mailbox))
             ended = self.state, mailboxes.measures(), sorted(mailboxes.used)
             self.state = None
             self.mailbox.closed = mailboxes.versions[self.mailbox.client] >= self.jobs

@@ -67,14 +67,14 @@ class StartupSum:
 
     def _requested(self, ahead: list[PeerId], own: Tensor) -> Tensor:
         """The sum that neighbours tell, some of them, so that one alone cannot make it up."""
-        told: dict[PeerId, Tensor] = {}
+        totals: dict[PeerId, Tensor] = {}
         for peer in ahead[:_ASKED]:
             found = self.request(peer, counts_schema(own.shape[1]))
             if found is not None:
-                told[peer] = checked_total(found[COUNTS], own, peer)
-        if not told:
+                totals[peer] = checked_total(found[COUNTS], own, peer)
+        if not totals:
             raise NotNow(f"{ahead[0]} has begun its rounds and does not tell the network's label counts; try again")
-        (first, total), *others = told.items()
+        (first, total), *others = totals.items()
         for peer, other in others:
             if not torch.equal(other, total):
                 raise RunError(
@@ -115,11 +115,11 @@ def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> l
 
     Raises NotNow unless all answer.
     """
-    greeted = thread.call(control.handshake(join))
+    handshake = thread.call(control.handshake(join))
     missing = [
-        f"{peer} ({greeted.refused.get(peer, f'not there after {join:g} s')})"
+        f"{peer} ({handshake.refused.get(peer, f'not there after {join:g} s')})"
         for peer in sorted(control.endpoint.peers.neighbours)
-        if peer not in greeted.reached
+        if peer not in handshake.reached
     ]
     if missing:
         raise NotNow(

@@ -105,7 +105,7 @@ class PeerParticipation(HeldState):
     def closing_events(self) -> list[Event]:
         """Take what is left, and warn where the result is more this site's alone than the federation's."""
         found = contact(read_events(self.store.folder))
-        return [*self.neighbour_events(), *([Warned(told)] if (told := describe_contact(found, self.done)) else [])]
+        return [*self.neighbour_events(), *([Warned(notice)] if (notice := describe_contact(found, self.done)) else [])]
 
     def evaluated(self, x: Adapters) -> tuple[Adapters, ...]:
         """Return the own model; nobody knows the average."""

@@ -101,8 +101,8 @@ def examine(
             yield Finding("problem", str(error), "stop what uses the port (a running peer?), or change the address")
             return
         try:
-            greeted = thread.call(control.handshake(wait))
-            yield from _about_neighbours(roster, greeted, neighbours, control.skew, thread)
+            handshake = thread.call(control.handshake(wait))
+            yield from _about_neighbours(roster, handshake, neighbours, control.skew, thread)
             thread.call(asyncio.sleep(_LINGER))
         finally:
             thread.call(control.close())
@@ -111,29 +111,31 @@ def examine(
 def _about_relaying(what: str, site: Site, clients: int, neighbours: int) -> Finding:
     """Who gets this site's adapter where sites pass adapters on, because of ``what``."""
     others = [name for client, name in sorted(site.names.items()) if client < clients and client != site.client]
-    told = f"{what}: every site of the run gets this site's adapter, not its {neighbours} neighbours alone: "
+    message = f"{what}: every site of the run gets this site's adapter, not its {neighbours} neighbours alone: "
     do = f"agree on that with all sites, or do without {what} at all of them"
-    return Finding("advice", told + ", ".join(others), do)
+    return Finding("advice", message + ", ".join(others), do)
 
 
 def _about_neighbours(
     roster: Roster,
-    greeted: HandshakeResult,
+    handshake: HandshakeResult,
     neighbours: dict[int, PeerId],
     skew: dict[PeerId, float],
     thread: EventLoopThread,
 ) -> Iterator[Finding]:
     for peer in neighbours.values():
-        if peer in greeted.reached:
+        if peer in handshake.reached:
             yield Finding("good", f"{peer} answers; it has the same config, model and adapter")
-            apart = skew.get(peer, 0.0)
-            if abs(apart) > _SKEW:
-                told = f"the clock of {peer} is {abs(apart):.0f} s {'ahead of' if apart > 0 else 'behind'} this one"
-                yield Finding("problem", told, "let both machines follow a time server, e.g. chrony")
-        elif peer in greeted.refused:
-            told = greeted.refused[peer]
-            reason = next((word for word in ADVICE if told.startswith(refused_for(word))), "")
-            yield Finding("problem", f"{peer} does not go along: {told}", ADVICE.get(reason, ""))
+            skewed = skew.get(peer, 0.0)
+            if abs(skewed) > _SKEW:
+                problem = (
+                    f"the clock of {peer} is {abs(skewed):.0f} s {'ahead of' if skewed > 0 else 'behind'} this one"
+                )
+                yield Finding("problem", problem, "let both machines follow a time server, e.g. chrony")
+        elif peer in handshake.refused:
+            problem = handshake.refused[peer]
+            reason = next((word for word in ADVICE if problem.startswith(refused_for(word))), "")
+            yield Finding("problem", f"{peer} does not go along: {problem}", ADVICE.get(reason, ""))
         else:
             yield thread.call(_unreached(roster, peer))
 

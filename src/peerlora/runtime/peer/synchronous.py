@@ -79,7 +79,7 @@ class SynchronousPeer(PeerParticipation):
             site.names,
         )
         self.exchange = SecureExchange(sets, *parts) if sets else NeighbourExchange(*parts)
-        cache, rows = cache_settings(config, federation.algorithm), _told_rows(federation, site)
+        cache, rows = cache_settings(config, federation.algorithm), _relayed_rows(federation, site)
         peers = build_exchange(config, self.exchange, federation.start, federation.attackers, cache, rows)
         if cache:
             self._bounds["relay"] = self.exchange.relay_format.largest(federation.start)
@@ -142,11 +142,11 @@ class SynchronousPeer(PeerParticipation):
     def _sums_given_up(self) -> list[Event]:
         """Warn of secure sums that did not come together."""
         count = self.exchange.given_up if isinstance(self.exchange, SecureExchange) else 0
-        told = (
+        warning = (
             f"{count} secure sums were given up, since a neighbour went away meanwhile or fewer than {LEAST_SENDERS} "
             "were there; this site kept its own values in these rounds"
         )
-        return [Warned(told)] if count else []
+        return [Warned(warning)] if count else []
 
     def _catch_up(self, t: int, state: State, round: int, peer: PeerId) -> tuple[int, State]:
         """Leave out rounds; after a long absence adopt the state of the neighbour that is followed.
@@ -217,7 +217,7 @@ class SynchronousPeer(PeerParticipation):
         return events
 
 
-def _told_rows(federation: Federation, site: Site) -> dict[int, int]:
+def _relayed_rows(federation: Federation, site: Site) -> dict[int, int]:
     """This client's training rows, as relayed adapters tell all sites: 1 where their weights do not depend on them."""
     relayed = federation.exchange.relayed
     return {site.client: relayed.rows[site.client] if relayed and relayed.settings.weights == "rows" else 1}

@@ -54,8 +54,8 @@ class Rates:
 
     def __str__(self) -> str:
         ways = {"fp32": self.plain, "packed fp32": self.packed, "bf16": self.bf16, "packed bf16": self.packed_bf16}
-        told = ", ".join(f"{way} {rate:.3g}" for way, rate in ways.items() if rate is not None)
-        return f"frozen products of {self.d_in} by {self.d_out} on one core, in GFLOP/s: {told}"
+        rates = ", ".join(f"{way} {rate:.3g}" for way, rate in ways.items() if rate is not None)
+        return f"frozen products of {self.d_in} by {self.d_out} on one core, in GFLOP/s: {rates}"
 
 
 @dataclass(frozen=True)

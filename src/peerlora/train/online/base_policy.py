@@ -39,8 +39,8 @@ class PretrainingSettings:
 
     def digest(self) -> str:
         """A name that no other settings have: hexadecimal."""
-        told = {**asdict(self), "shape": self.shape.to_dict()}
-        return hashlib.sha256(json.dumps([_FORMAT, told], sort_keys=True).encode()).hexdigest()[:20]
+        settings = {**asdict(self), "shape": self.shape.to_dict()}
+        return hashlib.sha256(json.dumps([_FORMAT, settings], sort_keys=True).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ class Episodes:
 
     def digests(self) -> dict[str, Any]:
         """What a resumed run must find again."""
-        told = repr(
+        drawn = repr(
             (self.env, self.horizon, list(self.seeds), {name: own.tolist() for name, own in self.values.items()})
         )
-        return {"rows": len(self), "episodes": hashlib.sha256(told.encode()).hexdigest()}
+        return {"rows": len(self), "episodes": hashlib.sha256(drawn.encode()).hexdigest()}
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class FlowShape:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a mapping, which PEFT asks of a model's config; of a flow that acts itself, its sizes alone."""
-        told = asdict(self)
-        return {name: value for name, value in told.items() if (name, value) != ("actor", FLOW)}
+        settings = asdict(self)
+        return {name: value for name, value in settings.items() if (name, value) != ("actor", FLOW)}
 
 
 class FlowPolicy(nn.Module):
