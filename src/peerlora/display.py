@@ -41,4 +41,9 @@ def byte_unit(count: float) -> tuple[float, str]:
 
 def format_now(timespec: str = "seconds") -> str:
     """Give the time in UTC as ISO 8601; ``timespec`` as in ``datetime.isoformat``."""
-    return datetime.now(UTC).isoformat(timespec=timespec)
+    return utc_now().isoformat(timespec=timespec)
+
+
+def utc_now() -> datetime:
+    """Return the time in UTC, with its zone: that which is shown, and that by which lists and certificates end."""
+    return datetime.now(UTC)

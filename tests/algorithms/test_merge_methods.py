@@ -3,7 +3,6 @@
 import multiprocessing
 import signal
 import threading
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -37,6 +36,7 @@ from peerlora.runtime.export import export_from_run
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology.schedule import build_topology
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -706,9 +706,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(config, tmp_path):
         tmp_path / "killed",
     )
     process.start()
-    deadline = time.monotonic() + 100
-    while not (folder / "checkpoints" / "round-000004.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.0005)
+    until((folder / "checkpoints" / "round-000004.json").exists, process.is_alive, every=0.0005)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL and not (folder / "summary.json").exists()

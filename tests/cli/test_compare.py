@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from peerlora.experiments.presets import PRESETS, TASKS, preset
 from peerlora.experiments.results import write_results
 from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trials import expand_settings, plan_search, plan_trials, search_labels
+from waiting import until
 
 METHODS = ["dec-lora", {"algorithm": {"name": "adf-lora", "interval": 1}}]
 
@@ -168,9 +168,7 @@ def test_search_needs_rows_that_are_not_reported(cli, grid_file, tmp_path):
 def test_ctrl_c_ends_with_the_resume_command(process, grid_file, tmp_path):
     out = tmp_path / "out"
     running = process("compare", grid_file(), "train.rounds=2000", "--out", out)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("cells/*/events.jsonl")) and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: list(out.glob("cells/*/events.jsonl")), lambda: running.poll() is None)
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=60)
     assert running.returncode == 130, told

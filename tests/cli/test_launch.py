@@ -264,7 +264,7 @@ def test_failures_on_purpose(cli, yaml_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cli, yaml_file, tmp_path):
-    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=100", "train.local_steps=30"]
+    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=70", "train.local_steps=30"]
     path = yaml_file(*words, "algorithm.name=dec-lora", "peer.deadline=5", "peer.join=60", "eval.every=1000")
     answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--cut", "0>1@1s:8s")
     assert answer.code == 0, answer.err
@@ -286,7 +286,7 @@ def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cl
         assert missed(i, j) ^ missed(j, i) <= told(i, j) | told(j, i)
     third = missed(0, 2) | missed(2, 0) | missed(1, 2) | missed(2, 1)
     assert (missed(0, 1) & missed(1, 0)) - third  # while those two miss each other, it goes on with both
-    assert all(own[-1].round == 99 and own[-1].contacts == 2 for own in done)
+    assert all(own[-1].round == 69 and own[-1].contacts == 2 for own in done)
 
 
 @pytest.mark.slow
@@ -294,18 +294,18 @@ def test_a_link_that_is_cut_one_way_is_missed_by_both_its_ends_and_comes_back(cl
 @pytest.mark.parametrize("method", ["aedfl", "ad-psgd"])
 def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
     """Over gRPC: one is killed and comes back, one is stopped for a while, and nobody waits."""
-    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=120", "train.local_steps=30"]
+    words = [*SETTINGS, "clients=3", "topology=complete", "train.rounds=80", "train.local_steps=30"]
     words += [f"algorithm.name={method}", *(["algorithm.patience=1"] if method == "ad-psgd" else [])]
     path = yaml_file(*words, "peer.join=60", "checkpoint.every=5", "eval.every=1000")
     answer = cli("launch", path, "--out", tmp_path / "out", "--json", "--kill", "2@2s:1s", "--stop", "1@3s:2s")
     assert answer.code == 0, answer.err
     summary = json.loads(answer.out.strip().splitlines()[-1])
     assert [peer["ended"] for peer in summary["peers"]] == ["finished"] * 3
-    assert [peer["rounds"] for peer in summary["peers"]] == [120] * 3 and summary["peers"][2]["starts"] == 2
+    assert [peer["rounds"] for peer in summary["peers"]] == [80] * 3 and summary["peers"][2]["starts"] == 2
     for client in range(3):
         told = select_events(read_events(tmp_path / "out" / f"peer-{client:02d}"), RoundDone)
-        assert [done.round for done in told] == list(range(120))
+        assert [done.round for done in told] == list(range(80))
         assert sum(done.bytes_sent for done in told) > 0 and any("staleness" in done.measures for done in told)
-        assert max(done.seconds_mix for done in told[:-1]) < 60  # it would hang
+        assert {reason for done in told for reason in done.missed.values()} <= {"down"}, "no deadline was waited for"
     changes = select_events(read_events(tmp_path / "out" / "peer-00"), NeighbourChanged)
     assert {"down", "up"} <= {change.kind for change in changes if change.client == 2}

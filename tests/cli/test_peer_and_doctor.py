@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import time
 from datetime import timedelta
 from importlib.util import find_spec
 
@@ -21,6 +20,7 @@ from peerlora.network.identity.members import (
 )
 from peerlora.runs.events import RoundDone
 from peerlora.runtime.launch.processes import free_ports
+from waiting import until
 
 WORDS = ["train.dtype=fp32", "clients=2", "topology=path", "train.rounds=2", "peer.join=0.5", "eval.rows=4"]
 WORDS += ["peer.quorum=0"]  # most of these peers are alone
@@ -227,11 +227,8 @@ def test_a_port_that_is_taken_may_pass(cli, yaml_file, sites, tmp_path):
 @pytest.mark.alone
 def test_neighbours_in_the_run_before_may_pass(cli, process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS, "peer.run=old", "peer.join=60")
-    process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
-    limit = time.monotonic() + 120
-    while not (tmp_path / "old" / "run.json").exists():
-        assert time.monotonic() < limit, "a did not start"
-        time.sleep(0.05)
+    started = process("peer", path, *options(sites, "a"), "--out", tmp_path / "old")
+    until((tmp_path / "old" / "run.json").exists, lambda: started.poll() is None)
     answer = cli("peer", path, "peer.run=new", "peer.join=10", *options(sites, "b"), "--out", tmp_path / "new")
     assert answer.code == 1 and "in another run" in answer.err and "wrong-run" in answer.err, answer.err
 

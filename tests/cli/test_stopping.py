@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import time
 
 import pytest
 
@@ -11,6 +10,7 @@ from peerlora.runs.events import RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import RunStore, read_events
 from peerlora.runtime.simulate import simulate
+from waiting import until
 
 
 def adapters(run):
@@ -120,12 +120,10 @@ def test_an_update_that_overflows_is_neither_saved_nor_called_a_result(rounds, c
 
 
 def wait_for_rounds(run, count, started):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and started.poll() is None:
-        if (run / "run.json").exists() and len(select_events(read_events(run), RoundDone)) >= count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {count} rounds: {started.communicate()}")
+    def reached():
+        return (run / "run.json").exists() and len(select_events(read_events(run), RoundDone)) >= count
+
+    until(reached, lambda: started.poll() is None)
 
 
 @pytest.mark.slow

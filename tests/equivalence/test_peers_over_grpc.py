@@ -31,7 +31,7 @@ def compare(config, folder, methods):
             processes.start(client)
         whole = {}
         for method, chosen in configs.items():
-            whole[method] = simulate(chosen, folder / "whole" / method).adapters
+            whole[method] = simulate(chosen, folder / "whole" / method, report=False).adapters
         assert processes.wait() == dict.fromkeys(range(CLIENTS), 0)
         for method in methods:
             for client in range(CLIENTS):

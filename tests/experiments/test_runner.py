@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -30,6 +29,7 @@ from peerlora.runtime.resources import BaseModelCache, load_resources
 from peerlora.runtime.simulate import simulate
 from peerlora.train.kernels import prefix_cache
 from peerlora.train.kernels.prefix_cache import PrefixCache
+from waiting import until
 
 METHODS = [{"algorithm": {"name": "adf-lora", "interval": 1}}, "dec-lora"]
 
@@ -347,9 +347,7 @@ def test_killed_and_resumed(whole, tree, tmp_path):
     out = tmp_path / "out"
     process = context.Process(target=run_alone, args=(tree(), out))
     process.start()
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("cells/*/run.json"))) < 2 and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    until(lambda: len(list(out.glob("cells/*/run.json"))) >= 2, process.is_alive, every=0.002)
     process.kill()
     process.join()
     finished = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("cells/*/summary.json")}

@@ -1,7 +1,5 @@
 """Peers without common rounds, in memory and in real time: at their own pace, alone, dead, back again."""
 
-import time
-
 import pytest
 import torch
 from in_memory import network, one_at_a_time, together
@@ -12,6 +10,7 @@ from peerlora.algorithms.ad_psgd import ADPSGD
 from peerlora.errors import Stopped
 from peerlora.runs.events import Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
 from peerlora.train.learner import StackedLearner
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -38,10 +37,8 @@ def keep_in_step(made, monkeypatch, clients):
 
     def fit_in_step(learner, *arguments):
         (client,) = learner.shards.clients
-        limit = time.monotonic() + 60
-        while client in clients and made.rounds[client] > min(made.rounds[other] for other in clients) + 3:
-            assert time.monotonic() < limit
-            time.sleep(0.005)
+        if client in clients:
+            until(lambda: made.rounds[client] <= min(made.rounds[other] for other in clients) + 3, every=0.005)
         return fit(learner, *arguments)
 
     monkeypatch.setattr(StackedLearner, "fit", fit_in_step)
@@ -53,24 +50,31 @@ def met(done, client):
 
 def until_met(made, client, other, method):
     """Where the method lets the two meet."""
-    limit = time.monotonic() + 60
-    while (client, other) in PAIRS[method] and not any(met(done, other) for done in made.events(client, RoundDone)):
-        assert time.monotonic() < limit
-        time.sleep(0.02)
+    if (client, other) in PAIRS[method]:
+        until(lambda: any(met(done, other) for done in made.events(client, RoundDone)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, method):
-    made = runs(method, "train.rounds=16")
-    made.slow |= {1: 0.2}
+def test_peers_of_different_speeds_all_end_and_wait_for_nobody(runs, monkeypatch, method):
+    """Client 1 goes on with its second half once the others have ended: they end without it."""
+    made, fit = runs(method, "train.rounds=16"), StackedLearner.fit
+
+    def fit_when_due(learner, *arguments):
+        (client,) = learner.shards.clients
+        halfway = made.rounds[1] >= 8
+        until(lambda: made.rounds[1] >= 8 or made.rounds[client] <= min(made.rounds.values()) + 3)
+        if client == 1 and halfway:
+            until(lambda: made.rounds[0] == made.rounds[2] == 16)
+        return fit(learner, *arguments)
+
+    monkeypatch.setattr(StackedLearner, "fit", fit_when_due)
     results = together([lambda client=client: made.run(client) for client in range(3)])
     for client, result in enumerate(results):
         assert result.summary["rounds"] == 16 and result.summary["bytes_sent"] > 0
         told = made.events(client, RoundDone)
         assert [done.round for done in told] == list(range(16))
         assert any(done.contacts for done in told) and all(client in edge for done in told for edge in done.edges)
-        assert all(done.seconds_mix < 60 for done in told)  # it would hang
         assert all(done.virtual_seconds != done.virtual_seconds for done in told)
         stale = [done.measures["staleness_max"] for done in told if "staleness_max" in done.measures]
         assert stale and all(0 <= each <= 16 for each in stale)
@@ -86,8 +90,8 @@ def test_a_slow_peers_letters_are_stale(runs, monkeypatch):
 
     def slowly(learner, *arguments):
         begun = min(made.rounds[0], made.rounds[1])
-        while learner.shards.clients == [2] and min(made.rounds[0], made.rounds[1]) < min(40, begun + 5):
-            time.sleep(0.01)
+        if learner.shards.clients == [2]:
+            until(lambda: min(made.rounds[0], made.rounds[1]) >= min(40, begun + 5), every=0.01)
         return fit(learner, *arguments)
 
     monkeypatch.setattr(StackedLearner, "fit", slowly)
@@ -121,7 +125,6 @@ def test_a_dead_peer_stops_nobody(runs, monkeypatch, method):
         assert [done.round for done in told] == list(range(50))
         assert any(met(done, 2) for done in told) == ((client, 2) in PAIRS[method])
         assert not any(met(done, 2) for done in told[-10:]) and any(met(done, 1 - client) for done in told[-10:])
-        assert max(done.seconds_mix for done in told) < 60  # it would hang
         downs = [event for event in made.events(client, NeighbourChanged) if event.client == 2 and event.kind == "down"]
         assert downs
     if method == "aedfl":  # everybody writes to everybody
@@ -179,10 +182,7 @@ def test_a_peer_that_stops_in_peace_keeps_the_letters_that_it_has_not_opened(run
         return all(len(made.events(other, Joined)) == 2 for other in range(3))
 
     def fit_when_due(learner, *arguments):
-        limit = time.monotonic() + 60
-        while not may_train(*learner.shards.clients):
-            assert time.monotonic() < limit
-            time.sleep(0.01)
+        until(lambda: may_train(*learner.shards.clients))
         return fit(learner, *arguments)
 
     monkeypatch.setattr(StackedLearner, "fit", fit_when_due)

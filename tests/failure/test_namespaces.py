@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from processes import Processes
-from test_real_processes import WORDS, rounds, told, until
+from test_real_processes import WORDS, rounds, told
 
 PREFIX = f"plx{os.getpid() % 10000}"
 
@@ -56,9 +56,9 @@ def test_a_pulled_cable_costs_a_few_deadlines_and_comes_back(config, tmp_path, h
     with Processes({"run": chosen}, tmp_path, hosts) as found:
         for client in range(3):
             found.start(client)
-        until(found, 2, 4)
+        until_round(found, 2, 4)
         ip("-n", f"{PREFIX}-sw", "link", "set", "port2", "down")  # no packet passes, and nobody is told
-        until(found, 0, len(rounds(found, 0)) + 8)
+        until_round(found, 0, len(rounds(found, 0)) + 8)
         ip("-n", f"{PREFIX}-sw", "link", "set", "port2", "up")
         assert found.wait() == {0: 0, 1: 0, 2: 0}
         for client in (0, 1):

@@ -25,6 +25,7 @@ from peerlora.runtime.peer.synchronous import SynchronousPeer
 from peerlora.runtime.peer.train import train_peer
 from peerlora.runtime.resources import load_resources
 from peerlora.train.schedule import rate
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 
@@ -68,10 +69,7 @@ class Runs:
             return end
 
     def until(self, client, rounds):
-        limit = time.monotonic() + 60
-        while self.rounds[client] < rounds:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
+        until(lambda: self.rounds[client] >= rounds)
 
     def events(self, client, kind=None):
         found = read_events(self.folder / f"peer-{client}")

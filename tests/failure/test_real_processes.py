@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from datetime import timedelta
 
 import pytest
@@ -11,10 +10,12 @@ from processes import QUICK, Processes
 from peerlora.network.identity.authority import list_signer
 from peerlora.network.identity.identity import load_identity
 from peerlora.network.identity.members import load_members, remove_member, sign_list, write_list
-from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
+from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
+from waiting import until
 
+HOLD, ROUNDS = 12, 24
 WORDS = [*QUICK, "clients=3", "peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
 
 
@@ -22,10 +23,10 @@ WORDS = [*QUICK, "clients=3", "peer.deadline=4", "peer.join=30", "checkpoint.eve
 def processes(config, tmp_path):
     made = []
 
-    def start(*words):
+    def start(*words, hold=None):
         made.append(Processes({"run": config("bert", *WORDS, *words)}, tmp_path))
         for client in range(3):
-            made[0].start(client)
+            made[0].start(client, hold if client < 2 else None)
         return made[0]
 
     yield start
@@ -38,12 +39,8 @@ def rounds(processes, client):
     return select_events(read_events(run), RoundDone) if (run / "run.json").exists() else []
 
 
-def until(processes, client, count):
-    limit = time.monotonic() + 120
-    while len(rounds(processes, client)) < count:
-        assert time.monotonic() < limit, f"client {client} never came to round {count}"
-        assert processes.running[client].is_alive()
-        time.sleep(0.05)
+def until_round(processes, client, count):
+    until(lambda: len(rounds(processes, client)) >= count, processes.running[client].is_alive)
 
 
 def told(processes, client, about):
@@ -52,24 +49,26 @@ def told(processes, client, about):
 
 
 def kill_and_restart(processes, client):
-    """A client dies and comes back four rounds later; then all come to the end."""
-    until(processes, client, 4)
+    """A client dies and comes back once the others hold, some rounds later; then all come to the end."""
+    until_round(processes, client, 4)
     processes.running[client].kill()
     processes.running[client].join()
-    until(processes, 0, len(rounds(processes, 0)) + 4)
-    processes.start(client)
+    until_round(processes, 0, HOLD)
+    run, again = processes.run("run", client), processes.start(client)
+    until(lambda: len(select_events(read_events(run), Joined)) == 2, again.is_alive)
+    processes.release()
     assert processes.wait() == {0: 0, 1: 0, 2: 0}
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_killed_process_is_missed_and_takes_part_again(processes):
-    found = processes("train.rounds=40", "train.local_steps=40")
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLD)
     kill_and_restart(found, 2)
     for client in (0, 1):
         done = rounds(found, client)
-        assert [each.round for each in done] == list(range(40))
-        assert any("2" in each.missed for each in done)
+        assert [each.round for each in done] == list(range(ROUNDS))
+        assert any(each.missed.get("2") == "absent" for each in done), "it is not waited for"
         assert "down" in told(found, client, 2) and told(found, client, 2)[-1:] != ["suspect"]
     events = read_events(found.run("run", 2))
     assert len(select_events(events, Resumed)) == 1 and select_events(events, CaughtUp)
@@ -78,17 +77,16 @@ def test_a_killed_process_is_missed_and_takes_part_again(processes):
         for each in select_events(events, RoundDone)
         if each.round > select_events(events, CaughtUp)[0].to
     )
-    assert max(each.seconds_mix for each in rounds(found, 0)) < 60  # it would hang
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_stopped_process_is_missed_and_takes_part_again(processes):
     found = processes("train.rounds=60", "train.local_steps=40")
-    until(found, 2, 4)
+    until_round(found, 2, 4)
     os.kill(found.running[2].pid, signal.SIGSTOP)
     try:
-        until(found, 0, len(rounds(found, 0)) + 6)
+        until_round(found, 0, len(rounds(found, 0)) + 6)
     finally:
         os.kill(found.running[2].pid, signal.SIGCONT)
     assert found.wait() == {0: 0, 1: 0, 2: 0}
@@ -101,7 +99,8 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 @pytest.mark.alone
 def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
     # Without a checkpoint it comes back with the common start as its replica, wherever it was killed.
-    found = processes("train.rounds=70", "train.local_steps=40", "exchange.codec=top-k", "checkpoint.every=1000")
+    words = ["exchange.codec=top-k", "checkpoint.every=1000"]
+    found = processes(f"train.rounds={ROUNDS + 10}", "train.local_steps=10", *words, hold=HOLD)
     kill_and_restart(found, 2)
     told = [[each.measures.get("whole_replicas", 0) for each in rounds(found, client)] for client in range(3)]
     assert all(sum(each) >= 1 for each in told) and sum(told[2]) >= 2
@@ -113,7 +112,7 @@ def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(pro
 @pytest.mark.parametrize("relaying", ["exchange.relay={}", "algorithm.name=cached-dfl"])
 def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(processes, relaying):
     """Over gRPC every entry is signed; on a path the two ends know each other by the one between them alone."""
-    found = processes("train.rounds=40", "train.local_steps=40", "topology.kind=path", relaying)
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", "topology.kind=path", relaying, hold=HOLD)
     kill_and_restart(found, 2)
     events = read_events(found.run("run", 2))
     assert len(select_events(events, Resumed)) == 1
@@ -130,8 +129,8 @@ def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(pr
 @pytest.mark.slow
 @pytest.mark.alone
 def test_everybody_is_killed_and_goes_on(processes):
-    found = processes("train.rounds=40", "train.local_steps=20")
-    until(found, 0, 7)
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=20")
+    until_round(found, 0, 7)
     for process in list(found.running.values()):
         process.kill()
         process.join()
@@ -141,7 +140,10 @@ def test_everybody_is_killed_and_goes_on(processes):
     for client in range(3):
         events = read_events(found.run("run", client))
         assert len(select_events(events, Resumed)) == 1
-        assert select_events(events, RoundDone)[-1].round == 39 and select_events(events, RoundDone)[-1].contacts == 2
+        assert (
+            select_events(events, RoundDone)[-1].round == ROUNDS - 1
+            and select_events(events, RoundDone)[-1].contacts == 2
+        )
 
 
 @pytest.mark.slow
@@ -149,17 +151,15 @@ def test_everybody_is_killed_and_goes_on(processes):
 def test_a_removed_member_is_left_out_by_peers_that_run(processes):
     """Everybody's list is replaced while they train; nobody is restarted."""
     found = processes("train.rounds=5000", "train.local_steps=20")
-    until(found, 0, 3)
+    until_round(found, 0, 3)
     place = found.folder / "identities"
     listed = load_members(place / "members.json", load_identity(place / "site-0").signers)
     shorter = remove_member(listed, "site-2")
     write_list(place / "members.json", sign_list(shorter, list_signer(place / "authority"), timedelta(days=30)))
-    before, limit = {client: len(told(found, client, 2)) for client in (0, 1)}, time.monotonic() + 60
-    while not all("down" in told(found, client, 2)[before[client] :] for client in (0, 1)):
-        assert time.monotonic() < limit, "the shorter list was not taken up"
-        time.sleep(0.2)
+    before = {client: len(told(found, client, 2)) for client in (0, 1)}
+    until(lambda: all("down" in told(found, client, 2)[before[client] :] for client in (0, 1)), every=0.2)
     for client in (0, 1):
-        until(found, client, len(rounds(found, client)) + 5)
+        until_round(found, client, len(rounds(found, client)) + 5)
         last = rounds(found, client)[-1]
         assert "2" in last.missed and [edge for edge in last.edges if 2 in edge] == []
         assert last.contacts == 1  # the two that stay

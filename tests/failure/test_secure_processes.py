@@ -1,7 +1,6 @@
 """Eight real processes over gRPC, with secure sums and differential privacy, of which one is killed and comes back."""
 
 import json
-import time
 
 import pytest
 from processes import QUICK, Processes
@@ -10,6 +9,7 @@ from peerlora.runs.events import NeighbourChanged, Resumed, RoundDone, Warned
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.train import accounting
+from waiting import until
 
 CLIENTS, ROUNDS, VICTIM = 8, 30, 5
 WORDS = [
@@ -32,25 +32,22 @@ def rounds(found, client):
     return select_events(read_events(run), RoundDone) if (run / "run.json").exists() else []
 
 
-def until(found, client, count):
-    limit = time.monotonic() + 300
-    while len(rounds(found, client)) < count:
-        assert time.monotonic() < limit, f"client {client} never came to round {count}"
-        time.sleep(0.05)
+def until_round(found, client, count):
+    until(lambda: len(rounds(found, client)) >= count, found.running[client].is_alive)
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(not accounting.has_accountants(), reason="opacus is missing; install the extra privacy")
 def test_private_peers_with_secure_sums_lose_one_and_get_it_back(config, tmp_path):
-    with Processes({"run": config("bert", *WORDS, "privacy.noise=0.5")}, tmp_path) as found:
+    with Processes({"run": config("bert", *WORDS, "privacy.noise=0.5")}, tmp_path, reports=True) as found:
         for client in range(CLIENTS):
             found.start(client)
-        until(found, VICTIM, 5)
+        until_round(found, VICTIM, 5)
         found.running[VICTIM].kill()
         found.running[VICTIM].join()
         other = next(client for client in range(CLIENTS) if client != VICTIM)
-        until(found, other, len(rounds(found, other)) + 5)
+        until_round(found, other, len(rounds(found, other)) + 5)
         found.start(VICTIM)
         assert set(found.wait().values()) == {0}
         for client in range(CLIENTS):

@@ -1,7 +1,5 @@
 """Processes of transformers.Trainer over gRPC: they end with the simulation's adapters, and survive each other."""
 
-import time
-
 import pytest
 import torch
 from loop_rigs import TOLERANCE, matched
@@ -15,6 +13,7 @@ from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import simulate
+from waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.usefixtures("no_reports")]
 DEC = ["algorithm.name=dec-lora", *TRAIN]
@@ -66,9 +65,9 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_and_takes_part_again(confi
             trainers.start(client, **at, **saves)
         assert trainers.wait(0) == {0: -9}
         trainers.start(0, resume=True, **saves)
-        deadline = time.monotonic() + 200
-        while not select_events(read_events(trainers.run("run", 0)), Resumed) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        until(
+            lambda: select_events(read_events(trainers.run("run", 0)), Resumed), trainers.running[0].is_alive, every=0.1
+        )
         (tmp_path / "go").touch()
         assert set(trainers.wait().values()) == {0}
         events = read_events(trainers.run("run", 0))

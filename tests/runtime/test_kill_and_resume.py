@@ -26,6 +26,7 @@ from peerlora.runs.events import (
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import resume, simulate
+from waiting import until
 
 ROUNDS, EVERY = 6, 2
 SETTINGS = [
@@ -116,10 +117,7 @@ def seen(run, moment):
 
 def kill_at(process, run, moment, delay):
     """SIGKILL ``delay`` seconds after ``moment`` was seen; how the process ended."""
-    deadline = time.monotonic() + 100
-    while process.exitcode is None and not seen(run, moment) and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    assert seen(run, moment), f"never came to {moment}: exit code {process.exitcode}"
+    until(lambda: seen(run, moment), process.is_alive, every=0.0005)
     time.sleep(delay)
     process.kill()
     process.join()

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 
 import psutil
 import pytest
@@ -17,6 +16,7 @@ from peerlora.runtime.cluster.run import resume, simulate
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.simulate import simulate as simulate_here
 from ray_runs import actor_processes, kill, same_bits
+from waiting import until
 
 ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
 
@@ -59,13 +59,6 @@ class Killer:
             threading.Timer(wait, kill, [victim]).start() if wait else kill(victim)
 
 
-def wait_until(true, seconds=120):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
 def test_actors_get_the_bits_of_one_process(undisturbed, tmp_path):
     config, expected = undisturbed
     found = on_ray(config, tmp_path / "there")
@@ -80,7 +73,7 @@ def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undist
     assert same_bits(found.adapters, expected)
     lost = [each.message for each in read_events(tmp_path / "there") if isinstance(each, Warned)]
     assert any("was lost" in message and "go on from the last checkpoint" in message for message in lost), lost
-    wait_until(lambda: actor_processes() == [])
+    until(lambda: actor_processes() == [], every=0.2)
 
 
 @pytest.mark.timeout(3600)
@@ -99,10 +92,7 @@ def test_a_killed_driver_leaves_no_worker_and_is_resumed_by_another_number_of_th
     command = [sys.executable, "-m", "peerlora", "train", "config.yaml", "--out", "there", "--cluster", "ray"]
     driver = subprocess.Popen([*command, "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE)
     checkpoint = tmp_path / "there" / "checkpoints" / "round-000002.json"
-    end = time.monotonic() + 400
-    while not checkpoint.exists():
-        assert driver.poll() is None and time.monotonic() < end, driver.stderr.read()
-        time.sleep(0.02)
+    until(checkpoint.exists, lambda: driver.poll() is None)
     left = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.communicate()
@@ -134,4 +124,4 @@ def test_bad_input_is_one_message_and_leaves_nothing_behind(undisturbed, tmp_pat
     assert (told.returncode, reason in told.stderr) == (2, True), told.stderr
     assert "Traceback" not in told.stderr and not (tmp_path / "there").exists()
     names = ("raylet", "gcs_server")
-    wait_until(lambda: not {each.pid for each in psutil.process_iter(["name"]) if each.name() in names} - before)
+    until(lambda: not {each.pid for each in psutil.process_iter(["name"]) if each.name() in names} - before)

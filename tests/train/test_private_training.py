@@ -137,9 +137,9 @@ def test_a_used_up_budget_ends_training_before_it_is_exceeded(config):
 def test_what_ran_after_a_checkpoint_counts_unless_it_repeats_itself(config, kind):
     federation = compose(config("bert", "train.local_steps=2"))
     privacy = private(federation, draws=DRAWS[kind])
-    privacy.restore({"releases": [6, 6, 6, 0]}, [(0, 6), (0, 2), (1, 6), (2, 4)])
+    privacy.load_state_dict({"releases": [6, 6, 6, 0]}, [(0, 6), (0, 2), (1, 6), (2, 4)])
     assert privacy.releases == ([6, 6, 6, 0] if kind == "seeded" else [8, 6, 6, 0])
-    privacy.restore({}, [(3, 2)])
+    privacy.load_state_dict({}, [(3, 2)])
     assert privacy.releases == ([0, 0, 0, 0] if kind == "seeded" else [0, 0, 0, 2])
 
 

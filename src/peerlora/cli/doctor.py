@@ -20,9 +20,6 @@ def command(
     from rich.console import Console
 
     from peerlora.config.loading import load_config
-    from peerlora.network.transport import quiet_grpc
-
-    quiet_grpc()
     from peerlora.runtime.peer.preflight import examine
 
     console, bad = Console(width=None if Console().is_terminal else 200), False

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from peerlora.cli.options import AsJson, print_json
+from peerlora.display import utc_now
 from peerlora.environment import need_extra
 
 app = typer.Typer(help="Keys and certificates of a site, and a small authority that signs them.", no_args_is_help=True)
@@ -98,14 +99,12 @@ def sign(
 @app.command()
 def show(folder: Folder, json: AsJson = False) -> None:
     """Check an identity and say whose it is and how long it is valid."""
-    from datetime import UTC, datetime
-
     from peerlora.network.identity.agreement import agreement_public
     from peerlora.network.identity.identity import load_identity
 
     identity = load_identity(folder)
     agreement = agreement_public(identity.key)
-    left = (identity.expires - datetime.now(UTC)).days
+    left = (identity.expires - utc_now()).days
     if json:
         facts = {"site": identity.site, "fingerprint": identity.fingerprint, "agreement": agreement, "days_left": left}
         print_json(facts | {"expires": identity.expires.isoformat()})

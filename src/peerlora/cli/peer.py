@@ -41,10 +41,8 @@ def command(
     from peerlora.cli.log import open_log
     from peerlora.cli.progress import print_summary, stop_on_interrupt
     from peerlora.config.loading import load_config
-    from peerlora.network.transport import quiet_grpc
     from peerlora.runs.resume import default_folder
 
-    quiet_grpc()
     with open_log(log) as shown:  # all that is told, errors too
         wanted = load_config(config, words or [])
         ended = resume and out is not None and (Path(out) / "summary.json").is_file()

@@ -235,7 +235,7 @@ class Trainer:
         tensors = {name: leaf.cpu().contiguous() for name, leaf in named.items()}
         tensors |= self.participation.state_dict()
         facts = {"trained": self.learner.trained, "rounds": facts, "best": choice, "time": self.wall_clock.state_dict()}
-        facts |= {"privacy": self.privacy.state() if self.privacy else {}}
+        facts |= {"privacy": self.privacy.state_dict() if self.privacy else {}}
         try:
             self.store.save_checkpoint(done, tensors, {name: each for name, each in facts.items() if each != {}})
         except TooManyFiles as error:  # of many connections, say; the next checkpoint may be possible again
@@ -247,7 +247,9 @@ class Trainer:
         if checkpoint is None and self.checkpoints.or_newest:
             checkpoint = self.store.load_checkpoint()
         if self.privacy:
-            self.privacy.restore(checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries())
+            self.privacy.load_state_dict(
+                checkpoint.facts.get("privacy", {}) if checkpoint else {}, self.ledger.entries()
+            )
             self._exhausted = len(self.privacy.exhausted)
         self.store.rewind(checkpoint)
         if checkpoint is None:

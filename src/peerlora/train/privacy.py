@@ -102,7 +102,7 @@ class PrivateTraining:
         ]
         return {"epsilon": epsilons, "releases": [float(each) for each in self.releases]}
 
-    def restore(self, saved: Mapping[str, Any], recorded: Iterable[tuple[int, int]]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], recorded: Iterable[tuple[int, int]]) -> None:
         """Go on from a checkpoint's ``saved`` count and the ``recorded`` (client, releases) of all that ever ran.
 
         What a run did after its checkpoint counts, too, since it may have been sent; seeded noise gives it again.
@@ -116,8 +116,8 @@ class PrivateTraining:
             total[client] = total.get(client, 0) + releases
         self.releases = [max(own, total[client]) for own, client in zip(self.releases, self.clients, strict=True)]
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
         return {"releases": list(self.releases), "exhausted": list(self._exhausted)}
 
     # --- rows

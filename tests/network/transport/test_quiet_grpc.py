@@ -1,4 +1,4 @@
-"""gRPC's own log lines stay off the terminal of the commands that use it."""
+"""gRPC's own log lines stay off the terminal of the commands and of the Python functions that use it."""
 
 import json
 import os
@@ -45,6 +45,31 @@ def test_commands_quiet_grpc_before_they_import_it(tmp_path):
     doctor, peer = map(json.loads, ended.stdout.splitlines())
     assert doctor == ["doctor", False, "ERROR", True]
     assert peer == ["peer", True, "ERROR", True]
+
+
+OWN_LOOP = """
+import os, sys
+from pathlib import Path
+
+from peerlora.config.loading import load_config
+from peerlora.errors import IdentityError
+from peerlora.runtime.peer.join import grpc_run
+
+assert "grpc" not in sys.modules and "GRPC_VERBOSITY" not in os.environ
+try:
+    grpc_run("nobody", "none.json", None, False, None, [])(load_config({"clients": 2}), loop=None)
+except IdentityError:
+    print("grpc" in sys.modules, os.environ["GRPC_VERBOSITY"])
+"""
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_quiets_grpc_before_it_is_imported(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    environment["PYTHONPATH"] = str(Path(peerlora.__file__).parents[1])
+    command = [sys.executable, "-c", OWN_LOOP]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "True ERROR\n"), ended.stderr
 
 
 @pytest.mark.parametrize("asked", ["DEBUG", None])

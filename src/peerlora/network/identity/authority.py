@@ -7,7 +7,7 @@ trust.pem      for every site: the root certificate and the list signer's public
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from peerlora.display import utc_now
 from peerlora.errors import IdentityError
 from peerlora.network.identity.agreement import agreement_public
 from peerlora.network.identity.identity import (
@@ -44,7 +45,7 @@ _EARLY = timedelta(minutes=5)  # validity begins so long before now, since clock
 
 def new_authority(folder: Path, name: str, now: datetime | None = None) -> None:
     """Create the keys and the root certificate of a consortium; raises IdentityError where there are some."""
-    now = now or datetime.now(UTC)
+    now = now or utc_now()
     key, pem = new_key()
     signer = Ed25519PrivateKey.generate()
     root = (
@@ -96,7 +97,7 @@ def sign_request(authority: Path, pem: bytes, days: int = 60, now: datetime | No
 
 def issue(authority: Path, key: object, site: str, valid: timedelta, now: datetime | None = None) -> bytes:
     """Issue a certificate (PEM) for a site's public key, valid from ``now``."""
-    now = now or datetime.now(UTC)
+    now = now or utc_now()
     root = read_certificates(read_public(authority / "trust.pem", "an authority's trust.pem"), "trust.pem")[0]
     signer, public = read_key(authority / "ca-key.pem"), p256(key, "the request")
     names = [x509.DNSName(host_name(site)), x509.UniformResourceIdentifier(site_uri(site))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from peerlora.network.identity.roster import utc_now
+from peerlora.display import utc_now
 
 SOON = 14
 """Days before an end that are worth a word."""

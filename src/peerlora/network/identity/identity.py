@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
+from peerlora.display import utc_now
 from peerlora.errors import IdentityError
 from peerlora.network.identity.key_files import PRIVATE, read_private, read_public, write_new
 
@@ -184,7 +185,7 @@ def load_identity(folder: Path, now: datetime | None = None) -> Identity:
     Raises IdentityError: a file is missing, the key is open to others, the certificate is of another key, site or CA,
     or not valid at ``now``.
     """
-    now = now or datetime.now(UTC)
+    now = now or utc_now()
     key, site = read_key(folder / "key.pem"), read_site(folder)
     where = folder / "certificate.pem"
     pem = read_public(where, "the certificate that the consortium made of your request")

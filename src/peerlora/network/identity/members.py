@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +24,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import UNSET, Meta, UnsetType
 
+from peerlora.display import utc_now
 from peerlora.errors import IdentityError, nearest
 from peerlora.network.identity.identity import SITE, check_site
 from peerlora.network.identity.key_files import read_public, write_over
@@ -193,7 +194,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 def sign_list(members: MemberList, key: Ed25519PrivateKey, valid: timedelta, now: datetime | None = None) -> SignedList:
     """Sign the next version of the list, valid for ``valid`` from ``now``."""
-    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    now = (now or utc_now()).replace(microsecond=0)
     if not members.members:
         raise IdentityError("the member list is empty; add its sites first: peerlora members add")
     if valid <= timedelta(0):
@@ -214,7 +215,7 @@ def verify_list(
         raise IdentityError(f"{what} is a draft without signature; have it signed: peerlora members sign")
     if not any(_signed_by(signer, signed) for signer in signers):
         raise IdentityError(f"{what} is not signed by the consortium of trust.pem, or was changed since")
-    now = now or datetime.now(UTC)
+    now = now or utc_now()
     if signed.list.expired(now):
         raise IdentityError(f"{what} expired on {signed.list.expires:%Y-%m-%d %H:%M} UTC; ask for the next version")
     if signed.list.issued is not None and now < signed.list.issued - timedelta(days=1):

@@ -5,18 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
+from peerlora.display import utc_now
 from peerlora.errors import IdentityError
 from peerlora.network.base import PeerId, Refused
 from peerlora.network.identity.key_files import write_over
 from peerlora.network.identity.members import MemberList, canonical
-
-
-def utc_now() -> datetime:
-    """Now, for the expiry of lists and certificates."""
-    return datetime.now(UTC)
 
 
 class Roster:

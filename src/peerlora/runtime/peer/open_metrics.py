@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from peerlora.display import utc_now
 from peerlora.environment import need_extra
 from peerlora.network.base import REASONS
-from peerlora.network.identity.roster import utc_now
 from peerlora.runs.events import (
     CaughtUp,
     Evaluated,

@@ -6,13 +6,14 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.algorithms.compatibility import cache_settings, passes_on
 from peerlora.config.run import RunConfig
+from peerlora.display import utc_now
 from peerlora.errors import PeerloraError
 from peerlora.network.base import PeerId, TransportError, refused_for
 from peerlora.network.identity.expiry import CURES, SOON
@@ -22,7 +23,7 @@ from peerlora.network.protocol.control import HandshakeResult, PeerControl
 from peerlora.network.protocol.endpoint import Endpoint
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.round_protocol import RoundProtocol
-from peerlora.network.transport.grpc import GrpcTransport
+from peerlora.network.transport import quiet_grpc
 from peerlora.runtime.compose import compose, use_threads
 from peerlora.runtime.peer.checks import warn_of_sites_beyond
 from peerlora.runtime.peer.run import site_of
@@ -64,6 +65,9 @@ def examine(
 
     ``listen``: as in `run_peer`.
     """
+    quiet_grpc()
+    from peerlora.network.transport.grpc import GrpcTransport
+
     try:
         who, roster, site = site_of(config, identity, members)
     except PeerloraError as error:
@@ -160,7 +164,7 @@ async def _unreached(roster: Roster, peer: PeerId) -> Finding:
 
 
 def _expiry(what: str, expires: datetime) -> Iterator[Finding]:
-    left = expires - datetime.now(UTC)
+    left = expires - utc_now()
     soon = left.days < SOON
     yield Finding("advice" if soon else "good", f"{what} is good for {left.days} days", CURES[what] if soon else "")
 

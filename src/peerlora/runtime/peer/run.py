@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peerlora.config.run import RunConfig
 from peerlora.errors import CompositionError, ConfigError
@@ -15,10 +16,9 @@ from peerlora.network.identity.members import MemberList, load_members
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.network.protocol.wire import message_facts
+from peerlora.network.transport import quiet_grpc
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.connections import raise_descriptor_limit
-from peerlora.network.transport.grpc import GrpcTransport
-from peerlora.network.transport.reload import reload_on_change
 from peerlora.runs.events import Warned
 from peerlora.runs.metrics import find_start
 from peerlora.runs.privacy_summary import UNCOVERED
@@ -30,6 +30,9 @@ from peerlora.runtime.peer.secure import check_agreement_keys
 from peerlora.runtime.peer.site import Site
 from peerlora.runtime.peer.train import OwnLoop, finished, train_peer
 from peerlora.runtime.trainer import Result, Sink
+
+if TYPE_CHECKING:
+    from peerlora.network.transport.grpc import GrpcTransport
 
 
 def run_peer(
@@ -53,6 +56,10 @@ def run_peer(
     open in place of the port of the own address on all of the machine's addresses.  ``loop``: as in `train_peer`.
     ``metrics``: host:port at which metrics are served over plain HTTP, see ``MetricsServer``.
     """
+    quiet_grpc()
+    from peerlora.network.transport.grpc import GrpcTransport
+    from peerlora.network.transport.reload import reload_on_change
+
     if resume and out is None:
         raise ConfigError("--resume given without --out; name the folder of the run to go on with")
     begun = Path(out) if resume and out is not None and _begun(Path(out)) else None
