@@ -1,3 +1,4 @@
+import logging
 import re
 import tomllib
 from hashlib import sha256
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peerlora import environment
-from peerlora.environment import package_file, package_model
+from peerlora.environment import package_file, package_model, quiet_bitsandbytes
 from peerlora.errors import DataError, ModelError
 
 
@@ -128,3 +129,25 @@ def test_another_model_under_a_known_name_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="model.safetensors is not the file of version 1.2"):
         package_model("known")
     assert package_model("of-another-name") == tmp_path
+
+
+HINT = "Failed to load CPU gemm_4bit_forward from kernels-community: %s."
+LOGGER = "bitsandbytes.backends.cpu.ops"
+
+
+def test_of_bitsandbytes_one_line_is_kept_back(caplog):
+    for _ in range(2):
+        quiet_bitsandbytes()
+    log = logging.getLogger(LOGGER)
+    assert len(log.filters) == 1
+    log.warning(HINT, "No module named 'kernels'")
+    log.warning("something else: %s", "told")
+    assert caplog.messages == ["something else: told"]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes; pip install 'peerlora[quantize]'")
+def test_the_line_is_one_of_bitsandbytes():
+    """Where it stands in the installed version, whatever processor this is."""
+    place = Path(find_spec("bitsandbytes").submodule_search_locations[0], *LOGGER.split(".")[1:])
+    source = place.with_suffix(".py").read_text(encoding="utf-8")
+    assert HINT in source and "logger = logging.getLogger(__name__)" in source

@@ -1,6 +1,7 @@
 """What is installed: optional parts of peerlora, and files of packages (demo data and models without a network)."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -165,3 +166,15 @@ def _closest(name: str, files: Iterable[str]) -> str:
 def main_memory() -> int:
     """Bytes of main memory, used or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep one line of bitsandbytes off the terminal; call it before PEFT is first imported, which imports that.
+
+    On some processors it warns that faster kernels, fetched from a hub, are missing, also where nothing is quantised.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_hint)
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")

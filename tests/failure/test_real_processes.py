@@ -82,13 +82,15 @@ def test_a_killed_process_is_missed_and_takes_part_again(processes):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_stopped_process_is_missed_and_takes_part_again(processes):
-    found = processes("train.rounds=60", "train.local_steps=40")
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLD)
     until_round(found, 2, 4)
     os.kill(found.running[2].pid, signal.SIGSTOP)
     try:
-        until_round(found, 0, len(rounds(found, 0)) + 6)
+        until_round(found, 0, HOLD)
     finally:
         os.kill(found.running[2].pid, signal.SIGCONT)
+    until(lambda: select_events(read_events(found.run("run", 2)), CaughtUp), found.running[2].is_alive)
+    found.release()
     assert found.wait() == {0: 0, 1: 0, 2: 0}
     assert {"suspect", "down"} & set(told(found, 0, 2))  # then it is not waited for
     assert any("2" in each.missed for each in rounds(found, 0))
@@ -140,10 +142,8 @@ def test_everybody_is_killed_and_goes_on(processes):
     for client in range(3):
         events = read_events(found.run("run", client))
         assert len(select_events(events, Resumed)) == 1
-        assert (
-            select_events(events, RoundDone)[-1].round == ROUNDS - 1
-            and select_events(events, RoundDone)[-1].contacts == 2
-        )
+        last = select_events(events, RoundDone)[-1]
+        assert last.round == ROUNDS - 1 and last.contacts == 2
 
 
 @pytest.mark.slow

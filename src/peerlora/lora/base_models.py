@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peerlora.config.task_kinds import task_kind
-from peerlora.environment import need_extra, package_model
+from peerlora.environment import need_extra, package_model, quiet_bitsandbytes
 from peerlora.errors import ModelError, PeerloraError, first_line
 from peerlora.lora.base_weights import check_weights, real_names, top_modules
 from peerlora.lora.weight_order import keep_weight_order
@@ -111,6 +111,7 @@ def load_base(
     Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head;
     ExtraMissing where it is to be quantised without bitsandbytes.
     """
+    quiet_bitsandbytes()
     import transformers
 
     task = task_kind(kind)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.task_kinds import KINDS, Target, TaskKind
+from peerlora.environment import quiet_bitsandbytes
 from peerlora.errors import ModelError, first_line
 from peerlora.lora.base_models import read_config
 from peerlora.lora.base_weights import real_names
@@ -122,6 +123,7 @@ def _saved_outputs(folder: Path) -> int | None:
 
     Where PEFT does not know the head's name, it is the matrix saved in full that has the fewest outputs.
     """
+    quiet_bitsandbytes()
     from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
     tensors = [name for name in sorted(tensor_names(folder)) if ".lora_" not in name and name.endswith(".weight")]
