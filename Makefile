@@ -6,7 +6,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Also for the environment in which pip builds the package, which the option -c does not reach.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: install lock demo test test-slow check format docs dist
+.PHONY: install lock demo test test-min test-slow check format docs links dist
 .PHONY: bench bench-chat bench-peers bench-gpu bench-real bench-transport
 
 install: .venv/.installed
@@ -52,6 +52,10 @@ docs: install
 	$(BIN)/python tools/site_pages.py
 	$(BIN)/zensical build --strict --clean
 	$(BIN)/python tools/site_pages.py --sources
+
+# Links of the pages that lead elsewhere; without a network it says so and checks none.
+links: install
+	$(BIN)/python tools/links.py
 
 # A wheel and a source archive into dist/, made and tried in environments of their own.
 dist: install

@@ -1,5 +1,7 @@
 """Dockerfile and compose.yaml: linted, checked, and the commands in them run as processes on the loopback."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +13,12 @@ import pytest
 import yaml
 
 from peerlora.runtime.launch.processes import free_ports
+from waiting import until
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+MODEL_PACKAGE = COMPOSE["x-image"]["build"]["args"]["MODEL_PACKAGE"]
 SITES = ("hospital-a", "hospital-b", "hospital-c")
 HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent)
 
@@ -160,6 +164,49 @@ def test_three_sites_train_with_the_commands_of_the_file(trial, start, cache):
         _, said = each.communicate()
         assert each.returncode == 0, said
         assert list((trial / "runs" / site / "adapters").glob("client-0?/adapter_model.safetensors"))
+
+
+@pytest.fixture
+def tool():
+    """A container tool whose engine answers."""
+    for name in ("docker", "podman"):
+        if shutil.which(name) and subprocess.run([name, "info"], capture_output=True).returncode == 0:
+            return name
+    pytest.skip("needs docker or podman with an engine that answers (`docker info`)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_image_is_built_and_runs_without_root_and_is_healthy(tool, tmp_path):
+    """With TORCH_INDEX in the environment torch for CPUs, as compose.yaml; else torch as PyPI has it."""
+    image, keys, site = (f"peerlora-test-{os.getpid()}{end}" for end in ("", "-keys", "-site"))
+
+    def do(*words, fails=False):
+        done = subprocess.run([tool, *map(str, words)], capture_output=True, text=True)
+        assert fails or done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])
+        return done
+
+    index = os.environ.get("TORCH_INDEX", "")
+    arguments = [f"VARIANT={'cpu' if index else 'cuda'}", f"TORCH_INDEX={index}", "MODEL_PACKAGE=" + MODEL_PACKAGE]
+    volumes = ["-v", f"{keys}:/site/keys", "-v", f"{ROOT / 'containers'}:/site/given:ro"]
+    try:
+        do("build", *(word for each in arguments for word in ("--build-arg", each)), "-t", image, ROOT)
+        alone = ["run", "--rm", "--network", "none"]
+        assert "dec-lora" in json.loads(do(*alone, image, "methods", "--json").stdout)
+        assert do(*alone, "--entrypoint", "id", image, "-u").stdout.strip() == "10001"
+        entry, *script = COMPOSE["services"]["office"]["entrypoint"]
+        do(*alone, *volumes, "--entrypoint", entry, image, *script, *COMPOSE["services"]["office"]["command"])
+        command = COMPOSE["services"][SITES[0]]["command"]
+        do("run", "--detach", "--name", site, "--network", "none", *volumes, image, *command, "peer.join=600")
+
+        def running():
+            return do("inspect", "--format", "{{.State.Running}}", site).stdout.strip() == "true"
+
+        check = json.loads(re.search(r"CMD (\[.+\])", stages()["peer"][1])[1])
+        until(lambda: do("exec", site, *check, fails=True).returncode == 0, running, every=1)
+    finally:
+        for words in (("rm", "--force", site), ("volume", "rm", "--force", keys), ("rmi", "--force", image)):
+            do(*words, fails=True)
 
 
 def test_every_site_of_the_trial_has_rows_of_its_own():

@@ -1,10 +1,12 @@
 """``--help``: every command has examples that can be typed; shells complete its words."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -13,11 +15,20 @@ from command_pages import command_page, commands
 from peerlora.cli import app
 from peerlora.cli.examples import EXAMPLES
 
+README = Path(__file__).parents[2] / "README.md"
 NAMES = [" ".join(words) for words, _ in commands()]
 
 
 def test_every_command_has_an_example_and_no_other_word_has():
     assert set(EXAMPLES) == set(NAMES)
+
+
+def test_the_readme_names_the_commands_without_json():
+    (sentence,) = re.findall(r"^All but (.*) take `--json`", README.read_text(encoding="utf-8"), re.MULTILINE)
+    without = {
+        " ".join(words) for words, command in commands() if not any("--json" in each.opts for each in command.params)
+    }
+    assert set(re.findall(r"`(\w+)`", sentence)) == without
 
 
 @pytest.mark.parametrize("name", NAMES)
