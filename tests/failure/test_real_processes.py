@@ -10,7 +10,7 @@ from processes import QUICK, Processes
 from peerlora.network.identity.authority import list_signer
 from peerlora.network.identity.identity import load_identity
 from peerlora.network.identity.members import load_members, remove_member, sign_list, write_list
-from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone
+from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from waiting import until
@@ -55,7 +55,7 @@ def kill_and_restart(processes, client):
     processes.running[client].join()
     until_round(processes, 0, HOLD)
     run, again = processes.run("run", client), processes.start(client)
-    until(lambda: len(select_events(read_events(run), Joined)) == 2, again.is_alive)
+    until(lambda: select_events(read_events(run), CaughtUp), again.is_alive)
     processes.release()
     assert processes.wait() == {0: 0, 1: 0, 2: 0}
 
