@@ -27,6 +27,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
+# Some tests with the oldest versions of the direct dependencies, in build/oldest, an environment of its own (1 GB).
+test-min: install
+	$(BIN)/python tools/oldest.py $(ARGS)
+
 # What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, what makes the site and the archives, a
 # driver of a browser; then, read as files or without what they would bring, a base model of 135 million parameters and
 # TRL.

@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import dist
+import oldest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -45,6 +46,13 @@ def test_the_oldest_versions_are_the_lower_bounds_and_the_pinned_ones_are_allowe
         assert oldest[name] == bound, f"{each}: constraints-min.txt has {oldest[name]}"
         assert each.specifier.contains(newest[name]), f"{each}: constraints.txt has {newest[name]}"
     assert set(oldest) == {each.name.lower().replace("_", "-") for each in requirements()}
+
+
+def test_an_environment_of_the_oldest_versions_takes_all_of_them_but_torch():
+    given = oldest.constraints("# torch==1\ntorch==2.6\n\ntorchvision==1\nnumpy==2\n")
+    assert given == "torchvision==1\nnumpy==2\n"
+    assert all((ROOT / name).is_file() for name in oldest.TESTS)
+    assert set(oldest.EXTRAS.split(",")) <= set(PROJECT["optional-dependencies"])
 
 
 def test_faults_of_archives_are_named():
