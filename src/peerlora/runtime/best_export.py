@@ -45,7 +45,9 @@ def write_best_folders(run: Path, to: Exporter, summary: Mapping[str, Any]) -> N
     if best is None or best.clients > EXPORTED:
         return
     for row, client in enumerate(to.clients):
-        to.write(run / FOLDERS / f"client-{client:02d}", best, row, summary, client, facts=best_facts(summary, row))
+        to.write(
+            run / FOLDERS / f"client-{client:02d}", best, row, summary, client, more_facts=best_facts(summary, row)
+        )
     sync_tree(run / FOLDERS)
 
 

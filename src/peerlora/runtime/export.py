@@ -71,9 +71,9 @@ class Exporter:
         summary: Mapping[str, Any],
         client: int | str,
         rank: int | None = None,
-        facts: Mapping[str, str] | None = None,
+        more_facts: Mapping[str, str] | None = None,
     ) -> Path:
-        """Write one row of ``x`` as a PEFT folder, whose card tells the run's results, and ``facts``."""
+        """Write one row of ``x`` as a PEFT folder, whose card tells the run's results, and ``more_facts``."""
         reported = {key: summary[key] for key in ("method", "clients", "rounds", "metric") if key in summary}
         scores, metric = scores_of(summary), summary.get("metric")
         shown = {"mean client": scores.get("own_mean"), "worst client": worst_of(summary)}
@@ -81,7 +81,7 @@ class Exporter:
         shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
         private = privacy_card(summary, None if isinstance(client, str) else list(self.clients).index(client))
-        facts = reported | {"client": client} | reached | private | dict(facts or {})
+        facts = reported | {"client": client} | reached | private | dict(more_facts or {})
         context = replace(self.context, facts=facts)
         if isinstance(self.model, PeftAdapter):  # a training loop's, which reads its rows in its own way
             return self.model.export(folder, x, row, context)
@@ -173,7 +173,7 @@ def write_peft_folders(
         for row, client in enumerate(to.clients):
             own = place / f"client-{client:02d}"
             if relayed and deployed(to.config) == "relayed":
-                to.write(own, relayed.adapters.to("cpu"), row, summary, client, facts=cut_facts(relayed, row))
+                to.write(own, relayed.adapters.to("cpu"), row, summary, client, more_facts=cut_facts(relayed, row))
             else:
                 to.write(own, x, row, summary, client)
         if x.equal_ranks and x.clients == to.config.clients:
