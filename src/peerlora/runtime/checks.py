@@ -64,13 +64,14 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
         *relay_warnings(config, algorithm),
         *check_privacy(config, algorithm),
     )
-    interval = algorithm.switches_every
+    interval, every = algorithm.switches_every, algorithm.rounds_of_phase(config.task.blocks)
     trained = config.train.training_rounds
-    if interval is not None and interval >= trained:
+    if every is not None and every >= trained:
         which = "run" if trained == config.train.rounds else "part of the run that trains,"
+        counted = "" if every == interval else f" ({every} rounds, since it counts sweeps over all blocks)"
         warnings += (
-            f"algorithm.interval={interval} is not shorter than the {which} of {trained} rounds: only B is trained, as "
-            "in FFA-LoRA",
+            f"algorithm.interval={interval}{counted} is not shorter than the {which} of {trained} rounds: only B "
+            "is trained, as in FFA-LoRA",
         )
     return warnings
 
