@@ -118,6 +118,14 @@ def test_columns_and_vectors_reach_their_workers():
     assert torch.equal(torch.stack(found[1][1]).sum(0), torch.stack([x[b].sum(0) for b in placement.blocks]).sum(0))
 
 
+def test_vectors_come_to_where_the_own_ones_are():
+    """On a GPU, of which "meta" is a double; what came lies in main memory."""
+    rows = SwappedRows(0, place(tiles_of(2, 1), 2, None), 1, Inbox(), lambda *sent: None, 20.0)
+    rows.inbox.put(1, 1, np.ones(3, np.float32))
+    parts = rows.to_one(0, torch.zeros(3, device="meta"))
+    assert torch.cat(parts).device.type == "meta" and len(parts) == 2
+
+
 def test_an_inbox_says_whose_rows_are_missing_and_why():
     inbox = Inbox()
     inbox.put(1, 0, np.zeros(1))
@@ -175,6 +183,13 @@ def test_more_cores_than_there_are_is_an_error(monkeypatch):
     monkeypatch.setitem(session.need_extra.__globals__["EXTRAS"], "cluster", ("json",))
     with pytest.raises(ClusterError, match="4 workers with 1 cores each asked for, this process may use 2"):
         session.ray_session(ClusterConfig(workers=4)).__enter__()
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1, 2])
+def test_a_worker_has_a_part_of_a_gpu_or_whole_ones(gpus):
+    assert ClusterConfig(gpus_per_worker=gpus).gpus_per_worker == gpus
+    with pytest.raises(ValueError, match="a part of one GPU, or a whole number"):
+        ClusterConfig(gpus_per_worker=gpus + 1.25)
 
 
 def test_without_ray_the_command_to_install_it_is_told(monkeypatch):

@@ -21,7 +21,7 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free, resume_command
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
-from peerlora.runtime.cluster.checks import refuse_config, refuse_objects
+from peerlora.runtime.cluster.checks import refuse_config, refuse_device, refuse_objects
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.parts import (
     ClusterClients,
@@ -37,7 +37,7 @@ from peerlora.runtime.compose import assemble, use_threads
 from peerlora.runtime.division import divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.federation import Federation, start_adapters
-from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_of
+from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_facts, speed_of
 from peerlora.runtime.plan import plan
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.tracking import tracked_sinks
@@ -78,7 +78,8 @@ def simulate(
     facts = run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
         first, speed = driver.start(machines)
-        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
+        driver = replace(driver, speed=speed)  # of workers that take the place of lost ones, too
+        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed_facts(speed)}) as store:
             return driver.run(machines, first, store, sinks, stop, report, resumed=False)
 
 
@@ -151,8 +152,10 @@ class Driver:
         """At most under way at once: the rows of all clients, before an exchange and in the one after it."""
         return 2 * self.config.clients * self.federation.start.flat[:1].nbytes
 
-    def start(self, machines: Engine) -> tuple[WorkerGroup, dict[str, Any]]:
-        """Start workers and let them build their blocks; also return the speed that they chose.
+    def start(self, machines: Engine) -> tuple[WorkerGroup, Speed]:
+        """Start workers and let them build their blocks; also return the speed of all of them.
+
+        Where each would choose another, since their machines differ, all take that of the first.
 
         Raises DataError where one reads something else than the driver.
         """
@@ -160,8 +163,11 @@ class Driver:
         try:
             task = WorkerTask(self.config, self.placement, group.nodes, self.speed, self.settings.timeout, os.getcwd())
             found = group.call("build", task)
+            speed = speed_of(found[0], self.config)
+            if any(facts["speed"] != found[0]["speed"] for facts in found):
+                found = group.call("build", replace(task, speed=speed))
             self._compare([facts["inputs"] for facts in found])
-            return group, found[0]["speed"]
+            return group, speed
         except BaseException:
             group.close()
             raise
@@ -223,7 +229,8 @@ class Driver:
         learner: Any = RemoteLearner(self.federation, parts)
         exchange: Any = RemoteExchange(self.config.clients, parts)
         notes = (*self.federation.notes, *notes)
-        federation = replace(self.federation, learner=learner, exchange=exchange, notes=notes)
+        config = self.config.model_copy(update={"device": "cpu"})  # where the driver keeps what it collects
+        federation = replace(self.federation, config=config, learner=learner, exchange=exchange, notes=notes)
         clients = ClusterClients(federation, parts, events)
         rounds = ClusterRounds(parts, federation.clock is not None)
         return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
@@ -238,6 +245,7 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     assert settings is not None
     planned = plan(config)
     refuse_config(config, planned.algorithm)
+    refuse_device(config, settings)
     use_threads(config)
     resources = load_resources(config)
     division = divide_rows(config, resources)
