@@ -14,7 +14,7 @@ from peerlora.exchange.blocks import links_of
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.layer_shares import columns_of_layers, join_shares, measure_share, split_layers
-from peerlora.runtime.cluster import session
+from peerlora.runtime.cluster import machines, session
 from peerlora.runtime.cluster.placement import Placement, choose_tile_size, place, plan_transfers
 from peerlora.runtime.cluster.rows import Inbox, RowsMissing, SwappedRows
 from peerlora.topology.schedule import build_topology
@@ -179,7 +179,7 @@ def test_shares_of_layers_add_up_to_the_diagnostics(shares, sent):
 
 
 def test_more_cores_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(session.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(machines.os, "sched_getaffinity", lambda process: {0, 1})
     monkeypatch.setitem(session.need_extra.__globals__["EXTRAS"], "cluster", ("json",))
     with pytest.raises(ClusterError, match="4 workers with 1 cores each asked for, this process may use 2"):
         session.ray_session(ClusterConfig(workers=4)).__enter__()
@@ -200,11 +200,11 @@ def test_without_ray_the_command_to_install_it_is_told(monkeypatch):
 
 def test_fewer_resources_than_asked_for_are_told():
     settings = ClusterConfig(workers=3, cpus_per_worker=2, gpus_per_worker=0.5)
-    session.check_resources(settings, {"CPU": 6.0, "GPU": 1.5})
+    machines.check_resources(settings, [{"CPU": 6.0, "GPU": 2.0}])
     with pytest.raises(ClusterError, match="3 workers with 2 CPUs each asked for, the cluster has 5 in all"):
-        session.check_resources(settings, {"CPU": 5.0, "GPU": 4.0})
+        machines.check_resources(settings, [{"CPU": 5.0, "GPU": 4.0}])
     with pytest.raises(ClusterError, match=r"3 workers with 0.5 GPUs each asked for, the cluster has 0 in all"):
-        session.check_resources(settings, {"CPU": 6.0})
+        machines.check_resources(settings, [{"CPU": 6.0}])
 
 
 @pytest.mark.parametrize("address", ["somewhere:port", ":6379", "ray://:1"])

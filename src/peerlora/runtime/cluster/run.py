@@ -77,6 +77,7 @@ def simulate(
     driver = compose_driver(config)
     facts = run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+        machines.tell = lambda message: emit(Warned(message), sinks)
         first, speed = driver.start(machines)
         driver = replace(driver, speed=speed)  # of workers that take the place of lost ones, too
         with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed_facts(speed)}) as store:
@@ -149,8 +150,11 @@ class Driver:
 
     @property
     def exchanged_bytes(self) -> int:
-        """At most under way at once: the rows of all clients, before an exchange and in the one after it."""
-        return 2 * self.config.clients * self.federation.start.flat[:1].nbytes
+        """At most under way at once on one machine: two exchanges of a round, of rows of round 0 or for its figures."""
+        links, workers = links_of(self.federation.topology.at(0)), len(self.placement.tiles)
+        rows = plan_transfers(links, self.placement, nodes=1).rows
+        figures = self.config.clients * (workers - 1) // workers  # every worker gets its share of the layers, of all
+        return (max(rows, figures) + figures) * self.federation.start.flat[:1].nbytes
 
     def start(self, machines: Engine) -> tuple[WorkerGroup, Speed]:
         """Start workers and let them build their blocks; also return the speed of all of them.
@@ -198,7 +202,7 @@ class Driver:
             try:
                 group = group or self.start(machines)[0]
                 with closing(group), tracked_sinks(self.config, store, every) as tracked:  # each attempt is a resume
-                    return self._trainer(group, store, tracked, stop, events).run(resumed)
+                    return self._trainer(group, machines.notes, store, tracked, stop, events).run(resumed)
             except WorkersLost as error:
                 if left == 0:
                     raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
@@ -210,17 +214,19 @@ class Driver:
     def _await_machines(self, machines: Engine, store: RunStore, sinks: Sequence[Sink]) -> None:
         """Wait until workers fit on the machines that are left; raises RunError where none come in time."""
 
-        def tell(message: str) -> None:
-            for sink in (store.emit, *sinks):
-                sink(Warned(message))
-
         try:
-            machines.await_machines(self.settings, tell)
+            machines.await_machines(self.settings, lambda message: emit(Warned(message), (store.emit, *sinks)))
         except ClusterError as error:
             raise RunError(f"{error}: {resume_command(store.folder)}") from None
 
     def _trainer(
-        self, group: WorkerGroup, store: RunStore, sinks: Sequence[Sink], stop: Stop, events: Sequence[Event]
+        self,
+        group: WorkerGroup,
+        told: Sequence[str],
+        store: RunStore,
+        sinks: Sequence[Sink],
+        stop: Stop,
+        events: Sequence[Event],
     ) -> Trainer:
         parts = RemoteParts(group, self.placement)
         links = links_of(self.federation.topology.at(0))
@@ -228,12 +234,18 @@ class Driver:
         notes.append(plan_transfers(links, self.placement, group.nodes).describe())
         learner: Any = RemoteLearner(self.federation, parts)
         exchange: Any = RemoteExchange(self.config.clients, parts)
-        notes = (*self.federation.notes, *notes)
+        notes = (*self.federation.notes, *notes, *told)
         config = self.config.model_copy(update={"device": "cpu"})  # where the driver keeps what it collects
         federation = replace(self.federation, config=config, learner=learner, exchange=exchange, notes=notes)
         clients = ClusterClients(federation, parts, events)
         rounds = ClusterRounds(parts, federation.clock is not None)
         return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
+
+
+def emit(event: Event, sinks: Sequence[Sink]) -> None:
+    """Give an event to all sinks, in their order."""
+    for sink in sinks:
+        sink(event)
 
 
 def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: ClusterConfig | None = None) -> Driver:
