@@ -21,6 +21,7 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free, resume_command
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
+from peerlora.runtime.checks import check_rows
 from peerlora.runtime.cluster.checks import refuse_config, refuse_device, refuse_objects
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.parts import (
@@ -265,6 +266,7 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     config = planned.config
     local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
     federation = assemble(local, resources, clients=[0], speed=speed, division=division)
+    check_rows(local.config, federation.start.spec, config.clients, "which the command collects and joins")
     if config.adapter.start is not None:  # whose digest is that of all clients
         everybody = range(config.clients)
         assert isinstance(federation.model, StackedModel)
