@@ -1,61 +1,26 @@
 """Runs whose clients are held by workers, here threads: the bits of one process, and what becomes of lost workers."""
 
 import json
-import math
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import torch
 
 from cases import others_slow
+from cluster_runs import assert_same_events, both, on_workers, same_bits, threads
 from flow_runs import tiny
 from peerlora.algorithms import build_algorithm
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, RunError, Stopped, WorkersLost
-from peerlora.runs.events import Evaluated, Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import Resumed, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.checks import refuse_config
 from peerlora.runtime.cluster.group import ThreadEngine, ThreadGroup
 from peerlora.runtime.cluster.run import compose_driver, resume, simulate
 from peerlora.runtime.simulate import resume as resume_here
 from peerlora.runtime.simulate import simulate as simulate_here
-from peerlora.tree import leaves
 
-
-def threads(settings, exchanged_bytes):
-    return ThreadEngine()
-
-
-def on_workers(config, out, workers=2, engine=threads, retries=3, **options):
-    settings = ClusterConfig(workers=workers, timeout=60, retries=retries)
-    return simulate(config, out, cluster=settings, engine=engine, report=False, **options)
-
-
-def same_bits(one, other):
-    one, other = leaves(one), leaves(other)
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def both(config, folder, workers=2):
-    """The results of workers and, with the config that they resolved, of one process."""
-    there = on_workers(config, folder / "there", workers)
-    stored = load_config(folder / "there" / "config.yaml")
-    return there, simulate_here(stored, folder / "here", report=False)
-
-
-def close(one, other):
-    """Equal, or equal to rounding: sums over clients or layers are added up in another order."""
-    if isinstance(one, float) and isinstance(other, float):
-        return (math.isnan(one) and math.isnan(other)) or math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(close(one[name], other[name]) for name in one)
-    return one == other
-
-
-TIMES = {"seconds_train", "seconds_mix", "seconds_diagnostics", "seconds"}
 SGD = "train.optimizer=sgd"
 CLOCK = ["clock.speed=[1,0.2,1,0.5,1,0.3]", "clock.deadline=3", "clock.bandwidth=20000"]
 CASES = {
@@ -96,7 +61,6 @@ CASES = {
     "flora on drawn graphs": ["algorithm.name=flora", "topology.kind=random", "topology.p=0.4"],
     "fedex on a star": ["algorithm.name=fedex-lora", "topology=star"],
     "fedex on drawn graphs": ["algorithm.name=fedex-lora", "topology.kind=random", "topology.p=0.4", "workers=3"],
-    "duals": ["algorithm.name=consensus-admm", "topology=ring"],
     "labels": ["task.kind=multi-label", "data.label=several", "eval.metrics=[micro-f1]"],
 }
 
@@ -109,14 +73,6 @@ def test_workers_get_the_bits_of_one_process(config, tmp_path, words):
     there, here = both(config("bert", *base, *chosen), tmp_path, workers)
     assert same_bits(here.adapters, there.adapters)
     assert_same_events(tmp_path)
-
-
-def assert_same_events(folder):
-    for one, other in zip(read_events(folder / "here"), read_events(folder / "there"), strict=True):
-        assert type(one) is type(other)
-        if isinstance(one, RoundDone | Evaluated):
-            for name in vars(one).keys() - TIMES:
-                assert close(getattr(one, name), getattr(other, name)), (name, one, other)
 
 
 @pytest.mark.slow
