@@ -16,7 +16,7 @@ from peerlora.errors import DataError, ExtraMissing, ModelError, PeerloraError, 
 EXTRAS = {
     "peer": ("grpc", "cryptography", "msgspec"),
     "quantize": ("bitsandbytes",),
-    "cluster": ("ray",),
+    "cluster": ("ray", "grpc"),
     "rl": ("gymnasium",),
     "images": ("PIL",),
     "tensorboard": ("tensorboard",),

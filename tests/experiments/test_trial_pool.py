@@ -5,17 +5,23 @@ import signal
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from flow_runs import tiny
 from peerlora.config.cluster import ClusterConfig
-from peerlora.errors import ConfigError, RunError, Stopped
+from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
+from peerlora.experiments import trial_pool
 from peerlora.experiments.grid import load_grid
+from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
-from peerlora.experiments.trial_pool import TrialJob, TrialWorker, read_files, trial_pools, write_files
+from peerlora.experiments.trial_checks import check_grid
+from peerlora.experiments.trial_pool import TrialJob, TrialPool, TrialWorker, read_files, trial_pools, write_files
 from peerlora.experiments.trials import plan_trials
+from peerlora.runtime.cluster import machines
+from peerlora.runtime.cluster.worker import describe_process
 from peerlora.runtime.compose import load_run
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.simulate import simulate
@@ -93,6 +99,135 @@ def test_a_cluster_is_no_setting_of_a_trial():
     with pytest.raises(ConfigError, match="a key of the grid itself"):
         load_grid({"base": {"cluster": {"workers": 2}}})
     assert load_grid({}, ["cluster.workers=3"]).cluster.workers == 3
+
+
+class Failed(Exception):
+    """As Ray's errors: of a task, or of a worker that is gone."""
+
+    cause = None
+
+
+class PoolRay:
+    """As much of Ray as a pool uses, on machines of one core of which each may leave; an answer comes at the next look.
+
+    ``leave``: trial -> how many machines there are from its first begin on.
+    """
+
+    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Failed,), {}), RayError=Failed)
+
+    def __init__(self, machines, leave):
+        self.machines, self.leave, self.actors, self.most = machines, leave, [], 0
+
+    def options(self, **resources):
+        return SimpleNamespace(remote=self.actor)
+
+    def actor(self, *arguments):
+        made = SimpleNamespace(alive=True)
+        made.describe = SimpleNamespace(remote=lambda: (made, describe_process()))
+        made.run = SimpleNamespace(remote=lambda job, key, rows: self.begin(made, job))
+        self.actors.append(made)
+        self.most = max(self.most, self.living)
+        assert self.living <= self.machines, "a worker would wait for a core"
+        return made
+
+    @property
+    def living(self):
+        return sum(each.alive for each in self.actors)
+
+    def begin(self, actor, job):
+        self.machines = self.leave.pop(job.run.name, self.machines)
+        for each in [each for each in self.actors if each.alive][self.machines :]:
+            each.alive = False
+        return actor, {"summary.json": b"{}"}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}] * self.machines
+
+    def put(self, rows):
+        return rows
+
+    def wait(self, answers, num_returns=1, timeout=0):
+        assert answers, "Ray refuses to wait for nothing"
+        return answers, []
+
+    def get(self, answer, timeout):
+        if not answer[0].alive:
+            raise self.exceptions.RayError("gone")
+        return answer[1]
+
+    def kill(self, actor, no_restart):
+        actor.alive = False
+
+
+@pytest.fixture
+def pool_on(monkeypatch):
+    def build(machines, workers=2, leave=None, **settings):
+        ray, told = PoolRay(machines, leave or {}), []
+        monkeypatch.setattr(trial_pool, "actor_class", lambda: ray)
+        monkeypatch.setattr(trial_pool, "data_key", lambda config: "rows")
+        cache = SimpleNamespace(share_prefix=False, resources=lambda config: None)
+        return ray, TrialPool(ray, ClusterConfig(workers=workers, retries=9, **settings), cache, told.append), told
+
+    return build
+
+
+def trials(count, **settings):
+    config = SimpleNamespace(**{"device": "cpu", "threads": 1, **settings})
+    return [SimpleNamespace(name=f"cell {i}", folder=f"cell-{i}", config=config) for i in range(count)]
+
+
+def finished(pool, these, folder):
+    return sorted(trial.name for trial in pool.run(these, folder, lambda trial: None, lambda: False))
+
+
+def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, tmp_path):
+    ray, pool, told = pool_on(2, leave={"cell-1": 1})
+    assert finished(pool, trials(5), tmp_path) == [f"cell {i}" for i in range(5)]
+    assert ray.most == 2 and ray.living == 1 and any("begins again on another worker" in each for each in told)
+
+
+def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeypatch):
+    ray, pool, told = pool_on(2, leave={"cell-1": 0})
+    monkeypatch.setattr(machines.time, "sleep", lambda seconds: setattr(ray, "machines", 1))
+    assert finished(pool, trials(3), tmp_path) == [f"cell {i}" for i in range(3)]
+    assert any("machines have left" in each and "waiting up to 600 s" in each for each in told)
+
+
+def test_trials_that_wait_too_long_for_a_machine_say_how_to_resume(pool_on, tmp_path):
+    _, pool, _ = pool_on(2, leave={"cell-1": 0}, wait=0)
+    with pytest.raises(RunError, match=f"machines have left; add machines, and resume: .*--resume {tmp_path}"):
+        finished(pool, trials(3), tmp_path)
+
+
+def test_trials_with_other_threads_than_workers_have_cores_are_warned_of_once(pool_on, tmp_path):
+    _, pool, told = pool_on(2)
+    finished(pool, trials(2), tmp_path)
+    assert told == []
+    finished(pool, trials(2, threads=8), tmp_path)
+    finished(pool, trials(2, threads=8), tmp_path)
+    (warning,) = told
+    assert "in 8 threads" in warning and "cpus_per_worker=1" in warning
+
+
+def test_trials_on_a_gpu_are_refused_where_workers_have_none(pool_on, grid, tmp_path):
+    _, pool, _ = pool_on(2)
+    with pytest.raises(CompositionError, match="device=cuda given, and workers get no GPU"):
+        finished(pool, trials(1, device="cuda"), tmp_path)
+    on_gpus = grid.model_copy(update={"base": {**grid.base, "device": "cuda"}})
+    with pytest.raises(CompositionError, match="device=cuda given, and workers get no GPU"):
+        check_grid(on_gpus, ResourceCache(False))
+    with_gpus = on_gpus.model_copy(update={"cluster": ClusterConfig(gpus_per_worker=1)})
+    check_grid(with_gpus, ResourceCache(False))  # of which the driver needs none
+
+
+def test_a_trial_without_its_base_says_on_which_machine(grid, tmp_path, monkeypatch):
+    trial = plan_trials(grid).trials[0]
+    rows = load_resources(trial.config)
+    model = trial.config.model.model_copy(update={"source": "/nowhere/base"})
+    job = TrialJob(trial.config.model_copy(update={"model": model}), tmp_path / "there", {})
+    monkeypatch.setattr("platform.node", lambda: "node7")
+    with pytest.raises(ModelError, match=r"a worker on node7: .*/nowhere/base"):
+        TrialWorker(False, "/nowhere").run(job, "rows", rows)
 
 
 needs_ray = [

@@ -1,60 +1,26 @@
 """Runs whose clients are held by workers, here threads: the bits of one process, and what becomes of lost workers."""
 
 import json
-import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
-import torch
 
 from cases import others_slow
+from cluster_runs import assert_same_events, both, on_workers, same_bits, threads
 from flow_runs import tiny
 from peerlora.algorithms import build_algorithm
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, RunError, Stopped, WorkersLost
-from peerlora.runs.events import Evaluated, Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.events import Resumed, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.checks import refuse_config
 from peerlora.runtime.cluster.group import ThreadEngine, ThreadGroup
-from peerlora.runtime.cluster.run import resume, simulate
+from peerlora.runtime.cluster.run import compose_driver, resume, simulate
 from peerlora.runtime.simulate import resume as resume_here
 from peerlora.runtime.simulate import simulate as simulate_here
-from peerlora.tree import leaves
 
-
-def threads(settings, exchanged_bytes):
-    return ThreadEngine()
-
-
-def on_workers(config, out, workers=2, engine=threads, retries=3, **options):
-    settings = ClusterConfig(workers=workers, timeout=60, retries=retries)
-    return simulate(config, out, cluster=settings, engine=engine, report=False, **options)
-
-
-def same_bits(one, other):
-    one, other = leaves(one), leaves(other)
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def both(config, folder, workers=2):
-    """The results of workers and, with the config that they resolved, of one process."""
-    there = on_workers(config, folder / "there", workers)
-    stored = load_config(folder / "there" / "config.yaml")
-    return there, simulate_here(stored, folder / "here", report=False)
-
-
-def close(one, other):
-    """Equal, or equal to rounding: sums over clients or layers are added up in another order."""
-    if isinstance(one, float) and isinstance(other, float):
-        return (math.isnan(one) and math.isnan(other)) or math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(close(one[name], other[name]) for name in one)
-    return one == other
-
-
-TIMES = {"seconds_train", "seconds_mix", "seconds_diagnostics", "seconds"}
 SGD = "train.optimizer=sgd"
 CLOCK = ["clock.speed=[1,0.2,1,0.5,1,0.3]", "clock.deadline=3", "clock.bandwidth=20000"]
 CASES = {
@@ -91,6 +57,10 @@ CASES = {
     "svd": ["algorithm.name=flexlora", "topology=complete"],
     "rotation": ["algorithm.name=fedrot-lora", "topology=complete", "workers=3"],
     "fair": ["algorithm.name=lora-fair", "topology=complete"],
+    "merging where degrees differ": ["algorithm.name=flora", "topology=star", "workers=3"],
+    "flora on drawn graphs": ["algorithm.name=flora", "topology.kind=random", "topology.p=0.4"],
+    "fedex on a star": ["algorithm.name=fedex-lora", "topology=star"],
+    "fedex on drawn graphs": ["algorithm.name=fedex-lora", "topology.kind=random", "topology.p=0.4", "workers=3"],
     "labels": ["task.kind=multi-label", "data.label=several", "eval.metrics=[micro-f1]"],
 }
 
@@ -103,14 +73,6 @@ def test_workers_get_the_bits_of_one_process(config, tmp_path, words):
     there, here = both(config("bert", *base, *chosen), tmp_path, workers)
     assert same_bits(here.adapters, there.adapters)
     assert_same_events(tmp_path)
-
-
-def assert_same_events(folder):
-    for one, other in zip(read_events(folder / "here"), read_events(folder / "there"), strict=True):
-        assert type(one) is type(other)
-        if isinstance(one, RoundDone | Evaluated):
-            for name in vars(one).keys() - TIMES:
-                assert close(getattr(one, name), getattr(other, name)), (name, one, other)
 
 
 @pytest.mark.slow
@@ -193,6 +155,72 @@ def test_a_run_begun_in_one_process_is_not_divided(config, tmp_path):
     assert resume(tmp_path / "run", report=False).summary["rounds"] == 3
 
 
+class GpuDouble(ThreadEngine):
+    """Workers that compute on the processor what their config says is for a GPU; those of a worker choose bf16."""
+
+    def __init__(self, half=()):
+        self.half, self.asked = half, []
+
+    def start(self, workers, settings):
+        group = ThreadGroup(workers)
+        call = group.call_each
+
+        def here(method, arguments):
+            if method != "build":
+                return call(method, arguments)
+            ((task, *_), *_) = arguments
+            self.asked.append(task.speed)
+            local = replace(task, config=task.config.model_copy(update={"device": "cpu"}))
+            found = call(method, [(local,)] * workers)
+            for worker in self.half if task.speed is None else ():
+                found[worker] |= {"speed": {"dtype": "bf16", "packed": True}}
+            return found
+
+        group.call_each = here
+        return group
+
+
+def test_a_driver_without_a_gpu_resumes_a_run_of_workers_that_have_one(config, tmp_path):
+    words = ["clients=4", "train.rounds=4", "train.block=2", "train.optimizer_state=keep", "train.dtype=fp32"]
+    expected = simulate_here(config("bert", *words), tmp_path / "here", report=False)
+    settings, asked = ClusterConfig(workers=2, timeout=60, gpus_per_worker=1), iter([False, True])
+    with pytest.raises(Stopped):
+        simulate(
+            config("bert", *words, "device=cuda", "eval.select={}"),
+            tmp_path / "there",
+            cluster=settings,
+            engine=lambda *_: GpuDouble(),
+            stop=lambda: next(asked),
+            report=False,
+        )
+    found = resume(tmp_path / "there", engine=lambda *_: GpuDouble(), report=False)
+    assert same_bits(found.adapters, expected.adapters)
+    assert load_config(tmp_path / "there" / "config.yaml").device == "cuda"
+
+
+def test_all_workers_take_the_speed_of_the_first(config):
+    machines, settings = GpuDouble(half=[1]), ClusterConfig(workers=2, timeout=60, gpus_per_worker=1)
+    chosen = config("bert", "clients=4", "train.rounds=1", "train.block=2", "device=cuda")
+    driver = compose_driver(chosen.model_copy(update={"cluster": settings}))
+    group, speed = driver.start(machines)
+    group.close()
+    assert machines.asked == [None, speed] and speed.dtype == "fp64"
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "reason"),
+    [
+        ("cpu", 1, "1 GPUs per worker asked for, and device=cpu"),
+        ("cuda", 0, "device=cuda given, and workers get no GPU"),
+    ],
+)
+def test_gpus_that_nobody_uses_or_gets_are_refused(config, tmp_path, device, gpus, reason):
+    settings = ClusterConfig(gpus_per_worker=gpus)
+    with pytest.raises(CompositionError, match=reason):
+        simulate(config("bert", f"device={device}"), tmp_path / "run", cluster=settings, engine=threads)
+    assert not (tmp_path / "run").exists()
+
+
 REFUSED = {
     "asynchronous": (["algorithm.name=ad-psgd", "train.local_steps=1", SGD], "no common round"),
     "relayed": (["exchange.relay={}", "algorithm.name=dec-lora"], "exchange.relay cannot run on a cluster"),
@@ -264,9 +292,9 @@ def test_trackers_get_the_run_from_the_driver_anew_when_workers_are_lost(config,
 
 
 def test_the_config_of_a_run_has_the_graphs_and_the_threads_that_decide_its_bits(config, tmp_path):
-    on_workers(config("bert", "clients=5", "threads=null", "train.rounds=1"), tmp_path / "run")
+    on_workers(config("bert", "clients=8", "threads=null", "train.rounds=1"), tmp_path / "run")
     stored = load_config(tmp_path / "run" / "config.yaml")
-    assert (stored.train.block, stored.threads, stored.cluster.workers) == (2, 1, 2)
+    assert (stored.train.block, stored.threads, stored.cluster.workers) == (4, 1, 2)
     notes = read_events(tmp_path / "run")[0].notes
-    assert "2 workers hold [3, 2] clients" in notes or "2 workers hold [4, 1] clients" in notes, notes
+    assert "2 workers hold [4, 4] clients" in notes, notes
     assert json.loads((tmp_path / "run" / "run.json").read_text())["speed"]["dtype"] == "fp64"

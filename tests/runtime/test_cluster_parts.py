@@ -14,7 +14,7 @@ from peerlora.exchange.blocks import links_of
 from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.diagnostics import diagnose
 from peerlora.lora.layer_shares import columns_of_layers, join_shares, measure_share, split_layers
-from peerlora.runtime.cluster import session
+from peerlora.runtime.cluster import machines, session
 from peerlora.runtime.cluster.placement import Placement, choose_tile_size, place, plan_transfers
 from peerlora.runtime.cluster.rows import Inbox, RowsMissing, SwappedRows
 from peerlora.topology.schedule import build_topology
@@ -118,6 +118,14 @@ def test_columns_and_vectors_reach_their_workers():
     assert torch.equal(torch.stack(found[1][1]).sum(0), torch.stack([x[b].sum(0) for b in placement.blocks]).sum(0))
 
 
+def test_vectors_come_to_where_the_own_ones_are():
+    """On a GPU, of which "meta" is a double; what came lies in main memory."""
+    rows = SwappedRows(0, place(tiles_of(2, 1), 2, None), 1, Inbox(), lambda *sent: None, 20.0)
+    rows.inbox.put(1, 1, np.ones(3, np.float32))
+    parts = rows.to_one(0, torch.zeros(3, device="meta"))
+    assert torch.cat(parts).device.type == "meta" and len(parts) == 2
+
+
 def test_an_inbox_says_whose_rows_are_missing_and_why():
     inbox = Inbox()
     inbox.put(1, 0, np.zeros(1))
@@ -171,10 +179,17 @@ def test_shares_of_layers_add_up_to_the_diagnostics(shares, sent):
 
 
 def test_more_cores_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(session.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(machines.os, "sched_getaffinity", lambda process: {0, 1})
     monkeypatch.setitem(session.need_extra.__globals__["EXTRAS"], "cluster", ("json",))
     with pytest.raises(ClusterError, match="4 workers with 1 cores each asked for, this process may use 2"):
         session.ray_session(ClusterConfig(workers=4)).__enter__()
+
+
+@pytest.mark.parametrize("gpus", [0.5, 1, 2])
+def test_a_worker_has_a_part_of_a_gpu_or_whole_ones(gpus):
+    assert ClusterConfig(gpus_per_worker=gpus).gpus_per_worker == gpus
+    with pytest.raises(ValueError, match="a part of one GPU, or a whole number"):
+        ClusterConfig(gpus_per_worker=gpus + 1.25)
 
 
 def test_without_ray_the_command_to_install_it_is_told(monkeypatch):
@@ -185,11 +200,11 @@ def test_without_ray_the_command_to_install_it_is_told(monkeypatch):
 
 def test_fewer_resources_than_asked_for_are_told():
     settings = ClusterConfig(workers=3, cpus_per_worker=2, gpus_per_worker=0.5)
-    session.check_resources(settings, {"CPU": 6.0, "GPU": 1.5})
+    machines.check_resources(settings, [{"CPU": 6.0, "GPU": 2.0}])
     with pytest.raises(ClusterError, match="3 workers with 2 CPUs each asked for, the cluster has 5 in all"):
-        session.check_resources(settings, {"CPU": 5.0, "GPU": 4.0})
+        machines.check_resources(settings, [{"CPU": 5.0, "GPU": 4.0}])
     with pytest.raises(ClusterError, match=r"3 workers with 0.5 GPUs each asked for, the cluster has 0 in all"):
-        session.check_resources(settings, {"CPU": 6.0})
+        machines.check_resources(settings, [{"CPU": 6.0}])
 
 
 @pytest.mark.parametrize("address", ["somewhere:port", ":6379", "ray://:1"])

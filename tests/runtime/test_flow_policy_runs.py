@@ -16,11 +16,11 @@ from peerlora.errors import CompositionError, ConfigError, DivergenceError, Mode
 from peerlora.runs.events import Evaluated, PolicyShown, RoundDone
 from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
-from peerlora.runtime.compose import compose
+from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.export import export_from_run, exporter_of, read_adapters
 from peerlora.runtime.plan import plan
 from peerlora.runtime.serving import load_served
-from peerlora.runtime.simulate import resume, simulate
+from peerlora.runtime.simulate import build_rounds, resume, simulate
 from peerlora.runtime.whole_model import export_with_base, merge_from_run
 from peerlora.train.online.base_policy import read_policy
 from peerlora.train.online.flow import FlowShape, twin_values
@@ -280,6 +280,36 @@ def test_settings_of_policies_are_refused_where_a_task_has_rows(tree, message):
 def test_a_budget_in_epochs_is_refused_where_there_are_no_rows():
     with pytest.raises(ConfigError, match=r"train\.epochs counts passes over rows.*use train\.rounds"):
         load_config({"task": TINY["task"], "train": {"epochs": 2}})
+
+
+@pytest.mark.parametrize(("turn", "interval"), [(1, 1), (2, 1), (1, 2)])
+def test_every_block_trains_both_factors_in_a_period(turn, interval):
+    blocks = 4
+    federation = compose(tiny(f"task.blocks={blocks}", f"algorithm.turn={turn}", f"algorithm.interval={interval}"))
+    rounds = build_rounds(federation)
+    state, moved = opening_state(federation), []
+    for t in range(2 * interval * turn * blocks):
+        before, (state, _) = state.flat, rounds.advance(t, state)
+        spec = state.spec
+        changed = {spec.slots[i].name.split(".")[1] + spec.slots[i].block for i in moving(spec, before, state.flat)}
+        moved.append(changed)
+    sweeps = [set().union(*moved[at : at + turn * blocks]) for at in range(0, len(moved), turn * blocks)]
+    assert all(len(each) == 1 for each in moved), "a round moves one factor of one block"
+    assert sweeps == [{f"{k}{'BA'[sweep // interval]}" for k in range(blocks)} for sweep in range(2 * interval)]
+
+
+def moving(spec, before, after):
+    """The places of A and B that training has moved: on a ring of three all agree, and mixing moves rounding alone."""
+    moved = (before - after).abs().amax(0) > 1e-12
+    return [i for i, at in enumerate(spec.slots) if at.block != "head" and moved[at.start : at.stop].any()]
+
+
+def test_an_interval_of_swfp_is_compared_with_a_run_in_sweeps():
+    warnings = plan(tiny("algorithm.interval=2", "train.rounds=4")).warnings
+    assert any(
+        "interval=2 (4 rounds, since it counts sweeps over all blocks) is not shorter" in each for each in warnings
+    )
+    assert not any("interval" in each for each in plan(tiny("algorithm.interval=2", "train.rounds=5")).warnings)
 
 
 def test_swfp_is_refused_where_a_task_has_rows():

@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from peerlora.algorithms import merging
+from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import CompositionError
 from peerlora.lora import adapters
 from peerlora.runs import events
 from peerlora.runs.client_spread import spread
 from peerlora.runs.events import Evaluated, RoundDone
 from peerlora.runs.store import read_events
+from peerlora.runtime.cluster.run import compose_driver
+from peerlora.runtime.compose import compose
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.topology import storage
 from peerlora.tree import leaves
@@ -123,3 +128,23 @@ def test_what_needs_dense_tables_of_many_clients_is_refused_early(config, tmp_pa
     with pytest.raises(CompositionError, match=rf"clients=100000 with .*{what}.* GB") as told:
         simulate(chosen, tmp_path / "run")
     assert "ring" in str(told.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("state", "copies"), [("round", 2), ("keep", 4)])
+def test_adapters_that_do_not_fit_into_memory_are_refused_with_their_size(config, monkeypatch, state, copies):
+    """Of 100,000 clients of 0.3 MB, 60 GB."""
+    chosen = config("bert", f"train.optimizer_state={state}", "train.dtype=fp32")
+    spec = compose(chosen).start.spec
+    needed = chosen.clients * spec.parameters * torch.float32.itemsize * copies
+    monkeypatch.setattr(merging, "main_memory", lambda: needed)
+    compose(chosen)
+    monkeypatch.setattr(merging, "main_memory", lambda: needed - 1)
+    told = (
+        rf"{chosen.clients} clients with {spec.parameters} trained numbers each need .* GB for two copies, before and"
+    )
+    with pytest.raises(CompositionError, match=told) as error:
+        compose(chosen)
+    assert ("train.optimizer_state=keep" in str(error.value)) == (state == "keep")
+    on_workers = chosen.model_copy(update={"cluster": ClusterConfig()})
+    with pytest.raises(CompositionError, match="which the command collects and joins"):
+        compose_driver(on_workers)

@@ -108,7 +108,10 @@ def test_a_killed_driver_leaves_no_worker_and_is_resumed_by_another_number_of_th
     [
         (["--workers", "500"], "500 workers with 1 cores each asked for"),
         (["--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
-        (["--gpus-per-worker", "1", "--workers", "1"], "1 workers with 1 GPUs each asked for, the cluster has 0"),
+        (
+            ["device=cuda", "--gpus-per-worker", "1", "--workers", "1"],
+            "1 workers with 1 GPUs each asked for, the cluster has 0",
+        ),
         (["data.train=jsonl:missing.jsonl"], "missing.jsonl"),
     ],
 )

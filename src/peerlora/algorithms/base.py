@@ -56,6 +56,10 @@ class Method(Protocol):
         """Rounds between two switches of the active factor; None where both train in every round."""
         return None
 
+    def rounds_of_phase(self, blocks: int) -> int | None:
+        """Rounds between two switches in a run, of a flow policy with so many blocks; None where both train in all."""
+        return self.switches_every
+
     @property
     def alternates(self) -> bool:
         """Whether A and B train in turn."""

@@ -9,6 +9,7 @@ from peerlora.algorithms.gossip import Scheduled
 from peerlora.algorithms.traits import Traits
 from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.lora.layer_order import blocks_of
 from peerlora.train.base import LocalPlan
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ class SWFP(Scheduled):
     the federation: frozen blocks are mixed, too, so that they agree, as ADF-LoRA mixes the frozen factor.
     """
 
+    interval: int | None = None
+    """Sweeps over all N blocks between two switches of the active factor, so that every block trains both; null: both
+    train in every round."""
     turn: int = 1
     """Rounds in which one block trains before the next does."""
     traits: ClassVar = Traits(
@@ -44,6 +48,10 @@ class SWFP(Scheduled):
         if self.turn < 1:
             raise ConfigError(f"algorithm.turn: {self.turn} given; expected at least 1 round")
 
+    def rounds_of_phase(self, blocks: int) -> int | None:
+        """Rounds of ``interval`` sweeps."""
+        return self.interval and self.interval * self.turn * blocks
+
     def check_task(self, kind: str) -> None:
         """Only flow policies have blocks that take turns."""
         if not task_kind(kind).acts:
@@ -54,4 +62,6 @@ class SWFP(Scheduled):
 
     def round(self, t: int, x: Adapters, learner: Learner, peers: Exchange) -> Adapters:
         """One round."""
-        return peers.mix(learner.fit(x, LocalPlan(self.active(t), turn=t // self.turn)))
+        turn = t // self.turn
+        sweep = turn // max(1, blocks_of(x.spec))
+        return peers.mix(learner.fit(x, LocalPlan(self.active(sweep), turn=turn)))

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters
+from peerlora.lora.merged import Agree
 
 _SCALARS = 2**24  # of received adapters that a rule sees at once: 128 MB in float64
 
@@ -113,11 +114,13 @@ def apply_rule(
     W: Any,
     rule: CombineRule,
     held: Sequence[int] | None = None,
+    agree: Agree = lambda widths: widths,
 ) -> tuple[Adapters, dict[str, Float[Tensor, " receiver"]]]:
     """``x_i <- rule(what reached i)``, receivers in blocks; those whom nobody reached keep what they have.
 
     ``all_adapters``: of the clients that the columns of W, dense or sparse, stand for.  ``held``: the rows of W that
-    ``x`` holds, all by default; the blocks are those of all rows.  Also gives what the rule measured, by name.
+    ``x`` holds, all by default; the blocks are those of all rows.  ``agree``: see `Merged.with_rows`.  Also gives what
+    the rule measured, by name.
     """
     result, parts, W = x.flat.clone(), [], _entries(W)
     measured: dict[str, Tensor] = {}
@@ -141,7 +144,7 @@ def apply_rule(
         for name, values in combined.measures.items():
             kept = measured.setdefault(name, torch.zeros(x.clients, dtype=torch.float64))
             kept[rows] = (values[here] if together and len(values) > 1 else values).to(kept)
-    return replace(x, flat=result, merged=x.merged and x.merged.with_rows(parts)), measured
+    return replace(x, flat=result, merged=x.merged and x.merged.with_rows(parts, agree)), measured
 
 
 @dataclass(frozen=True)

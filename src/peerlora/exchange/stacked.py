@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.exchange.base import ExchangeStats
@@ -76,7 +76,7 @@ class StackedExchange(PlainExchange):
         sent = x.exchanged()
         others = tree_map(lambda _, leaf: self._gathered(leaf), x.merged) if merged else None
         all_adapters = replace(sent, flat=self._reached(sent.flat), ranks=self._gathered(x.ranks), merged=others)
-        mixed, measured = apply_rule(sent, all_adapters, self.graph.W, rule, self.clients)
+        mixed, measured = apply_rule(sent, all_adapters, self.graph.W, rule, self.clients, self._largest)
         self.stats.measures.update(measured)
         self.stats.seconds += time.perf_counter() - began
         return replace(x.with_blocks(mixed), merged=mixed.merged)
@@ -134,6 +134,10 @@ class StackedExchange(PlainExchange):
         """The rows of all clients."""
         rows = self.gather(x.flatten(1) if x.ndim > 1 else x[:, None])
         return rows.view(len(rows), *x.shape[1:])
+
+    def _largest(self, widths: Int[Tensor, "layer 2"]) -> Int[Tensor, "layer 2"]:
+        """The largest widths among all clients."""
+        return self.gather(widths.flatten().repeat(len(self.clients), 1)).amax(0).view_as(widths)
 
     def _count(self, *payload: object) -> None:
         """Add what this mixing sends: every linked client's encoded message to each of its receivers."""

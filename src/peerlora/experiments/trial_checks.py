@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError, PeerloraError
 from peerlora.experiments.grid import GridConfig
 from peerlora.experiments.resource_cache import ResourceCache, order_trials
 from peerlora.experiments.trials import plan_search, plan_trials
+from peerlora.runtime.cluster.checks import refuse_device
 from peerlora.runtime.compose import assemble
 from peerlora.runtime.plan import Plan, plan
 
@@ -41,18 +43,26 @@ def check_grid(grid: GridConfig, cache: ResourceCache) -> None:
     planned, searched = plan_trials(grid), plan_search(grid)
     refused, assembled = [*planned.refused, *searched.refused], {}
     for trial in order_trials([*searched.trials, *planned.trials]):
-        if reason := _refusal(trial.config, cache, assembled):
+        if reason := _refusal(trial.config, cache, assembled, grid.cluster):
             refused.append((trial.name, reason))
     if refused:
         count = len(planned.trials) + len(searched.trials) + len(planned.refused)
         raise CompositionError(_refusal_message(refused, count))
 
 
-def _refusal(config: RunConfig, cache: ResourceCache, assembled: dict[str, str | None]) -> str | None:
-    """Why a trial cannot run; None where it can.  ``assembled``: what came of others, by ``_assembly_key``."""
+def _refusal(
+    config: RunConfig, cache: ResourceCache, assembled: dict[str, str | None], cluster: ClusterConfig | None
+) -> str | None:
+    """Why a trial cannot run; None where it can.  ``assembled``: what came of others, by ``_assembly_key``.
+
+    Trials for the workers of a cluster are assembled without a GPU, which the driver need not have.
+    """
     if config.train.epochs is not None:
         return f"train.epochs={config.train.epochs:g} given; trials are compared by their rounds: give train.rounds"
     try:
+        if cluster is not None:
+            refuse_device(config, cluster)
+            config = config.model_copy(update={"device": "cpu"})
         planned = plan(config)
     except PeerloraError as error:
         return str(error)

@@ -17,13 +17,15 @@ from typing import Any
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.run import RunConfig
-from peerlora.errors import RunError, WorkersLost
+from peerlora.errors import ClusterError, RunError, WorkersLost
 from peerlora.experiments.resource_cache import ResourceCache, data_key
 from peerlora.experiments.trial_run import run_trial
 from peerlora.experiments.trials import Trial
-from peerlora.runtime.cluster.ray_engine import check_versions, fetch, wait_for
+from peerlora.runtime.cluster.checks import refuse_device
+from peerlora.runtime.cluster.machines import await_machines, fitting_workers, machines_of
+from peerlora.runtime.cluster.ray_engine import await_start, fetch
 from peerlora.runtime.cluster.session import ray_session
-from peerlora.runtime.cluster.worker import describe_process
+from peerlora.runtime.cluster.worker import describe_process, name_machine
 from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.resources import BaseModelCache, RunResources
 
@@ -63,7 +65,8 @@ class TrialWorker:
         with tempfile.TemporaryDirectory() as temporary:
             run = Path(temporary) / "run"
             write_files(run, job.files)
-            run_trial(job.config, run, self.rows)
+            with name_machine("a worker"):
+                run_trial(job.config, run, self.rows)
             return {name: _relocated(name, data, run, job.run) for name, data in read_files(run).items()}
 
 
@@ -119,11 +122,13 @@ class TrialPool:
         self.ray, self.settings, self.cache, self.warn = ray, settings, cache, warn
         self.lost: Counter[str] = Counter()
         """Trial -> how often its worker was lost."""
-        self._key, self._rows = "", None
+        self._key, self._rows, self._threads_told = "", None, False
         self.seats = [_Seat(self._actor()) for _ in range(settings.workers)]
-        check_versions(
-            wait_for(ray, [seat.actor.describe.remote() for seat in self.seats], settings.timeout, "to start")
-        )
+        try:
+            await_start(ray, [seat.actor for seat in self.seats], settings, warn)
+        except BaseException as error:
+            self.close()
+            raise ClusterError(str(error)) if isinstance(error, WorkersLost) else error from None
 
     def _actor(self) -> Any:
         resources = {"num_cpus": self.settings.cpus_per_worker, "num_gpus": self.settings.gpus_per_worker}
@@ -134,16 +139,20 @@ class TrialPool:
     ) -> Iterator[Trial]:
         """Run trials in this order, as many at once as there are workers; yield each when its folder is written.
 
-        It ends early where ``stop`` says so.  Raises what a trial raised, RunError where a trial's workers are lost
-        again and again.
+        It ends early where ``stop`` says so.  Where machines leave, it goes on with the workers that still fit.  Raises
+        what a trial raised, RunError where a trial's workers are lost again and again, or no machine is left.
         """
+        self._check(trials)
         waiting = deque(trials)
         try:
             while not stop() and (waiting or self._busy):
-                for seat in self.seats:
-                    if waiting and seat.job is None:
+                for seat in self._free() if waiting else ():
+                    if waiting:
                         begun(waiting[0])
                         self._begin(seat, waiting.popleft(), folder)
+                if not self._busy:
+                    self._await_machine(folder)
+                    continue
                 for seat, trial, job in self._ended():
                     try:
                         files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
@@ -157,6 +166,35 @@ class TrialPool:
         finally:
             for seat in self._busy:
                 self._end(seat)
+
+    def _check(self, trials: Sequence[Trial]) -> None:
+        """Refuse trials that would not use what workers have; warn of those that would use more."""
+        for trial in trials:
+            refuse_device(trial.config, self.settings)
+        cores = self.settings.cpus_per_worker
+        threads = {trial.config.threads for trial in trials} - {cores, None}
+        if threads and not self._threads_told:
+            self._threads_told = True
+            self.warn(
+                f"cells compute in {', '.join(map(str, sorted(threads)))} threads (threads), and workers have "
+                f"cpus_per_worker={cores} cores each: they take each other's cores, or leave some unused"
+            )
+
+    def _free(self) -> Iterator[_Seat]:
+        """Seats that can begin a trial: whose worker is idle, and those without one as far as machines have room."""
+        idle = [seat for seat in self.seats if seat.job is None]
+        yield from (seat for seat in idle if seat.actor is not None)
+        empty = [seat for seat in idle if seat.actor is None]
+        if empty:
+            room = fitting_workers(self.settings, machines_of(self.ray)) - (len(self.seats) - len(empty))
+            yield from empty[: max(0, room)]
+
+    def _await_machine(self, folder: Path) -> None:
+        """Wait until one worker fits again; raises RunError where none does in time."""
+        try:
+            await_machines(self.ray, self.settings.model_copy(update={"workers": 1}), self.warn)
+        except ClusterError as error:
+            raise RunError(f"{error}: peerlora compare --resume {folder}") from None
 
     @property
     def _busy(self) -> list[_Seat]:

@@ -36,6 +36,11 @@ def depth_of(spec: AdapterSpec) -> int:
     return max(layer_numbers(spec))
 
 
+def blocks_of(spec: AdapterSpec) -> int:
+    """N, the number of transformer blocks, or blocks of a flow, that have adapters."""
+    return len({number for layer in spec.layers if (number := _block_number(layer.name)) is not None})
+
+
 def _block_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 

@@ -5,16 +5,17 @@ The base itself is never copied or changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.lora.product import deviation, norms2, product_consensus
 
 Rows = slice | Sequence[int]
+Agree = Callable[[Int[Tensor, "layer 2"]], Int[Tensor, "layer 2"]]
 
 
 @dataclass(frozen=True)
@@ -150,24 +151,30 @@ class Merged:
             shapes[f"right:{name}"] = ((live, own.right.shape[2]), dtype)
         return shapes
 
-    def with_rows(self, parts: Sequence[tuple[Sequence[int], Merged]]) -> Merged:
-        """With the rows of ``parts`` in the given places."""
-        return Merged(
-            {
-                name: _with_rows(own, [(rows, part.layers[name]) for rows, part in parts])
-                for name, own in self.layers.items()
-            }
-        )
+    def with_rows(self, parts: Sequence[tuple[Sequence[int], Merged]], agree: Agree = lambda widths: widths) -> Merged:
+        """With the rows of ``parts`` in the given places, in as many columns as the one with the most has.
+
+        ``agree`` turns these widths into the largest of all who hold clients of the run.
+        """
+        of_layer = {name: [(rows, part.layers[name]) for rows, part in parts] for name in self.layers}
+        widths = agree(torch.tensor([_widths(own, of_layer[name]) for name, own in self.layers.items()]))
+        agreed = zip(self.layers.items(), widths.tolist(), strict=True)
+        return Merged({name: _with_rows(own, of_layer[name], *width) for (name, own), width in agreed})
 
 
-def _with_rows(whole: Update, parts: Sequence[tuple[Sequence[int], Update]]) -> Update:
+def _widths(whole: Update, parts: Sequence[tuple[Sequence[int], Update]]) -> tuple[int, int]:
+    """The most columns that a low-rank sum has, and a dense one."""
     updates = [whole, *(part for _, part in parts)]
-    if any(update.dense.shape[2] for update in updates):
-        dense = whole.weight().clone()
+    return max(update.left.shape[2] for update in updates), max(update.dense.shape[2] for update in updates)
+
+
+def _with_rows(whole: Update, parts: Sequence[tuple[Sequence[int], Update]], columns: int, dense: int) -> Update:
+    if dense:
+        weight = whole.weight().clone()
         for rows, part in parts:
-            dense[rows] = part.weight()
-        return _dense(dense)
-    columns, (clients, d_out, before) = max(update.left.shape[2] for update in updates), whole.left.shape
+            weight[rows] = part.weight()
+        return _dense(weight)
+    clients, d_out, before = whole.left.shape
     left = whole.left.new_zeros(clients, d_out, columns)
     right = whole.right.new_zeros(clients, columns, whole.right.shape[2])
     left[:, :, :before], right[:, :before] = whole.left, whole.right

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import Algorithm, is_asynchronous, requirement
 from peerlora.algorithms.compatibility import check_wrappers, relay_warnings
+from peerlora.algorithms.merging import room
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
 from peerlora.config.task_kinds import task_kind
@@ -15,11 +18,15 @@ from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.lora.adapter_init import PRINCIPAL
+from peerlora.lora.adapters import AdapterSpec
 from peerlora.runtime.policy_checks import check_policy
 from peerlora.runtime.privacy import check_privacy
+from peerlora.runtime.resources import DTYPES
 from peerlora.topology.mixing_bytes import mixing_bytes
 from peerlora.topology.properties import Properties
 from peerlora.topology.schedule import Topology
+
+_IN_A_ROUND = "before and after local steps"
 
 
 def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> tuple[str, ...]:
@@ -64,13 +71,14 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
         *relay_warnings(config, algorithm),
         *check_privacy(config, algorithm),
     )
-    interval = algorithm.switches_every
+    interval, every = algorithm.switches_every, algorithm.rounds_of_phase(config.task.blocks)
     trained = config.train.training_rounds
-    if interval is not None and interval >= trained:
+    if every is not None and every >= trained:
         which = "run" if trained == config.train.rounds else "part of the run that trains,"
+        counted = "" if every == interval else f" ({every} rounds, since it counts sweeps over all blocks)"
         warnings += (
-            f"algorithm.interval={interval} is not shorter than the {which} of {trained} rounds: only B is trained, as "
-            "in FFA-LoRA",
+            f"algorithm.interval={interval}{counted} is not shorter than the {which} of {trained} rounds: only B "
+            "is trained, as in FFA-LoRA",
         )
     return warnings
 
@@ -189,6 +197,25 @@ def check_memory(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             f"clients={clients} with {what} needs {needed / 1e9:.3g} GB for mixing matrices, this machine has "
             f"{there / 1e9:.0f} GB; use fewer clients, or a synchronous method such as algorithm.name=dec-lora on few "
             "links such as topology=ring"
+        )
+
+
+def check_rows(config: RunConfig, spec: AdapterSpec, clients: int, held: str = _IN_A_ROUND) -> None:
+    """Refuse adapters of so many clients that cannot be held: they stay in memory, and nothing of them on a disk.
+
+    Counted are two copies, as ``held`` says, and the optimiser's memory where it is kept: what every method needs.
+    Raises CompositionError with their number, their size and what there is.
+    """
+    kept = config.train.optimizer_state != "round"
+    copies, dtype = (4 if kept else 2), DTYPES[config.train.dtype]
+    needed = clients * spec.parameters * dtype.itemsize * copies
+    there, of_what = room(torch.device(config.device))
+    if needed > there:
+        moments = f", and the optimiser's two (train.optimizer_state={config.train.optimizer_state})" if kept else ""
+        raise CompositionError(
+            f"{clients} clients with {spec.parameters} trained numbers each need {needed / 1e9:.3g} GB for two copies, "
+            f"{held}{moments}, {of_what} {there / 1e9:.3g} GB; use fewer clients, a smaller adapter.rank, or "
+            "adapter.targets with fewer layers"
         )
 
 

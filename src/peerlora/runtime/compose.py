@@ -24,10 +24,11 @@ from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.randomness import numpy_generator
+from peerlora.runtime.checks import check_rows
 from peerlora.runtime.division import Division, divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
-from peerlora.runtime.federation import Federation, start_adapters
+from peerlora.runtime.federation import Federation, adapter_spec, start_adapters
 from peerlora.runtime.plan import Plan, plan
 from peerlora.runtime.policy import PolicyResources, assemble_policy, load_policy
 from peerlora.runtime.privacy import build_privacy
@@ -107,6 +108,7 @@ def assemble(
     divided, own, held = division.partition, division.own, division.held
     built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
+    check_rows(config, adapter_spec(config, model), len(here))
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
     check_relayed_message(config, planned.algorithm, start.rows([0]))

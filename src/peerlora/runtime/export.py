@@ -91,9 +91,8 @@ class Exporter:
         return folder
 
 
-def exporter(federation: Federation) -> Exporter:
-    """The Exporter of a run in this process."""
-    layout = federation.algorithm.model(federation.algorithm.start(federation.start, federation.exchange))
+def exporter(federation: Federation, layout: Adapters) -> Exporter:
+    """The Exporter of a run in this process, whose method keeps adapters as ``layout``."""
     return Exporter(federation.config, federation.exchange.clients, layout, federation.model, federation.export)
 
 

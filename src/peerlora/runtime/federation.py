@@ -17,7 +17,7 @@ from peerlora.data.partition import Partition
 from peerlora.exchange.base import MeteredExchange
 from peerlora.lora.adapter_init import orthogonal_factors, with_factors
 from peerlora.lora.adapter_start import read_adapter
-from peerlora.lora.adapters import Adapters, initial_adapters
+from peerlora.lora.adapters import Adapters, AdapterSpec, initial_adapters
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_digest import base_digest, digest_of
 from peerlora.lora.peft_io import ExportContext
@@ -84,14 +84,19 @@ class Federation:
         return digest_of({"start": self.start.flat[0, : self.start.spec.shared.stop]})
 
 
+def adapter_spec(config: RunConfig, model: StackedModel) -> AdapterSpec:
+    """The layout of a client's adapters."""
+    adapter = config.adapter
+    return model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
+
+
 def start_adapters(
     config: RunConfig, model: StackedModel, export: ExportContext, here: Sequence[int]
 ) -> tuple[Adapters, tuple[str, ...]]:
     """The adapters that the clients held here begin with, and warnings."""
     every_rank = config.ranks
     ranks = [every_rank[i] for i in here]
-    adapter = config.adapter
-    spec = model.spec(max(config.ranks), adapter.alpha, adapter.head == "private", adapter.rslora)
+    adapter, spec = config.adapter, adapter_spec(config, model)
     generator = torch_generator(config.seed, "adapter")
     start = initial_adapters(spec, ranks, model.head(), generator, DTYPES[config.train.dtype])
     warnings = ()

@@ -49,8 +49,13 @@ def facts_of(federation: Federation) -> dict[str, Any]:
         "inputs": describe_inputs(federation),
         "classes": list(federation.train_data.names),
         "base": federation.export.location,
-        "speed": {"dtype": federation.speed.dtype, "packed": federation.speed.packed},
+        "speed": speed_facts(federation.speed),
     } | ({"loop": True} if isinstance(federation.model, PeftAdapter) else {})
+
+
+def speed_facts(speed: Speed) -> dict[str, Any]:
+    """What `speed_of` reads of a run's facts."""
+    return {"dtype": speed.dtype, "packed": speed.packed}
 
 
 def speed_of(facts: Mapping[str, Any], config: RunConfig) -> Speed:

@@ -317,7 +317,7 @@ class Trainer:
             if find_start(events) is None:  # its line is damaged
                 events.insert(0, self._started())
             summary = summarise(events) | {"run": str(self.store.folder)}
-            to = exporter(self.federation)
+            to = exporter(self.federation, x)
             write_peft_folders(self.store.folder, x, to, summary, relayed)
             if self.best:
                 write_best_folders(self.store.folder, to, summary)

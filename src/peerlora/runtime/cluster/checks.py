@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerlora.algorithms.base import Algorithm, is_asynchronous
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError
@@ -33,6 +34,20 @@ def refuse_config(config: RunConfig, algorithm: Algorithm[Any]) -> None:
         raise CompositionError(
             "eval.generate cannot run on a cluster: answers are generated where the adapters are, and workers do not "
             "yet send any; drop eval.generate, or use one process"
+        )
+
+
+def refuse_device(config: RunConfig, settings: ClusterConfig) -> None:
+    """Raise CompositionError where workers would get GPUs that nobody uses, or none that a run asks for."""
+    if settings.gpus_per_worker and config.device == "cpu":
+        raise CompositionError(
+            f"{settings.gpus_per_worker:g} GPUs per worker asked for, and device=cpu computes on none of them; give "
+            "device=cuda, or leave --gpus-per-worker (cluster.gpus_per_worker) out"
+        )
+    if config.device == "cuda" and not settings.gpus_per_worker:
+        raise CompositionError(
+            "device=cuda given, and workers get no GPU; give --gpus-per-worker 1 (cluster.gpus_per_worker), or a part "
+            "of one where several workers share it"
         )
 
 

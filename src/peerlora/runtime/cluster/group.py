@@ -40,6 +40,12 @@ class WorkerGroup(Protocol):
 class Engine(AbstractContextManager["Engine"]):
     """What starts workers: a connection to a cluster, or this process."""
 
+    notes: Sequence[str] = ()
+    """What there is to know about it."""
+
+    def tell(self, message: str) -> None:
+        """Take a warning while workers start; its owner puts something better in the place of this."""
+
     @abstractmethod
     def start(self, workers: int, settings: ClusterConfig) -> WorkerGroup:
         """Start so many workers; raises ClusterError where they cannot be had."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -12,13 +13,12 @@ from typing import Any, Self
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ClusterError, PeerloraError, WorkersLost
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
+from peerlora.runtime.cluster.machines import await_machines, describe_free, lacking, machines_of
 from peerlora.runtime.cluster.rows import Values
-from peerlora.runtime.cluster.session import lacking, ray_session
+from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.cluster.worker import BlockWorker, describe_process
 
 _INBOX = "inbox"  # the threads of an actor that take rows while it computes
-_ASKED = {"describe": "to start; are so many cores and GPUs free?"}
-_LOOK = 1.0  # seconds between two looks at a cluster that lacks machines
 _GLANCE = 10.0  # seconds between two looks at its machines while workers compute
 _FETCH = 60.0  # seconds to fetch an answer that is there
 
@@ -28,9 +28,10 @@ class RayEngine(Engine):
 
     def __init__(self, settings: ClusterConfig, exchanged_bytes: int):
         self.settings, self.exchanged_bytes, self._open = settings, exchanged_bytes, ExitStack()
+        self._started, self.notes = False, []
 
     def __enter__(self) -> Self:
-        self.ray = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes))
+        self.ray = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes, self.notes.append))
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -38,18 +39,18 @@ class RayEngine(Engine):
 
     def start(self, workers: int, settings: ClusterConfig) -> WorkerGroup:
         """See ``Engine``."""
-        return RayGroup(self.ray, workers, settings)
+        try:
+            group = RayGroup(self.ray, workers, settings, tell=self.tell)
+        except WorkersLost as error:
+            if self._started:
+                raise
+            raise ClusterError(str(error)) from None
+        self._started = True
+        return group
 
     def await_machines(self, settings: ClusterConfig, tell: Callable[[str], None]) -> None:
         """See ``Engine``."""
-        end, reported = time.monotonic() + settings.wait, False
-        while reason := lacking(settings, self.ray.cluster_resources()):
-            if time.monotonic() >= end:
-                raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
-            if not reported:
-                tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
-            reported = True
-            time.sleep(_LOOK)
+        await_machines(self.ray, settings, tell)
 
 
 class RayGroup:
@@ -58,14 +59,20 @@ class RayGroup:
     Where one fails or is lost, all are ended: the others wait for its rows.  ``kind``: what each does when it is asked.
     """
 
-    def __init__(self, ray: Any, count: int, settings: ClusterConfig, kind: type[BlockWorker] = BlockWorker):
+    def __init__(
+        self,
+        ray: Any,
+        count: int,
+        settings: ClusterConfig,
+        kind: type[BlockWorker] = BlockWorker,
+        tell: Callable[[str], None] = lambda message: None,
+    ):
         self.ray, self.settings, self.timeout, self.nodes = ray, settings, settings.timeout, 1
         resources = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
         actor = actor_class(kind).options(**resources)
         self.workers = [actor.remote(index) for index in range(count)]
         try:
-            facts = self.call("describe")
-            check_versions(facts)
+            facts = await_start(ray, self.workers, settings, tell)
             self.nodes = len({each["node"] for each in facts})
             self.call("meet", self.workers)
         except BaseException:
@@ -80,18 +87,54 @@ class RayGroup:
         """See ``WorkerGroup``."""
         answers = [getattr(worker, method).remote(*own) for worker, own in zip(self.workers, arguments, strict=True)]
         try:
-            return wait_for(self.ray, answers, self.timeout, _ASKED.get(method, f"to {method}"), self._lacking)
+            return wait_for(self.ray, answers, self.timeout, f"to {method}", self._lacking)
         except BaseException:
             self.close()
             raise
 
     def _lacking(self) -> str:
-        return lacking(self.settings, self.ray.cluster_resources())
+        return lacking(self.settings, machines_of(self.ray))
 
     def close(self) -> None:
         """End all workers."""
         for worker in self.workers:
             self.ray.kill(worker, no_restart=True)
+
+
+def await_start(
+    ray: Any, actors: Sequence[Any], settings: ClusterConfig, tell: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return what workers tell of themselves once all have started; ``tell`` is told where they wait for others.
+
+    Raises WorkersLost where they don't start in time, ClusterError where a machine cannot start one.
+    """
+    told = False
+
+    def waiting() -> str:
+        nonlocal told
+        if not told:
+            tell(f"workers wait for cores and GPUs that others use: {describe_free(ray)}")
+        told = True
+        return lacking(settings, machines_of(ray))
+
+    free = "to start; are so many cores and GPUs free?"
+    try:
+        facts = wait_for(ray, [actor.describe.remote() for actor in actors], settings.timeout, free, waiting)
+    except ray.exceptions.RayTaskError as error:
+        versions = ", ".join(f"{name} {version}" for name, version in describe_process()["versions"].items())
+        raise ClusterError(
+            f"a worker cannot start on a machine of the cluster ({_last_line(error)}); all machines need the driver's "
+            f"versions: {versions}"
+        ) from None
+    check_versions(facts)
+    return facts
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error of another process ends with: above stand its calls."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else "".join(traceback.format_exception_only(cause)).strip()
 
 
 def wait_for(

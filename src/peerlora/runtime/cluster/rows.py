@@ -113,7 +113,7 @@ class SwappedRows:
             self.send(number, [worker], _values(own))
             return []
         came = self.inbox.take(number, self.others, self.timeout)
-        return [own if each == worker else torch.from_numpy(came[each].copy()) for each in range(len(self.blocks))]
+        return [own if each == worker else _tensor(came[each], own) for each in range(len(self.blocks))]
 
     def _next(self) -> int:
         self.number += 1
@@ -125,9 +125,13 @@ class SwappedRows:
         found = own.new_zeros(self.placement.clients, own.shape[1])
         found[self.blocks[self.index].to(own.device)] = own
         for worker, values in self.inbox.take(number, expected, self.timeout).items():
-            # Copied: arrays of an object store are read-only.
-            found[expected[worker].to(own.device)] = torch.from_numpy(values.copy()).to(own.device)
+            found[expected[worker].to(own.device)] = _tensor(values, own)
         return found
+
+
+def _tensor(values: Values, like: Tensor) -> Tensor:
+    """What came, where the own rows are; copied, since arrays of an object store are read-only."""
+    return torch.from_numpy(values.copy()).to(like.device)
 
 
 def _values(x: Tensor) -> Values:

@@ -21,7 +21,8 @@ from peerlora.runs.resume import check_same, default_folder, run_facts, stored_c
 from peerlora.runs.store import RunStore, require_free, resume_command
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
-from peerlora.runtime.cluster.checks import refuse_config, refuse_objects
+from peerlora.runtime.checks import check_rows
+from peerlora.runtime.cluster.checks import refuse_config, refuse_device, refuse_objects
 from peerlora.runtime.cluster.group import Engine, WorkerGroup
 from peerlora.runtime.cluster.parts import (
     ClusterClients,
@@ -37,7 +38,7 @@ from peerlora.runtime.compose import assemble, use_threads
 from peerlora.runtime.division import divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.federation import Federation, start_adapters
-from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_of
+from peerlora.runtime.inputs import check_inputs, facts_of, require_same_inputs, speed_facts, speed_of
 from peerlora.runtime.plan import plan
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.tracking import tracked_sinks
@@ -77,8 +78,10 @@ def simulate(
     driver = compose_driver(config)
     facts = run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+        machines.tell = lambda message: emit(Warned(message), sinks)
         first, speed = driver.start(machines)
-        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed}) as store:
+        driver = replace(driver, speed=speed)  # of workers that take the place of lost ones, too
+        with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed_facts(speed)}) as store:
             return driver.run(machines, first, store, sinks, stop, report, resumed=False)
 
 
@@ -148,11 +151,16 @@ class Driver:
 
     @property
     def exchanged_bytes(self) -> int:
-        """At most under way at once: the rows of all clients, before an exchange and in the one after it."""
-        return 2 * self.config.clients * self.federation.start.flat[:1].nbytes
+        """At most under way at once on one machine: two exchanges of a round, of rows of round 0 or for its figures."""
+        links, workers = links_of(self.federation.topology.at(0)), len(self.placement.tiles)
+        rows = plan_transfers(links, self.placement, nodes=1).rows
+        figures = self.config.clients * (workers - 1) // workers  # every worker gets its share of the layers, of all
+        return (max(rows, figures) + figures) * self.federation.start.flat[:1].nbytes
 
-    def start(self, machines: Engine) -> tuple[WorkerGroup, dict[str, Any]]:
-        """Start workers and let them build their blocks; also return the speed that they chose.
+    def start(self, machines: Engine) -> tuple[WorkerGroup, Speed]:
+        """Start workers and let them build their blocks; also return the speed of all of them.
+
+        Where each would choose another, since their machines differ, all take that of the first.
 
         Raises DataError where one reads something else than the driver.
         """
@@ -160,8 +168,11 @@ class Driver:
         try:
             task = WorkerTask(self.config, self.placement, group.nodes, self.speed, self.settings.timeout, os.getcwd())
             found = group.call("build", task)
+            speed = speed_of(found[0], self.config)
+            if any(facts["speed"] != found[0]["speed"] for facts in found):
+                found = group.call("build", replace(task, speed=speed))
             self._compare([facts["inputs"] for facts in found])
-            return group, found[0]["speed"]
+            return group, speed
         except BaseException:
             group.close()
             raise
@@ -192,7 +203,7 @@ class Driver:
             try:
                 group = group or self.start(machines)[0]
                 with closing(group), tracked_sinks(self.config, store, every) as tracked:  # each attempt is a resume
-                    return self._trainer(group, store, tracked, stop, events).run(resumed)
+                    return self._trainer(group, machines.notes, store, tracked, stop, events).run(resumed)
             except WorkersLost as error:
                 if left == 0:
                     raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
@@ -204,17 +215,19 @@ class Driver:
     def _await_machines(self, machines: Engine, store: RunStore, sinks: Sequence[Sink]) -> None:
         """Wait until workers fit on the machines that are left; raises RunError where none come in time."""
 
-        def tell(message: str) -> None:
-            for sink in (store.emit, *sinks):
-                sink(Warned(message))
-
         try:
-            machines.await_machines(self.settings, tell)
+            machines.await_machines(self.settings, lambda message: emit(Warned(message), (store.emit, *sinks)))
         except ClusterError as error:
             raise RunError(f"{error}: {resume_command(store.folder)}") from None
 
     def _trainer(
-        self, group: WorkerGroup, store: RunStore, sinks: Sequence[Sink], stop: Stop, events: Sequence[Event]
+        self,
+        group: WorkerGroup,
+        told: Sequence[str],
+        store: RunStore,
+        sinks: Sequence[Sink],
+        stop: Stop,
+        events: Sequence[Event],
     ) -> Trainer:
         parts = RemoteParts(group, self.placement)
         links = links_of(self.federation.topology.at(0))
@@ -222,11 +235,18 @@ class Driver:
         notes.append(plan_transfers(links, self.placement, group.nodes).describe())
         learner: Any = RemoteLearner(self.federation, parts)
         exchange: Any = RemoteExchange(self.config.clients, parts)
-        notes = (*self.federation.notes, *notes)
-        federation = replace(self.federation, learner=learner, exchange=exchange, notes=notes)
+        notes = (*self.federation.notes, *notes, *told)
+        config = self.config.model_copy(update={"device": "cpu"})  # where the driver keeps what it collects
+        federation = replace(self.federation, config=config, learner=learner, exchange=exchange, notes=notes)
         clients = ClusterClients(federation, parts, events)
         rounds = ClusterRounds(parts, federation.clock is not None)
         return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
+
+
+def emit(event: Event, sinks: Sequence[Sink]) -> None:
+    """Give an event to all sinks, in their order."""
+    for sink in sinks:
+        sink(event)
 
 
 def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: ClusterConfig | None = None) -> Driver:
@@ -238,6 +258,7 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     assert settings is not None
     planned = plan(config)
     refuse_config(config, planned.algorithm)
+    refuse_device(config, settings)
     use_threads(config)
     resources = load_resources(config)
     division = divide_rows(config, resources)
@@ -245,6 +266,7 @@ def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: Clust
     config = planned.config
     local = replace(planned, config=config.model_copy(update={"device": "cpu"}))
     federation = assemble(local, resources, clients=[0], speed=speed, division=division)
+    check_rows(local.config, federation.start.spec, config.clients, "which the command collects and joins")
     if config.adapter.start is not None:  # whose digest is that of all clients
         clients = range(config.clients)
         assert isinstance(federation.model, StackedModel)

@@ -6,22 +6,30 @@ Every node that joins is trusted with code, data and results: a cluster is one i
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from peerlora.config.cluster import ClusterConfig
-from peerlora.environment import need_extra
+from peerlora.display import format_bytes
+from peerlora.environment import main_memory, need_extra
 from peerlora.errors import ClusterError, first_line
+from peerlora.runtime.cluster.machines import check_cores, check_resources, machines_of
 
 STORE_BYTES = 200_000_000  # bytes, at least, of the object store of a cluster that is started here
+_STORE_SHARE = 0.3  # of main memory, and _SHARED of /dev/shm, that an object store takes at most: Ray's own bounds
+_SHARED = 0.9
+_STORE_LEAST = 80_000_000  # bytes; Ray takes no less than 75 MiB
+_SHARED_MEMORY = "/dev/shm"
 _ANSWERS = 20.0  # seconds in which an address must answer
 _CLIENT_PORT = 10001  # of ray:// addresses that name none
 _QUESTION = "import sys, ray; print(flush=True); ray._raylet.GcsClient(address=sys.argv[1])"
+_QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # tells nobody of this run
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without machines to join, Ray listens on loopback alone
@@ -29,56 +37,92 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session(settings: ClusterConfig, stored_bytes: int = 0) -> Iterator[Any]:
+def ray_session(
+    settings: ClusterConfig, stored_bytes: int = 0, note: Callable[[str], None] = lambda told: None
+) -> Iterator[Any]:
     """Connect, and yield the module ``ray``; what was started here ends with it.
 
     ``stored_bytes``: what workers put into the object store at once; what does not fit goes through the disk.
+    ``note`` is told how large the store is, where it is started here.
 
     A connection that the process has already is used and left as it is.
     Raises ExtraMissing without Ray, ClusterError where the address does not answer or has not what is asked for.
     """
     need_extra("cluster")
     if settings.address is None:
-        _check_cores(settings)
+        check_cores(settings)
         os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
     ray: Any = import_module("ray")
     connected = ray.is_initialized()
     if not connected:
-        _connect(ray, settings, max(STORE_BYTES, stored_bytes))
+        _connect(ray, settings, stored_bytes, note)
     try:
-        check_resources(settings, ray.cluster_resources())
+        check_resources(settings, machines_of(ray))
         yield ray
     finally:
         if not connected:
             ray.shutdown()
 
 
-def _connect(ray: Any, settings: ClusterConfig, store_bytes: int) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+def _connect(ray: Any, settings: ClusterConfig, stored_bytes: int, note: Callable[[str], None]) -> None:
     if settings.address is None:
+        _start_here(ray, settings, stored_bytes, note)
+        return
+    address = find_address() if settings.address == "auto" else settings.address
+    named = address if address == settings.address else f"{address} (auto)"
+    check_address(address)
+    try:
+        ray.init(address=address, **_QUIET)
+    except (Exception, SystemExit) as error:  # of many kinds: another version, no cluster, a wrong token
+        raise ClusterError(
+            f"the cluster at {named} cannot be used ({first_line(error)}); expected a running Ray cluster of version "
+            f"{ray.__version__}, see `ray status`"
+        ) from None
+
+
+def _start_here(ray: Any, settings: ClusterConfig, stored_bytes: int, note: Callable[[str], None]) -> None:
+    size = store_bytes(stored_bytes)
+    less = f" of the {format_bytes(stored_bytes)} that may be under way; the rest goes through the disk"
+    note(f"object store of {format_bytes(size)}{less if size < stored_bytes else ''}")
+    try:
         ray.init(
             address="local",
             num_cpus=settings.workers * settings.cpus_per_worker,
             include_dashboard=False,
-            object_store_memory=store_bytes,
-            **quiet,
+            object_store_memory=size,
+            **_QUIET,
         )
-        return
-    check_address(settings.address)
-    try:
-        ray.init(address=settings.address, **quiet)
-    except Exception as error:  # of many kinds: another version, no cluster, a wrong token
+    except (Exception, SystemExit) as error:
         raise ClusterError(
-            f"the cluster at {settings.address} cannot be used ({first_line(error)}); expected a running Ray cluster "
-            f"of version {ray.__version__}, see `ray status`"
+            f"Ray {ray.__version__} cannot be started on this machine ({first_line(error)}) with an object store of "
+            f"{format_bytes(size)}; give it main memory and room in {_SHARED_MEMORY} (of a container: --shm-size), or "
+            "use one process"
+        ) from None
+
+
+def store_bytes(wanted: int) -> int:
+    """The size of an object store for so many bytes at once, as far as this machine has the memory."""
+    most = int(_STORE_SHARE * main_memory())
+    if os.path.isdir(_SHARED_MEMORY):
+        most = min(most, int(_SHARED * shutil.disk_usage(_SHARED_MEMORY).free))
+    return max(_STORE_LEAST, min(max(STORE_BYTES, wanted), most))
+
+
+def find_address() -> str:
+    """The address that "auto" stands for: that in RAY_ADDRESS, or of a cluster that was started on this machine."""
+    services: Any = import_module("ray._private.services")
+    try:
+        return services.get_ray_address_from_environment("auto", None)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no cluster found for --address auto ({first_line(error)}); start one with `ray start --head`, or leave "
+            "the address out to start one on this machine"
         ) from None
 
 
 def check_address(address: str) -> None:
-    """Raise ClusterError where nobody listens at host and port; what "auto" means, Ray finds out at once."""
+    """Raise ClusterError where nobody listens at host and port, or does not answer as a cluster."""
     place = address.removeprefix("ray://")
-    if place == "auto":
-        return
     host, _, port = place.rpartition(":") if ":" in place else (place, "", str(_CLIENT_PORT))
     if not port.isdigit() or not host:
         raise ClusterError(f"cluster address {address!r} given; expected auto, host:port or ray://host:port")
@@ -111,28 +155,3 @@ def _require_answer(address: str) -> None:
             ) from None
         finally:
             child.kill()
-
-
-def _check_cores(settings: ClusterConfig) -> None:
-    """Raise ClusterError where this machine has fewer cores than are asked for."""
-    asked, there = settings.workers * settings.cpus_per_worker, len(os.sched_getaffinity(0))
-    if asked > there:
-        raise ClusterError(
-            f"{settings.workers} workers with {settings.cpus_per_worker} cores each asked for, this process may use "
-            f"{there}; use fewer workers, or the address of a larger cluster"
-        )
-
-
-def check_resources(settings: ClusterConfig, there: dict[str, float]) -> None:
-    """Raise ClusterError where a cluster has fewer cores or GPUs than are asked for."""
-    if reason := lacking(settings, there):
-        raise ClusterError(f"{reason}; use fewer workers, or add machines")
-
-
-def lacking(settings: ClusterConfig, there: dict[str, float]) -> str:
-    """Say of which kind a cluster has less than is asked for; an empty string where it has enough."""
-    for name, each in (("CPU", float(settings.cpus_per_worker)), ("GPU", settings.gpus_per_worker)):
-        asked, has = settings.workers * each, there.get(name, 0.0)
-        if asked > has + 1e-9:
-            return f"{settings.workers} workers with {each:g} {name}s each asked for, the cluster has {has:g} in all"
-    return ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from peerlora.runtime.evaluation import Evaluation, Evaluator
 from peerlora.runtime.inputs import facts_of
 from peerlora.runtime.participation import AllClients, of_clients
 from peerlora.runtime.plan import plan
-from peerlora.runtime.resources import RunResources, load_resources
+from peerlora.runtime.resources import load_resources
 from peerlora.runtime.rounds import RoundResult
 from peerlora.runtime.synchronous import SynchronousRounds
 from peerlora.topology.storage import identity
@@ -59,6 +60,16 @@ class WorkerTask:
 def describe_process() -> dict[str, Any]:
     """Tell where this process is, and the versions that must be alike on all machines."""
     return {"host": platform.node(), "process": os.getpid(), "versions": package_versions()}
+
+
+@contextmanager
+def name_machine(worker: str) -> Iterator[None]:
+    """Let a DataError or ModelError say which worker lacks something, and on which machine."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        kind = DataError if isinstance(error, DataError) else ModelError
+        raise kind(f"{worker} on {platform.node()}: {error}") from None
 
 
 class BlockWorker:
@@ -90,7 +101,8 @@ class BlockWorker:
         assert self.send is not None
         self.rows = SwappedRows(self.index, task.placement, task.nodes, self.inbox, self.send, task.timeout)
         block = Block(task.placement.tiles[self.index], self.rows)
-        self.federation = assemble(plan(config), self._resources(config), speed=task.speed, block=block)
+        with name_machine(f"worker {self.index}"):
+            self.federation = assemble(plan(config), load_resources(config), speed=task.speed, block=block)
         federation, self.placement = self.federation, task.placement
         self.rounds = SynchronousRounds(
             federation.algorithm, federation.learner, federation.exchange, federation.clock, self.rows.all_rows
@@ -98,14 +110,6 @@ class BlockWorker:
         self.participation = BlockClients(federation, self.rows)
         self.evaluator = Evaluator(federation, self.participation)
         return facts_of(federation)
-
-    def _resources(self, config: RunConfig) -> RunResources:
-        """Data and tokenizer; raises DataError or ModelError with the machine that lacks them."""
-        try:
-            return load_resources(config)
-        except (DataError, ModelError) as error:
-            kind = DataError if isinstance(error, DataError) else ModelError
-            raise kind(f"worker {self.index} on {platform.node()}: {error}") from None
 
     def start(self) -> int:
         """Start the method; return the bytes that this block sent for it."""
