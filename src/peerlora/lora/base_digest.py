@@ -1,12 +1,20 @@
-"""The digest by which two base models are told apart."""
+"""The digests by which two base models are told apart."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+_OTHERWISE = {  # values of config.json that change no score, or that a run sets itself
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "torchscript", "quantization_config"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+    *("pad_token_id", "use_cache", "return_dict", "return_dict_in_generate", "output_attentions"),
+    *("output_hidden_states", "gradient_checkpointing", "use_bfloat16", "auto_map", "attn_implementation"),
+    *("experts_implementation", "name_or_path"),
+}
 
 def base_digest(base: nn.Module, halved: bool = False, originals: Mapping[str, str] | None = None) -> str:
     """Return the SHA-256 of all frozen weights, by name, hexadecimal.
@@ -28,6 +36,29 @@ def digest_of(
         else:
             _add(digest, name, value, halved)
     return digest.hexdigest()
+
+
+def config_digest(model: nn.Module) -> str | None:
+    """Return the SHA-256 of what a model does with its weights, by its config.json, hexadecimal; None without one.
+
+    Names, paths, precision and versions are left out, and dropout, which ``model.dropout`` sets.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    return hashlib.sha256(json.dumps(_told(config.to_diff_dict()), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _told(values: Any) -> Any:
+    """The values that count, without those that are not set, which a version of the library may not know."""
+    if isinstance(values, Mapping):
+        kept = {name: value for name, value in values.items() if value is not None and _counts(str(name))}
+        return {str(name): _told(value) for name, value in kept.items()}
+    return [_told(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _counts(name: str) -> bool:
+    return name not in _OTHERWISE and not name.startswith("_") and "drop" not in name
 
 
 def tensor_digest(value: torch.Tensor, halved: bool = False) -> str:

@@ -18,6 +18,9 @@ from peerlora.runtime.compose import Federation
 from peerlora.train.kernels.speed import Speed
 from peerlora.train.online.episodes import Episodes
 
+_NEWER = (("base", "config.json"), ("tokenizer", "rules"))
+"""Digests that runs of older versions lack, and go on without."""
+_TOKENS = ("tokens", "targets")
 _CHOSEN = ("fp32", "bf16", "fp64")
 
 
@@ -27,8 +30,17 @@ def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
     return {
         **describe_data(federation.train_data, federation.eval_data),
         "partition": {"rows of each client": _digest(federation.partition.shards)},
-        "base": {"weights": federation.base_digest},
+        **_described_base(federation),
     } | (start if federation.config.adapter.start is not None else {})
+
+
+def _described_base(federation: Federation) -> dict[str, dict[str, Any]]:
+    """Digests of the base model: its weights, what it does with them, and the words it reads."""
+    beside = federation.beside_weights
+    found = {"base": {"weights": federation.base_digest}}
+    if "model-config" in beside:
+        found["base"]["config.json"] = beside["model-config"]
+    return found | ({"tokenizer": {"rules": beside["tokenizer"]}} if "tokenizer" in beside else {})
 
 
 def describe_data(train: Dataset | Episodes, evaluation: Dataset | Episodes) -> dict[str, dict[str, Any]]:
@@ -86,12 +98,15 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         "train": config.data.train,
         "eval": f"{config.data.eval or config.data.train}{held_out}",
         "base": f"model.source={config.model.source}",
+        "tokenizer": f"the tokenizer of model.source={config.model.source}",
         "start": f"adapter.start={config.adapter.start}",
         "partition": "the division of rows",
     }
     if config.task.env is not None:
         sources |= {"eval": f"task.env={config.task.env}", "partition": "the clients' environments"}
-    differ = {name: _differing(was.get(name, {}), now.get(name, {})) for name in sources}
+    differ = {name: _differing(name, was.get(name, {}), now.get(name, {})) for name in sources}
+    if differ["tokenizer"]:  # of which other tokens follow
+        differ |= {name: [part for part in differ[name] if part not in _TOKENS] for name in ("train", "eval")}
     if "classes" in differ["train"]:  # they name the outputs of a head, and the labels of the evaluation
         differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
     if differ["train"]:  # other rows are divided otherwise
@@ -106,8 +121,9 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         )
 
 
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    parts = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+def _differing(source: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    unknown = {part for known, part in _NEWER if known == source and part not in then}
+    parts = [part for part in {**then, **now} if then.get(part) != now.get(part) and part not in unknown]
     return [f"{then.get(part)} rows then, {now.get(part)} now" if part == "rows" else part for part in parts]
 
 
