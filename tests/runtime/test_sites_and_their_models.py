@@ -147,7 +147,9 @@ def test_workers_of_a_cluster_are_compared_likewise(config, copied):
         for folder in (copied(), copied(tokenizer=swap_words), copied(config=OF_CONFIG["fewer heads"]))
     )
     own._compare([describe_inputs(own.federation)])
-    for other, name in zip(others, (r"tokenizer of .* changed since .rules", r"base\d* changed since .config.json"), strict=True):
+    for other, name in zip(
+        others, (r"tokenizer of .* changed since .rules", r"base\d* changed since .config.json"), strict=True
+    ):
         with pytest.raises(DataError, match=f"worker 0 reads other files than the driver: (?s:.*){name}"):
             own._compare([describe_inputs(other.federation)])
 
@@ -164,7 +166,9 @@ def test_a_resumed_run_names_what_changed(config, copied, monkeypatch, tmp_path,
     else:
         edit(folder / "config.json", lambda values: values | OF_CONFIG["another activation"])
     monkeypatch.setattr(resources, "load_base", base_models.load_base)  # the tests' own keeps what it loaded
-    expected = r"^the tokenizer of .*changed since \(rules\)" if where == "tokenizer" else r"changed since \(config.json"
+    expected = (
+        r"^the tokenizer of .*changed since \(rules\)" if where == "tokenizer" else r"changed since \(config.json"
+    )
     with pytest.raises(RunError, match=expected) as error:
         resume(tmp_path / "run", report=False)
     assert "train.jsonl" not in str(error.value)

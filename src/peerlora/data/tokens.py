@@ -16,7 +16,9 @@ from peerlora.errors import ModelError
 from peerlora.files import settle
 
 _FORMAT = 1  # of the cached files; raise it whenever the same texts would give other tokens
-_SAMPLE = "The Café's 1,234 naïve  users\tsaid: don’t — 東京 ÄÖÜ straße #1!\n"  # what tokenizers split in ways of their own
+_SAMPLE = (
+    "The Café's 1,234 naïve  users\tsaid: don’t — 東京 ÄÖÜ straße #1!\n"  # what tokenizers split in ways of their own
+)
 CHUNK = 2000  # rows at a time: enough for the tokenizer's threads, little enough to keep its Python lists small
 
 

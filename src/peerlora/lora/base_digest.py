@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from peerlora.lora.base_weights import within
 
 _OTHERWISE = {  # values of config.json that change no score, or that a run sets itself
     *("architectures", "transformers_version", "dtype", "torch_dtype", "torchscript", "quantization_config"),
@@ -15,6 +17,7 @@ _OTHERWISE = {  # values of config.json that change no score, or that a run sets
     *("output_hidden_states", "gradient_checkpointing", "use_bfloat16", "auto_map", "attn_implementation"),
     *("experts_implementation", "name_or_path"),
 }
+
 
 def base_digest(base: nn.Module, halved: bool = False, originals: Mapping[str, str] | None = None) -> str:
     """Return the SHA-256 of all frozen weights, by name, hexadecimal.
@@ -36,6 +39,25 @@ def digest_of(
         else:
             _add(digest, name, value, halved)
     return digest.hexdigest()
+
+
+def plain_digest(base: nn.Module, drawn: Collection[str] = (), originals: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256 of the weights that a base model came with, hexadecimal, however they are kept.
+
+    That is of floating point rounded to bf16, by names without adapters.  ``drawn``: modules whose weights were not
+    there; ``originals``: digests of changed weights, by these names and of `tensor_digest` with ``halved``.
+    """
+    own, originals = {_plain_name(name): value for name, value in base.state_dict().items()}, originals or {}
+    there = {name: value for name, value in own.items() if not within(name, drawn)}
+    each = {name: originals.get(name) or tensor_digest(value, halved=True) for name, value in there.items()}
+    return digest_of(there, originals=each)
+
+
+def _plain_name(name: str) -> str:
+    for kind in ("weight", "bias"):
+        if name.endswith(f".base.{kind}"):
+            return f"{name.removesuffix(f'.base.{kind}')}.{kind}"
+    return name
 
 
 def config_digest(model: nn.Module) -> str | None:
