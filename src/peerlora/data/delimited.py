@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,8 @@ def read_csv(path: Path, columns: Columns | None) -> pa.Table:
     delimiter = "\t" if base_suffix(path.name) == ".tsv" else ","
     label = columns.label if columns else None
     try:
-        rows = _read_rows(_records(read_lines(path), delimiter), delimiter, columns)
+        with closing(read_lines(path)) as lines:
+            rows = _read_rows(_records(lines, delimiter), delimiter, columns)
         swallowed = _swallowed(rows, delimiter, label)
         if swallowed is None:
             return rows.table()
@@ -198,7 +200,8 @@ def _lines_as_rows(path: Path, delimiter: str, columns: Columns | None) -> _Rows
     if delimiter != "\t":
         return None
     try:
-        return _read_rows(_records(read_lines(path), delimiter, csv.QUOTE_NONE), delimiter, columns)
+        with closing(read_lines(path)) as lines:
+            return _read_rows(_records(lines, delimiter, csv.QUOTE_NONE), delimiter, columns)
     except Unreadable:
         return None
 
@@ -208,15 +211,15 @@ def read_tab(path: Path, columns: Columns | None) -> pa.Table:
 
     Empty cells and question marks are null, except in columns of text.  Raises Unreadable.
     """
-    lines = read_lines(path)
-    names, types, roles = (next(lines, "").rstrip("\r\n").split("\t") for _ in range(3))
-    if not len(names) == len(types) == len(roles):
-        raise Unreadable(
-            f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
-        )
-    # Some files end their headers with a line of empty cells.
-    records = (record for record in _records(lines, "\t", first=4) if any(record.cells))
-    rows = _read_rows(chain([_Record(names, 1, None)], records), "\t", columns)
+    with closing(read_lines(path)) as lines:
+        names, types, roles = (next(lines, "").rstrip("\r\n").split("\t") for _ in range(3))
+        if not len(names) == len(types) == len(roles):
+            raise Unreadable(
+                f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
+            )
+        # Some files end their headers with a line of empty cells.
+        records = (record for record in _records(lines, "\t", first=4) if any(record.cells))
+        rows = _read_rows(chain([_Record(names, 1, None)], records), "\t", columns)
     if swallowed := _swallowed(rows, "\t", columns.label if columns else None):
         swallowed.tell(path)
     table = rows.table()
