@@ -157,8 +157,8 @@ def _shards(source: str, kind: str, files: Sequence[Path]) -> list[Path]:
     for file in shards:
         if file.suffix.lower() in COMPRESSED and file.with_suffix("") in shards:
             raise DataError(
-                f"{source}: holds both {file.with_suffix('').name} and {file.name}, and would be read twice; remove one, "
-                "or name one"
+                f"{source}: holds both {file.with_suffix('').name} and {file.name}, and would be read twice; remove "
+                "one, or name one"
             )
     splits = {match[1] if (match := _SPLITS.search(file.name.lower())) else "" for file in shards}
     if len(splits) > 1:
