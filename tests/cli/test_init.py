@@ -79,6 +79,26 @@ FIVE = [1, 2, 3, 4, 5] * 4
         (REVIEW | {"opinion": FIVE, "split": ["train", "test"] * 10}, "opinion", "it has the fewest different values"),
         (REVIEW | {"site_id": [1, 2] * 10}, "site_id", "no better column has so few different values"),
         (REVIEW, "verified", "no other column has so few different values"),
+        *[
+            (
+                {"review": LONG, "flag": cells, "Urteil": list("abcd") * 5},
+                "Urteil",
+                "it has the fewest different values",
+            )
+            for cells in (
+                ["yes", "no", "", "NA"] * 5,
+                ["Ja", "Nein"] * 10,
+                ["on", "off"] * 10,
+                [0, 1] * 10,
+                ["0", "1", "1", None] * 5,
+                [True, False, None, False] * 5,
+            )
+        ],
+        ({"review": LONG, "spam": [0, 1] * 10}, "spam", "no other column has so few different values"),
+        (
+            {"review": LONG, "spam": [0, 1] * 10, "kind": list("ab") * 10},
+            *("kind", "it has the fewest different values"),
+        ),
         ({"review": LONG, "n": list(range(20))}, None, "no column has few enough different values to be a label"),
     ],
 )
@@ -127,12 +147,17 @@ CHATS = {
     ),
     "questions": ({"question": LONG, "answer": SHORT}, {"prompt": "question", "completion": "answer"}),
     "summaries": ({"article": LONG, "highlights": SHORT}, {"prompt": "article", "completion": "highlights"}),
+    "speakers": ({"user": LONG, "Assistant": SHORT}, {"prompt": "user", "completion": "Assistant"}),
+    "people and models": ({"human": LONG, "gpt": SHORT}, {"prompt": "human", "completion": "gpt"}),
+    "problems": ({"problem": LONG, "solution": SHORT}, {"prompt": "problem", "completion": "solution"}),
+    "inputs": ({"inputs": LONG, "targets": SHORT}, {"prompt": "inputs", "completion": "targets"}),
     "translations": (
         {"source": LONG * 9, "target": [f"{text} {i}" for i, text in enumerate(LONG * 9)]},
         {"prompt": "source", "completion": "target"},
     ),
 }
 OTHERS = {
+    "answers that are marked as wanted or not": {"prompt": LONG, "completion": SHORT, "label": [True, False] * 10},
     "answers to choose from": {"prompt": LONG, "chosen": LONG, "rejected": LONG},
     "questions with answers": {"question": LONG, "context": LONG, "answers": [{"text": ["a"]}] * 20},
 }
@@ -186,6 +211,15 @@ def test_rows_that_no_task_reads_are_refused_with_what_to_do(form):
 def test_pairs_whose_second_column_is_a_label_are_none(columns, expected):
     found = guess(**columns)
     assert (found.label, found.kind) == expected[1:]
+
+
+def test_texts_that_are_not_read_are_named():
+    others = [f"der Raum {i}" for i in range(20)]
+    found = guess(en=LONG, de=others, id=SHORT)
+    assert facts(found) == (["en"], None, "causal-lm")
+    assert found.reason.startswith("no column has few enough different values to be a label; de: texts, too, and not")
+    assert "data.columns={prompt: en, completion: de}" in found.reason and "id" not in found.reason.split(":")[0]
+    assert guess(en=LONG, id=SHORT).reason == "no column has few enough different values to be a label"
 
 
 def test_what_is_given_is_not_guessed():

@@ -122,3 +122,8 @@ def test_a_damaged_config_of_a_run_is_one_message(tmp_path, damage):
 def test_a_run_counts_its_training_samples(words, rows):
     tree = {"clients": 4, "topology": "ring", "train": {"rounds": 6, "local_steps": 5, "batch": 8}}
     assert load_config(tree, words).training_samples == rows
+
+
+def test_a_list_of_no_class_names_is_refused():
+    with pytest.raises(ConfigError, match=r"task.labels: \[\] given"):
+        load_config({}, ["task.labels=[]"])

@@ -299,15 +299,31 @@ def test_a_shard_without_a_needed_column_is_named(tmp_path):
         read_table(str(folder), columns=Columns(("text",), "label"))
 
 
-def test_shards_that_number_their_classes_differently_are_refused(tmp_path):
+@pytest.mark.parametrize("listed", [False, True])
+def test_shards_that_number_their_classes_differently_are_refused(tmp_path, listed):
+    """A label, or the tags of words."""
+    column, values = ("tags", [[0]]) if listed else ("label", [0])
     for name, names in (("a", ["no", "yes"]), ("b", ["yes", "no"])):
-        note = json.dumps({"info": {"features": {"label": {"names": names}}}})
-        table = pa.table({"text": ["x"], "label": [0]}).replace_schema_metadata({"huggingface": note})
+        feature = {"feature": {"names": names}, "_type": "List"} if listed else {"names": names}
+        note = json.dumps({"info": {"features": {column: feature}}})
+        table = pa.table({"text": ["x"], column: values}).replace_schema_metadata({"huggingface": note})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    with pytest.raises(DataError, match="name the classes of label differently: "):
-        read_table(str(tmp_path), columns=Columns(("text",), "label"))
+    needed = Columns(("text",), roles=("tags",)) if listed else Columns(("text",), "label")
+    for columns in (needed, None):  # None: a task looks for its columns by their usual names
+        with pytest.raises(DataError, match=f"name the classes of {column} differently: no, yes; yes, no"):
+            read_table(str(tmp_path), columns=columns)
     (tmp_path / "b.parquet").unlink()
-    assert class_names(read_table(f"{tmp_path}/*.parquet", columns=Columns(("text",), "label")), "label")
+    assert class_names(read_table(f"{tmp_path}/*.parquet", columns=needed), column) == ("no", "yes")
+
+
+def test_a_shard_that_is_there_compressed_too_is_refused(tmp_path):
+    write(tmp_path / "train.csv", "text,label", "a,b")
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress((tmp_path / "train.csv").read_bytes()))
+    for source in (str(tmp_path), f"csv:{tmp_path}", f"{tmp_path}/train*"):
+        with pytest.raises(DataError, match="holds both train.csv and train.csv.gz, and would be read twice"):
+            read_table(source)
+    (tmp_path / "train.csv").rename(tmp_path / "train-0.csv")
+    assert read_table(str(tmp_path)).num_rows == 2
 
 
 # Encodings and other formats

@@ -223,6 +223,8 @@ def test_minus_one_is_a_missing_label_where_the_file_names_its_classes(files, pl
         (["1", "2.0"], None),
         (["01", "02"], None),
         (["a", "b", "a and, b"], None),
+        ([0, 1, -1], "'-1' in 1 rows: a class here, and no other is below 0; if the label is missing, remove"),
+        (["-1", "1"], None),
     ],
 )
 def test_labels_that_may_mean_something_else_are_warned_of(files, plain, caplog, labels, words):
@@ -234,8 +236,42 @@ def test_labels_that_may_mean_something_else_are_warned_of(files, plain, caplog,
     else:
         assert len(told) == 1 and f"data.label=label in {path}: " in told[0] and words in told[0]
     caplog.clear()
-    load(files.config(path, path, labels=sorted(set(labels) | {"z"})), plain)  # named: they are meant
+    load(files.config(path, path, labels=sorted(set(map(str, labels)) | {"z"})), plain)  # named: they are meant
     assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
+def test_of_lists_labels_are_warned_of_likewise(files, plain, caplog, kind):
+    path = files.write("rows.parquet", text=["a", "b"], tokens=[["a", "b"]] * 2, tags=[["x", "NA"], ["y", "X"]])
+    config = files.config(path, path, label="tags", task=kind)
+    if kind == "token-classification":
+        tree = config.model_dump() | {"task": {"kind": kind}}
+        config = load_config(tree | {"data": tree["data"] | {"label": None, "columns": None}})
+    load(config, plain)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "'NA' in 1 rows: a class here" in told and "'X' and 'x' are different classes here" in told
+    assert told.count("different classes") == 1  # of the training rows
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label"])
+def test_numbers_that_count_from_one_are_refused(files, plain, kind):
+    """As places they would be the class behind their own."""
+    cells = [[1], [2]] if kind == "multi-label" else [1, 2]
+    path = files.write("rows.parquet", text=["a", "b"], label=cells)
+    told = "numbers from 1 to 2, and task.labels has 2 names .no, yes., whose places are 0 to 1; subtract 1"
+    with pytest.raises(DataError, match=told):
+        load(files.config(path, path, labels=["no", "yes"], task=kind), plain)
+
+
+def test_numbers_that_are_taken_as_places_are_told(files, plain, caplog):
+    path = files.write("rows.parquet", text=["a", "b", "c"], label=[1, 2, 1])
+    load(files.config(path, path, labels=["no", "maybe", "yes"]), plain)
+    assert "numbers are taken as places among task.labels: 0 = no, 1 = maybe, 2 = yes" in caplog.text
+
+
+def test_rows_without_a_label_in_a_test_split_are_named(files, plain):
+    with pytest.raises(DataError, match="label '-1' is not among the training labels.*If the label is missing, remove"):
+        load_labels(files, plain, [0, 1], [-1, -1])
 
 
 def test_a_site_hears_that_numbers_are_taken_as_places(files, plain, caplog):
@@ -373,6 +409,15 @@ def test_owners_and_labels_are_no_bytes_lists_or_objects(files, plain, owners):
     tree["data"]["label"] = "site"
     with pytest.raises(DataError, match="data.label=site in .*: holds .*; expected one word or whole number per row"):
         load(load_config(tree), plain)
+
+
+@pytest.mark.parametrize("owners", [["north", "North", "south"], ["north", "north ", "south"]])
+def test_owners_that_are_spelled_almost_alike_are_warned_of(files, plain, caplog, owners):
+    path = files.write("rows.parquet", text=["a", "b", "c"], label=["x", "y", "x"], site=owners)
+    tree = files.config(path, path).model_dump() | {"partition": {"kind": "column", "column": "site"}}
+    load(load_config(tree), plain)
+    told = f"partition.column=site: {owners[0]!r} and {owners[1]!r} are different clients here; spell them alike if not"
+    assert caplog.text.count(told) == 1
 
 
 def test_a_row_without_owner_is_refused_and_one_without_text_is_warned_of(files, paired, caplog):

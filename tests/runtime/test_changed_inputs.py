@@ -1,7 +1,9 @@
 """A resumed run finds the rows, labels, base model and start that it began with, or is refused by name."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from peerlora.errors import PeerloraError, RunError, Stopped
 from peerlora.lora import base_models
+from peerlora.runs.resume import _MAY_CHANGE
 from peerlora.runs.store import RunStore
 from peerlora.runtime import resources
 from peerlora.runtime.inputs import describe_rows
@@ -126,3 +129,9 @@ def test_a_damaged_config_of_a_run_is_one_message(begun):
     (run / "run.json").write_text("[]")
     with pytest.raises(RunError, match="run.json is not valid JSON"):
         RunStore.open(run)
+
+
+def test_the_page_lists_what_may_change():
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    told = page[page.index("Only these may change") :].split("\n- ")[0]
+    assert set(re.findall(r"`(\w+\.\w+)`", told)) == set(_MAY_CHANGE)

@@ -74,6 +74,12 @@ def test_tokens_beyond_the_embeddings_are_refused(model, changes, told):
         checked(model, rows([1, 4, 2]), rows([1, 9, 2]), **changes)
 
 
+def test_a_tokenizer_with_far_fewer_tokens_than_the_table_is_told():
+    (told,) = checked(Reader(12), rows([1, 2]))
+    assert "has embeddings for 12 tokens and a tokenizer of 10; if that is another model's" in told
+    assert checked(Reader(11), rows([1, 2])) == ()
+
+
 def test_token_types_beyond_the_table_are_refused():
     typed = rows([1, 4, 2, 5, 2], types=[[0, 0, 0, 1, 2]])
     assert checked(Reader(type_vocab_size=3), typed) == ()

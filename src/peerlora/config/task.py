@@ -20,7 +20,7 @@ class TaskConfig(Section):
 
     kind: Annotated[str, BeforeValidator(_known_kind), Field(json_schema_extra={"enum": [*KINDS]})] = "classification"
     """What is learned; docs/data.md says what rows each task reads, docs/flow-policies.md what policies learn."""
-    labels: list[str] | None = None
+    labels: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the classes, or of the tags of words, in order of their ids; null: read from the data."""
     env: str | None = None
     """Of flow-policy: point-mass, or a gymnasium id whose actions are a Box, such as Pendulum-v1; else null."""

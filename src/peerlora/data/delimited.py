@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from peerlora.data.columns import Columns, check_columns
 from peerlora.data.numerals import is_number
+from peerlora.data.swallowed_rows import LabelColumn, looks_swallowed
 from peerlora.data.text_files import Unreadable, base_suffix, read_lines
 
 _LARGEST_CELL = 1 << 27  # letters
@@ -30,7 +32,8 @@ def read_csv(path: Path, columns: Columns | None) -> pa.Table:
     delimiter = "\t" if base_suffix(path.name) == ".tsv" else ","
     label = columns.label if columns else None
     try:
-        rows = _read_rows(_records(read_lines(path), delimiter), delimiter, columns)
+        with closing(read_lines(path)) as lines:
+            rows = _read_rows(_records(lines, delimiter), delimiter, columns)
         swallowed = _swallowed(rows, delimiter, label)
         if swallowed is None:
             return rows.table()
@@ -39,9 +42,9 @@ def read_csv(path: Path, columns: Columns | None) -> pa.Table:
         rows, swallowed, trouble = None, None, error
     if (letters := _lines_as_rows(path, delimiter, columns)) is not None:
         return letters.table()
-    if rows is None or swallowed is None or swallowed.sure:
+    if rows is None or swallowed is None:
         raise trouble
-    logging.getLogger(__name__).warning("%s: %s", path, swallowed.message)
+    swallowed.tell(path)
     return rows.table()
 
 
@@ -85,8 +88,17 @@ class _Swallowed(NamedTuple):
     message: str
     sure: bool
 
+    def tell(self, path: Path) -> None:
+        """Raise Unreadable where it is sure, else warn."""
+        if self.sure:
+            raise Unreadable(self.message)
+        logging.getLogger(__name__).warning("%s: %s", path, self.message)
 
-def _records(lines: Iterable[str], delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[_Record]:
+
+def _records(
+    lines: Iterable[str], delimiter: str, quoting: int = csv.QUOTE_MINIMAL, first: int = 1
+) -> Iterator[_Record]:
+    """The rows of a file, the header line among them; ``first``: the number of the first line."""
     kept: list[str] = []
 
     def remembered() -> Iterator[str]:
@@ -94,13 +106,13 @@ def _records(lines: Iterable[str], delimiter: str, quoting: int = csv.QUOTE_MINI
             kept.append(line)
             yield line
 
-    before, line = csv.field_size_limit(_LARGEST_CELL), 1
+    before, line = csv.field_size_limit(_LARGEST_CELL), first
     try:
         reader = csv.reader(remembered(), delimiter=delimiter, strict=True, quoting=quoting)  # type: ignore[arg-type]
         for cells in reader:
             if cells:
                 yield _Record(cells, line, list(kept) if len(kept) > 1 else None)
-            line = reader.line_num + 1
+            line = reader.line_num + first
             kept.clear()
     except csv.Error as error:
         raise Unreadable(_about_error(str(error), line, len(kept))) from None
@@ -161,41 +173,26 @@ def _check_record(record: _Record, header: Sequence[str], delimiter: str) -> Non
 
 def _swallowed(rows: _Rows, delimiter: str, label: str | None) -> _Swallowed | None:
     """The first cell over several lines that are rows of their own, as far as one can see."""
-    header = rows.header
-    if not rows.long or len(header) < 2:
-        return None
-    place = header.index(label) if label is not None else None
-    known = set() if label is None else set(rows.cells[rows.names.index(label)])
-    numeric = all(map(is_number, known))
+    if len(rows.header) < 2:
+        return _in_one_column(rows)
+    labels = None
+    if label is not None:
+        labels = LabelColumn.of(rows.header.index(label), rows.cells[rows.names.index(label)])
     doubtful = None
     for record in rows.long:
         assert record.lines is not None
-        lines = [next(csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_NONE), []) for line in record.lines]
-        if not _are_rows(lines, record.cells, place, known, numeric):
-            continue
-        # One line of a text may end in "4,5".
-        found = _Swallowed(record.about_quotes(), place is not None and (len(lines) > 2 or not numeric))
-        if found.sure:
-            return found
-        doubtful = doubtful or found
+        sure = looks_swallowed(record.lines, record.cells, delimiter, labels)
+        if sure:
+            return _Swallowed(record.about_quotes(), sure)
+        if sure is not None:
+            doubtful = doubtful or _Swallowed(record.about_quotes(), sure)
     return doubtful
 
 
-def _are_rows(
-    lines: Sequence[Sequence[str]], cells: Sequence[str], place: int | None, known: set[str], numeric: bool
-) -> bool:
-    """Whether the lines of a record have as many cells as rows, and labels where rows have theirs.
-
-    The line with the record's own label is left out.
-    """
-    if place is None:
-        return all(len(line) == len(cells) for line in lines)
-    long = next((number for number, cell in enumerate(cells) if "\n" in cell or "\r" in cell), 0)
-    others = lines[:-1] if place > long else lines[1:]
-    if not all(len(line) == len(cells) for line in others):
-        return False
-    words = [line[place].strip("\r\n") for line in others]
-    return place == long or (all(map(is_number, words)) if numeric else any(word in known for word in words))
+def _in_one_column(rows: _Rows) -> _Swallowed | None:
+    """The first cell over several lines, where most have one line: nothing but their number tells rows there."""
+    few = rows.long and 2 * len(rows.long) < len(rows.cells[0])
+    return _Swallowed(rows.long[0].about_quotes(), sure=False) if few and rows.cells else None
 
 
 def _lines_as_rows(path: Path, delimiter: str, columns: Columns | None) -> _Rows | None:
@@ -203,7 +200,8 @@ def _lines_as_rows(path: Path, delimiter: str, columns: Columns | None) -> _Rows
     if delimiter != "\t":
         return None
     try:
-        return _read_rows(_records(read_lines(path), delimiter, csv.QUOTE_NONE), delimiter, columns)
+        with closing(read_lines(path)) as lines:
+            return _read_rows(_records(lines, delimiter, csv.QUOTE_NONE), delimiter, columns)
     except Unreadable:
         return None
 
@@ -213,15 +211,18 @@ def read_tab(path: Path, columns: Columns | None) -> pa.Table:
 
     Empty cells and question marks are null, except in columns of text.  Raises Unreadable.
     """
-    lines = read_lines(path)
-    names, types, roles = (next(lines, "").rstrip("\r\n").split("\t") for _ in range(3))
-    if not len(names) == len(types) == len(roles):
-        raise Unreadable(
-            f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
-        )
-    # Some files end their headers with a line of empty cells.
-    rows = (record._replace(line=record.line + 3) for record in _records(lines, "\t") if any(record.cells))
-    table = _read_rows(chain([_Record(names, 1, None)], rows), "\t", columns).table()
+    with closing(read_lines(path)) as lines:
+        names, types, roles = (next(lines, "").rstrip("\r\n").split("\t") for _ in range(3))
+        if not len(names) == len(types) == len(roles):
+            raise Unreadable(
+                f"its three header lines (names, types, roles) have {len(names)}, {len(types)} and {len(roles)} columns"
+            )
+        # Some files end their headers with a line of empty cells.
+        records = (record for record in _records(lines, "\t", first=4) if any(record.cells))
+        rows = _read_rows(chain([_Record(names, 1, None)], records), "\t", columns)
+    if swallowed := _swallowed(rows, "\t", columns.label if columns else None):
+        swallowed.tell(path)
+    table = rows.table()
     kinds = dict(zip(names, types, strict=True))
     for place, name in enumerate(table.column_names):
         typed = kinds[name] in ("c", "continuous", "d", "discrete") or (columns is not None and name == columns.label)

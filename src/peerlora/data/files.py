@@ -26,7 +26,7 @@ from peerlora.data.delimited import read_csv, read_tab
 from peerlora.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from peerlora.data.image_files import read_folder
 from peerlora.data.json_rows import read_json
-from peerlora.data.text_files import Unreadable, base_suffix, refuse_foreign
+from peerlora.data.text_files import COMPRESSED, Unreadable, base_suffix, refuse_foreign
 from peerlora.environment import package_file
 from peerlora.errors import DataError, nearest
 
@@ -47,7 +47,7 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
         tables = [_prepared(source, _read_images(source, place, columns), columns)]
     else:
         tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
-    table = _joined(source, tables, columns)
+    table = _joined(source, tables)
     if table.num_rows == 0:
         raise DataError(f"{source}: has no rows; expected at least one")
     return table
@@ -154,6 +154,12 @@ def _shards(source: str, kind: str, files: Sequence[Path]) -> list[Path]:
     if len({kinds[file] for file in shards}) > 1:
         names = ", ".join(sorted({str(kinds[file]) for file in shards}))
         raise DataError(f"{source}: holds files of several kinds ({names}); write one of them in front, with a colon")
+    for file in shards:
+        if file.suffix.lower() in COMPRESSED and file.with_suffix("") in shards:
+            raise DataError(
+                f"{source}: holds both {file.with_suffix('').name} and {file.name}, and would be read twice; remove "
+                "one, or name one"
+            )
     splits = {match[1] if (match := _SPLITS.search(file.name.lower())) else "" for file in shards}
     if len(splits) > 1:
         raise DataError(
@@ -189,15 +195,15 @@ def _prepared(where: str, table: pa.Table, columns: Columns | None) -> pa.Table:
     return without_views(table if names is None else table.select(names))
 
 
-def _joined(source: str, tables: Sequence[pa.Table], columns: Columns | None) -> pa.Table:
+def _joined(source: str, tables: Sequence[pa.Table]) -> pa.Table:
     """One table of all shards, which must mean the same by a class number."""
     if len(tables) == 1:
         return tables[0]
-    if columns is not None and columns.label is not None:
-        names = {class_names(table, columns.label) for table in tables if table.num_rows}
+    for column in tables[0].column_names:  # a label, or tags
+        names = {class_names(table, column) for table in tables if table.num_rows}
         if len(names) > 1:
-            shown = "; ".join(", ".join(each) if each else "none" for each in names)
-            raise DataError(f"{source}: its files name the classes of {columns.label} differently: {shown}")
+            shown = "; ".join(sorted(", ".join(each) if each else "none" for each in names))
+            raise DataError(f"{source}: its files name the classes of {column} differently: {shown}")
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

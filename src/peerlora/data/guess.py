@@ -49,6 +49,7 @@ PAIRS = (
 
 
 _LOOKED_AT = 10  # cells
+_TEXT = 2  # words on average, of a column that is a text rather than a number or a name
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def guess_columns(table: pa.Table, source: str, label: str | None = None, text: 
     found = found if chosen or text else found[:1]
     candidates = label_candidates(table, found, chosen)
     reason = "given by --label" if label is not None else explain_label(table, chosen, usual, candidates)
+    reason += _about_unread(table, found) if chosen is None and label is None and not text else ""
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
 
 
@@ -165,6 +167,23 @@ def _text_columns(table: pa.Table, label: str | None, source: str) -> list[str]:
     return pair if pair and longest in pair else [longest]
 
 
+def _about_unread(table: pa.Table, found: Sequence[str]) -> str:
+    """What to add where no label is found and other columns hold texts: these may be what is to be written."""
+    others = [name for name in plain_names(table) if name not in found and is_text(table.column(name).type)]
+    texts = [name for name in others if (pc.mean(_words(table, name)).as_py() or 0) >= _TEXT]
+    if not texts:
+        return ""
+    return (
+        f"; {', '.join(texts)}: texts, too, and not read: where one is to be written for the other, set task.kind=chat "
+        f"and data.columns={{prompt: {found[0]}, completion: {texts[0]}}}"
+    )
+
+
+def _words(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """How many words stand in each row."""
+    return pc.list_value_length(pc.utf8_split_whitespace(_texts(table, name)))
+
+
 def _pair(strings: Sequence[str]) -> list[str] | None:
     by_name = {name.lower(): name for name in strings}
     numbered = [(one, re.sub("1$", "2", re.sub("a$", "b", one))) for one in by_name if re.search(r"(1|_a)$", one)]
@@ -176,7 +195,7 @@ def _pair(strings: Sequence[str]) -> list[str] | None:
 
 def _max_length(table: pa.Table, text: Sequence[str]) -> int:
     """Tokens for nine rows out of ten, in steps of 16 from 16 to 256."""
-    words = sum(pc.list_value_length(pc.utf8_split_whitespace(_texts(table, name))).to_numpy() for name in text)
+    words = sum(_words(table, name).to_numpy() for name in text)
     return _rounded(float(np.percentile(words, 90)) * TOKENS_PER_WORD, 256)
 
 

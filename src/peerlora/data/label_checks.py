@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from peerlora.data.columns import short, shown
-from peerlora.data.labels import MISSING_WORDS, Classes, Labels
+from peerlora.data.labels import MISSING_WORDS, Classes, Labels, takes_places
 from peerlora.data.numerals import is_number, whole_number
 
 _SEPARATORS = "|;,"
@@ -16,16 +16,18 @@ _SHOWN = 5  # names in a warning
 
 
 def warn_of_labels(
-    labels: Labels, classes: Classes, ids: np.ndarray, *, first: bool, own_rows: bool, where: str
+    labels: Labels, classes: Classes, ids: np.ndarray, *, first: bool, where: str, own_rows: bool = False
 ) -> None:
     """Log what is strange about the labels of a source.
 
-    ``ids``: class ids [row].  ``first``: these are the training rows.  ``own_rows``: other sites have other files.
+    ``ids``: class ids [row], of lists [label].  ``first``: these are the training rows.  ``own_rows``: other sites have
+    other files.
     """
     notes = [*_about_names(classes, ids)] if first and classes.source == "the training labels" else []
-    if own_rows and labels.numeric and labels.own_names is None and classes.codes is not None:
-        places = ", ".join(f"{number} = {name}" for number, name in enumerate(classes.codes[:_SHOWN]))
-        notes.append(f"numbers are taken as places among {classes.source}: {places}; all sites must mean the same")
+    if takes_places(labels, classes):
+        places = ", ".join(f"{number} = {name}" for number, name in enumerate((classes.codes or ())[:_SHOWN]))
+        sites = "; all sites must mean the same" if own_rows else ""
+        notes.append(f"numbers are taken as places among {classes.source}: {places}{sites}")
     for sentence in notes:
         logging.getLogger(__name__).warning("%s: %s", where, sentence)
 
@@ -49,10 +51,21 @@ def _about_names(classes: Classes, ids: np.ndarray) -> Iterator[str]:
             f"{_some(joined)} are classes of their own here; of several labels of one row make a list, for "
             "task.kind=multi-label"
         )
+    if _is_minus_one_strange(names):
+        rows = counts[names.index("-1")]
+        yield f"'-1' in {rows} rows: a class here, and no other is below 0; if the label is missing, remove these rows"
     if all(map(is_number, names)) and any(whole_number(name) is None and "." in name for name in names):
         yield f"{_some(names)} are classes here; for numbers use task.kind=regression"
     elif len(names) > _MANY and 2 * len(names) > len(ids):
         yield f"{len(names)} classes in {len(ids)} rows; is data.label the right column?"
+
+
+def warn_of_owners(words: Sequence[str], where: str) -> None:
+    """Log words that divide rows between clients and are spelled almost alike."""
+    alike = _look_alikes(list(dict.fromkeys(words)))
+    if alike:
+        both = " and ".join(repr(short(name)) for name in alike)
+        logging.getLogger(__name__).warning("%s: %s are different clients here; spell them alike if not", where, both)
 
 
 def _look_alikes(names: Sequence[str]) -> tuple[str, str] | None:
@@ -68,6 +81,12 @@ def _look_alikes(names: Sequence[str]) -> tuple[str, str] | None:
 def _plain(name: str) -> str:
     seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")  # zero-width letters, say
     return " ".join(unicodedata.normalize("NFKC", seen).casefold().split())
+
+
+def _is_minus_one_strange(names: Sequence[str]) -> bool:
+    """Whether -1 stands beside classes that count from 0, as where test rows have no labels."""
+    others = [whole_number(name) for name in names if name != "-1"]
+    return "-1" in names and 0 in others and all(number is not None and number >= 0 for number in others)
 
 
 def _is_joined(name: str, names: set[str]) -> bool:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from peerlora.data.columns import is_text
 from peerlora.data.files import class_names
+from peerlora.data.labels import MISSING_WORDS
 from peerlora.data.numerals import is_number, whole_number
 
 LABELS = (
@@ -48,7 +49,11 @@ ASIDE = re.compile(  # columns about rows, which are labels only where there is 
     r"(^|_)(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
     r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|_)"
 )
-FLAGS = ({"yes", "no"}, {"true", "false"}, {"y", "n"}, {"t", "f"})
+FLAGS = (
+    *({"yes", "no"}, {"true", "false"}, {"y", "n"}, {"t", "f"}, {"on", "off"}),
+    *({"ja", "nein"}, {"j", "n"}, {"oui", "non"}, {"si", "no"}, {"s\u00ed", "no"}, {"sim", "n\u00e3o"}, {"ja", "nee"}),
+)
+_BITS = {"0", "1", "0.0", "1.0"}  # a flag only beside a column of more classes
 NO_LABEL = "none"
 CLASSES = 100  # more different labels than this are no classes, unless the file itself names them
 
@@ -139,8 +144,13 @@ def find_few_values(table: pa.Table, text: Sequence[str]) -> str | None:
 
 
 def _is_aside(table: pa.Table, name: str) -> bool:
-    words = {str(word).strip().lower() for word in _values(table, name).to_pylist()}
-    return bool(ASIDE.search(name.lower())) or any(words <= flag for flag in FLAGS)
+    words = {str(word).strip().lower() for word in _values(table, name).to_pylist()} - MISSING_WORDS - {""}
+    if ASIDE.search(name.lower()) or any(words <= flag for flag in FLAGS):
+        return True
+    return words <= _BITS and any(
+        has_few_values(table, other) and count_distinct(table, other) > 2 and not ASIDE.search(other.lower())
+        for other in plain_names(table)
+    )
 
 
 def label_candidates(table: pa.Table, text: Sequence[str], label: str | None) -> tuple[Candidate, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.labels import Classes, class_ids, read_labels, training_classes
 from peerlora.errors import DataError
 
@@ -35,7 +36,9 @@ def read_label_lists(
     if len(classes.names) < 2:
         raise DataError(f"{where}: only one label, {''.join(classes.names)!r}; expected at least 2")
     ends = np.cumsum([len(cell) for cell in cells])
-    return np.split(class_ids(labels, classes, where), ends[:-1]), classes
+    ids = class_ids(labels, classes, where)
+    warn_of_labels(labels, classes, ids, first=not isinstance(wanted, Classes), where=where)
+    return np.split(ids, ends[:-1]), classes
 
 
 def as_indicators(rows: Sequence[np.ndarray], labels: int) -> np.ndarray:

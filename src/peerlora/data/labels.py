@@ -99,6 +99,7 @@ def class_ids(labels: Labels, classes: Classes, where: str) -> np.ndarray:
     A label is looked up by its name; a whole number that is no name stands for one of ``classes.codes``.
     Raises DataError for labels that are not among ``classes``.
     """
+    _refuse_from_one(labels, classes, where)
     ids = {name: place for place, name in enumerate(classes.names)}
     found = [_id(label, labels, classes, ids, where) for label in labels.different]
     return np.array(found, dtype=np.int64)[labels.rows]
@@ -179,6 +180,23 @@ def _refuse_fractions(labels: Labels, where: str) -> None:
         )
 
 
+def takes_places(labels: Labels, classes: Classes) -> bool:
+    """Whether the numbers of a column stand for classes by their places, from 0."""
+    return labels.numeric and labels.own_names is None and classes.codes is not None
+
+
+def _refuse_from_one(labels: Labels, classes: Classes, where: str) -> None:
+    """Refuse numbers that count the classes from 1: as places, each would be the class behind its own."""
+    found = {label.number for label in labels.different} if takes_places(labels, classes) else set()
+    count = len(classes.codes or ())
+    if found and None not in found and min(found) == 1 and max(found) == count:  # pyright: ignore[reportArgumentType]
+        names = shown(classes.codes or (), 10)
+        raise DataError(
+            f"{where}: holds numbers from 1 to {count}, and {classes.source} has {count} names ({names}), whose places "
+            f"are 0 to {count - 1}; subtract 1 in the file where 1 means the first of them, or write the names there"
+        )
+
+
 def _refuse_twice(names: Sequence[str], where: str) -> None:
     seen: set[str] = set()
     for name in names:
@@ -215,7 +233,7 @@ def _unknown(word: str, labels: Labels, classes: Classes, where: str) -> str:
     hint = "Correct the row, or name every class in task.labels"
     if word.strip() in classes.names:
         hint = "It has blanks around it; remove them"
-    elif word.strip().lower() in MISSING_WORDS:
+    elif word.strip().lower() in MISSING_WORDS or word == "-1":
         hint = "If the label is missing, remove these rows; else name every class in task.labels"
     elif labels.numeric and labels.own_names is None and classes.codes is None:
         hint = "Where training labels are words or names are numbers, a number is no place among them; write names"

@@ -29,7 +29,9 @@ _FORMS = (  # what rows are; columns of the first tuple; and one of the second, 
 )
 _PAIRS = (  # what rows are where the second column has too many values for a label
     ("questions with answers", ("question", "query", "input"), ("answer", "answers", "response", "output")),
-    ("texts with translations or targets", ("source", "input"), ("target", "output")),
+    ("turns of two speakers", ("user", "human"), ("assistant", "gpt")),
+    ("problems with solutions", ("problem",), ("solution",)),
+    ("texts with translations or targets", ("source", "input", "inputs"), ("target", "output", "targets")),
     ("texts with summaries", ("article", "document", "dialogue", "text"), ("summary", "highlights")),
 )
 
@@ -61,6 +63,7 @@ def find_form(table: pa.Table, labels: Sequence[str], named: str | None, source:
     if tags := find_roles(table.column_names, TAG_FORMS):
         if all(_is_list(table.schema.field(name).type) for name in tags.values()):
             return _tagged(table, tags, source)
+    _refuse_marked(table, names, source)
     roles = find_roles(table.column_names, CHAT_FORMS)
     if roles is None or not (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
         roles = _find_pair(table, names, labels, source) if named is None else None
@@ -95,6 +98,16 @@ def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str],
             _refuse(source, form, [first, second])
         return {"prompt": first, "completion": second}
     return None
+
+
+def _refuse_marked(table: pa.Table, names: Mapping[str, str], source: str) -> None:
+    """Raise DataError for completions that a label marks as wanted or unwanted: a chat would learn the unwanted too."""
+    if not names.keys() >= {"prompt", "completion", "label"}:
+        return
+    columns = [names[word] for word in ("prompt", "completion", "label")]
+    marks = {str(mark).strip().lower() for mark in table.column(columns[2]).unique().to_pylist()} - {"none", ""}
+    if marks <= {"true", "false"} or marks <= {"0", "1"}:
+        _refuse(source, "answers that are marked as wanted or not", columns)
 
 
 def refuse_missing_header(table: pa.Table, source: str) -> None:

@@ -20,7 +20,7 @@ from peerlora.data.files import class_names, read_table
 from peerlora.data.holdout import draw_holdout
 from peerlora.data.image_files import read_images
 from peerlora.data.images import ImageReader
-from peerlora.data.label_checks import warn_of_labels
+from peerlora.data.label_checks import warn_of_labels, warn_of_owners
 from peerlora.data.label_lists import as_indicators, read_label_lists
 from peerlora.data.labels import Classes, class_ids, numbers, read_labels, training_classes
 from peerlora.data.numerals import whole_number
@@ -254,7 +254,10 @@ def _values(rows: _Rows, name: str) -> np.ndarray:
         raise DataError(f"{where} is empty in row {rows.chosen[empty] + 1}; fill or remove the row")
     whole = [whole_number(word) for word in words]
     fits = all(number is not None and abs(number) < 2**63 for number in whole)
-    return np.array(whole, dtype=np.int64) if fits else np.array(words)
+    if fits:
+        return np.array(whole, dtype=np.int64)
+    warn_of_owners(words, where)
+    return np.array(words)
 
 
 def _refuse_null(column: pa.ChunkedArray, where: str) -> None:

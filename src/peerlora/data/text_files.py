@@ -6,7 +6,7 @@ import gzip
 import io
 import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _FOREIGN = {  # first bytes, as a pattern -> what the file is and what to do
 }
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Generator[str, None, None]:
     """Yield the lines of a text file in UTF-8, each with its line break, without a byte order mark.
 
     A file may be compressed by gzip, zstd, bzip2 or xz: its first bytes tell, not its name.

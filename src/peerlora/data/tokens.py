@@ -16,6 +16,9 @@ from peerlora.errors import ModelError
 from peerlora.files import settle
 
 _FORMAT = 1  # of the cached files; raise it whenever the same texts would give other tokens
+_SAMPLE = (
+    "The Café's 1,234 naïve  users\tsaid: don’t — 東京 ÄÖÜ straße #1!\n"  # what tokenizers split in ways of their own
+)
 CHUNK = 2000  # rows at a time: enough for the tokenizer's threads, little enough to keep its Python lists small
 
 
@@ -98,16 +101,34 @@ def _flat(rows: list[list[int]], dtype: Any) -> np.ndarray:
     return np.fromiter(chain.from_iterable(rows), dtype)
 
 
-def _name(texts: Sequence[list[str]], tokenizer: Any, max_length: int, causal: bool) -> str | None:
-    """A file name that changes with anything the tokens depend on; None for a tokenizer that cannot be described."""
+def tokenizer_digest(tokenizer: Any, chat: bool) -> str:
+    """Return the SHA-256 of what turns texts into ids, hexadecimal: two with the same agree on every text.
+
+    ``chat``: with the template that puts turns together.  Of a tokenizer that cannot be described, words and a sample.
+    """
+    rules = _rules(tokenizer) or [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(_SAMPLE)["input_ids"]]
+    template = getattr(tokenizer, "chat_template", None) if chat else None
+    told = [rules, tokenizer.pad_token_id, tokenizer.eos_token_id, template]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _rules(tokenizer: Any) -> list[Any] | None:
+    """Everything that tokens depend on beside the text; None for a tokenizer that cannot be described."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     rules = json.loads(backend.to_str())
     # What the last call asked for, not a property of the tokenizer.
     rules["truncation"] = rules["padding"] = None
-    sides = [getattr(tokenizer, "truncation_side", None), tokenizer.model_input_names, tokenizer.eos_token_id]
-    key = hashlib.blake2b(json.dumps([_FORMAT, rules, sides, max_length, causal]).encode(), digest_size=16)
+    return [rules, [getattr(tokenizer, "truncation_side", None), tokenizer.model_input_names, tokenizer.eos_token_id]]
+
+
+def _name(texts: Sequence[list[str]], tokenizer: Any, max_length: int, causal: bool) -> str | None:
+    """A file name that changes with anything the tokens depend on; None for a tokenizer that cannot be described."""
+    rules = _rules(tokenizer)
+    if rules is None:
+        return None
+    key = hashlib.blake2b(json.dumps([_FORMAT, *rules, max_length, causal]).encode(), digest_size=16)
     for column in texts:
         key.update(np.array([len(text) for text in column], dtype=np.int64).tobytes())
         key.update("".join(column).encode())

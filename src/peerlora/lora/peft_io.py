@@ -42,6 +42,8 @@ class ExportContext:
     """Of the base model on the hub."""
     principal: Principal | None = None
     """What the run's base is without and the adapters began with; an export is for the whole base."""
+    initialised: tuple[str, ...] = ()
+    """All modules whose weights the base lacks."""
 
 
 def export_adapter(

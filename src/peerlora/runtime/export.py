@@ -32,7 +32,7 @@ from peerlora.runs.store import clients_of, read_events, read_facts, resume_comm
 from peerlora.runtime.best_export import BEST, EXPORTED, FOLDERS, best_facts, read_best
 from peerlora.runtime.compose import Federation, start_adapters
 from peerlora.runtime.exchange_stack import build_exchange
-from peerlora.runtime.inputs import speed_of
+from peerlora.runtime.inputs import require_same_base, speed_of
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.new_folder import new_folder
 from peerlora.runtime.plan import plan
@@ -109,7 +109,7 @@ def config_of(run: Path) -> tuple[RunConfig, str]:
 def exporter_of(run: Path) -> Exporter:
     """The Exporter of a run folder; it loads the base model, and no data.
 
-    Raises ModelError where the base model is gone.
+    Raises ModelError where the base model is gone, RunError where it is another.
     """
     if read_facts(run).get("loop"):
         raise RunError(
@@ -129,7 +129,9 @@ def exporter_of(run: Path) -> Exporter:
 def _built(run: Path, config: RunConfig) -> tuple[StackedModel, ExportContext]:
     """The base model of a run, with places for adapters, and how they are exported."""
     if task_kind(config.task.kind).acts:
-        return build_policy(config, load_policy(config))
+        model, context = build_policy(config, load_policy(config))
+        require_same_base(run, model.base, config.model.source, context.initialised)
+        return model, context
     tokenizer, kind, names = run_tokenizer(config), task_kind(config.task.kind), class_names(run, config)
     if kind.reads_images:
         rows = tokenizer.samples(1, names)
@@ -137,6 +139,7 @@ def _built(run: Path, config: RunConfig) -> tuple[StackedModel, ExportContext]:
         tokens = sample_tokens(tokenizer, config.data.max_length, kind.predicts_tokens)
         rows = Dataset(*tokens, np.zeros(len(tokens.starts) - 1, np.int64), names)
     built = build_model(config, RunResources(rows, rows, tokenizer), speed_of(read_facts(run), config))
+    require_same_base(run, built.model.base, config.model.source, built.export.initialised, built.originals)
     return built.model, built.export
 
 

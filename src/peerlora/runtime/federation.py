@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from peerlora.algorithms.base import Algorithm
 from peerlora.config.run import RunConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.data.dataset import Dataset
 from peerlora.data.partition import Partition
+from peerlora.data.tokens import tokenizer_digest
 from peerlora.exchange.base import MeteredExchange
 from peerlora.lora.adapter_init import orthogonal_factors, with_factors
 from peerlora.lora.adapter_start import read_adapter
 from peerlora.lora.adapters import Adapters, AdapterSpec, initial_adapters
 from peerlora.lora.attach import StackedModel
-from peerlora.lora.base_digest import base_digest, digest_of
+from peerlora.lora.base_digest import base_digest, config_digest, digest_of
 from peerlora.lora.peft_io import ExportContext
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
@@ -78,10 +81,28 @@ class Federation:
 
     @cached_property
     def start_digest(self) -> str | None:
-        """By which other sites know the same start, where it comes out of a PEFT model; None where the config tells."""
-        if not isinstance(self.model, PeftAdapter) or len(set(self.config.ranks)) > 1:
+        """By which other sites know the same start, where it comes out of a PEFT model or a folder; else None."""
+        spec, first = self.start.spec, self.start.flat[0]
+        if isinstance(self.model, PeftAdapter):
+            return None if len(set(self.config.ranks)) > 1 else digest_of({"start": first[: spec.shared.stop]})
+        if self.config.adapter.start is None:
             return None
-        return digest_of({"start": self.start.flat[0, : self.start.spec.shared.stop]})
+        drawn = self.model.head()  # by each site, from the seed: the last bits depend on its processor
+        parts = {f"{slot.block} {slot.name}": first[slot.start : slot.stop] for slot in spec.slots}
+        for name, value in drawn.items():
+            if spec.private_head or torch.equal(value.flatten().to(first), parts[f"head {name}"]):
+                del parts[f"head {name}"]
+        return digest_of(parts)
+
+    @cached_property
+    def beside_weights(self) -> dict[str, str]:
+        """Digests of what decides a score beside weights and settings: the tokenizer's rules, and config.json."""
+        base = self.model.model if isinstance(self.model, PeftAdapter) else self.model.base
+        kind, tokenizer = task_kind(self.config.task.kind), self.export.tokenizer
+        found = {"model-config": config_digest(base)}
+        if tokenizer is not None and not kind.reads_images:
+            found["tokenizer"] = tokenizer_digest(tokenizer, kind.is_chat)
+        return {name: digest for name, digest in found.items() if digest is not None}
 
 
 def adapter_spec(config: RunConfig, model: StackedModel) -> AdapterSpec:

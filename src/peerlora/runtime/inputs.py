@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import RunError
+from peerlora.lora.base_digest import config_digest, plain_digest
 from peerlora.lora.peft_model import PeftAdapter
-from peerlora.runs.store import RunStore
+from peerlora.runs.store import RunStore, read_facts
 from peerlora.runtime.compose import Federation
 from peerlora.train.kernels.speed import Speed
 from peerlora.train.online.episodes import Episodes
 
+_NEWER = (("base", "config.json"), ("tokenizer", "rules"))
+"""Digests that runs of older versions lack, and go on without."""
+_PLAIN = "weights, however they are kept"  # for those who load a run's base in another way
+_TOKENS = ("tokens", "targets")
 _CHOSEN = ("fp32", "bf16", "fp64")
 
 
@@ -27,8 +33,20 @@ def describe_inputs(federation: Federation) -> dict[str, dict[str, Any]]:
     return {
         **describe_data(federation.train_data, federation.eval_data),
         "partition": {"rows of each client": _digest(federation.partition.shards)},
-        "base": {"weights": federation.base_digest},
+        **_described_base(federation),
     } | (start if federation.config.adapter.start is not None else {})
+
+
+def _described_base(federation: Federation) -> dict[str, dict[str, Any]]:
+    """Digests of the base model: its weights, what it does with them, and the words it reads."""
+    beside = federation.beside_weights
+    found = {"base": {"weights": federation.base_digest}}
+    if not isinstance(federation.model, PeftAdapter) and federation.config.model.quantize == "none":
+        drawn = federation.export.initialised
+        found["base"][_PLAIN] = plain_digest(federation.model.base, drawn, federation.originals)
+    if "model-config" in beside:
+        found["base"]["config.json"] = beside["model-config"]
+    return found | ({"tokenizer": {"rules": beside["tokenizer"]}} if "tokenizer" in beside else {})
 
 
 def describe_data(train: Dataset | Episodes, evaluation: Dataset | Episodes) -> dict[str, dict[str, Any]]:
@@ -84,6 +102,24 @@ def check_inputs(store: RunStore, federation: Federation) -> None:
         require_same_inputs(was, describe_inputs(federation), federation.config, store.folder)
 
 
+def require_same_base(
+    run: Path, base: nn.Module, source: str, drawn: Collection[str], originals: Mapping[str, str] | None = None
+) -> None:
+    """Raise RunError unless this is the base model that a run trained its adapters on; see `plain_digest`.
+
+    Of a quantised base config.json alone is compared, and of a run of an older version nothing.
+    """
+    was = (read_facts(run).get("inputs") or {}).get("base", {})
+    changed = ["config.json"] if was.get("config.json") not in (None, config_digest(base)) else []
+    if _PLAIN in was and was[_PLAIN] != plain_digest(base, drawn, originals):
+        changed.insert(0, "weights")
+    if changed:
+        raise RunError(
+            f"model.source={source} changed since ({', '.join(changed)}): {run} has trained adapters of what was there "
+            "before, which mean nothing on another base model; put it back"
+        )
+
+
 def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, folder: Path) -> None:
     """Raise RunError, naming the sources that differ between two descriptions."""
     held_out = "" if config.data.eval else " (the rows held out of it)"
@@ -91,12 +127,15 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         "train": config.data.train,
         "eval": f"{config.data.eval or config.data.train}{held_out}",
         "base": f"model.source={config.model.source}",
+        "tokenizer": f"the tokenizer of model.source={config.model.source}",
         "start": f"adapter.start={config.adapter.start}",
         "partition": "the division of rows",
     }
     if config.task.env is not None:
         sources |= {"eval": f"task.env={config.task.env}", "partition": "the clients' environments"}
-    differ = {name: _differing(was.get(name, {}), now.get(name, {})) for name in sources}
+    differ = {name: _differing(name, was.get(name, {}), now.get(name, {})) for name in sources}
+    if differ["tokenizer"]:  # of which other tokens follow
+        differ |= {name: [part for part in differ[name] if part not in _TOKENS] for name in ("train", "eval")}
     if "classes" in differ["train"]:  # they name the outputs of a head, and the labels of the evaluation
         differ |= {"eval": [part for part in differ["eval"] if part != "classes"], "base": []}
     if differ["train"]:  # other rows are divided otherwise
@@ -111,8 +150,9 @@ def require_same_inputs(was: Mapping[str, Any], now: Mapping[str, Any], config: 
         )
 
 
-def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    parts = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+def _differing(source: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    unknown = {part for known, part in _NEWER if known == source and part not in then}
+    parts = [part for part in {**then, **now} if then.get(part) != now.get(part) and part not in {*unknown, _PLAIN}]
     return [f"{then.get(part)} rows then, {now.get(part)} now" if part == "rows" else part for part in parts]
 
 

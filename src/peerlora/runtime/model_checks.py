@@ -18,6 +18,7 @@ from peerlora.lora.base_weights import check_class_order, within
 from peerlora.train.generation import drawn_rows, last_answer, room_behind
 
 _UNKNOWN = 0.3  # share of a data set's words; more of them unknown is told
+_USED = 0.9  # share of a table's rows that a model's own tokenizer has at least; they are padded to multiples of 64
 _SHOWN = 4  # names in one message
 
 
@@ -76,8 +77,8 @@ def check_tokens(base: Base, tokenizer: Any, data: Iterable[Dataset]) -> tuple[s
 
     Raises ModelError where the tokenizer belongs to another model, DataError where rows cannot be read.
     """
-    model, warnings = base.model, ()
-    size = _embedded(model)
+    model, size = base.model, _embedded(base.model)
+    warnings = () if size is None else _few_tokens(base, len(tokenizer), size)
     for rows in data:
         if size is not None:
             _check_ids(base, tokenizer, rows, size)
@@ -93,6 +94,16 @@ def _embedded(model: Any) -> int | None:
     except NotImplementedError:  # how transformers says that a model reads no token ids by a table
         return None
     return getattr(table, "num_embeddings", None)
+
+
+def _few_tokens(base: Base, tokens: int, size: int) -> tuple[str, ...]:
+    """A warning where the table has many more tokens than the tokenizer: it may be another model's."""
+    if tokens >= _USED * size:
+        return ()
+    return (
+        f"{base.source} has embeddings for {size} tokens and a tokenizer of {tokens}; if that is another model's, "
+        "every token means something else: compare it with the one that the model was trained with",
+    )
 
 
 def _check_ids(base: Base, tokenizer: Any, rows: Dataset, size: int) -> None:

@@ -107,7 +107,8 @@ def build_policy(config: RunConfig, resources: PolicyResources) -> tuple[Stacked
     policy = with_critic(resources.base.policy, config.seed, DTYPES[config.train.dtype])
     model = StackedModel(policy, flow_targets(policy), train_head=True)
     folder = str(resources.base.folder.resolve())
-    return model, ExportContext(config.model.source, task_kind(config.task.kind).peft_type, 0.0, location=folder)
+    kind, drawn = task_kind(config.task.kind).peft_type, model.targets.heads
+    return model, ExportContext(config.model.source, kind, 0.0, location=folder, initialised=drawn)
 
 
 def show_policy(

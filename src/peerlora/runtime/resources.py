@@ -54,7 +54,7 @@ class PreparedBase:
     principal: Principal | None
     """What clients begin with and the base is without; None where it is whole."""
     originals: dict[str, str]
-    """Digests of the weights that were whole before, by name."""
+    """Digests of the weights that were whole before, by the names of `base_digest` and of `plain_digest`."""
     warnings: tuple[str, ...]
     hidden: HiddenStates = field(default_factory=HiddenStates)
     """Of the blocks below the lowest adapted one, for runs that share them."""
@@ -218,6 +218,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         location=locate_base(source),
         principal=prepared.principal,
         revision=config.model.revision,
+        initialised=base.initialised,
     )
     prepared.hidden.keep_only((data, resources.eval_data))
     paths = prepared.paths | use_encoder(model, config.train.fast, prepared.hidden if resources.share_prefix else None)
@@ -279,6 +280,7 @@ def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Princip
     weights = weights_of(base.model, [layer.name for layer in targets.layers])
     halved = config.train.dtype == "auto"
     originals = {f"{name}.base.weight": tensor_digest(weight, halved) for name, weight in weights.items()}
+    originals |= {f"{name}.weight": tensor_digest(weight, halved=True) for name, weight in weights.items()}
     spec = AdapterSpec(targets.layers, rank, config.adapter.alpha, rslora=config.adapter.rslora)
     return take_principal(weights, rank, spec.scaling(rank), config.adapter.init), originals
 

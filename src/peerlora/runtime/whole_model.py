@@ -18,6 +18,7 @@ from peerlora.lora.attach import without_peft_warnings
 from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.lora.model_folder import ADAPTER, read_settings, with_base
 from peerlora.runtime.export import class_names, config_of, write_export
+from peerlora.runtime.inputs import require_same_base
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.new_folder import new_folder
 from peerlora.runtime.reading import Reading
@@ -75,12 +76,13 @@ def _require_rows(run: Path, config: RunConfig) -> None:
 
 
 def _base_of(run: Path, config: RunConfig) -> tuple[Any, Any]:
-    """The base model of a run in fp32, with the run's class names, and its tokenizer."""
+    """The base model of a run in fp32, with the run's class names, and its tokenizer.  Raises RunError for another."""
     tokenizer, storage = run_tokenizer(config), Storage(revision=config.model.revision)
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
     model: Any = base.model
+    require_same_base(run, model, config.model.source, base.initialised)
     if kind.is_chat:
         model.generation_config.eos_token_id = answer_ends(tokenizer)
     return model, tokenizer

@@ -37,8 +37,8 @@ def section_hashes(
 ) -> dict[str, str]:
     """A hash per section, and one of the class names in order of their ids, which a site may have read from its file.
 
-    Where data lie is left out if every site has its own; the model has a hash of its own.  ``start_digest``: of the
-    adapter to start from, where that is no file.  ``pixels``: of images, whose image processor lies beside the model.
+    Where data lie is left out if every site has its own; the model has hashes of its own.  ``start_digest``: of the
+    adapter to start from, once that was read.  ``pixels``: of images, whose image processor lies beside the model.
     """
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*_SITE, *_NAMED)}
     tree["train"] = _without_defaults(_without(tree["train"], _SITE_TRAIN), _NEWER)
@@ -52,7 +52,7 @@ def section_hashes(
         del tree["exchange"]["secure"]
     tree["adapter"] = _without_defaults(tree["adapter"], _NEWER_ADAPTER)
     start = tree["adapter"].pop("start")
-    tree["adapter.start"] = start_digest if start is None else _file(Path(start) / "adapter_model.safetensors")
+    tree["adapter.start"] = start_digest or (start and _file(Path(start) / "adapter_model.safetensors"))
     tree["data"] = _without_defaults(tree["data"], _NEWER_DATA)
     if config.partition.kind == "own":
         read = {name: tree["data"][name] for name in _READING if name in tree["data"]}
@@ -90,4 +90,9 @@ def _file(path: Path) -> str:
 
 
 def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+    return shortened(hashlib.sha256(data).hexdigest())
+
+
+def shortened(digest: str) -> str:
+    """A digest as short as a greeting carries it."""
+    return digest[:16]

@@ -9,7 +9,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.network.base import PeerId
 from peerlora.network.protocol.wire import Expected
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.peer.config_digest import section_hashes, spec_digest
+from peerlora.runtime.peer.config_digest import section_hashes, shortened, spec_digest
 from peerlora.topology.schedule import Topology
 from peerlora.topology.storage import columns_of
 
@@ -40,4 +40,5 @@ def settings_of(federation: Federation) -> dict[str, str]:
     """What this site's greeting tells of its settings, by section; see ``section_hashes``."""
     data = federation.train_data
     pixels = data.pixels if isinstance(data, Dataset) else None
-    return section_hashes(federation.config, data.names, federation.start_digest, pixels)
+    digests = section_hashes(federation.config, data.names, federation.start_digest, pixels)
+    return digests | {name: shortened(digest) for name, digest in federation.beside_weights.items()}
