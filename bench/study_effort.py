@@ -29,23 +29,22 @@ class Effort:
     rows: int
     """For training."""
     tests: int
-    """Rows that are set against one baseline and corrected together; of several families the largest."""
+    """Rows that are set against a baseline and corrected together."""
     seeds: int
     """That are reported."""
 
 
 def count_effort(study: Study, data: Path) -> Effort:
     """Count the runs of a study, each once, and the rows that they train on."""
-    trials, families = [], Counter()
+    trials, tests = [], 0
     for tree in study.parts(data):
         reported, searched = planned(study, tree)
         trials += [*reported, *searched]
         for labels in {each.setting: split_labels(study, each.labels) for each in reported}.values():
-            is_baseline = {**labels, **study.baseline} == labels
-            families[tuple(labels[axis] for axis in study.family)] += not is_baseline
+            tests += {**labels, **study.baseline} != labels
     runs = {each.config.model_dump_json(): each.config.training_samples for each in trials}
     seeds = max(len(tree["seeds"]) for tree in study.parts(data))
-    return Effort(len(runs), sum(runs.values()), max(families.values()), seeds)
+    return Effort(len(runs), sum(runs.values()), tests, seeds)
 
 
 def planned(study: Study, tree: Tree) -> tuple[list[Trial], list[Trial]]:

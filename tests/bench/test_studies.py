@@ -41,7 +41,7 @@ SGD = {
 LESS_OR_MORE = {
     **dict.fromkeys(("policies-point-mass", "policies-pendulum"), {"behaviour cloning only"}),
     "label-skew": {"dfedsam"},
-    "label-skew-sgd": {"dfedsam", "dfedadmm-sam", "fedspeed"},
+    "label-skew-sgd": {"dfedsam", "dfedadmm-sam (our reconstruction)", "fedspeed"},
     **dict.fromkeys(("methods", "methods-ring", "drift"), {"rac-lora"}),
     "stragglers": {
         *("alone", "dec-lora, waits", "dec-lora, waits, 60 rounds", "adf-lora, T = 5, waits", "salf, deadline 42 s"),
@@ -139,6 +139,7 @@ def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
     if not name.startswith(ABOUT_TRAINING):
         prior = "none" if name.startswith("privacy") else "uniform"  # privacy refuses a loss that knows label counts
         assert {config.train.label_prior for config in rows.values()} == {prior}
+        assert len({config.train.clip for config in rows.values()}) == 1
         assert len({config.train.schedule for config in rows.values()}) == 1
         assert len({config.seed for config in rows.values()}) == 1
     rows.pop("behaviour cloning only", None)  # nothing of it trains
@@ -181,8 +182,9 @@ def test_the_baseline_of_a_study_is_one_of_its_rows(name, studies, data):
     study = every_study(studies)[name]
     labels = [trial.labels for tree in study.parts(data) for trial in plan_trials(load_grid(tree)).trials]
     labels = [studies.split_labels(study, each) for each in labels]
-    (axis, label), *_ = study.baseline.items()
-    assert any(each[axis] == label for each in labels)
+    for (axis, label), *_ in (each.items() for each in (study.baseline, study.further) if each):
+        assert any(each[axis] == label for each in labels)
+    (axis, _), *_ = study.baseline.items()
     assert not study.costs or axis == "system"
 
 
@@ -293,11 +295,14 @@ def test_the_page_says_what_five_seeds_can_show(studies, data):
 
 
 @pytest.mark.slow
-def test_the_rows_of_one_graph_are_a_family_of_their_own(studies, data):
+def test_rows_of_all_graphs_are_corrected_together_and_clients_alone_run_once(studies, data):
     effort = importlib.import_module("study_effort")
     study = studies.STUDIES["alternating-24-cosine"]
-    assert effort.count_effort(study, data).tests == 6  # of adf-lora three, tad-lora where it differs, ffa-lora, rolora
-    assert study.family == ("graph",) and load_grid(study.parts(data)[0]).search.rates == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    known = effort.count_effort(study, data)
+    rows = 4 * 7 + 2  # of adf-lora three, tad-lora where it differs, ffa-lora, rolora, dec-lora, alone
+    assert known.tests == rows - 4  # against dec-lora on the same graph
+    assert known.runs == (rows - 3) * (5 + 5 * 2)  # alone is one row on four graphs
+    assert load_grid(study.parts(data)[0]).search.rates == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
 
 
 @pytest.mark.slow
@@ -311,7 +316,7 @@ def test_the_interval_that_the_pages_name_is_the_one_that_tad_lora_takes(studies
 
 def test_tad_lora_has_a_row_only_where_adf_lora_has_not_its_interval(studies, data):
     grids = studies.study_grids
-    (tree,) = studies.STUDIES["alternating-24-cosine"].parts(data)
+    tree, *_ = studies.STUDIES["alternating-24-cosine"].parts(data)
     named = {row.partition(": ")[0] for row in tree["axes"]["system"] if "tad-lora" in row}
     assert named == {"p = 0.1", "ring"}
     for graph in grids.GRAPHS:
@@ -327,7 +332,8 @@ def test_the_outcomes_that_are_stored_are_still_found(studies, data):
     outcomes.PLACE.mkdir(parents=True)
     (outcomes.PLACE / "sparse-sst2.jsonl").write_text(kept)
     lines = outcomes.OutcomeLines("sparse-sst2", data)
-    (tree,) = studies.STUDIES["sparse-sst2"].parts(data)
+    tree, later = studies.STUDIES["sparse-sst2"].parts(data)
+    assert {*later["axes"]["system"]}.isdisjoint(tree["axes"]["system"])  # whose common rates it must not change
     found = {lines._key(trial) for trial in plan_search(load_grid(tree)).trials if lines.find(trial)}
     first = {json.loads(line)["config"] for line in kept.splitlines()[:10]}
     assert len(first) == 10 and first <= found
