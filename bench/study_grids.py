@@ -64,6 +64,7 @@ def sparse(task: str) -> Study:
         }
         more = {
             f"{DENSE}, constant rate": row(graph=COMPLETE, **{**LEARNED, "schedule": "constant"}),
+            f"{DENSE}, memory fresh in every round": row(graph=COMPLETE, **{**LEARNED, "optimizer_state": "round"}),
             ALONE: learned("local"),
         }
         return [grid(task, base(task, data), rows) | {"search": search(task)} for rows in (systems, more)]

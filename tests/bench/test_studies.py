@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ ABOUT_TRAINING = ("sparse-", "label-prior", "policies-")
 """Studies whose rows differ in loss, schedule or memory on purpose, or have no labels."""
 
 
-PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine"}
-"""Rows of the sparse studies before the recipe keeps the optimiser's memory."""
+PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine", "recipe, complete graph, memory fresh in every round"}
+"""Rows of the sparse studies in which the optimiser's memory is not kept, as the recipe keeps it."""
 SGD = {
     **dict.fromkeys(
         ("optimisers", "optimisers-sparse"),
@@ -109,6 +110,20 @@ NAMES = (
 
 def test_the_names_below_are_all_studies(studies):
     assert set(NAMES) == studies.STUDIES.keys()
+
+
+def test_the_page_of_the_studies_names_all_of_them_and_their_modules(studies):
+    """Its table is written by ``--list --write``, which a new study needs."""
+    page = (BENCH.parent / "docs/results/studies.md").read_text()
+    table = page.split("<!-- study-list -->")[1].split("<!-- /study-list -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:-1]
+    assert {row[0].removeprefix("| "): row[1] for row in rows} == {
+        name: f"[{study.page}]({study.page})" for name, study in studies.STUDIES.items()
+    }
+    order = page.split("## Which come first")[1].split("\n## ")[0]
+    assert {name for name in re.findall(r"`([^`]+)`", order) if not name.endswith("-")} <= studies.STUDIES.keys()
+    modules = {value.__name__ for value in vars(studies).values() if hasattr(value, "STUDIES") and value is not studies}
+    assert len(modules) == 5 and all(f"bench/{module}.py" in page for module in modules)
 
 
 @pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
@@ -280,7 +295,23 @@ def test_list_counts_runs_rows_and_core_hours(studies, data):
     hours, others = runs * 36 / 3600, more * 38_400 / 24_000 * 36 / 3600
     assert f"| {runs} | {runs * 24_000:,} | {effort.told(hours)} | 3 |" in table and effort.told(0.55) == "0.55"
     assert f"| {effort.told(others)} | 0 |" in table and f"| {effort.told(hours + others)} | 3 |" in table
-    assert "1.5 s per 1,000 rows. A study without a finished run" in table and "computed on: avx2 (3)." in table
+    assert "1.5 s per 1,000 rows of texts. They are wall" in table and "computed on: avx2 (3)." in table
+    assert "A study without a finished run" in table
+
+
+def test_policies_are_reckoned_by_themselves_and_short_runs_count_little(studies, data):
+    effort, outcomes = importlib.import_module("study_effort"), importlib.import_module("outcomes")
+    known = {name: studies.STUDIES[name] for name in ("policies-pendulum", "policies-point-mass", "momenta")}
+    for number, (rows, seconds) in enumerate([(40, 100.0), (40, 200.0), (1000, 1.0)]):
+        outcome = Outcome("x", {}, 0, 0.1, "", {"training rows": rows, "seconds": seconds})
+        line = {"config": str(number), "machine": "avx2", "outcome": vars(outcome), "looks": []}
+        outcomes.append_line(outcomes.PLACE / "policies-pendulum.jsonl", json.dumps(line))
+    kept = {name: outcomes.OutcomeLines(name, data).kept for name in known}
+    assert effort.paces_by_task(known, kept, data) == {"policies": 1e-3, "texts": None}
+    efforts = {name: effort.Effort(1, 3_600_000, 1, 5) for name in known}
+    table = effort.list_studies(known, efforts, data)
+    assert table.count("| 3,600,000 | 1 |") == 2 and table.count("| 3,600,000 | – |") == 1
+    assert "| all |  | 3 | 10,800,000 | – | 3 |" in table and "1 s per 1,000 rows of policies" in table
 
 
 def test_the_page_says_what_five_seeds_can_show(studies, data):
