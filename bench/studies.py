@@ -37,13 +37,14 @@ from markers import insert
 from outcomes import OutcomeLines, without_folder
 from peerlora.config.loading import load_config
 from peerlora.errors import Stopped
-from peerlora.experiments.comparison import Comparison
+from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.markdown import markdown, markdown_table
 from peerlora.experiments.rate_search import RateSearch, choose_rates
 from peerlora.experiments.runner import Callbacks, search_rates, start_grid
 from peerlora.experiments.statistics import Outcome, compare
-from peerlora.experiments.tables import rate_columns, rate_rows
+from peerlora.experiments.table_notes import difference_notes
+from peerlora.experiments.tables import COMPARED, difference_columns, difference_rows, rate_columns, rate_rows
 from peerlora.experiments.trials import plan_trials, search_labels
 from peerlora.files import write_atomically
 from peerlora.runs.resume import run_facts
@@ -70,6 +71,8 @@ class Finished:
     result: Comparison
     grids: list[Tree]
     tried: Tried
+    further: Comparison | None
+    """The same runs, against the study's further baseline."""
     looks: dict[str, dict[int, list[Look]]]
     """Row -> seed -> evaluations; empty of a run that diverged."""
     runs: list[dict[str, Any]]
@@ -95,17 +98,18 @@ def conduct(name: str, study: Study, data: Path) -> Finished:
                 on = None if on is None else split_labels(study, on)
                 outcomes.append(replace(outcome, labels=split_labels(study, outcome.labels), searched_on=on))
                 looks.setdefault(trial.setting, {})[trial.config.seed] = kept.looks(trial)
-    return Finished(compared(name, study, outcomes, searches), grids, tried, looks, kept.used)
+    result = compared(name, study, outcomes, searches)
+    further = study.further and compared(name, replace(study, baseline=study.further), outcomes)
+    return Finished(result, grids, tried, further, looks, kept.used)
 
 
-def compared(name: str, study: Study, outcomes: Sequence[Outcome], searches: Sequence[RateSearch]) -> Comparison:
+def compared(name: str, study: Study, outcomes: Sequence[Outcome], searches: Sequence[RateSearch] = ()) -> Comparison:
     """Compare the rows of a study; SystemExit where not one run ended."""
     known = next((each for each in outcomes if each.metric), None)
     if known is None:
         raise SystemExit(f"{name}: every reported run diverged, so there is nothing to compare")
-    lines, about = compare(outcomes, study.baseline, study.family), (known.metric, known.higher_is_better)
-    where = {"family": study.family, "details": str(result_file(name))}
-    return Comparison(PLACE / name, lines, *about, study.baseline, searches, **where)
+    lines, about = compare(outcomes, study.baseline), (known.metric, known.higher_is_better)
+    return Comparison(PLACE / name, lines, *about, study.baseline, searches, details=str(result_file(name)))
 
 
 def result_file(name: str) -> Path:
@@ -148,15 +152,27 @@ def write(name: str, study: Study, found: Finished, data: Path) -> None:
     written |= {"grids": without_folder(without_folder(found.grids, data), Path.cwd())}
     tried = {row: {value: each.as_json() for value, each in own.items()} for row, own in found.tried.items()}
     written |= {"tuned": tried, "rows": told["rows"], "search": told["search"], "runs": found.runs}
+    if found.further:
+        written["further"] = {"baseline": dict(found.further.baseline), "rows": found.further.as_json()["rows"]}
     written["looks"] = {
         row: {seed: [vars(look) for look in own] for seed, own in seeds.items()} for row, seeds in found.looks.items()
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(result_file(name), json.dumps(written, indent=1) + "\n")
     text = markdown(found.result) + tuning_table(found.tried) + machine_note(found.runs)
+    if found.further:
+        text += "\n" + further_table(found.further)
     if study.costs:
         text += "\n" + cost_table(found.looks, study.baseline["system"])
     insert(PAGES / study.page, f"study-{name}", text)
+
+
+def further_table(result: Comparison) -> str:
+    """The differences of the same runs to another row, of all measures that have any, with their own adjusted p."""
+    measures = (MAIN, *COMPARED)
+    title = f"The same runs, set against {', '.join(result.baseline.values())}:"
+    table = markdown_table(difference_columns(result, measures), difference_rows(result, measures))
+    return "\n".join([title, "", table, *difference_notes(result), ""])
 
 
 def tuning_table(tried: Tried) -> str:

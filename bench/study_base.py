@@ -88,12 +88,12 @@ class Study:
     """The file in docs/results."""
     baseline: Mapping[str, str]
     """The axis and label that differences are taken against; empty: none are."""
+    further: Mapping[str, str] | None = None
+    """A row against which the same runs are compared once more, in a table of its own."""
     tuned: Mapping[str, Tuned] | None = None
     """By row."""
     split: tuple[str, str] | None = None
     """The axes that a row's label has on both sides of its colon."""
-    family: Sequence[str] = ()
-    """Axes on which rows have the same labels whose p values are adjusted together; empty: all rows are."""
     judged: Sequence[int] | None = None
     """The clients whose scores count; null: all."""
     costs: bool = False

@@ -10,9 +10,10 @@ import numpy as np
 
 from peerlora.algorithms import method_class
 from peerlora.config.run import RunConfig
+from peerlora.experiments.inference import holm
 from peerlora.experiments.markdown import markdown_table
-from peerlora.experiments.statistics import pair_differences
-from peerlora.experiments.tables import format_difference
+from peerlora.experiments.statistics import Difference, pair_differences
+from peerlora.experiments.tables import ALIKE_SIGN, NOT_DISTINGUISHABLE, format_difference, format_p
 from peerlora.runs.events import Evaluated, Event, RoundDone
 from peerlora.runs.metrics import evaluations, select_events
 
@@ -91,15 +92,26 @@ def cost_table(runs: Runs, baseline: str) -> str:
         row: {seed: last_within(looks, seconds=limit[seed]) for seed, looks in own.items() if seed in limit}
         for row, own in runs.items()
     }
-    head = [*_HEAD, f"at the virtual time of {baseline}", "difference then"]
+    gaps = adjusted_gaps(in_time, baseline)
+    head = [*_HEAD, f"at the virtual time of {baseline}", "difference then", "p (Holm)"]
     lines = []
     for row, own in runs.items():
         ends = [looks[-1] for looks in own.values()]
         bought = [last_within(looks, sent=least[seed]) for seed, looks in own.items() if seed in least]
         scores = [_told(ends), _told(bought), _told(list(in_time[row].values()))]
-        lines.append([row, *_spent(ends), *scores, _difference(in_time[row], in_time[baseline])])
+        against = ["baseline", "–"] if row == baseline else _difference(gaps[row])
+        lines.append([row, *_spent(ends), *scores, *against])
     seeds = sorted({seed for own in runs.values() for seed in own})
-    return f"{markdown_table(head, lines)}\nAt equal cost, {_over(seeds)}: {NOTE}{_lacking(runs, seeds)}\n"
+    alike = f" {NOT_DISTINGUISHABLE}" if any(gap and gap.distinguishable is False for gap in gaps.values()) else ""
+    return f"{markdown_table(head, lines)}\nAt equal cost, {_over(seeds)}: {NOTE}{alike}{_lacking(runs, seeds)}\n"
+
+
+def adjusted_gaps(in_time: Mapping[str, Mapping[int, Look | None]], baseline: str) -> dict[str, Difference | None]:
+    """Row -> its difference to the baseline's mean client, p adjusted by Holm over the rows; None without a seed."""
+    scores = {row: {seed: look.mean for seed, look in own.items() if look} for row, own in in_time.items()}
+    found = {row: pair_differences(own, scores[baseline]) for row, own in scores.items() if row != baseline}
+    adjusted = holm({row: gap.p for row, gap in found.items() if gap is not None and gap.p is not None})
+    return {row: gap and replace(gap, p_holm=adjusted.get(row)) for row, gap in found.items()}
 
 
 def _over(seeds: Sequence[int]) -> str:
@@ -131,7 +143,8 @@ def _spent(ends: Sequence[Look]) -> list[str]:
 NOTE = (
     f"the last evaluation before a run had spent the budget ({SLACK - 1:.0%} more allowed); '–': none by then. A rate "
     "that falls has not fallen to its end at such an evaluation, so a run whose own rounds fill the budget has an "
-    "advantage. In brackets behind a difference the 95 % t interval, paired by seed and not corrected for the rows."
+    "advantage. In brackets behind a difference the 95 % t interval, paired by seed; p: of the two-sided paired t "
+    "test, adjusted by Holm over the rows of this table."
 )
 
 
@@ -148,8 +161,8 @@ def _told(looks: Sequence[Look | None]) -> str:
     return f"{np.mean(means):.3f}{spread} ({np.mean([look.worst for look in known]):.3f})"
 
 
-def _difference(own: Mapping[int, Look | None], base: Mapping[int, Look | None]) -> str:
-    if own is base:
-        return "baseline"
-    scores = [{seed: look.mean for seed, look in side.items() if look is not None} for side in (own, base)]
-    return format_difference(pair_differences(*scores))
+def _difference(gap: Difference | None) -> list[str]:
+    """A difference with its interval and sign, and its adjusted p."""
+    if gap is None:
+        return ["–", "–"]
+    return [format_difference(gap) + (ALIKE_SIGN if gap.distinguishable is False else ""), format_p(gap.p_holm)]

@@ -29,23 +29,22 @@ class Effort:
     rows: int
     """For training."""
     tests: int
-    """Rows that are set against one baseline and corrected together; of several families the largest."""
+    """Rows that are set against a baseline and corrected together."""
     seeds: int
     """That are reported."""
 
 
 def count_effort(study: Study, data: Path) -> Effort:
     """Count the runs of a study, each once, and the rows that they train on."""
-    trials, families = [], Counter()
+    trials, tests = [], 0
     for tree in study.parts(data):
         reported, searched = planned(study, tree)
         trials += [*reported, *searched]
         for labels in {each.setting: split_labels(study, each.labels) for each in reported}.values():
-            is_baseline = {**labels, **study.baseline} == labels
-            families[tuple(labels[axis] for axis in study.family)] += not is_baseline
+            tests += {**labels, **study.baseline} != labels
     runs = {each.config.model_dump_json(): each.config.training_samples for each in trials}
     seeds = max(len(tree["seeds"]) for tree in study.parts(data))
-    return Effort(len(runs), sum(runs.values()), max(families.values()), seeds)
+    return Effort(len(runs), sum(runs.values()), tests, seeds)
 
 
 def planned(study: Study, tree: Tree) -> tuple[list[Trial], list[Trial]]:
@@ -63,25 +62,50 @@ def planned(study: Study, tree: Tree) -> tuple[list[Trial], list[Trial]]:
 def list_studies(studies: Mapping[str, Study], efforts: Mapping[str, Effort], data: Path) -> str:
     """Write a line per study: runs, training rows, and core-hours by the seconds of the runs that have finished."""
     kept = {name: OutcomeLines(name, data).kept for name in studies}
-    pace = seconds_per_row([each for own in kept.values() for each in own])
-    lines = []
+    paces = paces_by_task(studies, kept, data)
+    lines, hours = [], []
     for name, study in studies.items():
         known, page = efforts[name], f"[{study.page}]({study.page})"
-        hours = core_hours(known.rows, seconds_per_row(kept[name]) or pace)
-        lines.append([name, page, f"{known.runs:,}", f"{known.rows:,}", told(hours), f"{len(kept[name]):,}"])
-    hours = [core_hours(efforts[name].rows, seconds_per_row(own) or pace) for name, own in kept.items()]
+        hours.append(core_hours(known.rows, seconds_per_row(kept[name]) or paces[task_of(study, data)]))
+        lines.append([name, page, f"{known.runs:,}", f"{known.rows:,}", told(hours[-1]), f"{len(kept[name]):,}"])
     runs, rows = (sum(getattr(each, name) for each in efforts.values()) for name in ("runs", "rows"))
-    whole = sum(each for each in hours if each is not None) if pace else None
+    whole = None if None in hours else sum(each for each in hours if each is not None)
     lines.append(["all", "", f"{runs:,}", f"{rows:,}", told(whole), f"{sum(map(len, kept.values())):,}"])
     head = ["study", "page", "runs, at least", "training rows, at least", "core-hours, about", "finished runs"]
-    return f"{markdown_table(head, lines)}\n{hours_note(kept, pace)}\n"
+    return f"{markdown_table(head, lines)}\n{hours_note(kept, paces)}\n"
+
+
+def task_of(study: Study, data: Path) -> str:
+    """What a study's runs learn: texts, or policies, whose rows cost much less."""
+    kind = study.parts(data)[0]["base"].get("task", {}).get("kind")
+    return "policies" if kind == "flow-policy" else "texts"
+
+
+def paces_by_task(
+    studies: Mapping[str, Study], kept: Mapping[str, Sequence[Kept]], data: Path
+) -> dict[str, float | None]:
+    """Task -> the seconds per training row of all studies that have it."""
+    found: dict[str, list[Kept]] = {}
+    for name, study in studies.items():
+        found.setdefault(task_of(study, data), []).extend(kept[name])
+    return {task: seconds_per_row(own) for task, own in found.items()}
 
 
 def seconds_per_row(kept: Sequence[Kept]) -> float | None:
-    """Return the median over runs of seconds, evaluation included, per training row; None without a finished run."""
+    """Return the median over training rows of a run's seconds per row, evaluation included; None without a run.
+
+    Over rows and not over runs, since runs of a few rows spend their seconds on what comes before and after.
+    """
     measures = [each.outcome.measures for each in kept]
-    found = [own["seconds"] / own["training rows"] for own in measures if own.get("training rows") and "seconds" in own]
-    return float(np.median(found)) if found else None
+    rows = [(own["seconds"] / own["training rows"], own["training rows"]) for own in measures if _is_timed(own)]
+    if not rows:
+        return None
+    pace, weight = np.array(sorted(rows)).T
+    return float(pace[np.searchsorted(weight.cumsum(), weight.sum() / 2)])
+
+
+def _is_timed(measures: Mapping[str, float]) -> bool:
+    return bool(measures.get("training rows")) and "seconds" in measures
 
 
 def core_hours(rows: int, pace: float | None) -> float | None:
@@ -94,22 +118,24 @@ def told(hours: float | None) -> str:
     return "–" if hours is None else f"{float(f'{hours:.2g}'):,g}"
 
 
-def hours_note(kept: Mapping[str, Sequence[Kept]], pace: float | None) -> str:
+def hours_note(kept: Mapping[str, Sequence[Kept]], paces: Mapping[str, float | None]) -> str:
     """Say where the hours come from."""
-    if pace is None:
+    known = {task: pace for task, pace in paces.items() if pace is not None}
+    if not known:
         return "Core-hours are told once a run has finished."
     machines = Counter(each.machine for own in kept.values() for each in own)
     where = ", ".join(f"{name} ({count:,})" for name, count in machines.most_common())
     lacking = ""
     if not all(kept.values()):
         lacking = (
-            " A study without a finished run is reckoned by the median of all, which is too little where texts are "
-            "longer or all blocks adapted, as in those of text pairs."
+            " A study without a finished run is reckoned by those of the same task, which is too little where texts "
+            "are longer or all blocks adapted, as in those of text pairs."
         )
+    rates = " and ".join(f"{1e3 * pace:.2g} s per 1,000 rows of {task}" for task, pace in known.items())
     return (
-        f"Core-hours: training rows times the median of the seconds that a run has taken per row, evaluation included, "
-        f"on one thread; over all studies that is {1e3 * pace:.2g} s per 1,000 rows.{lacking} Finished runs were "
-        f"computed on: {where}."
+        "Core-hours: training rows times the seconds that a run has taken per row, evaluation included, on one thread, "
+        f"as median over rows; over all studies that is {rates}. They are wall time, so runs beside others on a busy "
+        f"machine make it too much.{lacking} Finished runs were computed on: {where}."
     )
 
 

@@ -79,6 +79,29 @@ def test_attackers_and_robust_rules_are_warned_of_in_one_sentence():
         assert "protects the mixing and not the relayed models" in told
 
 
+FACTORS = "exchange.relay.average=factors"
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "warned"),
+    [
+        ("adf-lora", [FACTORS], True),
+        ("adf-lora", [FACTORS, "topology.kind=random"], True),
+        ("tad-lora", [FACTORS], True),
+        ("dfedavg", [FACTORS, "algorithm.interval=2"], True),
+        ("adf-lora", [FACTORS, "topology.kind=complete"], False),
+        ("adf-lora", [FACTORS, "topology.kind=complete", "topology.drop_links=0.1"], True),
+        ("adf-lora", ["exchange.relay={}"], False),
+        ("dec-lora", [FACTORS], False),
+        ("dfedavg", [FACTORS], False),
+        ("ffa-lora", [FACTORS], False),
+    ],
+)
+def test_averaged_factors_of_different_phases_are_warned_of(method, words, warned):
+    told = [each for each in planned(method, *words).warnings if "different phases" in each]
+    assert len(told) == warned and all("use exchange.relay.average=products" in each for each in told)
+
+
 def test_on_the_virtual_clock_the_run_says_that_relaying_takes_no_time():
     (told,) = planned("dec-lora", "exchange.relay={}", "clock.bandwidth=1000").warnings
     assert "take no virtual time" in told

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ ABOUT_TRAINING = ("sparse-", "label-prior", "policies-")
 """Studies whose rows differ in loss, schedule or memory on purpose, or have no labels."""
 
 
-PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine"}
-"""Rows of the sparse studies before the recipe keeps the optimiser's memory."""
+PLAIN = {"dec-lora", "+ adjusted loss", "+ cosine", "recipe, complete graph, memory fresh in every round"}
+"""Rows of the sparse studies in which the optimiser's memory is not kept, as the recipe keeps it."""
 SGD = {
     **dict.fromkeys(
         ("optimisers", "optimisers-sparse"),
@@ -41,7 +42,7 @@ SGD = {
 LESS_OR_MORE = {
     **dict.fromkeys(("policies-point-mass", "policies-pendulum"), {"behaviour cloning only"}),
     "label-skew": {"dfedsam"},
-    "label-skew-sgd": {"dfedsam", "dfedadmm-sam", "fedspeed"},
+    "label-skew-sgd": {"dfedsam", "dfedadmm-sam (our reconstruction)", "fedspeed"},
     **dict.fromkeys(("methods", "methods-ring", "drift"), {"rac-lora"}),
     "stragglers": {
         *("alone", "dec-lora, waits", "dec-lora, waits, 60 rounds", "adf-lora, T = 5, waits", "salf, deadline 42 s"),
@@ -111,6 +112,20 @@ def test_the_names_below_are_all_studies(studies):
     assert set(NAMES) == studies.STUDIES.keys()
 
 
+def test_the_page_of_the_studies_names_all_of_them_and_their_modules(studies):
+    """Its table is written by ``--list --write``, which a new study needs."""
+    page = (BENCH.parent / "docs/results/studies.md").read_text()
+    table = page.split("<!-- study-list -->")[1].split("<!-- /study-list -->")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:-1]
+    assert {row[0].removeprefix("| "): row[1] for row in rows} == {
+        name: f"[{study.page}]({study.page})" for name, study in studies.STUDIES.items()
+    }
+    order = page.split("## Which come first")[1].split("\n## ")[0]
+    assert {name for name in re.findall(r"`([^`]+)`", order) if not name.endswith("-")} <= studies.STUDIES.keys()
+    modules = {value.__name__ for value in vars(studies).values() if hasattr(value, "STUDIES") and value is not studies}
+    assert len(modules) == 5 and all(f"bench/{module}.py" in page for module in modules)
+
+
 @pytest.mark.parametrize("name", others_slow(NAMES, ["sparse-sst2", "label-skew-sgd"]))
 def test_no_cell_of_a_study_is_refused(name, studies, data):
     study, tuning = every_study(studies)[name], importlib.import_module("study_tuning")
@@ -139,6 +154,7 @@ def test_rows_of_a_table_share_what_it_is_not_about(name, studies, data):
     if not name.startswith(ABOUT_TRAINING):
         prior = "none" if name.startswith("privacy") else "uniform"  # privacy refuses a loss that knows label counts
         assert {config.train.label_prior for config in rows.values()} == {prior}
+        assert len({config.train.clip for config in rows.values()}) == 1
         assert len({config.train.schedule for config in rows.values()}) == 1
         assert len({config.seed for config in rows.values()}) == 1
     rows.pop("behaviour cloning only", None)  # nothing of it trains
@@ -181,8 +197,9 @@ def test_the_baseline_of_a_study_is_one_of_its_rows(name, studies, data):
     study = every_study(studies)[name]
     labels = [trial.labels for tree in study.parts(data) for trial in plan_trials(load_grid(tree)).trials]
     labels = [studies.split_labels(study, each) for each in labels]
-    (axis, label), *_ = study.baseline.items()
-    assert any(each[axis] == label for each in labels)
+    for (axis, label), *_ in (each.items() for each in (study.baseline, study.further) if each):
+        assert any(each[axis] == label for each in labels)
+    (axis, _), *_ = study.baseline.items()
     assert not study.costs or axis == "system"
 
 
@@ -278,7 +295,23 @@ def test_list_counts_runs_rows_and_core_hours(studies, data):
     hours, others = runs * 36 / 3600, more * 38_400 / 24_000 * 36 / 3600
     assert f"| {runs} | {runs * 24_000:,} | {effort.told(hours)} | 3 |" in table and effort.told(0.55) == "0.55"
     assert f"| {effort.told(others)} | 0 |" in table and f"| {effort.told(hours + others)} | 3 |" in table
-    assert "1.5 s per 1,000 rows. A study without a finished run" in table and "computed on: avx2 (3)." in table
+    assert "1.5 s per 1,000 rows of texts. They are wall" in table and "computed on: avx2 (3)." in table
+    assert "A study without a finished run" in table
+
+
+def test_policies_are_reckoned_by_themselves_and_short_runs_count_little(studies, data):
+    effort, outcomes = importlib.import_module("study_effort"), importlib.import_module("outcomes")
+    known = {name: studies.STUDIES[name] for name in ("policies-pendulum", "policies-point-mass", "momenta")}
+    for number, (rows, seconds) in enumerate([(40, 100.0), (40, 200.0), (1000, 1.0)]):
+        outcome = Outcome("x", {}, 0, 0.1, "", {"training rows": rows, "seconds": seconds})
+        line = {"config": str(number), "machine": "avx2", "outcome": vars(outcome), "looks": []}
+        outcomes.append_line(outcomes.PLACE / "policies-pendulum.jsonl", json.dumps(line))
+    kept = {name: outcomes.OutcomeLines(name, data).kept for name in known}
+    assert effort.paces_by_task(known, kept, data) == {"policies": 1e-3, "texts": None}
+    efforts = {name: effort.Effort(1, 3_600_000, 1, 5) for name in known}
+    table = effort.list_studies(known, efforts, data)
+    assert table.count("| 3,600,000 | 1 |") == 2 and table.count("| 3,600,000 | – |") == 1
+    assert "| all |  | 3 | 10,800,000 | – | 3 |" in table and "1 s per 1,000 rows of policies" in table
 
 
 def test_the_page_says_what_five_seeds_can_show(studies, data):
@@ -293,11 +326,14 @@ def test_the_page_says_what_five_seeds_can_show(studies, data):
 
 
 @pytest.mark.slow
-def test_the_rows_of_one_graph_are_a_family_of_their_own(studies, data):
+def test_rows_of_all_graphs_are_corrected_together_and_clients_alone_run_once(studies, data):
     effort = importlib.import_module("study_effort")
     study = studies.STUDIES["alternating-24-cosine"]
-    assert effort.count_effort(study, data).tests == 6  # of adf-lora three, tad-lora where it differs, ffa-lora, rolora
-    assert study.family == ("graph",) and load_grid(study.parts(data)[0]).search.rates == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    known = effort.count_effort(study, data)
+    rows = 4 * 7 + 2  # of adf-lora three, tad-lora where it differs, ffa-lora, rolora, dec-lora, alone
+    assert known.tests == rows - 4  # against dec-lora on the same graph
+    assert known.runs == (rows - 3) * (5 + 5 * 2)  # alone is one row on four graphs
+    assert load_grid(study.parts(data)[0]).search.rates == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
 
 
 @pytest.mark.slow
@@ -311,7 +347,7 @@ def test_the_interval_that_the_pages_name_is_the_one_that_tad_lora_takes(studies
 
 def test_tad_lora_has_a_row_only_where_adf_lora_has_not_its_interval(studies, data):
     grids = studies.study_grids
-    (tree,) = studies.STUDIES["alternating-24-cosine"].parts(data)
+    tree, *_ = studies.STUDIES["alternating-24-cosine"].parts(data)
     named = {row.partition(": ")[0] for row in tree["axes"]["system"] if "tad-lora" in row}
     assert named == {"p = 0.1", "ring"}
     for graph in grids.GRAPHS:
@@ -327,7 +363,8 @@ def test_the_outcomes_that_are_stored_are_still_found(studies, data):
     outcomes.PLACE.mkdir(parents=True)
     (outcomes.PLACE / "sparse-sst2.jsonl").write_text(kept)
     lines = outcomes.OutcomeLines("sparse-sst2", data)
-    (tree,) = studies.STUDIES["sparse-sst2"].parts(data)
+    tree, later = studies.STUDIES["sparse-sst2"].parts(data)
+    assert {*later["axes"]["system"]}.isdisjoint(tree["axes"]["system"])  # whose common rates it must not change
     found = {lines._key(trial) for trial in plan_search(load_grid(tree)).trials if lines.find(trial)}
     first = {json.loads(line)["config"] for line in kept.splitlines()[:10]}
     assert len(first) == 10 and first <= found

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from peerlora.config.loading import load_config
 from peerlora.errors import Stopped
@@ -86,7 +87,7 @@ def test_rows_are_compared_at_equal_cost():
     )
     rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
     end, middle = "0.850 ± 0.000 (0.800)", "0.650 ± 0.000 (0.600)"
-    assert rows["dear"] == f"| dear | 4 | 400 | 0.00 | {end} | {middle} | {end} | baseline |"  # 210 bytes allowed
+    assert rows["dear"] == f"| dear | 4 | 400 | 0.00 | {end} | {middle} | {end} | baseline | – |"  # 210 bytes allowed
     assert (
         "| 0.750 ± 0.000 (0.700) | 0.750 ± 0.000 (0.700) | 0.550 ± 0.000 (0.500) | -0.300 [no interval] |"
         in rows["cheap"]
@@ -99,6 +100,51 @@ def cells(table, row):
     return next(line for line in table.splitlines() if line.startswith(f"| {row} |")).strip("| ").split(" | ")
 
 
+def test_differences_at_equal_cost_are_corrected_for_the_rows():
+    """Two rows of which one is told from the baseline by itself, and of both together none is."""
+    costs, clock = load("study_costs"), load_config(None, CLOCK)
+
+    def runs(gaps):
+        shifted = ((0.5, 0.5), (0.6, 0.7))
+        return {
+            seed: costs.follow(events(100, (*shifted, (0.5 + gap, 0.5 + gap))), clock) for seed, gap in enumerate(gaps)
+        }
+
+    gaps = {"b": (0.125, 0.25, 0.1875), "c": (-0.125, 0.25, 0.125)}
+    raw = {row: float(stats.ttest_1samp(own, 0).pvalue) for row, own in gaps.items()}
+    rows = {"a": runs((0.0, 0.0, 0.0)), **{row: runs(own) for row, own in gaps.items()}}
+    table = costs.cost_table(rows, "a")
+    assert raw["b"] < 0.05 < 2 * raw["b"] < raw["c"]
+    assert cells(table, "a")[-2:] == ["baseline", "–"]
+    assert cells(table, "b")[-2:] == ["+0.188 [+0.032, +0.343] ≈", f"{2 * raw['b']:.3f}"]
+    assert cells(table, "c")[-1] == f"{raw['c']:.3f}" and " ≈" in cells(table, "c")[-2]
+    assert "adjusted by Holm over the rows of this table. ≈ Not distinguishable" in table
+    alone = costs.cost_table({row: rows[row] for row in "ab"}, "a")
+    assert cells(alone, "b")[-2:] == ["+0.188 [+0.032, +0.343]", f"{raw['b']:.3f}"] and "≈" not in alone
+
+
+def test_the_same_runs_are_compared_with_a_further_row():
+    """Relayed models stand beside own ones, and p is adjusted over the rows of that comparison by itself."""
+    studies, base = load("studies"), load("study_base")
+    study = base.Study(lambda data: [], "toy.md", {"system": "one place"}, further={"system": "complete"})
+    own = {"one place": (0.75, 0.75, 0.75), "complete": (0.5, 0.625, 0.5), "sparse": (0.625, 0.875, 0.6875)}
+    found = [
+        Outcome(row, {"system": row}, seed, 0.1, "", {"mean client": score}, metric="accuracy")
+        for row, scores in own.items()
+        for seed, score in enumerate(scores)
+    ]
+    relayed = {"mean client": 0.25, "relayed client": 0.75, "worst relayed client": 0.5}
+    found += [Outcome("r", {"system": "r"}, seed, 0.1, "", relayed, metric="accuracy") for seed in range(3)]
+    table = studies.further_table(studies.compared("toy", replace(study, baseline=study.further), found))
+    assert table.startswith("The same runs, set against complete:") and "one place | +0.208" in table
+    raw = float(stats.ttest_1samp((0.125, 0.25, 0.1875), 0).pvalue)
+    assert cells(table, "sparse")[1:3] == ["+0.188 [+0.032, +0.343] ≈", f"{2 * raw:.3f}"]  # the second lowest of three
+    assert cells(table, "r")[1].startswith("-0.292") and cells(table, "r")[5].startswith("+0.208")
+    assert "| complete |" not in table and "adjusted by Holm over the rows of this table" in table
+    first = studies.compared("toy", study, found)
+    assert {line.setting for line in first.lines if line.differences} == {"complete", "sparse", "r"}
+
+
 def test_rows_that_diverged_or_sent_nothing_do_not_stop_the_table_of_costs():
     costs, clock = load("study_costs"), load_config(None, CLOCK)
     whole = costs.follow(events(100), clock)
@@ -107,12 +153,13 @@ def test_rows_that_diverged_or_sent_nothing_do_not_stop_the_table_of_costs():
     table = costs.cost_table(runs, "base")
     end = "0.850 ± 0.000 (0.800)"
     assert cells(table, "base")[4:6] == [end, end] and cells(table, "once")[4] == "0.850 (0.800)"
-    assert cells(table, "once")[-1] == "+0.000 [no interval]" and cells(table, "never")[1:] == ["–"] * 7
+    assert cells(table, "once")[-2:] == ["+0.000 [no interval]", "–"]
+    assert cells(table, "never")[1:] == ["–"] * 8
     assert "only those count that ended: once over seeds 0; never in none." in table
     nothing = costs.cost_table({"base": {0: quiet}, "alone": {0: quiet}}, "base")
     assert cells(nothing, "alone")[3:6] == ["0.00", "0.850 (0.800)", "–"]  # nobody sent a byte
     lost = costs.cost_table({"base": {0: []}, "once": {0: whole}}, "base")
-    assert cells(lost, "once")[4:] == ["0.850 (0.800)", "0.850 (0.800)", "–", "–"]
+    assert cells(lost, "once")[4:] == ["0.850 (0.800)", "0.850 (0.800)", "–", "–", "–"]
 
 
 def test_accumulated_minibatches_take_their_time():

@@ -140,7 +140,7 @@ def test_a_seed_that_is_searched_and_reported_gets_a_warning_before_and_after(cl
     del tree["base"]["train"]["lr"]
     path.write_text(yaml.safe_dump(tree))
     words = ["search.rates=[0.01]", "search.holdout=0.3", "train.rounds=1", "axes.method=[dec-lora]"]
-    answer = cli("compare", path, *words, "--out", tmp_path / "out", "--json")
+    answer = cli("compare", path, *words, "search.seeds=[0]", "--out", tmp_path / "out", "--json")
     assert answer.code == 0, answer.err
     assert answer.err.startswith("warning: search.seeds and seeds both have 0:")
     result = json.loads(answer.out.splitlines()[-1])

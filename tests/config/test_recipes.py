@@ -12,7 +12,7 @@ from peerlora.config.loading import load_config
 from peerlora.config.recipes import RECIPES
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import TrainConfig
-from peerlora.errors import ConfigError
+from peerlora.errors import CompositionError, ConfigError
 from peerlora.runtime.peer.config_digest import section_hashes
 from peerlora.runtime.plan import plan
 
@@ -75,6 +75,33 @@ def test_a_recipe_relays_where_the_method_its_codec_and_secure_sums_can():
     secure = load_config({"recipe": "sparse", "exchange": {"secure": True}, "topology": "ring"})
     assert secure.exchange.relay is None
     plan(secure)
+
+
+@pytest.mark.parametrize(
+    "guarded",
+    [{"exchange": {"robust": "median"}}, {"adversary": {"clients": 1, "attack": "sign-flip"}}],
+    ids=["robust", "adversary"],
+)
+def test_a_recipe_relays_nothing_that_a_robust_rule_would_keep_out(guarded):
+    settings = {"recipe": "sparse", "topology": "complete", **guarded}
+    config = load_config(settings)
+    assert config.exchange.relay is None and changed(config.train) == SPARSE
+    plan(config)
+    exchange = {**guarded.get("exchange", {}), "relay": True}
+    assert load_config({**settings, "exchange": exchange}).exchange.relay == RelayConfig()
+
+
+def test_a_recipe_sets_no_loss_that_private_rows_refuse():
+    config = load_config({"recipe": "sparse", "privacy": {"epsilon": 8}})
+    assert changed(config.train) == {"schedule": "cosine", "optimizer_state": "keep"}
+    assert config.exchange.relay == RelayConfig()
+    plan(config)
+    client = load_config({"recipe": "sparse", "privacy": {"epsilon": 8, "unit": "client"}})
+    assert changed(client.train) == SPARSE
+    plan(client)
+    given = load_config({"recipe": "sparse", "privacy": {"epsilon": 8}, "train": {"label_prior": "uniform"}})
+    with pytest.raises(CompositionError, match="privacy.unit=row and train.label_prior=uniform exclude"):
+        plan(given)
 
 
 def test_the_resolved_config_says_all_and_reads_as_it_was_written():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flow_runs import TINY
 from peerlora.errors import ConfigError
@@ -210,6 +211,16 @@ def test_a_search_that_cannot_be_is_refused(search, parts):
         grid_of(**search)
     for part in parts:
         assert part in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("reported", "searched"), [([0, 1, 2], [3, 4]), ([0], [1, 2]), ([1, 3], [0, 2]), ([100, 101], [0, 1])]
+)
+def test_a_search_without_seeds_takes_two_that_are_not_reported(reported, searched):
+    grid = load_grid({"seeds": reported, "search": {"rates": [0.1], "ties": "common"}})
+    assert grid.search.seeds == searched and search_warnings(grid) == []
+    assert load_grid(yaml.safe_load(grid.to_yaml())) == grid  # written out, as other defaults are
+    assert load_grid({"seeds": reported, "search": {"rates": [0.1], "seeds": [7]}}).search.seeds == [7]
 
 
 def test_seeds_that_are_searched_and_reported_get_a_warning():

@@ -64,7 +64,7 @@ class AEDFL(AsynchronousGossip):
     interval: int = 0
     """Jobs between two switches of the active factor; 0: both train."""
     traits: ClassVar = Traits(
-        source="AEDFL, arXiv 2312.10935",
+        source="inspired by AEDFL, arXiv 2312.10935; formulas ours",
         trains="A and B, or in turn by `interval`; no common rounds",
         mixes="held components of A and B, lighter when stale",
         sends="pushes",

@@ -76,8 +76,8 @@ def check_relayed_message(config: RunConfig, algorithm: Algorithm[Any], x: Adapt
         raise _refused("exchange.relay", config, ONE_FACTOR, f"one of {_relayable()}")
 
 
-def relay_warnings(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...]:
-    """What to know of relayed models among attackers, and of their time on the virtual clock."""
+def relay_warnings(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> tuple[str, ...]:
+    """What to know of relayed models: among attackers, of factors in turn, and of their time on the virtual clock."""
     if cache_settings(config, algorithm) is None:
         return ()
     warnings = []
@@ -86,12 +86,29 @@ def relay_warnings(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, .
             "exchange.relay averages every adapter that a client has heard of, those of attackers too: a robust rule "
             "protects the mixing and not the relayed models"
         )
+    if _mixes_phases(config, algorithm, topology):
+        warnings.append(
+            "exchange.relay.average=factors with A and B in turn: entries of different ages are of different phases, "
+            "so that the product of their averaged factors can be far from the average of their products; use "
+            "exchange.relay.average=products, or topology=complete"
+        )
     if config.clock and config.clock.bandwidth is not None:
         warnings.append(
             f"{passes_on(config)} on the virtual clock: relayed entries count as bytes and take no virtual time, so "
             "that rounds end when they would without them"
         )
     return tuple(warnings)
+
+
+def _mixes_phases(config: RunConfig, algorithm: Algorithm[Any], topology: Topology) -> bool:
+    """Whether relayed factors of different phases are averaged entry by entry: where factors train in turn, always.
+
+    But for a graph on which all clients meet in every round: all entries are then of the same one.
+    """
+    relay = config.exchange.relay
+    if relay is None or relay.average != "factors" or not algorithm.alternates:
+        return False
+    return not topology.properties.static or int(topology.at(0).degrees.min()) < config.clients - 1
 
 
 def _check_relay(config: RunConfig, traits: Traits) -> None:

@@ -83,7 +83,8 @@ class DFedSAM(DFedAvg):
 
     Source: Shi et al. 2023, arXiv 2302.04083 (as others re-implement it; the variant with several gossip steps a round
     is left out).
-    Differs: under alternation only the active factor and the head are perturbed.
+    Differs: under alternation only the active factor and the head are perturbed; momentum and a rate that decays, which
+    the authors' trainer has, are settings (``train.momentum``, ``train.schedule``).
     """
 
     rho: float = 0.05

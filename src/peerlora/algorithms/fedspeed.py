@@ -53,7 +53,7 @@ class DFedADMM(Stateful):
     penalty: float = 1.0
     """1 / lambda."""
     traits: ClassVar = Traits(
-        source="DFedADMM, arXiv 2308.08290",
+        source="DFedADMM, arXiv 2308.08290; our reconstruction",
         trains=IN_TURN,
         sends="adapters",
         sgd_preferred="its dual adds up displacements, which AdamW rescales, so it can break down",
@@ -97,7 +97,9 @@ class DFedADMMSAM(DFedADMM):
 
     rho: float = 0.1
     """Length of the ascent step."""
-    traits: ClassVar = replace(DFedADMM.traits, source="DFedADMM-SAM, arXiv 2308.08290", gradients=2)
+    traits: ClassVar = replace(
+        DFedADMM.traits, source="DFedADMM-SAM, arXiv 2308.08290; our reconstruction", gradients=2
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -80,7 +80,7 @@ class FLood(Stateful):
     """Temperature of the confidence."""
     mixing: Literal["metropolis", "push-sum", "renormalised"] = "metropolis"
     traits: ClassVar = Traits(
-        source="FLood, arXiv 2602.01039",
+        source="inspired by FLood, arXiv 2602.01039; formulas ours",
         trains=IN_TURN,
         mixes="A and B, weighted by the clients' confidence",
         refuses={

@@ -43,8 +43,8 @@ class KGT(Stateful):
     are gradients, in which no rate stands, so it may change from round to round.
     x and z travel in one message; of z only what trained.
 
-    Source: K-GT, arXiv 2301.01313 (recalled; checked on quadratics); with W = J it is SCAFFOLD, arXiv 1910.06378,
-    option II, where c_i is its c - c_i.
+    Source: K-GT, arXiv 2301.01313, as in the released code (its class K_GT, which starts with c = 0); with W = J it is
+    SCAFFOLD, arXiv 1910.06378, option II, where c_i is its c - c_i.
     Differs: z is the mean raw corrected gradient, before clipping and optimiser, where the paper divides the
     displacement by K and the rate.  Under plain SGD that is the same; under AdamW a displacement is no gradient.
     """

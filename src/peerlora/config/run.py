@@ -172,8 +172,7 @@ class RunConfig(Section):
         method = METHODS.find(self.algorithm.name) if wanted or self.recipe is not None else None
         own = {} if method is None else method.traits.own_train_defaults()
         if self.recipe is not None:
-            alone = self.exchange.codec is not None or self.exchange.secure  # which go without relaying
-            relays = not alone and method is not None and method.traits.refusal("relay") is None
+            relays = self._may_relay() and method is not None and method.traits.refusal("relay") is None
             for name, settings in RECIPES[self.recipe](self, own, relays).items():
                 self._fill(name, settings)
         if wanted:
@@ -181,6 +180,14 @@ class RunConfig(Section):
         if flaw := self.train.contradiction():
             raise ValueError(flaw)
         return self
+
+    def _may_relay(self) -> bool:
+        """Whether a recipe may relay: not beside a codec or secure sums, which exclude it, nor among attackers.
+
+        A robust rule protects the mixing only, so relayed models would hold what it keeps out.
+        """
+        exchange = self.exchange
+        return not (exchange.codec or exchange.secure or exchange.robust or self.adversary)
 
     def _fill(self, name: str, settings: Mapping[str, Any]) -> None:
         """Take these settings of a section where it was not given others."""

@@ -27,16 +27,13 @@ class Comparison:
     searches: Sequence[RateSearch] = ()
     """Empty where no rate was searched."""
     warnings: Sequence[str] = ()
-    family: Sequence[str] = ()
-    """Axes on which lines have the same labels whose p values are adjusted together; empty: all lines are."""
-
     details: str = "table.csv and the report"
     """The files with all tests of every row, as the notes name them."""
 
     @property
     def design(self) -> Design | None:
         """What the table's seeds can be expected to show; None where nothing was tested."""
-        return assess_design(self.lines, MAIN, self.family)
+        return assess_design(self.lines, MAIN)
 
     @property
     def ranked(self) -> list[Line]:

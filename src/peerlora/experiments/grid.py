@@ -23,12 +23,17 @@ WORDS = {"algorithm": "name", "topology": "kind", "partition": "kind"}
 """Sections that may be one word, and the setting that this word is."""
 
 
+DEFAULT_SEARCH_SEEDS = 2
+"""The fewest of which there is a standard error."""
+
+
 class SearchConfig(Section):
     """How learning rates are found: on training rows set aside, or in other environments, never on what is reported."""
 
     rates: list[Annotated[float, Field(gt=0)]] = []
     """Empty: nothing is searched, ``train.lr`` is used."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    seeds: list[Seed] = []
+    """Empty: two that are not among the grid's, whose runs are reported."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the training rows that is set aside."""
     each: Annotated[list[str], Field(min_length=1)] = ["algorithm.name"]
@@ -50,7 +55,7 @@ class SearchConfig(Section):
                 f"{len(self.rates)} rates and most={self.most} given with grow; expected at least two rates, whose "
                 "ratio is gone on with, and at most `most`"
             )
-        if self.ties == "common" and len(self.seeds) < 2:
+        if self.ties == "common" and len(self.seeds) == 1:
             raise ValueError(
                 f"ties=common with seeds={self.seeds} given; the standard error needs at least two seeds, or use "
                 "ties=best"
@@ -99,6 +104,13 @@ class GridConfig(Section):
             raise ValueError(f"{seeds} given; a seed twice would count one run as two, list each once")
         return seeds
 
+    @model_validator(mode="after")
+    def _search_with_other_seeds(self):
+        if not self.search.seeds:
+            own = {"seeds": unreported_seeds(self.seeds, DEFAULT_SEARCH_SEEDS)}
+            object.__setattr__(self, "search", self.search.model_copy(update=own))  # frozen, and not yet handed out
+        return self
+
     def to_yaml(self) -> str:
         """The whole grid, defaults written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -126,13 +138,17 @@ def load_grid(source: Path | str | Tree | None = None, words: Sequence[str] = ()
     return grid
 
 
+def unreported_seeds(reported: Sequence[int], number: int) -> list[int]:
+    """Return the lowest seeds that are not among these."""
+    return list(islice((seed for seed in count() if seed not in reported), number))
+
+
 def search_warnings(grid: GridConfig) -> list[str]:
     """Warn where the reported seeds include some that rates were chosen with."""
     both = sorted({*grid.search.seeds} & {*grid.seeds})
     if not grid.search.rates or not both:
         return []
-    unused = (seed for seed in count() if seed not in grid.seeds)
-    free = ", ".join(str(seed) for seed in islice(unused, len(grid.search.seeds)))
+    free = ", ".join(map(str, unreported_seeds(grid.seeds, len(grid.search.seeds))))
     return [
         f"search.seeds and seeds both have {', '.join(map(str, both))}: the rates are chosen on other rows, but with "
         f"the shards and starts of runs that are reported; give the search seeds of its own, e.g. "

@@ -1,7 +1,8 @@
 """Grids that come with peerlora: the protocols of two papers, in full and small enough for two cores.
 
 What the papers do not say (or we could not find) is our choice: Metropolis weights, three seeds, the optimiser's memory
-afresh in every phase (so LoRA and FFA-LoRA, which never switch factors, keep it), a constant rate and no weight decay,
+afresh in every phase (so LoRA and FFA-LoRA, which never switch factors, keep it, and part of a difference may be the
+memory's; ``train.optimizer_state=keep`` gives all rows the same), a constant rate and no weight decay,
 one head for all, from the run's seed.
 
 ``full`` searches the rate for each method, interval and task, on the first graph, with two seeds that are not reported,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -111,7 +110,7 @@ class Difference:
     p_sign_flip_smallest: float
     """The smallest p that test can give with so many seeds."""
     p_holm: float | None = None
-    """``p`` adjusted over the rows of its family; None for one of unequal work, which is not ranked."""
+    """``p`` adjusted over the rows of its table; None for one of unequal work, which is not ranked."""
     detectable: float | None = None
     """The difference found with 80 % probability, by this deviation and at Holm's first level."""
 
@@ -161,7 +160,7 @@ class Design:
 
     measure: str
     tests: int
-    """Rows that are set against a baseline, over which Holm corrects; of several families, those of the largest."""
+    """Rows that are set against a baseline, over which Holm corrects."""
     seeds: int
     """The fewest of any such row."""
     deviation: float
@@ -193,12 +192,11 @@ def pair_differences(own: Mapping[int, float], base: Mapping[int, float]) -> Dif
     )
 
 
-def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], family: Sequence[str] = ()) -> list[Line]:
+def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Line]:
     """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only.
 
-    The p values of each measure are adjusted over all lines that have one and the baseline's work, by themselves for
-    every combination of labels on the axes in ``family``.  Relayed models are set against the baseline's relayed ones,
-    or against its own where it relays nothing.
+    The p values of each measure are adjusted over all lines that have one and the baseline's work.  Relayed models are
+    set against the baseline's relayed ones, or against its own where it relays nothing.
     """
     found: dict[str, dict[int, Mapping[str, float]]] = {}
     for each in outcomes:
@@ -224,7 +222,7 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str], family: Se
                 unequal_work=compare_work(_mean(runs, JUDGED), _mean(base, JUDGED)),
             )
         )
-    return _adjusted(lines, family)
+    return _adjusted(lines)
 
 
 def _estimates(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
@@ -244,46 +242,35 @@ def _by_seed(runs: Mapping[int, Mapping[str, float]], name: str) -> dict[int, fl
     return {seed: run[name] for seed, run in runs.items() if name in run}
 
 
-def _families(lines: Sequence[Line], family: Sequence[str]) -> list[list[int]]:
-    """Places of the lines over which p values are adjusted together: those with the same labels on these axes."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    for place, line in enumerate(lines):
-        found.setdefault(tuple(line.labels[axis] for axis in family), []).append(place)
-    return list(found.values())
-
-
-def _adjusted(lines: Sequence[Line], family: Sequence[str]) -> list[Line]:
+def _adjusted(lines: Sequence[Line]) -> list[Line]:
     """With Holm's p and, at its first level, the detectable difference."""
     changed: list[dict[str, Difference]] = [{} for _ in lines]
-    for places, name in product(_families(lines, family), MEASURES):
-        adjusted = holm({place: gap.p for place, gap in _tested(lines, places, name).items() if gap.p is not None})
+    for name in MEASURES:
+        adjusted = holm({place: gap.p for place, gap in _tested(lines, name).items() if gap.p is not None})
         level = LEVEL / max(1, len(adjusted))
-        for place in places:
-            if gap := lines[place].differences.get(name):
+        for place, line in enumerate(lines):
+            if gap := line.differences.get(name):
                 seen = gap.deviation and detectable_difference(gap.deviation, gap.seeds, level)
                 changed[place][name] = replace(gap, p_holm=adjusted.get(place), detectable=seen or None)
     return [replace(line, differences=gaps) for line, gaps in zip(lines, changed, strict=True)]
 
 
-def _tested(lines: Sequence[Line], places: Sequence[int], measure: str) -> dict[int, Difference]:
+def _tested(lines: Sequence[Line], measure: str) -> dict[int, Difference]:
     """Place of a line -> its difference, of those with the baseline's work."""
-    ranked = {place: lines[place].differences.get(measure) for place in places if not lines[place].unequal_work}
+    ranked = {place: line.differences.get(measure) for place, line in enumerate(lines) if not line.unequal_work}
     return {place: gap for place, gap in ranked.items() if gap is not None and gap.p is not None}
 
 
-def assess_design(lines: Sequence[Line], measure: str, family: Sequence[str] = ()) -> Design | None:
-    """Compute what a table can be expected to show; None where nothing was tested or nothing differed.
-
-    ``family``: as for ``compare``; of several families the level is that of the largest.
-    """
-    families = [_tested(lines, places, measure) for places in _families(lines, family)]
-    tested, tests = [gap for each in families for gap in each.values()], max(map(len, families), default=0)
+def assess_design(lines: Sequence[Line], measure: str) -> Design | None:
+    """Compute what a table can be expected to show; None where nothing was tested or nothing differed."""
+    tested = _tested(lines, measure).values()
     deviations = [gap.deviation for gap in tested if gap.deviation]
     if not deviations:
         return None
     deviation, seeds = float(np.sqrt(np.mean(np.square(deviations)))), min(gap.seeds for gap in tested)
-    found = detectable_difference(deviation, seeds, LEVEL / tests)
-    return None if found is None else Design(measure, tests, seeds, deviation, LEVEL / tests, found)
+    level = LEVEL / len(tested)
+    found = detectable_difference(deviation, seeds, level)
+    return None if found is None else Design(measure, len(tested), seeds, deviation, level, found)
 
 
 def to_long_rows(outcomes: Sequence[Outcome], purpose: str) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,11 @@ def table_notes(result: Comparison) -> list[str]:
     ]
 
 
+def difference_notes(result: Comparison) -> list[str]:
+    """How to read a table of differences alone."""
+    return [*_differences(result), *_work(result)]
+
+
 def mark_notes(result: Comparison) -> list[str]:
     """The notes without which a table in a terminal would be misread: its signs, and what its seeds can show."""
     return [*_gauges(result), *_alike(result), *_design(result), *_work(result), *result.warnings]
@@ -83,7 +88,7 @@ def _differences(result: Comparison) -> Iterator[str]:
         "Differences are paired by seed. In brackets, from 3 seeds on: the 95 % t interval of the mean difference. It "
         "is about the mean over seeds of this task, model and budget, and assumes that differences are roughly normal; "
         "about other tasks, models or budgets it says nothing. p: of the two-sided paired t test, adjusted by Holm "
-        f"over the rows {_family(result)} that have the baseline's work, for each measure."
+        "over the rows of this table that have the baseline's work, for each measure."
     )
     if any(name in line.differences for line in result.lines for name in UNRELAYED):
         yield "Relayed models are set against the baseline's relayed ones, or its own where it relays nothing."
@@ -95,10 +100,6 @@ def _differences(result: Comparison) -> Iterator[str]:
             f"The sign-flip test, in {result.details}, assumes no normality; with {max(seeds)} seeds its p is "
             f"{smallest_sign_flip_p(max(seeds)):.2g} at least."
         )
-
-
-def _family(result: Comparison) -> str:
-    return f"of one {' and '.join(result.family)}" if result.family else "of this table"
 
 
 def _alike(result: Comparison) -> Iterator[str]:

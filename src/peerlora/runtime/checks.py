@@ -68,7 +68,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
         gossip_rounds(topology)
     warnings = (
         *_check_training(name, algorithm, config.train),
-        *relay_warnings(config, algorithm),
+        *relay_warnings(config, algorithm, topology),
         *check_privacy(config, algorithm),
     )
     interval, every = algorithm.switches_every, algorithm.rounds_of_phase(config.task.blocks)
