@@ -3,11 +3,25 @@
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from peerlora.config.base import Batch, Positive, PositiveFloat, Rate, Section, Share
 
 DECAY = 0.2  # share of the training rounds in which the rate of wsd declines, unless it is given
+
+
+def _share_or_rounds(value: float) -> float:
+    """Check that a number is a share below 1, or whole."""
+    if value >= 1 and not value.is_integer():
+        raise ValueError(
+            f"{value:g} given; expected a share of the training rounds, below 1, or rounds, a whole number such as "
+            f"{int(value)}"
+        )
+    return value
+
+
+ShareOrRounds = Annotated[float, Field(ge=0), AfterValidator(_share_or_rounds)]
+"""Below 1 a share of the training rounds, else a number of rounds."""
 
 
 class TrainConfig(Section):
@@ -33,8 +47,8 @@ class TrainConfig(Section):
     """Learning rate, at its largest; the first setting to try other values of."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """The rate over the training rounds: constant; linear or cosine: falling to `floor`; wsd: falling at the end."""
-    warmup: Rate = 0.0
-    """Share of the training rounds, at the start, in which the rate rises to `lr`."""
+    warmup: ShareOrRounds = 0.0
+    """In which the rate rises to `lr`, at the start: below 1 a share of the training rounds, else whole rounds."""
     floor: Rate = 0.0
     """Where a schedule leads, as a share of `lr`; not with constant."""
     decay: Share | None = None
@@ -79,6 +93,11 @@ class TrainConfig(Section):
         return self.rounds - self.quiet_rounds
 
     @property
+    def warmup_rounds(self) -> int:
+        """Training rounds in which the rate rises."""
+        return int(self.warmup) if self.warmup >= 1 else share_of(self.warmup, self.training_rounds)
+
+    @property
     def minibatches(self) -> int:
         """Minibatches that a client trains on between two exchanges."""
         return self.local_steps * self.accumulate
@@ -112,10 +131,20 @@ class TrainConfig(Section):
                 f"train.decay={self.decay:g} is a setting of train.schedule=wsd, train.schedule={self.schedule} given; "
                 "use train.schedule=wsd, or drop train.decay"
             )
-        if self.decay is not None and Decimal(repr(self.warmup)) + Decimal(repr(self.decay)) > 1:
+        return self._too_long_warmup() if self.epochs is None else None  # of epochs, the rounds are not yet known
+
+    def _too_long_warmup(self) -> str | None:
+        """What is wrong with a warm-up that leaves no rounds for the rest, and what to do; None where it fits."""
+        rounds, warmup, decay = self.training_rounds, Decimal(repr(self.warmup)), Decimal(repr(self.decay or 0.0))
+        if self.warmup > rounds:
             return (
-                f"train.warmup={self.warmup:g} and train.decay={self.decay:g} are more than all training rounds; they "
-                "may add up to 1"
+                f"train.warmup={self.warmup:g} rounds are more than the {rounds} in which clients train; give fewer, "
+                "or a share such as train.warmup=0.1"
+            )
+        if (warmup if warmup < 1 else warmup / rounds) + decay > 1:
+            return (
+                f"train.warmup={self.warmup:g} and train.decay={self.decay:g} are more than all training rounds, "
+                f"{rounds}; lower one of them"
             )
         return None
 

@@ -96,7 +96,9 @@ def _memory(config: RunConfig) -> str:
 def _schedule(train: TrainConfig) -> str:
     """The shape of the rate over the rounds, with what differs from its defaults."""
     given = {"warm-up": train.warmup, "floor": train.floor, "decline": train.decay}
-    return train.schedule + "".join(f", {name} {share:g}" for name, share in given.items() if share)
+    rounds = " rounds" if train.warmup >= 1 else ""
+    told = (f", {name} {value:g}{rounds if name == 'warm-up' else ''}" for name, value in given.items() if value)
+    return train.schedule + "".join(told)
 
 
 def _besides(config: RunConfig) -> Iterator[str]:
