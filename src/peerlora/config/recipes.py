@@ -25,7 +25,7 @@ def sparse(config: RunConfig, own: Mapping[str, Any], relays: bool) -> Settings:
     train: dict[str, Any] = {"schedule": "cosine"}
     if "optimizer_state" not in own:
         train["optimizer_state"] = "keep"
-    if task_kind(config.task.kind).has_classes and config.train.class_weights != "balanced":  # which is a prior, too
+    if task_kind(config.task.kind).has_classes and not config.train.counts_classes:  # which is a prior, too
         train["label_prior"] = "uniform"
     return {"train": train, "exchange": {"relay": {}}} if relays else {"train": train}
 

@@ -20,6 +20,11 @@ def _share_or_rounds(value: float) -> float:
     return value
 
 
+POOLED = "train.label_prior=pooled or train.class_weights=pooled"
+"""What asks for a sum of label counts over the network, in messages that cannot know which of them."""
+NOT_POOLED = "train.label_prior=uniform, train.class_weights=balanced"
+"""What needs no such sum."""
+
 ShareOrRounds = Annotated[float, Field(ge=0), AfterValidator(_share_or_rounds)]
 """Below 1 a share of the training rounds, else a number of rounds."""
 
@@ -61,8 +66,8 @@ class TrainConfig(Section):
     """Largest gradient norm of one client, over everything it trains; null: no limit."""
     label_prior: Literal["none", "uniform", "pooled"] = "none"
     """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
-    class_weights: Literal["none", "balanced"] | Annotated[list[PositiveFloat], Field(min_length=2)] = "none"
-    """Weight of a row's loss by its class: balanced (rare classes of a client's own rows count more), or one each."""
+    class_weights: Literal["none", "balanced", "pooled"] | Annotated[list[PositiveFloat], Field(min_length=2)] = "none"
+    """Weights of rows by class: balanced (a client's rare ones count more), pooled (those rare among all), one each."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64", "auto"] = "fp32"
@@ -102,6 +107,17 @@ class TrainConfig(Section):
         """Minibatches that a client trains on between two exchanges."""
         return self.local_steps * self.accumulate
 
+    @property
+    def counts_classes(self) -> bool:
+        """Whether the weights of classes follow from how many rows each has."""
+        return self.class_weights in ("balanced", "pooled")
+
+    @property
+    def pooled(self) -> str | None:
+        """The setting for which clients sum their label counts over the network; None where they keep these."""
+        names = [name for name in ("label_prior", "class_weights") if getattr(self, name) == "pooled"]
+        return f"train.{names[0]}=pooled" if names else None
+
     def is_quiet(self, t: int) -> bool:
         """Whether clients exchange without training in round ``t``, counted from 0."""
         return self.quiet_rounds > 0 and t >= self.training_rounds
@@ -116,10 +132,10 @@ class TrainConfig(Section):
                 f"train.quiet={self.quiet:g} leaves none of train.rounds={self.rounds} to train in; lower train.quiet, "
                 "or raise train.rounds"
             )
-        if self.class_weights == "balanced" and self.label_prior != "none":
+        if self.counts_classes and self.label_prior != "none":
             return (
-                f"train.class_weights=balanced and train.label_prior={self.label_prior} both make up for a client's "
-                "own label proportions; use one of them"
+                f"train.class_weights={self.class_weights} and train.label_prior={self.label_prior} both make up for "
+                "uneven labels; use one of them"
             )
         if self.floor and self.schedule == "constant":
             return (
