@@ -74,7 +74,7 @@ def describe_protocol(config: RunConfig, rates: Sequence[float], seeds: Sequence
         "optimiser": f"{train.optimizer}, weight decay {train.weight_decay:g}",
         "optimiser's memory": _memory(config),
         "schedule of the rate": _schedule(train),
-        "precision": train.dtype,
+        "precision": "fp32 or bf16, by the machine" if train.dtype == "auto" else train.dtype,
         "topology": SERVER if server else _words(graph),
         "weights": "equal" if server else weights,
         "rates": f"searched among {listed}" if rates else f"{train.lr:g}, given",
