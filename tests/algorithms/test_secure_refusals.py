@@ -73,6 +73,7 @@ def test_a_method_that_says_nothing_is_refused():
         (["topology=complete", "exchange.robust=median"], "exchange.secure and exchange.robust exclude each other"),
         (["exchange.relay={}"], "exchange.secure and exchange.relay exclude each other"),
         (["train.label_prior=pooled"], "label counts would cross openly"),
+        (["train.class_weights=pooled"], "train.class_weights=pooled exclude each other: label counts would cross"),
         (["algorithm=fedit", "adapter.rank=[2,2,2,2,4,4]"], "ranks"),
         (["topology=path"], "client 0 never has as many"),
         (["topology=star"], "client 0 never has as many"),

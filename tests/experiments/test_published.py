@@ -52,6 +52,14 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.parametrize(("name", "budget"), DIFFERENT)
+def test_presets_compute_in_the_precision_that_is_faster_and_say_so(name, budget):
+    configs = planned(name, budget)[1]
+    assert {config.train.dtype for config in configs} == {"auto"}
+    assert describe_protocol(configs[0], [], [0], "")["precision"] == "fp32 or bf16, by the machine"
+    assert describe_protocol(glue("SST-2", "dec-lora"), [], [0], "")["precision"] == "fp32"
+
+
 @cache
 def planned(name, budget, data=None):
     """The grid of a preset and the configs of its trials."""

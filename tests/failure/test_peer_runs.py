@@ -420,9 +420,11 @@ def test_a_site_that_the_run_does_not_count_is_refused(runs):
     [
         ["algorithm.name=ad-psgd", "clock.speed=0.5"],
         ["algorithm.name=ad-psgd", "train.label_prior=pooled"],
+        ["algorithm.name=ad-psgd", "train.class_weights=pooled"],
         ["adversary.attack=ipm", "algorithm.name=dec-lora"],
         ["topology.kind=directed-ring", "algorithm.name=dec-lora"],  # its links may fail one way
         ["topology.kind=directed-ring", "exchange.codec=sign", "algorithm.name=dec-lora"],
+        ["train.class_weights=pooled"],
         ["train.label_prior=pooled"],  # two of four are on the list
         ["topology.weights=pairwise"],
         ["clock.deadline=3"],

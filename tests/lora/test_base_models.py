@@ -1,10 +1,14 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from peerlora.errors import ModelError
@@ -273,3 +277,39 @@ def test_a_model_of_images_is_no_model_of_texts_nor_the_other_way_round(models):
     with pytest.raises(ModelError, match=r"config\.json and preprocessor_config\.json, or a hub id") as refused:
         load_image_processor(models("bert"))
     assert "packaged:" not in str(refused.value), "which is a model of texts"
+
+
+OFFLINE = """
+import socket, sys
+
+def refuse(*_, **__):
+    raise AssertionError("a connection was tried")
+
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+from peerlora.config.loading import load_config
+from peerlora.runtime.compose import compose
+
+found = compose(load_config(sys.argv[1], sys.argv[2:]))
+print(found.export.location, sum(leaf.numel() for leaf in found.model.base.parameters()))
+"""
+
+
+@pytest.mark.parametrize("revision", [[], ["model.revision=v1"], ["model.revision=v2"]])
+def test_an_offline_machine_takes_a_hub_id_from_its_cache_and_tries_no_connection(config, models, tmp_path, revision):
+    place = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(models("bert"), place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    for name in ("main", "v1"):
+        (place / "refs" / name).write_text("0" * 40)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config("bert").model_dump(mode="json")))
+    words = [str(tmp_path / "config.yaml"), "model.source=somebody/tiny", *revision]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", OFFLINE, *words]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "a connection was tried" not in found.stderr
+    if revision == ["model.revision=v2"]:  # which the cache lacks
+        assert found.returncode != 0 and "ModelError" in found.stderr and "somebody/tiny" in found.stderr
+    else:
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.startswith("somebody/tiny ") and int(found.stdout.split()[1]) > 0

@@ -149,3 +149,31 @@ def test_modules_that_cannot_be_saved_are_refused(config, kind, words, told):
 def test_adapters_of_other_kinds_are_refused_with_the_reason(name):
     with pytest.raises(ConfigError, match=f"{name} given; .*use LoRA"):
         load_config({}, [f"adapter.{name}=true"])
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("adapter.peft_type=IA3", "adapter: peft_type=IA3 given; IA3 multiplies activations by vectors, .*use LoRA"),
+        ("adapter.peft_type=PREFIX_TUNING", "peft_type=PREFIX_TUNING given; prompt and prefix tuning lengthen"),
+        ("adapter.peft_type=BOFT", "peft_type=BOFT given; every adapter here is of type LORA; drop it"),
+        ("adapter.peft_type=LORA", "every adapter here is of type LORA; drop it"),
+        ("adapter.init=eva", "adapter: init=eva given; it looks at the rows of one place.*adapter.init=default"),
+        ("adapter.init=gaussian", "init=gaussian given; of a random A only the scale .*adapter.alpha"),
+        ("adapter.init=loftq", "init=loftq given; it quantises the base together .*model.quantize"),
+        ("model.dtype=bf16", "model: dtype=bf16 given; the precision of the base is train.dtype"),
+        ("model.torch_dtype=float16", "torch_dtype=float16 given; the precision of the base is train.dtype"),
+        ("model.load_in_4bit=true", "load_in_4bit=True given; use model.quantize"),
+        ("model.trust_remote_code=true", "trust_remote_code=True given; the Python code of a base never runs"),
+        ("model.trust_remote_code=false", "trust_remote_code=False given; the Python code of a base never runs"),
+    ],
+)
+def test_settings_of_peft_and_transformers_are_refused_with_the_reason_or_the_place(word, told):
+    with pytest.raises(ConfigError, match=told) as error:
+        load_config({}, [word])
+    assert "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_an_unknown_start_is_refused_with_those_that_are_known():
+    with pytest.raises(ConfigError, match="adapter.init: 'nearly' given; .*'default', 'pissa', 'olora'"):
+        load_config({}, ["adapter.init=nearly"])

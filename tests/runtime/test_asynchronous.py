@@ -1,6 +1,7 @@
 """Asynchronous runs: the limits in which they are synchronous, the invariants, resume."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -119,6 +120,40 @@ def test_ad_psgd_at_equal_speeds_is_random_matching_dsgd(graph):
     learner, algorithm = Quadratic(targets(6), noise=0.1), build_algorithm("ad-psgd", {})
     _, states, _ = run(algorithm, learner, 8, graph)
     matched(states, learner, algorithm, graph)
+
+
+# --- the round of a job, which decides its rate
+
+
+class Noted(Quadratic):
+    """Notes which job was computed with the rate of which round: (client, job) -> round."""
+
+    def __init__(self, clients):
+        super().__init__(targets(clients))
+        self.round_of = {}
+
+    @contextmanager
+    def round(self, t, jobs=None, clients=None, step_seconds=None):
+        assert jobs is not None and clients is not None
+        self.round_of |= {(client, jobs[client]): t for client in clients}
+        with super().round(t, jobs, clients) as stats:
+            yield stats
+
+
+def test_at_equal_speeds_the_round_of_a_job_is_the_clients_own_count_as_with_real_peers():
+    learner = Noted(4)
+    run(build_algorithm("aedfl", DENSE), learner, 5)
+    assert learner.round_of == {(client, job): job for client in range(4) for job in range(5)}
+
+
+def test_a_job_learns_with_the_rate_of_the_round_in_which_it_begins():
+    """Client 1 sends for 0.7 s, so round 0 ends at 1.7 s: after client 0's second job began, before it is computed."""
+    algorithm = build_algorithm("aedfl", DENSE)
+    size = run(algorithm, Quadratic(targets(2)), 1, "path")[2][0].bytes_per_edge
+    learner = Noted(2)
+    runner, _, _ = run(algorithm, learner, 2, "path", bandwidth=[1e15, size / 0.7])
+    assert runner.virtual_seconds == pytest.approx(3)
+    assert learner.round_of == {(0, 0): 0, (1, 0): 0, (0, 1): 0, (1, 1): 1, (0, 2): 1}
 
 
 # --- invariants
@@ -285,7 +320,7 @@ def test_results_do_not_depend_on_how_jobs_are_grouped(config, tmp_path, monkeyp
     def at_once(self, event, t, state):
         begin(self, event, t, state)
         if self.outstanding:
-            self._compute(t, state)
+            self._compute(state)
 
     monkeypatch.setattr(AsynchronousRounds, "_begin", at_once)
     alone = simulate(config("bert", *words), tmp_path / "alone").adapters.flat

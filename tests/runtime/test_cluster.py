@@ -43,6 +43,7 @@ CASES = {
     "flipped labels": ["topology=complete", "adversary={attack: label-flip, clients: [5]}", "exchange.robust=median"],
     "private head": ["adapter.head=private"],
     "label prior": ["train.label_prior=pooled"],
+    "pooled class weights": ["train.class_weights=pooled"],
     "own rows": ["eval.own=true"],
     "patience": ["eval.select={}", "eval.patience=1", "eval.every=1", "algorithm.name=dec-lora"],
     "batches": ["train.batch=[1,2,3,4,2,1]"],

@@ -54,6 +54,13 @@ def test_a_run_of_epochs_is_the_run_of_its_rounds(config, in_epochs, tmp_path):
     assert torch.equal(found.adapters.flat, other.adapters.flat)
 
 
+def test_a_warm_up_longer_than_the_rounds_of_the_epochs_is_refused(in_epochs):
+    told = "train.epochs=1 of 54 training rows: train.warmup=4 rounds are more than the 3 in which clients train"
+    with pytest.raises(CompositionError, match=told):
+        compose(in_epochs(1, "train.local_steps=2", "train.batch=3", "train.rounds=9", "train.warmup=4"))
+    assert compose(in_epochs(1, "train.local_steps=2", "train.batch=3", "train.warmup=3")).config.train.warmup == 3
+
+
 def test_a_stopped_run_goes_on_with_the_same_epochs_and_no_others(in_epochs, tmp_path):
     words = ["train.local_steps=2", "train.batch=3", "algorithm.name=dec-lora"]
     chosen = in_epochs(1, *words)

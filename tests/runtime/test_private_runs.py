@@ -239,6 +239,7 @@ REFUSED = {
     "two gradients": ["algorithm.name=dfedsam"],
     "sends mean gradients": ["algorithm.name=k-gt", "privacy.unit=client"],
     "label counts": ["train.label_prior=pooled", "privacy.unit=client"],
+    "train.class_weights=none": ["train.class_weights=pooled", "privacy.unit=client"],
     "train.label_prior=uniform exclude": ["train.label_prior=uniform"],
     "train.class_weights=balanced exclude": ["train.class_weights=balanced"],
     "sorts a round's rows": ["train.batches=by-length"],

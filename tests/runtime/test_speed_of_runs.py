@@ -22,7 +22,7 @@ from peerlora.train.kernels.speed import Rates, Speed
 pytestmark = pytest.mark.usefixtures("no_reports")
 
 QUICK = ["train.rounds=2", "train.local_steps=1", "clients=2", "topology=complete"]
-RATES = Rates(16, 16, plain=10.0, packed=12.0, bf16=40.0, packed_bf16=None)
+RATES = Rates(((16, 16),), plain=10.0, packed=12.0, bf16=40.0, packed_bf16=None)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_base_in_bf16_and_in_fp32_have_one_digest_if_both_are_rounded(config):
 
 
 def test_slow_bf16_is_warned_of_in_the_run(config, monkeypatch):
-    slow = Speed("bf16", False, Rates(16, 16, plain=95.0, packed=85.0, bf16=4.9, packed_bf16=4.8))
+    slow = Speed("bf16", False, Rates(((16, 16),), plain=95.0, packed=85.0, bf16=4.9, packed_bf16=4.8))
     monkeypatch.setattr(resources, "choose_speed", lambda *_: slow)
     found = compose(config("bert", "train.dtype=bf16"))
     assert any("bf16 is slower than fp32" in warning for warning in found.warnings)

@@ -211,6 +211,37 @@ def test_a_metric_that_rounds_are_selected_by_and_a_sample_are_looked_at_too(con
     assert not any("is of class" in each for each in compose(config("bert", "eval.metrics=[auroc]")).warnings)
 
 
+def test_one_note_names_the_labels_that_evaluation_rows_lack():
+    labels = np.array([[1, 0, 0], [1, 0, 1]], np.float32)
+    rows = Dataset(np.zeros(2, np.int32), np.arange(3), None, labels, ("spam", "rude", "long"))
+    told = "no evaluation row has label rude; left out of: auroc; 0 in macro-f1 where a row is taken for it"
+    assert absent_classes(["micro-f1", "macro-f1", "auroc"], rows) == (told,)
+    assert absent_classes(["macro-f1"], rows.take([1])) and absent_classes(["micro-f1"], rows) == ()
+
+
+@given(ROWS)
+def test_auroc_of_several_labels_is_the_mean_share_of_pairs_in_the_right_order(drawn):
+    several, _, scores = drawn
+    labels = (np.array(several)[:, None] >> np.arange(2)) & 1  # two labels by the bits of a number
+    shares = np.array(scores, dtype=float)[:, :2]
+    areas = [pairs_right(shares[:, c], labels[:, c] > 0) for c in range(2) if 0 < labels[:, c].sum() < len(labels)]
+    outcomes = np.zeros((len(labels), 3))
+    found = compute_metric("auroc", "labels", Predictions(outcomes, labels.astype(np.float32), 0.0, shares))
+    assert math.isnan(found) if not areas else found == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_clients_are_scored_on_several_labels_by_their_own_logits(config):
+    federation = compose(config("bert", "task.kind=multi-label", "data.label=several"))
+    x, rows = federation.start, federation.eval_data
+    x.flat.add_(torch.randn(x.flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    found = federation.learner.evaluate(x, rows, 5, ["auroc"]).metrics["auroc"]
+    logits = federation.learner.logits(x, rows, 5)
+    for client in range(4):
+        areas = [pairs_right(logits[client][:, c], rows.labels[:, c] > 0) for c in range(len(rows.names))]
+        assert found[client] == pytest.approx(np.mean(areas), abs=1e-12)
+    assert len(set(found)) > 1
+
+
 LABEL_ROWS = st.lists(st.tuples(*[st.booleans()] * 6), min_size=1, max_size=12)
 
 

@@ -64,6 +64,18 @@ def test_warm_up_rises_in_equal_steps_to_the_whole_rate(schedule):
     assert factors(schedule="cosine", warmup=0.3, rounds=10)[3:] == pytest.approx(by_hand, abs=1e-15)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+@pytest.mark.parametrize(("share", "rounds", "quiet"), [(0.05, 1, 0.0), (0.3, 6, 0.0), (0.5, 8, 0.2), (0.98, 20, 0.0)])
+def test_a_warm_up_in_rounds_is_that_of_the_same_share(schedule, share, rounds, quiet):
+    settings = {"schedule": schedule, "rounds": 20, "quiet": quiet}
+    assert factors(warmup=rounds, **settings) == factors(warmup=share, **settings)
+
+
+def test_a_warm_up_in_rounds_does_not_grow_with_the_run():
+    short, long = (factors(schedule="cosine", warmup=4, rounds=rounds) for rounds in (10, 1000))
+    assert short[:5] == long[:5] == pytest.approx([1 / 5, 2 / 5, 3 / 5, 4 / 5, 1])
+
+
 def test_a_constant_rate_is_the_setting_to_the_bit():
     train = TrainConfig(lr=0.1 + 0.2)
     assert {rate(train, t) for t in (0, 50, 99, 1000)} == {0.1 + 0.2}
@@ -106,6 +118,10 @@ REFUSED = [
     (["train.decay=0.2"], "train.decay=0.2 is a setting of train.schedule=wsd, train.schedule=constant given"),
     (["train.schedule=cosine", "train.decay=0.5"], "train.schedule=cosine given"),
     (["train.schedule=wsd", "train.warmup=0.7", "train.decay=0.4"], "more than all training rounds"),
+    (["train.schedule=wsd", "train.warmup=13", "train.decay=0.4"], "train.warmup=13 and train.decay=0.4 are more than"),
+    (["train.warmup=21"], "train.warmup=21 rounds are more than the 20 in which clients train; give fewer"),
+    (["train.warmup=11", "train.quiet=0.5"], "train.warmup=11 rounds are more than the 10 in which"),
+    (["train.warmup=2.5"], "train.warmup: 2.5 given; expected a share of the training rounds, below 1, or rounds, a"),
     (["train.quiet=0.5", "train.rounds=1"], "leaves none of train.rounds=1 to train in"),
     (["train.quiet=0.99"], "leaves none of train.rounds=20"),
     (["train.quiet=1"], "train.quiet: 1 given"),
@@ -127,6 +143,9 @@ def test_settings_that_contradict_each_other_are_refused_in_one_sentence(words, 
     [
         ["train.warmup=0.9", "train.schedule=wsd"],  # with the decline by default, and less than it is left
         ["train.warmup=0.1"],
+        ["train.warmup=100"],  # all of them
+        ["train.schedule=wsd", "train.warmup=60", "train.decay=0.4"],
+        ["train.epochs=1", "train.warmup=101"],  # of epochs, rounds are known with the rows
         ["train.schedule=wsd", "train.warmup=0.3", "train.decay=0.7"],
         ["recipe=sparse", "train.floor=0.1"],  # the recipe brings the schedule
         ["recipe=sparse", "train.class_weights=balanced"],  # and no second prior

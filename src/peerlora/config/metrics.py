@@ -16,7 +16,7 @@ METRICS: dict[str, tuple[Target, ...]] = {
     "macro-f1": ("class", "labels", "tags"),
     "micro-f1": ("class", "labels"),
     "matthews": ("class",),
-    "auroc": ("class",),
+    "auroc": ("class", "labels"),
     "pearson": ("number",),
     "spearman": ("number",),
     "mean-absolute-error": ("number",),

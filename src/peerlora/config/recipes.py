@@ -25,9 +25,9 @@ def sparse(config: RunConfig, own: Mapping[str, Any], relays: bool) -> Settings:
     train: dict[str, Any] = {"schedule": "cosine"}
     if "optimizer_state" not in own:
         train["optimizer_state"] = "keep"
-    balanced = config.train.class_weights == "balanced"  # which is a prior, too
     rows_private = config.privacy is not None and config.privacy.unit == "row"  # whose losses must not know each other
-    if task_kind(config.task.kind).has_classes and not balanced and not rows_private:
+    counted = config.train.counts_classes  # which is a prior, too
+    if task_kind(config.task.kind).has_classes and not counted and not rows_private:
         train["label_prior"] = "uniform"
     return {"train": train, "exchange": {"relay": {}}} if relays else {"train": train}
 

@@ -35,6 +35,15 @@ from peerlora.config.topology import (  # noqa: F401
 from peerlora.config.train import TrainConfig  # noqa: F401
 from peerlora.plugins import PARTITIONS, kind_flaw
 
+_DTYPE = "the precision of the base is train.dtype: fp32, bf16, fp64 or auto; use it"
+_NO_MODEL = {
+    **dict.fromkeys(("dtype", "torch_dtype"), _DTYPE),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "use model.quantize: nf4, or int8"),
+    "trust_remote_code": "the Python code of a base never runs, since it could do anything on every site; drop it, and "
+    "use a model of a type that transformers has",
+}
+"""Settings that people know from transformers -> where they are here, or why there are none."""
+
 
 class ModelConfig(Section):
     """The frozen base model."""
@@ -48,6 +57,15 @@ class ModelConfig(Section):
     dropout: Rate = 0.0
     """Replaces the base's own hidden dropout; attention-probability dropout stays off."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known_elsewhere(cls, value: Any) -> Any:
+        """Say where a setting is that people know from transformers, or why there is none."""
+        for name in value if isinstance(value, dict) else ():
+            if name in _NO_MODEL:
+                raise ValueError(f"{name}={value[name]} given; {_NO_MODEL[name]}")
+        return value
+
 
 _DORA = "DoRA divides by the norm of every row of W + B A, which is another one for every client that shares W"
 _IA3 = "IA3 multiplies activations by vectors, which have no low-rank product that methods mix or merge"
@@ -58,6 +76,15 @@ _NO_ADAPTERS = {
     **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning"), _PROMPT),
 }
 """Settings that people know from PEFT -> why there is none here."""
+_PEFT_TYPES = {"dora": _DORA, "ia3": _IA3, **dict.fromkeys(("prompt_tuning", "prefix_tuning", "p_tuning"), _PROMPT)}
+_OF_ROWS = "it looks at the rows of one place, and clients share none; use adapter.init=default, pissa or olora"
+_NO_INIT = {
+    **dict.fromkeys(("eva", "corda", "lora_ga"), _OF_ROWS),
+    "gaussian": "of a random A only the scale would be another one; use adapter.init=default, and adapter.alpha",
+    "loftq": "it quantises the base together with its adapters, and all clients share a base that is quantised by "
+    "itself; use model.quantize with adapter.init=default",
+}
+"""Values of PEFT's ``init_lora_weights`` -> why ``adapter.init`` has none."""
 
 
 class AdapterConfig(Section):
@@ -86,11 +113,18 @@ class AdapterConfig(Section):
     @classmethod
     def _known_elsewhere(cls, value: Any) -> Any:
         """Name the reason where somebody asks for what PEFT has and clients that mix their adapters cannot."""
-        asked = [name for name in _NO_ADAPTERS if isinstance(value, dict) and value.get(name)]
+        if not isinstance(value, dict):
+            return value
+        asked = [name for name in _NO_ADAPTERS if value.get(name)]
         if asked:
             raise ValueError(
                 f"{asked[0]} given; {_NO_ADAPTERS[asked[0]]}; use LoRA, with adapter.rslora or adapter.init"
             )
+        if (kind := value.get("peft_type")) is not None:
+            reason = _PEFT_TYPES.get(str(kind).lower(), "every adapter here is of type LORA")
+            raise ValueError(f"peft_type={kind} given; {reason}; drop it, and use LoRA")
+        if reason := _NO_INIT.get(str(value.get("init", "")).lower()):
+            raise ValueError(f"init={value['init']} given; {reason}")
         return value
 
 

@@ -3,11 +3,30 @@
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from peerlora.config.base import Batch, Positive, PositiveFloat, Rate, Section, Share
 
 DECAY = 0.2  # share of the training rounds in which the rate of wsd declines, unless it is given
+
+
+def _share_or_rounds(value: float) -> float:
+    """Check that a number is a share below 1, or whole."""
+    if value >= 1 and not value.is_integer():
+        raise ValueError(
+            f"{value:g} given; expected a share of the training rounds, below 1, or rounds, a whole number such as "
+            f"{int(value)}"
+        )
+    return value
+
+
+POOLED = "train.label_prior=pooled or train.class_weights=pooled"
+"""What asks for a sum of label counts over the network, in messages that cannot know which of them."""
+NOT_POOLED = "train.label_prior=uniform, train.class_weights=balanced"
+"""What needs no such sum."""
+
+ShareOrRounds = Annotated[float, Field(ge=0), AfterValidator(_share_or_rounds)]
+"""Below 1 a share of the training rounds, else a number of rounds."""
 
 
 class TrainConfig(Section):
@@ -33,8 +52,8 @@ class TrainConfig(Section):
     """Learning rate, at its largest; the first setting to try other values of."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """The rate over the training rounds: constant; linear or cosine: falling to `floor`; wsd: falling at the end."""
-    warmup: Rate = 0.0
-    """Share of the training rounds, at the start, in which the rate rises to `lr`."""
+    warmup: ShareOrRounds = 0.0
+    """In which the rate rises to `lr`, at the start: below 1 a share of the training rounds, else whole rounds."""
     floor: Rate = 0.0
     """Where a schedule leads, as a share of `lr`; not with constant."""
     decay: Share | None = None
@@ -47,8 +66,8 @@ class TrainConfig(Section):
     """Largest gradient norm of one client, over everything it trains; null: no limit."""
     label_prior: Literal["none", "uniform", "pooled"] = "none"
     """uniform or pooled: a loss adjusted for each client's own label proportions; none: the plain loss."""
-    class_weights: Literal["none", "balanced"] | Annotated[list[PositiveFloat], Field(min_length=2)] = "none"
-    """Weight of a row's loss by its class: balanced (rare classes of a client's own rows count more), or one each."""
+    class_weights: Literal["none", "balanced", "pooled"] | Annotated[list[PositiveFloat], Field(min_length=2)] = "none"
+    """Weights of rows by class: balanced (a client's rare ones count more), pooled (those rare among all), one each."""
     batches: Literal["shuffled", "by-length"] = "shuffled"
     """shuffled, or by-length: a round's rows are sorted into batches of similar length, which saves padding."""
     dtype: Literal["fp32", "bf16", "fp64", "auto"] = "fp32"
@@ -79,9 +98,25 @@ class TrainConfig(Section):
         return self.rounds - self.quiet_rounds
 
     @property
+    def warmup_rounds(self) -> int:
+        """Training rounds in which the rate rises."""
+        return int(self.warmup) if self.warmup >= 1 else share_of(self.warmup, self.training_rounds)
+
+    @property
     def minibatches(self) -> int:
         """Minibatches that a client trains on between two exchanges."""
         return self.local_steps * self.accumulate
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether the weights of classes follow from how many rows each has."""
+        return self.class_weights in ("balanced", "pooled")
+
+    @property
+    def pooled(self) -> str | None:
+        """The setting for which clients sum their label counts over the network; None where they keep these."""
+        names = [name for name in ("label_prior", "class_weights") if getattr(self, name) == "pooled"]
+        return f"train.{names[0]}=pooled" if names else None
 
     def is_quiet(self, t: int) -> bool:
         """Whether clients exchange without training in round ``t``, counted from 0."""
@@ -97,10 +132,10 @@ class TrainConfig(Section):
                 f"train.quiet={self.quiet:g} leaves none of train.rounds={self.rounds} to train in; lower train.quiet, "
                 "or raise train.rounds"
             )
-        if self.class_weights == "balanced" and self.label_prior != "none":
+        if self.counts_classes and self.label_prior != "none":
             return (
-                f"train.class_weights=balanced and train.label_prior={self.label_prior} both make up for a client's "
-                "own label proportions; use one of them"
+                f"train.class_weights={self.class_weights} and train.label_prior={self.label_prior} both make up for "
+                "uneven labels; use one of them"
             )
         if self.floor and self.schedule == "constant":
             return (
@@ -112,10 +147,20 @@ class TrainConfig(Section):
                 f"train.decay={self.decay:g} is a setting of train.schedule=wsd, train.schedule={self.schedule} given; "
                 "use train.schedule=wsd, or drop train.decay"
             )
-        if self.decay is not None and Decimal(repr(self.warmup)) + Decimal(repr(self.decay)) > 1:
+        return self._too_long_warmup() if self.epochs is None else None  # of epochs, the rounds are not yet known
+
+    def _too_long_warmup(self) -> str | None:
+        """What is wrong with a warm-up that leaves no rounds for the rest, and what to do; None where it fits."""
+        rounds, warmup, decay = self.training_rounds, Decimal(repr(self.warmup)), Decimal(repr(self.decay or 0.0))
+        if self.warmup > rounds:
             return (
-                f"train.warmup={self.warmup:g} and train.decay={self.decay:g} are more than all training rounds; they "
-                "may add up to 1"
+                f"train.warmup={self.warmup:g} rounds are more than the {rounds} in which clients train; give fewer, "
+                "or a share such as train.warmup=0.1"
+            )
+        if (warmup if warmup < 1 else warmup / rounds) + decay > 1:
+            return (
+                f"train.warmup={self.warmup:g} and train.decay={self.decay:g} are more than all training rounds, "
+                f"{rounds}; lower one of them"
             )
         return None
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from peerlora.config.train import NOT_POOLED, POOLED
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, DataError, RunError
 from peerlora.exchange.base import Exchange
@@ -59,8 +60,8 @@ def network_sum(
     off = ((sums - expected) / expected).abs().amax(1) * topology.clients**0.5 * total.sum(1)
     if not bool((off < _DOUBT).all()) or bool((total < 0).any()):
         raise RunError(
-            "the sum over the network before round 0 (train.label_prior=pooled) is not known: links failed while it "
-            "was gossiped, or a site sent what are no counts; start all sites again, or use train.label_prior=uniform"
+            f"the sum over the network before round 0 ({POOLED}) is not known: links failed while it was gossiped, or "
+            f"a site sent what are no counts; start all sites again, or use {NOT_POOLED}"
         )
     return total, sent
 
@@ -140,6 +141,5 @@ def _check_reach(topology: Topology) -> None:
 
 def _refused(reason: str) -> CompositionError:
     return CompositionError(
-        f"a sum over the whole network is needed (train.label_prior=pooled), but {reason}; use "
-        "train.label_prior=uniform, or another topology"
+        f"a sum over the whole network is needed ({POOLED}), but {reason}; use {NOT_POOLED}, or another topology"
     )

@@ -3,7 +3,7 @@
 What the papers do not say (or we could not find) is our choice: Metropolis weights, three seeds, the optimiser's memory
 afresh in every phase (so LoRA and FFA-LoRA, which never switch factors, keep it, and part of a difference may be the
 memory's; ``train.optimizer_state=keep`` gives all rows the same), a constant rate and no weight decay,
-one head for all, from the run's seed.
+one head for all, from the run's seed, the precision that the machine computes faster.
 
 ``full`` searches the rate for each method, interval and task, on the first graph, with two seeds that are not reported,
 and takes the rate in common where the best one is not distinguishable.  Both budgets try further rates where the best
@@ -83,7 +83,7 @@ def _grid(small: bool, data: Path | None, methods: Tree, axes: Tree, rates: list
         "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "targets": ["query", "value"], "head": "frozen"},
         "clients": 10,
         "topology": {"kind": "random", "p": 0.1},
-        "train": {"rounds": 150, "local_steps": 20, "batch": 32, "optimizer_state": "phase"},
+        "train": {"rounds": 150, "local_steps": 20, "batch": 32, "optimizer_state": "phase", "dtype": "auto"},
         "eval": {"every": 10, "rows": 500},
         "checkpoint": {"every": 10},
     }

@@ -74,7 +74,7 @@ def describe_protocol(config: RunConfig, rates: Sequence[float], seeds: Sequence
         "optimiser": f"{train.optimizer}, weight decay {train.weight_decay:g}",
         "optimiser's memory": _memory(config),
         "schedule of the rate": _schedule(train),
-        "precision": train.dtype,
+        "precision": "fp32 or bf16, by the machine" if train.dtype == "auto" else train.dtype,
         "topology": SERVER if server else _words(graph),
         "weights": "equal" if server else weights,
         "rates": f"searched among {listed}" if rates else f"{train.lr:g}, given",
@@ -96,7 +96,9 @@ def _memory(config: RunConfig) -> str:
 def _schedule(train: TrainConfig) -> str:
     """The shape of the rate over the rounds, with what differs from its defaults."""
     given = {"warm-up": train.warmup, "floor": train.floor, "decline": train.decay}
-    return train.schedule + "".join(f", {name} {share:g}" for name, share in given.items() if share)
+    rounds = " rounds" if train.warmup >= 1 else ""
+    told = (f", {name} {value:g}{rounds if name == 'warm-up' else ''}" for name, value in given.items() if value)
+    return train.schedule + "".join(told)
 
 
 def _besides(config: RunConfig) -> Iterator[str]:

@@ -3,7 +3,10 @@
 One round is as many finished jobs as there are clients, so that a run of R rounds does the local steps of R
 synchronous rounds, whoever does them.  A job is finished when its result has been sent.  Everything of one moment
 belongs together: first jobs end and push, then messages arrive, then clients combine what they have and begin the next
-job.  A round ends after the moment in which its last job was finished.
+job.  A round ends after the moment in which its last job was finished, so a job that begins then belongs to the next.
+
+A job learns with the rate of the round in which it begins; at equal speeds that is the client's own count of jobs, by
+which real peers go.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class AsynchronousRounds:
     """Advances an asynchronous run by as many jobs as there are clients.
 
     Jobs in flight are independent, so none is computed when it begins: the first result that is needed computes all
-    outstanding jobs, those with the same active blocks in one stacked graph.
+    outstanding jobs, those of one round with the same active blocks in one stacked graph.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class AsynchronousRounds:
         self.queue = EventQueue([ScheduledEvent(0, BEGINS, client, _BY_ITSELF) for client in range(self.clients)])
         self.now, self.done, self.stopped = 0, 0, set[int]()
         self.outstanding: set[int] = set()
+        self.began_in = [0] * self.clients
+        """[client] the round in which its latest job began."""
+        self.beginners = set[int]()
+        """Those that have begun a job at this moment, whose round is known at its end."""
         self.start: Adapters | None = None
         """[client] where its latest job began."""
         self.result: Adapters | None = None
@@ -82,6 +89,7 @@ class AsynchronousRounds:
         tensors = {f"post.{name}": leaf for name, leaf in in_flight.items()}
         tensors |= {"start": self.start.flat, "result": self.result.flat, "losses": self.losses}
         facts = {"now": self.now, "done": self.done, "outstanding": sorted(self.outstanding)}
+        facts["began_in"] = list(self.began_in)
         return tensors, facts | {"agenda": self.queue.to_list(), "post": mailboxes}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], x: Adapters) -> None:
@@ -90,6 +98,9 @@ class AsynchronousRounds:
         self.mailboxes.load_state_dict(in_flight, facts["post"])
         self.queue = EventQueue([ScheduledEvent(*each) for each in facts["agenda"]])
         self.now, self.done, self.outstanding = facts["now"], facts["done"], set(facts["outstanding"])
+        self.began_in = list(
+            facts.get("began_in", [self.done // self.clients] * self.clients)
+        )  # earlier versions: none
         self.losses = tensors["losses"].cpu()
         self.start, self.result = (replace(x, flat=tensors[name]) for name in ("start", "result"))
 
@@ -101,6 +112,9 @@ class AsynchronousRounds:
         while self.queue.moment == now:
             event = self.queue.next()
             steps[event.kind](event, t, state)
+        for client in self.beginners:
+            self.began_in[client] = self.done // self.clients
+        self.beginners.clear()
 
     def _prepare(self, x: Adapters) -> None:
         """Allocate the jobs in flight."""
@@ -110,7 +124,7 @@ class AsynchronousRounds:
     def _job_done(self, event: ScheduledEvent, t: int, state: Any) -> None:
         client = event.client
         if client in self.outstanding:
-            self._compute(t, state)
+            self._compute(state)
         assert self.start is not None and self.result is not None
         self.mailboxes.end_job(client)
         row, mailbox = rows_of(state, client), self.mailboxes.mailbox(client)
@@ -146,6 +160,7 @@ class AsynchronousRounds:
         assert self.start is not None
         self.start.flat[client] = self.algorithm.model(state).flat[client]
         self.outstanding.add(client)
+        self.beginners.add(client)
         steps = self.learner.settings.local_steps
         self.queue.add(self.now + self.clock.compute(client, steps, self.now), DONE, client)
 
@@ -163,15 +178,15 @@ class AsynchronousRounds:
         self.sent_bytes += pushed.size * len(pushed.receivers)
         self.largest = max(self.largest, pushed.size)
 
-    def _compute(self, t: int, state: Any) -> None:
+    def _compute(self, state: Any) -> None:
         """Compute all outstanding jobs."""
         began = time.perf_counter()
         assert self.start is not None and self.result is not None
-        jobs, by_block = self.mailboxes.versions, {}
+        jobs, alike = self.mailboxes.versions, {}
         for client in sorted(self.outstanding):
-            by_block.setdefault(self.algorithm.active(jobs[client]), []).append(client)
+            alike.setdefault((self.began_in[client], self.algorithm.active(jobs[client])), []).append(client)
         free = self.algorithm.coordinates(state)
-        for blocks, places in by_block.items():
+        for (t, blocks), places in alike.items():
             with self.learner.round(t, jobs, places) as trained:
                 self.result.flat[places] = local_steps(self.learner, self.start, blocks, free).flat[places]
             self.losses[places] = trained.losses[places].to(self.losses)

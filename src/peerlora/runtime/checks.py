@@ -64,7 +64,7 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     if task_kind(config.task.kind).acts:
         check_policy(config, algorithm)
     check_wrappers(config, traits, topology)
-    if config.train.label_prior == "pooled":
+    if config.train.pooled:
         gossip_rounds(topology)
     warnings = (
         *_check_training(name, algorithm, config.train),

@@ -161,11 +161,11 @@ def assemble(
     )
 
 
-def class_weights(weights: Literal["none", "balanced"] | list[float], shards: Shards) -> ClassWeights:
+def class_weights(weights: Literal["none", "balanced", "pooled"] | list[float], shards: Shards) -> ClassWeights:
     """The class weights of clients by the labels that each learns from; raises DataError where they do not fit."""
     assert weights != "none"
     names = shards.data.classes
-    if weights != "balanced" and len(weights) != len(names):
+    if isinstance(weights, list) and len(weights) != len(names):
         raise DataError(
             f"train.class_weights lists {len(weights)} numbers, the data have {len(names)} labels "
             f"({', '.join(names)}); give one number per label, in this order"

@@ -9,6 +9,7 @@ from itertools import count
 
 from peerlora.config.run import RunConfig
 from peerlora.config.train import share_of
+from peerlora.errors import CompositionError
 from peerlora.runtime.plan import Plan, plan
 
 
@@ -26,12 +27,17 @@ def rounds_of(config: RunConfig, rows: int) -> int:
 
 
 def plan_rounds(planned: Plan, rows: int, clients: Sequence[int] | None) -> Plan:
-    """The plan with the rounds of ``train.epochs``, where it is given, for so many training rows."""
+    """The plan with the rounds of ``train.epochs``, where it is given, for so many training rows.
+
+    Raises CompositionError where other settings ask for more rounds than these are.
+    """
     config = planned.config
     if config.train.epochs is None:
         return planned
     rounds = rounds_of(config, rows)
     train = config.train.model_copy(update={"rounds": rounds, "epochs": None})
+    if flaw := train.contradiction():
+        raise CompositionError(f"train.epochs={config.train.epochs:g} of {rows:,} training rows: {flaw}")
     again = plan(config.model_copy(update={"train": train}), clients)
     note = f"train.epochs={config.train.epochs:g} of {rows:,} training rows: train.rounds={rounds}"
     return replace(again, notes=(note, *again.notes))

@@ -59,7 +59,7 @@ def plan(
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
     check_secure(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
-    notes = (*notes, *_prior_notes(config, topology), *secure_notes(config), *attack_notes(config, attacking))
+    notes = (*notes, *_pooling_notes(config, topology), *secure_notes(config), *attack_notes(config, attacking))
     return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
 
 
@@ -99,10 +99,10 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
     return clock
 
 
-def _prior_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
-    if config.train.label_prior != "pooled":
+def _pooling_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:
+    if config.train.pooled is None:
         return ()
     return (
-        f"train.label_prior=pooled: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
+        f"{config.train.pooled}: clients sum their label counts in {gossip_rounds(topology)} rounds of gossip "
         "before round 0; their bytes are counted in the first round",
     )

@@ -45,10 +45,10 @@ def check_privacy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ..
 def _check_losses(config: RunConfig, privacy: PrivacyConfig) -> None:
     """Refuse losses in which one row changes what others weigh, and what tells neighbours of labels."""
     train = config.train
-    if train.label_prior == "pooled":
+    if train.pooled:
         raise CompositionError(
-            "privacy and train.label_prior=pooled exclude each other: clients tell each other their label counts, "
-            "which no noise covers; use train.label_prior=none"
+            f"privacy and {train.pooled} exclude each other: clients tell each other their label counts, which no "
+            f"noise covers; use {train.pooled.removesuffix('pooled')}none"
         )
     if privacy.unit == "client":
         return

@@ -49,7 +49,7 @@ def _check_settings(config: RunConfig) -> None:
         "exchange.codec": (exchange.codec, "with a codec messages are differences, and no sum of them is a model"),
         "exchange.robust": (exchange.robust, "a robust rule has to see each of the neighbours"),
         "exchange.relay": (exchange.relay, "clients would pass on each other's adapters"),
-        "train.label_prior=pooled": (config.train.label_prior == "pooled", "label counts would cross openly"),
+        str(config.train.pooled): (config.train.pooled, "label counts would cross openly"),
     }
     for what, (given, reason) in hidden.items():
         if given:

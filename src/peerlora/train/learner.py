@@ -25,7 +25,7 @@ from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
 from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
 from peerlora.train.local_training import LocalTraining
 from peerlora.train.loss_rules import weigh_rows
-from peerlora.train.metrics import NEEDS_MARGINS, Predictions, class_margins, compute_metric, counts_by_name
+from peerlora.train.metrics import NEEDS_MARGINS, Predictions, compute_metric, counts_by_name, margins_of
 from peerlora.train.optim import Moments, step
 from peerlora.train.privacy import PrivateStep
 from peerlora.train.private_closure import PrivateClosure, noisy_gradients
@@ -220,7 +220,7 @@ class StackedLearner(LocalTraining):
             return Scores.join([self.evaluate(x.rows(tile), data, batch, metrics) for tile in tiles])
         if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        width, margins = outcomes_width(self.task, data), None
+        width, margins, target = outcomes_width(self.task, data), None, self.task.kind.target
         outcomes = np.zeros((x.clients, len(data), width))
         for clients, rows, logits, stacked in self._forward_all(x, data, batch):
             found = self.task.outcomes(logits, stacked)
@@ -228,13 +228,13 @@ class StackedLearner(LocalTraining):
             if any(name in NEEDS_MARGINS for name in metrics):
                 if margins is None:
                     margins = np.zeros((x.clients, len(data), logits.shape[1]))
-                margins[clients, rows] = class_margins(logits).view(-1, len(rows), logits.shape[1]).cpu().numpy()
+                found = margins_of(target, logits)
+                margins[clients, rows] = found.view(-1, len(rows), logits.shape[1]).cpu().numpy()
         scores = np.array([self.task.score(own, data.labels) for own in outcomes])
         predictions = [
             Predictions(own, data.labels, loss, None if margins is None else margins[i])
             for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
         ]
-        target = self.task.kind.target
         more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
         counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
         return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)

@@ -47,27 +47,36 @@ class ClassWeights:
     """Multiplies the loss of every row by the weight of its class, scaled so that a client's rows weigh 1 on average.
 
     Over all of a client's rows that is the loss of torch's ``CrossEntropyLoss(weight)``.  A minibatch is not divided by
-    the weights of the rows that it happens to hold, so its expectation is that loss, whatever its size.
-    ``counts``: each client's rows by label; ``weights``: one number per label, or "balanced".
+    the weights of the rows that it happens to hold, so its expectation is that loss, whatever its size.  With "pooled"
+    weights, which a class has in common at all clients, it is the rows of all clients that weigh 1 on average: the mean
+    of the clients' losses, each by its rows, is the balanced loss of all rows in one place.
+    ``counts``: each client's rows by label; ``weights``: one number per label, "balanced" or "pooled".
     """
 
-    def __init__(self, counts: Int[np.ndarray, "client label"], weights: Literal["balanced"] | Sequence[float]):
-        own = torch.from_numpy(counts).double()
-        given = balanced_weights(own) if weights == "balanced" else torch.tensor(weights, dtype=torch.float64)
-        self.weights = given * own.sum(1, keepdim=True) / (given * own).sum(1, keepdim=True)
+    def __init__(
+        self, counts: Int[np.ndarray, "client label"], weights: Literal["balanced", "pooled"] | Sequence[float]
+    ):
+        self.counts = own = torch.from_numpy(counts).double()
+        self.weights: Float[Tensor, "client label"] | None = None
+        if weights != "pooled":
+            given = balanced_weights(own) if weights == "balanced" else torch.tensor(weights, dtype=torch.float64)
+            self.weights = given * own.sum(1, keepdim=True) / (given * own).sum(1, keepdim=True)
 
     def agree(self, sum_of: Callable[[Tensor], Tensor]) -> None:
-        """Need nothing: a client's weights follow from its own rows."""
+        """Before round 0, for pooled weights; ``sum_of`` adds up a [client, ...] tensor over the whole network."""
+        if self.weights is None:
+            self.weights = balanced_weights(sum_of(self.counts))
 
     def __call__(self, logits: Tensor, batch: Batch, clients: ClientRows) -> tuple[Tensor, Batch]:
         """Each client's weights on each of its rows."""
+        assert self.weights is not None, "agree() comes first"
         labels = batch.labels.view(len(clients), -1)
         of_rows = self.weights[clients].to(batch.weights).gather(1, labels)
         return logits, replace(batch, weights=batch.weights * of_rows)
 
 
 def balanced_weights(counts: Float[Tensor, "client label"]) -> Float[Tensor, "client label"]:
-    """``n / (k n_c)``: of n rows with k classes n_c have class c; 0 for a class that a client lacks.
+    """``n / (k n_c)``: of n rows with k classes n_c have class c; 0 for a class without rows.
 
     Source: King and Zeng 2001, Logistic regression in rare events data; scikit-learn's ``class_weight="balanced"``.
     """

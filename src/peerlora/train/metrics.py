@@ -33,7 +33,7 @@ class Predictions:
     loss: float
     """Mean loss, as the task takes it."""
     margins: Float[np.ndarray, "row label"] | None = None
-    """What `class_margins` gives, where a metric needs it."""
+    """What `margins_of` gives, where a metric needs it."""
 
     @property
     def predicted(self) -> Float[np.ndarray, " row"]:
@@ -53,6 +53,11 @@ def class_margins(logits: Float[Tensor, "row label"]) -> Float[Tensor, "row labe
     margins = z - z.logsumexp(1, keepdim=True) - torch.log1p(-z.softmax(1).clamp(max=0.5))
     others = z.scatter(1, largest, -math.inf).logsumexp(1, keepdim=True)
     return margins.scatter(1, largest, z.gather(1, largest) - others)
+
+
+def margins_of(target: Target, logits: Float[Tensor, "row label"]) -> Float[Tensor, "row label"]:
+    """Log odds in float64 that rows have a class or a label: of labels, each judged by itself, the logits."""
+    return class_margins(logits) if target == "class" else logits.double()
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, "label label"]:
@@ -125,16 +130,17 @@ def matthews(counts: Int[np.ndarray, "label label"]) -> float:
 def auroc(found: Predictions) -> float:
     """Area under the ROC curve: how often a row of a class has larger odds of it than another row; ties are half.
 
-    Of two classes, that of the second; of more, the mean over classes against the rest, of those that some rows have
-    and some have not.  NaN where all rows have one class.
+    Of two classes, that of the second; of more, or of labels, the mean over these, each against the rest, of those that
+    some rows have and some have not.  NaN where there is none.
     Source: Hanley and McNeil 1982 (by ranks, Mann and Whitney 1947); Provost and Domingos 2000 (one against the rest).
     """
     from scipy.stats import rankdata
 
     assert found.margins is not None
     classes, areas = found.margins.shape[1], []
-    for label in range(1, 2) if classes == 2 else range(classes):
-        inside = found.labels == label
+    one_each = found.labels.ndim == 1
+    for label in range(1, 2) if one_each and classes == 2 else range(classes):
+        inside = found.labels == label if one_each else found.labels[:, label] > 0
         own, others = int(inside.sum()), int((~inside).sum())
         if own and others:
             above = rankdata(found.margins[:, label])[inside].sum() - own * (own + 1) / 2
@@ -197,6 +203,7 @@ _COMPUTE: Mapping[Target, Mapping[str, Callable[[Predictions], float]]] = {
     "labels": {
         "micro-f1": lambda found: pooled_f1(_COUNTS["labels"](found)),
         "macro-f1": lambda found: mean_f1(_COUNTS["labels"](found)),
+        "auroc": auroc,
     },
     "tokens": _OF_TEXT,
     "text": _OF_TEXT,
@@ -220,12 +227,16 @@ def compute_metric(name: str, target: Target, found: Predictions) -> float:
 
 
 def absent_classes(metrics: Sequence[str], rows: Dataset, what: str = "evaluation row") -> tuple[str, ...]:
-    """Warn where evaluation rows lack a class over which a metric averages; ``what``: one of these rows."""
-    lacking = [name for label, name in enumerate(rows.classes) if not (rows.labels == label).any()]
+    """Warn where evaluation rows lack a class, or a label, over which a metric averages; ``what``: one of these."""
+    several = rows.labels.ndim == 2
+    names = rows.names if several else rows.classes
+    there = rows.labels.any(0) if several else np.isin(np.arange(len(names)), rows.labels)
+    lacking = [name for name, found in zip(names, there, strict=True) if not found]
     out = [name for name in metrics if name in _OF_ROWS]
     zero = [name for name in metrics if name in _OF_ROWS_AND_PREDICTIONS]
     if not lacking or not out + zero:
         return ()
     left_out = f"; left out of: {', '.join(out)}" if out else ""
     counted = f"; 0 in {', '.join(zero)} where a row is taken for it" if zero else ""
-    return (f"no {what} is of class {', '.join(lacking)}{left_out}{counted}",)
+    has = "has label" if several else "is of class"
+    return (f"no {what} {has} {', '.join(lacking)}{left_out}{counted}",)

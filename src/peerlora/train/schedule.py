@@ -35,7 +35,7 @@ def rate_factor(settings: TrainConfig, t: int) -> float:
     if settings.schedule == "constant" and not settings.warmup:
         return 1.0
     rounds = settings.training_rounds
-    rising = share_of(settings.warmup, rounds)
+    rising = settings.warmup_rounds
     if t < rising:
         return (t + 1) / (rising + 1)
     left, falling = max(rounds - t, 0), rounds - rising

@@ -9,6 +9,7 @@ from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, requirement
 from peerlora.algorithms.compatibility import cache_settings, passes_on
 from peerlora.config.run import RunConfig
+from peerlora.config.train import NOT_POOLED
 from peerlora.errors import CompositionError
 from peerlora.runs.events import Warned
 from peerlora.runtime.peer import label_counts
@@ -81,10 +82,10 @@ def _check_config(config: RunConfig, site: Site, sums_known: bool) -> None:
             "cluster=null"
         )
     algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
-    if is_asynchronous(algorithm) and config.train.label_prior == "pooled":
+    if is_asynchronous(algorithm) and config.train.pooled:
         raise CompositionError(
-            "train.label_prior=pooled sums label counts in rounds that real peers have in common, and "
-            f"{config.algorithm.name} has none; use train.label_prior=uniform, or a method with rounds: dec-lora"
+            f"{config.train.pooled} sums label counts in rounds that real peers have in common, and "
+            f"{config.algorithm.name} has none; use {NOT_POOLED}, or a method with rounds: dec-lora"
         )
     if config.adversary:
         raise CompositionError(
@@ -92,11 +93,11 @@ def _check_config(config: RunConfig, site: Site, sums_known: bool) -> None:
             "(exchange.robust works between real peers)"
         )
     listed = sum(number < config.clients for number in site.names)
-    if config.train.label_prior == "pooled" and listed < config.clients and not sums_known:
+    if config.train.pooled and listed < config.clients and not sums_known:
         raise CompositionError(
-            f"with train.label_prior=pooled real peers sum label counts over all of clients={config.clients} before "
+            f"with {config.train.pooled} real peers sum label counts over all of clients={config.clients} before "
             f"round 0, and the member list has {listed} of them; set clients={listed} with numbers 0 to {listed - 1}, "
-            "or use train.label_prior=uniform"
+            f"or use {NOT_POOLED}"
         )
 
 

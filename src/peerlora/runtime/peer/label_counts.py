@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from peerlora.config.train import NOT_POOLED, POOLED
 from peerlora.errors import NotNow, RunError
 from peerlora.exchange.gossip_sum import LARGEST, network_sum
 from peerlora.exchange.schema import Schema
@@ -123,8 +124,8 @@ def require_all(control: PeerControl, thread: EventLoopThread, join: float) -> l
     ]
     if missing:
         raise NotNow(
-            f"train.label_prior=pooled sums label counts over the network before round 0, and {', '.join(missing)} "
-            "does not take part; start all sites within peer.join seconds of each other, or use label_prior=uniform"
+            f"label counts are summed over the network before round 0 ({POOLED}), and {', '.join(missing)} does not "
+            f"take part; start all sites within peer.join seconds of each other, or use {NOT_POOLED}"
         )
     return sorted(peer for peer, step in control.endpoint.peers.last_step.items() if step.round >= 0)
 

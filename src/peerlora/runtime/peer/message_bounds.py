@@ -18,8 +18,8 @@ def largest_message(federation: Federation, sends: Schema) -> int:
         found = [federation.exchange.wire_schema(sends)]
     if federation.config.exchange.codec or federation.algorithm.traits.sends == "replicas":
         found.append(replica_schema(x.spec.shared.stop, x.flat.dtype))  # in place of a difference
-    if federation.config.train.label_prior == "pooled":
-        assert isinstance(federation.partition, Partition), "label priors need labels"
+    if federation.config.train.pooled:
+        assert isinstance(federation.partition, Partition), "label counts need labels"
         found.append(sum_schema(federation.partition.counts.shape[1], federation.topology))
     return max(largest_body(each) for each in found)
 

@@ -89,7 +89,7 @@ class SynchronousPeer(PeerParticipation):
         self._events: list[Event] = []
 
     def __enter__(self) -> Self:
-        if self.config.train.label_prior == "pooled" and self.label_counts.total is None:
+        if self.config.train.pooled and self.label_counts.total is None:
             first = -gossip_rounds(self.exchange.topology)
             self.protocol.endpoint.start_at(first)  # neighbours hear from the first handshake on which round this is
         return super().__enter__()
