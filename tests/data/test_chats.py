@@ -357,8 +357,8 @@ def test_parquet_of_messages_is_read_as_jsonl_is(models, tmp_path, chats):
     ("data", "told"),
     [
         ({"columns": {"prompt": "p", "completion": "a"}}, "has no column 'p' for data.columns"),
-        ({"columns": {"prompt": "q", "completion": "a.b"}}, "data.columns=a.b: there is no field 'b' in large_string"),
-        ({"columns": {"prompt": "q", "completion": "c.b"}}, "has no column 'c' for data.columns"),
+        ({"columns": {"prompt": "q", "completion": "a.b"}}, "field 'b' for data.columns=a.b: it holds large_string"),
+        ({"columns": {"prompt": "q", "completion": "c.b"}}, "has no column 'c.b' for data.columns"),
         ({}, "has no columns for task.kind=chat; expected messages; or instruction and output (and perhaps input, "),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from peerlora.data.row_names import row_name
 from peerlora.errors import DataError
 
 Chat = list[dict[str, str]]
@@ -30,7 +31,7 @@ def read_chats(columns: Mapping[str, pa.ChunkedArray], chosen: np.ndarray, sourc
     build = _of_messages if "messages" in cells else _of_texts
     rows = zip(*cells.values(), strict=True)
     return [
-        build(dict(zip(cells, row, strict=True)), f"{source}: row {number + 1}")
+        build(dict(zip(cells, row, strict=True)), f"{source}: {row_name(source, number)}")
         for number, row in zip(chosen.tolist(), rows, strict=True)
     ]
 

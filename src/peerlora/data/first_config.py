@@ -11,9 +11,10 @@ from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
 from peerlora.config.template import template_lines
 from peerlora.config.train import TrainConfig
-from peerlora.data.columns import Columns
+from peerlora.data.columns import Columns, with_fields
 from peerlora.data.files import has_header_line, name_folder, read_table
 from peerlora.data.guess import Guess, guess_columns
+from peerlora.data.image_files import is_image_column
 from peerlora.data.row_forms import refuse_missing_header
 from peerlora.errors import ConfigError
 from peerlora.files import write_atomically
@@ -68,7 +69,7 @@ def write_template(
     if to.exists():
         raise ConfigError(f"--to {to} exists already; give another --to, or remove it first")
     train = name_folder(train)
-    table = read_table(train)
+    table = with_fields(read_table(train), whole=is_image_column)
     if has_header_line(train):
         refuse_missing_header(table, train)
     guess = guess_columns(table, train, label, text or ())

@@ -45,8 +45,8 @@ LABELS = (
     "y",
 )
 ASIDE = re.compile(  # columns about rows, which are labels only where there is no other
-    r"(^|_)(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
-    r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|_)"
+    r"(^|[_.])(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
+    r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|[_.])"
 )
 FLAGS = ({"yes", "no"}, {"true", "false"}, {"y", "n"}, {"t", "f"})
 NO_LABEL = "none"
@@ -104,8 +104,9 @@ def plain_names(table: pa.Table) -> list[str]:
 
 
 def _by_usual_name(table: pa.Table) -> list[str]:
-    """Columns with a label's usual name and values that can be labels, the most usual name first."""
-    by_name = {name.lower(): name for name in reversed(plain_names(table))}
+    """Columns, or fields of one, with a label's usual name and values that can be labels; the most usual name first."""
+    names = plain_names(table)[::-1]
+    by_name = {name.rpartition(".")[2].lower(): name for name in names} | {name.lower(): name for name in names}
     found = [by_name[word] for word in LABELS if word in by_name]
     return [name for name in found if _could_be_label(table, name)]
 
