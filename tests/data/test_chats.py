@@ -418,7 +418,7 @@ def test_parquet_of_messages_is_read_as_jsonl_is(models, tmp_path, chats):
         ({"columns": {"prompt": "q", "completion": "c.b"}}, "has no column 'c.b' for data.columns"),
         (
             {},
-            "has no columns for task.kind=chat; expected messages (and perhaps system); or instruction and output (and ",
+            "has no columns for task.kind=chat; expected messages (and perhaps system); or instruction and output",
         ),
     ],
 )

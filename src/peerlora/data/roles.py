@@ -34,11 +34,7 @@ def read_roles(
     table = read_table(source, split)
     found = find_roles(table.column_names, kind.forms)
     if found is None:
-        wanted = "; or ".join(str(form) for form in kind.forms)
-        raise DataError(
-            f"{source}: has no columns for task.kind={kind.name}; expected {wanted}; its columns are "
-            f"{shown(table.column_names)}; name yours in data.columns, e.g. {_example(kind.forms[-1])}"
-        )
+        raise DataError(f"{source}: {no_columns(table.column_names, kind)}")
     try:
         table = select_columns(table, Columns(label=label, roles=tuple(found.values()), owner=owner))
     except Unreadable as error:
@@ -59,6 +55,15 @@ def find_roles(names: Sequence[str], forms: Sequence[Form]) -> dict[str, str] | 
         if form.fits(found):
             return found
     return None
+
+
+def no_columns(names: Sequence[str], kind: TaskKind) -> str:
+    """What to say where a table of these columns has none for a kind of task."""
+    wanted = "; or ".join(str(form) for form in kind.forms)
+    return (
+        f"has no columns for task.kind={kind.name}; expected {wanted}; its columns are {shown(names)}; name yours in "
+        f"data.columns, e.g. {_example(kind.forms[-1])}"
+    )
 
 
 def _example(form: Form) -> str:
