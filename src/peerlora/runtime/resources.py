@@ -21,7 +21,7 @@ from peerlora.lora.adapters import AdapterSpec
 from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
 from peerlora.lora.base_models import Base, Storage, load_base, locate_base
-from peerlora.lora.base_weights import within
+from peerlora.lora.base_weights import quantised_form, within
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
@@ -268,6 +268,12 @@ def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Princip
     """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
     if config.adapter.init not in PRINCIPAL:
         return None, {}
+    if form := quantised_form(base.model):
+        raise ModelError(
+            f"adapter.init={config.adapter.init} takes directions out of the base's weights, which must be in full "
+            f"precision, and {form} (model.source={config.model.source!r}); give the base that it was made from, or "
+            "adapter.init=default"
+        )
     for layer in targets.layers:
         if other := tied_to(base.model, layer.name):
             raise ModelError(
