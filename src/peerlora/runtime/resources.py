@@ -195,7 +195,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
     base, targets = prepared.base, prepared.targets
     of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
-    of_tokens += check_answers(config, base, resources.eval_data)
+    of_tokens += check_answers(config, base, resources.eval_data, tokenizer)
     check_ranks(config, targets)
     model = StackedModel(
         base.model,
