@@ -44,6 +44,8 @@ def test_every_example_is_tested_and_short():
         "own_data",
         "chat_smollm2",
         "tag_words",
+        "several_labels",
+        "summaries",
         "image_classification",
         "own_method",
         "own_task",
@@ -171,6 +173,24 @@ def test_words_are_tagged_by_clients_and_by_peft(run, tagged, models):
     trained = [value for name, value in tuned.named_parameters() if "lora_B" in name]
     assert trained and all(value.abs().max() > 0 for value in trained)
     assert yaml.safe_load((out / "adapters" / "client-03" / "labels.json").read_text()) is not None
+
+
+def test_an_encoder_decoder_learns_to_write(run, pairs):
+    words = ["algorithm.interval=1", "train.rounds=20", "train.local_steps=3", "train.lr=0.02", "eval.every=20"]
+    out, printed = run("summaries", *words, model="t5", rows=pairs)
+    before, after = map(float, re.findall(r"\d+\.\d+", printed.splitlines()[0]))
+    assert after < before - 0.1
+    first, *_, last = [event for event in read_events(out) if type(event).__name__ == "Evaluated"]
+    assert (before, after) == (pytest.approx(first.averaged, abs=1e-3), pytest.approx(last.averaged, abs=1e-3))
+    assert {path.name for path in (out / "adapters").glob("*/")} >= {"average", "client-03"}
+
+
+def test_texts_may_have_several_labels(run):
+    words = ["data.label=several", "algorithm.interval=1", "train.rounds=20", "train.lr=0.02", "eval.every=20"]
+    out, printed = run("several_labels", *words)
+    assert printed.startswith("labels class0, class1, class2; micro-f1: mean client ")
+    first, *_, last = [event for event in read_events(out) if type(event).__name__ == "Evaluated"]
+    assert last.averaged_loss < first.averaged_loss - 0.05
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")

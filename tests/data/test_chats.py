@@ -252,6 +252,7 @@ def chats_of(**columns):
 
 
 ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+PART = {"type": "text", "text": "x"}  # of content, as OpenAI has it
 WITH_SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
 
 
@@ -272,6 +273,18 @@ WITH_SYSTEM = [{"role": "system", "content": "s"}, *ASKED]
             {"instruction": ["a"], "context": ["x"], "response": ["b"]},
             [{"role": "user", "content": "a\n\nx"}, ASKED[1]],
         ),
+        ({"conversations": [ASKED], "system": ["s"]}, WITH_SYSTEM),
+        ({"messages": [WITH_SYSTEM], "system": ["other"]}, WITH_SYSTEM),
+        ({"messages": [ASKED], "system": [" "]}, ASKED),
+        ({"instruction": ["a"], "output": ["b"], "history": [[["c", "d"]]]}, [*turns("c", "d"), *ASKED]),
+        (
+            {"instruction": ["a"], "output": ["b"], "input": ["x"], "system": ["s"], "history": [[["c", "d"]] * 2]},
+            [WITH_SYSTEM[0], *turns("c", "d") * 2, *turns("a\n\nx", "b")],
+        ),
+        ({"instruction": ["a"], "output": ["b"], "history": [[]]}, ASKED),
+        ({"prompt": [ASKED[:1]], "completion": [ASKED[1:]]}, ASKED),
+        ({"prompt": [WITH_SYSTEM + ASKED[:1]], "completion": ["b"]}, [*WITH_SYSTEM, *ASKED]),
+        ({"messages": [[{"role": "user", "content": [PART, PART | {"text": "y"}]}]]}, turns("xy")),
     ],
 )
 def test_rows_in_every_spelling_become_turns(columns, expected):
@@ -311,6 +324,28 @@ def message(**fields):
         ({"prompt": ["a", "a"], "completion": ["b", ""]}, "row 2: completion is empty; expected text; fill or remove"),
         ({"prompt": [7], "completion": ["b"]}, "row 1: prompt is a int; expected text"),
         ({"instruction": ["a"], "input": [["x"]], "output": ["b"]}, "row 1: input is a list; expected text"),
+        ({"instruction": [ASKED], "output": ["b"]}, "row 1: instruction is a list; expected text"),
+        ({"messages": [ASKED], "system": [3]}, "row 1: system is a int; expected text"),
+        ({"prompt": [ASKED[:1], []], "completion": [ASKED[1:]] * 2}, "row 2, prompt: prompt is empty; expected turns"),
+        ({"prompt": [ASKED[:1]], "completion": [message(role="x")[1]]}, "row 1, completion, turn 2: role 'x' is"),
+        ({"prompt": [ASKED[1:]], "completion": ["b"]}, "row 1: begins with an assistant's turn"),
+        (
+            {"instruction": ["a"], "output": ["b"], "history": [[["c"]]]},
+            "row 1: history is no list of pairs; expected [[question, answer], ...]",
+        ),
+        (
+            {"instruction": ["a"], "output": ["b"], "history": [[["c", "d"], ["e", ""]]]},
+            "row 1: answer 2 of history is empty; expected text",
+        ),
+        (
+            {"messages": [[{"role": "user", "content": [PART, PART | {"type": "image_url"}]}]]},
+            "row 1, turn 1: part 2 of content is of type 'image_url'; only parts of type 'text' are read",
+        ),
+        ({"messages": [[{"role": "user", "content": ["a"]}]]}, "row 1, turn 1: part 1 of content is a str; only parts"),
+        (
+            {"messages": message(role="function_call")},
+            "row 2, turn 2: role 'function_call' is of calls of functions, which each model spells otherwise",
+        ),
     ],
 )
 def test_bad_rows_are_named(columns, told):
@@ -337,6 +372,28 @@ def write(folder, rows, name="rows.jsonl"):
     return path
 
 
+ALPACA = {"instruction": "What now", "output": "Nothing", "history": [["Hi there", "Hello you"]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"messages": TALK, "system": "Hi"}, [{"role": "system", "content": "Hi"}, *TALK]),
+        (ALPACA, TALK),
+        ({"prompt": TALK[:3], "completion": TALK[3:]}, TALK),
+    ],
+)
+def test_systems_histories_and_lists_of_turns_are_learned_token_by_token(tokenizer, tmp_path, row, chat):
+    tree = {"train": str(write(tmp_path, [row] * 2)), "max_length": 100, "template": "chatml", "eval": None}
+    config = load_config({"task": {"kind": "chat"}, "partition": "iid", "data": tree})
+    train, _ = load_datasets(config, tokenizer, None)
+    expected = MASKS["chatml"].split("·")
+    if len(chat) > len(TALK):
+        expected = "(<|im_start|>)·(sy)·(stem)·(\n)·(H)·(i)·(<|im_end|>)·(\n)".split("·") + expected
+    assert marked(tokenizer, train) == expected
+    assert train.ids.tolist() == tokenised(tokenizer, chat).ids.tolist()
+
+
 def test_columns_are_named_by_role_also_inside_objects(models, tmp_path):
     rows = [{"q": f"w{i}", "all": {"of": {"it": f"w{i + 1} w{i + 2}"}}} for i in range(10)]
     train, _ = load(models, write(tmp_path, rows), columns={"prompt": "q", "completion": "all.of.it"})
@@ -357,9 +414,12 @@ def test_parquet_of_messages_is_read_as_jsonl_is(models, tmp_path, chats):
     ("data", "told"),
     [
         ({"columns": {"prompt": "p", "completion": "a"}}, "has no column 'p' for data.columns"),
-        ({"columns": {"prompt": "q", "completion": "a.b"}}, "data.columns=a.b: there is no field 'b' in large_string"),
-        ({"columns": {"prompt": "q", "completion": "c.b"}}, "has no column 'c' for data.columns"),
-        ({}, "has no columns for task.kind=chat; expected messages; or instruction and output (and perhaps input, "),
+        ({"columns": {"prompt": "q", "completion": "a.b"}}, "field 'b' for data.columns=a.b: it holds large_string"),
+        ({"columns": {"prompt": "q", "completion": "c.b"}}, "has no column 'c.b' for data.columns"),
+        (
+            {},
+            "has no columns for task.kind=chat; expected messages (and perhaps system); or instruction and output",
+        ),
     ],
 )
 def test_missing_columns_are_refused(models, tmp_path, data, told):

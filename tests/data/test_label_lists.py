@@ -53,8 +53,15 @@ def test_bad_lists_are_named(models, tmp_path, lists, told):
 
 
 def test_a_label_that_training_rows_lack_is_refused(models, tmp_path):
-    with pytest.raises(DataError, match="eval.jsonl: label 'z' is not among the training labels"):
-        load(models, tmp_path, [["a"], ["b"]], evaluation=[["z"]])
+    with pytest.raises(DataError, match="eval.jsonl: row 4, place 3: label 'z' is not among the training labels"):
+        load(models, tmp_path, [["a"], ["b"]], evaluation=[["a", "b"], [], ["a"], ["a", "b", "z"], ["z"]])
+
+
+def test_numbers_are_told_with_row_and_place(models, tmp_path):
+    with pytest.raises(DataError, match=re.escape("row 3, place 2: label 3 is out of range; task.labels has 3 names")):
+        load(models, tmp_path, [[2, 0], [], [1, 3]], "task.labels=[x, y, z]")
+    with pytest.raises(DataError, match=re.escape("row 2, place 1 holds 0.5, which is not a class")):
+        load(models, tmp_path, [[2, 0], [0.5]])
 
 
 @pytest.mark.parametrize(

@@ -291,8 +291,8 @@ def test_100_000_class_names_are_no_trouble(files, plain):
     ("train", "evaluation", "settings", "words"),
     [
         (["spam", "ham"], ["spaam"], {}, r"label 'spaam' is not among the training labels \(did you mean 'spam'\?\)"),
-        (["spam", "hat"], ["spam"], {"labels": ["ham", "spam"]}, "label 'hat' is not among task.labels"),
-        ([0, 2], [0], {"labels": ["no", "yes"]}, "label 2 is out of range; .* expected 0 to 1"),
+        (["spam", "hat"], ["spam"], {"labels": ["ham", "spam"]}, "row 2: label 'hat' is not among task.labels"),
+        ([0, 2], [0], {"labels": ["no", "yes"]}, "row 2: label 2 is out of range; .* expected 0 to 1"),
         ([0, 1], [-1], {"labels": ["no", "yes"]}, "label -1 is out of range"),
         (["x", "y"], [0], {}, "label '0' is not among the training labels"),
         # Training labels are words, so nobody has said what a number of another file means.
@@ -312,7 +312,7 @@ def test_100_000_class_names_are_no_trouble(files, plain):
         ([0.5, 1.0], [1.0], {}, "holds 0.5, .* use task.kind=regression"),
         (["x", None, None], ["x"], {}, "2 of 3 rows have no label, the first is row 2"),
         ([1.0, float("nan")], [1.0], {}, "1 of 2 rows have no label, the first is row 2"),
-        ([1.0, float("inf")], [1.0], {}, "holds inf, which is not a class"),
+        ([1.0, float("inf")], [1.0], {}, "row 2 holds inf, which is not a class"),
         ([["x"], ["y"]], [["x"]], {}, "expected one word or whole number per row"),
         ([b"x", b"y"], [b"x"], {}, "holds binary; expected one word or whole number per row"),
         (["x", "y"], ["x"], {"task": "regression"}, "row 1 holds 'x', regression needs numbers"),

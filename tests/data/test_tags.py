@@ -114,9 +114,25 @@ def test_bad_rows_are_named(models, tmp_path, row, told):
 
 def test_a_tag_that_training_rows_lack_is_refused(models, tmp_path):
     train = write(tmp_path, [GOOD] * 4)
-    other = write(tmp_path, [{"tokens": ["w1"], "tags": ["B-Y"]}], "eval.jsonl")
-    with pytest.raises(DataError, match="eval.jsonl: label 'B-Y' is not among the training labels"):
+    rows = [GOOD, {"tokens": ["w1", "w2", "w3"], "tags": ["O", "O", "O"]}, {"tokens": ["w1"] * 2, "tags": ["O", "B-Y"]}]
+    other = write(tmp_path, rows, "eval.jsonl")
+    with pytest.raises(DataError, match="eval.jsonl: row 3, place 2: label 'B-Y' is not among the training labels"):
         load(models, train, f"data.eval={other}")
+
+
+@pytest.mark.parametrize(
+    ("tags", "told"),
+    [
+        ([[0, 1], [1, 0], [0, -1]], "row 3: token 2 has no tag (-1)"),
+        ([[0, 1], [1, 0], [0, 7]], "row 3, place 2: label 7 is out of range; the file has 2 names"),
+    ],
+)
+def test_numbers_without_a_name_are_told_with_row_and_place(models, tmp_path, tags, told):
+    table = pa.Table.from_pylist([{"tokens": ["w1", "w2"], "tags": own} for own in tags])
+    note = {"info": {"features": {"tags": [{"names": ["O", "B-PER"], "_type": "ClassLabel"}]}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(note)}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=re.escape(told)):
+        load(models, tmp_path / "rows.parquet")
 
 
 def test_one_tag_is_too_few(models, tmp_path):

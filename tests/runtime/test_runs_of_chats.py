@@ -1,9 +1,11 @@
 """Runs of chats, tags and several labels from the files to the report: answers, resume, scores by label."""
 
+import json
+
 import pytest
 import torch
 
-from peerlora.errors import Stopped
+from peerlora.errors import ConfigError, Stopped
 from peerlora.runs.events import Evaluated, Generated, RunStarted
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
@@ -35,6 +37,30 @@ def test_models_learn_the_answers_and_write_them_beside_the_expected_ones(chat_c
     assert set(told.scores["own"]) == {"exact-match", "rouge-l"}
     page = (result.run / "report.html").read_text()
     assert "<h2>Answers</h2>" in page and "client 2: exact-match" in page and told.answers[0]["expected"] in page
+
+
+@pytest.mark.parametrize("way", ["cut-right", "cut-left"])
+def test_rows_whose_answer_was_cut_are_not_asked(chat_config, tmp_path, way):
+    words = ["data.max_length=10", "data.holdout=0.5", f"data.too_long={way}", "train.rounds=1"]
+    result = simulate(chat_config(*words, "eval.generate={rows: 50, max_new_tokens: 2}"), tmp_path / "run")
+    (started,), (told,) = (select_events(read_events(result.run), kind) for kind in (RunStarted, Generated))
+    assert told.answers
+    for row in told.answers:  # a question of which enough is left to be compared
+        question = row["prompt"].removesuffix(" w39").split("w38 ")[-1].split()
+        assert row["expected"].split()[::-1][-len(question) :] == question
+    if way == "cut-right":
+        assert told.cut > 0 and any(f"of {told.cut} of " in each for each in started.warnings)
+        assert f"{told.cut} rows were not asked" in (result.run / "report.html").read_text()
+
+
+def test_a_run_whose_answers_are_all_cut_is_refused(chat_config, tmp_path):
+    row = json.dumps({"prompt": "w1", "completion": "w2 w3 w4 w5 w6"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([row] * 20))
+    words = [f"data.train={tmp_path}/rows.jsonl", "data.max_length=7", "eval.generate={rows: 2, max_new_tokens: 2}"]
+    told = "of 2 of 2 evaluation rows the answer is cut at data.max_length=7, so none has one to compare with"
+    with pytest.raises(ConfigError, match=told):
+        simulate(chat_config(*words), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_the_setting_nobody_answers(chat_config, tmp_path):

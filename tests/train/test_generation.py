@@ -8,12 +8,14 @@ from peerlora.data.batches import collate
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.runtime.compose import compose
 from peerlora.train.generation import (
+    drawn_rows,
     exact_match,
     greedy_answers,
     ignores_left_padding,
     last_answer,
     room_behind,
     rouge_l,
+    whole_answers,
 )
 
 
@@ -47,6 +49,29 @@ def test_the_last_answer_and_what_stands_before_it():
     rows = Dataset(ids, np.array([0, 8, 12]), None, np.zeros(2, np.int64), (), targets=targets)
     assert [part.tolist() for part in last_answer(rows, 0)] == [[10, 11, 12, 13, 14], [15, 16]]
     assert [part.tolist() for part in last_answer(rows, 1)] == [[18], [19, 20, 21]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "learned", "is_whole"),
+    [
+        ([5, 6, 7, 8, 9, 2], [0, 0, 0, 1, 1, 1], True),  # the answer ends with an end of turn
+        ([5, 6, 7, 8, 2, 4], [0, 0, 0, 1, 1, 0], True),
+        ([5, 6, 7, 8, 9, 9], [0, 0, 0, 1, 1, 1], False),
+        ([5, 6, 7, 2, 4, 9], [0, 0, 1, 1, 0, 1], False),
+        ([5, 6, 7, 8, 2, 4], [0, 1, 1, 1, 1, 0], False),  # its beginning was cut off
+        ([5, 6, 7, 8, 9], [0, 0, 0, 1, 1], True),  # shorter than the limit, so nothing was cut
+    ],
+)
+def test_answers_that_were_cut_are_found(ids, learned, is_whole):
+    row = np.array(ids, dtype=np.int32)
+    targets = np.where(learned, row, UNLEARNED).astype(np.int32)
+    data = Dataset(row, np.array([0, len(ids)]), None, np.zeros(1, np.int64), (), targets=targets)
+    assert whole_answers(data, 6, [2, 3]).tolist() == ([0] if is_whole else [])
+
+
+def test_only_given_rows_are_drawn():
+    assert drawn_rows(np.array([2, 5, 9]), 8, 0) == [2, 5, 9]
+    assert set(drawn_rows(np.arange(10, 40), 5, 0)) < set(range(10, 40))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def check_merges(name: str, algorithm: Algorithm[Any], topology: Topology, round
     into = algorithm.traits.merges_into
     if into is None:
         return
-    quantised = _quantised(base)
+    quantised = quantised_form(base)
     if into == "base" and quantised:
         raise CompositionError(
             f"{name} merges into the base, and {quantised}; merging needs weights of full precision: load the base "
@@ -58,10 +58,3 @@ def _scalars(x: Adapters, columns: int) -> int:
     """Of one client: low-rank while that is smaller than dense."""
     layers = x.spec.layers
     return sum(min(columns * (layer.d_in + layer.d_out), layer.d_in * layer.d_out) for layer in layers)
-
-
-def _quantised(base: nn.Module) -> str | None:
-    if getattr(getattr(base, "config", None), "quantization_config", None):
-        return "this one is quantised"
-    kinds = {parameter.dtype for parameter in base.parameters() if not parameter.is_floating_point()}
-    return f"this one has weights in {', '.join(sorted(map(str, kinds)))}" if kinds else None

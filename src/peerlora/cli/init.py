@@ -32,6 +32,9 @@ def command(
         list[str] | None, typer.Option("--text", help="a column of text; twice for pairs; default: guessed")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="the base model, as in model.source")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="what is learned, as in task.kind, e.g. chat; default: guessed")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="write out a recipe's settings: sparse, for clients that meet rarely"),
@@ -41,7 +44,7 @@ def command(
     """Look at a data file and write a commented config for it."""
     from peerlora.data.first_config import write_template
 
-    first = write_template(train, to, label, list(chosen_texts(text)), model, recipe)
+    first = write_template(train, to, label, list(chosen_texts(text)), model, recipe, task)
     guess = first.guess
     if json:
         print_json({**asdict(guess), "epochs": first.epochs, "to": str(to)})
@@ -50,9 +53,8 @@ def command(
         columns = ", ".join(f"{role} {name}" for role, name in guess.columns.items())
         print(f"wrote {to}: {columns}; {guess.kind}")
         if guess.label is None:
-            print(
-                f"{guess.kind}: {guess.reason}; --text NAME trains on all tokens of a column, --label NAME classifies"
-            )
+            others = "--text NAME trains on all tokens of a column, --label NAME classifies, --task KIND does another"
+            print(f"{guess.kind}: {guess.reason}; {others}")
         else:
             print(f"label {guess.label}: {guess.reason}; --label NAME takes another")
     else:

@@ -105,10 +105,10 @@ class TaskKind:
 _SEQUENCE = "AutoModelForSequenceClassification"
 _SYSTEM = {"system": ("system", "system_prompt")}
 CHAT_FORMS = (
-    Form({"messages": ("messages", "conversations", "conversation")}),
+    Form({"messages": ("messages", "conversations", "conversation")}, _SYSTEM),
     Form(
         {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
-        {"input": ("input", "context"), **_SYSTEM},
+        {"input": ("input", "context"), **_SYSTEM, "history": ("history",)},
     ),
     Form(
         {"prompt": ("prompt", "question", "query"), "completion": ("completion", "response", "answer", "output")},

@@ -12,6 +12,7 @@ from peerlora.config.data import DataConfig
 from peerlora.data.chat_rows import ASSISTANT, Chat
 from peerlora.data.chat_template import ChatTemplate, Span
 from peerlora.data.dataset import UNLEARNED, Dataset
+from peerlora.data.row_names import row_name
 from peerlora.data.tokens import require_places
 from peerlora.errors import ConfigError, DataError
 
@@ -53,7 +54,7 @@ def _tokenised(
     numbers = chosen[at : at + _CHUNK].tolist()
     texts, spans = [], []
     for chat, number in zip(chats[at : at + _CHUNK], numbers, strict=True):
-        text, own = template.render(chat, f"{source}: row {number + 1}")
+        text, own = template.render(chat, f"{source}: {row_name(source, number)}")
         texts.append(text)
         spans.append(own if data.loss_on == "answers" else [(0, len(text))])
     found = template.tokenizer(
@@ -102,8 +103,8 @@ def _tell_untrained(kept: np.ndarray, there: Sequence[bool], chosen: np.ndarray,
         )
     if len(lost):
         logging.getLogger(__name__).warning(
-            "%s: %d of %d chats are %s%s, the first is row %d; they are left out",
-            *(source, len(lost), len(kept), what, cut, chosen[lost[0]] + 1),
+            "%s: %d of %d chats are %s%s, the first is %s; they are left out",
+            *(source, len(lost), len(kept), what, cut, row_name(source, int(chosen[lost[0]]))),
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError, nearest
@@ -32,21 +33,71 @@ class Columns:
         named = {name: word for name, word in others.items() if name is not None}
         return named | dict.fromkeys(self.roles, "data.columns") | dict.fromkeys(self.text, "data.text")
 
+    def keys(self) -> list[str]:
+        """What the columns of a file are called that may hold these: their names, or the first parts of these."""
+        return list(dict.fromkeys(each for name in self.settings() for each in (name, name.partition(".")[0])))
+
 
 def check_columns(names: Sequence[str], columns: Columns) -> list[str]:
-    """The names of the needed columns, among the ``names`` of a table.
+    """The needed ones among the ``names`` of a table; of a field inside a column of objects that column.
 
     Raises Unreadable for one that is not there, or more than once.
     """
+    found = {name: name if name in names else name.partition(".")[0] for name in columns.settings()}
     for name, setting in reversed(columns.settings().items()):
-        count = list(names).count(name)
+        count = list(names).count(found[name])
         if count > 1:
-            raise Unreadable(f"has {count} columns named {name!r}; rename all but one")
+            raise Unreadable(f"has {count} columns named {found[name]!r}; rename all but one")
         if not count:
             raise Unreadable(
                 f"has no column {name!r} for {setting}{nearest(name, names)}; its columns are {shown(names)}"
             )
-    return list(columns.settings())
+    return list(dict.fromkeys(found.values()))
+
+
+def select_columns(table: pa.Table, columns: Columns) -> pa.Table:
+    """A table of the needed columns; fields inside columns of objects, named with dots, are columns of their own.
+
+    Raises Unreadable for one that is not there, or more than once.
+    """
+    check_columns(table.column_names, columns)
+    found = {name: _find_column(table, name, setting) for name, setting in columns.settings().items()}
+    return pa.table(found, metadata=table.schema.metadata)
+
+
+def _find_column(table: pa.Table, name: str, setting: str) -> pa.ChunkedArray:
+    if name in table.column_names:
+        return table.column(name)
+    first, _, path = name.partition(".")
+    column = table.column(first)
+    for part in path.split("."):
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(part) < 0:
+            fields = [each.name for each in column.type] if pa.types.is_struct(column.type) else []
+            inside = f"its fields are {shown(fields)}" if fields else f"it holds {column.type}, no objects"
+            raise Unreadable(f"has no field {part!r} for {setting}={name}: {inside}; correct the name")
+        column = pc.struct_field(column, part)  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    return column
+
+
+def with_fields(table: pa.Table, whole: Callable[[pa.DataType], bool]) -> pa.Table:
+    """The table with a column for each field of its columns of objects, named with dots.
+
+    ``whole``: whether a column of this type stays as it is.
+    """
+    found: list[tuple[str, pa.ChunkedArray]] = []
+    left = list(zip(table.column_names, table.columns, strict=True))[::-1]
+    while left:
+        name, column = left.pop()
+        if not pa.types.is_struct(column.type) or whole(column.type):
+            found.append((name, column))
+            continue
+        fields = [field.name for field in column.type]
+        left += [
+            (f"{name}.{field}", pc.struct_field(column, [place]))  # pyright: ignore[reportAttributeAccessIssue]
+            for place, field in reversed(list(enumerate(fields)))
+        ]
+    names, columns = [name for name, _ in found], [column for _, column in found]
+    return pa.Table.from_arrays(columns, names=names, metadata=table.schema.metadata)
 
 
 def shown(names: Sequence[str], most: int = 20) -> str:

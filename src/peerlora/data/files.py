@@ -15,17 +15,20 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from functools import reduce
 from lzma import LZMAError
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from peerlora.data.columns import Columns, check_columns, without_views
+from peerlora.data.columns import Columns, check_columns, select_columns, without_views
 from peerlora.data.delimited import read_csv, read_tab
 from peerlora.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from peerlora.data.image_files import read_folder
 from peerlora.data.json_rows import read_json
+from peerlora.data.row_names import note_files
 from peerlora.data.text_files import COMPRESSED, Unreadable, base_suffix, refuse_foreign
 from peerlora.environment import package_file
 from peerlora.errors import DataError, nearest
@@ -42,12 +45,12 @@ def read_table(source: str, split: str = "train", columns: Columns | None = None
     kind, place = _parse(source)
     if kind == "hub":
         table = _read_hub(source, place, split)
-        tables = [_prepared(source, table, columns)]
+        table = _prepared(source, table, columns)
     elif kind == "folder":
-        tables = [_prepared(source, _read_images(source, place, columns), columns)]
+        table = _prepared(source, _read_images(source, place, columns), columns)
     else:
-        tables = [_read_file(source, kind, path, columns) for path in _locate(source, kind, place)]
-    table = _joined(source, tables)
+        paths = _locate(source, kind, place)
+        table = _joined(source, paths, [_read_file(source, kind, path, columns) for path in paths])
     if table.num_rows == 0:
         raise DataError(f"{source}: has no rows; expected at least one")
     return table
@@ -97,7 +100,8 @@ def class_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
     if not pa.types.is_integer(kind.value_type if nested else kind):
         return None
     try:
-        feature = json.loads(note)["info"]["features"][column]
+        features = json.loads(note)["info"]["features"]
+        feature = features[column] if column in features else reduce(getitem, column.split("."), features)
         names = _inner(feature)["names"] if nested else feature["names"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
@@ -189,14 +193,13 @@ def _read_file(source: str, kind: str, path: Path, columns: Columns | None) -> p
 def _prepared(where: str, table: pa.Table, columns: Columns | None) -> pa.Table:
     """The needed columns, without types that not all functions of pyarrow know."""
     try:
-        names = None if columns is None else check_columns(table.column_names, columns)
+        return without_views(table if columns is None else select_columns(table, columns))
     except Unreadable as error:
         raise DataError(f"{where}: {error}") from None
-    return without_views(table if names is None else table.select(names))
 
 
-def _joined(source: str, tables: Sequence[pa.Table]) -> pa.Table:
-    """One table of all shards, which must mean the same by a class number."""
+def _joined(source: str, paths: Sequence[Path], tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of all shards, which must mean the same by a class number, with a note of who has which rows."""
     if len(tables) == 1:
         return tables[0]
     for column in tables[0].column_names:  # a label, or tags
@@ -205,9 +208,10 @@ def _joined(source: str, tables: Sequence[pa.Table]) -> pa.Table:
             shown = "; ".join(sorted(", ".join(each) if each else "none" for each in names))
             raise DataError(f"{source}: its files name the classes of {column} differently: {shown}")
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"{source}: its files do not go together: {_first_line(error)}") from None
+    return note_files(table, [(str(path), each.num_rows) for path, each in zip(paths, tables, strict=True)])
 
 
 def _read_parquet(path: Path, columns: Columns | None) -> pa.Table:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from peerlora.config.task_kinds import IMAGE_FORMS
+from peerlora.config.task_kinds import IMAGE_FORMS, TaskKind
 from peerlora.data.columns import Columns, check_columns, is_text
 from peerlora.data.files import class_names
 from peerlora.data.image_files import IMAGE, LABEL, SUFFIXES, holds_images, is_image_column
@@ -33,8 +33,8 @@ from peerlora.data.label_columns import (
     plain_names,
     with_numbers,
 )
-from peerlora.data.roles import find_roles
-from peerlora.data.row_forms import TOKENS_PER_WORD, find_form
+from peerlora.data.roles import find_roles, no_columns
+from peerlora.data.row_forms import TOKENS_PER_WORD, RowForm, find_form, find_form_for
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError
 
@@ -60,8 +60,7 @@ class Guess:
     """One column, or the two of a pair; of chats, those of ``columns``."""
     label: str | None
     kind: str
-    """The ``task.kind``: classification, regression, multi-label, causal-lm, token-classification, chat or
-    image-classification."""
+    """The ``task.kind``."""
     max_length: int
     """Tokens that hold nine texts out of ten."""
     clients: int
@@ -73,35 +72,54 @@ class Guess:
     """Column by role, of chats, of words with tags and of images."""
 
 
-def guess_columns(table: pa.Table, source: str, label: str | None = None, text: Sequence[str] = ()) -> Guess:
-    """Text, label and kind from the names, types and values of the columns; ``label`` and ``text``: what is known.
+def guess_columns(
+    table: pa.Table,
+    source: str,
+    label: str | None = None,
+    text: Sequence[str] = (),
+    task: TaskKind | None = None,
+    writes: bool = False,
+) -> Guess:
+    """Text, label and kind from the names, types and values of the columns.
 
-    A ``label`` of "none", where no column has this name, means that there is none.  Raises DataError where no column
-    holds text, for columns that are not there, and for rows that no task reads.
+    ``label``, ``text`` and ``task``: what is known.  A ``label`` of "none", where no column has this name, means that
+    there is none.  ``writes``: whether the model has an encoder and a decoder.  Raises DataError where no column holds
+    text, for columns that are not there, and for rows that no task reads, or not this one.
     """
-    unlabelled = label == NO_LABEL and NO_LABEL not in table.column_names
-    given = None if unlabelled else label
+    unlabelled = (label == NO_LABEL and NO_LABEL not in table.column_names) or (task and not task.has_label)
+    given, target = (None if unlabelled else label), task.target if task else None
     try:
         check_columns(table.column_names, Columns(tuple(text), given))
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
-    if not text and (image := _image_column(table, source)):
+    if not text and (task is None or task.reads_images) and (image := _image_column(table, source)):
         return _guess_images(table, image, label, given, source)
+    if task and task.reads_images:
+        raise DataError(f"{source}: {no_columns(table.column_names, task)}")
     table = with_numbers(table)
-    usual = None if unlabelled else find_named_label(table, text)
-    if label is None and not text:
-        few = [name for name in plain_names(table) if has_few_values(table, name)]
-        if form := find_form(table, few, usual, source):
-            texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
-            return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
+    usual = None if unlabelled else find_named_label(table, text, target)
+    if form := _find_form(table, usual, source, task, writes) if label is None and not text else None:
+        texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
+        return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
     found = list(text) or _text_columns(table, given or usual, source)
-    chosen = None if unlabelled else given or usual or find_few_values(table, found)
-    kind = _kind(table, chosen) if chosen else "causal-lm"
+    chosen = None if unlabelled else given or usual or find_few_values(table, found, target)
+    if chosen is None and task and task.has_label:
+        raise DataError(f"{source}: has no column that could be the label of task.kind={task.name}; give --label NAME")
+    kind = task.name if task else _kind(table, chosen) if chosen else "causal-lm"
     found = found if chosen or text else found[:1]
     candidates = label_candidates(table, found, chosen)
     reason = "given by --label" if label is not None else explain_label(table, chosen, usual, candidates)
     reason += _about_unread(table, found) if chosen is None and label is None and not text else ""
+    reason = f"--task {task.name} has none" if task and not task.has_label else reason
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
+
+
+def _find_form(table: pa.Table, usual: str | None, source: str, task: TaskKind | None, writes: bool) -> RowForm | None:
+    """The form of rows that are no texts with a label; ``usual``: a column with a label's usual name."""
+    if task is None:
+        few = [name for name in plain_names(table) if has_few_values(table, name)]
+        return find_form(table, few, usual, source, writes)
+    return find_form_for(task, table, source) if task.forms else None
 
 
 def _image_column(table: pa.Table, source: str) -> str | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from peerlora.data.columns import is_binary, is_text
+from peerlora.data.row_names import row_name
 from peerlora.data.text_files import Unreadable
 from peerlora.errors import DataError, first_line
 
@@ -98,7 +99,7 @@ def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Ite
     for row in chosen.tolist():
         cell = column[row].as_py()
         content, path = _parts(cell)
-        where = f"{source}: row {row + 1}" + (f" ({path})" if path else "")
+        where = f"{source}: {row_name(source, row)}" + (f" ({path})" if path else "")
         if content is None and path is not None and follows:
             content = _read_file(Path(path), where)
         if not content:

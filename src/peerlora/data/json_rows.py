@@ -22,7 +22,7 @@ def read_json(path: Path, columns: Columns | None) -> pa.Table:
     Only ``columns`` are looked at, so others may hold anything; without ``columns`` those of one type are kept.
     Raises Unreadable, naming the line or the row.
     """
-    needed = None if columns is None else [*columns.settings()]
+    needed = None if columns is None else columns.keys()
     seen: dict[str, None] = {}
     rows = []
     for row in _rows(read_lines(path)):

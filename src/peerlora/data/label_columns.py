@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from peerlora.config.task_kinds import TAG_FORMS, Target
 from peerlora.data.columns import is_text
 from peerlora.data.files import class_names
 from peerlora.data.labels import MISSING_WORDS
@@ -46,8 +47,8 @@ LABELS = (
     "y",
 )
 ASIDE = re.compile(  # columns about rows, which are labels only where there is no other
-    r"(^|_)(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
-    r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|_)"
+    r"(^|[_.])(id|ids|index|idx|split|fold|set|partition|site|hospital|client|source|origin|url|lang|language|locale"
+    r"|country|date|time|year|month|day|author|user|version|verified|deleted|edited)($|[_.])"
 )
 FLAGS = (
     *({"yes", "no"}, {"true", "false"}, {"y", "n"}, {"t", "f"}, {"on", "off"}),
@@ -75,6 +76,8 @@ def explain_label(table: pa.Table, label: str | None, usual: str | None, candida
         return "no column has few enough different values to be a label"
     if label == usual:
         return "labels usually have this name"
+    if is_list_of_labels(table.schema.field(label).type):
+        return "it is the only column of lists of labels"
     if len(candidates) == 1:
         return "no other column has so few different values"
     if _is_aside(table, label):
@@ -109,15 +112,24 @@ def plain_names(table: pa.Table) -> list[str]:
 
 
 def _by_usual_name(table: pa.Table) -> list[str]:
-    """Columns with a label's usual name and values that can be labels, the most usual name first."""
-    by_name = {name.lower(): name for name in reversed(plain_names(table))}
+    """Columns, or fields of one, with a label's usual name and values that can be labels; the most usual name first."""
+    names = plain_names(table)[::-1]
+    by_name = {name.rpartition(".")[2].lower(): name for name in names} | {name.lower(): name for name in names}
     found = [by_name[word] for word in LABELS if word in by_name]
     return [name for name in found if _could_be_label(table, name)]
 
 
-def find_named_label(table: pa.Table, text: Sequence[str]) -> str | None:
-    """The column with the most usual name of a label, beside those of text."""
-    return next((name for name in _by_usual_name(table) if name not in text), None)
+def find_named_label(table: pa.Table, text: Sequence[str], target: Target | None = None) -> str | None:
+    """The column with the most usual name of a label, beside those of text; ``target``: what it is to hold."""
+    return next((name for name in _by_usual_name(table) if name not in text and _suits(table, name, target)), None)
+
+
+def _suits(table: pa.Table, name: str, target: Target | None) -> bool:
+    """Whether a column can hold what a task's model predicts of a row; None: of some task."""
+    kind = table.schema.field(name).type
+    if target is None or is_list_of_labels(kind):
+        return target in (None, "labels")
+    return target == "class" or (target == "number" and is_number_type(kind))
 
 
 def _could_be_label(table: pa.Table, name: str) -> bool:
@@ -137,10 +149,28 @@ def has_few_values(table: pa.Table, name: str) -> bool:
     )
 
 
-def find_few_values(table: pa.Table, text: Sequence[str]) -> str | None:
-    """The column with the fewest different values, of equals the last; those about rows, or of yes and no, last."""
-    few = [name for name in reversed(plain_names(table)) if name not in text and has_few_values(table, name)]
-    return min(few, key=lambda name: (_is_aside(table, name), count_distinct(table, name)), default=None)
+def find_few_values(table: pa.Table, text: Sequence[str], target: Target | None = None) -> str | None:
+    """The column with the fewest different values, of equals the last; then the only one of lists of labels.
+
+    Those about rows, or of yes and no, come last.  ``target``: what the column is to hold.
+    """
+    names = [name for name in reversed(plain_names(table)) if name not in text and _suits(table, name, target)]
+    found = [name for name in names if has_few_values(table, name)] + _lists_of_labels(table, names)
+    order = {name: (_is_aside(table, name), _is_list(table, name), count_distinct(table, name)) for name in found}
+    return min(order, key=order.__getitem__, default=None)
+
+
+def _lists_of_labels(table: pa.Table, names: Sequence[str]) -> list[str]:
+    """The only one of these columns that holds lists of labels, which come again; [] where there is none, or more."""
+    words = TAG_FORMS[0].needed["tokens"]
+    lists = [name for name in names if _is_list(table, name) and name.lower() not in words]
+    found = [name for name in lists if _could_be_label(table, name)]
+    again = [name for name in found if 2 * count_distinct(table, name) <= len(_plain(table, name))]
+    return again if len(found) == 1 else []
+
+
+def _is_list(table: pa.Table, name: str) -> bool:
+    return is_list_of_labels(table.schema.field(name).type)
 
 
 def _is_aside(table: pa.Table, name: str) -> bool:
@@ -155,8 +185,9 @@ def _is_aside(table: pa.Table, name: str) -> bool:
 
 def label_candidates(table: pa.Table, text: Sequence[str], label: str | None) -> tuple[Candidate, ...]:
     """The columns that could be the label, ``label`` first."""
-    names = [name for name in plain_names(table) if name not in text and name != label and has_few_values(table, name)]
-    return tuple(_candidate(table, name) for name in ([label] if label else []) + names)
+    others = [name for name in plain_names(table) if name not in text and name != label]
+    found = [name for name in others if has_few_values(table, name)] + _lists_of_labels(table, others)
+    return tuple(_candidate(table, name) for name in ([label] if label else []) + found)
 
 
 def _candidate(table: pa.Table, name: str) -> Candidate:

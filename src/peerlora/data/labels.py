@@ -1,7 +1,7 @@
 """A column of labels -> class ids or numbers, by one mapping for training and evaluation rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date, time
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -37,6 +37,8 @@ class Labels(NamedTuple):
     """Whether the labels are numbers in the file."""
     own_names: tuple[str, ...] | None
     """The names that the file itself has for its numbers."""
+    places: list[str]
+    """Where each different label stands first, for messages."""
 
 
 class Classes(NamedTuple):
@@ -49,11 +51,13 @@ class Classes(NamedTuple):
     """The names that whole numbers stand for, in order; None where a number is a name, or nothing."""
 
 
-def read_labels(column: pa.ChunkedArray, own_names: Sequence[str] | None, where: str) -> Labels:
+def read_labels(
+    column: pa.ChunkedArray, own_names: Sequence[str] | None, where: str, place: Callable[[int], str]
+) -> Labels:
     """The different labels of a column; ``own_names``: the names that the file has for its class numbers.
 
-    Text counts as whole numbers only if every row is written as one.  True and false are words.
-    Raises DataError for missing labels, and for what is no label.
+    ``place``: what messages call a cell, counted from 0.  Text counts as whole numbers only if every row is written as
+    one.  True and false are words.  Raises DataError for missing labels, and for what is no label.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -63,15 +67,18 @@ def read_labels(column: pa.ChunkedArray, own_names: Sequence[str] | None, where:
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     values = encoded.dictionary.to_pylist()
     rows = np.where(encoded.is_null(), -1, encoded.indices.fill_null(0).to_numpy(zero_copy_only=False))
-    _refuse_missing(rows, [_is_missing(value, own_names) for value in values], where)
+    _refuse_missing(rows, [is_missing(value, own_names) for value in values], where, place)
+    places = [place(int(first)) for first in np.unique(rows, return_index=True)[1]]
+    at = [f"{where}: {each}" for each in places]
     if own_names is not None:
-        found = [_named(_in_range(value, own_names, "the file", where), own_names) for value in values]
-        return Labels(found, rows, True, tuple(own_names))
+        numbers = [_in_range(value, own_names, "the file", its) for value, its in zip(values, at, strict=True)]
+        return Labels([_named(number, own_names) for number in numbers], rows, True, tuple(own_names), places)
     if is_text(kind):
         whole = _all_whole(values)
-        return Labels([_word(value, whole) for value in values], rows, whole, None)
+        return Labels([_word(value, whole) for value in values], rows, whole, None, places)
     numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    return Labels([_typed(value, where) for value in values], rows, numeric, None)
+    found = [_typed(value, its) for value, its in zip(values, at, strict=True)]
+    return Labels(found, rows, numeric, None, places)
 
 
 def training_classes(labels: Labels, task_labels: Sequence[str] | None, where: str) -> Classes:
@@ -101,29 +108,33 @@ def class_ids(labels: Labels, classes: Classes, where: str) -> np.ndarray:
     """
     _refuse_from_one(labels, classes, where)
     ids = {name: place for place, name in enumerate(classes.names)}
-    found = [_id(label, labels, classes, ids, where) for label in labels.different]
+    at = [f"{where}: {place}" for place in labels.places]
+    found = [_id(label, labels, classes, ids, its) for label, its in zip(labels.different, at, strict=True)]
     return np.array(found, dtype=np.int64)[labels.rows]
 
 
-def numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """The label of every row for regression, float32 [row]. Raises DataError for anything but finite numbers."""
+def numbers(column: pa.ChunkedArray, where: str, place: Callable[[int], str]) -> np.ndarray:
+    """The label of every row for regression, float32 [row].
+
+    ``place``: what messages call a row, counted from 0.  Raises DataError for anything but finite numbers.
+    """
     kind, values = column.type, column.to_pylist()
     text = is_text(kind)
     if not (text or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
         raise DataError(f"{where}: holds {kind}, regression needs numbers; use task.kind=classification for classes")
-    gone = [_is_missing(value, None) or (text and value.strip().lower() in MISSING_WORDS) for value in values]
-    _refuse_missing(np.arange(len(values)), gone, where)
+    gone = [is_missing(value, None) or (text and value.strip().lower() in MISSING_WORDS) for value in values]
+    _refuse_missing(np.arange(len(values)), gone, where, place)
     bad = next((row for row, value in enumerate(values) if text and not is_number(value.strip())), None)
     if bad is not None:
         raise DataError(
-            f"{where}: row {bad + 1} holds {values[bad]!r}, regression needs numbers such as 0.5; use "
+            f"{where}: {place(bad)} holds {values[bad]!r}, regression needs numbers such as 0.5; use "
             "task.kind=classification for classes"
         )
     with np.errstate(over="ignore"):
         found = np.array([float(value) for value in values]).astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(found))
     if len(wrong):
-        raise DataError(f"{where}: row {wrong[0] + 1} holds {values[wrong[0]]}; expected a finite float32")
+        raise DataError(f"{where}: {place(int(wrong[0]))} holds {values[wrong[0]]}; expected a finite float32")
     return found
 
 
@@ -139,13 +150,13 @@ def _typed(value: object, where: str) -> Label:
     if isinstance(value, (date, time)):
         return Label((str(value),), None)
     if not isinstance(value, (int, float, Decimal)):
-        raise DataError(f"{where}: holds {value!r}, a {type(value).__name__}; expected a word or a whole number")
+        raise DataError(f"{where} holds {value!r}, a {type(value).__name__}; expected a word or a whole number")
     if not math.isfinite(value):
-        raise DataError(f"{where}: holds {value}, which is not a class")
+        raise DataError(f"{where} holds {value}, which is not a class")
     if value != int(value):
         return Label((str(value),), None)
     if isinstance(value, float) and abs(value) >= _EXACT:
-        raise DataError(f"{where}: holds {value:.0f}, which a float64 may have rounded; write such labels as text")
+        raise DataError(f"{where} holds {value:.0f}, which a float64 may have rounded; write such labels as text")
     return Label((str(value), str(int(value))), int(value))
 
 
@@ -154,29 +165,34 @@ def _named(number: int, own_names: Sequence[str]) -> Label:
     return Label((name,), whole_number(name) if _all_whole(own_names) else None)
 
 
-def _is_missing(value: Any, own_names: Sequence[str] | None) -> bool:
-    """No value, an empty cell, NaN; -1 where a file names its classes, as the `datasets` library writes it."""
+def is_missing(value: Any, own_names: Sequence[str] | None) -> bool:
+    """Whether this is no label: null, an empty cell, NaN; -1 where a file names its classes, as `datasets` writes it.
+
+    ``own_names``: those that the file has for its numbers.
+    """
     if isinstance(value, str):
         return not value.strip()
     return value is None or value != value or (own_names is not None and value == -1)
 
 
-def _refuse_missing(rows: np.ndarray, missing: Sequence[bool], where: str) -> None:
+def _refuse_missing(rows: np.ndarray, missing: Sequence[bool], where: str, place: Callable[[int], str]) -> None:
     gone = np.append(missing, True)[rows].astype(bool)  # row -1, the last, is null
     if gone.any():
         raise DataError(
-            f"{where}: {gone.sum()} of {len(rows)} rows have no label, the first is row {gone.argmax() + 1}; "
+            f"{where}: {gone.sum()} of {len(rows)} rows have no label, the first is {place(int(gone.argmax()))}; "
             "remove these rows"
         )
 
 
 def _refuse_fractions(labels: Labels, where: str) -> None:
     """Numbers of the file that are no whole ones are classes only where somebody wrote them down."""
-    bad = next((label for label in labels.different if labels.numeric and label.number is None), None)
+    if not labels.numeric:
+        return
+    bad = next((which for which, label in enumerate(labels.different) if label.number is None), None)
     if bad is not None:
         raise DataError(
-            f"{where}: holds {bad.spellings[0]}, which is not a class; use task.kind=regression for real numbers, or "
-            "name every class in task.labels"
+            f"{where}: {labels.places[bad]} holds {labels.different[bad].spellings[0]}, which is not a class; use "
+            "task.kind=regression for real numbers, or name every class in task.labels"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from peerlora.data.dataset import Dataset
+from peerlora.data.row_names import row_name
 from peerlora.data.tokens import CHUNK
 from peerlora.errors import DataError
 
@@ -23,7 +24,7 @@ def read_pairs(columns: Mapping[str, pa.ChunkedArray], chosen: np.ndarray, sourc
     found: dict[str, list[str]] = {"prompt": [], "completion": []}
     for role, column in columns.items():
         for number, text in zip(chosen.tolist(), column.take(pa.array(chosen)).to_pylist(), strict=True):
-            where = f"{source}: row {number + 1}"
+            where = f"{source}: {row_name(source, number)}"
             if text is not None and not isinstance(text, str):
                 raise DataError(f"{where}: {role} is a {type(text).__name__}; expected text")
             if text is None or not text.strip():

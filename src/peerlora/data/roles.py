@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from peerlora.config.task_kinds import Form, TaskKind
-from peerlora.data.columns import Columns, check_columns, shown
+from peerlora.data.columns import Columns, select_columns, shown
 from peerlora.data.files import read_table
 from peerlora.data.text_files import Unreadable
-from peerlora.errors import DataError, nearest
+from peerlora.errors import DataError
 
 
 def read_roles(
@@ -29,20 +28,18 @@ def read_roles(
     """
     if source.startswith("folder:") and not kind.reads_images:  # paths of files are no texts
         raise DataError(f"{source}: holds images; task.kind={kind.name} reads none, use task.kind=image-classification")
-    plain = [name for name in (given or {}).values() if "." not in name]
-    if given is not None and len(plain) == len(given):
-        table = read_table(source, split, Columns(label=label, roles=tuple(plain), owner=owner))
-    else:
-        table = read_table(source, split)
-        _require(source, table.column_names, Columns(label=label, owner=owner))
-    found = given if given is not None else find_roles(table.column_names, kind.forms)
+    if given is not None:
+        table = read_table(source, split, Columns(label=label, roles=tuple(given.values()), owner=owner))
+        return table, given, {role: table.column(name) for role, name in given.items()}
+    table = read_table(source, split)
+    found = find_roles(table.column_names, kind.forms)
     if found is None:
-        wanted = "; or ".join(str(form) for form in kind.forms)
-        raise DataError(
-            f"{source}: has no columns for task.kind={kind.name}; expected {wanted}; its columns are "
-            f"{shown(table.column_names)}; name yours in data.columns, e.g. {_example(kind.forms[-1])}"
-        )
-    return table, found, {role: _column(source, table, name) for role, name in found.items()}
+        raise DataError(f"{source}: {no_columns(table.column_names, kind)}")
+    try:
+        table = select_columns(table, Columns(label=label, roles=tuple(found.values()), owner=owner))
+    except Unreadable as error:
+        raise DataError(f"{source}: {error}") from None
+    return table, found, {role: table.column(name) for role, name in found.items()}
 
 
 def find_roles(names: Sequence[str], forms: Sequence[Form]) -> dict[str, str] | None:
@@ -60,28 +57,14 @@ def find_roles(names: Sequence[str], forms: Sequence[Form]) -> dict[str, str] | 
     return None
 
 
+def no_columns(names: Sequence[str], kind: TaskKind) -> str:
+    """What to say where a table of these columns has none for a kind of task."""
+    wanted = "; or ".join(str(form) for form in kind.forms)
+    return (
+        f"has no columns for task.kind={kind.name}; expected {wanted}; its columns are {shown(names)}; name yours in "
+        f"data.columns, e.g. {_example(kind.forms[-1])}"
+    )
+
+
 def _example(form: Form) -> str:
     return "{" + ", ".join(f"{role}: NAME" for role in form.needed) + "}"
-
-
-def _require(source: str, names: Sequence[str], columns: Columns) -> None:
-    try:
-        check_columns(names, columns)
-    except Unreadable as error:
-        raise DataError(f"{source}: {error}") from None
-
-
-def _column(source: str, table: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column, or a field inside a column of objects, whose names are joined by dots."""
-    first, _, path = (name, "", "") if name in table.column_names else name.partition(".")
-    if first not in table.column_names:
-        raise DataError(
-            f"{source}: has no column {first!r} for data.columns{nearest(first, table.column_names)}; its columns are "
-            f"{shown(table.column_names)}"
-        )
-    column = table.column(first)
-    for part in path.split(".") if path else ():
-        if not pa.types.is_struct(column.type) or column.type.get_field_index(part) < 0:
-            raise DataError(f"{source}: data.columns={name}: there is no field {part!r} in {column.type}; correct it")
-        column = pc.struct_field(column, part)  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-    return column

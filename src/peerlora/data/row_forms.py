@@ -1,5 +1,8 @@
 """Rows that are no texts with a label: chats, instructions, pairs to choose from, files without a header line."""
 
+# pyright: reportAttributeAccessIssue=false
+# pyarrow.compute makes its functions while it is imported, so pyright cannot see them.
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -7,13 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS
+from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS, TaskKind
 from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import is_text
 from peerlora.data.files import class_names
+from peerlora.data.label_columns import is_list_of_labels
 from peerlora.data.numerals import is_number
-from peerlora.data.roles import find_roles
+from peerlora.data.pair_tokens import read_pairs
+from peerlora.data.roles import find_roles, no_columns
 from peerlora.data.tag_rows import read_tagged
 from peerlora.errors import DataError
 
@@ -49,25 +55,47 @@ class RowForm:
     reason: str
 
 
-def find_form(table: pa.Table, labels: Sequence[str], named: str | None, source: str) -> RowForm | None:
+def find_form(
+    table: pa.Table, labels: Sequence[str], named: str | None, source: str, writes: bool = False
+) -> RowForm | None:
     """Recognise words with tags, chats, instructions and questions with answers; None where rows are texts.
 
-    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name.  Raises DataError
-    for rows of a form that no task reads, and for flaws in the first of those that one does.
+    ``labels``: columns with few enough values for classes; ``named``: one with a label's usual name; ``writes``:
+    whether the model has an encoder and a decoder, for which answers are completions.  Raises DataError for rows of a
+    form that no task reads, and for flaws in the first of those that one does.
     """
     names = {name.lower(): name for name in reversed(table.column_names)}
     for form, needed, others in _FORMS:
         found = [name for name in others if name in names]
         if all(name in names for name in needed) and (found or not others):
             _refuse(source, form, [names[name] for name in (*needed, *found[:1])])
-    if tags := find_roles(table.column_names, TAG_FORMS):
-        if all(_is_list(table.schema.field(name).type) for name in tags.values()):
-            return _tagged(table, tags, source)
+    if tags := _find_tags(table, names, source):
+        return _tagged(table, tags, source)
     _refuse_marked(table, names, source)
     roles = find_roles(table.column_names, CHAT_FORMS)
     if roles is None or not (roles.keys() & {"messages", "instruction"} or roles["prompt"].lower() == "prompt"):
         roles = _find_pair(table, names, labels, source) if named is None else None
-    return None if roles is None else _chats(table, roles, source)
+    if roles is None:
+        return None
+    return _pairs(table, roles, source) if writes else _chats(table, roles, source)
+
+
+def find_form_for(kind: TaskKind, table: pa.Table, source: str) -> RowForm:
+    """The columns by role for a kind of task whose rows have some.
+
+    Raises DataError where there are none by their usual names, and for flaws in rows.
+    """
+    names = {name.lower(): name for name in reversed(table.column_names)}
+    forms = CHAT_FORMS if kind.target == "text" and "instruction" in names else kind.forms
+    roles = _find_tags(table, names, source) if kind.target == "tags" else find_roles(table.column_names, forms)
+    if roles is None and kind.is_chat:
+        roles = _find_pair(table, names, (), source)
+    if roles is None:
+        raise DataError(f"{source}: {no_columns(table.column_names, kind)}")
+    makers = {"tags": _tagged, "tokens": _chats, "text": _pairs}
+    if kind.target in makers:
+        return makers[kind.target](table, roles, source)
+    return RowForm(kind.name, roles, 0, f"asked for; its columns are {', '.join(roles.values())}")
 
 
 def _chats(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
@@ -85,6 +113,52 @@ def _tagged(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
     tokens = float(np.percentile([len(words) for words in rows.words], 90)) * TOKENS_PER_WORD
     reason = f"{roles['tags']} holds a tag for each word in {roles['tokens']}"
     return RowForm("token-classification", roles, tokens, reason)
+
+
+def _pairs(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
+    """Prompts with completions, for models with an encoder and a decoder; of instructions the question is the prompt.
+
+    Raises DataError where rows are more than that.
+    """
+    of_chats = {"instruction": "prompt", "output": "completion"}
+    roles = {of_chats.get(role, role): name for role, name in roles.items()}
+    if set(roles) != {"prompt", "completion"}:
+        raise DataError(
+            f"{source}: rows are chats, by {', '.join(roles.values())}; task.kind=sequence-to-sequence reads one "
+            "prompt and its completion: write them into two columns, or give a model that decodes only"
+        )
+    pairs = read_pairs({role: table.column(name) for role, name in roles.items()}, np.arange(table.num_rows), source)
+    words = [max(len(text.split()) for text in pair) * TOKENS_PER_WORD for pair in zip(*pairs, strict=True)]
+    reason = f"the model has an encoder and a decoder, which write {roles['completion']} for {roles['prompt']}"
+    return RowForm("sequence-to-sequence", roles, float(np.percentile(words, 90)), reason)
+
+
+def _find_tags(table: pa.Table, names: Mapping[str, str], source: str) -> dict[str, str] | None:
+    """A column of words, and the one with a tag for each: by its usual name, or else the only list as long as these.
+
+    Raises DataError where there are several of these.
+    """
+    roles = find_roles(table.column_names, TAG_FORMS)
+    if roles and all(_is_list(table.schema.field(name).type) for name in roles.values()):
+        return roles
+    words = next((names[word] for word in TAG_FORMS[0].needed["tokens"] if word in names), None)
+    if words is None or not _is_list(table.schema.field(words).type):
+        return None
+    as_long = [name for name in table.column_names if name != words and _is_as_long(table, name, words)]
+    if len(as_long) > 1:
+        raise DataError(
+            f"{source}: {', '.join(as_long)} are lists with an item for each of {words}; name the tags: set "
+            f"task.kind=token-classification and data.columns={{tokens: {words}, tags: {as_long[0]}}}"
+        )
+    return {"tokens": words, "tags": as_long[0]} if as_long else None
+
+
+def _is_as_long(table: pa.Table, name: str, words: str) -> bool:
+    """Whether a column holds lists of labels, each as long as that of words."""
+    one, other = table.column(name), table.column(words)
+    if not is_list_of_labels(one.type) or one.null_count or other.null_count:
+        return False
+    return bool(pc.all(pc.equal(pc.list_value_length(one), pc.list_value_length(other))).as_py())
 
 
 def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from peerlora.data.labels import Classes, class_ids, numbers, read_labels, train
 from peerlora.data.numerals import whole_number
 from peerlora.data.pair_tokens import pair_dataset, read_pairs
 from peerlora.data.roles import read_roles
+from peerlora.data.row_names import row_name, with_files
 from peerlora.data.tag_rows import TaggedRows, read_tagged, tagged_dataset
 from peerlora.data.tokens import default_cache, tokenise
 from peerlora.errors import DataError
@@ -89,17 +91,18 @@ def _read(config: RunConfig, source: str, split: str, train: _Rows | None) -> _R
     if kind.forms and label is None:
         return _read_roles(config, source, split, train, owner)
     table, roles = _read_columns(config, source, split, label, owner)
-    everything = np.arange(table.num_rows)
+    source = with_files(source, table)
+    everything, place = np.arange(table.num_rows), partial(row_name, source)
     if label is None:
         return _Rows(source, table, np.zeros(table.num_rows, dtype=np.int64), None, everything)
     where, column = f"data.label={label} in {source}", table.column(label)
     if kind.target == "number":
-        return _Rows(source, table, numbers(column, where), None, everything)
+        return _Rows(source, table, numbers(column, where, place), None, everything)
     if kind.target == "labels":
         wanted = train.meaning if train else config.task.labels
-        several, classes = read_label_lists(column, class_names(table, label), wanted, where)
+        several, classes = read_label_lists(column, class_names(table, label), wanted, where, place)
         return _Rows(source, table, as_indicators(several, len(classes.names)), classes, everything)
-    labels = read_labels(column, class_names(table, label), where)
+    labels = read_labels(column, class_names(table, label), where, place)
     classes = train.meaning if train else training_classes(labels, config.task.labels, where)
     assert classes is not None
     if len(classes.names) < 2:
@@ -123,6 +126,7 @@ def _read_columns(
 def _read_roles(config: RunConfig, source: str, split: str, train: _Rows | None, owner: str | None) -> _Rows:
     """A source whose columns have roles; its rows have no class of their own."""
     table, names, roles = read_roles(source, split, config.data.columns, task_kind(config.task.kind), owner)
+    source = with_files(source, table)
     nobody = np.zeros(table.num_rows, dtype=np.int64), np.arange(table.num_rows)
     if task_kind(config.task.kind).target != "tags":
         return _Rows(source, table, nobody[0], None, nobody[1], roles)
@@ -197,8 +201,8 @@ def _without_short(found: Dataset, rows: _Rows, least: int, drop: bool) -> Datas
     short = np.flatnonzero(found.lengths < least)
     if not len(short):
         return found
-    first = f"{rows.source}: {len(short)} of {len(found)} rows have fewer than {least} tokens, the first is row "
-    first += str(rows.chosen[short[0]] + 1)
+    first = f"{rows.source}: {len(short)} of {len(found)} rows have fewer than {least} tokens, the first is "
+    first += row_name(rows.source, int(rows.chosen[short[0]]))
     if not drop:
         raise DataError(f"{first}; remove these rows")
     if len(short) == len(found):
@@ -215,8 +219,8 @@ def _without_unlearned(found: Dataset, rows: _Rows) -> Dataset:
     empty = np.flatnonzero(np.diff(learned[starts]) == 0)
     if not len(empty):
         return found
-    first = f"{rows.source}: {len(empty)} of {len(found)} rows have no token to learn, the first is row "
-    first += str(rows.chosen[empty[0]] + 1)
+    first = f"{rows.source}: {len(empty)} of {len(found)} rows have no token to learn, the first is "
+    first += row_name(rows.source, int(rows.chosen[empty[0]]))
     if len(empty) == len(found):
         raise DataError(f"{first}; expected words that the base model's tokenizer knows")
     logging.getLogger(__name__).warning("%s; they are left out", first)
@@ -229,13 +233,13 @@ def _texts(rows: _Rows, name: str) -> list[str]:
         raise DataError(f"{rows.source}: data.text={name} holds {column.type}; expected text")
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    _refuse_null(column, f"{rows.source}: data.text={name}")
+    _refuse_null(column, rows.source, f"data.text={name}")
     texts = column.take(pa.array(rows.chosen)).to_pylist()
     empty = [row for row, text in enumerate(texts) if not text.strip()]
     if empty:
         logging.getLogger(__name__).warning(
-            "%s: data.text=%s is empty in %d of %d rows, the first is row %d",
-            *(rows.source, name, len(empty), len(texts), rows.chosen[empty[0]] + 1),
+            "%s: data.text=%s is empty in %d of %d rows, the first is %s",
+            *(rows.source, name, len(empty), len(texts), row_name(rows.source, int(rows.chosen[empty[0]]))),
         )
     return texts
 
@@ -244,14 +248,14 @@ def _values(rows: _Rows, name: str) -> np.ndarray:
     """A column as numbers where it holds numbers, or text that is all whole numbers; else as words."""
     column, where = rows.table.column(name), f"{rows.source}: partition.column={name}"
     refuse_objects(column.type, where)
-    _refuse_null(column, where)
+    _refuse_null(column, rows.source, f"partition.column={name}")
     column = column.take(pa.array(rows.chosen))
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         return column.to_numpy()
     words = [str(value) for value in column.to_pylist()]
     empty = next((row for row, word in enumerate(words) if not word.strip()), None)
     if empty is not None:
-        raise DataError(f"{where} is empty in row {rows.chosen[empty] + 1}; fill or remove the row")
+        raise DataError(f"{where} is empty in {row_name(rows.source, int(rows.chosen[empty]))}; fill or remove the row")
     whole = [whole_number(word) for word in words]
     fits = all(number is not None and abs(number) < 2**63 for number in whole)
     if fits:
@@ -260,10 +264,10 @@ def _values(rows: _Rows, name: str) -> np.ndarray:
     return np.array(words)
 
 
-def _refuse_null(column: pa.ChunkedArray, where: str) -> None:
+def _refuse_null(column: pa.ChunkedArray, source: str, what: str) -> None:
     if column.null_count:
-        first = int(column.is_null().to_numpy().argmax()) + 1
+        first = row_name(source, int(column.is_null().to_numpy().argmax()))
         raise DataError(
-            f"{where} is missing in {column.null_count} of {len(column)} rows, the first is row {first}; "
+            f"{source}: {what} is missing in {column.null_count} of {len(column)} rows, the first is {first}; "
             "remove or fill these rows"
         )

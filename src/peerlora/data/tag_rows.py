@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pyarrow as pa
 
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.label_lists import read_label_lists
-from peerlora.data.labels import Classes
+from peerlora.data.labels import Classes, is_missing
 from peerlora.data.numerals import is_number
+from peerlora.data.row_names import row_name
 from peerlora.data.tokens import CHUNK, require_places
 from peerlora.errors import ConfigError, DataError, first_line
 
@@ -40,10 +42,11 @@ def read_tagged(
     and for tags that are not among those of the training rows.
     """
     words, tags = (columns[role].to_pylist() for role in ("tokens", "tags"))
-    for row, (own, theirs) in enumerate(zip(words, tags, strict=True), 1):
-        _check_row(own, theirs, f"{source}: row {row}")
+    place = partial(row_name, source)
+    for row, (own, theirs) in enumerate(zip(words, tags, strict=True)):
+        _check_row(own, theirs, own_names, f"{source}: {place(row)}")
     where = f"tags in {source}"
-    ids, classes = read_label_lists(columns["tags"], own_names, wanted, where)
+    ids, classes = read_label_lists(columns["tags"], own_names, wanted, where, place)
     if not isinstance(wanted, Classes) and all(map(is_number, classes.names)):
         logging.getLogger(__name__).warning(
             "%s: tags are numbers without names, so each counts as an entity; name them in order in task.labels", where
@@ -67,14 +70,14 @@ def _check_list(name: str, cell: Any, where: str) -> None:
         raise DataError(f"{where}: {name} is {given}; expected a list with one item per word")
 
 
-def _check_row(words: Any, tags: Any, where: str) -> None:
+def _check_row(words: Any, tags: Any, own_names: Sequence[str] | None, where: str) -> None:
     check_words(words, where)
     _check_list("tags", tags, where)
     if len(words) != len(tags):
         raise DataError(f"{where}: {len(words)} tokens and {len(tags)} tags; expected one tag per token; correct it")
     for place, tag in enumerate(tags, 1):
-        if tag is None or (isinstance(tag, str) and not tag.strip()):
-            raise DataError(f"{where}: token {place} has no tag; correct the row")
+        if is_missing(tag, own_names):
+            raise DataError(f"{where}: token {place} has no tag ({tag!r}); correct the row")
 
 
 def tagged_dataset(

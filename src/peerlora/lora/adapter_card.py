@@ -34,6 +34,16 @@ def card_of_base(card: str, location: str, base: str) -> str:
     return card if line is None else card.replace(line[0], f'  "base_model": {json.dumps(base)}', 1)
 
 
+def _as_a_file(location: str) -> str:
+    """What to do where PEFT cannot find the base by its name, which is that of a package with a GGUF file."""
+    if not location.startswith("packaged:"):
+        return ""
+    return (
+        "It is a GGUF file, which `AutoPeftModel...` and pipelines do not find by this name: for them use "
+        "`peerlora export --with-base` or `peerlora merge`.\n"
+    )
+
+
 def _whereabouts(source: str, location: str) -> str:
     """How to find a base model that is no hub id."""
     if source.startswith("packaged:"):
@@ -41,6 +51,7 @@ def _whereabouts(source: str, location: str) -> str:
         return (
             f"\nThe base model is in the installed package `{name}`; its folder or file:\n"
             f"`python -c \"from peerlora.environment import package_model; print(package_model('{name}'))\"`\n"
+            f"{_as_a_file(location)}"
         )
     if Path(location).is_absolute():
         return (

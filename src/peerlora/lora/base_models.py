@@ -108,8 +108,8 @@ def load_base(
 
     ``pad_token``: the id of padding, None where rows are images.
 
-    Raises ModelError where the model cannot be loaded, its weights do not fit, or they lack more than a head;
-    ExtraMissing where it is to be quantised without bitsandbytes.
+    Raises ModelError where the model cannot be loaded, its weights do not fit, they lack more than a head, or a GGUF
+    file is to be quantised; ExtraMissing where it is to be quantised without bitsandbytes.
     """
     quiet_bitsandbytes()
     import transformers
@@ -118,6 +118,11 @@ def load_base(
     auto = getattr(transformers, task.auto_model)
     place, more = _place(source, storage.revision)
     if storage.quantize != "none":
+        if "gguf_file" in more:
+            raise ModelError(
+                f"model.quantize={storage.quantize} given with model.source={source!r}, a GGUF file, whose weights are "
+                "unpacked as they are read; use model.quantize=none, or a folder with config.json and safetensors"
+            )
         need_extra("quantize")
     with quiet(), _named(source):
         given = _config_of(place, more)
@@ -127,6 +132,9 @@ def load_base(
         model, info = _loaded(auto, place, config, {"dtype": dtype, **options, **quantised}, derive(seed, "head"))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(_is_adapter(source))
+    if "gguf_file" in more:  # its weights are unpacked, so it is an ordinary model, whatever its config says
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
     own_names = real_names(given)
     initialised, warnings = check_weights(source, model, info, kind, own_names, labels)
     keep_weight_order(model)

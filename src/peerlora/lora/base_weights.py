@@ -55,6 +55,14 @@ def within(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def quantised_form(base: nn.Module) -> str | None:
+    """How a base keeps its weights, in words for a message, where only a quantised form of them is there; else None."""
+    if getattr(getattr(base, "config", None), "quantization_config", None):
+        return "this one is quantised"
+    kinds = {parameter.dtype for parameter in base.parameters() if not parameter.is_floating_point()}
+    return f"this one has weights in {', '.join(sorted(map(str, kinds)))}" if kinds else None
+
+
 def top_modules(model: Any) -> tuple[str, ...]:
     """What a task puts on top of a model: its modules with parameters outside the model itself."""
     children = [name for name, module in model.named_children() if next(module.parameters(), None) is not None]

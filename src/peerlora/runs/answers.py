@@ -22,7 +22,8 @@ def answers_html(events: Sequence[Event]) -> str:
     lines = "".join(_line(row, shown) for row in last.answers)
     note = "; ".join(_scores(names[model], own) for model, own in last.scores.items())
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-    return f"<h2>Answers</h2><p>Greedy, after round {last.round}.</p>{table}" + (
+    cut = f" {last.cut} rows were not asked: their answers are cut at data.max_length." if last.cut else ""
+    return f"<h2>Answers</h2><p>Greedy, after round {last.round}.{cut}</p>{table}" + (
         f'<p class="note">{escape(note)}.</p>' if note else ""
     )
 

@@ -175,6 +175,8 @@ class Generated:
     """By row: prompt, expected, own, and averaged where the averaged model is known."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """own, averaged -> name of a score -> its mean over these rows."""
+    cut: int = 0
+    """Evaluation rows that were not asked, since their answer was cut at data.max_length."""
 
 
 @dataclass(frozen=True)

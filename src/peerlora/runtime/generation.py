@@ -15,7 +15,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.base_models import longest
 from peerlora.runs.events import Generated
 from peerlora.runtime.compose import Federation
-from peerlora.train.generation import ANSWER_SCORES, drawn_rows, greedy_answers, last_answer, room_behind
+from peerlora.train.generation import ANSWER_SCORES, drawn_rows, greedy_answers, last_answer, room_behind, whole_answers
 from peerlora.train.learner import StackedLearner
 
 _LETTERS = 4000  # of a text in an event, the last ones
@@ -26,15 +26,18 @@ def generate_answers(
 ) -> Generated:
     """The greedy answers of one client's model and of the averaged one, beside the expected ones.
 
-    ``models``: as ``Participation.evaluated`` gives them: the clients held here, then their average where it is known.
+    Rows whose answer was cut at ``data.max_length`` are not asked.  ``models``: as ``Participation.evaluated`` gives
+    them: the clients held here, then their average where it is known.
     """
     data, tokenizer = federation.eval_data, federation.export.tokenizer
     model, learner = federation.model, federation.learner
     assert isinstance(model, StackedModel) and isinstance(learner, StackedLearner)  # a loop of one's own has no chats
     assert isinstance(data, Dataset) and learner.pad is not None  # nor has a policy, nor have images
-    rows = drawn_rows(data, wanted.rows, federation.config.seed)
+    ends, config = answer_ends(tokenizer), federation.config
+    whole = whole_answers(data, config.data.max_length, ends)
+    rows = drawn_rows(whole, wanted.rows, config.seed)
     prompts, expected = zip(*(last_answer(data, row) for row in rows), strict=True)
-    ends, most = answer_ends(tokenizer), room_behind(max(map(len, prompts)), wanted.max_new_tokens, longest(model.base))
+    most = room_behind(max(map(len, prompts)), wanted.max_new_tokens, longest(model.base))
     held = federation.exchange.clients
     place = held.index(wanted.client) if wanted.client in held else 0
     singles = [some.rows([row]) for some in models for row in range(some.clients)]
@@ -51,7 +54,7 @@ def generate_answers(
         {name: own[-_LETTERS:] for name, own in zip(columns, row, strict=True)}
         for row in zip(*columns.values(), strict=True)
     ]
-    return Generated(done, held[place], answers, scores if wanted.scores else {})
+    return Generated(done, held[place], answers, scores if wanted.scores else {}, len(data) - len(whole))
 
 
 def _text(tokenizer: object, tokens: Sequence[int] | np.ndarray) -> str:

@@ -10,12 +10,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from peerlora.config.run import RunConfig
+from peerlora.data.chat_tokens import answer_ends
 from peerlora.data.dataset import Dataset
 from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.lora.attach import Targets, inputs_of
 from peerlora.lora.base_models import Base
 from peerlora.lora.base_weights import check_class_order, within
-from peerlora.train.generation import drawn_rows, last_answer, room_behind
+from peerlora.train.generation import drawn_rows, last_answer, room_behind, whole_answers
 
 _UNKNOWN = 0.3  # share of a data set's words; more of them unknown is told
 _USED = 0.9  # share of a table's rows that a model's own tokenizer has at least; they are padded to multiples of 64
@@ -37,18 +38,27 @@ def check_lengths(config: RunConfig, base: Base) -> None:
         )
 
 
-def check_answers(config: RunConfig, base: Base, data: Dataset) -> tuple[str, ...]:
-    """A warning where the answers of ``eval.generate`` may be shorter than asked for: the model reads no more."""
+def check_answers(config: RunConfig, base: Base, data: Dataset, tokenizer: Any) -> tuple[str, ...]:
+    """Warnings of ``eval.generate``: rows that are not asked, and answers that end where the model reads no more.
+
+    Raises ConfigError where every evaluation row is cut in its answer.
+    """
     wanted = config.eval.generate
     if wanted is None or data.targets is None:  # an export has no rows to answer
         return ()
-    most = max(len(last_answer(data, row)[0]) for row in drawn_rows(data, wanted.rows, config.seed))
-    room = room_behind(most, wanted.max_new_tokens, base.longest)
+    whole, most = whole_answers(data, config.data.max_length, answer_ends(tokenizer)), config.data.max_length
+    cut = f"eval.generate given; of {len(data) - len(whole)} of {len(data)} evaluation rows the answer is cut at"
+    if not len(whole):
+        raise ConfigError(f"{cut} data.max_length={most}, so none has one to compare with; raise it")
+    told = (f"{cut} data.max_length={most}; they are not asked",) if len(whole) < len(data) else ()
+    asked = max(len(last_answer(data, row)[0]) for row in drawn_rows(whole, wanted.rows, config.seed))
+    room = room_behind(asked, wanted.max_new_tokens, base.longest)
     if room == wanted.max_new_tokens:
-        return ()
+        return told
     return (
+        *told,
         f"eval.generate.max_new_tokens={wanted.max_new_tokens} given; {base.source} reads at most {base.longest} "
-        f"tokens, and the longest question has {most}: answers end after {room}",
+        f"tokens, and the longest question has {asked}: answers end after {room}",
     )
 
 

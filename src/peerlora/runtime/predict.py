@@ -19,6 +19,7 @@ from peerlora.data.dataset import Dataset
 from peerlora.data.files import read_table
 from peerlora.data.image_files import image_paths, read_images
 from peerlora.data.pair_tokens import read_pairs
+from peerlora.data.row_names import row_name, with_files
 from peerlora.data.tokens import Tokens, tokenise
 from peerlora.errors import ConfigError, DataError
 from peerlora.lora.attach import inputs_of
@@ -56,18 +57,18 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = NEW_TO
         yield from _image_classes(served, rows, batch)
         return
     if kind.target == "text":
-        columns = read_asked(rows, kind, reading.columns)
+        rows, columns = read_asked(rows, kind, reading.columns)
         prompts, _ = read_pairs(columns, np.arange(len(columns["prompt"])), rows)
         yield from answer_prompts(served, rows, _split(_tokens_of(rows, served, [prompts])), batch, new_tokens)
         return
     if kind.forms:
-        columns = read_asked(rows, kind, reading.columns)
+        rows, columns = read_asked(rows, kind, reading.columns)
         chat = kind.is_chat
         yield from (
             _chat_answers(served, rows, columns, batch, new_tokens) if chat else _tags(served, rows, columns, batch)
         )
         return
-    texts = _texts(rows, reading.text)
+    rows, texts = _texts(rows, reading.text)
     tokens = _tokens_of(rows, served, texts)
     if kind.target == "tokens":
         yield from answer_prompts(served, rows, _split(tokens), batch, new_tokens)
@@ -85,7 +86,8 @@ def _classes(served: Served, data: Dataset, batch: int) -> Iterator[dict[str, An
 
 def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, Any]]:
     """Answer images; of those with a path, that too."""
-    column = read_asked(rows, task_kind(served.reading.task), served.reading.columns)["image"]
+    rows, columns = read_asked(rows, task_kind(served.reading.task), served.reading.columns)
+    column = columns["image"]
     reader, everything = served.tokenizer, np.arange(len(column))
     pixels = reader.read(read_images(column, everything, rows), len(column), rows)
     data = reader.dataset(pixels, np.zeros(len(column), np.int64), served.labels)
@@ -104,7 +106,8 @@ def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:
     tokens = tokenise(texts, served.tokenizer, limit, False, None)
     lengths = np.diff(tokens.starts)
     if not lengths.all():
-        raise DataError(f"{rows}: row {int(np.flatnonzero(lengths == 0)[0]) + 1} has no token; remove or fill the row")
+        empty = row_name(rows, int(lengths.argmin()))
+        raise DataError(f"{rows}: {empty} has no token; remove or fill the row")
     full = np.flatnonzero(lengths == limit)
     longer = [[column[i] for i in full] for column in texts]
     cut = len(full) and int((np.diff(tokenise(longer, served.tokenizer, limit + 1, False, None).starts) > limit).sum())
@@ -164,16 +167,17 @@ def _chat_answers(
     yield from answer_prompts(served, rows, kept, batch, new_tokens, answer_ends(tokenizer))
 
 
-def _texts(rows: str, names: tuple[str, ...]) -> list[list[str]]:
+def _texts(rows: str, names: tuple[str, ...]) -> tuple[str, list[list[str]]]:
+    """What messages call a source, and its columns of texts."""
     table = read_table(rows, columns=Columns(names))
-    found = []
+    rows, found = with_files(rows, table), []
     for name in names:
         column = table.column(name)
         if not is_text(column.type):
             raise DataError(f"{rows}: column {name} holds {column.type}; expected text")
         if column.null_count:
-            first = int(column.is_null().to_numpy().argmax()) + 1
-            raise DataError(f"{rows}: column {name} is missing in row {first}; remove or fill the row")
+            first = row_name(rows, int(column.is_null().to_numpy().argmax()))
+            raise DataError(f"{rows}: column {name} is missing in {first}; remove or fill the row")
         plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
         found.append(plain.to_pylist())
-    return found
+    return rows, found

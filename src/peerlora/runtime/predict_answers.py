@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peerlora.data.row_names import row_name
 from peerlora.errors import DataError
 from peerlora.lora.attach import inputs_of
 from peerlora.lora.base_models import quiet
@@ -46,8 +47,8 @@ def _rooms(served: Served, rows: str, prompts: Sequence[np.ndarray], new_tokens:
     if min(rooms) < 1:
         row = int(np.argmin(rooms))
         raise DataError(
-            f"{rows}: row {row + 1} has {lengths[row]} tokens, which leave no room for an answer, the model reads "
-            f"{served.longest} in all; lower --max-length"
+            f"{rows}: {row_name(rows, row)} has {lengths[row]} tokens, which leave no room for an answer, the model "
+            f"reads {served.longest} in all; lower --max-length"
         )
     if short := sum(room < new_tokens for room in rooms):
         logging.getLogger(__name__).warning(

@@ -15,6 +15,7 @@ from peerlora.data.chat_rows import ANSWER_ROLES, read_prompts
 from peerlora.data.chat_template import ChatTemplate
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.data.roles import read_roles
+from peerlora.data.row_names import row_name, with_files
 from peerlora.data.tag_rows import TaggedRows, check_words, tagged_dataset
 from peerlora.errors import DataError
 
@@ -23,8 +24,8 @@ _EXPECTED = (*ANSWER_ROLES, "tags")
 _Value = TypeVar("_Value")
 
 
-def read_asked(rows: str, kind: TaskKind, given: Mapping[str, str] | None) -> dict[str, pa.ChunkedArray]:
-    """Read the columns of a source that a task's models need to answer its rows, by role.
+def read_asked(rows: str, kind: TaskKind, given: Mapping[str, str] | None) -> tuple[str, dict[str, pa.ChunkedArray]]:
+    """Read a source: what messages call it, and by role the columns that a task's models need to answer its rows.
 
     ``given``: their names by role; None finds them by their usual names.  Raises DataError.
     """
@@ -36,7 +37,8 @@ def read_asked(rows: str, kind: TaskKind, given: Mapping[str, str] | None) -> di
             f"{rows}: columns are to be {', '.join(columns) or 'none'}; task.kind={kind.name} wants {wanted}; mend "
             "columns in peerlora.json, or give --text NAME"
         )
-    return read_roles(rows, "train", columns, replace(kind, forms=forms), None)[2]
+    table, _, found = read_roles(rows, "train", columns, replace(kind, forms=forms), None)
+    return with_files(rows, table), found
 
 
 def _asked(roles: Mapping[str, _Value]) -> dict[str, _Value]:
@@ -50,14 +52,14 @@ def render_prompts(rows: str, columns: dict[str, pa.ChunkedArray], tokenizer: An
     """
     template, everything = ChatTemplate(tokenizer, None), np.arange(len(next(iter(columns.values()))))
     chats = read_prompts(columns, everything, rows)
-    return [template.render_prompt(chat, f"{rows}: row {number}") for number, chat in enumerate(chats, 1)]
+    return [template.render_prompt(chat, f"{rows}: {row_name(rows, number)}") for number, chat in enumerate(chats)]
 
 
 def read_words(rows: str, columns: dict[str, pa.ChunkedArray]) -> list[list[str]]:
     """The words of every row.  Raises DataError for rows without a list of words."""
     words = columns["tokens"].to_pylist()
-    for row, own in enumerate(words, 1):
-        check_words(own, f"{rows}: row {row}")
+    for row, own in enumerate(words):
+        check_words(own, f"{rows}: {row_name(rows, row)}")
     return words
 
 

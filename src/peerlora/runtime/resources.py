@@ -21,7 +21,7 @@ from peerlora.lora.adapters import AdapterSpec
 from peerlora.lora.attach import StackedModel, Targets, find_saved, find_targets, tied_to
 from peerlora.lora.base_digest import tensor_digest
 from peerlora.lora.base_models import Base, Storage, load_base, locate_base
-from peerlora.lora.base_weights import within
+from peerlora.lora.base_weights import quantised_form, within
 from peerlora.lora.layer import Layout
 from peerlora.lora.peft_io import ExportContext
 from peerlora.randomness import derive
@@ -195,7 +195,7 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
     base, targets = prepared.base, prepared.targets
     of_tokens = check_tokens(base, tokenizer, (data, resources.eval_data))  # a base is kept for other data, too
     check_lengths(config, base)
-    of_tokens += check_answers(config, base, resources.eval_data)
+    of_tokens += check_answers(config, base, resources.eval_data, tokenizer)
     check_ranks(config, targets)
     model = StackedModel(
         base.model,
@@ -270,6 +270,12 @@ def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Princip
     """What ``adapter.init`` takes out of the base, and digests of the weights as they were before."""
     if config.adapter.init not in PRINCIPAL:
         return None, {}
+    if form := quantised_form(base.model):
+        raise ModelError(
+            f"adapter.init={config.adapter.init} takes directions out of the base's weights, which must be in full "
+            f"precision, and {form} (model.source={config.model.source!r}); give the base that it was made from, or "
+            "adapter.init=default"
+        )
     for layer in targets.layers:
         if other := tied_to(base.model, layer.name):
             raise ModelError(

@@ -16,6 +16,7 @@ from peerlora.data.chat_tokens import answer_ends
 from peerlora.errors import RunError
 from peerlora.lora.attach import without_peft_warnings
 from peerlora.lora.base_models import Storage, load_base, quiet
+from peerlora.lora.base_weights import quantised_form
 from peerlora.lora.model_folder import ADAPTER, read_settings, with_base
 from peerlora.runtime.export import class_names, config_of, write_export
 from peerlora.runtime.inputs import require_same_base
@@ -76,12 +77,21 @@ def _require_rows(run: Path, config: RunConfig) -> None:
 
 
 def _base_of(run: Path, config: RunConfig) -> tuple[Any, Any]:
-    """The base model of a run in fp32, with the run's class names, and its tokenizer.  Raises RunError for another."""
+    """The base model of a run in fp32, with the run's class names, and its tokenizer.
+
+    Raises RunError for another base than the run's, and where only a quantised form of its weights is there.
+    """
     tokenizer, storage = run_tokenizer(config), Storage(revision=config.model.revision)
     names = class_names(run, config)
     kind = task_kind(config.task.kind)
     base = load_base(config.model.source, kind.name, names, config.seed, tokenizer.pad_token_id, torch.float32, storage)
     model: Any = base.model
+    if form := quantised_form(model):
+        raise RunError(
+            f"{run} was trained on model.source={config.model.source!r}, and a whole model needs a base in full "
+            f"precision, where {form}; use `peerlora export` and load its folder with this base, or add the adapter to "
+            "the base that it was made from, by PEFT"
+        )
     require_same_base(run, model, config.model.source, base.initialised)
     if kind.is_chat:
         model.generation_config.eos_token_id = answer_ends(tokenizer)
@@ -108,10 +118,7 @@ def _untie(model: Any, settings: dict[str, Any]) -> None:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer; one that came from a GGUF file is an ordinary model once it is loaded."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+    """Write model and tokenizer."""
     if tokenizer.pad_token_id is not None:
         model.config.use_cache = True
     with quiet():

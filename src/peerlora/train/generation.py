@@ -21,10 +21,21 @@ _FILLER = 3  # tokens of padding that a prompt is looked at with
 _NOISE, _ROUNDINGS = 1e-3, 8  # of the largest logit; a difference above both, the latter in its eps, is no rounding
 
 
-def drawn_rows(data: Dataset, wanted: int, seed: int) -> list[int]:
-    """The rows that are answered: a sample drawn once from the seed, ascending."""
-    draw = numpy_generator(seed, "generation").choice(len(data), min(wanted, len(data)), replace=False)
-    return np.sort(draw).tolist()
+def whole_answers(data: Dataset, max_length: int, ends: Sequence[int]) -> np.ndarray:
+    """The rows whose last answer was not cut at ``max_length`` tokens: what is left of it is no answer to compare with.
+
+    A row of so many tokens is one of them if one of ``ends`` ends the answer, and something stands before it.
+    """
+    full = data.lengths >= max_length
+    parts = {int(row): last_answer(data, int(row)) for row in np.flatnonzero(full)}
+    cut = [row for row, (asked, answer) in parts.items() if int(answer[-1]) not in ends or len(asked) == 1]
+    return np.setdiff1d(np.arange(len(data)), cut)
+
+
+def drawn_rows(rows: np.ndarray, wanted: int, seed: int) -> list[int]:
+    """Those of ``rows`` that are answered: a sample drawn once from the seed, ascending."""
+    draw = numpy_generator(seed, "generation").choice(len(rows), min(wanted, len(rows)), replace=False)
+    return np.sort(rows[draw]).tolist()
 
 
 def last_answer(data: Dataset, row: int) -> tuple[np.ndarray, np.ndarray]:
