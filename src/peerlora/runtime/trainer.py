@@ -195,10 +195,8 @@ class Trainer:
         self._emit(replace(event, **self.best.told()) if self.best else event)
         if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
-        loss = found.own.loss[self.federation.honest_rows]
-        if (
-            final and not self.learner.logs_evaluations and not np.isfinite(loss).all()
-        ):  # no training follows to show it
+        diverged = found.own.diverged()[self.federation.honest_rows]
+        if final and not self.learner.logs_evaluations and diverged.any():  # no training follows to show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return found.relayed_models
 
