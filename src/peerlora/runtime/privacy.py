@@ -119,7 +119,7 @@ def build_privacy(
     if privacy is None:
         return None, ()
     if privacy.unit == "row":
-        _check_task(task)
+        check_task(task)
         _check_model(model)
     train = config.train
     releases = train.training_rounds * (train.local_steps if privacy.unit == "row" else 1)
@@ -142,7 +142,7 @@ def _guarantee(privacy: PrivacyConfig, rows: int, size: int, releases: int) -> G
     return Guarantee(rows, rate, noise, delta, releases)
 
 
-def _check_task(task: Task) -> None:
+def check_task(task: Task) -> None:
     """Refuse a task that changes ``losses`` and leaves ``row_losses`` as they were, which alone would be trained."""
     kind = type(task)
     of_client, of_rows = (kind.__mro__.index(_definer(kind, name)) for name in ("losses", "row_losses"))

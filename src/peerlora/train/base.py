@@ -184,12 +184,15 @@ class Learner(Protocol):
 
         In a quiet round (``train.quiet``) they are those of ``x``, to the bit, without losses: no row is drawn and no
         optimiser's memory touched.  With ``privacy`` a client whose budget is used up stays as it is, too.
-        Raises DivergenceError at the first loss that is not finite.
+        Raises DivergenceError at the first loss that is not finite, and CompositionError for weights of private rows.
         """
         ...
 
     def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client row"]:
-        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
+        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended.
+
+        Raises CompositionError with ``privacy``, since scores have no noise.
+        """
         ...
 
     def evaluate(self, x: Adapters, data: Any, batch: int, metrics: Sequence[str] = ()) -> Scores:
