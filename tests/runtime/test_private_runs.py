@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cases import others_slow
-from peerlora.algorithms import REGISTRY, describe_algorithms
+from peerlora.algorithms import REGISTRY, build_algorithm, describe_algorithms
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.algorithms.gossip import FactorGossip
 from peerlora.algorithms.traits import Traits
@@ -29,7 +29,7 @@ from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
-from peerlora.runtime.privacy import NO_GUARANTEE, check_task
+from peerlora.runtime.privacy import NO_GUARANTEE, check_task, exhaustion_notice
 from peerlora.runtime.privacy_plan import plan_privacy
 from peerlora.runtime.simulate import resume, simulate
 from peerlora.runtime.whole_model import merge_from_run
@@ -186,6 +186,15 @@ def test_a_count_reads_its_last_line_only_whatever_a_kill_left_behind(tmp_path, 
     assert max(read) <= len(torn), "nothing before the last whole line is looked for"
     found = list(ledger.entries())
     assert len(found) == 4001 and found[-1] == (3, 1) and b"\0" not in ledger.path.read_bytes()
+
+
+@pytest.mark.parametrize(("method", "told"), [("dec-lora", None), ("d2", "its clients keep more than their adapters")])
+def test_a_used_up_budget_is_told_with_what_it_does_to_the_method(config, method, told):
+    reason = build_algorithm(method, {}).training_end_refusal
+    private = compose(config("bert", "privacy.epsilon=8")).learner.privacy
+    found = exhaustion_notice(private, [1], 4, reason)
+    begun = "client 1 has used up privacy.epsilon=8 by round 4: it trains no more and goes on mixing"
+    assert found == begun if told is None else found.startswith(f"{begun}; ") and told in found
 
 
 def test_a_used_up_budget_is_told_once_however_often_a_run_is_resumed(config, tmp_path, no_reports):
@@ -441,7 +450,17 @@ def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(confi
     assert found["generator"] == "system" and len(found["planned"]["rows"]) == 1
     with pytest.raises(ConfigError, match="privacy is null"):
         plan_privacy(config("bert"))
-    assert plan_privacy(config("bert", "privacy.noise=2", "privacy.unit=client"))["choices"] == []
+
+
+def test_a_plan_of_whole_clients_tells_other_rounds_and_no_batch(config):
+    chosen = config("bert", "privacy.noise=2", "privacy.unit=client", "train.rounds=10")
+    found = plan_privacy(chosen)
+    assert [each["round"] for each in found["by_round"]] == [1, 2, 5, 8, 10]
+    choices = [(each["batch"], each["rounds"]) for each in found["choices"]]
+    assert choices == [(None, 5), (None, 10), (None, 20)]
+    epsilons = [each["epsilon"] for each in found["choices"]]
+    assert epsilons == pytest.approx([10 * rounds**0.5 / 2 for rounds in (5, 10, 20)]), "one release a round, of rate 1"
+    assert found["by_round"][-1]["epsilon"][0] == pytest.approx(epsilons[1])
 
 
 def test_evaluations_of_runs_without_privacy_say_nothing_of_it(config, tmp_path, no_reports):

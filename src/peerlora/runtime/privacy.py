@@ -225,10 +225,11 @@ def describe_promises(privacy: PrivateTraining) -> dict[str, Any]:
     }
 
 
-def exhaustion_notice(privacy: PrivateTraining, clients: Sequence[int], done: int) -> str:
-    """Say whose budget is used up, and what follows."""
+def exhaustion_notice(privacy: PrivateTraining, clients: Sequence[int], done: int, reason: str | None) -> str:
+    """Say whose budget is used up, and what follows; ``reason``: why the method wants all to train, if it does."""
     one = len(clients) == 1
     budget = privacy.settings.epsilon or math.inf
     who = f"client {clients[0]} has" if one else f"clients {', '.join(map(str, clients))} have"
     then = "it trains no more and goes on mixing" if one else "they train no more and go on mixing"
-    return f"{who} used up privacy.epsilon={budget:g} by round {done}: {then}"
+    but = f"; the method wants all to train, so expect worse models: {reason}" if reason else ""
+    return f"{who} used up privacy.epsilon={budget:g} by round {done}: {then}{but}"

@@ -160,7 +160,7 @@ class Trainer:
         self._emit(event)
         if self.privacy and (fresh := self.privacy.exhausted[self._exhausted :]):
             self._exhausted += len(fresh)
-            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t)))
+            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t, self.algorithm.training_end_refusal)))
         return state
 
     def _spend(self, releases: Sequence[Release]) -> None:
