@@ -40,7 +40,8 @@ def main(source: str, rows: str, config: str, identity: str, members: str, out: 
             peer.step()  # 2
             if peer.over:  # 3
                 break
-    print(f"{peer.result.summary['rounds']} rounds, the adapter is in {peer.result.run / 'adapters'}")
+    if peer.result:  # of several processes, the first one has it
+        print(f"{peer.result.summary['rounds']} rounds, the adapter is in {peer.result.run / 'adapters'}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def main(source: str, rows: str, config: str, identity: str, members: str, out: 
         callbacks=[callback],  # the only line that a federation needs
     )
     trainer.train()
-    print(f"{callback.result.summary['rounds']} rounds, the adapter is in {callback.result.run / 'adapters'}")
+    if callback.result:  # of several processes, the first one has it
+        print(f"{callback.result.summary['rounds']} rounds, the adapter is in {callback.result.run / 'adapters'}")
 
 
 if __name__ == "__main__":

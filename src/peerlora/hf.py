@@ -9,10 +9,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peerlora.config.run import RunConfig
+from peerlora.environment import need_extra
 from peerlora.errors import ConfigError, RunError
-from peerlora.runtime.loop import check_settings
+from peerlora.runtime.loop import OwnLoop, check_settings
 from peerlora.runtime.peer.join import JoinedPeer, PeerRun, as_config, grpc_run
-from peerlora.runtime.peer.train import OwnLoop
 from peerlora.runtime.sequential import SequentialLearner as SequentialLearner
 from peerlora.runtime.trainer import Result, Sink
 from peerlora.train.loop_driver import EVALUATION
@@ -29,8 +29,9 @@ class PeerCallback(TrainerCallback):
     output folder; a run in it goes on.  The run writes a checkpoint whenever the Trainer does, so both go on from one
     moment: ``trainer.train(resume_from_checkpoint=True)``.  When all rounds are done the Trainer stops.  Its logs and
     evaluations stand in the run's events; those of ``metric_for_best_model`` are its metric.
-    Raises ConfigError or CompositionError for settings of which a Trainer decides, or that leave it no steps; when
-    training begins, ModelError, ConfigError or CompositionError for what cannot be mixed.
+    Raises ExtraMissing without the extra `peer`, ConfigError or CompositionError for settings of which a Trainer
+    decides, or that leave it no steps; when training begins, ModelError, ConfigError or CompositionError for what
+    cannot be mixed.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class PeerCallback(TrainerCallback):
         listen: str | None = None,
         sinks: Sequence[Sink] = (),
     ):
+        need_extra("peer")
         self.config, self.identity, self.members = as_config(config), identity, members
         check_settings(self.config)
         self.out, self.listen, self.sinks = out, listen, sinks

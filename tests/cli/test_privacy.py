@@ -20,6 +20,11 @@ def test_it_tells_noise_epsilon_by_round_and_other_choices(cli, yaml_file):
     assert not (path.parent / "runs").exists()
 
 
+def test_of_whole_clients_it_tells_other_rounds(cli, yaml_file):
+    answer = cli("privacy", yaml_file(*FEW, "privacy.unit=client"))
+    assert answer.code == 0 and all(word in answer.out for word in ("4 rounds", "any", "with the same noise"))
+
+
 def test_a_config_without_privacy_is_one_message(cli, yaml_file):
     answer = cli("privacy", yaml_file())
     assert answer.code == 2 and answer.err.startswith("peerlora: privacy is null") and "\n" not in answer.err.strip()

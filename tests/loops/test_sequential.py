@@ -1,18 +1,21 @@
 """Simulated clients whose local steps Trainers take, one after another, end as those of our own learner."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from loop_rigs import own_settings, peft_model, require_equal, trainer_of
 from test_plain_loops import PINNED, TRAIN
+from transformers import TrainerCallback
 
 from cases import others_slow
 from peerlora.config.loading import load_config
-from peerlora.errors import CompositionError, ConfigError, RunError
+from peerlora.errors import CompositionError, ConfigError, DivergenceError, RunError
 from peerlora.hf import PeerCallback, SequentialLearner
-from peerlora.runs.events import Evaluated, RoundDone, RunStarted
+from peerlora.runs.events import Evaluated, RoundDone, RunStarted, Warned
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
@@ -22,15 +25,17 @@ from peerlora.runtime.simulate import resume, simulate
 pytestmark = pytest.mark.usefixtures("no_reports")
 
 
-def sequential(chosen, folder):
+def sequential(chosen, folder, adjust=lambda trainer, client: None, report=True):
     federation = compose(chosen)
     model = peft_model(chosen, federation)
 
     def make_trainer(client):
-        return trainer_of(chosen, federation, client, folder / f"trainer-{client}", model)
+        trainer = trainer_of(chosen, federation, client, folder / f"trainer-{client}", model)
+        adjust(trainer, client)
+        return trainer
 
     settings = load_config(own_settings(chosen) | {"eval": {"every": 2}})
-    return simulate(settings, folder / "sequential", learner=SequentialLearner(make_trainer))
+    return simulate(settings, folder / "sequential", learner=SequentialLearner(make_trainer), report=report)
 
 
 @pytest.mark.parametrize("method", others_slow(PINNED, [1]))
@@ -49,6 +54,81 @@ def test_trainers_one_after_another_give_the_simulation_s_adapters(config, tmp_p
     assert "one after another" in " ".join(select_events(events, RunStarted)[0].notes)
     with pytest.raises(RunError, match="loops of your own"):
         resume(found.run)
+
+
+def without_rows(trainer, client):
+    trainer.eval_dataset = None
+
+
+def without_losses(trainer, client):
+    trainer.evaluate = lambda: {"eval_accuracy": 0.5}
+
+
+@pytest.mark.parametrize("adjust", [without_rows, without_losses])
+def test_losses_that_no_evaluation_tells_do_not_end_a_run(config, tmp_path, adjust):
+    chosen = config("bert", "algorithm.name=dec-lora", *TRAIN)
+    whole, found = simulate(chosen, tmp_path / "whole"), sequential(chosen, tmp_path, adjust)
+    require_equal(whole.adapters, [found.adapters.rows([client]) for client in range(chosen.clients)])
+    last = select_events(read_events(found.run), Evaluated)[-1]
+    assert last.final and np.isnan(last.own_loss).all()
+    assert (found.run / "summary.json").is_file() and (found.run / "adapters" / "all.safetensors").is_file()
+
+
+def test_a_loss_that_an_evaluation_tells_and_is_not_finite_is_divergence(config, tmp_path):
+    def diverges(trainer, client):
+        trainer.evaluate = lambda: {"eval_loss": float("nan") if client == 1 else 0.5}
+
+    with pytest.raises(DivergenceError, match="loss is not finite after 4 rounds"):
+        sequential(config("bert", "algorithm.name=dec-lora", *TRAIN), tmp_path, diverges)
+
+
+class Stops(TrainerCallback):
+    """Ends a Trainer within its third round."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 5
+
+
+def test_a_trainer_that_ends_early_ends_the_run_with_the_rounds_that_all_have_done(config, tmp_path):
+    def ends(trainer, client):
+        if client == 1:
+            trainer.add_callback(Stops())
+
+    chosen = config("bert", "algorithm.name=dec-lora", *TRAIN)
+    shorter = config("bert", "algorithm.name=dec-lora", *TRAIN, "train.rounds=2")
+    whole, found = simulate(shorter, tmp_path / "whole"), sequential(chosen, tmp_path, ends)
+    require_equal(whole.adapters, [found.adapters.rows([client]) for client in range(chosen.clients)])
+    events = read_events(found.run)
+    told = " ".join(each.message for each in select_events(events, Warned))
+    assert "ended after 2 of 4 rounds" in told and "its last 1 steps" in told
+    last = select_events(events, Evaluated)[-1]
+    assert last.final and last.round == 2
+    assert np.isnan(last.own_loss[1]) and np.isfinite([last.own_loss[0], last.own_loss[2]]).all()
+    assert found.summary["rounds"] == 2 and (found.run / "adapters" / "all.safetensors").is_file()
+
+
+BLOCKED = """
+import sys
+for name in ("grpc", "msgspec", "cryptography"):
+    sys.modules[name] = None
+import peerlora
+from peerlora.errors import ExtraMissing
+from peerlora.hf import PeerCallback, SequentialLearner
+for begin in (
+    lambda: PeerCallback({}, "identity", "members.json"),
+    lambda: peerlora.join(None, None, {}, identity="identity", members="members.json"),
+):
+    try:
+        begin()
+    except ExtraMissing as error:
+        print(error)
+"""
+
+
+def test_without_the_extra_peer_only_peers_are_missing():
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("needs grpc, cryptography, msgspec, not installed; run `pip install '.[peer]'`") == 2
 
 
 REFUSED = [

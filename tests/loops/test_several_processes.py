@@ -11,6 +11,7 @@ import pytest
 import torch
 from loop_rigs import TOLERANCE, alone, batches, optimizer_of, peft_model, plain_loops, read, take_steps
 from safetensors.torch import load_file, save_file
+from test_trainer_peer import trained
 
 from peerlora.config.loading import load_config
 from peerlora.runtime.compose import compose
@@ -83,12 +84,12 @@ def test_a_rule_stays_in_the_first_process():
     assert isinstance(decode(encode(job), FLAT).rule, Remote)
 
 
-def torchrun(folder, first, last):
+def torchrun(script, folder, *more):
     """Two processes, started as a user would; what they print stands in an error."""
     tests = Path(__file__).parent
     places = [tests, tests.parent / "equivalence", tests.parent, *map(Path, sys.path)]
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_ports(1)[0]}"]
-    words += [tests / "torchrun_loop.py", folder / "run.yaml", folder, first, last]
+    words += [tests / script, folder / "run.yaml", folder, *more]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
     done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -100,9 +101,25 @@ def test_processes_of_torchrun_go_on_within_a_round(config, tmp_path):
     chosen = config("bert", *ONE, "algorithm.name=dec-lora", "train.optimizer=sgd")
     whole, _ = plain_loops(chosen, tmp_path / "whole")
     (tmp_path / "run.yaml").write_text(chosen.to_yaml())
-    torchrun(tmp_path, 0, 3)
-    torchrun(tmp_path, 3, 8)
+    torchrun("torchrun_loop.py", tmp_path, 0, 3)
+    torchrun("torchrun_loop.py", tmp_path, 3, 8)
     for rank in range(2):
         flat = load_file(tmp_path / f"rank-{rank}.safetensors")["flat"]
         assert torch.allclose(flat, whole[0].adapters.flat[0], rtol=0, atol=TOLERANCE)
         assert json.loads((tmp_path / f"begun-{rank}.json").read_text()) == 1, "one step of the round was taken before"
+
+
+@pytest.mark.slow
+def test_a_trainer_in_processes_of_torchrun_ends_as_one_with_twice_the_batch(config, tmp_path):
+    """The two take minibatches in turn, whose mean gradient is that of both minibatches in one."""
+    chosen = config("bert", *ONE, "algorithm.name=adf-lora", "algorithm.interval=1")
+    (tmp_path / "run.yaml").write_text(chosen.to_yaml())
+    batch = {"per_device_train_batch_size": 2 * chosen.batches[0]}
+    whole, _, _ = trained(chosen, tmp_path / "whole", **batch)
+    torchrun("torchrun_trainer.py", tmp_path)
+    for rank in range(2):
+        flat = load_file(tmp_path / f"rank-{rank}.safetensors")["flat"]
+        assert torch.allclose(flat, whole.result.adapters.flat[0], rtol=0, atol=TOLERANCE)
+        told = json.loads((tmp_path / f"told-{rank}.json").read_text())
+        assert told == {"size": 2, "result": rank == 0, "steps": 8}, "the first process speaks, and has the result"
+    assert json.loads((tmp_path / "trainer/peer/summary.json").read_text())["rounds"] == 4

@@ -2,17 +2,25 @@
 
 import json
 import os
+import runpy
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from cases import others_slow
-from peerlora.algorithms import REGISTRY, describe_algorithms
+from peerlora.algorithms import REGISTRY, build_algorithm, describe_algorithms
 from peerlora.algorithms.base import is_asynchronous
+from peerlora.algorithms.gossip import FactorGossip
+from peerlora.algorithms.traits import Traits
 from peerlora.config.loading import load_config
 from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
 from peerlora.experiments.measures import measure_run
+from peerlora.plugins import METHODS, TASKS
 from peerlora.runs import privacy_ledger
 from peerlora.runs.events import Evaluated, RoundDone, Warned
 from peerlora.runs.metrics import evaluations, select_events
@@ -21,10 +29,13 @@ from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
-from peerlora.runtime.privacy import NO_GUARANTEE
+from peerlora.runtime.privacy import NO_GUARANTEE, check_task, exhaustion_notice
 from peerlora.runtime.privacy_plan import plan_privacy
 from peerlora.runtime.simulate import resume, simulate
+from peerlora.runtime.whole_model import merge_from_run
 from peerlora.train import accounting
+from peerlora.train.base import LocalPlan
+from peerlora.train.tasks import Classification
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +82,10 @@ def test_a_run_tells_what_was_planned_and_what_was_spent(config, tmp_path, real_
     assert "spent epsilon" in page and NO_GUARANTEE in page
     card = (result.run / "adapters/client-02/README.md").read_text()
     assert "| epsilon spent | 8 of 8 planned |" in card and NO_GUARANTEE in card
+    for client in (2, None):
+        whole = merge_from_run(result.run, tmp_path / f"whole-{client}", client)
+        card = (whole / "README.md").read_text()
+        assert "- epsilon spent: 8 of 8 planned\n" in card and NO_GUARANTEE in card
     table = result.metrics.to_pandas()
     assert len(table[table.metric == "privacy_epsilon"]) == 4 * len(spent)
 
@@ -171,6 +186,15 @@ def test_a_count_reads_its_last_line_only_whatever_a_kill_left_behind(tmp_path, 
     assert max(read) <= len(torn), "nothing before the last whole line is looked for"
     found = list(ledger.entries())
     assert len(found) == 4001 and found[-1] == (3, 1) and b"\0" not in ledger.path.read_bytes()
+
+
+@pytest.mark.parametrize(("method", "told"), [("dec-lora", None), ("d2", "its clients keep more than their adapters")])
+def test_a_used_up_budget_is_told_with_what_it_does_to_the_method(config, method, told):
+    reason = build_algorithm(method, {}).training_end_refusal
+    private = compose(config("bert", "privacy.epsilon=8")).learner.privacy
+    found = exhaustion_notice(private, [1], 4, reason)
+    begun = "client 1 has used up privacy.epsilon=8 by round 4: it trains no more and goes on mixing"
+    assert found == begun if told is None else found.startswith(f"{begun}; ") and told in found
 
 
 def test_a_used_up_budget_is_told_once_however_often_a_run_is_resumed(config, tmp_path, no_reports):
@@ -279,7 +303,97 @@ def test_embeddings_and_models_that_mix_rows_are_refused(config, monkeypatch):
     federation = compose(config("bert"))
     federation.model.step.layout = Layout(rows_first=False)
     with pytest.raises(ModelError, match="mix the rows of a batch"):
-        privacy.build_privacy(config("bert", "privacy.noise=1"), federation.learner.shards, federation.model, 9, False)
+        learner = federation.learner
+        privacy.build_privacy(
+            config("bert", "privacy.noise=1"), learner.shards, federation.model, learner.task, 9, False
+        )
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_a_task_that_changes_the_losses_of_batches_and_not_of_rows_is_refused(config, monkeypatch):
+    """Rows of the example's batches compete, so that no row has a loss of its own."""
+    monkeypatch.setattr(TASKS, "_plugins", dict(TASKS._plugins))
+    Contrastive = runpy.run_path(str(EXAMPLES / "own_task.py"))["Contrastive"]
+    monkeypatch.setitem(globals(), "Contrastive", Contrastive)
+    TASKS.register("contrastive", replace(Contrastive.kind, task=f"{__name__}:Contrastive"), __name__)
+    words = ["task.kind=contrastive", "privacy.noise=1"]
+    told = "Contrastive has losses of its own beside the row_losses of Classification"
+    with pytest.raises(CompositionError, match=told):
+        compose(config("bert", *words))
+    compose(config("bert", *words, "privacy.unit=client"))
+    compose(config("bert", words[0]))
+
+
+class Doubled(Classification):
+    """Every row counts twice: losses of batches follow, and so may be written down anew."""
+
+    def row_losses(self, logits, batch):
+        return 2 * super().row_losses(logits, batch)
+
+
+class Both(Doubled):
+    """Losses of both kinds."""
+
+    def losses(self, logits, batch):
+        return 2 * super().losses(logits, batch)
+
+    def row_losses(self, logits, batch):
+        return 2 * super().row_losses(logits, batch)
+
+
+class Restated(Doubled):
+    """Losses of batches that those of rows know nothing of."""
+
+    def losses(self, logits, batch):
+        return 3 * super().losses(logits, batch)
+
+
+@pytest.mark.parametrize(("task", "refused"), [(Doubled, False), (Both, False), (Restated, True)])
+def test_losses_of_rows_must_be_as_new_as_those_of_batches(task, refused):
+    with pytest.raises(CompositionError, match="row_losses of Doubled") if refused else nullcontext():
+        check_task(task())
+
+
+@dataclass(frozen=True)
+class Peeks(FactorGossip):
+    """Declares nothing of rows, and scores or weighs them."""
+
+    weighs: bool = False
+    traits: ClassVar = Traits(source="nowhere", sends="adapters")
+
+    def round(self, t, x, learner, peers):
+        weights = torch.ones(x.clients, 99) if self.weighs else learner.score(x, learner.task.row_losses)
+        return peers.mix(learner.fit(x, LocalPlan("AB", row_weights=weights)))
+
+
+@pytest.mark.parametrize("unit", ["row", "client"])
+@pytest.mark.parametrize("does", ["scores", "weighs"])
+def test_a_method_that_looks_at_private_rows_without_saying_so_is_stopped(config, tmp_path, monkeypatch, does, unit):
+    monkeypatch.setattr(METHODS, "_plugins", dict(METHODS._plugins))
+    METHODS.register("peeks", Peeks, __name__)
+    words = ["algorithm.name=peeks", f"algorithm.weighs={str(does == 'weighs').lower()}"]
+    with pytest.raises(CompositionError, match=f"the method {does} rows, which no noise of privacy covers"):
+        simulate(config("bert", *words, "privacy.noise=1", f"privacy.unit={unit}"), tmp_path / "run", report=False)
+    simulate(config("bert", *words), tmp_path / "open", report=False)
+
+
+class Undeclared(Peeks):
+    """Does not say either whether it sends gradients."""
+
+    traits: ClassVar = Traits(source="nowhere", sends="models")
+
+
+def test_a_method_that_does_not_declare_what_it_sends_protects_no_client(config, monkeypatch):
+    monkeypatch.setattr(METHODS, "_plugins", dict(METHODS._plugins))
+    METHODS.register("undeclared", Undeclared, __name__)
+    words = ["algorithm.name=undeclared", "privacy.noise=1"]
+    with pytest.raises(CompositionError, match="does not declare whether its messages hold gradients"):
+        plan(config("bert", *words, "privacy.unit=client"))
+    plan(config("bert", *words))
+    monkeypatch.setattr(Undeclared, "traits", replace(Undeclared.traits, sends_gradients=False))
+    plan(config("bert", *words, "privacy.unit=client"))
 
 
 @pytest.mark.parametrize("words", [[], ["privacy.epsilon=8", "privacy.noise=1"]])
@@ -337,7 +451,17 @@ def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(confi
     assert found["generator"] == "system" and len(found["planned"]["rows"]) == 1
     with pytest.raises(ConfigError, match="privacy is null"):
         plan_privacy(config("bert"))
-    assert plan_privacy(config("bert", "privacy.noise=2", "privacy.unit=client"))["choices"] == []
+
+
+def test_a_plan_of_whole_clients_tells_other_rounds_and_no_batch(config):
+    chosen = config("bert", "privacy.noise=2", "privacy.unit=client", "train.rounds=10")
+    found = plan_privacy(chosen)
+    assert [each["round"] for each in found["by_round"]] == [1, 2, 5, 8, 10]
+    choices = [(each["batch"], each["rounds"]) for each in found["choices"]]
+    assert choices == [(None, 5), (None, 10), (None, 20)]
+    epsilons = [each["epsilon"] for each in found["choices"]]
+    assert epsilons == pytest.approx([10 * rounds**0.5 / 2 for rounds in (5, 10, 20)]), "one release a round, of rate 1"
+    assert found["by_round"][-1]["epsilon"][0] == pytest.approx(epsilons[1])
 
 
 def test_evaluations_of_runs_without_privacy_say_nothing_of_it(config, tmp_path, no_reports):

@@ -8,6 +8,7 @@ from cases import others_slow
 from peerlora.data.batches import collate
 from peerlora.errors import DivergenceError
 from peerlora.lora.adapters import Adapters
+from peerlora.lora.attach import with_decoder_inputs
 from peerlora.runtime.compose import compose
 from peerlora.train import learner as learner_module
 from peerlora.train.base import LocalPlan
@@ -32,6 +33,8 @@ def run(learner, x, schedule, first=0):
 def loss_of(federation, x, client, rows):
     """The training loss of one client's row, through the model but not through the Learner."""
     batch = collate(federation.train_data, [rows], 0, torch.float64)
+    if batch.written is not None:
+        batch = replace(batch, inputs=with_decoder_inputs(federation.model.base, batch.inputs, batch.targets))
     federation.model.bind_adapters(x)
     return federation.learner.task.losses(federation.model(batch.inputs), batch)[0]
 

@@ -57,6 +57,7 @@ class ADPSGD(AsynchronousGossip):
         trains="A and B, or in turn by `interval`; no common rounds",
         mixes="A and B, with one neighbour at a time",
         sends="pushes",
+        sends_gradients=False,
         requires=FIXED_GRAPH,
     )
 

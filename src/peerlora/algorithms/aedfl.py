@@ -68,6 +68,7 @@ class AEDFL(AsynchronousGossip):
         trains="A and B, or in turn by `interval`; no common rounds",
         mixes="held components of A and B, lighter when stale",
         sends="pushes",
+        sends_gradients=False,
         requires=FIXED_GRAPH,
         newest_only=True,
         fresh_optimizer="the moments of a component that is not held would decay (density < 1)",

@@ -55,6 +55,7 @@ class CachedDFL(Scheduled):
         trains=IN_TURN,
         mixes="A and B, the newest known of every client",
         sends="cached",
+        sends_gradients=False,
         requires=Properties(),
     )
 

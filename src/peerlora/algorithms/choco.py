@@ -57,6 +57,7 @@ class Choco(Stateful):
         trains=IN_TURN,
         mixes="A and B, compressed",
         sends="replicas",
+        sends_gradients=False,
         requires=Properties(
             symmetric=True, row_stochastic=True, column_stochastic=True, static=True, neighbours_only=True
         ),

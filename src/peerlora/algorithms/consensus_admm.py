@@ -58,6 +58,7 @@ class ConsensusADMM(Stateful):
         trains=IN_TURN,
         mixes="A and B, as sums over the neighbours",
         sends="models",
+        sends_gradients=False,
         refuses={
             "attack": "it takes from its neighbours how far they are, and an attacker goes on from their average",
         },

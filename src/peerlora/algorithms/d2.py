@@ -48,6 +48,7 @@ class D2(Stateful):
         source="D2, arXiv 1803.07068",
         trains=IN_TURN,
         sends="models",
+        sends_gradients=False,
         refuses={
             "codec": "it adds up what every mixing moved, and what a codec leaves out can make that grow without bound",
             "robust": "it undoes what the last mixing did, which has to be linear",

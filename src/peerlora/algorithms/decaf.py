@@ -33,6 +33,7 @@ class DeCAF(FactorGossip):
         mixes="A and B, as products",
         operator="sum-product",
         sends="models",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks=None,
         fresh_optimizer="the factors are factored anew after every exchange",

@@ -43,6 +43,7 @@ class FedExLoRA(FactorGossip):
         mixes="A and B; the residual of the products goes into the base",
         operator="sum-product",
         sends="merges",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         merges_into="base",
     )

@@ -66,6 +66,7 @@ class FedHL(FactorGossip):
         mixes="the references, and what training added, as products",
         operator="sum-product",
         sends="merges",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks=None,
         fresh_optimizer="the factors are cut anew from the reference after every exchange",

@@ -43,6 +43,7 @@ class FedRotLoRA(FactorGossip):
         source="FedRot-LoRA, arXiv 2602.23638",
         mixes="A and B, turned towards the receiver",
         sends="models",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks="a rotation needs factors of one common shape",
         fresh_optimizer="the factors are turned in every exchange",

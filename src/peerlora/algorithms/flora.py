@@ -45,6 +45,7 @@ class FLoRA(FactorGossip):
         mixes="A and B, as products, into the base",
         operator="sum-product",
         sends="merges",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks=None,
         fresh_optimizer="A is drawn anew after every exchange",

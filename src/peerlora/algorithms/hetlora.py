@@ -53,6 +53,7 @@ class HetLoRA(FactorGossip):
         source="HetLoRA, arXiv 2401.06432",
         mixes="A and B, zero-padded, weighted by the norm of the product",
         sends="models",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         unequal_ranks=None,
         training_end=IN_STEP,

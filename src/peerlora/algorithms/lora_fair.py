@@ -51,6 +51,7 @@ class LoRAFAIR(FactorGossip):
         source="LoRA-FAIR, arXiv 2411.14961",
         mixes="A and B, then B is corrected",
         sends="models",
+        sends_gradients=False,
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
     )
 

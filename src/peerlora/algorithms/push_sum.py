@@ -63,6 +63,7 @@ class SGP(Scheduled):
         trains=IN_TURN,
         mixes="A and B as shares, and their mass",
         sends="sums",
+        sends_gradients=False,
         requires=Properties(column_stochastic=True),
         topology_reason="senders must hand on all they have",
         positive_vectors=("w",),

@@ -72,6 +72,7 @@ class RACLoRA(FactorGossip):
         mixes="the factor that trains",
         operator="both",
         sends="models",
+        sends_gradients=False,
         refuses={"relay": REASONS["merges"]["relay"]},
         requires=Properties(row_stochastic=True, column_stochastic=True, neighbours_only=True),
         training_end=IN_STEP,

@@ -61,6 +61,7 @@ class SALF(DepthGossip):
         trains="A and B of the layers that backward reaches; with `interval` in turn",
         mixes="A and B of the layers that both ends reached",
         sends="layers",
+        sends_gradients=False,
         requires=Properties(symmetric=True, row_stochastic=True, column_stochastic=True),
         training_end=IN_STEP,
         own_loop="it cuts backward passes short, and a loop has its own",

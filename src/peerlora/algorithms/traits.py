@@ -32,6 +32,10 @@ labels.  Adapters and models can be relayed, unless a factor stays at home that 
 ONE_FACTOR = "it sends one factor, and the other differs from client to client, so that what is sent is no model"
 RAW_GRADIENTS = "it sends mean gradients beside the change of a round, and noise covers that change alone"
 """Why a method cannot protect a client as a whole; row by row it can, where gradients have noise of their own."""
+UNDECLARED_GRADIENTS = (
+    "it does not declare whether its messages hold gradients of the local steps, which no noise covers "
+    "(Traits.sends_gradients)"
+)
 IN_STEP = "its clients keep more than their adapters in step, and one that trains no more would bias the others"
 """Why a method refuses that one client alone ends its training, unless it has another reason."""
 REPLICAS = "compressed gossip keeps replicas of one set of adapters, and of nothing else"
@@ -126,8 +130,9 @@ class Traits:
     """Of a minibatch, in one local step: what a step costs on the virtual clock."""
     looks_at_rows: str | None = None
     """How it sees own rows other than by gradients, so that no noise covers them; None: all else is post-processing."""
-    sends_gradients: bool = False
-    """Whether messages hold gradients of the local steps, and not only what follows from their outcome."""
+    sends_gradients: bool | None = None
+    """Whether messages hold gradients of the local steps, and not only what follows from their outcome.  None: not
+    declared, and then nobody's whole data can be protected, unless adapters or nothing are what it sends."""
     own_gauge: bool = False
     """Whether it leaves clients' factors in coordinates (gauges) of their own, so that their mean says little: where it
     factors averaged products anew, or turns factors towards each receiver."""
@@ -160,9 +165,15 @@ class Traits:
         if self.flow_policies_only:
             return "its clients learn from episodes, and have no rows"
         if unit == "client":
-            return self.looks_at_rows or (RAW_GRADIENTS if self.sends_gradients else None)
+            return self.looks_at_rows or self._gradients_sent()
         twice = "it takes two gradients of each minibatch, and the second would need noise of its own"
         return self.looks_at_rows or (twice if self.gradients > 1 else None)
+
+    def _gradients_sent(self) -> str | None:
+        """Why messages hold what the noise on the change of a round does not cover; None where they do not."""
+        if self.sends_gradients is None and self.sends not in ("adapters", "nothing"):
+            return UNDECLARED_GRADIENTS
+        return RAW_GRADIENTS if self.sends_gradients else None
 
     def own_loop_refusal(self) -> str | None:
         """Why a training loop of the user's own cannot take its local steps; None where it can."""

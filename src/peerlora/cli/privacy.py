@@ -46,19 +46,18 @@ def _print(found: dict[str, Any]) -> None:
     console.print(_table("", "client", names, columns), _table("epsilon by round", "client", names, rounds))
     if len(names) > _LISTED:
         console.print(f"and {len(names) - _LISTED} clients more", highlight=False)
-    if found["choices"]:
-        console.print(_choices(found["choices"]))
+    console.print(_choices(found["choices"]))
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _choices(choices: list[dict[str, Any]]) -> Table:
-    """Epsilon by batch and rounds."""
-    batches, rounds = (sorted({each[name] for each in choices}) for name in ("batch", "rounds"))
+    """Epsilon by batch and rounds, or by rounds alone."""
+    batches, rounds = (list(dict.fromkeys(each[name] for each in choices)) for name in ("batch", "rounds"))
     known = {(each["batch"], each["rounds"]): each["epsilon"] for each in choices}
-    columns = {f"{each} rounds": [known[batch, each] for batch in batches] for each in rounds}
+    columns = {f"{each} rounds": [known[batch, each] for batch in batches] for each in sorted(rounds)}
     title = "epsilon with the same noise, of the client that spends most"
-    return _table(title, "batch", list(map(str, batches)), columns)
+    return _table(title, "batch", ["any" if batch is None else str(batch) for batch in batches], columns)
 
 
 def _table(title: str, first: str, rows: Sequence[str], columns: Mapping[str, Sequence[float | None]]) -> Table:

@@ -181,7 +181,8 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
         "train": sum(each.seconds_train for each in done),
         "mix": sum(each.seconds_mix for each in done),
         "diagnostics": sum(each.seconds_diagnostics for each in done),
-        "eval": sum(each.seconds for each in select_events(events, Evaluated)),
+        # one that a loop of the user's own has logged, has no seconds
+        "eval": sum(each.seconds for each in select_events(events, Evaluated) if not math.isnan(each.seconds)),
     }
     score = scores[-1] if scores else None
     spread = _spread(score) | _relayed(score, start)

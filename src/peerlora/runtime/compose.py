@@ -126,7 +126,9 @@ def assemble(
     if block is not None:
         learner.hold_block([len(tile) for tile in block.tiles], sum(config.batches), sum(map(len, divided.shards)))
     plain = StackedExchange(topology, here, gather) if block is None else BlockExchange(topology, here, block.rows)
-    learner.privacy, of_privacy = build_privacy(config, shards, model, start.spec.parameters, clients is not None)
+    learner.privacy, of_privacy = build_privacy(
+        config, shards, model, learner.task, start.spec.parameters, clients is not None
+    )
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)
     if config.train.class_weights != "none":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from peerlora.runs.resume import flatten
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.exchange_stack import build_exchange
 from peerlora.runtime.plan import Plan
+from peerlora.runtime.trainer import CheckpointRule
 from peerlora.train.kernels.speed import Speed
 from peerlora.train.loop_learner import LoopLearner
 
@@ -40,6 +42,21 @@ NOTE = (
     "local steps are those of a training loop of the user's own: rows, loss, optimiser and learning rate are the "
     "loop's, and what the settings say of them does not count"
 )
+
+
+class OwnLoop(Protocol):
+    """A training loop of the user's own, as far as a peer's run depends on it."""
+
+    checkpoints: CheckpointRule | None
+    """None: as the config says."""
+
+    def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
+        """Build the Federation; ``begun``: the folder of a run that goes on."""
+        ...
+
+    def keep_start(self, folder: Path) -> None:
+        """Keep what the run begins with in its folder."""
+        ...
 
 
 def check_settings(config: RunConfig) -> None:

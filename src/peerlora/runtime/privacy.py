@@ -19,6 +19,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.train.accounting import has_accountants, noise_for, require_accountants, spent_epsilon
 from peerlora.train.privacy import Guarantee, PrivateTraining
 from peerlora.train.private_draws import SeededDraws, SystemDraws
+from peerlora.train.tasks import Task
 
 NO_GUARANTEE = "simulation, no guarantee"
 _LISTED = 3  # clients in one warning
@@ -106,17 +107,19 @@ def _evaluation_warnings(config: RunConfig) -> tuple[str, ...]:
 
 
 def build_privacy(
-    config: RunConfig, shards: Shards, model: StackedModel, parameters: int, real: bool
+    config: RunConfig, shards: Shards, model: StackedModel, task: Task, parameters: int, real: bool
 ) -> tuple[PrivateTraining | None, tuple[str, ...]]:
     """What makes the training of these clients private, and warnings; (None, ()) without ``privacy``.
 
     ``parameters``: scalars of one adapter; ``real``: whether the client is a real peer, and not simulated.
-    Raises ModelError for a model whose rows cannot be told apart, ConfigError for an epsilon that no noise gives.
+    Raises ModelError for a model whose rows cannot be told apart, CompositionError for a task whose losses cannot,
+    ConfigError for an epsilon that no noise gives.
     """
     privacy = config.privacy
     if privacy is None:
         return None, ()
     if privacy.unit == "row":
+        check_task(task)
         _check_model(model)
     train = config.train
     releases = train.training_rounds * (train.local_steps if privacy.unit == "row" else 1)
@@ -137,6 +140,23 @@ def _guarantee(privacy: PrivacyConfig, rows: int, size: int, releases: int) -> G
         assert privacy.epsilon is not None
         noise = noise_for(privacy.epsilon, rate, releases, delta, privacy.accountant)
     return Guarantee(rows, rate, noise, delta, releases)
+
+
+def check_task(task: Task) -> None:
+    """Refuse a task that changes ``losses`` and leaves ``row_losses`` as they were, which alone would be trained."""
+    kind = type(task)
+    of_client, of_rows = (kind.__mro__.index(_definer(kind, name)) for name in ("losses", "row_losses"))
+    if of_client < of_rows:
+        raise CompositionError(
+            f"privacy.unit=row trains a task's row_losses, and {kind.__name__} has losses of its own beside the "
+            f"row_losses of {_definer(kind, 'row_losses').__name__}: define row_losses whose mean they are, or, where "
+            "rows of a batch compete, use privacy.unit=client"
+        )
+
+
+def _definer(kind: type, name: str) -> type:
+    """The class that defines a method of ``kind``; ``kind`` itself where none in its order does."""
+    return next((each for each in kind.__mro__ if name in vars(each)), kind)
 
 
 def _check_model(model: StackedModel) -> None:
@@ -205,10 +225,11 @@ def describe_promises(privacy: PrivateTraining) -> dict[str, Any]:
     }
 
 
-def exhaustion_notice(privacy: PrivateTraining, clients: Sequence[int], done: int) -> str:
-    """Say whose budget is used up, and what follows."""
+def exhaustion_notice(privacy: PrivateTraining, clients: Sequence[int], done: int, reason: str | None) -> str:
+    """Say whose budget is used up, and what follows; ``reason``: why the method wants all to train, if it does."""
     one = len(clients) == 1
     budget = privacy.settings.epsilon or math.inf
     who = f"client {clients[0]} has" if one else f"clients {', '.join(map(str, clients))} have"
     then = "it trains no more and goes on mixing" if one else "they train no more and go on mixing"
-    return f"{who} used up privacy.epsilon={budget:g} by round {done}: {then}"
+    but = f"; the method wants all to train, so expect worse models: {reason}" if reason else ""
+    return f"{who} used up privacy.epsilon={budget:g} by round {done}: {then}{but}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from peerlora.config.run import RunConfig
@@ -21,8 +22,8 @@ def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dic
     """Compose a run and tell what its rows, or clients, are promised; nothing is trained or written.
 
     Keys: unit, clip, accountant, generator, guarantee and planned as in a summary; by_round [{round, epsilon
-    [client]}]; choices [{batch, rounds, epsilon}] with the same noise, of the client that spends most and at row level
-    only; and warnings.  Raises ConfigError for a config without privacy.
+    [client]}]; choices [{batch, rounds, epsilon}] with the same noise, of the client that spends most; at client level
+    batch is None, since it changes nothing; and warnings.  Raises ConfigError for a config without privacy.
     """
     if config.privacy is None:
         raise ConfigError("privacy is null in this config, so nothing is promised; give one, such as privacy.epsilon=8")
@@ -35,7 +36,7 @@ def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dic
         **describe_promises(privacy),
         "clients": list(privacy.clients),
         "by_round": _by_round(config, privacy),
-        "choices": _choices(config, privacy) if privacy.by_row else [],
+        "choices": _choices(config, privacy),
         "warnings": [each for each in federation.warnings if each.startswith("privacy")],
     }
 
@@ -56,15 +57,15 @@ def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]
         return spent_epsilon(each.noise, each.rate, each.releases, each.delta, privacy.settings.accountant)
 
     place, worst = max(enumerate(privacy.guarantees), key=lambda pair: planned(pair[1]))
-    batch, trained = config.batches[privacy.clients[place]], config.train.training_rounds
+    batch, train = config.batches[privacy.clients[place]], config.train
     found = []
-    for times in _BATCHES:
-        size = max(1, round(batch * times))
-        rate = min(1.0, size * config.train.accumulate / worst.rows)
+    for size in [max(1, round(batch * times)) for times in _BATCHES] if privacy.by_row else [None]:
+        rate = 1.0 if size is None else min(1.0, size * train.accumulate / worst.rows)
         for longer in _ROUNDS:
-            rounds = max(1, round(trained * longer))
-            changed = Guarantee(worst.rows, rate, worst.noise, worst.delta, rounds * config.train.local_steps)
-            found.append({"batch": size, "rounds": rounds, "epsilon": _epsilon(privacy, changed, changed.releases)})
+            rounds = max(1, round(train.training_rounds * longer))
+            releases = rounds * (train.local_steps if privacy.by_row else 1)
+            epsilon = _epsilon(privacy, replace(worst, rate=rate), releases)
+            found.append({"batch": size, "rounds": rounds, "epsilon": epsilon})
     return found
 
 

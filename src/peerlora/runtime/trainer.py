@@ -160,7 +160,7 @@ class Trainer:
         self._emit(event)
         if self.privacy and (fresh := self.privacy.exhausted[self._exhausted :]):
             self._exhausted += len(fresh)
-            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t)))
+            self._emit(Warned(exhaustion_notice(self.privacy, fresh, t, self.algorithm.training_end_refusal)))
         return state
 
     def _spend(self, releases: Sequence[Release]) -> None:
@@ -195,10 +195,8 @@ class Trainer:
         self._emit(replace(event, **self.best.as_fields()) if self.best else event)
         if fresh and self.best and self.best.patience:
             self._emit(Warned(stop_notice(fresh, done, self.best.patience, self.best.selection)))
-        loss = found.own.loss[self.federation.honest_rows]
-        if (
-            final and not self.learner.logs_evaluations and not np.isfinite(loss).all()
-        ):  # no training follows to show it
+        diverged = found.own.diverged()[self.federation.honest_rows]
+        if final and not self.learner.logs_evaluations and diverged.any():  # no training follows to show it
             raise self._diverged(done, f"a client's loss is not finite after {done} rounds; {_CURE}")
         return found.relayed_models
 

@@ -18,6 +18,9 @@ from peerlora.lora.attach import without_peft_warnings
 from peerlora.lora.base_models import Storage, load_base, quiet
 from peerlora.lora.base_weights import quantised_form
 from peerlora.lora.model_folder import ADAPTER, read_settings, with_base
+from peerlora.runs.json_files import read_json
+from peerlora.runs.privacy_summary import privacy_card
+from peerlora.runs.store import clients_of
 from peerlora.runtime.export import class_names, config_of, write_export
 from peerlora.runtime.inputs import require_same_base
 from peerlora.runtime.model_choice import ModelChoice
@@ -46,7 +49,8 @@ def merge_from_run(run: Path, to: Path, choice: ModelChoice | int | None, dtype:
         shutil.rmtree(adapter)
         _save(merged.to(_DTYPES[dtype]), tokenizer, half)
         Reading.of(config).write(half)
-        (half / "README.md").write_text(_card(config, named, chosen.whose), encoding="utf-8")
+        card = _card(config, named, chosen.whose) + _private(run, chosen.client)
+        (half / "README.md").write_text(card, encoding="utf-8")
     return to
 
 
@@ -141,3 +145,10 @@ def _card(config: RunConfig, base: str, whose: str) -> str:
         f"({config.algorithm.name}, {config.clients} clients): every client keeps its data and averages adapters with "
         f"its neighbours.  {read}\n"
     )
+
+
+def _private(run: Path, client: int | None) -> str:
+    """What the README.md tells of privacy: nothing, where the run has none."""
+    here = clients_of(run)
+    told = privacy_card(read_json(run / "summary.json"), here.index(client) if here and client is not None else client)
+    return "".join(f"\n- {name}: {value}" for name, value in told.items()) + ("\n" if told else "")

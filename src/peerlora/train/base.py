@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block, parse_blocks
@@ -77,18 +77,27 @@ class Scores:
     """Further metrics, by name."""
     counts: Float[np.ndarray, "client kind 3"] | None = None
     """Of each label or type of entity: how often it is true, predicted, and both; None for tasks without these."""
+    unknown: Bool[np.ndarray, " client"] | None = None
+    """Whose loss nobody has told, so that it is NaN without a reason to worry; None: nobody's."""
+
+    def diverged(self) -> Bool[np.ndarray, " client"]:
+        """Whose loss is known, and not finite."""
+        bad = ~np.isfinite(self.loss)
+        return bad if self.unknown is None else bad & ~self.unknown
 
     def repeat(self, clients: int) -> Scores:
         """The scores of one client as those of so many."""
         more = {name: values.repeat(clients) for name, values in self.metrics.items()}
         counts = None if self.counts is None else self.counts.repeat(clients, 0)
-        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more, counts)
+        unknown = None if self.unknown is None else self.unknown.repeat(clients)
+        return Scores(self.metric.repeat(clients), self.loss.repeat(clients), self.rows, more, counts, unknown)
 
     def of(self, clients: slice) -> Scores:
         """The scores of some of these clients."""
         more = {name: values[clients] for name, values in self.metrics.items()}
         counts = None if self.counts is None else self.counts[clients]
-        return Scores(self.metric[clients], self.loss[clients], self.rows, more, counts)
+        unknown = None if self.unknown is None else self.unknown[clients]
+        return Scores(self.metric[clients], self.loss[clients], self.rows, more, counts, unknown)
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
@@ -96,7 +105,9 @@ class Scores:
         more = {name: np.concatenate([each.metrics[name] for each in parts]) for name in parts[0].metrics}
         metric, loss = (np.concatenate([getattr(each, name) for each in parts]) for name in ("metric", "loss"))
         counts = [each.counts for each in parts if each.counts is not None]
-        return cls(metric, loss, parts[0].rows, more, np.concatenate(counts) if len(counts) == len(parts) else None)
+        together = np.concatenate(counts) if len(counts) == len(parts) else None
+        unknown = [np.zeros(len(each.loss), bool) if each.unknown is None else each.unknown for each in parts]
+        return cls(metric, loss, parts[0].rows, more, together, np.concatenate(unknown))
 
 
 class Learner(Protocol):
@@ -173,12 +184,15 @@ class Learner(Protocol):
 
         In a quiet round (``train.quiet``) they are those of ``x``, to the bit, without losses: no row is drawn and no
         optimiser's memory touched.  With ``privacy`` a client whose budget is used up stays as it is, too.
-        Raises DivergenceError at the first loss that is not finite.
+        Raises DivergenceError at the first loss that is not finite, and CompositionError for weights of private rows.
         """
         ...
 
     def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client row"]:
-        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended."""
+        """A number for every row of each client's own shard, by its place there; NaN where a shard has ended.
+
+        Raises CompositionError with ``privacy``, since scores have no noise.
+        """
         ...
 
     def evaluate(self, x: Adapters, data: Any, batch: int, metrics: Sequence[str] = ()) -> Scores:

@@ -252,6 +252,8 @@ class StackedLearner(LocalTraining):
     @torch.no_grad()
     def score(self, x: Adapters, measure: Measure, batch: int = 64) -> Float[Tensor, "client row"]:
         """See ``Learner``."""
+        if self.privacy is not None:
+            self.privacy.refuse("scores rows")
 
         def forward(clients: list[int], rows: list[np.ndarray]) -> Tensor:
             return measure(*self._forward(x.rows(clients), self.shards.data, rows)).view(len(clients), -1)

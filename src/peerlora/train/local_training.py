@@ -119,6 +119,8 @@ class LocalTraining(InRounds):
             return replace(x, flat=x.flat.clone())
         plan = LocalPlan.of(plan)
         if self.privacy is not None:
+            if plan.row_weights is not None:
+                self.privacy.refuse("weighs rows")
             self._round = replace(self._round, clients=self.privacy.admit(self._round.clients, self._round.jobs))
         blocks = plan.trained(x.spec)
         per_layer_moments = self._counts_layers(plan)

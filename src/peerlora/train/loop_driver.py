@@ -57,7 +57,7 @@ class LoopDriver:
         self._held: list[nn.Parameter] = []
         self._hooks: list[Any] = [self.optimizer.register_step_pre_hook(self._before_step)]
         if counts_steps:
-            self._hooks.append(self.optimizer.register_step_post_hook(lambda *_: self.count()))
+            self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
         self._zeroes: list[Any] = []
         self._logged: dict[str, list[float]] = {}
         self._scores: LoggedScores | None = None
@@ -216,6 +216,12 @@ class LoopDriver:
         if job is not None and job.rule is not None and self._taken < job.steps:
             self._correct(job)
 
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        """Count the step, unless a fused optimiser has left it out, since its scaled gradients were not finite."""
+        left_out = getattr(optimizer, "found_inf", None)
+        if left_out is None or not bool(left_out):
+            self.count()
+
     def _correct(self, job: TrainJob) -> None:
         if getattr(self.optimizer, "grad_scale", None) is not None:
             raise CompositionError(
@@ -256,18 +262,25 @@ class LoopDriver:
 
 def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimiser inside wrappers such as Accelerate's.  Raises ModelError for one without hooks."""
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    inside = getattr(optimizer, "optimizer", None)  # Accelerate's wrapper is an optimiser itself
-    if isinstance(inside, torch.optim.Optimizer):
-        return plain_optimizer(inside)
-    if type(optimizer).__module__.startswith("deepspeed") or not isinstance(optimizer, torch.optim.Optimizer):
+    outermost = optimizer
+    while not _is_of_deepspeed(optimizer):
+        inside = getattr(optimizer, "optimizer", None)
+        wraps = isinstance(inside, torch.optim.Optimizer) or _is_of_deepspeed(inside)  # Accelerate's is one itself
+        if inside is None or (isinstance(optimizer, torch.optim.Optimizer) and not wraps):
+            break
+        optimizer = inside
+    if _is_of_deepspeed(optimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(outermost)
         raise ModelError(
-            f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}; expected a "
-            "torch.optim.Optimizer, which steps on the model's own parameters: DeepSpeed keeps copies of them; use "
-            "DDP, or one process"
+            f"optimizer is a {kind.__module__}.{kind.__name__}; expected a torch.optim.Optimizer, which steps on the "
+            "model's own parameters: DeepSpeed keeps copies of them; use DDP, or one process"
         )
     return optimizer
+
+
+def _is_of_deepspeed(optimizer: Any) -> bool:
+    """Whether DeepSpeed, or Accelerate for it, has made an optimiser or a wrapper of one."""
+    return "deepspeed" in type(optimizer).__module__.split(".")
 
 
 def check_optimizer(adapter: PeftAdapter, optimizer: torch.optim.Optimizer) -> None:

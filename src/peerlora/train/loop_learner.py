@@ -158,11 +158,12 @@ class LoopLearner(InRounds):
         """Ask the loops, each by rows of its own; or hand out the final adapters and wait for what is logged of them.
 
         A model beyond the clients, which is their average, is evaluated by the first client's loop.  Loops that are not
-        asked know nothing of further models, such as relayed ones: NaN.
+        asked know nothing of further models, such as relayed ones: NaN.  So is what a loop without evaluation rows, or
+        one that has ended, does not tell; ``Scores.unknown`` says whose.
         """
         if self._handed_out:
             unknown = np.full(x.clients, np.nan)
-            return Scores(unknown, unknown, 0)
+            return Scores(unknown, unknown, 0, unknown=np.isnan(unknown))
         self._handed_out = not self.asked
         found = []
         for row in range(x.clients):
@@ -173,11 +174,13 @@ class LoopLearner(InRounds):
             except LoopEnded as ended:  # before its rounds were over
                 report = ended.report
             scores = report.scores or (None if self.asked else self._newest[client])
-            found.append(self._split(scores or LoggedScores({})) + (scores.rows if scores else 0,))
-        names = set.intersection(*({*more} for _, _, more, _ in found))
-        further = {name: np.array([more[name] for _, _, more, _ in found]) for name in sorted(names)}
-        metric, loss = (np.array([each[place] for each in found]) for place in (0, 1))
-        return Scores(metric, loss, found[0][3], further)
+            found.append(scores or LoggedScores({}))
+        split = [self._split(each) for each in found]
+        names = set.intersection(*({*more} for _, _, more in split))
+        further = {name: np.array([more[name] for _, _, more in split]) for name in sorted(names)}
+        metric, loss = (np.array([each[place] for each in split]) for place in (0, 1))
+        unknown = np.array([LOSS not in each.values for each in found])
+        return Scores(metric, loss, found[0].rows, further, unknown=unknown)
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.config.privacy import PrivacyConfig
+from peerlora.errors import CompositionError
 from peerlora.lora.adapters import Adapters, mask_ranks
 from peerlora.runs.privacy_ledger import Release
 from peerlora.train.accounting import spent_epsilon
@@ -85,6 +86,13 @@ class PrivateTraining:
         for i in admitted:
             self.releases[i] += self._per_job
         return admitted
+
+    def refuse(self, does: str) -> NoReturn:
+        """Raise CompositionError for what a method ``does`` with private rows beside gradients of them."""
+        raise CompositionError(
+            f"the method {does}, which no noise of privacy covers; drop privacy, or use another method, such as "
+            "algorithm.name=dec-lora"
+        )
 
     def _affords_job(self, i: int) -> bool:
         return self.settings.epsilon is None or self.releases[i] + self._per_job <= self.guarantees[i].releases

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
+from peerlora.environment import need_extra
 from peerlora.errors import RunError
 from peerlora.files import atomic_file
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.randomness import torch_generator
 from peerlora.runs.store import START_FILE
 from peerlora.runtime.compose import Federation
-from peerlora.runtime.loop import assemble_loops, check_settings, loop_config, require_rank, start_of
-from peerlora.runtime.peer.train import OwnLoop
+from peerlora.runtime.loop import OwnLoop, assemble_loops, check_settings, loop_config, require_rank, start_of
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink
 from peerlora.train.handover import Handover, LoopFailed
@@ -217,7 +217,8 @@ def grpc_run(
     listen: str | None,
     sinks: Sequence[Sink],
 ) -> PeerRun:
-    """Take part over gRPC, as the site whose identity this is."""
+    """Take part over gRPC, as the site whose identity this is.  Raises ExtraMissing without the extra `peer`."""
+    need_extra("peer")
 
     def run(config: RunConfig, *, loop: OwnLoop) -> Result:
         from peerlora.runtime.peer.run import run_peer

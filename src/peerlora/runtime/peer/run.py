@@ -23,12 +23,13 @@ from peerlora.runs.events import Warned
 from peerlora.runs.metrics import find_start
 from peerlora.runs.privacy_summary import UNCOVERED
 from peerlora.runs.store import read_events
+from peerlora.runtime.loop import OwnLoop
 from peerlora.runtime.peer.checks import plan_peer, sums_known
 from peerlora.runtime.peer.metrics_server import MetricsServer
 from peerlora.runtime.peer.open_metrics import PeerMetrics
 from peerlora.runtime.peer.secure import check_agreement_keys
 from peerlora.runtime.peer.site import Site
-from peerlora.runtime.peer.train import OwnLoop, finished, train_peer
+from peerlora.runtime.peer.train import finished, train_peer
 from peerlora.runtime.trainer import Result, Sink
 
 if TYPE_CHECKING:

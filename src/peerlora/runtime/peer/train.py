@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.run import RunConfig
@@ -19,6 +18,7 @@ from peerlora.runtime.best_export import read_best
 from peerlora.runtime.compose import Federation, assemble, load_run, resolve_threads, use_threads
 from peerlora.runtime.export import exporter_of, read_adapters
 from peerlora.runtime.inputs import check_inputs, facts_of, speed_of
+from peerlora.runtime.loop import OwnLoop
 from peerlora.runtime.peer.asynchronous import AsynchronousPeer
 from peerlora.runtime.peer.checks import plan_peer, sums_known, warn_of_sites_beyond
 from peerlora.runtime.peer.site import Site
@@ -28,23 +28,8 @@ from peerlora.runtime.policy import PolicyResources
 from peerlora.runtime.relayed_export import relayed_adapters
 from peerlora.runtime.resources import RunResources
 from peerlora.runtime.tracking import tracked_sinks
-from peerlora.runtime.trainer import CheckpointRule, Result, Sink, Trainer
+from peerlora.runtime.trainer import Result, Sink, Trainer
 from peerlora.train.kernels.speed import Speed
-
-
-class OwnLoop(Protocol):
-    """A training loop of the user's own, as far as a peer's run depends on it."""
-
-    checkpoints: CheckpointRule | None
-    """None: as the config says."""
-
-    def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
-        """Build the Federation; ``begun``: the folder of a run that goes on."""
-        ...
-
-    def keep_start(self, folder: Path) -> None:
-        """Keep what the run begins with in its folder."""
-        ...
 
 
 def train_peer(
