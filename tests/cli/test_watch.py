@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import pytest
 import peerlora
 from peerlora.cli.watch import end_process
 from peerlora.runs.events import (
+    LISTED_CLIENTS,
+    SPREAD,
     CheckpointSaved,
     Evaluated,
     NeighbourChanged,
@@ -204,6 +207,68 @@ class TestInABrowser:
         page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 30, steps=5)
         page.mouse.up()
         assert page.evaluate("plots.loss.chart.scales.x.max") < before
+
+    def test_of_many_clients_the_legend_names_the_one_under_the_pointer_and_the_chosen_one(
+        self, watching, opened, tmp_path
+    ):
+        page = opened(watching(write(tmp_path / "run", events(20, 30))))
+        page.wait_for_selector("#loss .uplot")
+        shown = "[...document.querySelectorAll('#loss .u-legend .u-series:not([hidden])')].map((e) => e.innerText)"
+        names = lambda: " ".join(page.evaluate(shown))  # noqa: E731
+        assert "client" not in names() and "mean" in names()
+        page.locator("#loss .u-over").scroll_into_view_if_needed()
+        box = page.locator("#loss .u-over").bounding_box()
+        at = page.evaluate(
+            "[15, 19].map((v, i) => i ? plots.loss.chart.valToPos(plots.loss.chart.data[v + 1][15], 'y')"
+            " : plots.loss.chart.valToPos(plots.loss.chart.data[0][v], 'x'))"
+        )
+        page.mouse.move(box["x"] + at[0], box["y"] + at[1] - 2)
+        until(page, f"{shown}.some((text) => text.includes('client 19'))")
+        assert re.search(r"client 19:?\s*1\.69", names()) and "client 3" not in names()
+        page.mouse.move(5, 5)
+        until(page, f"!{shown}.some((text) => text.includes('client'))")
+        page.select_option("#pick", "3")
+        until(page, f"{shown}.some((text) => text.includes('client 3'))")
+        assert "client 19" not in names()
+
+    def test_a_client_has_its_bytes_and_its_events(self, watching, opened, tmp_path):
+        page = opened(watching(write(tmp_path / "run", events(8, 30))))
+        page.wait_for_selector("#graph .node")
+        page.select_option("#level", "score")
+        until(page, "document.querySelectorAll('#notices li').length === 6")
+        assert "accuracy after 25 rounds, on 50 rows: mean" in page.inner_text("#notices li >> nth=0")
+        page.select_option("#level", "absence")
+        page.select_option("#pick", "2")
+        page.wait_for_selector("#one:not([hidden])")
+        assert re.search(r"sent 30\.0 kB", page.inner_text("#one-facts"))  # one link of 1000 bytes in each round, one way
+        until(page, "document.querySelectorAll('#notices li').length === 10")
+        assert page.inner_text("#notices li >> nth=0") == "round 29client 2: absent"
+        page.select_option("#pick", "5")
+        until(page, "document.getElementById('notices').innerText === 'No events.'")
+
+    def test_what_a_deadline_does_not_tell_apart_has_one_word(self, watching, opened, tmp_path):
+        clock = {"deadline": 2.0, "away": [{"client": 2}]}
+        page = opened(watching(write(tmp_path / "run", events(4, 30, clock=clock))))
+        page.wait_for_selector("#graph .node.s-absent")
+        assert page.get_attribute("#graph .node.s-absent", "aria-label").startswith("client 2: absent or late")
+        assert page.inner_text("#key-absent") == "absent or late"
+
+    def test_clients_beyond_those_that_rounds_list_have_a_band(self, watching, opened, tmp_path):
+        many = LISTED_CLIENTS + 1
+        start, *found = events(many, 6)
+        told = {f"loss_{name}": 1.0 + i for i, name in enumerate(("mean", *SPREAD))}
+        rounds = [replace(each, loss=[], measures=told) for each in found if isinstance(each, RoundDone)]
+        page = opened(watching(write(tmp_path / "run", [start, *rounds])))
+        page.wait_for_selector("#loss .uplot")
+        until(page, "plots.loss && plots.loss.chart.data[0].length === 6")
+        assert page.evaluate("plots.loss.chart.series.map((s) => s.label)") == [
+            "round",
+            "highest client",
+            "lowest client",
+            "mean",
+            "worst",
+        ]
+        assert page.evaluate("plots.loss.chart.data.slice(1).map((y) => y[5])") == [6.0, 2.0, 1.0, 6.0]
 
     def test_the_keyboard_reaches_a_client_and_its_own_curves(self, watching, opened, tmp_path):
         page = opened(watching(write(tmp_path / "run", events(8, 30))))

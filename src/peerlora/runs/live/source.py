@@ -103,7 +103,7 @@ class GridSource:
         live, state = source.live, standing_of([run]) if stamp[0] >= 0 else "planned"
         if state != "running":
             del self._sources[name]  # a grid may have hundreds
-        last = live.score.entry(max(live.score.rows), live.meta.get("higher", True)) if live.score.rows else {}
+        last = live.score.entry(max(live.score.rounds), live.meta.get("higher", True)) if live.score.rounds else {}
         self.cells[name] = {
             "name": name,
             "state": state,
