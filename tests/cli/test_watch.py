@@ -240,7 +240,9 @@ class TestInABrowser:
         page.select_option("#level", "absence")
         page.select_option("#pick", "2")
         page.wait_for_selector("#one:not([hidden])")
-        assert re.search(r"sent 30\.0 kB", page.inner_text("#one-facts"))  # one link of 1000 bytes in each round, one way
+        assert re.search(
+            r"sent 30\.0 kB", page.inner_text("#one-facts")
+        )  # one link of 1000 bytes in each round, one way
         until(page, "document.querySelectorAll('#notices li').length === 10")
         assert page.inner_text("#notices li >> nth=0") == "round 29client 2: absent"
         page.select_option("#pick", "5")
