@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import peerlora
+from browser_pages import in_browser, until
 from peerlora.cli.watch import end_process
 from peerlora.runs.events import (
     LISTED_CLIENTS,
@@ -31,16 +31,7 @@ from peerlora.runs.events import (
 )
 from peerlora.runs.events import to_json as line
 
-CHROMIUM = shutil.which("chromium")
 served = pytest.mark.skipif(find_spec("uvicorn") is None, reason="uvicorn is not installed (pip install '.[watch]')")
-in_browser = [
-    pytest.mark.slow,
-    served,
-    pytest.mark.skipif(
-        CHROMIUM is None or find_spec("playwright") is None,
-        reason="needs chromium (apt-get install chromium) and playwright (pip install playwright)",
-    ),
-]
 
 
 def events(clients, rounds, finished=False, **changes):
@@ -81,43 +72,6 @@ def watching(process):
         return re.fullmatch(r"watch: (http://127\.0\.0\.1:\d+/[\w-]{20,}/)\n", started.stderr.readline()).group(1)
 
     return start
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """Open a page; it must ask nobody but its own server, and report no error."""
-    wrong, pages = [], []
-
-    def open_page(address, width=1280, height=900, scheme="light"):
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        origin = address.split("/")[2]
-        page.on("request", lambda request: wrong.append(request.url) if origin not in request.url[:40] else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.goto(address)
-        pages.append(page)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert [each for each in wrong if not each.startswith("data:")] == []
-
-
-def until(page, expression):
-    """Wait for an expression to become true; playwright's own way is forbidden by the page's security policy."""
-    while not page.evaluate(expression):
-        page.wait_for_timeout(50)
 
 
 def test_a_folder_without_a_run_is_refused(cli, tmp_path):
@@ -178,7 +132,7 @@ def test_a_page_that_does_not_end_is_killed():
 
 
 class TestInABrowser:
-    pytestmark = in_browser
+    pytestmark = [*in_browser, served]
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_a_finished_run(self, watching, opened, tmp_path, scheme):
