@@ -324,6 +324,23 @@ class TestInABrowser:
         page.wait_for_selector("#score .uplot")
         assert "cells/adf__seed-0" in page.inner_text("#title")
 
+    def test_the_runs_of_a_demo_are_a_comparison(self, watching, opened, tmp_path):
+        for name in ("dec-lora", "adf-lora"):
+            write(tmp_path / "demo" / name, events(4, 10, finished=True))
+        page = opened(watching(tmp_path / "demo"))
+        page.wait_for_selector("#cells td a")
+        assert page.inner_text("#lead").startswith("2 of 2 trials finished")
+        page.click("#cells td a >> nth=1")
+        page.wait_for_selector("#score .uplot")
+        assert page.inner_text("#title").startswith("dec-lora:")
+
+    def test_what_is_not_known_of_a_comparison_is_said(self, watching, opened, tmp_path):
+        write(tmp_path / "cmp" / "cells" / "adf__seed-0", events(4, 10, finished=True))
+        (tmp_path / "cmp" / "grid.yaml").write_text("axes: [")
+        page = opened(watching(tmp_path / "cmp"))
+        page.wait_for_selector("#cells td a")
+        assert "trials to come, since grid.yaml cannot be read" in page.inner_text("#trouble")
+
     def test_a_thousand_clients_are_drawn_in_bounded_pieces(self, watching, opened, tmp_path):
         page = opened(watching(write(tmp_path / "run", events(1000, 500))))
         page.wait_for_selector("#graph canvas")

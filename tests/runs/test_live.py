@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from peerlora.cli.watch import _planned
 from peerlora.errors import ConfigError, ExtraMissing, RunError
 from peerlora.network.base import REASONS
 from peerlora.runs.client_spread import spread
@@ -357,6 +358,29 @@ def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
     assert [cell["done"] for cell in cells] == [4, 2, 0]
     write(tmp_path / "cells" / "b__seed-0", run()[4:5], "a")
     assert source.poll() and source.cells["cells/b__seed-0"]["done"] == 3
+
+
+def test_a_folder_of_runs_as_of_a_demo_is_shown_as_a_comparison(tmp_path, run):
+    for name in ("dec-lora", "adf-lora"):
+        write(tmp_path / name, run())
+    source = source_of(tmp_path)
+    assert isinstance(source, GridSource) and source.poll()
+    assert [(cell["name"], cell["state"], cell["done"]) for cell in source.cells.values()] == [
+        ("adf-lora", "stopped", 4),
+        ("dec-lora", "stopped", 4),
+    ]
+
+
+def test_a_comparison_whose_grid_cannot_be_read_shows_the_trials_that_are_there(tmp_path, run):
+    write(tmp_path / "cells" / "a__seed-0", run())
+    (tmp_path / "grid.yaml").write_text("axes: [")
+    source = source_of(tmp_path, _planned)
+    assert isinstance(source, GridSource) and source.poll() and list(source.cells) == ["cells/a__seed-0"]
+    assert "grid.yaml" in source.lacking
+    (tmp_path / "grid.yaml").write_text("unheard: 3")
+    assert "unheard" in source_of(tmp_path, _planned).lacking
+    (tmp_path / "grid.yaml").write_text("seeds: [0]")
+    assert source_of(tmp_path, lambda folder: []).lacking == ""
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{}", '{"held": 5}', '{"held": [-1]}', '{"held": ["x"]}', "[" * 9999])

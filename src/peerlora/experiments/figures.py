@@ -194,7 +194,7 @@ def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xticks(sorted({p for line in lines.values() for p in line}), minor=False)
         axes.minorticks_off()
-    note = "A bar reaches from the lowest to the highest seed."
+    note = "Bars, or bands, reach from the lowest to the highest seed."
     return Picture(title, out.getvalue(), _legend(lines), note, chart=_p_chart(lines))
 
 

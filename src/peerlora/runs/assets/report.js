@@ -23,8 +23,8 @@
         points: { show: s.style === "points" || (dots && s.style !== "thin" && s.style !== "edge"), size: s.style === "points" ? 9 : 6, fill: s.style === "points" ? colour(s.colour) : css("--paper") }, value: (_, v) => shown(v) };
     });
     const y = data.log ? { distr: 3 } : data.zero ? { range: (u, low, high) => [0, (high || 1) * 1.05] } : {};
-    const chart = new uPlot({ width: Math.max(240, figure.clientWidth), height: innerWidth < 600 ? 220 : 300, scales: { x: data.logx ? { time: false, distr: 3 } : { time: false }, y }, bands, hooks: { setSeries: [showRows] },
-      axes: [{ ...axis, ...(data.logx ? { splits: () => data.x, filter: null, values: (u, all) => all.map(shown) } : {}), label: data.xlabel, labelSize: 18, labelFont: "12px system-ui, sans-serif" }, { ...axis, size: 62, label: data.ylabel || undefined, labelSize: 18, labelFont: "12px system-ui, sans-serif", values: (u, all) => all.map((v) => (v === null ? "" : shown(v))) }],
+    const chart = new uPlot({ width: Math.max(240, figure.clientWidth), height: innerWidth < 600 ? 220 : 300, scales: { x: data.logx ? { time: false, distr: 3, range: (u, low, high) => [low / 1.1, high * 1.1] } : { time: false }, y }, bands, hooks: { setSeries: [showRows] },
+      axes: [{ ...axis, ...(data.logx ? { splits: () => data.x, filter: (u, all) => all, values: (u, all) => all.map(shown) } : {}), label: data.xlabel, labelSize: 18, labelFont: "12px system-ui, sans-serif" }, { ...axis, size: 62, label: data.ylabel || undefined, labelSize: 18, labelFont: "12px system-ui, sans-serif", values: (u, all) => all.map((v) => (v === null ? "" : shown(v))) }],
       series: [{ label: data.xlabel, value: (_, v) => (v === null ? "–" : shown(v)) }, ...series], cursor: { focus: { prox: 24 }, drag: { x: true, y: false } }, focus: { alpha: 0.3 } }, [data.x, ...data.series.map((s) => s.y)], box);
     chart.lines = data.series; chart.many = data.series.filter((s) => s.style === "thin").length > (innerWidth < 600 ? 0 : 12);
     showRows(chart, null);

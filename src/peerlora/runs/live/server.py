@@ -179,7 +179,11 @@ async def _run_stream(source: RunSource, ended: asyncio.Event) -> AsyncIterator[
 async def _grid_stream(source: GridSource, ended: asyncio.Event) -> AsyncIterator[str]:
     told = None
     while not ended.is_set():
-        grid = {"folder": source.folder.name, "cells": list(source.cells.values()), "trouble": source.trouble}
+        grid = {
+            "folder": source.folder.name,
+            "cells": list(source.cells.values()),
+            "trouble": source.trouble or source.lacking,
+        }
         if (text := _message("grid", grid)) != told:
             told = text
             yield text
