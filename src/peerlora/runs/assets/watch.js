@@ -66,7 +66,7 @@ function merge(data, anew) {
 function later() {  // one drawing per frame, however many messages come
   if (due) return;
   due = true;
-  requestAnimationFrame(() => { due = false; const at = performance.now(); guarded("drawing", draw)(); window.lastDrawing = performance.now() - at; });
+  requestAnimationFrame(() => { due = false; const at = performance.now(); guarded("drawing", draw)(); queueMicrotask(() => { window.lastDrawing = performance.now() - at; }); });  // uPlot draws in microtasks, too
 }
 
 function sorted(map) { return [...map.values()].sort((a, b) => a.x - b.x); }
