@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from real_peers_page import real_peers
+from watching_page import live_page, watching_cost
 
 Cells = Iterable[Sequence[str]]
 MISSING = "Not measured on this machine: run `make {}`."
@@ -40,6 +41,8 @@ def page(results: Path) -> str:
         "## Many clients\n\n" + many(memory.get("rows")),
         "## Other frameworks\n\n" + frameworks(peers),
         "## Real peers\n\n" + real_peers(*(_read(results / f"{name}.json") for name in ("transport", "peers_real"))),
+        "## Watching a run\n\n" + live_page(_read(results / "live_page.json")),
+        watching_cost(_read(results / "watching_cost.json")),
         "## On a GPU\n\n" + on_gpu(gpu),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

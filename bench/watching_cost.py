@@ -5,7 +5,8 @@
 Every case is a run of its own, in a process of its own: MiniLM, ten clients, 5 steps of 8 rows a round, an evaluation
 in every fifth round.  Trackers work on threads of the run, the page and what trackers start are processes beside it;
 processor time is counted in each, since seconds of a clock would also be those of other work.  What starting takes is
-apart: it does not grow with the run.  Prints one JSON object, and writes the table of docs/performance.md.
+apart: it does not grow with the run.  Writes bench/results/watching_cost.json, from which bench/performance_page.py
+writes its table.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from markers import insert
-
 WORDS = [
     "clients=10",
     "threads=1",
@@ -39,7 +38,7 @@ WORDS = [
 ]
 CASES = {"page": [], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "wandb": ["wandb"], "trackio": ["trackio"]}
 TICK = os.sysconf("SC_CLK_TCK")
-PAGE = Path("docs/performance.md")
+RESULTS = Path("bench/results/watching_cost.json")
 
 
 class Meter:
@@ -134,18 +133,6 @@ def one(case: str, rounds: int) -> dict[str, float]:
     return {"run": run, **counted, "processes": children.ru_utime + children.ru_stime}
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    lines = [
-        "| | once, s | in rounds, s | of the run's processor time | processes of its own, s |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for case, each in found.items():
-        share = f"{each['rounds'] / each['run']:.2%}"
-        beside = f"{each['processes']:.1f}" if each.get("processes") else ""
-        lines.append(f"| {case} | {each['once']:.1f} | {each['rounds']:.2f} | {share} | {beside} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
@@ -162,7 +149,7 @@ def main() -> None:
         found[case] = json.loads(done.stdout.splitlines()[-1])
         print(f"{case}: {found[case]}", file=sys.stderr)
     print(json.dumps(found, indent=1))
-    insert(PAGE, "watching", table(found))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -300,3 +300,38 @@ def config(models, texts, cache):
 def no_reports(monkeypatch):
     """Runs draw no figures, which would take longer than a tiny run."""
     monkeypatch.setattr("peerlora.runs.report.write_report", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; for tests marked by ``browser_pages.in_browser``."""
+    from playwright.sync_api import sync_playwright
+
+    from browser_pages import CHROMIUM
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Open a page; it must ask nobody but its own server, or nobody at all where it is a file, and report no error."""
+    wrong, pages = [], []
+
+    def open_page(address, width=1280, height=900, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        host = address.split("/")[2]
+        own = ("data:", "blob:", address.partition("//")[0] + f"//{host}/" if host else address)
+        page.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert wrong == []

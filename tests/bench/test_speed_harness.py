@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from peerlora.runs.events import to_json
+from peerlora.runs.live.state import LiveRun
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -134,7 +137,32 @@ def test_page_tells_what_was_reached(bench, tmp_path):
     assert "take 2.00% of the round; the aim is at most 1%: target not reached" in text
     assert "| other | ring | 1.0 | 25.0 | 25.0 |  | 1.00 GB | 1.00 MB | 0.900 |  | 12.5 | 12.5 | a / b |" in text
     assert "| third | does not install |" in text
-    assert text.count("Not measured on this machine") == 4  # evaluation, chat models, many clients, GPU
+    assert text.count("Not measured on this machine") == 5  # evaluation, chat models, many clients, live page, GPU
+
+
+def test_page_tells_how_fast_the_live_page_is(bench, tmp_path):
+    numbers = {name: {"median": 40.0, "most": 250.0} for name in ("first_paint", "curves", "update", "delay")}
+    numbers["first_paint"]["median"] = 1200.0
+    settings = {"clients": 1000, "rounds": 500, "updates": 20, "repeats": 3}
+    targets, machine = {"first_paint": 1000.0, "update": 100.0}, {"cores": 2, "load": 3.5}
+    found = {**settings, "targets": targets, "machine": machine, "milliseconds": numbers}
+    (tmp_path / "live_page.json").write_text(json.dumps(found))
+    cost = {"page": {"run": 50.0, "once": 2.0, "rounds": 0.25}}
+    (tmp_path / "watching_cost.json").write_text(json.dumps(cost))
+    text = bench("performance_page").page(tmp_path)
+    assert "1,000 clients and 500 rounds" in text and "beside other work (load 3.5)" in text
+    assert "| first paint | 1200 | 250 | 1000, not reached |" in text
+    assert "| an update after a round, on the page's thread | 40 | 250 | 100, reached |" in text
+    assert "| page | 2.0 | 0.25 | 0.50% |  |" in text
+
+
+def test_the_log_of_the_live_page_s_harness_is_one_that_the_page_takes(bench):
+    found = bench("live_page").events(70, 4)
+    live = LiveRun()
+    for event in found:
+        live.add(json.loads(to_json(event)), ())
+    assert len(live.rounds) == 4 and live.loss.entry(4, False)["mean"] > 0
+    assert not [each for each in live.notices if each["level"] == "warning"]
 
 
 def test_page_without_results_says_how_to_get_them(bench, tmp_path):

@@ -171,6 +171,17 @@ def test_show_unfinished_names_the_command_that_goes_on(cli, config, tmp_path):
     assert "not finished, 1 of 3 rounds" in shown.out and f"peerlora train --resume {run}" in shown.out
 
 
+def test_a_resumed_run_says_what_it_is(cli, config, tmp_path, no_reports):
+    from peerlora.errors import Stopped
+    from peerlora.runtime.simulate import simulate
+
+    with pytest.raises(Stopped):
+        simulate(config(), tmp_path / "run", stop=lambda: True)
+    answer = cli("train", "--resume", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "going on after round 1" in answer.err and "4 clients, 3 rounds" in answer.err
+
+
 def test_show_a_run_that_was_killed_before_its_first_event(cli, yaml_file, tmp_path):
     from peerlora.runs.store import RunStore
 

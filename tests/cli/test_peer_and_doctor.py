@@ -178,6 +178,20 @@ def stopped_run(yaml_file, sites, out, *words):
     return path
 
 
+def test_a_peer_that_goes_on_knows_the_names_of_sites_and_its_rounds(cli, yaml_file, sites, tmp_path):
+    path = stopped_run(yaml_file, sites, tmp_path / "run")
+    words = ["peer", path, *options(sites, "b"), "--out", tmp_path / "run", "--resume", "--log", "json"]
+    answer = cli(*words)
+    assert answer.code == 0, answer.err
+    told = [json.loads(line) for line in answer.err.splitlines()]
+    kinds = [line["event"] for line in told]
+    (start,) = (line for line in told if line["event"] == "RunStarted")
+    assert "2 clients, 2 rounds" in start["message"] and "this is b;" in start["message"]
+    assert kinds.index("Resumed") < kinds.index("RunStarted") < kinds.index("RoundDone")
+    kept = [json.loads(line)["type"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert kept.count("RunStarted") == 1 and kept[0] == "RunStarted"
+
+
 def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):
     from peerlora.runtime.peer.run import site_of
 

@@ -1,5 +1,12 @@
 """What the live table and the table at the end show."""
 
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from peerlora.cli import progress
 from peerlora.cli.progress import Progress, print_summary
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.metrics import summarise
@@ -21,3 +28,34 @@ def test_the_worst_client_is_the_one_with_the_largest_loss(capsys):
         print_summary([("run", summarise(events(metric, higher)) | {"run": "here"})])
         row = next(line for line in capsys.readouterr().out.splitlines() if "│ run" in line)
         assert row.split("│")[3].strip() == worst, metric
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What is written to a terminal."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda *words, **options: console)
+    return out
+
+
+def test_on_a_terminal_every_evaluation_stays_and_a_bar_grows(terminal):
+    start, done, score = events("loss", False)
+    with Progress() as shown:
+        for event in (start, score, done, replace(score, round=2, own=[0.5, 1.5])):
+            shown(event)
+        bar = shown._shown(done).renderables[1]
+        assert (bar.completed, bar.total) == (1, 4)
+        shown.live.refresh()
+        assert "━" in terminal.getvalue()
+    lines = [line.strip() for line in terminal.getvalue().splitlines()]
+    assert any(line.endswith("after 1 rounds, loss on 20 rows: mean client 2.000, worst 3.000") for line in lines)
+    assert any(line.endswith("after 2 rounds, loss on 20 rows: mean client 1.000, worst 1.500") for line in lines)
+
+
+def test_without_the_start_of_the_run_no_client_is_called_the_worst():
+    _, done, score = events("loss", False)
+    shown = Progress()
+    shown(replace(score, relayed=[1.0, 2.0]))
+    assert shown._facts(done)["mean client"] == "2.000"
+    assert not {"worst", "relayed mean/worst", "left"} & set(shown._facts(done))

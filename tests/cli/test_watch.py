@@ -3,21 +3,24 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import peerlora
+from browser_pages import in_browser, until
 from peerlora.cli.watch import end_process
 from peerlora.runs.events import (
+    LISTED_CLIENTS,
+    SPREAD,
     CheckpointSaved,
     Evaluated,
     NeighbourChanged,
@@ -28,16 +31,7 @@ from peerlora.runs.events import (
 )
 from peerlora.runs.events import to_json as line
 
-CHROMIUM = shutil.which("chromium")
 served = pytest.mark.skipif(find_spec("uvicorn") is None, reason="uvicorn is not installed (pip install '.[watch]')")
-in_browser = [
-    pytest.mark.slow,
-    served,
-    pytest.mark.skipif(
-        CHROMIUM is None or find_spec("playwright") is None,
-        reason="needs chromium (apt-get install chromium) and playwright (pip install playwright)",
-    ),
-]
 
 
 def events(clients, rounds, finished=False, **changes):
@@ -78,43 +72,6 @@ def watching(process):
         return re.fullmatch(r"watch: (http://127\.0\.0\.1:\d+/[\w-]{20,}/)\n", started.stderr.readline()).group(1)
 
     return start
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """Open a page; it must ask nobody but its own server, and report no error."""
-    wrong, pages = [], []
-
-    def open_page(address, width=1280, height=900, scheme="light"):
-        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        origin = address.split("/")[2]
-        page.on("request", lambda request: wrong.append(request.url) if origin not in request.url[:40] else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-        page.goto(address)
-        pages.append(page)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.close()
-    assert [each for each in wrong if not each.startswith("data:")] == []
-
-
-def until(page, expression):
-    """Wait for an expression to become true; playwright's own way is forbidden by the page's security policy."""
-    while not page.evaluate(expression):
-        page.wait_for_timeout(50)
 
 
 def test_a_folder_without_a_run_is_refused(cli, tmp_path):
@@ -175,7 +132,7 @@ def test_a_page_that_does_not_end_is_killed():
 
 
 class TestInABrowser:
-    pytestmark = in_browser
+    pytestmark = [*in_browser, served]
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_a_finished_run(self, watching, opened, tmp_path, scheme):
@@ -204,6 +161,70 @@ class TestInABrowser:
         page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 30, steps=5)
         page.mouse.up()
         assert page.evaluate("plots.loss.chart.scales.x.max") < before
+
+    def test_of_many_clients_the_legend_names_the_one_under_the_pointer_and_the_chosen_one(
+        self, watching, opened, tmp_path
+    ):
+        page = opened(watching(write(tmp_path / "run", events(20, 30))))
+        page.wait_for_selector("#loss .uplot")
+        shown = "[...document.querySelectorAll('#loss .u-legend .u-series:not([hidden])')].map((e) => e.innerText)"
+        names = lambda: " ".join(page.evaluate(shown))  # noqa: E731
+        assert "client" not in names() and "mean" in names()
+        page.locator("#loss .u-over").scroll_into_view_if_needed()
+        box = page.locator("#loss .u-over").bounding_box()
+        at = page.evaluate(
+            "[15, 19].map((v, i) => i ? plots.loss.chart.valToPos(plots.loss.chart.data[v + 1][15], 'y')"
+            " : plots.loss.chart.valToPos(plots.loss.chart.data[0][v], 'x'))"
+        )
+        page.mouse.move(box["x"] + at[0], box["y"] + at[1] - 2)
+        until(page, f"{shown}.some((text) => text.includes('client 19'))")
+        assert re.search(r"client 19:?\s*1\.69", names()) and "client 3" not in names()
+        page.mouse.move(5, 5)
+        until(page, f"!{shown}.some((text) => text.includes('client'))")
+        page.select_option("#pick", "3")
+        until(page, f"{shown}.some((text) => text.includes('client 3'))")
+        assert "client 19" not in names()
+
+    def test_a_client_has_its_bytes_and_its_events(self, watching, opened, tmp_path):
+        page = opened(watching(write(tmp_path / "run", events(8, 30))))
+        page.wait_for_selector("#graph .node")
+        page.select_option("#level", "score")
+        until(page, "document.querySelectorAll('#notices li').length === 6")
+        assert "accuracy after 25 rounds, on 50 rows: mean" in page.inner_text("#notices li >> nth=0")
+        page.select_option("#level", "absence")
+        page.select_option("#pick", "2")
+        page.wait_for_selector("#one:not([hidden])")
+        assert re.search(
+            r"sent 30\.0 kB", page.inner_text("#one-facts")
+        )  # one link of 1000 bytes in each round, one way
+        until(page, "document.querySelectorAll('#notices li').length === 10")
+        assert page.inner_text("#notices li >> nth=0") == "round 29client 2: absent"
+        page.select_option("#pick", "5")
+        until(page, "document.getElementById('notices').innerText === 'No events.'")
+
+    def test_what_a_deadline_does_not_tell_apart_has_one_word(self, watching, opened, tmp_path):
+        clock = {"deadline": 2.0, "away": [{"client": 2}]}
+        page = opened(watching(write(tmp_path / "run", events(4, 30, clock=clock))))
+        page.wait_for_selector("#graph .node.s-absent")
+        assert page.get_attribute("#graph .node.s-absent", "aria-label").startswith("client 2: absent or late")
+        assert page.inner_text("#key-absent") == "absent or late"
+
+    def test_clients_beyond_those_that_rounds_list_have_a_band(self, watching, opened, tmp_path):
+        many = LISTED_CLIENTS + 1
+        start, *found = events(many, 6)
+        told = {f"loss_{name}": 1.0 + i for i, name in enumerate(("mean", *SPREAD))}
+        rounds = [replace(each, loss=[], measures=told) for each in found if isinstance(each, RoundDone)]
+        page = opened(watching(write(tmp_path / "run", [start, *rounds])))
+        page.wait_for_selector("#loss .uplot")
+        until(page, "plots.loss && plots.loss.chart.data[0].length === 6")
+        assert page.evaluate("plots.loss.chart.series.map((s) => s.label)") == [
+            "round",
+            "highest client",
+            "lowest client",
+            "mean",
+            "worst",
+        ]
+        assert page.evaluate("plots.loss.chart.data.slice(1).map((y) => y[5])") == [6.0, 2.0, 1.0, 6.0]
 
     def test_the_keyboard_reaches_a_client_and_its_own_curves(self, watching, opened, tmp_path):
         page = opened(watching(write(tmp_path / "run", events(8, 30))))
@@ -302,6 +323,23 @@ class TestInABrowser:
         page.click("#cells td a >> nth=0")
         page.wait_for_selector("#score .uplot")
         assert "cells/adf__seed-0" in page.inner_text("#title")
+
+    def test_the_runs_of_a_demo_are_a_comparison(self, watching, opened, tmp_path):
+        for name in ("dec-lora", "adf-lora"):
+            write(tmp_path / "demo" / name, events(4, 10, finished=True))
+        page = opened(watching(tmp_path / "demo"))
+        page.wait_for_selector("#cells td a")
+        assert page.inner_text("#lead").startswith("2 of 2 trials finished")
+        page.click("#cells td a >> nth=1")
+        page.wait_for_selector("#score .uplot")
+        assert page.inner_text("#title").startswith("dec-lora:")
+
+    def test_what_is_not_known_of_a_comparison_is_said(self, watching, opened, tmp_path):
+        write(tmp_path / "cmp" / "cells" / "adf__seed-0", events(4, 10, finished=True))
+        (tmp_path / "cmp" / "grid.yaml").write_text("axes: [")
+        page = opened(watching(tmp_path / "cmp"))
+        page.wait_for_selector("#cells td a")
+        assert "trials to come, since grid.yaml cannot be read" in page.inner_text("#trouble")
 
     def test_a_thousand_clients_are_drawn_in_bounded_pieces(self, watching, opened, tmp_path):
         page = opened(watching(write(tmp_path / "run", events(1000, 500))))

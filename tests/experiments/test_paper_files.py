@@ -11,28 +11,78 @@ from peerlora.experiments.grid import load_grid
 from peerlora.experiments.latex import escape_latex
 from peerlora.experiments.paper_figures import SIZE, draw_chart, file_name, write_figures
 from peerlora.experiments.results import write_results
-from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.trials import plan_trials
 from peerlora.runs.chart import Chart, Line
-from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.figures import Picture
-
-
-def outcome(method, seed):
-    start = RunStarted("", method, 2, 2, "accuracy", True, seed, 1, {}, {}, {"kind": "ring"}, 5, [])
-    numbers = [0.1, 0.1, 0.5, 0.25, 0, 0.5]
-    happened = [start, Evaluated(0, 10, [0.25, 0.5], 0.5, [1.0, 1.0], 1.0, 0.1, False)]
-    for t in range(2):
-        happened.append(RoundDone(t, [1.0, 1.0], *numbers, [[0, 1]], 1, 50, 100, 1, 1, 0))
-        happened.append(Evaluated(t + 1, 10, [0.5 + seed / 8, 0.75], 0.5, [1.0, 1.0], 1.0, 0.1, t == 1))
-    return Outcome.of_events(
-        f"{method}_50%", {"method": f"{method}_50%"}, seed, 0.01, f"cells/{method}-{seed}", happened
-    )
+from seed_outcomes import outcome
 
 
 @pytest.fixture
 def outcomes():
     return [outcome(method, seed) for method in ("a&b", "c") for seed in (0, 1, 2)]
+
+
+def chart_of(pictures, title):
+    (found,) = (picture for picture in pictures if picture.title.startswith(title))
+    return found, {line.label: line for line in found.chart.lines}
+
+
+def test_seeds_that_ended_after_other_rounds_share_the_rounds_that_all_have(tmp_path):
+    """As those of ``train.max_seconds`` do, or the cells of a comparison that goes on."""
+    outcomes = [outcome("a", seed, rounds, planned=9) for seed, rounds in ((0, 3), (1, 5), (2, 7))]
+    picture, lines = chart_of(comparison_figures(outcomes, "method"), "accuracy of the mean client by round")
+    assert lines["a_50%"].x.tolist() == [0, 1, 2, 5]  # the last ones are one point, at their mean
+    assert lines["a_50%"].y.tolist() == pytest.approx([0.375, 0.6875, 0.6875, 0.6875])
+    assert "Seeds ended after different rounds" in picture.note
+    _, lines = chart_of(comparison_figures(outcomes, "method"), "accuracy of the mean client by bytes")
+    assert lines["a_50%"].x.tolist() == [0, 100, 200, 500]
+    _, lines = chart_of(comparison_figures(outcomes, "method"), "Cross-term")
+    assert list(lines["a_50%"].x) == [1, 2, 3]
+    configs = dict.fromkeys((each.setting for each in outcomes), load_config({}))
+    write_results(tmp_path, outcomes, [], {"method": "a_50%"}, "base: {}\n", configs, None)
+
+
+def test_ends_on_all_rows_are_a_point_of_their_own_wherever_the_seeds_ended():
+    outcomes = [outcome("a", seed, rounds, planned=9, rows=99) for seed, rounds in ((0, 3), (1, 5))]
+    picture, lines = chart_of(comparison_figures(outcomes, "method"), "accuracy of the mean client by round")
+    assert lines["a_50%"].x.tolist() == [0, 1, 2] and lines["a_50%, all rows"].x.tolist() == [4]
+    assert "Diamonds" in picture.note and "different rounds" in picture.note
+
+
+def test_a_seed_that_has_not_ended_shares_no_end_and_one_without_a_score_counts_for_nothing():
+    whole, part = outcome("a", 0, 3), outcome("a", 1, 3)
+    part = replace(part, events=part.events[:-2])
+    bare = replace(part, seed=2, events=part.events[:1])
+    for cells in ([whole, part, bare], [bare, part, whole]):
+        picture, lines = chart_of(comparison_figures(cells, "method"), "accuracy of the mean client by round")
+        assert lines["a_50%"].x.tolist() == [0, 1, 2] and picture.note == ""
+    assert not any("accuracy" in picture.title for picture in comparison_figures([bare], "method"))
+
+
+def test_the_band_of_seeds_is_in_the_numbers_and_in_the_figure_for_a_paper(outcomes):
+    picture, lines = chart_of(comparison_figures(outcomes, "method"), "accuracy of the mean client by round")
+    assert lines["c_50%, lowest seed"].y.tolist() == [0.375, 0.625, 0.625]
+    assert lines["c_50%, highest seed"].y.tolist() == [0.375, 0.75, 0.75]
+    assert len(draw_chart(picture.chart).axes[0].collections) == 2  # one band for each method
+    _, lines = chart_of(comparison_figures(outcomes[::3], "method"), "accuracy of the mean client by round")
+    assert not any("seed" in label for label in lines)
+
+
+def test_a_figure_by_p_has_its_numbers_and_is_a_file(tmp_path):
+    cells = [replace(outcome("a", seed), labels={"graph": f"p={p}"}, p=p) for p in (0.1, 0.5) for seed in (0, 2)]
+    picture, lines = chart_of(comparison_figures(cells, None), "accuracy of the mean client by p")
+    assert {label: list(line.y) for label, line in lines.items()} == {
+        "mean client, lowest seed": [0.625, 0.625],
+        "mean client, highest seed": [0.75, 0.75],
+        "mean client": [0.6875, 0.6875],
+    }
+    assert picture.chart.as_json()["logx"] and picture.chart.as_json()["x"] == [0.1, 0.5]
+    axes = draw_chart(picture.chart).axes[0]
+    assert axes.get_xscale() == "log" and axes.get_xticks().tolist() == [0.1, 0.5]
+    assert {path.name for path in write_figures(tmp_path, [picture])} == {
+        "accuracy-of-the-mean-client-by-p-last-evaluation.pdf",
+        "accuracy-of-the-mean-client-by-p-last-evaluation.svg",
+    }
 
 
 def test_the_table_is_a_tabular_of_booktabs(outcomes, tmp_path):

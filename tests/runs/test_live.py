@@ -15,12 +15,18 @@ from importlib.util import find_spec
 
 import pytest
 
+from peerlora.cli.watch import _planned
 from peerlora.errors import ConfigError, ExtraMissing, RunError
-from peerlora.runs.events import CaughtUp, NeighbourChanged, Warned, to_json
+from peerlora.network.base import REASONS
+from peerlora.runs.client_spread import spread
+from peerlora.runs.events import LISTED_CLIENTS, CaughtUp, NeighbourChanged, RunFinished, Warned, to_json
 from peerlora.runs.live.follow import EventTail
+from peerlora.runs.live.notices import KEPT, NAMED
 from peerlora.runs.live.process import holder_of, usage_of
 from peerlora.runs.live.source import GridSource, RunSource, held_of, source_of
-from peerlora.runs.live.state import FEW_CLIENTS, SHOWN_ROUNDS, LiveRun
+from peerlora.runs.live.standing import status_of
+from peerlora.runs.live.state import SHOWN_ROUNDS, LiveRun
+from peerlora.runs.live.table import FEW_CLIENTS
 from peerlora.runs.store import RunStore
 
 ASSETS = files("peerlora.runs") / "assets"
@@ -139,9 +145,154 @@ def test_what_a_page_knows_is_not_sent_again(made):
     everything = found.since(-1, -1)
     assert len(everything["rounds"]) == 20 and len(everything["links"]) == SHOWN_ROUNDS
     found.add(json.loads(to_json(made.round_done(20, edges=[[1, 2]]))), ())
-    update = found.since(20, found.numbered)
-    assert [each["x"] for each in update["rounds"]] == [20, 21]
-    assert update["links"]["21"] == [[1, 2]] and update["notices"] == []
+    update = found.since(21, found.numbered)  # events: the start, and 20 rounds
+    assert [each["x"] for each in update["rounds"]] == [21] == [each["x"] for each in update["loss"]]
+    assert update["links"] == {"21": [[1, 2]]} and update["notices"] == []
+
+
+def test_a_peer_that_stopped_long_ago_makes_no_update_longer(made):
+    found = LiveRun()
+    for client, rounds in ((0, 3), (1, 40)):
+        found.add(json.loads(to_json(made.started(2, rounds=50, held=[client]))), [client])
+        for t in range(rounds):
+            found.add(json.loads(to_json(made.round_done(t, 1))), [client])
+    known = found.taken
+    found.add(json.loads(to_json(made.round_done(40, 1))), [1])
+    assert [each["x"] for each in found.since(known, found.numbered)["rounds"]] == [41]
+    found.add(json.loads(to_json(made.round_done(3, 1))), [0])  # it goes on
+    assert [each["x"] for each in found.since(known, found.numbered)["rounds"]] == [4, 41]
+
+
+def test_why_a_link_was_not_used_says_how_the_neighbour_stands():
+    words = {reason: status_of(reason) for reason in REASONS}
+    assert {reason for reason, word in words.items() if word != "refused"} == {"late"} and words["late"] == "late"
+    assert status_of("refused: wrong-config (train.lr)") == "refused"
+    for reason, word in {
+        "absent": "absent",
+        "down": "absent",
+        "not on the member list": "absent",
+        "no message": "late",
+        "no acknowledgement": "late",
+        "behind": "late",
+        "ahead": None,
+        "not asked": None,
+        "sum given up": None,
+        "too many messages waiting": None,
+    }.items():
+        assert status_of(reason) == word, reason
+
+
+def peer_log(made, client, missed, rounds=6, clients=3):
+    """The events of a peer that exchanges with all others but those ``missed``: round index -> neighbour -> reason."""
+    events = [made.started(clients, rounds=rounds + 4, held=[client])]
+    for t in range(rounds):
+        gone = missed.get(t, {})
+        met = [[client, each] for each in range(clients) if each != client and str(each) not in gone]
+        events.append(replace(made.round_done(t, 1, met), missed=gone))
+    return events
+
+
+def read_one_after_the_other(logs):
+    found = LiveRun()
+    for client, events in logs.items():
+        for event in events:
+            found.add(json.loads(to_json(event)), [client])
+    return found
+
+
+def test_what_an_old_round_says_of_a_client_does_not_stay(made):
+    late = {1: {"2": "no message"}}
+    logs = {2: peer_log(made, 2, {}), 0: peer_log(made, 0, late), 1: peer_log(made, 1, {})}
+    assert read_one_after_the_other(logs).status == {}
+    part = {2: logs[2], 0: logs[0][:3]}  # the log of 0 is read up to the round that says it
+    assert read_one_after_the_other(part).status == {}
+    assert read_one_after_the_other({0: logs[0][:3]}).status == {2: "late"}
+
+
+def test_what_the_last_round_says_stays_whatever_is_read_first(made):
+    gone = {t: {"2": "absent"} for t in range(3, 6)}
+    logs = {0: peer_log(made, 0, gone), 1: peer_log(made, 1, gone), 2: peer_log(made, 2, {}, rounds=3)}
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        assert read_one_after_the_other({each: logs[each] for each in order}).status == {2: "absent"}, order
+    refused = logs | {1: peer_log(made, 1, {t: {"2": "wrong-config"} for t in range(3, 6)})}
+    assert read_one_after_the_other(refused).status == {2: "refused"}
+
+
+def test_a_neighbour_that_is_down_is_absent_until_it_is_there_again(made):
+    def told(kind, detail=""):
+        return NeighbourChanged("", 3, 2, kind, detail)
+
+    before = [*peer_log(made, 0, {}, rounds=3), told("suspect")]
+    assert read_one_after_the_other({0: before}).status == {}
+    assert read_one_after_the_other({0: [*before, told("down")]}).status == {2: "absent"}
+    assert read_one_after_the_other({0: [*before, told("down"), told("up")]}).status == {}
+    met = made.round_done(3, 1, [[0, 2]])
+    assert read_one_after_the_other({0: [*before, told("down"), met]}).status == {}
+    other = [*peer_log(made, 1, {}, rounds=5)]
+    assert read_one_after_the_other({0: [*before, told("down")], 1: other}).status == {}  # it exchanges with another
+    assert read_one_after_the_other({0: [*before, told("refused", "wrong-config: train.lr")]}).status == {2: "refused"}
+    ended = {2: [*peer_log(made, 2, {}, rounds=3), RunFinished("", {})], 0: [*before, told("down")]}
+    assert read_one_after_the_other(ended).status == {}
+
+
+def test_a_client_has_bytes_along_its_links(made):
+    both = [made.started(3), made.round_done(0, edges=[[0, 1], [1, 2]]), made.round_done(1, edges=[[0, 1]])]
+    assert [live(both).client(each)["bytes"]["y"] for each in range(3)] == [[100, 200], [200, 300], [100, 100]]
+    one_way = [replace(each, bytes_sent=100 * each.contacts) for each in both[1:]]
+    found = live([both[0], *one_way])
+    assert [found.client(each)["bytes"]["y"] for each in range(3)] == [[100, 200], [100, 100], [0, 0]]
+    assert live([both[0], replace(both[1], edges=None)]).client(0)["bytes"] == {"x": [], "y": []}
+
+
+def test_a_peer_has_the_bytes_that_it_says(made):
+    log = [made.started(2, held=[1]), *(replace(made.round_done(t, 1), bytes_sent=70, edges=[]) for t in range(2))]
+    found = read_one_after_the_other({1: log})
+    assert found.client(1)["bytes"] == {"x": [1, 2], "y": [70, 140]}
+    assert found.client(0)["bytes"]["y"] == [0, 0]
+
+
+def test_absences_and_evaluations_are_events_of_their_clients(made):
+    away = [[], [2], [2], [0, 2], []]
+    rounds = [replace(made.round_done(t), absent=each) for t, each in enumerate(away)]
+    found = live([made.started(3, rounds=5), *rounds, made.evaluated(5, [0.5, 0.25, 1.0])])
+    told = [(each["level"], each["round"], each["text"]) for each in found.notices]
+    assert told == [
+        ("absence", 2, "absent: client 2"),
+        ("absence", 4, "absent: client 0, client 2"),
+        ("score", 5, "accuracy after 5 rounds, on 20 rows: mean 0.5833, worst 0.25 (client 1)"),
+    ]
+    assert [each["round"] for each in found.client(2)["notices"]] == [2] and found.status == {}
+    assert [each["text"] for each in found.client(1)["notices"]] == [told[-1][2]]
+
+
+@pytest.mark.parametrize(
+    ("deadline", "away", "word"), [(None, [1], "absent"), (2.0, [], "late"), (2.0, [1], "absent or late")]
+)
+def test_an_absent_client_is_called_what_the_clock_lets_us_know(made, deadline, away, word):
+    start = made.started(3, clock={"deadline": deadline, "away": away})
+    assert live([start, replace(made.round_done(0), absent=[1])]).status == {1: word}
+
+
+def test_notices_are_bounded_and_many_do_not_hide_the_warnings(made):
+    many = NAMED + 5
+    found = live([made.started(many, rounds=9999), Warned("look here")])
+    for t in range(KEPT + 10):
+        event = replace(made.round_done(t, many), absent=list(range(many - t % 2)))
+        found.add(json.loads(to_json(event)), ())
+    assert len(found.notices) == KEPT + 1 and found.notices[0]["text"] == "look here"
+    assert found.notices[-1]["text"].endswith("and 4 more") and len(found.notices[-1]["clients"]) == NAMED
+    assert found.client(many - 1)["notices"][-1]["round"] == KEPT + 9  # also of who is not named
+
+
+def test_more_clients_than_a_round_lists_have_their_mean_and_spread(made):
+    many = LISTED_CLIENTS + 1
+    told = replace(made.round_done(0, 3), loss=[], measures=spread("loss", [1.0, 2.0, 6.0]))
+    found = live([made.started(many, partition={}), told, replace(told, round=1, measures={})])
+    update = found.since(-1, -1)
+    assert update["loss"] == [
+        {"x": 1, "mean": 3.0, "worst": 6.0, "who": None, "band": [1.0, 1.5, 2.0, 4.0, 6.0], "whole": True}
+    ]
+    assert len(update["rounds"]) == 2 and update["clients"]["loss"] == []
 
 
 def test_peers_are_one_federation(made):
@@ -175,6 +326,8 @@ def test_a_damaged_event_costs_nothing_but_itself(made):
     found.add(json.loads(to_json(made.round_done(0))), ())
     assert len(found.rounds) == 1 and found.loss.clients == 3
     assert [each["text"][:25] for each in found.notices] == [f"a damaged event of type {kind}" for kind in "REENRR"]
+    found.add({"type": "RoundDone", "round": 1, "loss": [], "measures": {"loss_mean": "x"}}, ())
+    assert found.notices[-1]["text"].startswith("a damaged event") and found.since(-1, -1)["loss"]
     found.add({"type": "Warned", "message": "x" * 10**6}, ())
     assert len(found.notices[-1]["text"]) == 2000
 
@@ -205,6 +358,29 @@ def test_a_comparison_shows_its_trials_those_to_come_too(tmp_path, run):
     assert [cell["done"] for cell in cells] == [4, 2, 0]
     write(tmp_path / "cells" / "b__seed-0", run()[4:5], "a")
     assert source.poll() and source.cells["cells/b__seed-0"]["done"] == 3
+
+
+def test_a_folder_of_runs_as_of_a_demo_is_shown_as_a_comparison(tmp_path, run):
+    for name in ("dec-lora", "adf-lora"):
+        write(tmp_path / name, run())
+    source = source_of(tmp_path)
+    assert isinstance(source, GridSource) and source.poll()
+    assert [(cell["name"], cell["state"], cell["done"]) for cell in source.cells.values()] == [
+        ("adf-lora", "stopped", 4),
+        ("dec-lora", "stopped", 4),
+    ]
+
+
+def test_a_comparison_whose_grid_cannot_be_read_shows_the_trials_that_are_there(tmp_path, run):
+    write(tmp_path / "cells" / "a__seed-0", run())
+    (tmp_path / "grid.yaml").write_text("axes: [")
+    source = source_of(tmp_path, _planned)
+    assert isinstance(source, GridSource) and source.poll() and list(source.cells) == ["cells/a__seed-0"]
+    assert "grid.yaml" in source.lacking
+    (tmp_path / "grid.yaml").write_text("unheard: 3")
+    assert "unheard" in source_of(tmp_path, _planned).lacking
+    (tmp_path / "grid.yaml").write_text("seeds: [0]")
+    assert source_of(tmp_path, lambda folder: []).lacking == ""
 
 
 @pytest.mark.parametrize("facts", ["", "[]", "{}", '{"held": 5}', '{"held": [-1]}', '{"held": ["x"]}', "[" * 9999])

@@ -8,7 +8,8 @@ import pytest
 
 from peerlora.errors import RunError
 from peerlora.experiments.demo_report import ComparisonRow, write_comparison
-from peerlora.runs import figures
+from peerlora.runs import client_figures, figures
+from peerlora.runs.chart import MOST_CELLS, Sheet
 from peerlora.runs.client_table import client_rows, describe_outcome
 from peerlora.runs.events import Evaluated, Generated, RoundDone, RunStarted, Warned
 from peerlora.runs.figures import clients_figure, runs_figure
@@ -157,7 +158,11 @@ def test_a_partition_without_counts_has_no_label_figure(tmp_path, run):
 def test_the_numbers_behind_the_figures_are_in_the_page(tmp_path, run):
     page = report(tmp_path / "run", run(rounds=4))
     data = [json.loads(each) for each in page.scripts if each.startswith("{")]
-    assert len(data) == 4  # the score, the loss, the distances, the bytes; labels and graph are drawings only
+    labels, links = (each for each in data if "rows" in each)  # drawings that the page's script leaves as they are
+    data = [each for each in data if "rows" not in each]
+    assert labels == {"head": ["client", "earn", "crude"], "rows": [[0, 1, 2], [1, 2, 2], [2, 3, 2]]}
+    assert links == {"head": ["client", "with", "rounds"], "rows": [[0, 1, 4]]}
+    assert len(data) == 4  # the score, the loss, the distances, the bytes
     loss = next(each for each in data if each["x"] == [1, 2, 3, 4] and len(each["series"]) == 4)
     assert [each["label"] for each in loss["series"]] == ["client 0", "client 1", "client 2", "mean over clients"]
     assert loss["series"][1]["y"] == [0.1, 1.1, 2.1, 3.1] and loss["series"][3]["style"] == "thick"
@@ -172,8 +177,22 @@ def test_many_clients_and_gaps_become_a_band_and_nulls():
     values = np.full((2, 60), 0.5)
     values[1, :] = np.nan
     chart = clients_figure("metric", "title", figures.Curves([0, 1], values)).chart.as_json()
-    assert [each["style"] for each in chart["series"]] == ["edge", "edge", "thick"]
-    assert chart["series"][2]["y"] == [0.5, None]
+    assert [each["style"] for each in chart["series"]] == [*["edge"] * 4, "thick"]
+    assert [each["label"] for each in chart["series"][:2]] == ["5 % of clients", "95 % of clients"]
+    assert chart["series"][4]["y"] == [0.5, None]
+
+
+def test_the_band_of_several_runs_is_in_their_numbers():
+    values = np.array([[0.25, 0.5, 0.75], [0.5, 0.5, 1.0]])
+    chart = runs_figure("metric", "title", {"a": figures.Curves([0, 1], values)}).chart.as_json()
+    found = {each["label"]: (each["style"], each["y"]) for each in chart["series"]}
+    assert found["a, lowest client"] == ("edge", [0.25, 0.5]) and found["a, highest client"] == ("edge", [0.75, 1.0])
+    assert found["a"] == ("thick", [0.5, 0.666667])
+
+
+def test_a_sheet_of_many_rows_is_bounded():
+    sheet = Sheet(["client", "rows"], [[client, 1] for client in range(MOST_CELLS)]).as_json()
+    assert len(sheet["rows"]) == MOST_CELLS // 2 and sheet["rows"][-1] == [MOST_CELLS // 2 - 1, 1]
 
 
 def test_a_label_of_a_user_cannot_end_the_script(tmp_path):
@@ -219,7 +238,7 @@ def test_zeros_on_the_log_scale_are_left_out_and_said():
 
 def test_rare_labels_are_put_together():
     counts = [[label + 1 for label in range(14)]] * 2
-    legend = figures.labels_figure("a", "t", [f"l{label}" for label in range(14)], counts).legend
+    legend = client_figures.labels_figure("a", "t", [f"l{label}" for label in range(14)], counts).legend
     assert [key.label for key in legend] == [f"l{label}" for label in range(4, 14)] + ["4 other labels"]
 
 

@@ -20,6 +20,7 @@ from peerlora.runs.trackers.series import MANY_CLIENTS, QUANTILES, series
 from peerlora.runs.trackers.tracking import Tracking
 from peerlora.runtime.simulate import resume, simulate
 
+WANDB_FOLDERS = ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")
 REASON = "{} is not installed (pip install '.[{}]')"
 
 
@@ -30,7 +31,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def quiet(no_reports, monkeypatch, tmp_path):
     """Nothing is sent anywhere, and nothing is written outside the test's folder."""
-    for name, value in {"WANDB_MODE": "offline", "WANDB_CONFIG_DIR": tmp_path, "WANDB_CACHE_DIR": tmp_path}.items():
+    for name, value in {"WANDB_MODE": "offline", **dict.fromkeys(WANDB_FOLDERS, tmp_path)}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -411,9 +412,12 @@ def test_wandb(config, tmp_path):
     assert metrics["*"].step_metric == "round"
     exits = [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"]
     assert exits == [130, 0]
-    artifacts = [record for record in records if record.WhichOneof("record_type") == "request"]
     assert "own_mean" in json.dumps([str(record) for record in records])
-    assert artifacts or "model" in "".join(str(record) for record in records)
+    (artifact,) = (record.artifact for record in records if record.WhichOneof("record_type") == "artifact")
+    assert (artifact.name, artifact.type) == (f"adapters-{runs[0].run_id}", "model")
+    folder = tmp_path / "run" / "adapters"
+    expected = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {each.path for each in artifact.manifest.contents} == expected
 
 
 @pytest.mark.slow
@@ -443,11 +447,12 @@ def test_mlflow(config, tmp_path):
 @needs("trackio")
 def test_trackio(config, tmp_path, monkeypatch):
     import trackio
+    from trackio.cas import blob_path
     from trackio.sqlite_storage import SQLiteStorage
 
     for module in ("trackio.sqlite_storage", "trackio.utils"):
         monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio", raising=False)
-    result = stopped_and_resumed(config, tmp_path / "run", "track={to: [trackio], project: trials}")
+    result = stopped_and_resumed(config, tmp_path / "run", "track={to: [trackio], project: trials, adapters: true}")
     runs = SQLiteStorage.get_runs("trials")
     assert len(runs) == 1 and runs[0].startswith("run-")
     lines = SQLiteStorage.get_logs("trials", runs[0])
@@ -456,3 +461,16 @@ def test_trackio(config, tmp_path, monkeypatch):
         [result.summary["scores"]["own_mean"]]
     )
     assert trackio.Api().runs("trials")[0].config["adapter"]["rank"] == 3
+    (artifact,) = SQLiteStorage.list_artifacts("trials")
+    assert artifact["name"] == f"adapters-{runs[0].removeprefix('run-')}" and artifact["type"] == "model"
+    assert len(artifact["versions"]) == 1
+    kept = SQLiteStorage.get_artifact_manifest("trials", artifact["name"], "latest")
+    folder = tmp_path / "run" / "adapters"
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert {entry["path"]: entry["size"] for entry in kept["manifest"]} == {
+        name: path.stat().st_size for name, path in files.items()
+    }
+    assert all(
+        blob_path("trials", entry["digest"]).read_bytes() == files[entry["path"]].read_bytes()
+        for entry in kept["manifest"]
+    )

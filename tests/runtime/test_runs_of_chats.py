@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from peerlora.cli.progress import Progress
 from peerlora.errors import ConfigError, Stopped
-from peerlora.runs.events import Evaluated, Generated, RunStarted
+from peerlora.runs.events import Evaluated, Generated, Resumed, RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.simulate import resume, simulate
@@ -61,6 +62,19 @@ def test_a_run_whose_answers_are_all_cut_is_refused(chat_config, tmp_path):
     with pytest.raises(ConfigError, match=told):
         simulate(chat_config(*words), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_tells_its_sinks_how_it_had_started(chat_config, tmp_path, no_reports):
+    """Else the table calls the client with the smallest loss the worst, and knows no number of rounds."""
+    with pytest.raises(Stopped):
+        simulate(chat_config("eval.every=1"), tmp_path / "run", stop=lambda: True)
+    told, shown = [], Progress()
+    resume(tmp_path / "run", sinks=[told.append, shown])
+    assert [type(event) for event in told[:2]] == [Resumed, RunStarted]
+    last, (*_, scores) = select_events(told, RoundDone)[-1], select_events(told, Evaluated)
+    facts = shown._facts(last)
+    assert facts["round"] == "3/3" and facts["worst"] == f"{max(scores.own):.3f}" and "left" in facts
+    assert len(select_events(read_events(tmp_path / "run"), RunStarted)) == 1
 
 
 def test_without_the_setting_nobody_answers(chat_config, tmp_path):

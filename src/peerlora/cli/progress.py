@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from peerlora.display import format_bytes, format_fixed, format_now
@@ -58,6 +59,8 @@ def stop_on_interrupt(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
 class Progress:
     """Shows a run's events; a context manager that owns the live table.
 
+    On a terminal the table has the latest round, with a bar of the rounds done below it, and every evaluation stays as
+    a line above it; elsewhere there are plain lines.
     ``timestamps``: lines begin with the time, where there is no table.
     """
 
@@ -87,6 +90,8 @@ class Progress:
             self.title = self.title or event.method
         elif isinstance(event, Evaluated):
             self.evaluated = event
+            if self.live:
+                self._line(self._describe_scores(event))
         elif isinstance(event, RoundDone):
             self.first_round = event.round if self.first_round is None else self.first_round
             self.bytes_sent += event.bytes_sent
@@ -100,7 +105,7 @@ class Progress:
 
     def _round(self, event: RoundDone) -> None:
         if self.live:
-            self.live.update(self._table(event))
+            self.live.update(self._shown(event))
         elif time.monotonic() - self.printed > 2:
             self.printed = time.monotonic()
             self._line(self.indent + ", ".join(f"{name} {value}" for name, value in self._facts(event).items()))
@@ -115,15 +120,7 @@ class Progress:
             "contacts": str(event.contacts) + (f", missed {len(event.missed)}" if event.missed else ""),
             "sent": format_bytes(self.bytes_sent, fixed=True),
         }
-        if self.evaluated:
-            own = _without_nan(self.evaluated.own)
-            facts["mean client"] = f"{mean(own):.3f}"
-            worst = min if self.started is None or self.started.higher_is_better else max
-            facts["worst"] = f"{worst(own):.3f}"
-            if personal := _without_nan(self.evaluated.personal):
-                facts["own rows"] = f"{mean(personal):.3f}"
-            if relayed := _without_nan(self.evaluated.relayed):
-                facts["relayed mean/worst"] = f"{mean(relayed):.3f}/{worst(relayed):.3f}"
+        facts |= self._scores(self.evaluated) if self.evaluated else {}
         if event.virtual_seconds == event.virtual_seconds:
             facts["virtual"] = f"{event.virtual_seconds:.1f} s"
         if rounds:
@@ -131,11 +128,30 @@ class Progress:
             facts["left"] = f"{left:.0f} s"
         return facts
 
-    def _table(self, event: RoundDone) -> Table:
+    def _scores(self, event: Evaluated) -> dict[str, str]:
+        """Mean and worst client; which client is the worst is not known where the run's start is not."""
+        worst = None if self.started is None else min if self.started.higher_is_better else max
+        own = _without_nan(event.own)
+        facts = {"mean client": f"{mean(own):.3f}", **({"worst": f"{worst(own):.3f}"} if worst else {})}
+        if personal := _without_nan(event.personal):
+            facts["own rows"] = f"{mean(personal):.3f}"
+        if (relayed := _without_nan(event.relayed)) and worst:
+            facts["relayed mean/worst"] = f"{mean(relayed):.3f}/{worst(relayed):.3f}"
+        return facts
+
+    def _describe_scores(self, event: Evaluated) -> str:
+        metric = self.started.metric if self.started else "score"
+        scores = ", ".join(f"{name} {value}" for name, value in self._scores(event).items())
+        return f"{self.indent}after {event.round} rounds, {metric} on {event.rows} rows: {scores}"
+
+    def _shown(self, event: RoundDone) -> RenderableType:
+        """The latest round as a table, and how far the run is."""
         facts = self._facts(event)
         table = Table(*facts, title=self.title)
         table.add_row(*facts.values())
-        return table
+        if self.started is None:
+            return table
+        return Group(table, ProgressBar(total=self.started.rounds, completed=event.round + 1, width=60))
 
     def _line(self, text: str) -> None:
         stamp = "" if self.live or not self.timestamps else f"{format_now()} "

@@ -18,7 +18,7 @@ Watch = Annotated[bool, typer.Option("--watch", help="show the run on a page of 
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="folder of a run, of launched peers, or of a comparison")],
+    run: Annotated[Path, typer.Argument(help="folder of a run, of launched peers, of a comparison, or of a demo")],
     open: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free")] = 0,
     host: Annotated[str, typer.Option("--host", help="address to open; others than the loopback show it to all")] = (
@@ -27,7 +27,7 @@ def command(
     wait: Annotated[bool, typer.Option("--wait", help="the folder may not be there yet")] = False,
     parent: Annotated[int | None, typer.Option("--parent", hidden=True, help="process to end with")] = None,
 ) -> None:
-    """Show a run on a page while it goes on; also a stopped or finished one, launched peers, or a comparison."""
+    """Show a run on a page while it goes on; also a stopped or finished one, launched peers, a comparison or a demo."""
     import sys
 
     from peerlora.runs.live.process import end_with

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
@@ -11,13 +11,27 @@ from matplotlib.ticker import ScalarFormatter
 from peerlora.display import byte_unit
 from peerlora.experiments.statistics import Outcome
 from peerlora.runs import figures
-from peerlora.runs.chart import Chart, Line
+from peerlora.runs.chart import Chart, Line, band
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
 from peerlora.runs.metrics import evaluations, find_start, select_events
 from peerlora.runs.privacy_summary import largest_epsilon
 
-Curve = tuple[np.ndarray, np.ndarray]  # x [point], y [seed, point]
+Costs = Callable[[Sequence[Event]], Sequence[float]]
+"""What every evaluation of a run had cost, such as its rounds or its bytes."""
+
+
+class Curve(NamedTuple):
+    """The score of one setting at the points that all of its seeds have."""
+
+    x: np.ndarray
+    """[point] mean over seeds."""
+    y: np.ndarray
+    """[seed, point]"""
+    apart: bool
+    """Whether the last point is on other rows than those before, so that no line leads there."""
+    uneven: bool
+    """Whether the last evaluations of the seeds are after different rounds."""
 
 
 def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
@@ -32,7 +46,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
         where = f", {rest}" if rest else ""
         title = f"{metric} of the mean client"
         pictures += [
-            _lines(f"round{number}", f"{title} by round{where}", _curves(panel, _accuracy), "round", panel),
+            _by_cost(f"round{number}", f"{title} by round{where}", panel, "round", _rounds),
             _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
             _by_seconds(f"time{number}", f"{title} by virtual seconds{where}", panel),
             _by_epsilon(f"epsilon{number}", f"{title} by epsilon spent{where}", panel),
@@ -53,39 +67,57 @@ def _panels(outcomes: Sequence[Outcome], axis: str | None) -> dict[str, dict[str
     return panels
 
 
-def _accuracy(events: Sequence[Event]) -> tuple[list[float], list[float]]:
-    scores = evaluations(events)
-    return [score.round for score in scores], [float(np.nanmean(score.own)) for score in scores]
+def _rounds(events: Sequence[Event]) -> list[float]:
+    return [score.round for score in evaluations(events)]
 
 
-def _curves(panel: Mapping[str, Sequence[Outcome]], of_run: Any) -> dict[str, Curve]:
-    """Seeds of one setting evaluate in the same rounds, so they stack."""
+def _sent(events: Sequence[Event]) -> list[float]:
+    total = np.concatenate([[0.0], np.cumsum([done.bytes_sent for done in select_events(events, RoundDone)])])
+    return [float(total[score.round]) for score in evaluations(events)]
+
+
+def _common(runs: Sequence[Mapping[Any, Any]]) -> list[Any]:
+    """The places that all runs have, in the order of the first: seeds of one setting may end after other rounds."""
+    return [place for place in runs[0] if all(place in run for run in runs)] if runs else []
+
+
+def _curves(panel: Mapping[str, Sequence[Outcome]], costs: Costs) -> dict[str, Curve]:
+    """The curve of every setting whose seeds have a point in common.
+
+    Seeds evaluate in the same rounds; with a budget in seconds they end after other ones.  Last evaluations are one
+    point, at the mean of their costs.
+    """
     found = {}
     for label, runs in panel.items():
-        each = [of_run(run.events) for run in runs]
-        found[label] = np.asarray(each[0][0], float), np.asarray([y for _, y in each], float)
+        each = [own for run in runs if (own := _points(run.events, costs))]
+        if not (common := _common(each)):
+            continue
+        x, y = np.array([[own[place] for place in common] for own in each], float).transpose(2, 0, 1)
+        last = {score.round for run in runs for score in evaluations(run.events)[-1:]}
+        apart = common[-1] == "end" and any(_ends_on_other_rows(run.events) for run in runs)
+        found[label] = Curve(x.mean(0), y, apart, common[-1] == "end" and len(last) > 1)
     return found
 
 
+def _points(events: Sequence[Event], costs: Costs) -> dict[int | str, tuple[float, float]]:
+    """Evaluation -> what it had cost and the mean client's score: by its round, the last one of a run as its end."""
+    places = [("end" if score.final else score.round, float(np.nanmean(score.own))) for score in evaluations(events)]
+    return {place: (cost, score) for (place, score), cost in zip(places, costs(events), strict=True)}
+
+
 def _by_bytes(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
-    """x is the mean over seeds of what was sent so far: random graphs of different seeds send a little differently."""
-
-    def sent(events: Sequence[Event]) -> tuple[list[float], list[float]]:
-        total = np.concatenate([[0.0], np.cumsum([done.bytes_sent for done in select_events(events, RoundDone)])])
-        return [], [float(total[score.round]) for score in evaluations(events)]
-
-    reached = _curves(panel, _accuracy)
-    x = {label: line[1].mean(0) for label, line in _curves(panel, sent).items()}
-    top = max(float(each.max()) for each in x.values())
+    """Random graphs of different seeds send a little differently; the unit is one that fits all lines."""
+    curves = _curves(panel, _sent)
+    top = max((float(each.x.max()) for each in curves.values()), default=0.0)
     if top == 0:
         return None
     factor, unit = byte_unit(top)
-    lines = {label: (x[label] / factor, reached[label][1]) for label in reached}
-    return _lines(name, title, lines, f"{unit} sent, all clients", panel)
+    lines = {label: each._replace(x=each.x / factor) for label, each in curves.items()}
+    return _lines(name, title, lines, f"{unit} sent, all clients")
 
 
 def _by_seconds(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -> Picture | None:
-    """Of the settings with a clock; x is the mean over seeds, whose clients may differ in speed."""
+    """Of the settings with a clock; the clients of seeds may differ in speed."""
 
     def passed(events: Sequence[Event]) -> list[float]:
         return [score.virtual_seconds for score in evaluations(events)]
@@ -102,27 +134,21 @@ def _by_epsilon(name: str, title: str, panel: Mapping[str, Sequence[Outcome]]) -
     return _by_cost(name, title, panel, "epsilon", spent)
 
 
-def _by_cost(
-    name: str,
-    title: str,
-    panel: Mapping[str, Sequence[Outcome]],
-    unit: str,
-    cost: Callable[[Sequence[Event]], list[float]],
-) -> Picture | None:
+def _by_cost(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], unit: str, costs: Costs) -> Picture | None:
     """x is the mean over seeds of what each evaluation had cost; settings without such a cost are left out."""
-    reached = _curves(panel, _accuracy)
-    x = {label: line[1].mean(0) for label, line in _curves(panel, lambda events: ([], cost(events))).items()}
-    lines = {label: (x[label], reached[label][1]) for label in reached if np.isfinite(x[label]).all()}
-    return _lines(name, title, lines, unit, panel) if lines else None
+    lines = {label: each for label, each in _curves(panel, costs).items() if np.isfinite(each.x).all()}
+    return _lines(name, title, lines, unit) if lines else None
 
 
-def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture:
-    def values(events: Sequence[Event]) -> tuple[list[int], list[float]]:
-        done = select_events(events, RoundDone)
-        return [each.round + 1 for each in done], [getattr(each, field) for each in done]
-
-    curves = {label: (list(map(int, x)), y.mean(0).tolist()) for label, (x, y) in _curves(panel, values).items()}
-    return figures.log_figure(name, title, curves)
+def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: str) -> Picture | None:
+    """The mean over seeds, by the rounds that all of them have."""
+    curves = {}
+    for label, runs in panel.items():
+        each = [{done.round + 1: getattr(done, field) for done in select_events(run.events, RoundDone)} for run in runs]
+        if rounds := _common([own for own in each if own]):
+            mean = np.array([[own[t] for t in rounds] for own in each if own], float).mean(0)
+            curves[label] = rounds, mean.tolist()
+    return figures.log_figure(name, title, curves) if curves else None
 
 
 def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
@@ -168,35 +194,52 @@ def _p_figure(name: str, title: str, lines: Mapping[str, Mapping[float, Sequence
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set_xticks(sorted({p for line in lines.values() for p in line}), minor=False)
         axes.minorticks_off()
-    note = "A bar reaches from the lowest to the highest seed."
-    return Picture(title, out.getvalue(), _legend(lines), note)
+    note = "Bars, or bands, reach from the lowest to the highest seed."
+    return Picture(title, out.getvalue(), _legend(lines), note, chart=_p_chart(lines))
 
 
-def _lines(
-    name: str, title: str, lines: Mapping[str, Curve], xlabel: str, panel: Mapping[str, Sequence[Outcome]]
-) -> Picture:
-    separate = any(_ends_on_other_rows(run.events) for runs in panel.values() for run in runs)
+def _p_chart(lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Chart:
+    found = []
+    for (label, line), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
+        x = sorted(line)
+        if any(len(seeds) > 1 for seeds in line.values()):
+            low, high = ([of(line[p]) for p in x] for of in (min, max))
+            found += band((f"{label}, lowest seed", f"{label}, highest seed"), colour, x, low, high)
+        found.append(Line(label, colour, "thick", x, [float(np.mean(line[p])) for p in x]))
+    return Chart(found, "p, log scale", logx=True)
+
+
+def _lines(name: str, title: str, lines: Mapping[str, Curve], xlabel: str) -> Picture:
     with figures.svg_figure(name, title, size=(7.4, 3.6)) as (figure, out):
         axes = figures.add_axes(figure, xlabel=xlabel)
-        for (x, y), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
-            line = slice(None, -1 if separate else None)
+        for (x, y, apart, _), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
+            line = slice(None, -1 if apart else None)
             axes.fill_between(x[line], y.min(0)[line], y.max(0)[line], color=colour, alpha=0.12, linewidth=0)
             axes.plot(x[line], y.mean(0)[line], color=colour, linewidth=2.0, **figures.point_markers(list(x)))
             if separate:
                 axes.plot(x[-1:], y.mean(0)[-1:], "D", color=colour, markersize=6.0)
-    note = (
-        "Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them." if separate else ""
-    )
     legend = [*_legend(lines), Key("lowest to highest seed", figures.OTHER, "band")]
-    return Picture(title, out.getvalue(), legend, note, chart=_seeds_chart(lines, xlabel, separate))
+    return Picture(title, out.getvalue(), legend, _lines_note(lines.values()), chart=_seeds_chart(lines, xlabel))
 
 
-def _seeds_chart(lines: Mapping[str, Curve], xlabel: str, separate: bool) -> Chart:
-    """The mean over seeds of every line, and every seed; points where the last evaluation is on other rows."""
+def _lines_note(curves: Collection[Curve]) -> str:
+    notes = []
+    if any(each.apart for each in curves):
+        notes.append("Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them.")
+    if any(each.uneven for each in curves):
+        notes.append("Seeds ended after different rounds: a last point is at the mean of their last ones.")
+    return " ".join(notes)
+
+
+def _seeds_chart(lines: Mapping[str, Curve], xlabel: str) -> Chart:
+    """Of every line the lowest and highest seed, every seed and their mean; points where the end is on other rows."""
     found = []
-    for (label, (x, y)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
-        line = slice(None, -1 if separate else None)
+    for (label, (x, y, apart, _)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
+        line = slice(None, -1 if apart else None)
         seeds = y if len(y) > 1 else []
+        if len(seeds):
+            labels = f"{label}, lowest seed", f"{label}, highest seed"
+            found += band(labels, colour, x[line], y.min(0)[line], y.max(0)[line])
         found += [
             Line(f"{label}, seed {number + 1}", colour, "thin", x[line], each[line])
             for number, each in enumerate(seeds)

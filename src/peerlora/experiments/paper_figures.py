@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from peerlora.experiments.file_names import number_equals
 from peerlora.files import atomic_file
@@ -29,12 +30,12 @@ def write_figures(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
 
     Titles that differ only in what no file's name has are numbered.  The same numbers give the same bytes.
     """
-    written, known = [], [picture for picture in pictures if picture.chart is not None]
-    for picture, name in zip(known, number_equals([file_name(each.title) for each in known]), strict=True):
-        assert picture.chart is not None
+    written = []
+    known = [(picture.title, picture.chart) for picture in pictures if isinstance(picture.chart, Chart)]
+    for (_, chart), name in zip(known, number_equals([file_name(title) for title, _ in known]), strict=True):
         (folder / "figures").mkdir(exist_ok=True)
         with matplotlib.rc_context(_STYLE):
-            figure = draw_chart(picture.chart)
+            figure = draw_chart(chart)
             for form, undated in (("pdf", ("CreationDate", "ModDate")), ("svg", ("Date",))):
                 path = folder / "figures" / f"{name}.{form}"
                 with atomic_file(path) as temporary:
@@ -48,9 +49,17 @@ def draw_chart(chart: Chart) -> Figure:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = add_axes(figure, chart.ylabel, chart.xlabel)
     named = []
-    for line in chart.lines:
+    edges = [line for line in chart.lines if line.style == "edge"]
+    for low, high in zip(edges[::2], edges[1::2], strict=True):
+        axes.fill_between(low.x, low.y, high.y, color=low.colour, alpha=0.12, linewidth=0)
+    for line in (each for each in chart.lines if each.style != "edge"):
         (drawn,) = axes.plot(line.x, line.y, **_look(line, len(named)))
         named += [(drawn, line.label)] if line.style in ("thick", "dashed") else []
+    if chart.logx:
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({x for line in chart.lines for x in line.x}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.minorticks_off()
     if chart.log:
         axes.set_yscale("log")
     elif chart.zero:

@@ -11,16 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from zlib import crc32
 
 import matplotlib
 import numpy as np
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from peerlora.display import byte_unit
-from peerlora.runs.chart import Chart, Line
+from peerlora.runs.chart import Chart, Line, Sheet, band
 
 Style = Literal["thin", "thick", "dashed", "band"]
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44aa99", "#999933", "#882255")
@@ -28,8 +26,6 @@ MEAN, AVERAGED, CLIENT, INK, GRID = "#1f4e79", "#d1495b", "#7fa3c4", "#333333", 
 OTHER = "#bbbbbb"
 _VARIABLES = {MEAN: "mean", AVERAGED: "averaged", CLIENT: "client", INK: "ink", GRID: "line", "#999999": "soft"}
 MANY_LINES = 50  # clients; above, quantile bands
-MANY_BARS = 60  # clients in the bar chart
-MANY_LINKS = 2000  # links drawn; a browser is slow beyond
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,8 @@ class Picture:
     legend: list[Key]
     note: str = ""
     square: bool = False
-    chart: Chart | None = None
-    """The numbers, where the page can draw them by itself."""
+    chart: Chart | Sheet | None = None
+    """The numbers: a Chart where the page can draw them by itself."""
 
 
 @dataclass(frozen=True)
@@ -113,56 +109,6 @@ def log_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], S
     return Picture(title, out.getvalue(), legend, note, chart=Chart(shown, log=True) if positive else None)
 
 
-def labels_figure(name: str, title: str, names: Sequence[str], counts: Sequence[Sequence[int]]) -> Picture:
-    """Stacked bars: the rows of each label that a client holds.  At most 60 clients; rare labels are put together."""
-    table = np.asarray(counts, dtype=float).reshape(len(counts), -1)
-    shown, labels = table[:MANY_BARS], [str(each) for each in names]
-    kept = sorted(np.argsort(-table.sum(0), kind="stable")[: len(PALETTE)])
-    parts = [(labels[column], shown[:, column], PALETTE[place]) for place, column in enumerate(kept)]
-    if len(kept) < table.shape[1]:
-        rest = shown.sum(1) - shown[:, kept].sum(1)
-        parts.append((f"{table.shape[1] - len(kept)} other labels", rest, OTHER))
-    with svg_figure(name, title) as (figure, out):
-        axes = add_axes(figure, "rows", "client")
-        bottom = np.zeros(len(shown))
-        for _, height, colour in parts:
-            axes.bar(range(len(shown)), height, bottom=bottom, color=colour, width=0.8, linewidth=0)
-            bottom += height
-        axes.set_xlim(-0.7, len(shown) - 0.3)
-    note = f"The first {MANY_BARS} of {len(table)} clients." if len(table) > MANY_BARS else ""
-    return Picture(title, out.getvalue(), [Key(label, colour, "band") for label, _, colour in parts], note)
-
-
-def graph_figure(name: str, title: str, clients: int, uses: Mapping[tuple[int, int], int], rounds: int) -> Picture:
-    """Clients on a circle; a link is the wider and darker, the more rounds used it.  Unlinked clients are hollow."""
-    most = max(uses.values(), default=0)
-    # Ties are broken by a checksum: by number, all drawn links would be those of the first clients.
-    busiest = sorted(uses.items(), key=lambda item: (-item[1], crc32(f"{item[0]}".encode())))[:MANY_LINKS]
-    angles = np.pi / 2 - 2 * np.pi * np.arange(clients) / max(clients, 1)  # client 0 on top, then clockwise
-    spots = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    share = np.array([count for _, count in busiest], float) / max(most, 1)
-    linked = np.isin(np.arange(clients), [client for link in uses for client in link])
-    with svg_figure(name, title, size=(4.6, 4.6)) as (figure, out):
-        axes = figure.add_subplot()
-        axes.set(xlim=(-1.22, 1.22), ylim=(-1.22, 1.22), aspect="equal")
-        axes.axis("off")
-        if busiest:
-            ends = [spots[list(link)] for link, _ in busiest]
-            strength = min(1.0, (300 / len(busiest)) ** 0.5)  # else a thousand links are one dark disc
-            widths, alpha = strength * (0.4 + 3.0 * share), strength * (0.2 + 0.65 * share)
-            axes.add_collection(LineCollection(ends, linewidths=widths, colors=MEAN, alpha=alpha))
-        size = max(4.0, 110.0 / max(1, clients / 12))
-        axes.scatter(*spots.T, s=size, c=np.where(linked, AVERAGED, "#ffffff"), edgecolors=AVERAGED, zorder=2)
-        for client in range(clients if clients <= MANY_BARS else 0):
-            axes.text(*(1.13 * spots[client]), str(client), ha="center", va="center", fontsize=8, color=INK)
-    note = f"The wider a link, the more rounds used it; the busiest was used in {most} of {rounds} rounds."
-    if len(uses) > MANY_LINKS:
-        note += f" The {MANY_LINKS} most used of {len(uses)} links are drawn."
-    if not linked.all():
-        note += f" Without any contact (hollow): {clients - int(linked.sum())}."
-    return Picture(title, out.getvalue(), [], note, square=True)
-
-
 def bytes_figure(name: str, title: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Picture:
     """Bytes sent by all clients together since the start: label -> (finished rounds, bytes of each round)."""
     totals = {label: np.cumsum(np.asarray(line[1], float)) for label, line in lines.items()}
@@ -203,13 +149,13 @@ def runs_figure(name: str, title: str, runs: Mapping[str, Curves], xlabel: str =
 
 
 def _clients_chart(curves: Curves, xlabel: str) -> Chart:
-    """Every client, or the middle 90 % of many, then the mean and the averaged model."""
+    """Every client, or the middle 90 % and 50 % of many, then the mean and the averaged model."""
     clients = curves.clients.shape[1]
     if clients > MANY_LINES:
-        low, high = _quantiles(curves.clients, 0.05, 0.95)
-        lines = [
-            Line(f"{word} % of clients", CLIENT, "edge", curves.rounds, y) for word, y in (("95", high), ("5", low))
-        ]
+        lines = []
+        for low, high in ((5, 95), (25, 75)):
+            labels, edges = (f"{low} % of clients", f"{high} % of clients"), (low / 100, high / 100)
+            lines += band(labels, CLIENT, curves.rounds, *_quantiles(curves.clients, *edges))
     else:
         ys = curves.clients.T if clients > 1 else []
         lines = [Line(f"client {client}", CLIENT, "thin", curves.rounds, y) for client, y in enumerate(ys)]
@@ -217,9 +163,14 @@ def _clients_chart(curves: Curves, xlabel: str) -> Chart:
 
 
 def _runs_chart(runs: Mapping[str, Curves], xlabel: str) -> Chart:
-    colours = line_colours(len(runs))
-    named = zip(runs.items(), colours, strict=True)
-    return Chart([line for (name, each), colour in named for line in _mean_lines(name, each, colour, colour)], xlabel)
+    """Of every run the lowest and the highest client, the mean over clients and the averaged model."""
+    lines = []
+    for (name, each), colour in zip(runs.items(), line_colours(len(runs)), strict=True):
+        labels = f"{name}, lowest client", f"{name}, highest client"
+        if each.clients.shape[1] > 1:
+            lines += band(labels, colour, each.rounds, *_quantiles(each.clients, 0.0, 1.0))
+        lines += _mean_lines(name, each, colour, colour)
+    return Chart(lines, xlabel)
 
 
 def _mean_lines(name: str, curves: Curves, mean: str, averaged: str) -> list[Line]:

@@ -35,7 +35,7 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
 
 def picture_html(picture: Picture) -> str:
     """Render a figure with title, legend and note."""
-    legend = "".join(f"<span>{_swatch(key)}{escape(key.label)}</span>" for key in picture.legend)
+    legend = "".join(_legend_entry(key) for key in picture.legend)
     shape = ' class="square"' if picture.square else ""
     return (
         f"<figure{shape}><figcaption>{escape(picture.title)}</figcaption>"
@@ -56,6 +56,11 @@ def table_html(rows: Sequence[Sequence[Cell]], head: Sequence[str] = ()) -> str:
         numbers = "".join(f"<td class=number>{escape(format_number(cell))}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(format_number(name))}</th>{numbers}</tr>')
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _legend_entry(key: Key) -> str:
+    """``band``: what the legend that the page's script makes has no entry for."""
+    return f"<span{' class=band' * (key.style == 'band')}>{_swatch(key)}{escape(key.label)}</span>"
 
 
 def _swatch(key: Key) -> str:

@@ -39,7 +39,7 @@ def metric_curves(events: Sequence[Event], by: str = "round", of: str = "own") -
 
 def labels_picture(start: RunStarted) -> "Picture | None":
     """Draw the labels of every client; None when the partition does not say."""
-    from peerlora.runs.figures import labels_figure
+    from peerlora.runs.client_figures import labels_figure
 
     names, counts = start.partition.get("names"), start.partition.get("counts")
     whole = counts and len(counts) == start.clients  # a site with a file of its own knows no other's rows
@@ -48,7 +48,7 @@ def labels_picture(start: RunStarted) -> "Picture | None":
 
 def graph_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
     """Draw the links that were used; None for one client, or when no round wrote its links down."""
-    from peerlora.runs.figures import graph_figure
+    from peerlora.runs.client_figures import graph_figure
 
     uses, rounds = link_uses(events), len(select_events(events, RoundDone))
     if uses is None or start.clients == 1:

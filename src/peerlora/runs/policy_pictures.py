@@ -39,6 +39,7 @@ def _fields_figure(shown: PolicyShown) -> Picture:
     """One panel per block, from the noise to the action: how it moves actions, by where the mass is at rest."""
     import numpy as np
 
+    from peerlora.runs.chart import Sheet
     from peerlora.runs.figures import MEAN, Picture, svg_figure
 
     title = f"How each block moves actions of the {shown.model} policy, by place"
@@ -52,11 +53,14 @@ def _fields_figure(shown: PolicyShown) -> Picture:
             axes.set_xlabel(f"block {number}")
     note = "The point mass is at rest; arrows are means over noise, and each panel has a scale of its own."
     more = f" The first {width} of {len(shown.fields)} blocks are drawn." if len(shown.fields) > width else ""
-    return Picture(title, out.getvalue(), [], note + more)
+    rows = [[block, *move] for block, moves in enumerate(shown.fields) for move in moves]
+    sheet = Sheet(["block", "x", "y", "action x", "action y"], rows)
+    return Picture(title, out.getvalue(), [], note + more, chart=sheet)
 
 
 def _traces_figure(shown: PolicyShown) -> Picture:
     """One line per client: an episode in its environment."""
+    from peerlora.runs.chart import Chart, Line
     from peerlora.runs.figures import Key, Picture, add_axes, line_colours, svg_figure
 
     title = f"An episode of the {shown.model} policy in the clients' environments"
@@ -66,4 +70,6 @@ def _traces_figure(shown: PolicyShown) -> Picture:
         for values, colour in zip(shown.traces.values(), colours, strict=True):
             axes.plot(range(len(values)), values, color=colour, linewidth=1.4)
     legend = [Key(f"client {client}", colour, "thick") for client, colour in zip(shown.traces, colours, strict=True)]
-    return Picture(title, out.getvalue(), legend)
+    traces = zip(legend, shown.traces.values(), strict=True)
+    lines = [Line(key.label, key.colour, "thick", range(len(values)), values) for key, values in traces]
+    return Picture(title, out.getvalue(), legend, chart=Chart(lines, "step", shown.shown))

@@ -40,7 +40,7 @@ _LISTED_LINKS = 5000  # links of a round, beyond which its event holds only thei
 
 State = Any
 Sink = Callable[[Event], None]
-"""Takes every event of a run, in order."""
+"""Takes every event of a run, in order; of a resumed run first ``Resumed``, then how it had started."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Trainer:
         evaluator: Evaluates | None = None,
     ):
         self.federation, self.rounds, self.participation = federation, rounds, participation
-        self.store, self.sinks, self.stop = store, (store.emit, *sinks), stop
+        self.store, self.sinks, self.stop = store, tuple(sinks), stop
         self.checkpoints = checkpoints or CheckpointRule(lambda done: done % federation.config.checkpoint.every == 0)
         self.config, self.algorithm, self.learner = federation.config, federation.algorithm, federation.learner
         self.evaluator = evaluator or Evaluator(federation, participation)
@@ -253,6 +253,7 @@ class Trainer:
         if checkpoint is None:
             return 0, start
         self._emit(Resumed(format_now(), checkpoint.round))
+        self._tell(self._started())  # the store has it
         self._emit(*map(Warned, checkpoint.notes))
 
         def part(name: str) -> dict[str, Tensor]:
@@ -325,8 +326,13 @@ class Trainer:
 
     def _emit(self, *events: Event) -> None:
         for event in events:
-            for sink in self.sinks:
-                sink(event)
+            self.store.emit(event)
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        """Hand an event to the sinks, and not to the store."""
+        for sink in self.sinks:
+            sink(event)
 
 
 def _best_rounds(federation: Federation) -> BestRounds | None:

@@ -55,7 +55,8 @@ function merge(data, anew) {
   for (const old of latest.slice(0, -8)) delete state.links[old];
   const last = state.notices.length ? state.notices[state.notices.length - 1].n : -1;
   state.notices.push(...(data.notices || []).filter((each) => each.n > last));
-  state.notices = state.notices.slice(-500);
+  const kept = (warnings) => state.notices.filter((each) => (each.level === "warning") === warnings).slice(-500);
+  state.notices = [...kept(true), ...kept(false)].sort((a, b) => a.n - b.n);
   state.clients = data.clients || state.clients;
   state.final = data.final || null;
   if (began === null && state.rounds.size) began = { at: performance.now(), done: state.rounds.size };
@@ -65,7 +66,7 @@ function merge(data, anew) {
 function later() {  // one drawing per frame, however many messages come
   if (due) return;
   due = true;
-  requestAnimationFrame(() => { due = false; const at = performance.now(); guarded("drawing", draw)(); window.lastDrawing = performance.now() - at; });
+  requestAnimationFrame(() => { due = false; const at = performance.now(); guarded("drawing", draw)(); queueMicrotask(() => { window.lastDrawing = performance.now() - at; }); });  // uPlot draws in microtasks, too
 }
 
 function sorted(map) { return [...map.values()].sort((a, b) => a.x - b.x); }
@@ -116,7 +117,10 @@ function clientSeries(entries) {
   const series = [], data = [xs];
   const add = (label, values, look) => { series.push({ label, value: (_, v) => small(v), ...look }); data.push(values); };
   if (few) entries[0].all.forEach((_, client) => add(nameOf(client), entries.map((e) => e.all[client]), { thin: true, client }));
-  else if (entries.length && entries[0].band) { add("95 % of clients", entries.map((e) => e.band && e.band[4]), { edge: true }); add("5 % of clients", entries.map((e) => e.band && e.band[0]), { edge: true }); }
+  else if (entries.some((e) => e.band)) {
+    const names = entries.some((e) => e.whole) ? ["highest client", "lowest client"] : ["95 % of clients", "5 % of clients"];
+    [4, 0].forEach((at, i) => add(names[i], entries.map((e) => e.band && e.band[at]), { edge: true }));
+  }
   add("mean", entries.map((e) => e.mean), { line: "--mean", width: 2.5 });
   add("worst", entries.map((e) => e.worst), { line: "--worst", width: 1.8, dash: [6, 4] });
   return { series, data, banded: !few && data.length > 3 };
@@ -128,7 +132,13 @@ function options(width, height, series, extra = {}) {
     stroke: s.thin ? (String(s.client) === chosen ? css("--worst") : css("--thin")) : s.edge ? css("--thin") : css(s.line), points: { show: (u) => u.data[0].length < 26 && !s.thin && !s.edge } }));
   return { width, height, scales: { x: { time: false }, y: extra.log ? { distr: 3 } : { range: extra.zero ? (u, min, max) => [0, (max || 1) * 1.05] : undefined } },
     axes: [axis, { ...axis, size: 62, values: (u, splits) => splits.map((v) => (v === null ? "" : extra.format ? extra.format(v) : small(v))) }],
-    series: [{ label: "round", value: (_, v) => (v === null ? "–" : String(v)) }, ...looks], bands: extra.bands, cursor: { focus: { prox: 24 }, drag: { x: true, y: false } }, focus: { alpha: 0.35 }, legend: { live: true } };
+    series: [{ label: "round", value: (_, v) => (v === null ? "–" : String(v)) }, ...looks], bands: extra.bands, hooks: { setSeries: [showRows] }, cursor: { focus: { prox: 24 }, drag: { x: true, y: false } }, focus: { alpha: 0.35 }, legend: { live: true } };
+}
+
+// Of many clients, the legend names the one that is chosen and the one that the pointer is near.
+function showRows(chart, focused) {
+  const rows = chart.root.querySelectorAll(".u-legend .u-series");
+  (chart.lines || []).forEach((s, i) => { rows[i + 1].hidden = s.edge || (s.thin && chart.many && i + 1 !== focused && String(s.client) !== chosen); });
 }
 
 function plot(id, label, series, data, extra = {}) {
@@ -137,8 +147,8 @@ function plot(id, label, series, data, extra = {}) {
   if (plots[id] && plots[id].shape === shape) { plots[id].chart.setData(data); return; }
   if (plots[id]) plots[id].chart.destroy();
   const chart = new uPlot(options(width, height, series, extra), data, box);
-  const rows = chart.root.querySelectorAll(".u-legend .u-series"), many = series.filter((s) => s.thin).length > (innerWidth < 600 ? 0 : 12);
-  series.forEach((s, i) => { rows[i + 1].hidden = (s.thin && many) || s.edge; });
+  chart.lines = series; chart.many = series.filter((s) => s.thin).length > (innerWidth < 600 ? 0 : 12);
+  showRows(chart, null);
   box.setAttribute("role", "img");
   box.setAttribute("aria-label", label);
   plots[id] = { chart, shape };
@@ -169,8 +179,8 @@ function withClients(id, label, entries) {
   plot(id, label, series, data, banded ? { bands: [{ series: [1, 2], fill: css("--band") }], look: "band" } : {});
 }
 
-const SHORT = { absent: "absent", late: "late", refused: "refused", "catching up": "catching" };
-const MARK = { absent: "", late: "◐", refused: "✕", "catching up": "▲" };
+const SHORT = { absent: "absent", "absent or late": "absent", late: "late", refused: "refused", "catching up": "catching" };
+const MARK = { absent: "", "absent or late": "", late: "◐", refused: "✕", "catching up": "▲" };
 
 function drawGraph() {
   const clients = state.meta.clients, rounds = Object.keys(state.links).map(Number).sort((a, b) => a - b), now = rounds.at(-1);
@@ -181,6 +191,7 @@ function drawGraph() {
   if ($("graph").dataset.key === key) return;
   $("graph").dataset.key = key;
   $("graph-hint").textContent = clients <= FEW ? "Moving links: the last round; thin ones: the rounds before it." : "One square a client: the stronger its colour, the larger its loss.";
+  $("key-absent").textContent = Object.values(status).includes("absent or late") ? "absent or late" : "absent";
   clients <= FEW ? drawCircle(clients, rounds, now, status, busy) : drawField(clients, now, status, busy);
 }
 
@@ -227,7 +238,7 @@ function drawField(clients, now, status, busy) {  // many clients: one square ea
   canvas.width = width * scale; canvas.height = Math.ceil(clients / columns) * size * scale;
   const pen = canvas.getContext("2d"), loss = state.clients.loss || [], values = loss.filter(known), low = smallest(values, Infinity), high = largest(values, -Infinity);
   pen.scale(scale, scale);
-  const ok = css("--ok"), colours = { absent: css("--soft"), late: css("--late"), refused: css("--refused"), "catching up": css("--catching") };
+  const ok = css("--ok"), colours = { absent: css("--soft"), "absent or late": css("--soft"), late: css("--late"), refused: css("--refused"), "catching up": css("--catching") };
   for (let c = 0; c < clients; c++) {
     const x = (c % columns) * size, y = Math.floor(c / columns) * size, share = known(loss[c]) && high > low ? (loss[c] - low) / (high - low) : 0;
     pen.globalAlpha = status[c] ? 1 : 0.15 + 0.85 * share;
@@ -258,7 +269,7 @@ function drawOne() {
   if (!one) return;
   const last = (curve) => curve.y.filter(known).at(-1);
   $("one-title").textContent = nameOf(chosen);
-  $("one-facts").textContent = `${state.meta.metric} ${fixed(last(one.score))}, loss ${fixed(last(one.loss))}; exchanged in ${one.met} rounds` + (one.last === null ? "" : `, last in round ${one.last}`) + (one.environment ? `; acts in ${one.environment}` : "") + (one.notices.length ? `; ${one.notices.length} events about it, see below` : "");
+  $("one-facts").textContent = `${state.meta.metric} ${fixed(last(one.score))}, loss ${fixed(last(one.loss))}; exchanged in ${one.met} rounds` + (one.last === null ? "" : `, last in round ${one.last}`) + (one.bytes.y.length ? `; sent ${bytes(one.bytes.y.at(-1))}` : "") + (one.environment ? `; acts in ${one.environment}` : "") + (one.notices.length ? `; ${one.notices.length} events about it, see below` : "");
   const box = $("one-labels"), total = (one.labels || []).reduce((a, b) => a + b, 0);
   box.replaceChildren();
   if (!total) return;
@@ -288,9 +299,10 @@ function drawTable() {
 }
 
 function drawNotices() {
-  const level = $("level").value, word = $("filter").value.toLowerCase();
-  const shown = state.notices.filter((n) => (!level || (level === "info" ? n.level !== "warning" : n.level === level)) && (!word || n.text.toLowerCase().includes(word)) && (chosen === "" || !state.meta.peers || n.clients.includes(+chosen)));
-  const key = JSON.stringify([shown.length, shown.at(-1) && shown.at(-1).n, level, word, chosen]);
+  const level = $("level").value, word = $("filter").value.toLowerCase(), of = chosen === "" ? state.notices : one ? one.notices : [];
+  const kind = (n) => (n.level === "good" ? "info" : n.level);
+  const shown = of.filter((n) => (!level || kind(n) === level) && (!word || n.text.toLowerCase().includes(word)));
+  const key = JSON.stringify([shown.length, shown.at(-1) && [shown.at(-1).n, shown.at(-1).round], level, word, chosen]);
   if ($("notices").dataset.key === key) return;
   $("notices").dataset.key = key;
   $("notices").replaceChildren(...shown.slice(-200).reverse().map((n) => {

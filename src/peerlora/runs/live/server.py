@@ -179,7 +179,11 @@ async def _run_stream(source: RunSource, ended: asyncio.Event) -> AsyncIterator[
 async def _grid_stream(source: GridSource, ended: asyncio.Event) -> AsyncIterator[str]:
     sent = None
     while not ended.is_set():
-        grid = {"folder": source.folder.name, "cells": list(source.cells.values()), "trouble": source.trouble}
+        grid = {
+            "folder": source.folder.name,
+            "cells": list(source.cells.values()),
+            "trouble": source.trouble or source.lacking,
+        }
         if (text := _message("grid", grid)) != sent:
             sent = text
             yield text
@@ -190,18 +194,18 @@ class _Mark:
     """What one reader of a run knows."""
 
     def __init__(self):
-        self.rounds = self.notices = -1
+        self.events = self.notices = -1
         self.seen: tuple[int, ...] = ()
 
     def behind(self, source: RunSource) -> bool:
         return self.seen != _counts(source)
 
     def changes(self, source: RunSource) -> dict[str, Any]:
-        """What is new to this reader: from the last round that it knows on, which peers may add to."""
+        """What is new to this reader: the rounds of which later events tell, which may be old ones of a slow peer."""
         with source.lock:
-            found = source.live.since(self.rounds, self.notices)
+            found = source.live.since(self.events, self.notices)
             self.seen, self.notices = _counts(source), source.live.numbered
-            self.rounds = max(source.live.rounds, default=-1)
+            self.events = source.live.taken
         return found
 
 

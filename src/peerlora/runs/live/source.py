@@ -1,4 +1,4 @@
-"""What a page can show: a run, the peers that were launched together, or the trials of a comparison."""
+"""What a page can show: a run, the peers that were launched together, or the runs of a comparison or a demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peerlora.errors import RunError
+from peerlora.errors import PeerloraError, RunError, first_line
 from peerlora.runs.live.follow import EventTail
 from peerlora.runs.live.process import holder_of, usage_of
 from peerlora.runs.live.state import MOST_CLIENTS, LiveRun
@@ -59,10 +59,14 @@ class RunSource:
 
 
 class GridSource:
-    """The trials of a comparison; ``planned``: their folders, those that have not begun included."""
+    """The trials of a comparison, or the runs right below a folder, as those of a demo.
 
-    def __init__(self, folder: Path, planned: Sequence[str] = ()):
-        self.folder = folder
+    ``planned``: the folders of all trials, those that have not begun included; ``lacking``: why they are not known.
+    """
+
+    def __init__(self, folder: Path, planned: Sequence[str] = (), lacking: str = ""):
+        self.folder, self.lacking = folder, lacking
+        self.pattern = "*/*/run.json" if is_comparison(folder) else "*/run.json"
         self.planned = list(planned)
         self.cells: dict[str, dict[str, Any]] = {}
         self.trouble = ""
@@ -76,7 +80,7 @@ class GridSource:
         Raises the first error of a trial's folder, after all others were read.
         """
         names = [*self.planned]
-        there = [run.parent for run in self.folder.glob("*/*/run.json")]
+        there = [run.parent for run in self.folder.glob(self.pattern)]
         names += sorted(run.relative_to(self.folder).as_posix() for run in there)
         before = {name: dict(cell) for name, cell in self.cells.items()}
         failures = []
@@ -103,7 +107,7 @@ class GridSource:
         live, state = source.live, standing_of([run]) if stamp[0] >= 0 else "planned"
         if state != "running":
             del self._sources[name]  # a grid may have hundreds
-        last = live.score.entry(max(live.score.rows), live.meta.get("higher", True)) if live.score.rows else {}
+        last = live.score.entry(max(live.score.rounds), live.meta.get("higher", True)) if live.score.rounds else {}
         self.cells[name] = {
             "name": name,
             "state": state,
@@ -134,9 +138,17 @@ def is_watchable(folder: Path) -> bool:
     Raises RunError where it cannot be looked into.
     """
     try:
-        return is_comparison(folder) or bool(runs_of(folder)) or (folder / "config.yaml").is_file()
+        return is_comparison(folder) or bool(runs_of(folder)) or _is_launch(folder) or _has_runs(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
+
+
+def _is_launch(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _has_runs(folder: Path) -> bool:
+    return any(folder.glob("*/run.json"))
 
 
 def wait_for(folder: Path) -> None:
@@ -146,16 +158,21 @@ def wait_for(folder: Path) -> None:
 
 
 def source_of(folder: Path, planned: Callable[[Path], Sequence[str]] = lambda folder: ()) -> RunSource | GridSource:
-    """The source of a folder; ``planned`` tells the trials of a comparison.
+    """The source of a folder; ``planned`` tells the trials of a comparison, and raises a PeerloraError where it cannot.
 
     Raises RunError unless there is something to show.
     """
     if not is_watchable(folder):
         raise RunError(
-            f"{folder} holds no run (run.json), no launched peers (config.yaml) and no comparison (grid.yaml); give "
-            "the --out of one"
+            f"{folder} holds no run (run.json), no launched peers (config.yaml), no comparison (grid.yaml) and no runs "
+            "right below it, as a demo does; give the --out of one"
         )
-    return GridSource(folder, planned(folder)) if is_comparison(folder) else RunSource(folder)
+    if is_comparison(folder):
+        try:
+            return GridSource(folder, planned(folder))
+        except PeerloraError as error:
+            return GridSource(folder, lacking=f"trials to come, since grid.yaml cannot be read ({first_line(error)})")
+    return RunSource(folder) if runs_of(folder) or _is_launch(folder) else GridSource(folder)
 
 
 def held_of(run: Path) -> list[int]:

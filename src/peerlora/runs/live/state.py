@@ -2,80 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from peerlora.runs.live.facts import describe_run
 from peerlora.runs.live.follow import LineFacts
+from peerlora.runs.live.notices import NAMED, Notice, Notices
+from peerlora.runs.live.standing import Statuses, status_of
+from peerlora.runs.live.table import Row, Table, known
 
-NOTICES = 500
-"""Latest notices that are kept."""
 SHOWN_ROUNDS = 8
 """Latest rounds whose links the page gets."""
 SHOWN_LINKS = 3000
 """Links of one round that the page gets; a browser is slow beyond."""
-FEW_CLIENTS = 60
-"""Clients; above, the page gets quantiles over clients, and the curves of one client when it asks for them."""
-LONGEST_NOTICE = 2000
-"""Characters of a notice."""
 MOST_CLIENTS = 1_000_000
 """Clients of a run; an event that tells of more is damaged."""
+MOST_TOLD = 50
+"""Latest notices of one client, and latest absences, that the page gets when it asks for the client."""
 _PER_ROUND = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term", "bytes_sent")
 _PER_ROUND += ("contacts", "seconds_train", "seconds_mix", "virtual_seconds")
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-Row = list[float | None]
-
-
-class Table:
-    """One quantity of every client over the rounds: round -> [client]."""
-
-    def __init__(self, clients: int):
-        self.clients = clients
-        self.rows: dict[int, np.ndarray] = {}
-        self._entries: dict[int, dict[str, Any]] = {}
-
-    def put(self, round: int, held: Sequence[int], values: Sequence[float | None]) -> None:
-        """Enter the values of some clients; what is none of them is left out."""
-        row = self.rows.setdefault(round, np.full(self.clients, np.nan, np.float32))
-        self._entries.pop(round, None)
-        found = np.array(values, np.float32)  # None becomes NaN
-        places = np.array(held, np.int64)[: len(found)]
-        inside = places < self.clients
-        row[places[inside]] = found[: len(places)][inside]
-
-    def column(self, client: int) -> dict[str, Row]:
-        """The curve of one client."""
-        rounds = sorted(self.rows)
-        return {"x": list(map(float, rounds)), "y": [_known(self.rows[each][client]) for each in rounds]}
-
-    def entry(self, round: int, higher: bool) -> dict[str, Any]:
-        """Mean, worst client and spread of one round, and every client's value where they are few."""
-        if round not in self._entries:
-            self._entries[round] = self._entry(round, higher)
-        return self._entries[round]
-
-    def _entry(self, round: int, higher: bool) -> dict[str, Any]:
-        row = self.rows[round]
-        known = row[np.isfinite(row)]
-        found: dict[str, Any] = {"x": round, "mean": None, "worst": None, "who": None}
-        if known.size:
-            worst = int(np.nanargmin(row) if higher else np.nanargmax(row))
-            found |= {"mean": _known(known.mean()), "worst": _known(row[worst]), "who": worst}
-        if self.clients <= FEW_CLIENTS:
-            return found | {"all": [_known(each) for each in row]}
-        return found | {"band": [_known(each) for each in np.quantile(known, _QUANTILES)] if known.size else None}
-
-    def latest(self) -> Row:
-        """Every client's latest value."""
-        last = np.full(self.clients, np.nan, np.float32)
-        for round in sorted(self.rows)[-3:]:  # a client may be absent, or report later than others
-            row = self.rows[round]
-            last = np.where(np.isfinite(row), row, last)
-        return [_known(each) for each in last]
 
 
 class LiveRun:
@@ -87,9 +34,9 @@ class LiveRun:
     def __init__(self):
         self.meta: dict[str, Any] = {}
         self.rounds: dict[int, dict[str, Any]] = {}
-        self.notices: deque[dict[str, Any]] = deque(maxlen=NOTICES)
-        self.numbered = 0
-        self.loss, self.score = Table(0), Table(0)
+        self.told = Notices()
+        self.loss, self.score, self.sent = Table(0), Table(0), Table(0)
+        """``sent``: bytes of peers, which know their own only; those of a run of all clients follow from its links."""
         self.links: dict[int, np.ndarray] = {}
         """Finished rounds -> [link, 2] clients."""
         self.final: dict[str, Any] | None = None
@@ -97,19 +44,24 @@ class LiveRun:
         self._rows: int | None = None
         self.done: dict[int, int] = {}
         """Client -> finished rounds."""
-        self.status: dict[int, str] = {}
-        """Client -> absent, late, refused or catching up; none of them: takes part."""
+        self.statuses = Statuses()
         self.taken = 0
         """Events taken so far."""
+        self._changed: dict[int, int] = {}
+        """Round -> events taken when something of it last changed."""
+        self._transfer: dict[int, int] = {}
+        """Finished rounds -> bytes of one transfer along a link."""
+        self._one_way = False
+        """Whether a link carries one transfer a round, from its first client to its second."""
         self._takes: dict[str, Callable[[LineFacts, Sequence[int]], None]] = {
             "RunStarted": self._started,
             "RoundDone": self._round,
             "Evaluated": self._evaluated,
-            "RunFinished": lambda event, held: self._notice("good", f"finished {event.get('time', '')}", held),
+            "RunFinished": self._finished,
             "CaughtUp": self._caught_up,
             "NeighbourChanged": self._neighbour,
             "Warned": lambda event, held: self._notice("warning", str(event.get("message", "")), held),
-            "Resumed": lambda event, held: self._notice("info", f"resumed after round {event.get('round')}", held),
+            "Resumed": self._resumed,
             "Joined": lambda event, held: self._notice("info", f"began with {len(event['reached'])} neighbours", held),
             "CheckpointSaved": lambda event, held: self._notice("info", f"checkpoint after {event.get('round')}", held),
         }
@@ -124,33 +76,81 @@ class LiveRun:
         except Exception:  # whatever the file says, the page goes on
             self._notice("warning", f"a damaged event of type {event['type'][:30]} was left out", held)
 
-    def since(self, round: int, notice: int) -> dict[str, Any]:
-        """What a page lacks that knows all before ``round`` and before notice number ``notice``; -1: all.
+    @property
+    def notices(self) -> list[Notice]:
+        """What the event list shows."""
+        return self.told.all()
 
-        The round itself is in it, and in a federation of peers those that some of them are still in.
+    @property
+    def numbered(self) -> int:
+        """Notices so far."""
+        return self.told.numbered
+
+    @property
+    def status(self) -> dict[int, str]:
+        """Client -> absent, late, refused or catching up; none of them: takes part."""
+        return self.statuses.current()
+
+    def since(self, taken: int, notice: int) -> dict[str, Any]:
+        """What a page lacks that knows the first ``taken`` events and all before notice number ``notice``; -1: all.
+
+        Only rounds of which later events tell are in it: a peer that stopped long ago makes no update longer.
         """
         higher = self.meta.get("higher", True)
-        first = min([round, *self.done.values()])
+        fresh = {t for t, at in self._changed.items() if at > taken}
         found: dict[str, Any] = {"meta": self.meta}
-        found["rounds"] = [entry for t, entry in sorted(self.rounds.items()) if t >= first]
+        found["rounds"] = [self.rounds[t] for t in sorted(fresh & self.rounds.keys())]
         for name, table in (("loss", self.loss), ("score", self.score)):
-            found[name] = [table.entry(t, higher and name == "score") for t in sorted(table.rows) if t >= first]
+            found[name] = [table.entry(t, higher and name == "score") for t in sorted(fresh.intersection(table.rounds))]
         shown = sorted(self.links)[-SHOWN_ROUNDS:]
-        found["links"] = {str(t): self.links[t][:SHOWN_LINKS].tolist() for t in shown if t >= first}
+        found["links"] = {str(t): self.links[t][:SHOWN_LINKS].tolist() for t in shown if t in fresh}
         found["final"] = self.final
         found["notices"] = [each for each in self.notices if each["n"] >= notice]
         found["clients"] = {"loss": self.loss.latest(), "score": self.score.latest(), **self._standing()}
         return found
 
     def client(self, number: int) -> dict[str, Any]:
-        """The curves of one client, its labels, and the notices about it."""
+        """The curves of one client, its labels, its bytes, and the notices about it, its absences among them."""
         counts = self.meta.get("counts") or []
-        about = [each for each in self.notices if number in each["clients"]]
         labels = counts[number] if number < len(counts) else None
-        curves = {"loss": self.loss.column(number), "score": self.score.column(number)}
+        curves = {"loss": self.loss.column(number), "score": self.score.column(number), "bytes": self._bytes(number)}
         met = [t for t, links in self.links.items() if (links == number).any()]
-        found = {**curves, "labels": labels, "environment": self._environment(number), "notices": about[-50:]}
+        found = {**curves, "labels": labels, "environment": self._environment(number), "notices": self._about(number)}
         return found | {"met": len(met), "last": max(met, default=None)}
+
+    def _about(self, client: int) -> list[Notice]:
+        """The notices that name a client; its absences are found in the rounds, since a notice names a few clients."""
+        about = [each for each in self.notices if client in each["clients"] and each["level"] != "absence"]
+        away = {t for t, entry in self.rounds.items() if client in entry["absent"]}
+        begun = sorted(t for t in away if t - 1 not in away)
+        facts = {"n": -1, "level": "absence", "clients": [client]}
+        text = f"{self._name(client)}: {self._word()}"
+        told = [{**facts, "text": text, "round": t} for t in begun[-MOST_TOLD:]]
+        return sorted([*about[-MOST_TOLD:], *told], key=lambda each: each["round"])
+
+    def _bytes(self, client: int) -> dict[str, Row]:
+        """What a client had sent after each round: of a peer as it says, else along its links where these are told."""
+        if self.meta.get("peers"):
+            told = self.sent.column(client)
+            rounds, each = told["x"], [value or 0.0 for value in told["y"]]
+        else:
+            rounds = [float(t) for t in sorted(self.links)]
+            each = [float(self._sends(self.links[int(t)], client) * self._transfer.get(int(t), 0)) for t in rounds]
+        return {"x": list(rounds), "y": np.cumsum(each).tolist()}
+
+    def _sends(self, links: np.ndarray, client: int) -> int:
+        """The transfers of a client along these links."""
+        return int((links[:, 0] == client).sum() if self._one_way else (links == client).sum())
+
+    def _name(self, client: int) -> str:
+        return self.meta.get("names", {}).get(str(client)) or f"client {client}"
+
+    def _word(self) -> str:
+        """What is known of a client that had no part in a round: with a deadline it may be away, or late."""
+        clock = self.meta.get("clock")
+        if not clock or not clock["deadline"]:
+            return "absent"
+        return "absent or late" if clock["away"] else "late"
 
     def _environment(self, client: int) -> str:
         """What one client acts in, in words; nothing where it has rows."""
@@ -167,57 +167,79 @@ class LiveRun:
         if not 0 < clients <= MOST_CLIENTS:
             raise ValueError(clients)
         if clients != self.loss.clients:
-            self.loss, self.score = Table(clients), Table(clients)
-        counts = self.meta.get("counts") or [None] * clients
-        own = (event.get("partition") or {}).get("counts") or []
-        for client, row in zip(held or range(clients), own, strict=False):
-            counts[client] = row
-        self.meta = {
-            "method": event["method"],
-            "clients": clients,
-            "rounds": int(event["rounds"]),
-            "metric": event["metric"],
-            "higher": bool(event["higher_is_better"]),
-            "seed": event.get("seed"),
-            "started": event.get("time"),
-            "topology": (event.get("topology") or {}).get("kind"),
-            "names": dict(event.get("names") or {}),
-            "labels": (event.get("partition") or {}).get("names"),
-            "counts": counts,
-            "peers": bool(event.get("held")),
-        }
-        self.meta |= _environments(event.get("partition") or {})
+            self.loss, self.score, self.sent = Table(clients), Table(clients), Table(clients)
+        self.meta = describe_run(event, held, self.meta.get("counts") or [None] * clients)
         for warning in event.get("warnings") or ():
             self._notice("warning", str(warning), held)
 
     def _round(self, event: LineFacts, held: Sequence[int]) -> None:
         t = int(event["round"]) + 1
         clients = held or range(self.loss.clients)
-        self.loss.put(t, clients, event["loss"])
+        if event["loss"]:
+            self.loss.put(t, clients, event["loss"])
+        else:
+            self.loss.put_spread(t, "loss", event.get("measures") or {}, higher=False)
         entry = self.rounds.setdefault(t, {"x": t, "absent": [], "bytes_sent": None})
         for name in _PER_ROUND:
             entry[name] = _added(name, entry.get(name), event.get(name)) if held else event.get(name)
-        if event.get("edges") is not None:
-            links = np.array(event["edges"], np.int32).reshape(-1, 2)
-            both = np.concatenate([self.links[t], links]) if t in self.links else links
-            self.links[t] = np.unique(both, axis=0) if held else links
-        entry["absent"] = event.get("absent") or []
-        for client in clients if held else ():
-            self.done[client] = t
-        for client in held:
-            self.status.pop(client, None)
-        if not held:
-            self.status = dict.fromkeys(entry["absent"], "absent")
-        for client, reason in (event.get("missed") or {}).items():
-            self.status[int(client)] = "refused" if "refused" in str(reason) else "late"
+        links = self._links(t, event, held)
+        self.done |= dict.fromkeys(clients if held else (), t)
+        self._changed[t] = self.taken
+        entry["absent"] = absent = [int(client) for client in event.get("absent") or []]
+        words = {int(client): status_of(str(reason)) for client, reason in (event.get("missed") or {}).items()}
+        said = {client: word for client, word in words.items() if word} | dict.fromkeys(absent, self._word())
+        self.statuses.round_done(t, held, said, links.tolist() if held else ())
+        if absent and absent != self.rounds.get(t - 1, {}).get("absent"):
+            self._tell_absent(absent)
+
+    def _links(self, t: int, event: LineFacts, held: Sequence[int]) -> np.ndarray:
+        """Take the links of a round, and what went along them; return those that this event tells."""
+        links = np.array(event.get("edges") or [], np.int32).reshape(-1, 2)
+        if event.get("edges") is None:
+            return links
+        both = np.concatenate([self.links[t], links]) if t in self.links else links
+        self.links[t] = np.unique(both, axis=0) if held else links
+        each, sent = int(event.get("bytes_per_edge") or 0), int(event.get("bytes_sent") or 0)
+        self._transfer[t] = each
+        if held:
+            self.sent.put(t, held, [sent])
+        elif len(links):  # the bytes of the first round have the opening in them; any later round decides anew
+            self._one_way = sent < 2 * each * len(links)
+        return links
+
+    def _tell_absent(self, absent: Sequence[int]) -> None:
+        more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+        self._notice("absence", f"{self._word()}: {', '.join(map(self._name, absent[:NAMED]))}{more}", absent)
+
+    def _finished(self, event: LineFacts, held: Sequence[int]) -> None:
+        self.statuses.finished(held)
+        self._notice("good", f"finished {event.get('time', '')}", held)
+
+    def _resumed(self, event: LineFacts, held: Sequence[int]) -> None:
+        self.statuses.resumed(held)
+        self._notice("info", f"resumed after round {event.get('round')}", held)
 
     def _evaluated(self, event: LineFacts, held: Sequence[int]) -> None:
         t, rows = int(event["round"]), int(event["rows"])
+        self._tell_score(t, event, held)
         if event.get("final") and self._rows not in (None, rows):
             self._final(rows, event["own"], held)
             return
         self._rows = rows
         self.score.put(t, held or range(self.score.clients), event["own"])
+        self._changed[t] = self.taken
+
+    def _tell_score(self, t: int, event: LineFacts, held: Sequence[int]) -> None:
+        """Add a notice of an evaluation, which is about its worst client."""
+        own = {client: value for client, value in zip(held or range(len(event["own"])), event["own"], strict=False)}
+        scored = {client: float(value) for client, value in own.items() if value is not None}
+        if not scored:
+            return
+        worst = (min if self.meta.get("higher", True) else max)(scored, key=scored.__getitem__)
+        text = f"{self.meta.get('metric', 'score')} after {t} rounds, on {event['rows']} rows: "
+        mean = known(sum(scored.values()) / len(scored))
+        more = f"mean {mean}, worst {known(scored[worst])} ({self._name(worst)})"
+        self._notice("score", text + (more if len(scored) > 1 else str(known(scored[worst]))), [worst])
 
     def _final(self, rows: int, own: Sequence[float | None], held: Sequence[int]) -> None:
         """Keep an evaluation on other rows apart from the curves; that of several peers is put together."""
@@ -229,31 +251,18 @@ class LiveRun:
         self.final = {"rows": rows, "own": all_rows, "mean": sum(known) / len(known) if known else None, "worst": worst}
 
     def _caught_up(self, event: LineFacts, held: Sequence[int]) -> None:
-        for client in held:
-            self.status[client] = "catching up"
+        self.statuses.caught_up(held)
         self._notice("info", f"left out rounds {event['round']} to {event['to']}", held)
 
     def _neighbour(self, event: LineFacts, held: Sequence[int]) -> None:
         kind, client = str(event["kind"]), int(event["client"])
         level = "info" if kind == "up" else "warning"
-        name = self.meta.get("names", {}).get(str(client), f"client {client}")
-        self._notice(level, f"{name}: {kind} {event.get('detail', '')}".strip(), [*held, client])
+        detail = str(event.get("detail", ""))
+        self.statuses.neighbour(kind, detail, int(event["round"]), held, client)
+        self._notice(level, f"{self._name(client)}: {kind} {detail}".strip(), [*held, client])
 
     def _notice(self, level: str, text: str, clients: Sequence[int]) -> None:
-        notice = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)}
-        self.notices.append({**notice, "round": max(self.rounds, default=0)})
-        self.numbered += 1
-
-
-def _environments(partition: dict[str, Any]) -> dict[str, Any]:
-    """The environment of flow policies, and the values in which those of clients differ; nothing where they have rows.
-
-    Raises ValueError or TypeError for values that are no numbers.
-    """
-    if "environment" not in partition:
-        return {}
-    values = {str(name): [float(each) for each in own] for name, own in partition["values"].items()}
-    return {"environment": str(partition["environment"]), "values": values}
+        self.told.add(level, text, clients, max(self.rounds, default=0))
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:
@@ -261,8 +270,3 @@ def _added(name: str, before: float | None, now: float | None) -> float | None:
     if name in ("bytes_sent", "contacts"):
         return (before or 0) + (now or 0)
     return before if now is None else now
-
-
-def _known(value: float | np.floating) -> float | None:
-    """Four digits of a number; None where there is none."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None

@@ -61,6 +61,7 @@ class Tracking:
         self.patience = _PATIENCE if patience is None else patience
         self.feeds = [TrackerFeed(name, build(name)) for name in config.track.to]
         self.start: RunStarted | None = None
+        self.begun = False
         self.summary: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Tracking:
@@ -69,7 +70,8 @@ class Tracking:
     def __call__(self, event: Event) -> None:
         """Take one event; returns at once."""
         if isinstance(event, RunStarted | Resumed):
-            self._begin(event)
+            if not self.begun:  # a resumed run tells how it had started after that it is resumed
+                self._begin(event)
         elif isinstance(event, RoundDone | Evaluated):
             for feed in self.feeds:
                 feed.put(event)
@@ -80,6 +82,7 @@ class Tracking:
                 self.tell(message)
 
     def _begin(self, event: RunStarted | Resumed) -> None:
+        self.begun = True
         self.start = event if isinstance(event, RunStarted) else find_start(read_events(self.folder))
         if self.config.privacy:
             self.tell(UNCOVERED.format(" and ".join(self.config.track.to)))
