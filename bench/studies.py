@@ -99,7 +99,7 @@ def conduct(name: str, study: Study, data: Path) -> Finished:
                 outcomes.append(replace(outcome, labels=split_labels(study, outcome.labels), searched_on=on))
                 looks.setdefault(trial.setting, {})[trial.config.seed] = kept.looks(trial)
     result = compared(name, study, outcomes, searches)
-    further = study.further and compared(name, replace(study, baseline=study.further), outcomes)
+    further = compared(name, replace(study, baseline=study.further), outcomes) if study.further else None
     return Finished(result, grids, tried, further, looks, kept.used)
 
 

@@ -54,7 +54,7 @@ TASKS: dict[str, Tree] = {
     },
 }
 """``rows``: for training, of which the search's share is taken."""
-LEARNED = {"schedule": "cosine", "optimizer_state": "keep", "label_prior": "uniform"}
+LEARNED: Tree = {"schedule": "cosine", "optimizer_state": "keep", "label_prior": "uniform"}
 """What the recipe sets for training."""
 RELAY: Tree = {"exchange": {"relay": {}}}
 ALONE = "alone"

@@ -457,6 +457,7 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
         lambda folder: tiny_parts(tree, folder),
         "toy.md",
         {"system": "dec-lora"},
+        further={"system": "dec-lora"},
         tuned={"choco": base.Tuned("algorithm.gamma", (0.2, 0.4))},
         judged=[0, 1],
         costs=True,
@@ -469,6 +470,8 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     told, text = json.loads((tmp_path / "bench/results/study-toy.json").read_text()), page.read_text()
     (chosen,) = [row for row in found.looks if row.startswith("choco (gamma = ")]
     assert [row["labels"]["system"] for row in told["rows"]] == ["dec-lora", chosen]
+    assert "The same runs, set against dec-lora:" in text and told["further"]["baseline"] == {"system": "dec-lora"}
+    assert told["further"]["rows"] == told["rows"]
     assert f"| {chosen} |" in text and "At equal cost, over seeds 0, 1" in text and "Tuned on rows set aside" in text
     assert [each["setting"] for each in told["search"]] == ["dec-lora", chosen]
     assert [set(each) for each in told["tuned"].values()] == [{"0.2", "0.4"}]
