@@ -35,6 +35,7 @@ WORDS = [
     f"eval.rows={SHAPE['rows']}",
     "threads=1",
     "data.max_length=32",
+    "data.eval_per_class=20",
     "topology.kind=ring",
     "algorithm.name=dec-lora",
 ]
