@@ -69,6 +69,7 @@ dist: install
 bench: install
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/speed.py $(ARGS)
+	$(BIN)/python bench/extras_cost.py
 	$(BIN)/python bench/performance_page.py
 
 bench-chat: install

@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "## Against the usual way\n\n" + shapes(parts.get("shapes")),
         "## A whole round\n\n" + whole_round(parts.get("round")),
         "## Evaluation\n\n" + evaluation(parts.get("evaluation")),
+        "## Schedules and metrics\n\n" + extras(_read(results / "extras.json")),
         "## Start-up\n\n" + startup(parts.get("startup")),
         "## Chat models\n\n" + chat_models(_read(results / "chat.json")),
         "## Many clients\n\n" + many(memory.get("rows")),
@@ -175,6 +176,26 @@ def evaluation(part: dict[str, Any] | None) -> str:
     return (
         f"{part['clients']} clients, each with its own adapter, on the same {part['evaluated']} rows, "
         f"{part['batch']} at a time; one thread, processor time.\n\n" + table(head, rows)
+    )
+
+
+def extras(found: dict[str, Any]) -> str:
+    """What a schedule, further metrics and best rounds take of a run."""
+    if not found:
+        return MISSING.format("bench")
+    run, shape, target = found["run"], found["shape"], found["target"]
+    rows = [
+        [name, str(each["calls"]), f"{1e3 * each['seconds']:.1f}", f"{each['seconds'] / run:.3%}"]
+        for name, each in found["extras"].items()
+    ]
+    share = sum(each["seconds"] for each in found["extras"].values()) / run
+    word = "reached" if share <= target else "not reached"
+    return (
+        f"{shape['clients']} clients of MiniLM on one thread, {shape['local_steps']} steps of {shape['batch']} rows a "
+        f"round, and after each of {found['rounds']} rounds an evaluation of all models on {shape['rows']} rows with "
+        f"{found['metrics']} metrics and `eval.select`: {run:.1f} seconds of processor time in all, of which schedule, "
+        f"metrics and best rounds take {share:.2%}; the aim is at most {target:.0%}: target {word}.  They are computed "
+        "from what the evaluation finds anyway.\n\n" + table(["what", "calls", "ms", "of the run"], rows)
     )
 
 

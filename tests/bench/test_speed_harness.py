@@ -126,9 +126,20 @@ PEERS = {
 }
 
 
+EXTRAS = {
+    "run": 20.0,
+    "rounds": 2,
+    "extras": {"schedule": {"seconds": 0.02, "calls": 9}, "metrics": {"seconds": 0.08, "calls": 30}},
+    "shape": {"clients": 3, "local_steps": 1, "batch": 2, "rows": 4},
+    "metrics": 6,
+    "target": 0.01,
+}
+
+
 def test_page_tells_what_was_reached(bench, tmp_path):
     (tmp_path / "speed.json").write_text(json.dumps(SPEED))
     (tmp_path / "peers.json").write_text(json.dumps(PEERS))
+    (tmp_path / "extras.json").write_text(json.dumps(EXTRAS))
     text = bench("performance_page").page(tmp_path)
     assert "N10 b8 s32, fp32: target not reached, 1.70 of 3.20" in text
     assert "N10 b8 s32, bf16: target reached, 6.00 of 5.10" in text
@@ -137,6 +148,8 @@ def test_page_tells_what_was_reached(bench, tmp_path):
     assert "take 2.00% of the round; the aim is at most 1%: target not reached" in text
     assert "| other | ring | 1.0 | 25.0 | 25.0 |  | 1.00 GB | 1.00 MB | 0.900 |  | 12.5 | 12.5 | a / b |" in text
     assert "| third | does not install |" in text
+    assert "of processor time in all, of which schedule, metrics and best rounds take 0.50%; the aim" in text
+    assert "| metrics | 30 | 80.0 | 0.400% |" in text and "at most 1%: target reached" in text
     assert text.count("Not measured on this machine") == 5  # evaluation, chat models, many clients, live page, GPU
 
 
@@ -167,5 +180,5 @@ def test_the_log_of_the_live_page_s_harness_is_one_that_the_page_takes(bench):
 
 def test_page_without_results_says_how_to_get_them(bench, tmp_path):
     text = bench("performance_page").page(tmp_path)
-    assert text.count("run `make bench`") == 5
+    assert text.count("run `make bench`") == 6
     assert "run `make bench-peers`" in text and "run `make bench-gpu`" in text

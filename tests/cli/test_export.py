@@ -122,6 +122,7 @@ def test_models_of_a_run_that_relays(cli, yaml_file, tmp_path):
         (["--client", "1", "--model", "averaged"], "exactly one of --client I and --average"),
         (["--model", "own"], "exactly one of --client I and --average"),
         (["--average", "--model", "own"], "needs --client I"),
+        (["--average", "--model", "best"], "a client's best model needs --client I"),
         (["--client", "1", "--model", "own", "--exact"], "--exact is for relayed models"),
         (["--client", "1", "--exact", "--rank", "2"], "drop one of them"),
     ):

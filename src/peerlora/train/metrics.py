@@ -230,8 +230,8 @@ def absent_classes(metrics: Sequence[str], rows: Dataset, what: str = "evaluatio
     """Warn where evaluation rows lack a class, or a label, over which a metric averages; ``what``: one of these."""
     several = rows.labels.ndim == 2
     names = rows.names if several else rows.classes
-    there = rows.labels.any(0) if several else np.isin(np.arange(len(names)), rows.labels)
-    lacking = [name for name, found in zip(names, there, strict=True) if not found]
+    there = set((rows.labels.nonzero()[1] if several else rows.labels).tolist())
+    lacking = [name for label, name in enumerate(names) if label not in there]
     out = [name for name in metrics if name in _OF_ROWS]
     zero = [name for name in metrics if name in _OF_ROWS_AND_PREDICTIONS]
     if not lacking or not out + zero:
