@@ -42,7 +42,7 @@ new MutationObserver((_, self) => {
 def events(clients: int, rounds: int) -> list[Event]:
     """A run on a ring: losses and scores of all clients, some of them absent."""
     partition = {"names": ["a", "b"], "counts": [[5, client % 7 + 1] for client in range(clients)]}
-    start = ["2026-01-01T00:00:00+00:00", "adf-lora", clients, rounds, "accuracy", True, 7, 2, {}, partition]
+    start: list[Any] = ["2026-01-01T00:00:00+00:00", "adf-lora", clients, rounds, "accuracy", True, 7, 2, {}, partition]
     found: list[Event] = [RunStarted(*start, {"kind": "ring"}, 10, [])]
     links = [[client, (client + 1) % clients] for client in range(clients)]
     for t in range(rounds):
@@ -50,8 +50,8 @@ def events(clients: int, rounds: int) -> list[Event]:
             own = [0.3 + 0.5 * t / rounds + 0.002 * (client % 50) for client in range(clients)]
             found.append(Evaluated(t, 50, own, 0.7, [1.0] * clients, 1.0, 0.1, False))
         loss = [2.0 - t / rounds + 0.01 * (client % 30) for client in range(clients)]
-        numbers = [0.1, 0.2, 0.3 / (t + 1), 0.02, 0.01, 0.5]
-        sent = [links, len(links), 1000, 2000 * len(links), 0.5, 0.1, 0.01]
+        numbers: list[Any] = [0.1, 0.2, 0.3 / (t + 1), 0.02, 0.01, 0.5]
+        sent: list[Any] = [links, len(links), 1000, 2000 * len(links), 0.5, 0.1, 0.01]
         found.append(RoundDone(t, loss, *numbers, *sent, absent=[t % clients]))
     return found
 

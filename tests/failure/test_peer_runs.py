@@ -17,6 +17,7 @@ from peerlora.errors import CompositionError, RunError, Stopped
 from peerlora.network.base import DeadlineMissed, PeerDown, Refused
 from peerlora.network.protocol.wire import encode_header, read_header
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, Resumed, RoundDone, RunStarted, Warned
+from peerlora.runs.live.state import LiveRun
 from peerlora.runs.metrics import select_events, summarise
 from peerlora.runs.store import read_events
 from peerlora.runtime.peer.checks import plan_peer
@@ -113,6 +114,17 @@ def stop_and_return_later(made):
     return again
 
 
+def page_of(folder, clients=(0, 1, 2), until=None):
+    """The live page's state of peers, their logs read one after the other; ``until``: but for later rounds."""
+    found = LiveRun()
+    for client in clients:
+        for line in (folder / f"peer-{client}" / "events.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if until is None or event.get("round", 0) <= until and event["type"] != "RunFinished":
+                found.add(event, [client])
+    return found
+
+
 def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
     learns = ["train.optimizer_state=keep", "train.schedule=cosine", "train.quiet=0.125"]
     made = runs("train.rounds=24", "peer.pull=3", "checkpoint.every=2", *learns)
@@ -134,6 +146,9 @@ def test_a_peer_that_stops_and_returns_pulls_a_neighbours_state(runs):
         assert [done.round for done in told] == list(range(24))
         assert any("2" in done.missed for done in told) and not told[-1].missed
         assert {"down", "up"} <= {event.kind for event in made.events(client, NeighbourChanged) if event.client == 2}
+    assert page_of(made.folder).status == {}
+    last = max(done.round for done in made.events(0, RoundDone) if "2" in done.missed)
+    assert page_of(made.folder, clients=(0, 1), until=last).status[2] in ("absent", "late")
 
 
 @pytest.mark.slow

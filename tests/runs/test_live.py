@@ -165,7 +165,8 @@ def test_a_peer_that_stopped_long_ago_makes_no_update_longer(made):
 
 def test_why_a_link_was_not_used_says_how_the_neighbour_stands():
     words = {reason: status_of(reason) for reason in REASONS}
-    assert {reason for reason, word in words.items() if word != "refused"} == {"late"} and words["late"] == "late"
+    assert {reason for reason, word in words.items() if word != "refused"} == {"late"}
+    assert words["late"] is None  # the neighbour's round was over: this client was late itself
     assert status_of("refused: wrong-config (train.lr)") == "refused"
     for reason, word in {
         "absent": "absent",
@@ -230,9 +231,16 @@ def test_a_neighbour_that_is_down_is_absent_until_it_is_there_again(made):
     assert read_one_after_the_other({0: [*before, told("down"), met]}).status == {}
     other = [*peer_log(made, 1, {}, rounds=5)]
     assert read_one_after_the_other({0: [*before, told("down")], 1: other}).status == {}  # it exchanges with another
-    assert read_one_after_the_other({0: [*before, told("refused", "wrong-config: train.lr")]}).status == {2: "refused"}
+    for detail, word in (("wrong-config: train.lr", "refused"), ("late: round 1", "late")):
+        assert read_one_after_the_other({0: [*before, told("refused", detail)]}).status == {2: word}
     ended = {2: [*peer_log(made, 2, {}, rounds=3), RunFinished("", {})], 0: [*before, told("down")]}
     assert read_one_after_the_other(ended).status == {}
+
+
+def test_notices_of_peers_tell_the_round_that_the_peer_is_in(made):
+    logs = {0: [*peer_log(made, 0, {}, rounds=5), Warned("a")], 1: [*peer_log(made, 1, {}, rounds=2), Warned("b")]}
+    told = {each["text"]: each["round"] for each in read_one_after_the_other(logs).notices}
+    assert told == {"a": 5, "b": 2}
 
 
 def test_a_client_has_bytes_along_its_links(made):

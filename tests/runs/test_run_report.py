@@ -11,10 +11,11 @@ from peerlora.experiments.demo_report import ComparisonRow, write_comparison
 from peerlora.runs import client_figures, figures
 from peerlora.runs.chart import MOST_CELLS, Sheet
 from peerlora.runs.client_table import client_rows, describe_outcome
-from peerlora.runs.events import Evaluated, Generated, RoundDone, RunStarted, Warned
+from peerlora.runs.events import Evaluated, Generated, PolicyShown, RoundDone, RunStarted, Warned
 from peerlora.runs.figures import clients_figure, runs_figure
 from peerlora.runs.metrics import summarise
 from peerlora.runs.page import picture_html
+from peerlora.runs.policy_pictures import policy_pictures
 from peerlora.runs.report import metric_curves, write_report
 from peerlora.runs.store import RunStore
 
@@ -188,6 +189,15 @@ def test_the_band_of_several_runs_is_in_their_numbers():
     found = {each["label"]: (each["style"], each["y"]) for each in chart["series"]}
     assert found["a, lowest client"] == ("edge", [0.25, 0.5]) and found["a, highest client"] == ("edge", [0.75, 1.0])
     assert found["a"] == ("thick", [0.5, 0.666667])
+
+
+def test_the_figures_of_a_policy_have_their_numbers():
+    shown = PolicyShown(4, "averaged", [[[0.0, 1.0, 0.5, -0.5]], [[1.0, 0.0, 0.25, 0.75]]], "angle", {"0": [0.1, 0.2]})
+    fields, traces = (picture.chart.as_json() for picture in policy_pictures([shown]))
+    assert fields["head"] == ["block", "x", "y", "action x", "action y"]
+    assert fields["rows"] == [[0, 0.0, 1.0, 0.5, -0.5], [1, 1.0, 0.0, 0.25, 0.75]]
+    assert traces["x"] == [0, 1] and traces["series"][0]["label"] == "client 0"
+    assert traces["series"][0]["y"] == [0.1, 0.2] and traces["ylabel"] == "angle"
 
 
 def test_a_sheet_of_many_rows_is_bounded():

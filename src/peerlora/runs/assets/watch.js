@@ -128,8 +128,8 @@ function clientSeries(entries) {
 
 function options(width, height, series, extra = {}) {
   const axis = { stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
-  const looks = series.map((s) => ({ label: s.label, value: s.value, scale: "y", spanGaps: true, width: s.thin ? 1 : s.edge ? 0 : s.width || 2, dash: s.dash, show: true,
-    stroke: s.thin ? (String(s.client) === chosen ? css("--worst") : css("--thin")) : s.edge ? css("--thin") : css(s.line), points: { show: (u) => u.data[0].length < 26 && !s.thin && !s.edge } }));
+  const looks = series.map((s) => ({ label: s.label, value: s.value, scale: "y", spanGaps: true, width: s.thin ? (String(s.client) === chosen ? 2 : 1) : s.edge ? 0 : s.width || 2, dash: s.dash, show: true,
+    stroke: s.thin ? (String(s.client) === chosen ? css("--third") : css("--thin")) : s.edge ? css("--thin") : css(s.line), points: { show: (u) => u.data[0].length < 26 && !s.thin && !s.edge } }));
   return { width, height, scales: { x: { time: false }, y: extra.log ? { distr: 3 } : { range: extra.zero ? (u, min, max) => [0, (max || 1) * 1.05] : undefined } },
     axes: [axis, { ...axis, size: 62, values: (u, splits) => splits.map((v) => (v === null ? "" : extra.format ? extra.format(v) : small(v))) }],
     series: [{ label: "round", value: (_, v) => (v === null ? "–" : String(v)) }, ...looks], bands: extra.bands, hooks: { setSeries: [showRows] }, cursor: { focus: { prox: 24 }, drag: { x: true, y: false } }, focus: { alpha: 0.35 }, legend: { live: true } };

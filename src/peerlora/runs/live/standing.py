@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-LATE = {"late", "behind", "no message", "no acknowledgement"}
+LATE = {"behind", "no message", "no acknowledgement"}
 ABSENT = {"absent", "down", "not on the member list"}
-NO_STATUS = {"ahead", "not asked", "sum given up", "too many messages waiting"}
-"""Reasons that say nothing about the neighbour: this client was late itself, or did not ask."""
+NO_STATUS = {"ahead", "late", "not asked", "sum given up", "too many messages waiting"}
+"""Reasons that say nothing about the neighbour: this client was late itself (the neighbour's round was over), or did
+not ask."""
 _SEVERE = ("late", "absent or late", "absent", "refused")
 
 
@@ -58,7 +59,8 @@ class Statuses:
             self._lost.get(who, {}).pop(client, None)
         elif kind == "down":
             self._lost.setdefault(who, {})[client] = t, "absent"
-        elif kind == "refused" and (word := status_of(detail)) is not None:
+        elif kind == "refused":  # here, where a message that came late is the neighbour's
+            word = "late" if detail.partition(":")[0] == "late" else "refused"
             self._lost.setdefault(who, {}).setdefault(client, (t, word))
 
     def caught_up(self, held: Sequence[int]) -> None:

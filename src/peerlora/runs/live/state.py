@@ -262,7 +262,9 @@ class LiveRun:
         self._notice(level, f"{self._name(client)}: {kind} {detail}".strip(), [*held, client])
 
     def _notice(self, level: str, text: str, clients: Sequence[int]) -> None:
-        self.told.add(level, text, clients, max(self.rounds, default=0))
+        """Add a notice, of the round in which the run that tells it is."""
+        done = self.done.get(clients[0], 0) if self.meta.get("peers") and clients else max(self.rounds, default=0)
+        self.told.add(level, text, clients, done)
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:
