@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from peerlora.algorithms.base import Algorithm
     from peerlora.lora.adapters import Adapters
+from peerlora.lora.base_weights import quantised_form
     from peerlora.topology.schedule import Topology
 
 _COPIES = 3  # the sum, the longer one that replaces it, and what a checkpoint writes
