@@ -8,6 +8,7 @@ import torch
 
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
+from peerlora.lora.base_weights import quantised_form
 from peerlora.topology.storage import row_counts
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from peerlora.algorithms.base import Algorithm
     from peerlora.lora.adapters import Adapters
-from peerlora.lora.base_weights import quantised_form
     from peerlora.topology.schedule import Topology
 
 _COPIES = 3  # the sum, the longer one that replaces it, and what a checkpoint writes
