@@ -198,7 +198,7 @@ REFUSED = {
     "a setting of chats": (["data.template=chatml"], "task.kind=chat"),
     "a table of texts": (["data.train=TEXTS"], "has no columns for task.kind=image-classification; expected image"),
     "a model of texts": (["model.source=BERT"], "give a folder with config.json and preprocessor_config.json"),
-    "no image": (["data.train=BROKEN"], "row 2: cannot be read as PNG or JPEG"),
+    "no image": (["data.train=BROKEN"], "row 2: cannot be read as PNG, JPEG, WebP or BMP"),
     "no folder": (["data.train=folder:nowhere"], "folder:nowhere: is no folder; expected one with a folder of PNG"),
     "an image processor of another size": (["model.source=LARGE"], "fails on images of 3 x 16 x 16 values"),
     "batch norms": (["model.source=RESNET"], "ResNetForImageClassification has batch norms"),

@@ -154,16 +154,16 @@ def bomb(width, height):
 @pytest.mark.parametrize(
     ("cell", "told"),
     [
-        (b"no image", "row 3: cannot be read as PNG or JPEG (cannot identify image file"),
-        (GOOD[: len(GOOD) // 2], "row 3: cannot be read as PNG or JPEG (image file is truncated"),
-        (saved(noise(8, 8, 3), "BMP"), "row 3: cannot be read as PNG or JPEG (cannot identify image file"),
-        (b"", "row 3: the image is empty; expected a PNG or JPEG file"),
-        (None, "row 3: the image is empty; expected a PNG or JPEG file"),
+        (b"no image", "row 3: cannot be read as PNG, JPEG, WebP or BMP (cannot identify image file"),
+        (GOOD[: len(GOOD) // 2], "row 3: cannot be read as PNG, JPEG, WebP or BMP (image file is truncated"),
+        (saved(noise(8, 8, 3), "GIF"), "row 3: cannot be read as PNG, JPEG, WebP or BMP (cannot identify image file"),
+        (b"", "row 3: the image is empty; expected a PNG, JPEG, WebP or BMP file"),
+        (None, "row 3: the image is empty; expected a PNG, JPEG, WebP or BMP file"),
         (bomb(12_000, 12_000), "row 3: has 12,000 x 12,000 pixels; expected at most 89,478,485 in all"),
         (bomb(60_000, 60_000), "row 3: has too many pixels; expected at most 89,478,485 in all"),
         (bomb(60_000, 10), "row 3: has 60,000 x 10 pixels; expected sides of which none is more than 100 times"),
     ],
-    ids=["text", "half", "bmp", "empty", "null", "large", "huge", "narrow"],
+    ids=["text", "half", "gif", "empty", "null", "large", "huge", "narrow"],
 )
 def test_bad_images_are_named(models, tmp_path, cell, told):
     file = write(tmp_path, [GOOD, GOOD, cell, GOOD])
@@ -193,8 +193,8 @@ def test_paths_of_downloaded_data_sets_are_followed(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "words", "told"),
     [
-        ([1, 2, 3, 4], [], "the column of images holds int64; expected the bytes of PNG or JPEG files"),
-        (["a.png"] * 4, [], "the column of images holds string; expected the bytes of PNG or JPEG files"),
+        ([1, 2, 3, 4], [], "the column of images holds int64; expected the bytes of PNG, JPEG, WebP or BMP files"),
+        (["a.png"] * 4, [], "the column of images holds string; expected the bytes of PNG, JPEG, WebP or BMP files"),
         ([GOOD] * 4, ["data.columns={image: scan}"], "has no column 'scan' for data.columns"),
         ([GOOD] * 4, ["data.label=kind"], "has no column 'kind' for data.label"),
     ],
@@ -221,12 +221,43 @@ def test_a_large_file_is_refused_before_it_is_read(models, picture_folder, monke
         load(models, f"folder:{picture_folder}")
 
 
+@pytest.mark.parametrize(("kind", "more"), [("WEBP", {"lossless": True}), ("BMP", {})])
+def test_other_formats_give_the_same_pixels(models, tmp_path, kind, more):
+    images = [noise(9, 7, 3, seed=i) for i in range(8)]
+    file = write(tmp_path, [saved(each, kind, **more) for each in images], column="scan")
+    plain = write(tmp_path, [saved(each) for each in images], name="plain.parquet", column="scan")
+    ours, theirs = (load(models, each, "data.columns={image: scan}")[0] for each in (file, plain))
+    assert np.array_equal(ours.pixels.bytes, theirs.pixels.bytes)
+    assert guess_columns(read_table(str(file)), str(file)).columns == {"image": "scan"}
+    for number, each in enumerate(images):
+        place = tmp_path / "folder" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.{kind.lower()}").write_bytes(saved(each, kind, **more))
+    assert name_folder(str(tmp_path / "folder")) == f"folder:{tmp_path / 'folder'}"
+    assert load(models, f"folder:{tmp_path / 'folder'}", "data.holdout=0.5")[0].names == ("class0", "class1")
+
+
+@pytest.mark.parametrize(("kind", "at"), [("WEBP", 24), ("BMP", 18)])
+def test_other_formats_that_promise_too_many_pixels_are_refused(kind, at):
+    content = bytearray(saved(noise(9, 7, 3), kind, **({"xmp": b"<x/>"} if kind == "WEBP" else {})))
+    assert kind == "BMP" or content[12:16] == b"VP8X"  # the header that has the size of the whole canvas
+    size = struct.pack("<II", 60_000, 60_000) if kind == "BMP" else (16_382).to_bytes(3, "little") * 2
+    content[at : at + len(size)] = size
+    with pytest.raises(DataError, match="row 1: (has .*pixels|cannot be read)"):
+        decode_image(bytes(content), "row 1")
+
+
+def test_bytes_that_begin_like_a_bitmap_are_none(tmp_path):
+    table = pa.table({"text": ["some words"] * 8, "blob": [b"BMW and others"] * 8, "label": ["a", "b"] * 4})
+    assert guess_columns(table, "rows.parquet").kind == "classification"
+
+
 def test_folders_that_are_no_classes_are_refused(models, tmp_path, caplog):
     root = tmp_path / "root"
     for name in ("cat", "dog"):
         (root / name).mkdir(parents=True)
     refused = {
-        "has no PNG or JPEG file in its folder 'cat'; a folder is a class": {},
+        "has no PNG, JPEG, WebP or BMP file in its folder 'cat'; a folder is a class": {},
         "holds images (x.png) beside folders (cat)": {"x.png": GOOD},
     }
     for told, files in refused.items():
@@ -240,19 +271,21 @@ def test_folders_that_are_no_classes_are_refused(models, tmp_path, caplog):
         (root / f"cat/{i}.JPEG").write_bytes(saved(noise(7, 9, 3, seed=i), "JPEG"))
     (root / "dog/notes.txt").write_text("a note")
     train, _ = load(models, f"folder:{root}", "data.holdout=0.25")
-    assert train.names == ("cat", "dog") and "1 files are no PNG or JPEG and are left out" in caplog.text
+    assert train.names == ("cat", "dog") and "1 files are no PNG, JPEG, WebP or BMP and are left out" in caplog.text
     with pytest.raises(DataError, match="dog: has no column 'label' for data.label; its columns are image"):
         load(models, f"folder:{root}/dog")
-    with pytest.raises(DataError, match="is no folder; expected one with a folder of PNG or JPEG files for each class"):
+    with pytest.raises(DataError, match="is no folder; expected one with a folder of PNG, JPEG, WebP or BMP"):
         load(models, f"folder:{root}/dogs")
     (root / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no image; expected a folder of PNG or JPEG files"):
+    with pytest.raises(DataError, match="holds no image; expected a folder of PNG, JPEG, WebP or BMP files"):
         load(models, f"folder:{root}/empty")
     with pytest.raises(DataError, match="holds no file that can be read; expected .*; of images write folder:PATH"):
         load(models, root)
     (root / "empty").rmdir()
     (root / "dog/0.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"folder:.*: row \d+ \(.*dog/0.jpg\): cannot be read as PNG or JPEG"):
+    with pytest.raises(
+        DataError, match=r"folder:.*: row \d+ \(.*dog/0.jpg\): cannot be read as PNG, JPEG, WebP or BMP"
+    ):
         load(models, f"folder:{root}", f"data.eval=folder:{root}")
 
 

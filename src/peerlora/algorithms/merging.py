@@ -8,6 +8,7 @@ import torch
 
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError
+from peerlora.lora.base_weights import quantised_form
 from peerlora.topology.storage import row_counts
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ A source is written ``kind:place``:
 
 - ``parquet:PATH``, ``csv:PATH``, ``jsonl:PATH``; a bare path with a known suffix does too (also .tsv, .json and .tab).
   PATH may be a folder of shards of one kind, or a pattern such as ``data/train-*.parquet``.  Text may be compressed.
-- ``folder:PATH``: PNG and JPEG files in a folder for each class, or, without classes, right in this one
+- ``folder:PATH``: image files in a folder for each class, or, without classes, right in this one
 - ``packaged:PACKAGE/FILE``: a file that an installed Python package ships
 - ``hub:OWNER/NAME`` or ``hub:OWNER/NAME/CONFIG``, with or without ``:SPLIT``: ``hub:nyu-mll/glue/sst2:train[:10%]``;
   ``hub:/ABSOLUTE/PATH`` is a data set in a local folder

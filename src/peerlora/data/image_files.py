@@ -1,9 +1,10 @@
-"""Image files: those of a folder for each class, and the decoding of PNG and JPEG, with bounds."""
+"""Image files: those of a folder for each class, and the decoding of PNG, JPEG, WebP and BMP, with bounds."""
 
 from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from peerlora.errors import DataError, first_line
 
 IMAGE, LABEL = "image", "label"
 """The columns of a table of files: their paths, and the names of their folders."""
-SUFFIXES = (".png", ".jpg", ".jpeg")
-_FORMATS = ("PNG", "JPEG")
-_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_KINDS = "PNG, JPEG, WebP or BMP"
+_BEGINNINGS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|BM.{4}\0{4}", re.DOTALL)
 _LOOKED_AT = 10  # cells
 _MOST_PIXELS = 89_478_485  # of an image, pillow's own limit: 256 MB of RGB
 _MOST_BYTES = 1 << 28  # of a file
@@ -34,7 +36,7 @@ def read_folder(path: Path) -> pa.Table:
     Raises Unreadable where there are none, or some of both, and for a class without images.
     """
     if not path.is_dir():
-        raise Unreadable("is no folder; expected one with a folder of PNG or JPEG files for each class")
+        raise Unreadable(f"is no folder; expected one with a folder of {_KINDS} files for each class")
     folders = sorted(each for each in path.iterdir() if each.is_dir() and each.name[0] not in "._")
     here, _ = _images_of(path)
     if here and folders:
@@ -49,16 +51,16 @@ def read_folder(path: Path) -> pa.Table:
         images, more = _images_of(folder)
         if not images:
             raise Unreadable(
-                f"has no PNG or JPEG file in its folder {folder.name!r}; a folder is a class: add images, or remove it"
+                f"has no {_KINDS} file in its folder {folder.name!r}; a folder is a class: add images, or remove it"
             )
         paths += [str(each) for each in images]
         labels += [folder.name] * len(images)
         others += more
     if not paths:
-        raise Unreadable("holds no image; expected a folder of PNG or JPEG files for each class")
+        raise Unreadable(f"holds no image; expected a folder of {_KINDS} files for each class")
     if others:
         logging.getLogger(__name__).warning(
-            "folder:%s: %d files are no PNG or JPEG and are left out, the first is %s", path, len(others), others[0]
+            "folder:%s: %d files are no %s and are left out, the first is %s", path, len(others), _KINDS, others[0]
         )
     return pa.table({IMAGE: paths, LABEL: labels})
 
@@ -79,9 +81,9 @@ def is_image_column(kind: pa.DataType) -> bool:
 
 
 def holds_images(column: pa.ChunkedArray) -> bool:
-    """Whether the first cells of a column begin as PNG or JPEG files do."""
+    """Whether the first cells of a column begin as image files do."""
     contents = [_parts(cell.as_py())[0] for cell in column[:_LOOKED_AT]]
-    return any(contents) and all(content is None or content.startswith(_BEGINNINGS) for content in contents)
+    return any(contents) and all(content is None or _BEGINNINGS.match(content) for content in contents)
 
 
 def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Iterator[tuple[str, Any]]:
@@ -93,8 +95,9 @@ def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Ite
     follows = source.startswith(("folder:", "hub:"))
     if not is_image_column(column.type) and not (is_text(column.type) and source.startswith("folder:")):
         raise DataError(
-            f"{source}: the column of images holds {column.type}; expected the bytes of PNG or JPEG files, or objects "
-            "with these as `bytes`, as `datasets` writes them; name the column in data.columns, e.g. {image: NAME}"
+            f"{source}: the column of images holds {column.type}; expected the bytes of {_KINDS} files, or "
+            "objects with these as `bytes`, as `datasets` writes them; name the column in data.columns, e.g. "
+            "{image: NAME}"
         )
     for row in chosen.tolist():
         cell = column[row].as_py()
@@ -104,7 +107,7 @@ def read_images(column: pa.ChunkedArray, chosen: np.ndarray, source: str) -> Ite
             content = _read_file(Path(path), where)
         if not content:
             only = "only a path, no bytes" if path else "empty"
-            raise DataError(f"{where}: the image is {only}; expected a PNG or JPEG file: write its bytes there")
+            raise DataError(f"{where}: the image is {only}; expected a {_KINDS} file: write its bytes there")
         yield where, decode_image(content, where)
 
 
@@ -132,9 +135,10 @@ def _read_file(path: Path, where: str) -> bytes:
 
 
 def decode_image(content: bytes, where: str) -> Any:
-    """Decode a PNG or JPEG file to an RGB image of pillow, turned as its EXIF orientation says.
+    """Decode an image file to an RGB image of pillow, turned as its EXIF orientation says.
 
-    Grey images and palettes become RGB, transparency is left out.  Raises DataError: no image, damaged, too large.
+    Grey images and palettes become RGB, transparency is left out, of moving images the first is taken.  Raises
+    DataError: no image, damaged, too large.
     """
     from PIL import Image, ImageOps
 
@@ -151,7 +155,7 @@ def decode_image(content: bytes, where: str) -> Any:
         raise DataError(_too_large(where)) from None
     except Exception as error:  # damaged files bring out errors of every class
         raise DataError(
-            f"{where}: cannot be read as PNG or JPEG ({first_line(error)}); save the image anew, or remove the row"
+            f"{where}: cannot be read as {_KINDS} ({first_line(error)}); save the image anew, or remove the row"
         ) from None
 
 
