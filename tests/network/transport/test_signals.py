@@ -33,7 +33,7 @@ class Signals(GrpcRig):
     async def pair(self, site):
         await self.start("a")
         self.spawn(site)
-        await self.until(lambda: self.edge("a", site), 30)
+        await self.until(lambda: self.edge("a", site))
 
     async def stop(self):
         if self.process.poll() is None:
@@ -52,16 +52,14 @@ def test_a_killed_process_is_noticed_at_once_and_received_again_after_its_restar
     async def scenario(rig):
         await rig.pair(site)
         await rig.transports["a"].send(site, b"h", b"x" * 3_000_000, deadline=5)
-        loop = asyncio.get_running_loop()
-        start = loop.time()
         rig.signal(signal.SIGKILL)
         await rig.until(lambda: rig.kinds("a", site)[-1] == "down")
-        assert loop.time() - start < 2 * rig.timing.beat, "it was noticed by the connection, before any missed beat"
+        assert rig.kinds("a", site)[-2:] == ["up", "down"], "it was noticed by the connection, and not suspected before"
         with pytest.raises(PeerDown):
             await rig.transports["a"].send(site, b"h", b"x", deadline=5)
         rig.process.wait()
         rig.spawn(site)
-        await rig.until(lambda: rig.edge("a", site), 30)
+        await rig.until(lambda: rig.edge("a", site))
         await rig.transports["a"].send(site, b"h", b"x" * 3_000_000, deadline=5)
 
     rig.run(scenario)
