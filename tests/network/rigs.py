@@ -12,6 +12,7 @@ from peerlora.network.transport.memory import MemoryNetwork
 from peerlora.network.transport.virtual_loop import virtual_run
 
 SITES = ("a", "b", "c")
+LIMIT = 600  # seconds after which something hangs, however busy a machine is
 
 
 class Box:
@@ -69,16 +70,16 @@ class Rig:
     def kinds(self, site, peer):
         return [kind for kind, who, _ in self.told[site] if who == peer]
 
-    async def until(self, true, limit=8.0):
+    async def until(self, true):
         """Wait until a condition holds."""
-        async with asyncio.timeout(limit):
+        async with asyncio.timeout(LIMIT):
             while not true():
                 await asyncio.sleep(0.01)
 
     async def stop(self):
         for transport in self.transports.values():
             await transport.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT):
             await asyncio.gather(*self._listening)
 
     def run(self, scenario):

@@ -46,7 +46,7 @@ def asked(chosen, sets, body=None):
 
 def answer(sets, step=AT, receiver="r"):
     async def soon():
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(600):
             return await sets.answer(receiver, step)
 
     return asyncio.run(soon())
