@@ -54,6 +54,13 @@ def test_every_setting_says_in_one_line_what_it_means(model):
         assert field.description and "\n" not in field.description and field.description[-1] == ".", name
 
 
+def test_nobody_is_told_to_install_a_name_that_no_index_has():
+    """Extras are installed from the repository; a stranger may have taken the name elsewhere."""
+    files = [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "examples").rglob("*.py"), ROOT / "Makefile"]
+    told = re.compile(r"install[^\n]*\bpeerlora\s*\[")
+    assert [str(path) for path in files if told.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_every_optional_part_is_in_the_readme():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("| extra |")[1].split("## ")[0]

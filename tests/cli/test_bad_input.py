@@ -139,7 +139,28 @@ def test_output_folder_in_use(cli, yaml_file, tmp_path):
 
 def test_output_folder_that_cannot_be_made(cli, yaml_file, tmp_path):
     (tmp_path / "file").touch()
-    is_one_message(cli("train", yaml_file(), "--out", tmp_path / "file" / "out"), "cannot be written", "another --out")
+    for command in ("train", "launch"):
+        answer = cli(command, yaml_file(), "--out", tmp_path / "file" / "out")
+        is_one_message(answer, "cannot be written", "another --out")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["identity", "new", "file/x", "--site", "a"],
+        ["identity", "new", "file/x", "--as-authority", "consortium"],
+        ["identity", "request", "own", "--to", "file/x"],
+        ["identity", "sign", "a.csr", "--authority", "ca", "--to", "file/x"],
+        ["members", "new", "file/x", "--name", "consortium"],
+    ],
+)
+def test_keys_and_lists_that_cannot_be_written_are_one_message(cli, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert cli("identity", "new", "own", "--site", "a").code == 0
+    assert cli("identity", "new", "ca", "--as-authority", "consortium").code == 0
+    assert cli("identity", "request", "own", "--to", "a.csr").code == 0
+    is_one_message(cli(*words), "file/x", "cannot be written: a part of its folder is a file", "give another place")
 
 
 @pytest.mark.parametrize(

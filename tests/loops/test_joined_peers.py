@@ -23,7 +23,15 @@ from cases import ROW_METHODS, others_slow
 from peerlora.algorithms import REGISTRY
 from peerlora.algorithms.base import is_asynchronous
 from peerlora.config.loading import load_config
-from peerlora.errors import CompositionError, ConfigError, DivergenceError, ModelError, PeerloraError, RunError
+from peerlora.errors import (
+    CompositionError,
+    ConfigError,
+    DivergenceError,
+    ModelError,
+    PeerloraError,
+    QuorumMissed,
+    RunError,
+)
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
@@ -142,6 +150,25 @@ def test_logs_and_evaluations_of_the_loop_are_events(lone, tmp_path):
     assert (peer.result.run / "adapters" / "client-00" / "adapter_model.safetensors").is_file()
     found = peer.result.adapters
     assert torch.equal(found.flat[0], read(made[2]))
+
+
+@pytest.mark.parametrize(("quorum", "missed"), [(0.5, True), (0, False)])
+def test_a_loop_without_its_neighbours_misses_the_quorum_when_it_is_closed(config, tmp_path, quorum, missed):
+    words = [*TRAIN, "clients=2", "topology.kind=complete", "peer.join=0.2", f"peer.quorum={quorum}", "train.rounds=2"]
+    chosen = config("bert", "algorithm.name=dec-lora", *words)
+    federation = compose(chosen)
+    model = peft_model(chosen, federation)
+    optimizer = optimizer_of(chosen, model)
+    with network(2) as (net, thread):
+        peer = joined(chosen, tmp_path, 0, net, thread, model, optimizer)
+        peer.__enter__()
+        take_steps(peer, model, optimizer, chosen, federation, batches(chosen, federation, 0))
+        if missed:
+            with pytest.raises(QuorumMissed, match="contact in 0% of the rounds, peer.quorum=0.5"):
+                peer.close()
+        else:
+            peer.close()
+    assert peer.result.summary["contact"]["share"] == 0 and (tmp_path / "peer-0" / "summary.json").is_file()
 
 
 def test_a_loop_that_raises_ends_its_run_and_gets_its_own_error(lone, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 
 from peerlora.errors import RunError
 from peerlora.experiments.demo_report import ComparisonRow, write_comparison
+from peerlora.experiments.results import write_results
 from peerlora.runs import client_figures, figures
 from peerlora.runs.chart import MOST_CELLS, Sheet
 from peerlora.runs.client_table import client_rows, describe_outcome
@@ -266,6 +268,21 @@ def test_a_comparison_shows_every_run_and_links_to_its_report(tmp_path, run):
     assert "mix (row 2)" in page.text and "pooled all data in one place – – – 0.95" in page.text
     assert "The runs differ in seed" in page.text
     assert page.tags.count("figure") == 5
+
+
+def test_a_comparison_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written .Not a directory.; compare again"):
+        write_comparison(tmp_path / "file" / "out", [])
+
+    def full(*words):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr("peerlora.files.settle", full)
+    with pytest.raises(RunError, match="no room left in .*; make room, then compare again"):
+        write_comparison(tmp_path, [])
+    with pytest.raises(RunError, match="no room left in .*; make room, then go on: peerlora compare --resume"):
+        write_results(tmp_path, [], [], {}, "", {}, None)
 
 
 def test_a_comparison_of_nothing_is_a_page(tmp_path):

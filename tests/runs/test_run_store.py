@@ -21,6 +21,7 @@ from peerlora.runs.store import (
     WANDB_FOLDER,
     RunStore,
     read_events,
+    require_free,
 )
 
 CONFIG = "clients: 3\n"
@@ -400,6 +401,15 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(RunError, match="cannot be written .Read-only file system.; make it writable"):
         RunStore.open(tmp_path / "run")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_message(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(RunError, match="cannot be written .Permission denied.; choose another --out"):
+        require_free(tmp_path)
 
 
 def test_a_checkpoint_whose_events_are_lost_is_passed_over(tmp_path, run):

@@ -6,6 +6,7 @@ import re
 import struct
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ import pytest
 
 from peerlora.config.loading import load_config
 from peerlora.errors import ConfigError, ExtraMissing, Stopped
-from peerlora.runs.events import Warned
+from peerlora.runs.events import Evaluated, Warned
 from peerlora.runs.trackers import feed, tracking
 from peerlora.runs.trackers.names import PLAIN, READABLE, tidy_name, tidy_names
 from peerlora.runs.trackers.series import MANY_CLIENTS, QUANTILES, series
@@ -90,6 +91,16 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_written(con
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def run(run):
+    """Events of a run whose evaluations are all on the same rows, so that each is a point."""
+
+    def build(*words, **changes):
+        return [replace(each, rows=20) if isinstance(each, Evaluated) else each for each in run(*words, **changes)]
+
+    return build
+
+
 class Flaky:
     """A tracker that fails until it is ``up``."""
 
@@ -126,6 +137,28 @@ def tracked(config, tmp_path):
         return sink, told
 
     return build
+
+
+@pytest.mark.parametrize(("rows", "last", "ends"), [(10, 60, False), (60, 60, True), (10, 0, True)])
+def test_the_last_evaluation_is_a_point_where_its_rows_are_those_of_the_others(tracked, made, rows, last, ends):
+    """0: a training loop of the user's own has not told how many."""
+    tracker = Flaky(up=True)
+    sink, _ = tracked(tracker)
+    with sink:
+        sink(made.started())
+        for done in range(3):
+            sink(made.evaluated(done, [0.5], rows=last if done == 2 else rows, final=done == 2))
+    assert tracker.steps == [0, 1, 2][: 3 if ends else 2]
+
+
+@pytest.mark.parametrize("sample", [3, None])
+def test_a_resumed_run_knows_the_rows_of_its_evaluations(config, tmp_path, monkeypatch, sample):
+    tracker = Flaky(up=True)
+    monkeypatch.setattr(tracking, "need_extra", lambda name: None)
+    monkeypatch.setattr(Tracking.__init__, "__defaults__", (lambda name: tracker, None))
+    stopped_and_resumed(config, tmp_path / "run", "track=[mlflow]", f"eval.rows={'null' if sample is None else sample}")
+    points = Counter(tracker.steps)
+    assert [points[step] for step in range(4)] == [1, 2, 2, 1 if sample else 2]  # of a round, and its evaluation
 
 
 def test_one_that_is_down_is_told_once_and_the_run_goes_on(tracked, run, caplog):

@@ -69,6 +69,12 @@ ENCODERS = {
 }
 PAIRS = {
     "bart": BOTH,
+    "blenderbot": BOTH,
+    "led": BOTH | dict(attention_window=[4, 4], max_encoder_position_embeddings=40, max_decoder_position_embeddings=40),
+    "m2m_100": BOTH,
+    "marian": BOTH,
+    "mvp": BOTH,
+    "pegasus": BOTH,
     "bigbird_pegasus": BOTH | dict(attention_type="original_full"),
     "mbart": BOTH,
     "t5": T5,
@@ -103,7 +109,7 @@ DECODERS = {
 TYPES = ENCODERS | PAIRS | DECODERS
 TARGETS = {"mamba": "[in_proj, x_proj]", "ibert": "[query]"}
 """Where all-linear is refused by PEFT."""
-FP32 = {"xlnet", "xglm", "qwen2_moe", "mixtral"}
+FP32 = {"led", "xlnet", "xglm", "qwen2_moe", "mixtral"}
 """Types that do not run in fp64."""
 FAST = {"deberta-v2", "bart", "xlnet", "longformer"}
 """One of each kind of layout, head and padding."""
@@ -142,7 +148,11 @@ def loss(model, data, kind, rows, left):
     """Plain PEFT's mean loss over some rows in one batch, and in the way of its library."""
     batch = collate(data, [rows], 0, torch.float64, left)
     read = inputs_of(model.get_base_model())
-    logits = model(**{name: value for name, value in batch.inputs.items() if name in read}).logits.double()
+    inputs = {name: value for name, value in batch.inputs.items() if name in read}
+    if kind == "sequence-to-sequence":
+        logits = model(**inputs, labels=batch.targets).logits.double()
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+    logits = model(**inputs).logits.double()
     if kind == "classification":
         return F.cross_entropy(logits, batch.labels)
     targets = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)[:, 1:]
@@ -173,8 +183,8 @@ def with_noise(x):
     return replace(x, flat=x.flat + 0.1 * noise.to(x.flat))
 
 
-def composed(config, source, name, kind):
-    words = ["task.kind=causal-lm", "data.label=null"] if kind == "causal-lm" else []
+def composed(config, source, name, kind, *words):
+    words = [*words, *([f"task.kind={kind}", "data.label=null"] if kind != "classification" else [])]
     words += [f"model.source={source}", "clients=3", "algorithm.name=local", "train.optimizer=sgd", "train.lr=1.0"]
     words += [f"adapter.targets={TARGETS.get(name, 'all-linear')}", f"train.dtype={'fp32' if name in FP32 else 'fp64'}"]
     return compose(config("bert", *words, "train.local_steps=1", "train.rounds=1"))
@@ -195,10 +205,10 @@ def assert_equal_to_peft(federation, kind, folder):
     with learner.round(0) as stats:
         x = learner.fit(start, "AB")
     assert float(stats.losses[client]) == pytest.approx(before.item(), rel=tolerance)
-    few = np.arange(6)
+    few = np.arange(min(6, len(federation.eval_data)))
     rows = federation.eval_data.take(few)
-    after = learner.evaluate(x, rows, 6).loss[client]
-    assert abs(after - learner.evaluate(start, rows, 6).loss[client]) > 1e-5, "nothing was learned"
+    after = learner.evaluate(x, rows, len(few)).loss[client]
+    assert abs(after - learner.evaluate(start, rows, len(few)).loss[client]) > 1e-5, "nothing was learned"
     again = with_peft(federation, x, client, folder / "end", seed=6)
     with torch.no_grad():
         for model in (plain, again):
@@ -233,3 +243,10 @@ def test_a_language_model_equals_plain_peft_or_is_refused(config, saved, name, t
             composed(config, source, name, "causal-lm")
     else:
         assert_equal_to_peft(composed(config, source, name, "causal-lm"), "causal-lm", tmp_path)
+
+
+@pytest.mark.parametrize("name", [*cases("sequence-to-sequence", {"led", "marian"})])
+def test_an_encoder_with_a_decoder_equals_plain_peft(config, saved, pairs, name, tmp_path):
+    source = saved(name, "AutoModelForSeq2SeqLM")
+    federation = composed(config, source, name, "sequence-to-sequence", f"data.train=jsonl:{pairs}")
+    assert_equal_to_peft(federation, "sequence-to-sequence", tmp_path)

@@ -91,5 +91,5 @@ def test_nothing_costs_nothing_and_no_noise_has_no_bound():
 
 def test_missing_accountants_are_told_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ConfigError, match=r"peerlora\[privacy\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[privacy\]'"):
         accounting.require_accountants()

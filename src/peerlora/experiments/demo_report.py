@@ -13,6 +13,7 @@ from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import find_start, scores_of, select_events
 from peerlora.runs.page import picture_html, write_page
 from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves
+from peerlora.runs.write_failures import write_failures_told
 
 HEAD = (
     "run",
@@ -44,12 +45,13 @@ class ComparisonRow:
 def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings: Sequence[str] = ()) -> Path:
     """Write report.html into ``folder``, which is made when missing; ``findings`` are sentences to put on top."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     starts = [start for row in rows if row.events and (start := find_start(row.events))]
     body = [_lead(rows, starts), *(f"<p>{escape(text)}</p>" for text in findings)]
     body += ["<h2>Results</h2>", _table(folder, rows), _unlike(rows, starts)]
     body += [picture_html(picture) for picture in _pictures(rows, starts)]
-    return write_page(folder / "report.html", f"{len(rows)} runs compared", body)
+    with write_failures_told(folder, lambda: "compare again; the runs are whole"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_page(folder / "report.html", f"{len(rows)} runs compared", body)
 
 
 def _lead(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> str:

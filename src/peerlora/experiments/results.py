@@ -13,6 +13,7 @@ from peerlora.experiments.rate_search import RateSearch
 from peerlora.experiments.statistics import Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text
 from peerlora.files import atomic_file, write_atomically
+from peerlora.runs.write_failures import write_failures_told
 
 
 def write_results(
@@ -40,13 +41,14 @@ def write_results(
     higher = began is None or began.higher_is_better
     metric, lines = began and began.metric, compare(ended, baseline)
     result = Comparison(folder, lines, metric, higher, baseline, searches, warnings)
-    write_parquet(folder / "results.parquet", outcomes, searched)
-    write_atomically(folder / "table.csv", csv_text(result))
-    write_atomically(folder / "table.md", markdown(result))
-    write_atomically(folder / "table.tex", latex(result))
-    pictures = comparison_figures(outcomes, next(iter(result.baseline), None))
-    write_grid_report(result, outcomes, searched, pictures, grid, configs, published)
-    write_figures(folder, pictures)  # last: one that fails costs nothing else
+    with write_failures_told(folder, lambda: f"go on: peerlora compare --resume {folder}"):
+        write_parquet(folder / "results.parquet", outcomes, searched)
+        write_atomically(folder / "table.csv", csv_text(result))
+        write_atomically(folder / "table.md", markdown(result))
+        write_atomically(folder / "table.tex", latex(result))
+        pictures = comparison_figures(outcomes, next(iter(result.baseline), None))
+        write_grid_report(result, outcomes, searched, pictures, grid, configs, published)
+        write_figures(folder, pictures)  # last: one that fails costs nothing else
     return result
 
 

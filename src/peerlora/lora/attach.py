@@ -193,9 +193,18 @@ def inputs_of(model: nn.Module) -> frozenset[str]:
     return read - {"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) in (0, 1) else read
 
 
+def _shifted(model: Any, targets: Tensor) -> Tensor:
+    """Targets one place to the right, behind the token with which the decoder starts, as the model itself does it."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=targets)
+    start = torch.full_like(targets[:, :1], model.config.decoder_start_token_id)  # Blenderbot, M2M100
+    shifted = torch.cat([start, targets[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted < 0, model.config.pad_token_id)
+
+
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor | None) -> dict[str, Tensor]:
     """The inputs of a model whose decoder is to write ``targets``: these, one place to the right."""
-    shifted = model.prepare_decoder_input_ids_from_labels(labels=targets)  # pyright: ignore[reportCallIssue]
+    shifted = _shifted(model, targets)
     return {**inputs, "decoder_input_ids": shifted}
 
 

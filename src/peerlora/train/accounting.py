@@ -36,8 +36,8 @@ def require_accountants() -> Any:
             from opacus import accountants  # pyright: ignore[reportMissingImports] # of an extra
     except ImportError:
         raise ConfigError(
-            "privacy needs opacus, which counts epsilon and is not installed; install the extra: "
-            "pip install 'peerlora[privacy]'"
+            "privacy needs opacus, which counts epsilon and is not installed; run `pip install '.[privacy]'` in "
+            "peerlora's repository"
         ) from None
     return accountants
 

@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_no_temporary_files(tmp_path, monkeypatch, failing):
 
     monkeypatch.setattr(f"peerlora.network.identity.key_files.os.{failing}", full)
     for _ in range(3):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(IdentityError, match="x cannot be written: No space left on device; make room"):
             write_over(tmp_path / "x", b"2")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", b"1")]
 

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rigs import SITES, GrpcRig, free_port
 
+from peerlora.errors import IdentityError
 from peerlora.network.identity.authority import issue, list_signer, throwaway
 from peerlora.network.identity.identity import read_key
 from peerlora.network.identity.members import SignedList, remove_member, sign_list, write_list
@@ -83,7 +84,7 @@ def test_what_failed_is_tried_again_and_told_once(rig, caplog, monkeypatch):
 
         def full(*words):
             times.append(words)
-            raise OSError(28, "No space left on device")
+            raise IdentityError("lists.json cannot be written: No space left on device")  # as write_over says
 
         monkeypatch.setattr("peerlora.network.identity.roster.write_over", full)
         rig.rosters["a"].folder = rig.folder / "a"

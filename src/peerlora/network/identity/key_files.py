@@ -3,7 +3,8 @@
 import os
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peerlora.errors import IdentityError
@@ -13,29 +14,31 @@ PRIVATE, PUBLIC = 0o600, 0o644
 
 
 def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
-    """Write a file that must not exist yet; raises IdentityError where it does."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = _temporary(path, data, mode)
-    try:
-        os.link(temporary, path)  # unlike a rename, it fails where the name is taken
-    except FileExistsError:
-        raise IdentityError(f"{path} exists already and is never overwritten; give another place or move it") from None
-    finally:
-        os.unlink(temporary)
-    sync(path.parent)
+    """Write a file that must not exist yet; raises IdentityError where it does, or cannot be written."""
+    with _failures_told(path):
+        temporary = _temporary(path, data, mode)
+        try:
+            os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+        except FileExistsError:
+            raise IdentityError(
+                f"{path} exists already and is never overwritten; give another place or move it"
+            ) from None
+        finally:
+            os.unlink(temporary)
+        sync(path.parent)
 
 
 def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
-    """Replace a file atomically: a reader finds the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = _temporary(path, data, mode)
-    try:
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    """Replace a file atomically: a reader finds the old or the new one.  Raises IdentityError where it cannot."""
+    with _failures_told(path):
+        temporary = _temporary(path, data, mode)
+        try:
+            os.replace(temporary, path)
+            sync(path.parent)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def read_private(path: Path) -> bytes:
@@ -62,8 +65,20 @@ def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
     return data
 
 
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "a part of its folder is a file" if any(map(Path.is_file, path.parents)) else error.strerror
+        raise IdentityError(
+            f"{path} cannot be written: {reason}; make room, make its folder writable, or give another place"
+        ) from error
+
+
 def _temporary(path: Path, data: bytes, mode: int) -> str:
     """Write a temporary file beside ``path``, private from its creation; its name.  A failure leaves nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(number, "wb") as file:

@@ -106,12 +106,7 @@ class Roster:
         if self.folder is not None and members.version > newest["version"]:
             text = json.dumps(seen | {members.name: {"version": members.version, "sha256": digest}})
             path = self.folder / "lists.json"
-            try:
-                write_over(path, text.encode() + b"\n")
-            except OSError as error:
-                raise IdentityError(
-                    f"{path} cannot be written: {error.strerror}; make room, or the folder writable"
-                ) from None
+            write_over(path, text.encode() + b"\n")
         self._names = {member.site for member in members.members}
         self._sites = {member.fingerprint: member.site for member in members.members}
         return members

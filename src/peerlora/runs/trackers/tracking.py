@@ -62,6 +62,7 @@ class Tracking:
         self.feeds = [TrackerFeed(name, build(name)) for name in config.track.to]
         self.start: RunStarted | None = None
         self.begun = False
+        self._rows = 0  # of the evaluations so far; 0: not known
         self.summary: Mapping[str, Any] | None = None
 
     def __enter__(self) -> Tracking:
@@ -72,7 +73,7 @@ class Tracking:
         if isinstance(event, RunStarted | Resumed):
             if not self.begun:  # a resumed run tells how it had started after that it is resumed
                 self._begin(event)
-        elif isinstance(event, RoundDone | Evaluated):
+        elif isinstance(event, RoundDone) or (isinstance(event, Evaluated) and self._goes_on(event)):
             for feed in self.feeds:
                 feed.put(event)
         elif isinstance(event, RunFinished):
@@ -81,9 +82,20 @@ class Tracking:
             if message := feed.news():
                 self.tell(message)
 
+    def _goes_on(self, event: Evaluated) -> bool:
+        """Whether an evaluation is one more of its series.
+
+        The last one, on all rows, is none where the others were on a sample; its values are in the run's summary.
+        """
+        other = event.final and event.rows and self._rows not in (0, event.rows)
+        self._rows = self._rows if other else event.rows
+        return not other
+
     def _begin(self, event: RunStarted | Resumed) -> None:
         self.begun = True
-        self.start = event if isinstance(event, RunStarted) else find_start(read_events(self.folder))
+        before = read_events(self.folder) if isinstance(event, Resumed) else []
+        self.start = event if isinstance(event, RunStarted) else find_start(before)
+        self._rows = next((each.rows for each in before if isinstance(each, Evaluated) and not each.final), 0)
         if self.config.privacy:
             self.tell(UNCOVERED.format(" and ".join(self.config.track.to)))
         id = self._run_id()

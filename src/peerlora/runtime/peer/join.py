@@ -21,6 +21,7 @@ from peerlora.randomness import torch_generator
 from peerlora.runs.store import START_FILE
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.loop import OwnLoop, assemble_loops, check_settings, loop_config, require_rank, start_of
+from peerlora.runtime.peer.participation import check_quorum
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink
 from peerlora.train.handover import Handover, LoopFailed
@@ -116,10 +117,15 @@ class JoinedPeer:
         self.driver.log(values, rows)
 
     def close(self) -> None:
-        """The loop is over: end the run, write its results, and wait for that.  Raises the run's error, if any."""
+        """The loop is over: end the run, write its results, and wait for that.
+
+        Raises the run's error, if any; QuorumMissed where it had contact in too few rounds, whose results are written.
+        """
         self.driver.end()
         self._join()
         self._handover.check()
+        if self.result is not None:
+            check_quorum(self.result.summary, self.config)
 
     def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
         """See ``OwnLoop``."""
