@@ -169,7 +169,7 @@ def test_policy_optimisation_of_groups_with_trl_at_two_sites(chat, tmp_path):
     config = load_config(settings | {"algorithm": {"name": "dec-lora"}})
     result = simulate(config, tmp_path / "run", learner=SequentialLearner(make_trainer, "reward"), report=False)
     rounds = select_events(read_events(result.run), RoundDone)
-    assert len(rounds) == 2 and all(len(done.measures["reward"]) == 2 for done in rounds)
+    assert len(rounds) == 2 and all(done.measures["reward"] > 0 for done in rounds)
     flat = result.adapters.flat
     assert torch.allclose(flat[0], flat[1], rtol=0, atol=1e-6), "both have the mean"
     assert max(float(B.abs().max()) for B in result.adapters.B.values()) > 1e-4

@@ -65,7 +65,7 @@ class SequentialLearner:
         learner = LoopLearner(config.train, self.task, [loop.handover for loop in self._loops], asked=True)
         note = (
             f"learner: {type(trainers[0]).__name__} of every client, one after another: a round takes as long as the "
-            f"local steps of all {config.clients} clients together, whose seconds are the measure {SECONDS}"
+            f"local steps of all {config.clients} clients together; the measure {SECONDS} is a client's mean"
         )
         return assemble_loops(plan(config), adapters[0], start_of(adapters), learner, range(config.clients), note)
 

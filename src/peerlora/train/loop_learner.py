@@ -29,7 +29,7 @@ LOSS = "loss"
 """The name by which a loop logs its training loss, and its loss in an evaluation."""
 
 SECONDS = "loop_seconds"
-"""The measure of a round that has the seconds of each client's local steps, where one loop works at a time."""
+"""The measure of a round that has the mean seconds of a client's local steps, where one loop works at a time."""
 
 
 @dataclass(frozen=True)
