@@ -1,6 +1,7 @@
 """The examples of loops of one's own run as they stand, at one site over gRPC."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -8,12 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from peerlora.config.loading import load_config
+from peerlora.hf import SequentialLearner
 from peerlora.network.identity.authority import throwaway
 from peerlora.runs.events import RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.launch.processes import free_ports
+from peerlora.runtime.simulate import simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -60,6 +65,42 @@ def test_a_plain_loop(run, models, texts, tmp_path, monkeypatch):
     check(tmp_path / "out", run("own_loop", models("bert"), texts))
 
 
+def without_peers(source):
+    """The script that a user had: without the marked lines, and those that tell of the run."""
+    kept, marks = [], []
+    for line in source.splitlines():
+        mark = re.search(r"  # ([123])$", line)
+        if mark:
+            marks.append(int(mark[1]))
+        if mark and line.lstrip().startswith("with "):
+            kept.append("    if True:")  # what it holds stays where it is
+        elif not re.search(r"\bpeer\b\.|^import peerlora$", line) and line.strip() != "break":
+            kept.append(line)
+    assert marks == [1, 2, 3]
+    return "\n".join(kept) + "\n"
+
+
+def test_a_plain_loop_without_its_marked_lines_is_a_plain_loop(models, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("itertools.repeat", lambda loader: [loader])  # one epoch: it was the run that ended the loop
+    script = without_peers((EXAMPLES / "own_loop.py").read_text(encoding="utf-8"))
+    code = script.split('"""', 2)[2]
+    assert "peerlora" not in code and not re.search(r"\bpeer\b", code)
+    seen = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *words):
+            seen.append([float(each.grad.abs().max()) for group in self.param_groups for each in group["params"]])
+            return super().step(*words)
+
+    monkeypatch.setattr("torch.optim.AdamW", Watched)
+    names = {"__name__": "own_loop"}
+    exec(compile(script, "own_loop.py", "exec"), names)
+    names["main"](models("bert"), str(texts), "", "", "", "")
+    assert len(seen) == 8, "60 rows in batches of 8"
+    assert max(seen[-1]) > 0 and all(max(each[at] for each in seen) > 0 for at in range(len(seen[0])))
+
+
 @pytest.fixture
 def chat(models, tmp_path):
     """A tiny language model of this test alone, whose tokenizer has another chat template."""
@@ -91,10 +132,53 @@ def test_preference_tuning_with_trl(run, chat, tmp_path):
 
 
 @pytest.mark.slow
+@needs_trl
+@pytest.mark.filterwarnings("ignore")
+def test_policy_optimisation_of_groups_with_trl_at_two_sites(chat, tmp_path):
+    """GRPO by a reward function, two clients: rewards stand among the measures of rounds, and adapters are mixed."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completions, **_):
+        return [float(len(set(each.split()))) for each in completions]
+
+    def make_trainer(client):
+        set_seed(client)
+        words = {"temperature": 1.0, "max_completion_length": 6, "num_generations": 4, "logging_steps": 1}
+        return GRPOTrainer(
+            model=get_peft_model(
+                AutoModelForCausalLM.from_pretrained(chat), LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4)
+            ),
+            reward_funcs=reward,
+            args=GRPOConfig(
+                str(tmp_path / f"trainer-{client}"),
+                per_device_train_batch_size=4,
+                learning_rate=0.01,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                **words,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": f"w{1 + client} w2 w3"}] * 8),
+            processing_class=AutoTokenizer.from_pretrained(chat, padding_side="left"),
+        )
+
+    settings = {"clients": 2, "topology": "complete", "train": {"rounds": 2, "local_steps": 2}}
+    config = load_config(settings | {"algorithm": {"name": "dec-lora"}})
+    result = simulate(config, tmp_path / "run", learner=SequentialLearner(make_trainer, "reward"), report=False)
+    rounds = select_events(read_events(result.run), RoundDone)
+    assert len(rounds) == 2 and all(done.measures["reward"] > 0 for done in rounds)
+    flat = result.adapters.flat
+    assert torch.allclose(flat[0], flat[1], rtol=0, atol=1e-6), "both have the mean"
+    assert max(float(B.abs().max()) for B in result.adapters.B.values()) > 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("flwr") is None, reason="flwr is not installed: see docs/own-loop.md")
 @pytest.mark.filterwarnings("ignore")
 def test_a_loop_is_a_flower_client_and_then_a_peer(run, models, texts, tmp_path, monkeypatch):
-    import torch
     from flwr.app import ConfigRecord, Context, Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 

@@ -43,7 +43,8 @@ def test_trainers_one_after_another_are_drawn_and_shown(config, tmp_path, evalua
     chosen = config("bert", "algorithm.name=dec-lora", *TRAIN)
     adjust = {} if evaluates else {"adjust": without_rows}
     found = sequential(chosen, tmp_path, report=False, **adjust)
-    assert "one after another" in require_told(found.run, evaluates)
+    page = require_told(found.run, evaluates)
+    assert "of all 3 clients together" in page and "loop_seconds" in page
 
 
 @pytest.mark.parametrize("evaluates", [True, False])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from in_memory import network, together
-from loop_rigs import alone, batches, joined, optimizer_of, own_settings, read, take_steps
+from loop_rigs import alone, batches, joined, optimizer_of, own_settings, peft_model, read, take_steps
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from plain import loss_of
 from test_plain_loops import TRAIN
@@ -142,3 +142,35 @@ def test_a_base_whose_weights_were_re_ordered_is_refused(chosen, tmp_path):
                 pass
         model.state_dict()  # which puts the weights back, and not their scales
     assert not (tmp_path / "peer-0").exists()
+
+
+@pytest.mark.parametrize("state", ["keep", "round"])
+def test_an_optimiser_of_8_bits_trains_one_factor_and_keeps_the_memory_of_the_other(config, tmp_path, state):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing; make test-slow installs it")
+    words = ["clients=1", "topology.kind=complete", "peer.join=1", "train.dtype=fp32", f"train.optimizer_state={state}"]
+    chosen = config("bert", "algorithm.name=adf-lora", "algorithm.interval=1", "train.rounds=3", *words)
+    federation = compose(chosen)
+    model = peft_model(chosen, federation)
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = bitsandbytes.optim.AdamW8bit(list(named.values()), lr=0.01, weight_decay=0.5, min_8bit_size=16)
+    rows = batches(chosen, federation, 0)[0]
+
+    def memory(block):
+        own = [optimizer.state.get(value, {}) for name, value in named.items() if f"lora_{block}" in name]
+        return [each["state1"].clone() for each in own if "state1" in each]
+
+    with alone(chosen, tmp_path, model, optimizer) as peer:
+        for trained, held in (("B", "A"), ("A", "B"), ("B", "A")):
+            still = [value.detach().clone() for name, value in named.items() if f"lora_{held}" in name]
+            before = memory(held)
+            for _ in range(chosen.train.local_steps):
+                loss_of(model, federation.train_data, rows, "classification").backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                assert all(each.dtype == torch.uint8 for each in memory(trained)) and memory(trained)
+                after = [value for name, value in named.items() if f"lora_{held}" in name]
+                assert all(torch.equal(value, was) for value, was in zip(after, still, strict=True))
+                assert all(torch.equal(each, was) for each, was in zip(memory(held), before, strict=True))
+                peer.step()
+
+        assert peer.over

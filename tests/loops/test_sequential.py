@@ -49,6 +49,7 @@ def test_trainers_one_after_another_give_the_simulation_s_adapters(config, tmp_p
     told = select_events(read_events(whole.run), RoundDone)
     for done, expected in zip(select_events(events, RoundDone), told, strict=True):
         assert done.bytes_sent == expected.bytes_sent
+        assert done.measures["loop_seconds"] > 0
     scores = select_events(events, Evaluated)
     assert [each.round for each in scores] == [0, 2, 4] and all(len(each.own) == 3 for each in scores)
     assert "one after another" in " ".join(select_events(events, RunStarted)[0].notes)

@@ -168,16 +168,41 @@ def test_gradients_equal_those_of_opacus(config, monkeypatch):
     rows = drawn_rows(federation, 0)[0]
     moved = (x.flat - federation.learner.fit(x, "AB").flat)[0] * privacy.guarantees[0].expected_rows
 
-    by_slot = _opacus_gradients(GradSampleModule, federation, x, rows)
-    flat = torch.cat([by_slot[slot.block, slot.name].flatten(1) for slot in x.spec.slots], dim=1)
+    weights = _opacus_weights(GradSampleModule, federation, x, rows)
+    flat = torch.cat([weight.grad_sample.flatten(1) for weight in weights], dim=1)
     expected = (flat * (clip / (flat.norm(dim=1, keepdim=True) + 1e-6)).clamp_max(1)).sum(0)
     assert (flat - row_gradients(federation, x, 0, rows, ("A", "B"))).abs().max() < 1e-9
     assert (moved - expected).abs().max() < 1e-6 and expected.abs().max() > 1e-3
     assert (flat.norm(dim=1) > clip).any()
 
 
-def _opacus_gradients(grad_sample, federation, x, rows):
-    """Row gradients [row, ...] by (block, layer), of PEFT's model with the client's values, as opacus finds them."""
+def test_a_noisy_step_is_opacus_own_with_the_same_noise(config, monkeypatch):
+    """Its optimiser clips, adds the vector that our draws give, divides by the expected rows and steps."""
+    pytest.importorskip("opacus", reason="needs the extra privacy")
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer, optimizer
+
+    federation = compose(config("bert", *SGD, "clients=1", "topology=complete", "train.batch=9", "train.dtype=fp64"))
+    x, clip, noise = noisy(federation.start), 0.5, 0.7
+    privacy = private(federation, clip, noise)
+    rows = drawn_rows(federation, 0)[0]
+    found = federation.learner.fit(x, "AB").flat[0]
+
+    weights = _opacus_weights(GradSampleModule, federation, x, rows)
+    drawn = privacy.draws.normal(x.spec.parameters, "privacy step 0", 0, 0)
+    parts = iter(torch.from_numpy(drawn).split([weight.numel() for weight in weights]))
+    monkeypatch.setattr(optimizer, "_generate_noise", lambda std, reference, **_: std * next(parts).view_as(reference))
+    sgd = torch.optim.SGD(weights, lr=1.0)
+    expected = privacy.guarantees[0].expected_rows
+    options = {"noise_multiplier": noise, "max_grad_norm": clip, "expected_batch_size": expected}
+    DPOptimizer(sgd, **options, loss_reduction="mean").step()
+    stepped = torch.cat([weight.detach().flatten() for weight in weights])
+    assert next(parts, None) is None and (stepped - x.flat[0]).abs().max() > 1e-3
+    assert (found - stepped).abs().max() < 1e-9
+
+
+def _opacus_weights(grad_sample, federation, x, rows):
+    """The factors and head of PEFT's model with the client's values, in order, and in each opacus' row gradients."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
@@ -189,7 +214,7 @@ def _opacus_gradients(grad_sample, federation, x, rows):
     names = [layer.name for layer in x.spec.layers]
     model = get_peft_model(base, LoraConfig(r=x.spec.rank, lora_alpha=x.spec.alpha, target_modules=names)).train()
     inside = model.base_model.model
-    weights = {}
+    weights = []
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot in x.spec.slots:
@@ -200,11 +225,11 @@ def _opacus_gradients(grad_sample, federation, x, rows):
             parameter = getattr(inside.get_submodule(slot.name), f"lora_{slot.block}")["default"].weight
         parameter.data.copy_(value)
         parameter.requires_grad_(True)
-        weights[slot.block, slot.name] = parameter
+        weights.append(parameter)
     batch = collate(federation.train_data, [rows], 0, torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of opacus, on hooks of modules without trained weights
         wrapped = grad_sample(model, loss_reduction="sum", strict=False)
         logits = wrapped(**batch.inputs).logits
         torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
-    return {slot: weight.grad_sample for slot, weight in weights.items()}
+    return weights

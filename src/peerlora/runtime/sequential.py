@@ -22,7 +22,7 @@ from peerlora.runtime.loop import assemble_loops, check_settings, loop_config, r
 from peerlora.runtime.plan import plan
 from peerlora.train.handover import Handover, LoopFailed
 from peerlora.train.loop_driver import LoopDriver, plain_optimizer
-from peerlora.train.loop_learner import LoopLearner, LoopTask
+from peerlora.train.loop_learner import SECONDS, LoopLearner, LoopTask
 
 
 class SequentialLearner:
@@ -65,7 +65,7 @@ class SequentialLearner:
         learner = LoopLearner(config.train, self.task, [loop.handover for loop in self._loops], asked=True)
         note = (
             f"learner: {type(trainers[0]).__name__} of every client, one after another: a round takes as long as the "
-            "local steps of all clients together"
+            f"local steps of all {config.clients} clients together; the measure {SECONDS} is a client's mean"
         )
         return assemble_loops(plan(config), adapters[0], start_of(adapters), learner, range(config.clients), note)
 

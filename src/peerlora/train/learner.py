@@ -158,7 +158,11 @@ class StackedLearner(LocalTraining):
         self, rows: Sequence[np.ndarray], x: Adapters, clients: ClientRows
     ) -> tuple[Float[Tensor, "client row"], RowGradients]:
         """The losses of a minibatch's rows, and where their backward leaves gradients; a client may have no row."""
-        shown = [own if len(own) else self.shards.shards[i][:1] for i, own in zip(clients, rows, strict=True)]
+        lengths, shown = self.shards.data.all_lengths, []
+        for i, own in zip(clients, rows, strict=True):
+            some = own if len(own) else self.shards.shards[i]
+            shortest_first = some[lengths[some].argsort(kind="stable")]  # whose first one filler rows are copies of
+            shown.append(shortest_first[: max(1, len(own))])
         width = max(map(len, shown))
         collected = self.model.step.row_gradients = RowGradients(len(clients), len(clients) * width)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,9 @@ from peerlora.train.row_scores import Measure
 
 LOSS = "loss"
 """The name by which a loop logs its training loss, and its loss in an evaluation."""
+
+SECONDS = "loop_seconds"
+"""The measure of a round that has the mean seconds of a client's local steps, where one loop works at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,11 @@ class LoopLearner(InRounds):
             self._known.add(row)
             rule = plan.rule and _OfClient(plan.rule, row)
             job = TrainJob(x.flat[row], blocks, self._settings.local_steps, fresh, rule, self._steps[row])
-            trained = self._reported(row, self.loops[row].ask(job))
+            began = time.perf_counter()
+            report = self.loops[row].ask(job)
+            if self.asked:  # no loop has waited for others meanwhile
+                self._round.stats.measures.setdefault(SECONDS, []).append(time.perf_counter() - began)
+            trained = self._reported(row, report)
             assert trained is not None, "a loop hands its adapters back after local steps"
             for block in blocks:  # what is held stays as it is, not as the loop's dtype rounds it
                 flat[row, x.spec.columns(block)] = trained[x.spec.columns(block)].to(flat)
