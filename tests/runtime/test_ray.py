@@ -45,6 +45,25 @@ def undisturbed(config, tmp_path):
     return chosen, simulate_here(chosen, tmp_path / "here", report=False).adapters
 
 
+def listening(processes):
+    """Addresses at which processes wait for connections."""
+    found = set()
+    for each in processes:
+        try:
+            found |= {own.laddr.ip for own in each.net_connections("inet") if own.status == psutil.CONN_LISTEN}
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_a_cluster_of_ones_own_listens_on_loopback_alone_and_tells_nobody(cluster):
+    there = psutil.Process().children(recursive=True)
+    found = listening([psutil.Process(), *there])
+    assert found and found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    (raylet,) = (each for each in there if each.name() == "raylet")
+    assert raylet.environ()["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
 class Killer:
     """A sink that kills a worker at a moment after a round, in training, in an exchange or at a checkpoint."""
 

@@ -23,7 +23,7 @@ class TaskConfig(Section):
     labels: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the classes, or of the tags of words, in order of their ids; null: read from the data."""
     env: str | None = None
-    """Of flow-policy: point-mass, or a gymnasium id whose actions are a Box, such as Pendulum-v1; else null."""
+    """Of flow-policy: point-mass, or a gymnasium id (or package:id) with Box actions, as Pendulum-v1; else null."""
     blocks: BlockCount = 4
     """Of flow-policy: N, the Euler steps of the flow, each a block with weights of its own."""
     width: Width = 64

@@ -172,7 +172,7 @@ class TrialPool:
         for trial in trials:
             refuse_device(trial.config, self.settings)
         cores = self.settings.cpus_per_worker
-        threads = {trial.config.threads for trial in trials} - {cores, None}
+        threads = {trial.config.threads or cores for trial in trials} - {cores}
         if threads and not self._threads_told:
             self._threads_told = True
             self.warn(

@@ -61,12 +61,12 @@ def check_composition(config: RunConfig, algorithm: Algorithm[Any], topology: To
     _check_init(config, algorithm)
     _check_quantised(config, algorithm)
     algorithm.check_task(config.task.kind)
-    if task_kind(config.task.kind).acts:
-        check_policy(config, algorithm)
+    of_policy = check_policy(config, algorithm) if task_kind(config.task.kind).acts else ()
     check_wrappers(config, traits, topology)
     if config.train.pooled:
         gossip_rounds(topology)
     warnings = (
+        *of_policy,
         *_check_training(name, algorithm, config.train),
         *relay_warnings(config, algorithm, topology),
         *check_privacy(config, algorithm),

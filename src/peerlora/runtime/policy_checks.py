@@ -9,6 +9,7 @@ from peerlora.config.run import RunConfig
 from peerlora.config.sections import EnvironmentPartition
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.train.online.effects import check_effects
 from peerlora.train.online.environment_names import facts_of
 from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
 from peerlora.train.online.episodes import client_environments
@@ -17,8 +18,8 @@ from peerlora.train.online.point_mass import check_values
 from peerlora.train.online.proximal import LOG_DET_ACTIONS
 
 
-def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
-    """Refuse a method that cannot fine-tune flow policies, and an environment that cannot be acted in.
+def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...]:
+    """Refuse a method that cannot fine-tune flow policies, and an environment that cannot be acted in; return warnings.
 
     Raises CompositionError, ConfigError or ExtraMissing, before anything is loaded.
     """
@@ -34,9 +35,12 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             "use algorithm.name=dec-lora, adf-lora or local"
         )
     facts, shape = environment_facts(config), flow_shape(config)
+    assert isinstance(config.partition, EnvironmentPartition)
+    warnings = ()
     if facts.name == POINT_MASS:
-        assert isinstance(config.partition, EnvironmentPartition)
         check_values(client_environments(POINT_MASS, config.partition, config.clients, config.seed).values)
+    else:
+        warnings = check_effects(facts, {**config.partition.vary, **config.partition.values})
     horizon_of(config, facts)
     if config.online.entropy and shape.action > LOG_DET_ACTIONS:
         raise CompositionError(
@@ -55,6 +59,7 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> None:
             f"online.replay={config.online.replay} of {config.clients} clients needs {needed / 1e9:.0f} GB, this "
             f"machine has {main_memory() / 1e9:.0f} GB; keep fewer transitions"
         )
+    return warnings
 
 
 def horizon_of(config: RunConfig, facts: EnvironmentFacts) -> int:

@@ -8,12 +8,16 @@ import pytest
 
 from flow_runs import tiny
 from peerlora.errors import ConfigError, DivergenceError, ExtraMissing, PeerloraError, RunError
+from peerlora.runs.events import PolicyShown
+from peerlora.runs.policy_pictures import policy_pictures
 from peerlora.runtime.compose import compose
 from peerlora.runtime.plan import plan
 from peerlora.train.online.demonstrations import demonstrate, scripted_controller
+from peerlora.train.online.effects import check_effects
 from peerlora.train.online.environment_names import build_environment, facts_of
+from peerlora.train.online.illustrations import illustrate
 from peerlora.train.online.point_mass import HORIZON, PointMass
-from peerlora.train.online.rollout import returns
+from peerlora.train.online.rollout import record, returns
 
 needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium (extra rl) is not installed")
 GYM = ["task.env=Pendulum-v1", "partition.values={}"]
@@ -106,6 +110,57 @@ def test_what_gymnasium_cannot_serve_is_refused_before_anything_is_loaded(words,
 
 
 @needs_gymnasium
+@pytest.mark.parametrize(
+    ("env", "partition", "told"),
+    [
+        (
+            "Pendulum-v1",
+            "vary: {max_torque: [2.5, 3]}",
+            r"max_torque=2\.5, 3 changes nothing in .*nominal: 2",
+        ),
+        ("Pendulum-v1", "values: {screen_dim: [500, 400, 300]}", "screen_dim=300, 400 changes nothing"),
+    ],
+)
+def test_attributes_without_effect_are_refused(env, partition, told):
+    """The torque limit of a pendulum above its nominal one: its Box of actions stays what it was."""
+    with pytest.raises(ConfigError, match=told):
+        plan(tiny(f"task.env={env}", f"partition={{kind: environment, {partition}}}"))
+
+
+@needs_gymnasium
+def test_values_without_effect_are_warned_of_where_others_have_one():
+    words = ["task.env=Pendulum-v1", "partition={kind: environment, vary: {g: [8, 12], max_torque: [1, 3]}}"]
+    assert any("max_torque=3 changes nothing" in each for each in plan(tiny(*words)).warnings)
+
+
+@needs_gymnasium
+@pytest.mark.parametrize(
+    ("env", "attribute", "value"),
+    [("Pendulum-v1", "max_speed", 4.0), ("MountainCarContinuous-v0", "goal_position", 0.4)],
+)
+def test_values_whose_effect_needs_a_good_policy_are_found(env, attribute, value):
+    assert check_effects(facts_of(env), {attribute: [value]}) == ()
+
+
+@needs_gymnasium
+def test_an_environment_of_a_package_is_imported_as_gymnasium_does(tmp_path, monkeypatch):
+    (tmp_path / "own_pendulums.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('OwnPendulum-v0', 'gymnasium.envs.classic_control:PendulumEnv', max_episode_steps=7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert facts_of("own_pendulums:OwnPendulum-v0", ["g"]).horizon == 7
+    values = {"g": np.array([8.0, 12.0])}
+    after = [build_environment(name, 2, values) for name in ("own_pendulums:OwnPendulum-v0", "Pendulum-v1")]
+    first, second = ([each.reset([5, 6]), each.step(np.zeros((2, 1))).reached] for each in after)
+    assert np.array_equal(first, second)
+    with pytest.raises(ConfigError, match=r"the package 'no_such_package' .* cannot be imported"):
+        facts_of("no_such_package:OwnPendulum-v0")
+    with pytest.raises(ConfigError, match=r"'own_pendulums:Pendulumm-v9' is unknown"):
+        facts_of("own_pendulums:Pendulumm-v9")
+
+
+@needs_gymnasium
 def test_clients_have_their_own_gravity_and_length():
     values = {"g": np.array([8.0, 12.0]), "l": np.array([1.0, 1.0])}
     environment = build_environment("Pendulum-v1", 2, values)
@@ -174,3 +229,38 @@ def test_a_policy_learns_on_a_pendulum_of_each_client(cache):
         federation.learner.fit(federation.start, "AB")
     assert stats.losses.isfinite().all()
     assert federation.learner.evaluate(federation.start, federation.eval_data, 4).metric.max() < 0
+
+
+@needs_gymnasium
+@pytest.mark.parametrize(
+    ("env", "vary", "shown"),
+    [
+        ("Pendulum-v1", "{g: [5, 20]}", "angle in radians, 0 is upright"),
+        ("MountainCarContinuous-v0", "{power: [0.001, 0.01]}", "first number of the observation"),
+    ],
+)
+def test_what_a_policy_does_is_traced_in_every_clients_environment(env, vary, shown, cache):
+    federation = compose(tiny(f"task.env={env}", f"partition={{kind: environment, vary: {vary}, each: 2}}"))
+    learner, x = federation.learner, federation.start.rows([0])
+    episodes = learner.environments.episodes(1, learner.horizon, learner.seed)
+    found = illustrate(learner, x, episodes)
+    assert (found.fields, found.shown) == ([], shown) and list(found.traces) == ["0", "1", "2"]
+    learner.model.bind_adapters(x)
+    seen = record(learner.act, episodes.take(np.array([0, 2, 4])), x.flat)  # the first environment of each
+    if env == "Pendulum-v1":
+        sines, cosines = (np.array([turn(own) for own in found.traces.values()]) for turn in (np.sin, np.cos))
+        assert np.allclose(cosines, seen[:, :, 0], atol=1e-6) and np.allclose(sines, seen[:, :, 1], atol=1e-6)
+    else:
+        assert np.array_equal(list(found.traces.values()), seen[:, :, 0])
+    assert len({tuple(own) for own in found.traces.values()}) == 3
+
+
+def test_traces_are_drawn_one_line_per_client(drawn):
+    traces = {"0": [3.0, 2.0, 1.0], "1": [-3.0, -2.0, 0.5], "2": [0.0, 0.1, 0.2]}
+    first = PolicyShown(0, "own", [], "angle in radians", {"0": [1.0]})
+    (picture,) = policy_pictures([first, PolicyShown(4, "averaged", [], "angle in radians", traces)])
+    assert picture.title == "An episode of the averaged policy in the clients' environments"
+    assert [key.label for key in picture.legend] == ["client 0", "client 1", "client 2"]
+    assert len({key.colour for key in picture.legend}) == 3
+    assert all(picture.svg.count(key.colour) >= 1 for key in picture.legend) and "angle in radians" in picture.svg
+    assert policy_pictures([PolicyShown(4, "own", [], "", {})]) == []

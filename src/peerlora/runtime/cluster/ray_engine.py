@@ -28,10 +28,12 @@ class RayEngine(Engine):
 
     def __init__(self, settings: ClusterConfig, exchanged_bytes: int):
         self.settings, self.exchanged_bytes, self._open = settings, exchanged_bytes, ExitStack()
-        self._started, self.notes = False, []
+        self._started = False
+        self._told: list[str] = []
 
     def __enter__(self) -> Self:
-        self.ray = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes, self.notes.append))
+        self.ray: Any = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes, self._told.append))
+        self.notes = tuple(self._told)
         return self
 
     def __exit__(self, *_error: object) -> None:

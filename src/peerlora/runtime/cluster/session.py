@@ -85,19 +85,35 @@ def _start_here(ray: Any, settings: ClusterConfig, stored_bytes: int, note: Call
     less = f" of the {format_bytes(stored_bytes)} that may be under way; the rest goes through the disk"
     note(f"object store of {format_bytes(size)}{less if size < stored_bytes else ''}")
     try:
-        ray.init(
-            address="local",
-            num_cpus=settings.workers * settings.cpus_per_worker,
-            include_dashboard=False,
-            object_store_memory=size,
-            **_QUIET,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=settings.workers * settings.cpus_per_worker,
+                include_dashboard=False,
+                object_store_memory=size,
+                **_QUIET,
+            )
     except (Exception, SystemExit) as error:
         raise ClusterError(
             f"Ray {ray.__version__} cannot be started on this machine ({first_line(error)}) with an object store of "
             f"{format_bytes(size)}; give it main memory and room in {_SHARED_MEMORY} (of a container: --shm-size), or "
             "use one process"
         ) from None
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray listen on loopback alone, also where it was imported before ``_SETTINGS``, which it reads only then."""
+    constants = sys.modules.get("ray._private.ray_constants")
+    joinable = getattr(constants, "ENABLE_RAY_CLUSTER", None)
+    if constants is None or joinable is None:
+        yield
+        return
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = joinable
 
 
 def store_bytes(wanted: int) -> int:

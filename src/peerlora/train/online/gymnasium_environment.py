@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,11 @@ def gymnasium_facts(name: str, varied: Sequence[str]) -> EnvironmentFacts:
     import gymnasium  # pyright: ignore[reportMissingImports]
     from gymnasium.spaces import Box  # pyright: ignore[reportMissingImports]
 
-    if name not in gymnasium.registry:
+    if _own_id(name) not in gymnasium.registry:
         known = [POINT_MASS, *gymnasium.registry]
         raise ConfigError(
             f"task.env={name!r} is unknown{nearest(name, known)}; expected {POINT_MASS}, or an id that gymnasium knows "
-            "and whose actions are a Box, such as Pendulum-v1"
+            "(or package:id, which it imports) and whose actions are a Box, such as Pendulum-v1"
         )
     made = _make(name)
     for what, space in (("actions", made.action_space), ("observations", made.observation_space)):
@@ -111,7 +112,29 @@ def _facts(name: str, made: Any) -> EnvironmentFacts:
     import gymnasium  # pyright: ignore[reportMissingImports]
 
     sizes = (int(np.prod(space.shape)) for space in (made.observation_space, made.action_space))
-    return EnvironmentFacts(name, *sizes, horizon=gymnasium.spec(name).max_episode_steps)
+    return EnvironmentFacts(name, *sizes, horizon=gymnasium.spec(_own_id(name)).max_episode_steps)
+
+
+def nominal_value(name: str, attribute: str) -> float:
+    """What an attribute of an environment is where nobody gives it."""
+    return float(getattr(_make(name), attribute))
+
+
+def _own_id(name: str) -> str:
+    """The id without the package that registers it: "package:Env-v0" is imported first, as by gymnasium.make.
+
+    Raises ConfigError where that package cannot be imported.
+    """
+    package, colon, own = name.rpartition(":")
+    if colon:
+        try:
+            import_module(package)
+        except Exception as error:  # packages of strangers bring out errors of every class
+            raise ConfigError(
+                f"task.env={name}: the package {package!r} that is to register {own} cannot be imported "
+                f"({first_line(error)}); install it, or name another environment"
+            ) from None
+    return own
 
 
 def _make(name: str) -> Any:
