@@ -108,8 +108,8 @@ def tokenizer_digest(tokenizer: Any, chat: bool) -> str:
     """
     rules = _rules(tokenizer) or [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer(_SAMPLE)["input_ids"]]
     template = getattr(tokenizer, "chat_template", None) if chat else None
-    told = [rules, tokenizer.pad_token_id, tokenizer.eos_token_id, template]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    facts = [rules, tokenizer.pad_token_id, tokenizer.eos_token_id, template]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _rules(tokenizer: Any) -> list[Any] | None:

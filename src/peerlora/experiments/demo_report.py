@@ -13,7 +13,7 @@ from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import find_start, scores_of, select_events
 from peerlora.runs.page import picture_html, write_page
 from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 HEAD = (
     "run",
@@ -49,7 +49,7 @@ def write_comparison(folder: Path | str, rows: Sequence[ComparisonRow], findings
     body = [_lead(rows, starts), *(f"<p>{escape(text)}</p>" for text in findings)]
     body += ["<h2>Results</h2>", _table(folder, rows), _unlike(rows, starts)]
     body += [picture_html(picture) for picture in _pictures(rows, starts)]
-    with write_failures_told(folder, lambda: "compare again; the runs are whole"):
+    with describe_write_failures(folder, lambda: "compare again; the runs are whole"):
         folder.mkdir(parents=True, exist_ok=True)
         return write_page(folder / "report.html", f"{len(rows)} runs compared", body)
 

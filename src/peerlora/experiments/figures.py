@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     """[point] mean over seeds."""
     y: np.ndarray
     """[seed, point]"""
-    apart: bool
+    separate: bool
     """Whether the last point is on other rows than those before, so that no line leads there."""
     uneven: bool
     """Whether the last evaluations of the seeds are after different rounds."""
@@ -94,8 +94,8 @@ def _curves(panel: Mapping[str, Sequence[Outcome]], costs: Costs) -> dict[str, C
             continue
         x, y = np.array([[own[place] for place in common] for own in each], float).transpose(2, 0, 1)
         last = {score.round for run in runs for score in evaluations(run.events)[-1:]}
-        apart = common[-1] == "end" and any(_ends_on_other_rows(run.events) for run in runs)
-        found[label] = Curve(x.mean(0), y, apart, common[-1] == "end" and len(last) > 1)
+        separate = common[-1] == "end" and any(_ends_on_other_rows(run.events) for run in runs)
+        found[label] = Curve(x.mean(0), y, separate, common[-1] == "end" and len(last) > 1)
     return found
 
 
@@ -212,8 +212,8 @@ def _p_chart(lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Chart:
 def _lines(name: str, title: str, lines: Mapping[str, Curve], xlabel: str) -> Picture:
     with figures.svg_figure(name, title, size=(7.4, 3.6)) as (figure, out):
         axes = figures.add_axes(figure, xlabel=xlabel)
-        for (x, y, apart, _), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
-            line = slice(None, -1 if apart else None)
+        for (x, y, separate, _), colour in zip(lines.values(), figures.line_colours(len(lines)), strict=True):
+            line = slice(None, -1 if separate else None)
             axes.fill_between(x[line], y.min(0)[line], y.max(0)[line], color=colour, alpha=0.12, linewidth=0)
             axes.plot(x[line], y.mean(0)[line], color=colour, linewidth=2.0, **figures.point_markers(list(x)))
             if separate:
@@ -224,7 +224,7 @@ def _lines(name: str, title: str, lines: Mapping[str, Curve], xlabel: str) -> Pi
 
 def _lines_note(curves: Collection[Curve]) -> str:
     notes = []
-    if any(each.apart for each in curves):
+    if any(each.separate for each in curves):
         notes.append("Lines: on eval.rows of the evaluation rows. Diamonds after the last round: on all of them.")
     if any(each.uneven for each in curves):
         notes.append("Seeds ended after different rounds: a last point is at the mean of their last ones.")
@@ -234,8 +234,8 @@ def _lines_note(curves: Collection[Curve]) -> str:
 def _seeds_chart(lines: Mapping[str, Curve], xlabel: str) -> Chart:
     """Of every line the lowest and highest seed, every seed and their mean; points where the end is on other rows."""
     found = []
-    for (label, (x, y, apart, _)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
-        line = slice(None, -1 if apart else None)
+    for (label, (x, y, separate, _)), colour in zip(lines.items(), figures.line_colours(len(lines)), strict=True):
+        line = slice(None, -1 if separate else None)
         seeds = y if len(y) > 1 else []
         if len(seeds):
             labels = f"{label}, lowest seed", f"{label}, highest seed"

@@ -97,8 +97,8 @@ def _schedule(train: TrainConfig) -> str:
     """The shape of the rate over the rounds, with what differs from its defaults."""
     given = {"warm-up": train.warmup, "floor": train.floor, "decline": train.decay}
     rounds = " rounds" if train.warmup >= 1 else ""
-    told = (f", {name} {value:g}{rounds if name == 'warm-up' else ''}" for name, value in given.items() if value)
-    return train.schedule + "".join(told)
+    parts = (f", {name} {value:g}{rounds if name == 'warm-up' else ''}" for name, value in given.items() if value)
+    return train.schedule + "".join(parts)
 
 
 def _besides(config: RunConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from peerlora.experiments.rate_search import RateSearch
 from peerlora.experiments.statistics import Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text
 from peerlora.files import atomic_file, write_atomically
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 
 def write_results(
@@ -41,7 +41,7 @@ def write_results(
     higher = began is None or began.higher_is_better
     metric, lines = began and began.metric, compare(ended, baseline)
     result = Comparison(folder, lines, metric, higher, baseline, searches, warnings)
-    with write_failures_told(folder, lambda: f"go on: peerlora compare --resume {folder}"):
+    with describe_write_failures(folder, lambda: f"go on: peerlora compare --resume {folder}"):
         write_parquet(folder / "results.parquet", outcomes, searched)
         write_atomically(folder / "table.csv", csv_text(result))
         write_atomically(folder / "table.md", markdown(result))

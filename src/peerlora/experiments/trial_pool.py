@@ -122,7 +122,7 @@ class TrialPool:
         self.ray, self.settings, self.cache, self.warn = ray, settings, cache, warn
         self.lost: Counter[str] = Counter()
         """Trial -> how often its worker was lost."""
-        self._key, self._rows, self._threads_told = "", None, False
+        self._key, self._rows, self._threads_noted = "", None, False
         self.seats = [_Seat(self._actor()) for _ in range(settings.workers)]
         try:
             await_start(ray, [seat.actor for seat in self.seats], settings, warn)
@@ -173,8 +173,8 @@ class TrialPool:
             refuse_device(trial.config, self.settings)
         cores = self.settings.cpus_per_worker
         threads = {trial.config.threads or cores for trial in trials} - {cores}
-        if threads and not self._threads_told:
-            self._threads_told = True
+        if threads and not self._threads_noted:
+            self._threads_noted = True
             self.warn(
                 f"cells compute in {', '.join(map(str, sorted(threads)))} threads (threads), and workers have "
                 f"cpus_per_worker={cores} cores each: they take each other's cores, or leave some unused"

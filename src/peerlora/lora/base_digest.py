@@ -68,15 +68,15 @@ def config_digest(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return None
-    return hashlib.sha256(json.dumps(_told(config.to_diff_dict()), sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_counted(config.to_diff_dict()), sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _told(values: Any) -> Any:
+def _counted(values: Any) -> Any:
     """The values that count, without those that are not set, which a version of the library may not know."""
     if isinstance(values, Mapping):
         kept = {name: value for name, value in values.items() if value is not None and _counts(str(name))}
-        return {str(name): _told(value) for name, value in kept.items()}
-    return [_told(value) for value in values] if isinstance(values, list | tuple) else values
+        return {str(name): _counted(value) for name, value in kept.items()}
+    return [_counted(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def _counts(name: str) -> bool:

@@ -289,7 +289,7 @@ def require_free(folder: Path) -> None:
 
     What a process leaves that is killed while it makes a run folder does not count; the lock tells it from a user's.
     """
-    with write_failures_told(folder, lambda: "choose another --out"):  # one that may not be looked into
+    with describe_write_failures(folder, lambda: "choose another --out"):  # one that may not be looked into
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or not (names <= _HALF_MADE and ("lock" in names or not names)):
         raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")

@@ -50,13 +50,13 @@ def check_answers(config: RunConfig, base: Base, data: Dataset, tokenizer: Any) 
     cut = f"eval.generate given; of {len(data) - len(whole)} of {len(data)} evaluation rows the answer is cut at"
     if not len(whole):
         raise ConfigError(f"{cut} data.max_length={most}, so none has one to compare with; raise it")
-    told = (f"{cut} data.max_length={most}; they are not asked",) if len(whole) < len(data) else ()
+    warned = (f"{cut} data.max_length={most}; they are not asked",) if len(whole) < len(data) else ()
     asked = max(len(last_answer(data, row)[0]) for row in drawn_rows(whole, wanted.rows, config.seed))
     room = room_behind(asked, wanted.max_new_tokens, base.longest)
     if room == wanted.max_new_tokens:
-        return told
+        return warned
     return (
-        *told,
+        *warned,
         f"eval.generate.max_new_tokens={wanted.max_new_tokens} given; {base.source} reads at most {base.longest} "
         f"tokens, and the longest question has {asked}: answers end after {room}",
     )

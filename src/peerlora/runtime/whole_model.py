@@ -150,5 +150,5 @@ def _card(config: RunConfig, base: str, whose: str) -> str:
 def _private(run: Path, client: int | None) -> str:
     """What the README.md tells of privacy: nothing, where the run has none."""
     here = clients_of(run)
-    told = privacy_card(read_json(run / "summary.json"), here.index(client) if here and client is not None else client)
-    return "".join(f"\n- {name}: {value}" for name, value in told.items()) + ("\n" if told else "")
+    facts = privacy_card(read_json(run / "summary.json"), here.index(client) if here and client is not None else client)
+    return "".join(f"\n- {name}: {value}" for name, value in facts.items()) + ("\n" if facts else "")

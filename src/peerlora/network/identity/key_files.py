@@ -15,7 +15,7 @@ PRIVATE, PUBLIC = 0o600, 0o644
 
 def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     """Write a file that must not exist yet; raises IdentityError where it does, or cannot be written."""
-    with _failures_told(path):
+    with _failures_reported(path):
         temporary = _temporary(path, data, mode)
         try:
             os.link(temporary, path)  # unlike a rename, it fails where the name is taken
@@ -30,7 +30,7 @@ def write_new(path: Path, data: bytes, mode: int = PUBLIC) -> None:
 
 def write_over(path: Path, data: bytes, mode: int = PUBLIC) -> None:
     """Replace a file atomically: a reader finds the old or the new one.  Raises IdentityError where it cannot."""
-    with _failures_told(path):
+    with _failures_reported(path):
         temporary = _temporary(path, data, mode)
         try:
             os.replace(temporary, path)
@@ -66,7 +66,7 @@ def read_public(path: Path, what: str, most: int = 1 << 22) -> bytes:
 
 
 @contextmanager
-def _failures_told(path: Path) -> Iterator[None]:
+def _failures_reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -26,8 +26,8 @@ class Notices:
 
     def add(self, level: str, text: str, clients: Sequence[int], round: int) -> None:
         """Add a notice; ``level``: good, info, score or warning; ``clients``: those it is about."""
-        told = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)[:NAMED]}
-        (self._warnings if level == "warning" else self._others).append({**told, "round": round})
+        notice = {"n": self.numbered, "level": level, "text": text[:LONGEST_NOTICE], "clients": list(clients)[:NAMED]}
+        (self._warnings if level == "warning" else self._others).append({**notice, "round": round})
         self.numbered += 1
 
     def all(self) -> list[Notice]:

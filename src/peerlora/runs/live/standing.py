@@ -78,9 +78,9 @@ class Statuses:
     def current(self) -> dict[int, str]:
         """Client -> absent, late, absent or late, refused or catching up; none of them: takes part."""
         found: dict[int, str] = {}
-        told = [(t, client, word) for t, words in self._said.values() for client, word in words.items()]
-        told += [(t, client, word) for lost in self._lost.values() for client, (t, word) in lost.items()]
-        for t, client, word in told:
+        reports = [(t, client, word) for t, words in self._said.values() for client, word in words.items()]
+        reports += [(t, client, word) for lost in self._lost.values() for client, (t, word) in lost.items()]
+        for t, client, word in reports:
             if t >= self._seen.get(client, 0) and client not in self._finished:
                 found[client] = max(word, found.get(client, word), key=_SEVERE.index)
         return found | dict.fromkeys(self._catching, "catching up")

@@ -19,7 +19,7 @@ SHOWN_LINKS = 3000
 """Links of one round that the page gets; a browser is slow beyond."""
 MOST_CLIENTS = 1_000_000
 """Clients of a run; an event that tells of more is damaged."""
-MOST_TOLD = 50
+MOST_NOTICES = 50
 """Latest notices of one client, and latest absences, that the page gets when it asks for the client."""
 _PER_ROUND = ("consensus_A", "consensus_B", "consensus_product", "cross_term", "local_cross_term", "bytes_sent")
 _PER_ROUND += ("contacts", "seconds_train", "seconds_mix", "virtual_seconds")
@@ -34,7 +34,7 @@ class LiveRun:
     def __init__(self):
         self.meta: dict[str, Any] = {}
         self.rounds: dict[int, dict[str, Any]] = {}
-        self.told = Notices()
+        self.noticed = Notices()
         self.loss, self.score, self.sent = Table(0), Table(0), Table(0)
         """``sent``: bytes of peers, which know their own only; those of a run of all clients follow from its links."""
         self.links: dict[int, np.ndarray] = {}
@@ -79,12 +79,12 @@ class LiveRun:
     @property
     def notices(self) -> list[Notice]:
         """What the event list shows."""
-        return self.told.all()
+        return self.noticed.all()
 
     @property
     def numbered(self) -> int:
         """Notices so far."""
-        return self.told.numbered
+        return self.noticed.numbered
 
     @property
     def status(self) -> dict[int, str]:
@@ -125,14 +125,14 @@ class LiveRun:
         begun = sorted(t for t in away if t - 1 not in away)
         facts = {"n": -1, "level": "absence", "clients": [client]}
         text = f"{self._name(client)}: {self._word()}"
-        told = [{**facts, "text": text, "round": t} for t in begun[-MOST_TOLD:]]
-        return sorted([*about[-MOST_TOLD:], *told], key=lambda each: each["round"])
+        others = [{**facts, "text": text, "round": t} for t in begun[-MOST_NOTICES:]]
+        return sorted([*about[-MOST_NOTICES:], *others], key=lambda each: each["round"])
 
     def _bytes(self, client: int) -> dict[str, Row]:
         """What a client had sent after each round: of a peer as it says, else along its links where these are told."""
         if self.meta.get("peers"):
-            told = self.sent.column(client)
-            rounds, each = told["x"], [value or 0.0 for value in told["y"]]
+            column = self.sent.column(client)
+            rounds, each = column["x"], [value or 0.0 for value in column["y"]]
         else:
             rounds = [float(t) for t in sorted(self.links)]
             each = [float(self._sends(self.links[int(t)], client) * self._transfer.get(int(t), 0)) for t in rounds]
@@ -264,7 +264,7 @@ class LiveRun:
     def _notice(self, level: str, text: str, clients: Sequence[int]) -> None:
         """Add a notice, of the round in which the run that tells it is."""
         done = self.done.get(clients[0], 0) if self.meta.get("peers") and clients else max(self.rounds, default=0)
-        self.told.add(level, text, clients, done)
+        self.noticed.add(level, text, clients, done)
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:

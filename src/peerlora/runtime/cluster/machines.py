@@ -77,13 +77,13 @@ def await_machines(ray: Any, settings: ClusterConfig, tell: Callable[[str], None
 
     Raises ClusterError where they do not within ``settings.wait`` seconds.
     """
-    end, told = time.monotonic() + settings.wait, False
+    end, reported = time.monotonic() + settings.wait, False
     while reason := lacking(settings, machines_of(ray)):
         if time.monotonic() >= end:
             raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
-        if not told:
+        if not reported:
             tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
-        told = True
+        reported = True
         time.sleep(_LOOK)
 
 

@@ -29,11 +29,11 @@ class RayEngine(Engine):
     def __init__(self, settings: ClusterConfig, exchanged_bytes: int):
         self.settings, self.exchanged_bytes, self._open = settings, exchanged_bytes, ExitStack()
         self._started = False
-        self._told: list[str] = []
+        self._noted: list[str] = []
 
     def __enter__(self) -> Self:
-        self.ray: Any = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes, self._told.append))
-        self.notes = tuple(self._told)
+        self.ray: Any = self._open.enter_context(ray_session(self.settings, self.exchanged_bytes, self._noted.append))
+        self.notes = tuple(self._noted)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -110,13 +110,13 @@ def await_start(
 
     Raises WorkersLost where they don't start in time, ClusterError where a machine cannot start one.
     """
-    told = False
+    reported = False
 
     def waiting() -> str:
         nonlocal told
-        if not told:
+        if not reported:
             tell(f"workers wait for cores and GPUs that others use: {describe_free(ray)}")
-        told = True
+        reported = True
         return lacking(settings, machines_of(ray))
 
     free = "to start; are so many cores and GPUs free?"

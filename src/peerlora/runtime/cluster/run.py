@@ -223,7 +223,7 @@ class Driver:
     def _trainer(
         self,
         group: WorkerGroup,
-        told: Sequence[str],
+        further: Sequence[str],
         store: RunStore,
         sinks: Sequence[Sink],
         stop: Stop,
@@ -235,7 +235,7 @@ class Driver:
         notes.append(plan_transfers(links, self.placement, group.nodes).describe())
         learner: Any = RemoteLearner(self.federation, parts)
         exchange: Any = RemoteExchange(self.config.clients, parts)
-        notes = (*self.federation.notes, *notes, *told)
+        notes = (*self.federation.notes, *notes, *further)
         config = self.config.model_copy(update={"device": "cpu"})  # where the driver keeps what it collects
         federation = replace(self.federation, config=config, learner=learner, exchange=exchange, notes=notes)
         clients = ClusterClients(federation, parts, events)

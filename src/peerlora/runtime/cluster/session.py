@@ -38,7 +38,7 @@ _SETTINGS = {
 
 @contextmanager
 def ray_session(
-    settings: ClusterConfig, stored_bytes: int = 0, note: Callable[[str], None] = lambda told: None
+    settings: ClusterConfig, stored_bytes: int = 0, note: Callable[[str], None] = lambda text: None
 ) -> Iterator[Any]:
     """Connect, and yield the module ``ray``; what was started here ends with it.
 

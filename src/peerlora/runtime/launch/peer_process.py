@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 
 
 @dataclass
@@ -47,7 +47,7 @@ class PeerProcess:
         In a session of its own, so that a terminal's Ctrl-C reaches `launch` alone: a second signal would end a peer
         without its checkpoint.
         """
-        with write_failures_told(self.log.parent, lambda: "launch again with another --out"):
+        with describe_write_failures(self.log.parent, lambda: "launch again with another --out"):
             opened = open(self.log, "ab")
         with opened as log:
             self.process = subprocess.Popen(

@@ -20,7 +20,7 @@ from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import sign_list, write_list
 from peerlora.network.protocol.event_loop import EventLoopThread
 from peerlora.runs.store import new_folder, require_free
-from peerlora.runs.write_failures import write_failures_told
+from peerlora.runs.write_failures import describe_write_failures
 from peerlora.runtime.compose import resolve_threads
 from peerlora.runtime.launch.faults import Fault
 from peerlora.runtime.launch.peer_process import PeerProcess
@@ -55,7 +55,7 @@ def launch(
     finally:
         federation.close()
     summary = federation.summary()
-    with write_failures_told(folder, lambda: "see the peers' own summaries there, all have ended"):
+    with describe_write_failures(folder, lambda: "see the peers' own summaries there, all have ended"):
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -72,7 +72,7 @@ class LocalFederation:
         self.relays: dict[tuple[int, int], Relay] = {}
         self.sites = [f"peer-{client}" for client in range(config.clients)]
         plan_peer(self.config, Site(0, dict(enumerate(self.sites)), f"launch/{self.config.peer.run}"))
-        with write_failures_told(folder, lambda: "choose another --out"):
+        with describe_write_failures(folder, lambda: "choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.yaml", self.config.to_yaml())
         self.ports = free_ports(config.clients)

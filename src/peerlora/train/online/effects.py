@@ -30,13 +30,13 @@ def check_effects(facts: EnvironmentFacts, values: Mapping[str, Sequence[float]]
         idle = [value for value in others if not has_effect(facts, attribute, value)]
         if not idle:
             continue
-        told = (
+        sentence = (
             f"partition: {attribute}={', '.join(f'{value:g}' for value in idle)} changes nothing in {facts.name} that "
             f"episodes of full, random and scripted actions show (nominal: {nominal:g})"
         )
         if idle == others:
-            raise ConfigError(f"{told}, so clients would be alike; use other values, or another attribute")
-        warnings += (f"{told}; clients with such values may be alike",)
+            raise ConfigError(f"{sentence}, so clients would be alike; use other values, or another attribute")
+        warnings += (f"{sentence}; clients with such values may be alike",)
     return warnings
 
 
