@@ -113,7 +113,7 @@ def await_start(
     reported = False
 
     def waiting() -> str:
-        nonlocal told
+        nonlocal reported
         if not reported:
             tell(f"workers wait for cores and GPUs that others use: {describe_free(ray)}")
         reported = True
