@@ -42,6 +42,7 @@ def finished(config, models, tmp_path, monkeypatch):
     [
         ("bert", ["train.dtype=bf16"]),
         ("bert", ["train.dtype=fp64", "adapter.init=pissa", "algorithm.name=dec-lora"]),
+        ("gpt2", ["train.dtype=fp32", "adapter.init=olora", "algorithm.name=dec-lora"]),
         ("gpt2", ["task.kind=causal-lm", "data.label=null", "train.dtype=fp32"]),
     ],
 )

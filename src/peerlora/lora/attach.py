@@ -204,6 +204,7 @@ def _shifted(model: Any, targets: Tensor) -> Tensor:
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Tensor], targets: Tensor | None) -> dict[str, Tensor]:
     """The inputs of a model whose decoder is to write ``targets``: these, one place to the right."""
+    assert targets is not None
     shifted = _shifted(model, targets)
     return {**inputs, "decoder_input_ids": shifted}
 

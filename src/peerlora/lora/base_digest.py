@@ -65,7 +65,7 @@ def config_digest(model: nn.Module) -> str | None:
 
     Names, paths, precision and versions are left out, and dropout, which ``model.dropout`` sets.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_diff_dict"):
         return None
     return hashlib.sha256(json.dumps(_counted(config.to_diff_dict()), sort_keys=True, default=str).encode()).hexdigest()

@@ -287,7 +287,8 @@ def _principal(config: RunConfig, base: Base, targets: Targets) -> tuple[Princip
     weights = weights_of(base.model, [layer.name for layer in targets.layers])
     halved = config.train.dtype == "auto"
     originals = {f"{name}.base.weight": tensor_digest(weight, halved) for name, weight in weights.items()}
-    originals |= {f"{name}.weight": tensor_digest(weight, halved=True) for name, weight in weights.items()}
+    kept = {name: base.model.get_parameter(f"{name}.weight") for name in weights}  # GPT-2's are transposed
+    originals |= {f"{name}.weight": tensor_digest(weight, halved=True) for name, weight in kept.items()}
     spec = AdapterSpec(targets.layers, rank, config.adapter.alpha, rslora=config.adapter.rslora)
     return take_principal(weights, rank, spec.scaling(rank), config.adapter.init), originals
 
