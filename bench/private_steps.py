@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from markers import insert
 from speed import Shape, Stacked, federation, interleaved, ratio
 
-RESULTS, PAGE = Path("bench/results/private_steps.json"), Path("docs/privacy.md")
+RESULTS = Path("bench/results/private_steps.json")
 BATCH, TOKENS = 16, 32
 WAYS = {
     "plain": (),
@@ -44,10 +45,10 @@ def measure(clients: int, steps: int, turns: int, words: list[str]) -> dict[str,
     }
 
 
-def line(found: list[dict[str, Any]], turns: int, steps: int) -> str:
+def line(whole: dict[str, Any]) -> str:
     """The sentence of docs/privacy.md."""
     told = []
-    for each in found:
+    for each in whole["of"]:
         ways = [
             f"{own['median']:.2f} times with {name} noise ({own['least']:.2f} to {own['most']:.2f})"
             for name, own in each["ratio"].items()
@@ -55,9 +56,9 @@ def line(found: list[dict[str, Any]], turns: int, steps: int) -> str:
         who = "one client" if each["clients"] == 1 else f"{each['clients']} clients in one graph"
         told.append(f"of {who} {' and '.join(ways)}, of {each['ms']['plain']:.0f} ms")
     return (
-        f"A private step takes, in processor time of an ordinary one (MiniLM, batch {BATCH}, {TOKENS} tokens, one "
-        f"thread): {'; '.join(told)} (median, least and most of {turns} turns of {steps} steps, "
-        "`bench/private_steps.py`)."
+        f"A private step takes, in processor time of an ordinary one (MiniLM, batch {whole['batch']}, "
+        f"{whole['tokens']} tokens, one thread): {'; '.join(told)} (median, least and most of {whole['turns']} turns "
+        f"of {whole['steps']} steps, load {whole['load']:.0f} when it began, `bench/private_steps.py`)."
     )
 
 
@@ -71,13 +72,15 @@ def main() -> None:
     parser.add_argument("--only-print", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     found = [measure(clients, asked.steps, asked.turns, asked.words) for clients in asked.clients]
-    whole = {"batch": BATCH, "tokens": TOKENS, "steps": asked.steps, "turns": asked.turns, "goal": GOAL, "of": found}
+    whole = {"batch": BATCH, "tokens": TOKENS, "steps": asked.steps, "turns": asked.turns, "load": load}
+    whole |= {"goal": GOAL, "of": found}
     print(json.dumps(whole, indent=1))
-    print(text := line(found, asked.turns, asked.steps))
+    print(text := line(whole))
     if not asked.only_print:
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        insert(PAGE, "private steps", text)
+        insert(Path("docs/privacy.md"), "private-steps", text)
 
 
 if __name__ == "__main__":
