@@ -306,6 +306,5 @@ def test_processes_without_common_rounds(cli, yaml_file, tmp_path, method):
         told = select_events(read_events(tmp_path / "out" / f"peer-{client:02d}"), RoundDone)
         assert [done.round for done in told] == list(range(80))
         assert sum(done.bytes_sent for done in told) > 0 and any("staleness" in done.measures for done in told)
-        assert {reason for done in told for reason in done.missed.values()} <= {"down"}, "no deadline was waited for"
     changes = select_events(read_events(tmp_path / "out" / "peer-00"), NeighbourChanged)
     assert {"down", "up"} <= {change.kind for change in changes if change.client == 2}
