@@ -104,7 +104,7 @@ def _start_here(ray: Any, settings: ClusterConfig, stored_bytes: int, note: Call
 @contextmanager
 def _on_loopback() -> Iterator[None]:
     """Let Ray listen on loopback alone, also where it was imported before ``_SETTINGS``, which it reads only then."""
-    constants = sys.modules.get("ray._private.ray_constants")
+    constants: Any = sys.modules.get("ray._private.ray_constants")
     joinable = getattr(constants, "ENABLE_RAY_CLUSTER", None)
     if constants is None or joinable is None:
         yield
