@@ -18,7 +18,7 @@ from peerlora.runtime.plan import plan
 # Known not to matter to assembling a run of rows whose method neither merges nor relays, without privacy.
 UNREAD = {
     *("recipe", "checkpoint", "clock", "peer", "cluster", "track", "threads", "topology", "algorithm", "eval.every"),
-    *(f"train.{name}" for name in ("lr", "schedule", "warmup", "floor", "decay", "optimizer", "optimizer_state")),
+    *(f"train.{name}" for name in ("lr", "schedule", "warmup", "floor", "decay", "optimizer")),
     *(f"train.{name}" for name in ("momentum", "weight_decay", "clip", "max_seconds", "local_steps", "accumulate")),
     *("train.rounds", "train.quiet"),
 }

@@ -86,7 +86,7 @@ def test_peers_and_grids_need_rounds(in_epochs):
     chosen = in_epochs(2)
     with pytest.raises(CompositionError, match="all sites count the same rounds"):
         plan_peer(chosen, Site(0, {client: f"site{client}" for client in range(4)}, "run"))
-    assert "compared by their rounds" in str(_refusal(chosen, None, {}))
+    assert "compared by their rounds" in str(_refusal(chosen, None, {}, None))
 
 
 def test_rows_that_clients_are_scored_on_are_no_training_rows(config, in_epochs, tmp_path):

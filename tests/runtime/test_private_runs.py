@@ -405,7 +405,7 @@ def test_exactly_one_of_epsilon_and_noise_is_given(config, words):
 def test_missing_accountants_are_told_before_anything_is_read(config, monkeypatch):
     monkeypatch.setattr("peerlora.runtime.privacy.has_accountants", lambda: False)
     monkeypatch.setitem(__import__("sys").modules, "opacus", None)
-    with pytest.raises(ConfigError, match="install the extra"):
+    with pytest.raises(ConfigError, match="pip install"):
         plan(config("bert", "privacy.noise=1"))
 
 

@@ -29,7 +29,7 @@ _OF_RUNNING = (
 )
 _OF_OPTIMISER = (
     *("train.lr", "train.schedule", "train.warmup", "train.floor", "train.decay", "train.optimizer"),
-    *("train.optimizer_state", "train.momentum", "train.weight_decay", "train.clip"),
+    *("train.momentum", "train.weight_decay", "train.clip"),
 )
 _OF_STEPS = ("train.local_steps", "train.accumulate")
 _OF_ROUNDS = ("train.rounds", "train.quiet")

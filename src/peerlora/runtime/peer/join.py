@@ -21,7 +21,6 @@ from peerlora.randomness import torch_generator
 from peerlora.runs.store import START_FILE
 from peerlora.runtime.compose import Federation
 from peerlora.runtime.loop import OwnLoop, assemble_loops, check_settings, loop_config, require_rank, start_of
-from peerlora.runtime.peer.participation import check_quorum
 from peerlora.runtime.plan import Plan
 from peerlora.runtime.trainer import CheckpointRule, Result, Sink
 from peerlora.train.handover import Handover, LoopFailed
@@ -125,6 +124,8 @@ class JoinedPeer:
         self._join()
         self._handover.check()
         if self.result is not None:
+            from peerlora.runtime.peer.participation import check_quorum  # which needs the extra peer
+
             check_quorum(self.result.summary, self.config)
 
     def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
