@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from processes import Processes
-from test_real_processes import WORDS, rounds, told
+from test_real_processes import WORDS, rounds, told, until_round
 
 PREFIX = f"plx{os.getpid() % 10000}"
 
