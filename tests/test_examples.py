@@ -193,6 +193,7 @@ def test_texts_may_have_several_labels(run):
     assert last.averaged_loss < first.averaged_loss - 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
 def test_digits_are_told_apart_by_clients_that_hold_different_ones(tmp_path, monkeypatch, capsys):
     out, fewer = tmp_path / "run", ["train.rounds=10", "threads=1", "eval.every=10"]

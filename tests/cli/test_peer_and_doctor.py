@@ -111,6 +111,7 @@ def test_what_a_peer_refuses(cli, yaml_file, sites, tmp_path):
     assert answer.code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("uvicorn") is None, reason="uvicorn is not installed (pip install '.[watch]')")
 def test_all_that_a_peer_writes_to_stderr_is_json_its_page_and_its_error_too(process, yaml_file, sites, tmp_path):
     path = yaml_file(*WORDS[:-1])  # with a quorum, which one alone does not reach

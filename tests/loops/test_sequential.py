@@ -126,6 +126,7 @@ for begin in (
 """
 
 
+@pytest.mark.slow
 def test_without_the_extra_peer_only_peers_are_missing():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
