@@ -2,7 +2,7 @@
 
     python bench/cluster.py --repeats 3 --out bench/results/cluster.json
 
-Needs Ray and two quiet cores, for twenty minutes; each part is written when it is done, and the table of docs/cluster.md
+Needs Ray and two quiet cores, for twenty minutes; each part is written when it is done, and docs/cluster.md has a table
 of all of them.  Rates are of rounds, start and end of a run left out; MiniLM, batches of 8, 32 tokens.
 """
 
@@ -64,7 +64,12 @@ def comparing(repeats: int) -> dict:
     """Twelve small cells on two workers of one thread against one process of one thread."""
     grid = load_grid(
         {
-            "base": {"clients": 4, "threads": 1, "data": {"max_length": 32}, "train": {"rounds": 4, "local_steps": 4}},
+            "base": {
+                "clients": 4,
+                "threads": 1,
+                "data": {"max_length": 32, "eval_per_class": 10},
+                "train": {"rounds": 4, "local_steps": 4},
+            },
             "axes": {"algorithm.name": ["dec-lora", "fedsa-lora", "ffa-lora", "rolora"]},
         }
     )
