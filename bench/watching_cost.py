@@ -142,14 +142,14 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(one(arguments.case, arguments.rounds)))
         return
-    found = {}
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for case in arguments.cases:
         words = [sys.executable, __file__, "--case", case, "--rounds", str(arguments.rounds)]
         done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
         found[case] = json.loads(done.stdout.splitlines()[-1])
         print(f"{case}: {found[case]}", file=sys.stderr)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
