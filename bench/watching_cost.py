@@ -1,6 +1,6 @@
 """What a run that is watched pays for it: processor time of the live page and of each tracker, per second of the run.
 
-    python bench/watching_cost.py --rounds 60
+    python bench/watching_cost.py --rounds 8
 
 Every case is a run of its own, in a process of its own: MiniLM, ten clients, 5 steps of 8 rows a round, an evaluation
 in every fifth round.  Trackers work on threads of the run, the page and what trackers start are processes beside it;
@@ -118,7 +118,7 @@ def one(case: str, rounds: int) -> dict[str, float]:
     meter, page = Meter(), dict[str, float]()
     meter.wrap()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MLFLOW_TRACKING_URI": f"file:{folder}/mlruns", "TRACKIO_DIR": f"{folder}/trackio"}
+        os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "TRACKIO_DIR": f"{folder}/trackio"}
         config = load_config(None, [*WORDS, f"train.rounds={rounds}", f"track=[{','.join(CASES[case])}]"])
         out = Path(folder) / "run"
         if case == "page":
@@ -135,7 +135,7 @@ def one(case: str, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
