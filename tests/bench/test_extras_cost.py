@@ -31,7 +31,7 @@ def test_every_extra_is_timed_in_a_run_and_functions_are_put_back(harness, confi
     assert originals() == before
     extras = found["extras"]
     assert set(extras) == set(harness.TIMED) and found["rounds"] == 2
-    assert all(0 <= each["seconds"] < found["run"] for each in extras.values())
+    assert all(each["calls"] > 0 for each in extras.values())
     assert extras["best rounds"]["calls"] == 3, "before the first round, and after both"
     assert extras["schedule"]["calls"] >= 4, "in the learner and in the event of every round"
 
