@@ -136,7 +136,10 @@ def test_values_without_effect_are_warned_of_where_others_have_one():
 @needs_gymnasium
 @pytest.mark.parametrize(
     ("env", "attribute", "value"),
-    [("Pendulum-v1", "max_speed", 4.0), ("MountainCarContinuous-v0", "goal_position", 0.4)],
+    [
+        ("Pendulum-v1", "max_speed", 4.0),
+        *(("MountainCarContinuous-v0", "goal_position", goal) for goal in (0.4, 0.44, 0.46, 0.5)),
+    ],
 )
 def test_values_whose_effect_needs_a_good_policy_are_found(env, attribute, value):
     assert check_effects(facts_of(env), {attribute: [value]}) == ()

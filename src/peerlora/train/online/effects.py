@@ -16,6 +16,7 @@ from peerlora.train.online.environments import Controller, EnvironmentFacts
 from peerlora.train.online.gymnasium_environment import nominal_value
 
 _STEPS = 1000  # of each of the episodes that are compared, at most
+_SHARES = np.linspace(1.0, 0.5, 9)  # of the scripted actions: one pace may pass two goals in the same step
 
 
 def check_effects(facts: EnvironmentFacts, values: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
@@ -72,4 +73,5 @@ def _controllers(facts: EnvironmentFacts) -> Iterator[Controller]:
 
     yield from (constant(1.0), constant(-1.0), random)
     if scripted := scripted_controller(facts.name):
-        yield scripted
+        for share in _SHARES:
+            yield lambda observed, share=share: share * scripted(observed)
