@@ -30,7 +30,7 @@ def take_part(configs, client, folder, namespace=None, hold=None, reports=False)
         report.write_report = lambda *words, **options: None  # figures take longer than these runs
     from peerlora.runtime.peer.run import run_peer
 
-    sinks = [] if hold is None else [Hold(hold, Path(folder) / "go")]
+    sinks = [] if hold is None else [Hold(hold, Path(folder) / f"go-{client}")]
     identities = Path(folder) / "identities"
     for name, yaml in configs.items():
         out = Path(folder) / name / f"peer-{client}"
@@ -80,7 +80,7 @@ class Processes:
         self.running = {}
 
     def start(self, client, hold=None):
-        """``hold``: rounds after which it waits for `release`."""
+        """``hold``: rounds after which it trains no more until `release`; it answers others meanwhile."""
         place = self.hosts[client][0] if self.hosts else None
         given = (self.configs, client, str(self.folder), place, hold, self.reports)
         process = _CONTEXT.Process(target=take_part, args=given)
@@ -88,9 +88,10 @@ class Processes:
         self.running[client] = process
         return process
 
-    def release(self):
-        """Let those go on that hold."""
-        (self.folder / "go").touch()
+    def release(self, *clients):
+        """Let these go on that hold, by default all."""
+        for client in clients or self.running:
+            (self.folder / f"go-{client}").touch()
 
     def run(self, name, client):
         return self.folder / name / f"peer-{client}"

@@ -108,6 +108,31 @@ def test_a_peer_that_hung_and_goes_on_takes_part_again():
     assert {1, 3} <= found.used[found.rounds - 1, 2]
 
 
+def test_a_peer_whose_message_comes_late_asks_in_which_round_the_others_are():
+    """Otherwise it would hear of it with their next message, and train many short rounds for nothing before."""
+    network, ends = MemoryNetwork(map(site, range(2))), []
+
+    async def script():
+        for me in range(2):
+            endpoint = Endpoint(network.transport(site(me)), Expected("run", "ba5e", "5bec"), [site(1 - me)])
+            control = PeerControl(endpoint, {}, DEADLINE)
+            ends.append((endpoint, control, RoundProtocol(endpoint, DEADLINE, lambda kind: 1 << 12, control)))
+            await control.start(ends[me][2])
+            endpoint.start_at(2)
+        await asyncio.gather(*(control.handshake(5.0) for _, control, _ in ends))
+        await asyncio.sleep(5)
+        (mine, _, protocol), (theirs, _, _) = ends
+        theirs.enter(10)
+        outcome = await protocol.exchange((site(1),), b"", lambda header, body: None, DEADLINE)
+        assert outcome.missing == {site(1): "late"}
+        await asyncio.sleep(0.01)
+        assert mine.peers.round_to_follow(3) == (10, site(1))
+        for _, control, _ in ends:
+            await control.close()
+
+    virtual_run(script())
+
+
 def test_a_peer_that_ran_ahead_alone_waits_and_takes_nobody_with_it():
     """Cut off, it has nobody to wait for; those who are still together leave no round out for it when it is back."""
     ahead = {}

@@ -15,7 +15,9 @@ from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from waiting import until
 
-HOLD, ROUNDS = 12, 24
+GONE, HOLD, ROUNDS = 4, 12, 24
+# rounds after which each waits, so that one falls behind by as many on a slow machine as on a quick one
+HOLDS = (HOLD, HOLD, GONE)
 WORDS = [*QUICK, "clients=3", "peer.deadline=4", "peer.join=30", "checkpoint.every=2", "peer.pull=3"]
 
 
@@ -23,10 +25,10 @@ WORDS = [*QUICK, "clients=3", "peer.deadline=4", "peer.join=30", "checkpoint.eve
 def processes(config, tmp_path):
     made = []
 
-    def start(*words, hold=None):
+    def start(*words, hold=(None, None, None)):
         made.append(Processes({"run": config("bert", *WORDS, *words)}, tmp_path))
         for client in range(3):
-            made[0].start(client, hold if client < 2 else None)
+            made[0].start(client, hold[client])
         return made[0]
 
     yield start
@@ -50,7 +52,7 @@ def told(processes, client, about):
 
 def kill_and_restart(processes, client):
     """A client dies and comes back once the others hold, some rounds later; then all come to the end."""
-    until_round(processes, client, 4)
+    until_round(processes, client, GONE)
     processes.running[client].kill()
     processes.running[client].join()
     until_round(processes, 0, HOLD)
@@ -63,7 +65,7 @@ def kill_and_restart(processes, client):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_killed_process_is_missed_and_takes_part_again(processes):
-    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLD)
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLDS)
     kill_and_restart(found, 2)
     for client in (0, 1):
         done = rounds(found, client)
@@ -82,11 +84,12 @@ def test_a_killed_process_is_missed_and_takes_part_again(processes):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_stopped_process_is_missed_and_takes_part_again(processes):
-    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLD)
-    until_round(found, 2, 4)
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", hold=HOLDS)
+    until_round(found, 2, GONE)
     os.kill(found.running[2].pid, signal.SIGSTOP)
     try:
         until_round(found, 0, HOLD)
+        found.release(2)
     finally:
         os.kill(found.running[2].pid, signal.SIGCONT)
     until(lambda: select_events(read_events(found.run("run", 2)), CaughtUp), found.running[2].is_alive)
@@ -102,7 +105,7 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
 def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(processes):
     # Without a checkpoint it comes back with the common start as its replica, wherever it was killed.
     words = ["exchange.codec=top-k", "checkpoint.every=1000"]
-    found = processes(f"train.rounds={ROUNDS + 10}", "train.local_steps=10", *words, hold=HOLD)
+    found = processes(f"train.rounds={ROUNDS + 10}", "train.local_steps=10", *words, hold=HOLDS)
     kill_and_restart(found, 2)
     told = [[each.measures.get("whole_replicas", 0) for each in rounds(found, client)] for client in range(3)]
     assert all(sum(each) >= 1 for each in told) and sum(told[2]) >= 2
@@ -114,7 +117,7 @@ def test_a_killed_process_of_compressed_gossip_gets_and_sends_whole_replicas(pro
 @pytest.mark.parametrize("relaying", ["exchange.relay={}", "algorithm.name=cached-dfl"])
 def test_a_killed_process_goes_on_with_the_relayed_adapters_of_its_checkpoint(processes, relaying):
     """Over gRPC every entry is signed; on a path the two ends know each other by the one between them alone."""
-    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", "topology.kind=path", relaying, hold=HOLD)
+    found = processes(f"train.rounds={ROUNDS}", "train.local_steps=10", "topology.kind=path", relaying, hold=HOLDS)
     kill_and_restart(found, 2)
     events = read_events(found.run("run", 2))
     assert len(select_events(events, Resumed)) == 1

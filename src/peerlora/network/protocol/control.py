@@ -19,6 +19,7 @@ from peerlora.network.protocol.wire import Fact, Header, Kind, encode_body, enco
 _PROBE = 0.5  # seconds between two probes of a neighbour that is absent
 _RETRY = 0.2  # seconds between two handshakes with a neighbour that cannot be reached yet
 _EXPECTED = ("late", "replay", "from-the-future", "no-replica")  # refusals that are part of an exchange
+_LATE = "late, there"  # refusal of a neighbour that has gone on: in which round it is, it says when it is asked
 _MAY_END = refused_for("wrong-run")  # a run that may be over soon, so it is worth to try again
 _SETTING = "setting "  # prefix of the facts of a ``hello`` that hold a config section's hash
 
@@ -186,6 +187,13 @@ class PeerControl:
             raise
         self.endpoint.peers.mark_present(peer)
 
+    async def _locate(self, peer: PeerId) -> None:
+        """Ask a neighbour for a ``hello`` of its own, whose header says in which round it is.
+
+        Its next message may be long in coming, and this peer train rounds meanwhile that are over for all others.
+        """
+        await self._send_hello(peer, self.deadline, answer=1)
+
     async def _send_hello(self, peer: PeerId, deadline: float, answer: int) -> None:
         facts = {f"{_SETTING}{name}": value for name, value in self.settings.items()}
         of_sums = self.sender_sets.hello_facts if self.sender_sets else {}
@@ -231,6 +239,8 @@ class PeerControl:
                 self.endpoint.peers.mark_absent(event.peer)
             elif event.kind == "up":
                 self._send_in_background("hello", event.peer, self._probe)
+            elif event.detail.startswith(_LATE):
+                self._send_in_background("locate", event.peer, self._locate)
 
     async def _probe_absent(self) -> None:
         """Probe absent peers every ``_PROBE`` seconds."""
