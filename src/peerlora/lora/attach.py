@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from peerlora.errors import ModelError
@@ -19,6 +21,7 @@ from peerlora.lora.adapters import Adapters, AdapterSpec, LayerSpec
 from peerlora.lora.base_weights import top_modules, within
 from peerlora.lora.layer import ClientDropout, Layout, StackedEmbedding, StackedHead, StackedLinear, Step
 from peerlora.lora.merged import Merged
+from peerlora.lora.word_places import WordPlaces
 
 _QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))
 """How models name their attention's projections."""
@@ -254,6 +257,7 @@ class StackedModel:
             for name, module in list(base.named_modules()):
                 if isinstance(module, nn.Dropout):
                     self._swap(name, ClientDropout(base_dropout, self.step))
+        self._words = WordPlaces(base)
 
     def _swap(self, name: str, module: nn.Module) -> None:
         self._originals[name] = self.base.get_submodule(name)
@@ -261,6 +265,7 @@ class StackedModel:
 
     def detach(self) -> nn.Module:
         """The base model as it came."""
+        self._words.close()
         for name, module in reversed(self._originals.items()):
             self.base.set_submodule(name, module)
         self._originals.clear()
@@ -318,12 +323,23 @@ class StackedModel:
         finally:
             self.step.streams = None
 
-    def __call__(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
-        """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are."""
+    def __call__(
+        self, inputs: dict[str, Tensor], origin: Any = None, places: Bool[Tensor, "row token"] | None = None
+    ) -> Tensor:
+        """Logits of client-major rows, in fp32 or better; ``origin`` says which rows of which data set they are.
+
+        ``places``: of a language model, those whose logits are wanted; where they can be chosen, these alone come, as
+        [place, word].
+        """
         self.step.shape = _shape_of(inputs)
         if "decoder_input_ids" in inputs:
             self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
-        logits = self.forward({name: value for name, value in inputs.items() if name in self._read}, origin)
+        read = {name: value for name, value in inputs.items() if name in self._read}
+        logits = (
+            self.forward(read, origin)
+            if places is None
+            else self._words.logits(partial(self.forward, read, origin), places)
+        )
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:

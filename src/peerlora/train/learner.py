@@ -30,7 +30,7 @@ from peerlora.train.optim import Moments, step
 from peerlora.train.privacy import PrivateStep
 from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
-from peerlora.train.tasks import Task, loss_terms, outcomes_width
+from peerlora.train.tasks import Task, loss_terms, needed_places, outcomes_width
 from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
 from peerlora.tree import equal_rows
 
@@ -177,7 +177,8 @@ class StackedLearner(LocalTraining):
         """Logits of a training minibatch, and the minibatch."""
         batch = self._collated(self.shards.data, rows, x)
         self.model.step.extents, self.model.step.written = batch.extents, batch.written
-        return self.model(batch.inputs, batch.origin if self._rows_return else None), batch
+        origin = batch.origin if self._rows_return else None
+        return self.model(batch.inputs, origin, needed_places(self.task, batch)), batch
 
     def _streams(self, clients: ClientRows) -> list[torch.Generator]:
         """Each client's draws of dropout."""
@@ -278,7 +279,7 @@ class StackedLearner(LocalTraining):
         """Logits of some rows for each of these clients, and their batch; nothing drops."""
         self.model.bind_adapters(x)
         batch = self._collated(data, rows, x)
-        return self.model(batch.inputs, batch.origin), batch
+        return self.model(batch.inputs, batch.origin, needed_places(self.task, batch)), batch
 
     def _collated(self, data: Dataset, rows: Sequence[np.ndarray], x: Adapters) -> Batch:
         left = self.model.step.layout.padding == "left"

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from peerlora.config.task_kinds import KINDS, Target, TaskKind, task_kind
@@ -25,7 +25,8 @@ from peerlora.train.metrics import counts_of_entities, counts_of_labels, pooled_
 class Task(Protocol):
     """The training half of a ``TaskKind`` of rows: losses per client for training, outcomes per row for scoring.
 
-    A task whose mean losses are not over rows also has ``loss_terms``, see the function of that name.
+    A task whose mean losses are not over rows also has ``loss_terms``, one that needs some places' logits only has
+    ``needed_places``; see the functions of these names.
     """
 
     kind: ClassVar[TaskKind]
@@ -162,24 +163,35 @@ class TokenLosses(ABC):
 
     @abstractmethod
     def targets(self, batch: Batch) -> Int[Tensor, "row token"]:
-        """What is to be predicted, by the places of ``predictions``: UNLEARNED where it does not count."""
+        """What is to be predicted: UNLEARNED where it does not count."""
 
-    def predictions(self, logits: Tensor) -> Float[Tensor, "row token label"]:
-        """The logits of the places that predict something."""
-        return logits
+    def predicting(self, batch: Batch) -> Bool[Tensor, "row token"]:
+        """The places of the inputs that predict what counts, in the order of the targets."""
+        return self.targets(batch) != UNLEARNED
 
     def _sums(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Per row, the summed cross-entropy and the number of tokens of which something is learned."""
-        logits, targets = self.predictions(logits), self.targets(batch)
-        each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNLEARNED, reduction="none")
-        known = (targets != UNLEARNED).to(logits.dtype)
-        return each.view_as(known).sum(1), known.sum(1)
+        logits, targets, learned = self._learned(logits, batch)
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return _sums_by_row(each, learned), learned.sum(1).to(logits.dtype)
 
     def _scored(self, logits: Tensor, batch: Batch) -> Float[Tensor, "row 3"]:
         """Per row the summed cross-entropy, the number of learned tokens, and how many are predicted right."""
         loss, tokens = self._sums(logits, batch)
-        right = self.predictions(logits).argmax(-1) == self.targets(batch)  # UNLEARNED is no class
-        return torch.stack([loss, tokens, right.sum(1).to(loss.dtype)], dim=1)
+        logits, targets, learned = self._learned(logits, batch)
+        right = (logits.argmax(-1) == targets).to(loss.dtype)
+        return torch.stack([loss, tokens, _sums_by_row(right, learned)], dim=1)
+
+    def _learned(
+        self, logits: Tensor, batch: Batch
+    ) -> tuple[Float[Tensor, "place label"], Int[Tensor, " place"], Bool[Tensor, "row token"]]:
+        """The logits and targets of the places of which something is learned, and which these are of ``targets``.
+
+        ``logits``: of all places, or of those that predict alone.
+        """
+        targets = self.targets(batch)
+        learned = targets != UNLEARNED
+        return logits if logits.ndim == 2 else logits[self.predicting(batch)], targets[learned], learned
 
     @staticmethod
     def _real(batch: Batch, dtype: torch.dtype) -> Float[Tensor, "client row"]:
@@ -195,11 +207,20 @@ def mean_of_tokens(outcomes: Float[np.ndarray, "row number"]) -> float:
     return float(outcomes[:, 0].sum() / outcomes[:, 1].sum())
 
 
+def _sums_by_row(each: Float[Tensor, " place"], places: Bool[Tensor, "row token"]) -> Float[Tensor, " row"]:
+    """The sum over each row of a number of its places, which come one row after another."""
+    return torch.zeros(places.shape, dtype=each.dtype, device=each.device).masked_scatter(places, each).sum(1)
+
+
 class WrittenTokens(TokenLosses):
     """Cross-entropy of the tokens of texts; the metric is the mean loss per token (lower is better)."""
 
     metric: ClassVar[str] = "loss"
     higher_is_better: ClassVar[bool] = False
+
+    def needed_places(self, batch: Batch) -> Bool[Tensor, "row token"]:
+        """See the function of this name."""
+        return self.predicting(batch)
 
     def outcomes(self, logits: Tensor, batch: Batch) -> Tensor:
         """(summed cross-entropy, numbers of predicted tokens and of those predicted right)."""
@@ -228,9 +249,9 @@ class CausalLM(WrittenTokens):
         padding = batch.inputs["attention_mask"][:, 1:] == 0
         return batch.inputs["input_ids"][:, 1:].masked_fill(padding, UNLEARNED)
 
-    def predictions(self, logits: Tensor) -> Tensor:
-        """All places but the last."""
-        return logits[:, :-1]
+    def predicting(self, batch: Batch) -> Tensor:
+        """Each place predicts the token behind it; the last one has none."""
+        return F.pad(super().predicting(batch), (0, 1))
 
 
 @dataclass(frozen=True)
@@ -302,6 +323,16 @@ def loss_terms(task: Task, batch: Batch) -> Float[Tensor, " client"]:
     """
     count = getattr(task, "loss_terms", None)
     return batch.weights.new_ones(len(batch.weights)) if count is None else count(batch)
+
+
+def needed_places(task: Task, batch: Batch) -> Bool[Tensor, "row token"] | None:
+    """The places whose logits ``losses`` and ``outcomes`` need; None: all.
+
+    A task of tokens may have the method ``needed_places``; its ``logits`` may then be those of these places alone, as
+    [place, word], one row after another.
+    """
+    find = getattr(task, "needed_places", None)
+    return None if find is None else find(batch)
 
 
 def _weighted(row_losses: Tensor, batch: Batch) -> Float[Tensor, " client"]:

@@ -1,0 +1,54 @@
+"""Choice of the places whose words a language model is asked for, ahead of the layer that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from peerlora.lora.layer import StackedHead, StackedLinear
+
+
+class WordPlaces:
+    """Lets the layer that gives a language model's words see some places only, until ``close``.
+
+    That layer is the largest of most models, and its logits are most of what a step holds in memory.  Where it trains
+    or is adapted for each client, which needs equally many places of each, it sees all.
+    """
+
+    def __init__(self, base: nn.Module):
+        words = _layer_of_words(base)
+        self._hook = None if words is None else words.register_forward_pre_hook(self._choose)
+        self._places: Bool[Tensor, "row token"] | None = None
+        self._chosen = False
+
+    def logits(
+        self, forward: Callable[[], Float[Tensor, "row token word"]], places: Bool[Tensor, "row token"]
+    ) -> Float[Tensor, "row token word"] | Float[Tensor, "place word"]:
+        """The logits of a forward pass, those of ``places`` alone where these can be chosen."""
+        self._places, self._chosen = places, False
+        try:
+            found = forward()
+        finally:
+            self._places = None
+        return found.flatten(0, 1) if self._chosen else found
+
+    def close(self) -> None:
+        """Let the layer see all places again."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _choose(self, words: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
+        hidden, *others = inputs
+        if self._places is None or hidden.shape[:-1] != self._places.shape:
+            return None
+        self._chosen = True
+        return (hidden[self._places][None], *others)
+
+
+def _layer_of_words(base: nn.Module) -> nn.Module | None:
+    """The frozen layer from hidden states to words; None of models without one, or where it has weights by client."""
+    words = getattr(base, "get_output_embeddings", lambda: None)()
+    return None if isinstance(words, StackedHead | StackedLinear) else words
