@@ -54,6 +54,8 @@ def assert_same_logits(federation, x, folder, client=1):
     ours, inputs = logits_of(federation, x, client)
     with torch.no_grad():
         theirs = in_peft(federation, folder)(**inputs).logits
+    if ours.ndim == 3:  # what is said of padding is nobody's business
+        ours, theirs = (each[inputs["attention_mask"].bool()] for each in (ours, theirs))
     assert (ours - theirs).abs().max() < 1e-9 * float(theirs.abs().max().clamp_min(1))
 
 

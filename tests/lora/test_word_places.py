@@ -52,12 +52,21 @@ def test_chosen_places_have_the_logits_of_a_pass_that_gives_all(federation, kind
         places[:] = True
     elif chosen != "none":
         places.view(-1)[:: 3 if chosen == "some" else places.numel()] = True
+    if kind != "t5":
+        places &= inputs["attention_mask"].bool()
     with torch.no_grad():
         every = found.model(inputs)
         some = found.model(inputs, places=places)
         again = found.model(inputs)
     assert some.shape == (int(places.sum()), every.shape[-1])
     assert torch.allclose(some, every[places], rtol=1e-5, atol=1e-5) and torch.equal(again, every)
+
+
+def test_places_of_padding_give_all_places(federation):
+    found = federation("llama")
+    inputs, shape = inputs_of(found)
+    assert not inputs["attention_mask"].all()
+    assert found.model(inputs, places=torch.ones(shape, dtype=torch.bool)).shape[:2] == shape
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "all-linear"])

@@ -257,7 +257,7 @@ class StackedModel:
             for name, module in list(base.named_modules()):
                 if isinstance(module, nn.Dropout):
                     self._swap(name, ClientDropout(base_dropout, self.step))
-        self._words = WordPlaces(base)
+        self.words = WordPlaces(base, self.step)
 
     def _swap(self, name: str, module: nn.Module) -> None:
         self._originals[name] = self.base.get_submodule(name)
@@ -265,7 +265,7 @@ class StackedModel:
 
     def detach(self) -> nn.Module:
         """The base model as it came."""
-        self._words.close()
+        self.words.close()
         for name, module in reversed(self._originals.items()):
             self.base.set_submodule(name, module)
         self._originals.clear()
@@ -335,11 +335,7 @@ class StackedModel:
         if "decoder_input_ids" in inputs:
             self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
         read = {name: value for name, value in inputs.items() if name in self._read}
-        logits = (
-            self.forward(read, origin)
-            if places is None
-            else self._words.logits(partial(self.forward, read, origin), places)
-        )
+        logits = self.words.logits(partial(self.forward, read, origin), places)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,16 @@ class Layout:
     """The side on which padding does not change what is said of a row."""
 
 
+@dataclass(frozen=True)
+class PackedPass:
+    """A forward pass on the real tokens alone, all rows in one."""
+
+    linear: Callable[[StackedLinear, Float[Tensor, "1 token d_in"]], Float[Tensor, "1 token d_out"]]
+    """Computes an adapted layer."""
+    padded: Int[Tensor, " token"]
+    """Position of each token in the padded [row * token]."""
+
+
 @dataclass
 class Step:
     """What the layers of one model need to know of the current step; all of them share this object.
@@ -47,6 +57,8 @@ class Step:
     """The same of the decoder, whose tokens are another number."""
     row_gradients: RowGradients | None = None
     """Where the backward of this forward pass leaves the gradients of rows, in place of those of clients."""
+    packed: PackedPass | None = None
+    """Set while a forward pass leaves padding out."""
 
     def dropout(self, x: Float[Tensor, "row ..."], p: float) -> Float[Tensor, "row ..."]:
         """Inverted dropout drawn per client over its own rows and tokens.
@@ -124,6 +136,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
         """One frozen product for all rows, two batched ones for the factors; or one where weights are formed."""
+        if self.step.packed is not None:
+            return self.step.packed.linear(self, x)
         if self.formed is not None:
             z = x.reshape(self.step.clients, -1, self.d_in)
             return _affine(z, self.formed, self.bias).view(*x.shape[:-1], self.d_out)

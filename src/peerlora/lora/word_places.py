@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from peerlora.lora.layer import StackedHead, StackedLinear
+from peerlora.lora.layer import StackedHead, StackedLinear, Step
 
 
 class WordPlaces:
@@ -18,22 +18,24 @@ class WordPlaces:
     or is adapted for each client, which needs equally many places of each, it sees all.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, step: Step):
+        self.step = step
+        self.chosen = False
+        """Whether the latest forward pass gave the logits of some places alone."""
         words = _layer_of_words(base)
         self._hook = None if words is None else words.register_forward_pre_hook(self._choose)
         self._places: Bool[Tensor, "row token"] | None = None
-        self._chosen = False
 
     def logits(
-        self, forward: Callable[[], Float[Tensor, "row token word"]], places: Bool[Tensor, "row token"]
-    ) -> Float[Tensor, "row token word"] | Float[Tensor, "place word"]:
-        """The logits of a forward pass, those of ``places`` alone where these can be chosen."""
-        self._places, self._chosen = places, False
+        self, forward: Callable[[], Tensor], places: Bool[Tensor, "row token"] | None
+    ) -> Float[Tensor, "row *token word"] | Float[Tensor, "place word"]:
+        """The logits of a forward pass; of ``places`` alone, where some are given and can be chosen."""
+        self._places, self.chosen = places, False
         try:
             found = forward()
         finally:
             self._places = None
-        return found.flatten(0, 1) if self._chosen else found
+        return found.flatten(0, 1) if self.chosen else found
 
     def close(self) -> None:
         """Let the layer see all places again."""
@@ -42,10 +44,18 @@ class WordPlaces:
 
     def _choose(self, words: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
         hidden, *others = inputs
-        if self._places is None or hidden.shape[:-1] != self._places.shape:
+        places = self._among_packed(self._places)
+        if places is None or hidden.shape[:-1] != places.shape:
             return None
-        self._chosen = True
-        return (hidden[self._places][None], *others)
+        self.chosen = True
+        return (hidden[places][None], *others)
+
+    def _among_packed(self, places: Bool[Tensor, "row token"] | None) -> Tensor | None:
+        """The same places where padding is left out; None where some of them are padding, which gets no logits."""
+        if places is None or self.step.packed is None:
+            return places
+        packed = places.flatten()[self.step.packed.padded][None]
+        return packed if packed.sum() == places.sum() else None
 
 
 def _layer_of_words(base: nn.Module) -> nn.Module | None:

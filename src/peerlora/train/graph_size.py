@@ -9,6 +9,7 @@ from jaxtyping import Int
 
 PACKED_TOKENS = 2000  # tokens; flat from about 1,000 to 4,000 real tokens: docs/decisions/0009
 PADDED_TOKENS = 512  # tokens; padding grows with the clients that share a graph: docs/decisions/0006
+DECODED_TOKENS = 512  # tokens; a decoder's many layers keep megabytes of each
 _KEPT = 17  # numbers that a transformer block keeps per token and hidden unit for backward (Korthikanti et al. 2022)
 _SHARE = 0.6  # share of the free memory of a GPU; the rest is for gradients, logits and the allocator
 

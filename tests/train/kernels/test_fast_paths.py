@@ -144,7 +144,7 @@ def test_packed_tokens_with_one_active_factor(config, schedule):
 def test_paths_say_where_they_are_off(config):
     bert = compose(config("bert", "train.dtype=fp32")).paths
     assert bert["packed tokens"] is None and "lowest block" in str(bert["frozen prefix"])
-    assert "Llama" in str(compose(config("llama")).paths["packed tokens"])
+    assert "Llama" in str(compose(config("llama")).paths["packed tokens"]), "a classifier"
     assert set(compose(config("bert", "train.fast=false")).paths.values()) == {"train.fast is false"}
     assert "float64" in str(compose(config("bert")).paths["packed weights"])
     assert "model.dropout" in str(compose(config("bert", UPPER, "model.dropout=0.1")).paths["frozen prefix"])

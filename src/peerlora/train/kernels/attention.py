@@ -17,38 +17,59 @@ from peerlora.train.kernels.packing import TokenPacking
 
 def attend(
     q: Float[Tensor, "query width"],
-    k: Float[Tensor, "token width"],
-    v: Float[Tensor, "token width"],
+    k: Float[Tensor, "token shared_width"],
+    v: Float[Tensor, "token shared_width"],
     packing: TokenPacking,
     heads: int,
+    *,
+    shared: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Float[Tensor, "query width"]:
-    """Every row's queries attend to its own tokens.  The queries are all tokens, or each row's first one."""
-    return _Attend.apply(q, k, v, packing, heads)  # pyright: ignore[reportReturnType]
+    """Every row's queries attend to its own tokens.  The queries are all tokens, or each row's first one.
+
+    ``shared``: heads of keys and values, each for as many heads of queries; by default there are equally many.
+    ``causal``: tokens attend to none behind them.  ``scale``: of the scores, by default ``width of a head ** -0.5``.
+    """
+    scale = (q.shape[1] // heads) ** -0.5 if scale is None else scale
+    return _Attend.apply(q, k, v, packing, heads, shared or heads, causal, scale)  # pyright: ignore[reportReturnType]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: TokenPacking, heads: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packing: TokenPacking,
+        heads: int,
+        shared: int,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
         every = len(q) == len(k)  # rows of one token only are the same either way
-        scale = (q.shape[1] // heads) ** -0.5
         out = torch.empty_like(q)
         saved = []
         for group in packing.groups:
             own = group.slots if every else group.rows[:, None]
-            Q, K, V = _heads(q, own, heads), _heads(k, group.slots, heads), _heads(v, group.slots, heads)
-            bias = packing.scores_bias(group, q.dtype)
+            Q = _heads(q, own, heads)
+            K, V = (_repeated(_heads(x, group.slots, shared), heads, shared) for x in (k, v))
             scores = torch.bmm(Q, K.mT).mul_(scale)
-            if bias is not None:
+            if causal:  # no real token then sees padding, which is behind
+                scores.add_(packing.causal_bias(group, q.dtype))
+            elif (bias := packing.scores_bias(group, q.dtype)) is not None:
                 scores.view(len(own), heads, *scores.shape[1:]).add_(bias[:, None])
             P = torch.softmax(scores, -1)
             _scatter(out, own, group.ended if every else None, torch.bmm(P, V), heads)
             saved += [Q, K, V, P]
         ctx.save_for_backward(*saved)
-        ctx.packing, ctx.heads, ctx.scale, ctx.every, ctx.shapes = packing, heads, scale, every, (q.shape, k.shape)
+        ctx.packing, ctx.heads, ctx.shared, ctx.scale, ctx.every = packing, heads, shared, scale, every
+        ctx.shapes = (q.shape, k.shape)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         g = gradients[0]
         dq, (dk, dv) = g.new_empty(ctx.shapes[0]), (g.new_empty(ctx.shapes[1]) for _ in range(2))
         saved = ctx.saved_tensors
@@ -59,9 +80,9 @@ class _Attend(torch.autograd.Function):
             dP = torch.bmm(G, V.mT)
             dS = torch._softmax_backward_data(dP, P, -1, dP.dtype).mul_(ctx.scale)
             _scatter(dq, own, ended, torch.bmm(dS, K), ctx.heads)
-            _scatter(dk, group.slots, group.ended, torch.bmm(dS.mT, Q), ctx.heads)
-            _scatter(dv, group.slots, group.ended, torch.bmm(P.mT, G), ctx.heads)
-        return dq, dk, dv, None, None
+            for found, each in ((dk, torch.bmm(dS.mT, Q)), (dv, torch.bmm(P.mT, G))):
+                _scatter(found, group.slots, group.ended, _summed(each, ctx.heads, ctx.shared), ctx.shared)
+        return dq, dk, dv, *(None,) * 5
 
 
 def _heads(x: Tensor, slots: Tensor, heads: int, ended: Tensor | None = None) -> Float[Tensor, "matrix token part"]:
@@ -71,6 +92,16 @@ def _heads(x: Tensor, slots: Tensor, heads: int, ended: Tensor | None = None) ->
         picked.masked_fill_(ended.reshape(-1, 1), 0)  # else a gradient would reach padding
     rows, tokens = slots.shape
     return picked.view(rows, tokens, heads, -1).transpose(1, 2).reshape(rows * heads, tokens, -1)
+
+
+def _repeated(x: Float[Tensor, "shared token part"], heads: int, shared: int) -> Float[Tensor, "matrix token part"]:
+    """Each matrix of keys or values once for every head of queries that it serves."""
+    return x if heads == shared else x.repeat_interleave(heads // shared, dim=0)
+
+
+def _summed(x: Float[Tensor, "matrix token part"], heads: int, shared: int) -> Float[Tensor, "shared token part"]:
+    """The gradient of what ``_repeated`` was given."""
+    return x if heads == shared else x.unflatten(0, (-1, heads // shared)).sum(1)
 
 
 def _scatter(out: Tensor, slots: Tensor, ended: Tensor | None, parts: Tensor, heads: int) -> None:

@@ -11,10 +11,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from peerlora.lora.layer import StackedLinear
+from peerlora.lora.layer import StackedLinear, Step
 from peerlora.lora.row_gradients import RowGradients, no_gradient
 from peerlora.train.kernels.frozen_linear import FrozenLinear
-from peerlora.train.kernels.packing import TokenPositions
+from peerlora.train.kernels.packing import TokenPacking, TokenPositions
+
+
+def adapted_linear(
+    linear: StackedLinear,
+    x: Float[Tensor, "token d_in"],
+    packing: TokenPacking,
+    positions: TokenPositions,
+    plus: Float[Tensor, "token d_out"] | None = None,
+) -> Float[Tensor, "token d_out"]:
+    """An adapted layer on the tokens at ``positions``, with what its clients have merged, plus ``plus``."""
+    if linear.merged is not None:
+        update = positions.packed(linear.merged.apply(positions.by_client(x)))
+        plus = update if plus is None else plus + update
+    rows = None if linear.step.row_gradients is None else packing.by_row(positions)
+    return lora_linear(linear, x, positions, keep(linear.step, linear.p, x, packing, positions), plus, rows)
+
+
+def keep(
+    step: Step, p: float, x: Float[Tensor, "token width"], packing: TokenPacking, positions: TokenPositions
+) -> Float[Tensor, "token width"] | None:
+    """What dropout multiplies these tokens by, from the draws of the padded forward; None where nothing drops."""
+    found = step.keep((*packing.shape, x.shape[1]), p, x)
+    return None if found is None else found.flatten(0, 1).index_select(0, positions.padded)
 
 
 def lora_linear(

@@ -16,7 +16,7 @@ from peerlora.lora.attach import StackedModel
 from peerlora.lora.layer import ClientDropout, StackedLinear
 from peerlora.train.kernels.attention import attend
 from peerlora.train.kernels.frozen_linear import FrozenLinear
-from peerlora.train.kernels.lora_linear import lora_linear
+from peerlora.train.kernels.lora_linear import adapted_linear, keep
 from peerlora.train.kernels.packing import TokenPacking, TokenPositions
 from peerlora.train.kernels.prefix_cache import HiddenStates, PrefixCache
 
@@ -125,25 +125,16 @@ class PackedEncoder:
         if p == 0.0 or self.step.streams is None:
             return self._linear(output.dense, x, packing, positions, plus)
         y = self._linear(output.dense, x, packing, positions)
-        keep = self._keep(p, y, packing, positions)
-        return plus + (y if keep is None else y * keep)
+        kept = keep(self.step, p, y, packing, positions)
+        return plus + (y if kept is None else y * kept)
 
     def _linear(
         self, linear: nn.Module, x: Tensor, packing: TokenPacking, positions: TokenPositions, plus: Tensor | None = None
     ) -> Tensor:
         if isinstance(linear, StackedLinear):
-            if linear.merged is not None:
-                update = positions.packed(linear.merged.apply(positions.by_client(x)))
-                plus = update if plus is None else plus + update
-            rows = None if self.step.row_gradients is None else packing.by_row(positions)
-            return lora_linear(linear, x, positions, self._keep(linear.p, x, packing, positions), plus, rows)
+            return adapted_linear(linear, x, packing, positions, plus)
         assert isinstance(linear, FrozenLinear)
         return linear(x, plus)
-
-    def _keep(self, p: float, x: Tensor, packing: TokenPacking, positions: TokenPositions) -> Tensor | None:
-        """The same draws as the padded forward's, for these tokens only."""
-        keep = self.step.keep((*packing.shape, x.shape[1]), p, x)
-        return None if keep is None else keep.flatten(0, 1).index_select(0, positions.padded)
 
     def _head(self, x: Float[Tensor, "row 1 width"]) -> Tensor:
         if self.pooler is None:

@@ -111,6 +111,12 @@ class TokenPacking:
             return None
         return torch.zeros(group.ended.shape, dtype=dtype).masked_fill_(group.ended, torch.finfo(dtype).min)
 
+    @staticmethod
+    def causal_bias(group: Group, dtype: torch.dtype) -> Float[Tensor, "token token"]:
+        """Bias of attention scores that gives tokens behind a query's own no weight."""
+        tokens = group.slots.shape[1]
+        return torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu_(1)
+
 
 def _groups(lengths: Int[Tensor, " row"], first: Int[Tensor, " row"]) -> list[Group]:
     order = lengths.argsort(stable=True)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from peerlora.lora.attach import StackedModel
-from peerlora.train.graph_size import PACKED_TOKENS, PADDED_TOKENS, GraphSize
+from peerlora.train.graph_size import DECODED_TOKENS, PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.image_encoder import ImageEncoder, images_unavailable
+from peerlora.train.kernels.packed_decoder import PackedDecoder, decoder_unavailable
 from peerlora.train.kernels.packed_encoder import PackedEncoder, encoder_unavailable
 from peerlora.train.kernels.prefix_cache import HiddenStates
 from peerlora.train.kernels.speed import Speed
@@ -39,6 +40,8 @@ def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = N
     device = next(model.base.parameters()).device.type
     if reads_images(model.base):
         return _use_image_encoder(model, fast, device, shared)
+    if writes_words(model.base):
+        return _use_decoder(model, fast, device)
     reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
     if reason is None and model.targets.saved:
         reason = _SAVED
@@ -58,6 +61,20 @@ def _use_image_encoder(model: StackedModel, fast: bool, device: str, shared: Hid
     return {"packed tokens": "images have no padding", "frozen prefix": reason}
 
 
+def _use_decoder(model: StackedModel, fast: bool, device: str) -> Paths:
+    reason = decoder_unavailable(model, device) if fast else "train.fast is false"
+    if reason is None and model.targets.saved:
+        reason = _SAVED
+    if reason is None:
+        model.forward = PackedDecoder(model)
+    return {"packed tokens": reason, "frozen prefix": "the frozen prefix is for classifiers" if fast else reason}
+
+
+def writes_words(base: nn.Module) -> bool:
+    """Whether a model is a language model, in place of a classifier."""
+    return getattr(base, "get_output_embeddings", lambda: None)() is not None
+
+
 def reads_images(base: nn.Module) -> bool:
     """Whether a model reads pixels, in place of tokens."""
     return getattr(base, "main_input_name", None) == "pixel_values"
@@ -68,8 +85,10 @@ def graph_size(base: nn.Module, paths: Paths) -> GraphSize:
     weight = next(base.parameters())
     if weight.device.type == "cuda" and hasattr(base.config, "num_hidden_layers"):  # convolutions have none
         config, (free, _) = base.config, torch.cuda.mem_get_info(weight.device)
-        words = 0 if base.get_output_embeddings() is None else config.vocab_size  # pyright: ignore
+        words = config.vocab_size if writes_words(base) else 0  # pyright: ignore
         return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize, words)  # pyright: ignore
-    if paths["packed tokens"] is None or reads_images(base):
+    if reads_images(base):
         return GraphSize(PACKED_TOKENS, padded=False)
+    if paths["packed tokens"] is None:
+        return GraphSize(DECODED_TOKENS if writes_words(base) else PACKED_TOKENS, padded=False)
     return GraphSize(PADDED_TOKENS, padded=True)
