@@ -13,7 +13,14 @@ from peerlora.topology.schedule import build_topology
 from peerlora.topology.second_moment import KEPT, SecondMoment
 from peerlora.topology.spectrum import largest_off_mean, mean_gram
 from peerlora.topology.storage import as_dense, from_entries
-from peerlora.topology.weights import metropolis, metropolis_target, pairwise_weights, remove_links, rho
+from peerlora.topology.weights import (
+    metropolis,
+    metropolis_target,
+    pairwise_weights,
+    remove_links,
+    rho,
+    rho_of_eigenvalue,
+)
 
 SETTINGS = {
     "ring": {"kind": "ring"},
@@ -152,6 +159,14 @@ def test_a_large_ring_has_the_rho_of_the_closed_form(sparse, clients):
     sparse()
     expected = (1 + 2 * np.cos(2 * np.pi / clients)) / 3
     assert 1 - topology({"kind": "ring"}, clients).rho() == pytest.approx(1 - expected, rel=1e-4)
+
+
+def test_a_ring_of_a_million_agrees_and_two_of_them_never_do():
+    """An eigenvalue so close to 1 says by itself neither."""
+    gap = 2 / 3 * (1 - np.cos(2 * np.pi / 10**6))
+    assert 1 - rho_of_eigenvalue((1 - gap) ** 2, 10**6, connected=True) == pytest.approx(gap, rel=1e-4)
+    assert rho_of_eigenvalue(1.0, 10**6, connected=True) < 1
+    assert rho_of_eigenvalue((1 - gap) ** 2, 10**6) == 1.0
 
 
 def test_a_random_regular_graph_of_many_clients_mixes_in_a_few_rounds():

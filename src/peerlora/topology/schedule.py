@@ -19,6 +19,7 @@ from peerlora.topology.graphs import (
     build_graph,
     check_out_degree,
     edge_draw,
+    is_connected,
     keep_degrees,
     out_draw,
     pair_draw,
@@ -211,7 +212,7 @@ class Topology:
             kept = list(matrices)
             alone = kept[0].T @ kept[0] if len(kept) == 1 else None
             largest = largest_off_mean(mean_gram(kept, [1] * len(kept)), self.clients, alone)
-            return rho_of_eigenvalue(largest, self.clients)
+            return rho_of_eigenvalue(largest, self.clients, alone is not None and is_connected(alone != 0))
         moment = np.zeros((self.clients, self.clients))
         for W in matrices:
             moment += W.T @ W / rounds
