@@ -248,3 +248,14 @@ def test_many_clients_with_few_neighbours_mix_by_a_sparse_product(graph, sparse)
     assert (operator(W, x.flat).layout == torch.sparse_csr) == sparse
     assert operator(W[:, :100], x.flat).layout == torch.strided
     assert torch.allclose(peers.mix(x).flat, torch.from_numpy(W) @ x.flat, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("held", [None, [3, 1200, 7, 640]])
+def test_a_sparse_product_in_pieces_has_the_bits_of_the_whole(held, monkeypatch):
+    x = adapters(1300)
+    whole = StackedExchange(build_topology(RING, 1300, seed=1), range(1300)).mix(x)
+    monkeypatch.setattr("peerlora.exchange.stacked._TOGETHER", 10**6 if held is None else 3)
+    peers = StackedExchange(build_topology(RING, 1300, seed=1), held or range(1300), lambda rows: x.flat)
+    assert torch.equal(
+        peers.mix(x if held is None else x.rows(held)).flat, whole.flat if held is None else whole.flat[held]
+    )

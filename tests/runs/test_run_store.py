@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from peerlora.errors import RunError, TooManyFiles
+from peerlora.runs.checkpoints import Checkpoints, _with_memory_of_their_own
 from peerlora.runs.events import CheckpointSaved, Resumed, RunFinished, Warned
 from peerlora.runs.metrics import rows, summarise
 from peerlora.runs.report import metric_curves, write_report
@@ -475,3 +476,15 @@ def test_a_damaged_byte_costs_lines_and_never_the_rest(tmp_path, run):
         assert len(lost) <= 2 or place < whole.index(b"\n"), place  # two, where a newline is gone
         summarise(found), list(rows(found)), metric_curves(found)
     assert "damaged and left out" in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_tensors_of_a_checkpoint_may_share_memory_and_a_whole_one_is_not_copied(tmp_path):
+    buffer, alone = torch.arange(6.0), torch.ones(2, 3)
+    given = {"first": buffer[:3], "last": buffer[3:], "whole": buffer, "again": buffer, "turned": alone.T}
+    assert _with_memory_of_their_own({"alone": alone})["alone"].data_ptr() == alone.data_ptr()
+    (tmp_path / "events.jsonl").touch()
+    kept = Checkpoints(tmp_path)
+    kept.complete(1, kept.save_tensors(1, given | {"alone": alone}, {}), 0)
+    found = kept.load().tensors
+    assert found.keys() == {*given, "alone"}
+    assert all(torch.equal(found[name], each) for name, each in given.items()) and torch.equal(found["alone"], alone)

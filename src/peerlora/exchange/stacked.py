@@ -20,10 +20,11 @@ from peerlora.exchange.replicas import Difference
 from peerlora.exchange.schema import encoded_bytes
 from peerlora.lora.adapters import Adapters
 from peerlora.topology.schedule import Topology
-from peerlora.topology.storage import as_dense
+from peerlora.topology.storage import Matrix, as_dense
 from peerlora.tree import leaves, tree_map
 
 Payload = TypeVar("Payload")
+_TOGETHER = 500  # clients whose rows one sparse product makes
 
 
 class StackedExchange(PlainExchange):
@@ -116,7 +117,9 @@ class StackedExchange(PlainExchange):
         rows, W = self._reached(x.reshape(len(x), -1)), self.graph.W
         if self.secure:
             mixed = weighted_sums(rows, W, self.clients)
-        elif is_sparse(W) or len(self.clients) == W.shape[0]:
+        elif is_sparse(W):
+            mixed = _sparse_product(W, rows, self.clients)
+        elif len(self.clients) == W.shape[0]:
             mixed = operator(W, rows, self.clients) @ rows
         else:
             mixed = (operator(W, rows) @ rows)[self.clients]
@@ -145,3 +148,16 @@ class StackedExchange(PlainExchange):
         sizes = [encoded_bytes(self.wire_schema(message(payload, row))) for row in range(len(self.clients))]
         self.stats.bytes_per_edge += max(sizes)
         self.stats.bytes_sent += int(sum(size * int(degree) for size, degree in zip(sizes, degrees, strict=True)))
+
+
+def _sparse_product(
+    W: Matrix, rows: Float[Tensor, "all_clients scalar"], clients: Sequence[int]
+) -> Float[Tensor, "client scalar"]:
+    """These rows of ``W @ rows``, some at a time: the product holds its result twice, which of many is gigabytes."""
+    if len(clients) <= _TOGETHER:
+        return operator(W, rows, clients) @ rows
+    mixed = rows.new_empty(len(clients), rows.shape[1])
+    for first in range(0, len(clients), _TOGETHER):
+        some = slice(first, first + _TOGETHER)
+        mixed[some] = operator(W, rows, clients[some]) @ rows
+    return mixed

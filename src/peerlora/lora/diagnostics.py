@@ -128,18 +128,27 @@ def mismatch(before: Adapters, after: Adapters) -> Mismatch:
     """How far every client moved from ``before`` to ``after`` the exchange."""
     weak = strong = 0.0
     scales = _relative_scaling(before), _relative_scaling(after)
+    merges = after.merged is not None and before.merged is not after.merged
     for layer, A in before.A.items():
-        B, A, P, Q = (factor.double() for factor in (before.B[layer], A, after.B[layer], after.A[layer]))
-        strong += (_norm2(P - B) + _norm2(Q - A)) / after.clients
-        if after.merged is None or before.merged is after.merged:
-            weak += float(distances2(B * scales[0], A, P * scales[1], Q).mean())
-            continue
-        earlier, unit = (before.merged or before.with_empty_merges().merged), _unit(after)
-        assert earlier is not None  # with_empty_merges() gives one
-        was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
-        now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
-        weak += float(merged.distances2(was, now).mean()) / unit**2
+        factors = (before.B[layer], A, after.B[layer], after.A[layer])
+        if merges:
+            weak += _moved_with_merges(before, after, layer, scales)
+        for some in zip(*(each.split(_CLIENTS) for each in (*factors, *scales)), strict=True):
+            B, A, P, Q, was, now = (each.double() for each in some)
+            strong += (_norm2(P - B) + _norm2(Q - A)) / after.clients
+            if not merges:
+                weak += float(distances2(B * was, A, P * now, Q).sum()) / after.clients
     return Mismatch(weak, strong)
+
+
+def _moved_with_merges(before: Adapters, after: Adapters, layer: str, scales: tuple[Tensor, Tensor]) -> float:
+    """The mean square of how far every client's whole update of a layer moved, merged parts included."""
+    B, A, P, Q = (each.double() for each in (before.B[layer], before.A[layer], after.B[layer], after.A[layer]))
+    earlier, unit = (before.merged or before.with_empty_merges().merged), _unit(after)
+    assert earlier is not None and after.merged is not None  # with_empty_merges() gives one
+    was = merged.whole(earlier.layers[layer], unit * scales[0] * B, A)
+    now = merged.whole(after.merged.layers[layer], unit * scales[1] * P, Q)
+    return float(merged.distances2(was, now).mean()) / unit**2
 
 
 def before_exchange(after: Adapters, sent: Adapters) -> Adapters:

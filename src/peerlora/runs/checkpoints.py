@@ -124,14 +124,27 @@ class Checkpoints:
 
 def _save_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", facts: Mapping[str, Any]) -> str:
     """Write a safetensors file in one step and return its sha256."""
-    import torch
     from safetensors.torch import save_file
 
-    # Cloned because the format refuses tensors that share memory, and ours are views of one buffer.
-    own = {name: each.detach().cpu().clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+    own = _with_memory_of_their_own(tensors)
     with atomic_file(path) as temporary:
         save_file(own, temporary, metadata={"facts": json.dumps(plain(facts))})
         return _sha256(temporary)
+
+
+def _with_memory_of_their_own(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """Tensors as the format takes them, which share no memory; those that do, as views of one buffer, are copied."""
+    import torch
+
+    found, seen = {}, set()
+    for name, each in tensors.items():
+        own = each.detach().cpu()
+        storage = own.untyped_storage()
+        if not own.is_contiguous() or storage.nbytes() != own.nbytes or storage.data_ptr() in seen:
+            own = own.clone(memory_format=torch.contiguous_format)
+        seen.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def _load_tensors(side: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
