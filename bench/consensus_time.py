@@ -1,15 +1,17 @@
 """Rounds until nodes agree, by the number of nodes, from the mixing alone; and seconds of a round of many nodes.
 
-    python bench/consensus_time.py --nodes 100 1000 10000 100000 --out bench/results/consensus_time.json
+    python bench/consensus_time.py --nodes 100 1000 10000 100000 1000000
+    python bench/consensus_time.py --nodes 1000000 --graphs ring        # anew, the others as they were measured
 
 Nodes begin with independent normal numbers.  A round is ``x <- W x`` with Metropolis weights; no model is trained.  The
-table and the figure of docs/results/consensus-time.md are made from what is measured.  With 1000000 nodes, too, it
-takes 12 GB and half an hour.
+table and the figure of docs/results/consensus-time.md are made from what is measured.  A million nodes take 8 minutes,
+and up to 23 GB, those of the exponential graph.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +44,10 @@ def rounds_to_agree(W, x: np.ndarray, left: float, most: int) -> int | None:
     return None
 
 
-def consensus(nodes: int) -> list[dict]:
+def consensus(nodes: int, graphs: Sequence[str]) -> list[dict]:
     found = []
-    for name, settings in GRAPHS.items():
-        topology = build_topology(TypeAdapter(TopologyConfig).validate_python(settings), nodes, seed=0)
+    for name in graphs:
+        topology = build_topology(TypeAdapter(TopologyConfig).validate_python(GRAPHS[name]), nodes, seed=0)
         began = time.process_time()
         rho = topology.rho()
         seconds_of_rho, began = time.process_time() - began, time.process_time()
@@ -99,10 +101,14 @@ def draw(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=list(GRAPHS))
     parser.add_argument("--mixing", type=int, nargs=2, metavar=("NODES", "SCALARS"), default=[100_000, 10_000])
     parser.add_argument("--out", type=Path, default=Path("bench/results/consensus_time.json"))
     arguments = parser.parse_args()
-    found: dict = {"left": LEFT, "consensus": [each for nodes in arguments.nodes for each in consensus(nodes)]}
+    before = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"consensus": []}
+    new = [each for nodes in arguments.nodes for each in consensus(nodes, arguments.graphs)]
+    measured = {(each["nodes"], each["graph"]): each for each in [*before["consensus"], *new]}
+    found: dict = {"left": LEFT, "consensus": [measured[key] for key in sorted(measured)]}
     found["mixing"] = mixing(*arguments.mixing, columns=200)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"mixing: {found['mixing']}")
