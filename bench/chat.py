@@ -177,7 +177,8 @@ def main() -> None:
     found = {"model": options.model, "machine": machine(), "rates": rates, "memory": memory}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for rate in rates:
-        print(f"{rate['batch']} rows: {rate['cpu']['median']:.2f} times the plain loop's tokens per processor second")
+        clock = "cpu" if rate["threads"] == 1 else "wall"
+        print(f"{rate['batch']} rows: {rate[clock]['median']:.2f} times the plain loop's tokens by {clock} time")
     print(f"{memory['ratio']:.2f} times the memory of one plain PEFT model, for {memory['clients']} clients")
 
 
