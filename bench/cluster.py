@@ -68,7 +68,7 @@ def comparing(repeats: int) -> dict:
                 "clients": 4,
                 "threads": 1,
                 "data": {"max_length": 32, "eval_per_class": 10},
-                "train": {"rounds": 12, "local_steps": 4},
+                "train": {"rounds": 4, "local_steps": 4},
             },
             "axes": {"algorithm.name": ["dec-lora", "fedsa-lora", "ffa-lora", "rolora"]},
         }
