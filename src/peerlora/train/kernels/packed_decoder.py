@@ -64,7 +64,7 @@ class PackedDecoder:
         padded = packing.tokens.padded
         step.packed = PackedPass(partial(_adapted, packing), padded)
         try:
-            with _keeping_rows_apart(self.base.config, packing):
+            with _attending_within_rows(self.base.config, packing):
                 ids = inputs["input_ids"].flatten()[padded]
                 logits = self.base(input_ids=ids[None], position_ids=(padded % width)[None], use_cache=False).logits
         finally:
@@ -79,7 +79,7 @@ def _adapted(packing: TokenPacking, linear: StackedLinear, x: Float[Tensor, "1 t
 
 
 @contextmanager
-def _keeping_rows_apart(config: Any, packing: TokenPacking) -> Iterator[None]:
+def _attending_within_rows(config: Any, packing: TokenPacking) -> Iterator[None]:
     """Let models attend by ``_attention``, for which they make no mask."""
     usual, before = config._attn_implementation, _PACKING.set(packing)
     config._attn_implementation = _ATTENTION
