@@ -5,13 +5,14 @@ import json
 import pytest
 from processes import QUICK, Processes
 
-from peerlora.runs.events import NeighbourChanged, Resumed, RoundDone, Warned
+from peerlora.runs.events import CaughtUp, NeighbourChanged, Resumed, RoundDone, Warned
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.train import accounting
 from waiting import until
 
 CLIENTS, ROUNDS, VICTIM = 8, 30, 5
+GONE, HOLD = 5, 12  # rounds after which one is killed, and after which the others wait until it is back
 WORDS = [
     *QUICK,
     f"clients={CLIENTS}",
@@ -42,13 +43,15 @@ def until_round(found, client, count):
 def test_private_peers_with_secure_sums_lose_one_and_get_it_back(config, tmp_path):
     with Processes({"run": config("bert", *WORDS, "privacy.noise=0.5")}, tmp_path, reports=True) as found:
         for client in range(CLIENTS):
-            found.start(client)
-        until_round(found, VICTIM, 5)
+            found.start(client, GONE if client == VICTIM else HOLD)
+        until_round(found, VICTIM, GONE)
         found.running[VICTIM].kill()
         found.running[VICTIM].join()
-        other = next(client for client in range(CLIENTS) if client != VICTIM)
-        until_round(found, other, len(rounds(found, other)) + 5)
-        found.start(VICTIM)
+        for other in set(range(CLIENTS)) - {VICTIM}:
+            until_round(found, other, HOLD)
+        again = found.start(VICTIM)
+        until(lambda: select_events(read_events(found.run("run", VICTIM)), CaughtUp), again.is_alive)
+        found.release()
         assert set(found.wait().values()) == {0}
         for client in range(CLIENTS):
             check(found.run("run", client), client == VICTIM)

@@ -239,7 +239,7 @@ class PeerControl:
                 self.endpoint.peers.mark_absent(event.peer)
             elif event.kind == "up":
                 self._send_in_background("hello", event.peer, self._probe)
-            elif event.detail.startswith(_LATE):
+            elif event.detail.startswith(_LATE) and not self.sender_sets:  # of whose sets some are late in any round
                 self._send_in_background("locate", event.peer, self._locate)
 
     async def _probe_absent(self) -> None:
