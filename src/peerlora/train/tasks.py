@@ -177,8 +177,8 @@ class TokenLosses(ABC):
 
     def _scored(self, logits: Tensor, batch: Batch) -> Float[Tensor, "row 3"]:
         """Per row the summed cross-entropy, the number of learned tokens, and how many are predicted right."""
-        loss, tokens = self._sums(logits, batch)
         logits, targets, learned = self._learned(logits, batch)
+        loss, tokens = self._sums(logits, batch)
         right = (logits.argmax(-1) == targets).to(loss.dtype)
         return torch.stack([loss, tokens, _sums_by_row(right, learned)], dim=1)
 

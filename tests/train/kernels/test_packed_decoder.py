@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cases import others_slow
 from peerlora.data.batches import collate
 from peerlora.runtime.compose import compose
-from peerlora.train.kernels.attention import attend
+from peerlora.train.kernels.attention import attend, attend_long
 from peerlora.train.kernels.packed_decoder import _FAMILIES, PackedDecoder
 from peerlora.train.kernels.packing import TokenPacking
 
@@ -163,6 +163,9 @@ def test_causal_attention_equals_torchs_on_padded_rows(lengths, sizes):
     leaves = [torch.randn(len(real), width, dtype=torch.float64, requires_grad=True) for width in widths]
     g = torch.randn(len(real), widths[0], dtype=torch.float64)
     mine = attend(*leaves, packing, heads, shared=shared, causal=True, scale=0.3)
+    by_kernel = attend_long(*leaves, packing, heads, shared, 0.3)
+    assert torch.allclose(by_kernel, mine, atol=1e-12)
+    of_kernel = torch.autograd.grad(by_kernel, leaves, g)
     padded = []
     for leaf, width in zip(leaves, widths, strict=True):
         full = torch.zeros(rows * longest, width, dtype=torch.float64).index_put((real,), leaf)
@@ -170,5 +173,23 @@ def test_causal_attention_equals_torchs_on_padded_rows(lengths, sizes):
     theirs = torch.nn.functional.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True, scale=0.3)
     theirs = theirs.transpose(1, 2).reshape(rows * longest, -1)[real]
     assert torch.allclose(mine, theirs, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(mine, leaves, g), torch.autograd.grad(theirs, leaves, g), strict=True):
-        assert torch.allclose(one, other, atol=1e-12)
+    ours = torch.autograd.grad(mine, leaves, g)
+    for one, kernel, other in zip(ours, of_kernel, torch.autograd.grad(theirs, leaves, g), strict=True):
+        assert torch.allclose(one, other, atol=1e-12) and torch.allclose(kernel, other, atol=1e-12)
+
+
+def test_long_rows_keep_no_scores_and_train_alike(config, monkeypatch):
+    """What a step keeps for backward grows with the tokens, not with their square."""
+    found, kept = [], []
+    for short in (256, 0):
+        monkeypatch.setattr("peerlora.train.kernels.packed_decoder._SHORT", short)
+        federation = compose(config("llama", *CAUSAL, EVERY_LINEAR))
+        saved = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.add(x.shape) or x, lambda x: x):
+            with federation.learner.round(0):
+                found.append(federation.learner.fit(federation.start, "AB").flat)
+        kept.append(saved)
+    assert float((found[0] - federation.start.flat).abs().max()) > 1e-4
+    assert float((found[0] - found[1]).abs().max()) < 1e-9
+    squares = [{shape for shape in own if len(shape) >= 3 and shape[-1] == shape[-2] > 1} for own in kept]
+    assert squares[0] and not squares[1]

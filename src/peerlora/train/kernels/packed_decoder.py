@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from peerlora.lora.attach import StackedModel
 from peerlora.lora.layer import ClientDropout, PackedPass, StackedLinear
-from peerlora.train.kernels.attention import attend
+from peerlora.train.kernels.attention import attend, attend_long
 from peerlora.train.kernels.frozen_linear import FrozenLinear
 from peerlora.train.kernels.lora_linear import adapted_linear
 from peerlora.train.kernels.packing import TokenPacking
 
 _FAMILIES = ("Gemma", "Granite", "Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
+_SHORT = 256  # tokens of the longest row, up to which scores are kept for backward; their memory grows with the square
 _ATTENTION = "peerlora-packed"  # by which models find this attention
 _PACKING: ContextVar[TokenPacking] = ContextVar("packing")
 
@@ -102,5 +103,9 @@ def _attention(
     """Causal attention in each row, as models of transformers ask for it."""
     heads, shared = query.shape[1], key.shape[1]
     q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
-    out = attend(q, k, v, _PACKING.get(), heads, shared=shared, causal=True, scale=scaling)
+    packing = _PACKING.get()
+    if packing.shape[1] <= _SHORT:
+        out = attend(q, k, v, packing, heads, shared=shared, causal=True, scale=scaling)
+    else:
+        out = attend_long(q, k, v, packing, heads, shared, scaling)
     return out.view(1, len(out), heads, -1), None
