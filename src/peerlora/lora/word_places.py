@@ -22,7 +22,8 @@ class WordPlaces:
         self.step = step
         self.chosen = False
         """Whether the latest forward pass gave the logits of some places alone."""
-        words = _layer_of_words(base)
+        words = layer_of_words(base)
+        words = None if isinstance(words, StackedHead | StackedLinear) else words
         self._hook = None if words is None else words.register_forward_pre_hook(self._choose)
         self._places: Bool[Tensor, "row token"] | None = None
 
@@ -58,7 +59,6 @@ class WordPlaces:
         return packed if packed.sum() == places.sum() else None
 
 
-def _layer_of_words(base: nn.Module) -> nn.Module | None:
-    """The frozen layer from hidden states to words; None of models without one, or where it has weights by client."""
-    words = getattr(base, "get_output_embeddings", lambda: None)()
-    return None if isinstance(words, StackedHead | StackedLinear) else words
+def layer_of_words(base: nn.Module) -> nn.Module | None:
+    """The layer from hidden states to words; None of models without one, as classifiers."""
+    return getattr(base, "get_output_embeddings", lambda: None)()

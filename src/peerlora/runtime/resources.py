@@ -38,7 +38,7 @@ from peerlora.runtime.model_checks import (
 from peerlora.runtime.readers import load_reader
 from peerlora.train.forward_facts import observe_forward
 from peerlora.train.kernels.prefix_cache import HiddenStates
-from peerlora.train.kernels.selection import Paths, prepare_base, use_encoder
+from peerlora.train.kernels.selection import Paths, prepare_base, use_fast_forward
 from peerlora.train.kernels.speed import Speed, choose_speed
 
 
@@ -221,7 +221,9 @@ def build_model(config: RunConfig, resources: RunResources, begun: Speed | None 
         initialised=base.initialised,
     )
     prepared.hidden.keep_only((data, resources.eval_data))
-    paths = prepared.paths | use_encoder(model, config.train.fast, prepared.hidden if resources.share_prefix else None)
+    paths = prepared.paths | use_fast_forward(
+        model, config.train.fast, prepared.hidden if resources.share_prefix else None
+    )
     return BuiltModel(model, export, prepared.speed, paths, prepared.originals, prepared.warnings + of_tokens)
 
 

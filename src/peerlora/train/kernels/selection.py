@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from peerlora.lora.attach import StackedModel
+from peerlora.lora.word_places import layer_of_words
 from peerlora.train.graph_size import DECODED_TOKENS, PACKED_TOKENS, PADDED_TOKENS, GraphSize
 from peerlora.train.kernels.frozen_linear import freeze_linears, lower_precision
 from peerlora.train.kernels.image_encoder import ImageEncoder, images_unavailable
@@ -35,16 +36,20 @@ def prepare_base(
     return {"packed weights": freeze_linears(base, heads, speed.packed) or speed.not_packed}
 
 
-def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = None) -> Paths:
+def use_fast_forward(model: StackedModel, fast: bool, shared: HiddenStates | None = None) -> Paths:
     """Switch a model to the fast forward where that works; ``shared``: what earlier runs on its base have computed."""
     device = next(model.base.parameters()).device.type
     if reads_images(model.base):
-        return _use_image_encoder(model, fast, device, shared)
-    if writes_words(model.base):
-        return _use_decoder(model, fast, device)
-    reason = encoder_unavailable(model.base, device) if fast else "train.fast is false"
-    if reason is None and model.targets.saved:
-        reason = _SAVED
+        reason = _reason(model, fast, images_unavailable(model.base, device))
+        if reason is None:
+            model.forward = ImageEncoder(model, shared)
+        return {"packed tokens": "images have no padding", "frozen prefix": reason}
+    if layer_of_words(model.base) is not None:
+        reason = _reason(model, fast, decoder_unavailable(model, device))
+        if reason is None:
+            model.forward = PackedDecoder(model)
+        return {"packed tokens": reason, "frozen prefix": _reason(model, fast, "the frozen prefix is for classifiers")}
+    reason = _reason(model, fast, encoder_unavailable(model.base, device))
     if reason is not None:
         return {"packed tokens": reason, "frozen prefix": reason}
     encoder = PackedEncoder(model, shared)
@@ -52,27 +57,11 @@ def use_encoder(model: StackedModel, fast: bool, shared: HiddenStates | None = N
     return {"packed tokens": None, "frozen prefix": encoder.prefix_unavailable()}
 
 
-def _use_image_encoder(model: StackedModel, fast: bool, device: str, shared: HiddenStates | None) -> Paths:
-    reason = images_unavailable(model.base, device) if fast else "train.fast is false"
-    if reason is None and model.targets.saved:
-        reason = _SAVED
-    if reason is None:
-        model.forward = ImageEncoder(model, shared)
-    return {"packed tokens": "images have no padding", "frozen prefix": reason}
-
-
-def _use_decoder(model: StackedModel, fast: bool, device: str) -> Paths:
-    reason = decoder_unavailable(model, device) if fast else "train.fast is false"
-    if reason is None and model.targets.saved:
-        reason = _SAVED
-    if reason is None:
-        model.forward = PackedDecoder(model)
-    return {"packed tokens": reason, "frozen prefix": "the frozen prefix is for classifiers" if fast else reason}
-
-
-def writes_words(base: nn.Module) -> bool:
-    """Whether a model is a language model, in place of a classifier."""
-    return getattr(base, "get_output_embeddings", lambda: None)() is not None
+def _reason(model: StackedModel, fast: bool, unavailable: str | None) -> str | None:
+    """Why a fast forward is not used, or None; ``unavailable``: why it cannot be."""
+    if not fast:
+        return "train.fast is false"
+    return unavailable or (_SAVED if model.targets.saved else None)
 
 
 def reads_images(base: nn.Module) -> bool:
@@ -85,10 +74,10 @@ def graph_size(base: nn.Module, paths: Paths) -> GraphSize:
     weight = next(base.parameters())
     if weight.device.type == "cuda" and hasattr(base.config, "num_hidden_layers"):  # convolutions have none
         config, (free, _) = base.config, torch.cuda.mem_get_info(weight.device)
-        words = config.vocab_size if writes_words(base) else 0  # pyright: ignore
+        words = config.vocab_size if layer_of_words(base) is not None else 0  # pyright: ignore
         return GraphSize.of_gpu(free, config.num_hidden_layers, config.hidden_size, weight.dtype.itemsize, words)  # pyright: ignore
     if reads_images(base):
         return GraphSize(PACKED_TOKENS, padded=False)
     if paths["packed tokens"] is None:
-        return GraphSize(DECODED_TOKENS if writes_words(base) else PACKED_TOKENS, padded=False)
+        return GraphSize(DECODED_TOKENS if layer_of_words(base) is not None else PACKED_TOKENS, padded=False)
     return GraphSize(PADDED_TOKENS, padded=True)
