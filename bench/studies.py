@@ -6,10 +6,11 @@
 FOLDER holds glue/sst2, glue/qnli, glue/qqp and extra/ag_news, each with train.parquet and validation.parquet; studies
 of flow policies read nothing of it, so any folder will do.  Every finished run is a line in bench/results/outcomes, by
 which a study that was stopped goes on, here or in another checkout.  At the end the table goes to bench/results and
-between the study's markers of its page in docs/results.  A study runs in one process of a checkout at a time; several
-studies may run at once.  ``--list`` prints what each study takes (runs, training rows, core-hours), how many runs have
-finished, and what the seeds can show; with ``--write`` it goes to docs/results/studies.md.  ``paper-budget`` and
-``paper-budget-sparse`` search no rates: give each as ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
+between the study's markers of its page in docs/results.  A study runs in one process of a checkout at a time, or with
+``--workers N`` N cells at once, to the same results; several studies may run at once.  ``--list`` prints what each
+study takes (runs, training rows, core-hours), how many runs have finished, and what the seeds can show; with
+``--write`` it goes to docs/results/studies.md.  ``paper-budget`` and ``paper-budget-sparse`` search no rates: give each
+as ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -35,16 +36,19 @@ import study_systems
 import study_tasks
 from markers import insert
 from outcomes import OutcomeLines, without_folder
+from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import Stopped
 from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.markdown import markdown, markdown_table
 from peerlora.experiments.rate_search import RateSearch, choose_rates
+from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, search_rates, start_grid
 from peerlora.experiments.statistics import Outcome, compare
 from peerlora.experiments.table_notes import difference_notes
 from peerlora.experiments.tables import COMPARED, difference_columns, difference_rows, rate_columns, rate_rows
+from peerlora.experiments.trial_pool import TrialPool, trial_pools
 from peerlora.experiments.trials import plan_trials, search_labels
 from peerlora.files import write_atomically
 from peerlora.runs.resume import run_facts
@@ -79,17 +83,21 @@ class Finished:
     """Row, seed, rate, purpose and machine of every run, those of the search included."""
 
 
-def conduct(name: str, study: Study, data: Path) -> Finished:
+Pool = Callable[[ResourceCache], TrialPool] | None
+"""What gives a grid workers that run several cells at once; None: one after another in this process."""
+
+
+def conduct(name: str, study: Study, data: Path, pool: Pool = None) -> Finished:
     """Run what is missing of a study, and compare its rows."""
     study.prepare(data)
     kept, tried = OutcomeLines(name, data, study.judged), {}
     grids = study.parts(data)
     if study.tuned:
-        grids, tried = tuned_grids(grids, study.tuned, lambda tree: run(search_rates, name, tree, kept))
+        grids, tried = tuned_grids(grids, study.tuned, lambda tree: run(search_rates, name, tree, kept, pool))
     outcomes: list[Outcome] = []
     searches, looks = [], {}
     for tree in grids:
-        own, part = run(start_grid, name, tree, kept), load_grid(tree)
+        own, part = run(start_grid, name, tree, kept, pool), load_grid(tree)
         searches += [replace(each, labels=split_labels(study, each.labels)) for each in own.searches]
         searched_on = search_labels(part)
         for trial in plan_trials(part, choose_rates(part, own.searches)).trials:
@@ -117,7 +125,7 @@ def result_file(name: str) -> Path:
     return RESULTS / f"study-{name}.json"
 
 
-def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLines) -> Any:
+def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLines, pool: Pool = None) -> Any:
     """Run the cells of a grid that have no outcome yet; ``start``: ``start_grid``, or ``search_rates``."""
     folder = PLACE / study
 
@@ -127,7 +135,7 @@ def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLine
         yield lambda event: None
 
     shutil.rmtree(folder, ignore_errors=True)
-    return start(load_grid(tree), folder, Callbacks(watch, outcomes=outcomes))
+    return start(load_grid(tree), folder, Callbacks(watch, outcomes=outcomes, pool=pool))
 
 
 @contextmanager
@@ -213,6 +221,7 @@ def read_options() -> Any:
     parser.add_argument("study", nargs="?", choices=STUDIES)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rate", action="append", default=[], help="of paper-budget: ROW=RATE, once per row")
+    parser.add_argument("--workers", type=int, default=1, help="cells at once, each on a core of this machine's own")
     parser.add_argument("--list", action="store_true", help="print what each study takes")
     parser.add_argument("--write", action="store_true", help="with --list: into docs/results/studies.md, too")
     options = parser.parse_args()
@@ -222,6 +231,8 @@ def read_options() -> Any:
         parser.error("--write belongs to --list; a study's table is written in any case")
     if options.rate and options.study not in PAPER:
         parser.error(f"--rate is for {' and '.join(PAPER)}; other studies search their rates")
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers} given; expected 1 or more")
     return options
 
 
@@ -241,7 +252,18 @@ def write_list(options: Any) -> None:
 def command(options: Any) -> str:
     """The command by which a study that was stopped goes on."""
     rates = [word for rate in options.rate for word in ("--rate", rate)]
-    return shlex.join(["python", "bench/studies.py", options.study, "--data", str(options.data), *rates])
+    several = ["--workers", str(options.workers)] if options.workers > 1 else []
+    return shlex.join(["python", "bench/studies.py", options.study, "--data", str(options.data), *rates, *several])
+
+
+def workers(number: int) -> AbstractContextManager[Pool]:
+    """Start so many workers on this machine, one thread each; none for one, which is this process."""
+    return nullcontext() if number == 1 else trial_pools(ClusterConfig(workers=number), warn)
+
+
+def warn(text: str) -> None:
+    """Say what workers met with."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -253,8 +275,8 @@ def main() -> None:
     if name in PAPER:
         study = study_grids.paper_budget(PAPER[name], given_rates(options.rate))
     try:
-        with only_process(name):
-            write(name, study, conduct(name, study, options.data), options.data)
+        with only_process(name), workers(options.workers) as pool:
+            write(name, study, conduct(name, study, options.data, pool), options.data)
     except (Stopped, KeyboardInterrupt):
         finished = len(OutcomeLines(name, options.data))
         print(f"stopped; {finished:,} runs of {name} are kept; go on with: {command(options)}", file=sys.stderr)

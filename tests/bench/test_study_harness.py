@@ -440,11 +440,9 @@ def tiny_parts(tree, data):
     return found
 
 
-@pytest.mark.slow
-def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
-    studies, base, tuning = load("studies"), load("study_base"), load("study_tuning")
-    monkeypatch.setattr(tuning, "MOST", 2)
-    data = tmp_path / "data"
+def toy_study(models, data):
+    """Write rows to ``data``, and return a study of two small grids."""
+    base = load("study_base")
     (data / "glue/sst2").mkdir(parents=True)
     for split in ("train", "validation"):
         texts = [f"w{i % 7} w{i % 5}" for i in range(60)]
@@ -453,7 +451,7 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     tree = base.base("sst2", data, rounds=2) | {"model": {"source": models("bert")}, "eval": {"every": 1}}
     tree["adapter"] = {"rank": 2}
     tree["train"] |= {"local_steps": 1, "batch": 4}
-    study = base.Study(
+    return base.Study(
         lambda folder: tiny_parts(tree, folder),
         "toy.md",
         {"system": "dec-lora"},
@@ -462,6 +460,42 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
         judged=[0, 1],
         costs=True,
     )
+
+
+def kept_measures(path):
+    """What runs reached, by config; without what they took."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return {
+        line["config"]: {**line["outcome"]["measures"], "seconds": 0, "looks": [look["mean"] for look in line["looks"]]}
+        for line in lines
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.filterwarnings("ignore")
+def test_workers_run_a_study_to_the_same_results(models, cache, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
+    studies, data, path = load("studies"), tmp_path / "data", tmp_path / "bench/results/outcomes/toy.jsonl"
+    monkeypatch.setattr(load("study_tuning"), "MOST", 2)
+    study = toy_study(models, data)
+    with studies.workers(1) as here:
+        assert here is None
+        alone = studies.conduct("toy", study, data, here)
+    one = kept_measures(path)
+    path.unlink()
+    monkeypatch.setattr("peerlora.experiments.trial_run.simulate", None)  # this process runs nothing
+    with studies.workers(2) as pool:
+        found = studies.conduct("toy", study, data, pool)
+    assert kept_measures(path) == one and len(one) == 16
+    assert [line.labels for line in found.result.lines] == [line.labels for line in alone.result.lines]
+
+
+@pytest.mark.slow
+def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
+    studies, base, data = load("studies"), load("study_base"), tmp_path / "data"
+    monkeypatch.setattr(load("study_tuning"), "MOST", 2)
+    study = toy_study(models, data)
     page = studies.PAGES / study.page
     page.parent.mkdir(parents=True)
     page.write_text("<!-- study-toy -->\n<!-- /study-toy -->\n")

@@ -13,7 +13,7 @@ import pytest
 from flow_runs import tiny
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
-from peerlora.experiments import trial_pool
+from peerlora.experiments import runner, trial_pool
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
@@ -184,6 +184,31 @@ def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, t
     ray, pool, told = pool_on(2, leave={"cell-1": 1})
     assert finished(pool, trials(5), tmp_path) == [f"cell {i}" for i in range(5)]
     assert ray.most == 2 and ray.living == 1 and any("begins again on another worker" in each for each in told)
+
+
+def test_workers_are_waited_for_once_and_only_when_there_are_trials(pool_on, tmp_path, monkeypatch):
+    waits, wait = [], trial_pool.await_start
+    monkeypatch.setattr(
+        trial_pool, "await_start", lambda ray, actors, *rest: waits.append(len(actors)) or wait(ray, actors, *rest)
+    )
+    ray, pool, _ = pool_on(2)
+    assert ray.living == 2 and waits == []
+    finished(pool, trials(2), tmp_path)
+    finished(pool, trials(2), tmp_path)
+    assert waits == [2]
+
+
+def test_workers_start_before_the_driver_checks_the_trials(grid, tmp_path, monkeypatch):
+    order = []
+
+    def check(*_):
+        order.append("check")
+        raise CompositionError("refused")
+
+    monkeypatch.setattr(runner, "check_grid", check)
+    with pytest.raises(CompositionError, match="refused"):
+        start_grid(grid, tmp_path / "out", replace(QUIET, pool=lambda cache: order.append("workers")))
+    assert order == ["workers", "check"] and not (tmp_path / "out").exists()
 
 
 def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeypatch):

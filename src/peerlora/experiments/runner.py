@@ -75,7 +75,7 @@ class Callbacks:
     outcomes: OutcomeStore | None = None
     """Where outcomes are kept in place of run folders, whose figures the report then lacks; null: folders stay."""
     pool: Callable[[ResourceCache], TrialPool] | None = None
-    """Gives workers that run several trials at once; null: one after another in this process."""
+    """Gives workers that run several trials at once, whenever it is asked the same; null: one trial after another."""
 
 
 def start_grid(grid: GridConfig, out: Path | str | None, callbacks: Callbacks) -> Comparison:
@@ -100,6 +100,8 @@ def _prepare(
         threads = grid.cluster.cpus_per_worker if grid.cluster else resolve_threads(None)
         grid = grid.model_copy(update={"base": {**grid.base, "threads": threads}})
     cache = ResourceCache(grid.share_prefix)
+    if callbacks.pool is not None:
+        callbacks.pool(cache)  # its workers start while trials are checked
     check_grid(grid, cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -114,21 +114,16 @@ class _Seat:
 class TrialPool:
     """Workers that run trials side by side; where one is lost, its trial begins again on a new one.
 
-    ``warn`` is told of that.  Rows of data go to each machine once; the base model is read by every worker from its own
-    files.
+    They start at once, and are waited for when there are trials.  ``warn`` is told of losses.  Rows of data go to each
+    machine once; the base model is read by every worker from its own files.
     """
 
     def __init__(self, ray: Any, settings: ClusterConfig, cache: ResourceCache, warn: Callable[[str], None]):
         self.ray, self.settings, self.cache, self.warn = ray, settings, cache, warn
         self.lost: Counter[str] = Counter()
         """Trial -> how often its worker was lost."""
-        self._key, self._rows, self._threads_noted = "", None, False
+        self._key, self._rows, self._started, self._threads_noted = "", None, False, False
         self.seats = [_Seat(self._actor()) for _ in range(settings.workers)]
-        try:
-            await_start(ray, [seat.actor for seat in self.seats], settings, warn)
-        except BaseException as error:
-            self.close()
-            raise ClusterError(str(error)) if isinstance(error, WorkersLost) else error from None
 
     def _actor(self) -> Any:
         resources = {"num_cpus": self.settings.cpus_per_worker, "num_gpus": self.settings.gpus_per_worker}
@@ -143,6 +138,7 @@ class TrialPool:
         what a trial raised, RunError where a trial's workers are lost again and again, or no machine is left.
         """
         self._check(trials)
+        self._await_start()
         waiting = deque(trials)
         try:
             while not stop() and (waiting or self._busy):
@@ -166,6 +162,17 @@ class TrialPool:
         finally:
             for seat in self._busy:
                 self._end(seat)
+
+    def _await_start(self) -> None:
+        """Wait until all workers have answered once; raises ClusterError where one can't start, or doesn't in time."""
+        if self._started:
+            return
+        try:
+            await_start(self.ray, [seat.actor for seat in self.seats], self.settings, self.warn)
+        except BaseException as error:
+            self.close()
+            raise ClusterError(str(error)) if isinstance(error, WorkersLost) else error from None
+        self._started = True
 
     def _check(self, trials: Sequence[Trial]) -> None:
         """Refuse trials that would not use what workers have; warn of those that would use more."""
@@ -214,9 +221,9 @@ class TrialPool:
         seat.ping, seat.asked = seat.actor.describe.remote(), time.monotonic()
 
     def _ended(self) -> list[tuple[_Seat, Trial, TrialJob]]:
-        """Seats whose worker has answered or died, after a short wait; workers that are silent too long are ended."""
+        """A seat whose worker has answered or died, if any has after a wait; workers silent too long are ended."""
         busy = self._busy
-        ready, _ = self.ray.wait([seat.answer for seat in busy], num_returns=len(busy), timeout=_LOOK)
+        ready, _ = self.ray.wait([seat.answer for seat in busy], timeout=_LOOK)  # the first one ends it
         now = time.monotonic()
         for seat in busy:
             answered, _ = self.ray.wait([seat.ping], timeout=0)
