@@ -198,6 +198,19 @@ def test_workers_are_waited_for_once_and_only_when_there_are_trials(pool_on, tmp
     assert waits == [2]
 
 
+def test_workers_go_on_with_the_rows_that_they_have_until_none_need_them(pool_on, tmp_path, monkeypatch):
+    ray, pool, _ = pool_on(2)
+    monkeypatch.setattr(trial_pool, "data_key", lambda config: config.rows)
+    these = [trials(1, rows=rows)[0] for rows in "aaaabb"]
+    for number, trial in enumerate(these):
+        trial.name, trial.folder = f"{trial.config.rows}{number}", f"cell-{number}"
+    begun, put = [], []
+    monkeypatch.setattr(ray, "put", lambda rows: put.append(rows) or rows)
+    list(pool.run(these, tmp_path, lambda trial: begun.append(trial.name), lambda: False))
+    assert begun == ["a0", "b4", "a1", "b5", "a2", "a3"]
+    assert len(put) == 2 and set(pool._rows) == {"a"} and [seat.key for seat in pool.seats] == ["a", "a"]
+
+
 def test_workers_start_before_the_driver_checks_the_trials(grid, tmp_path, monkeypatch):
     order = []
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -105,6 +105,8 @@ class _Seat:
     """One worker and what it does."""
 
     actor: Any
+    key: str | None = None
+    """Of the rows that its worker keeps."""
     job: tuple[Trial, TrialJob] | None = None
     answer: Any = None
     ping: Any = None
@@ -122,7 +124,9 @@ class TrialPool:
         self.ray, self.settings, self.cache, self.warn = ray, settings, cache, warn
         self.lost: Counter[str] = Counter()
         """Trial -> how often its worker was lost."""
-        self._key, self._rows, self._started, self._threads_noted = "", None, False, False
+        self._rows: dict[str, Any] = {}
+        """Rows in Ray's object store, by the key of those that need them."""
+        self._started = self._threads_noted = False
         self.seats = [_Seat(self._actor()) for _ in range(settings.workers)]
 
     def _actor(self) -> Any:
@@ -132,20 +136,22 @@ class TrialPool:
     def run(
         self, trials: Sequence[Trial], folder: Path, begun: Callable[[Trial], None], stop: Callable[[], bool]
     ) -> Iterator[Trial]:
-        """Run trials in this order, as many at once as there are workers; yield each when its folder is written.
+        """Run trials, as many at once as there are workers; yield each when its folder is written.
 
-        It ends early where ``stop`` says so.  Where machines leave, it goes on with the workers that still fit.  Raises
-        what a trial raised, RunError where a trial's workers are lost again and again, or no machine is left.
+        They begin in this order, but that a worker goes on with trials of the rows that it has.  It ends early where
+        ``stop`` says so.  Where machines leave, it goes on with the workers that still fit.  Raises what a trial
+        raised, RunError where a trial's workers are lost again and again, or no machine is left.
         """
         self._check(trials)
         self._await_start()
-        waiting = deque(trials)
+        waiting = list(trials)
         try:
             while not stop() and (waiting or self._busy):
                 for seat in self._free() if waiting else ():
                     if waiting:
-                        begun(waiting[0])
-                        self._begin(seat, waiting.popleft(), folder)
+                        trial = waiting.pop(self._choose(seat, waiting))
+                        begun(trial)
+                        self._begin(seat, trial, folder)
                 if not self._busy:
                     self._await_machine(folder)
                     continue
@@ -154,7 +160,7 @@ class TrialPool:
                         files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
                     except WorkersLost as error:
                         self._give_up(seat, trial, error)
-                        waiting.appendleft(trial)
+                        waiting.insert(0, trial)
                         continue
                     seat.job = None
                     write_files(job.run, files)
@@ -207,17 +213,26 @@ class TrialPool:
     def _busy(self) -> list[_Seat]:
         return [seat for seat in self.seats if seat.job]
 
+    def _choose(self, seat: _Seat, waiting: Sequence[Trial]) -> int:
+        """The place of the trial that a worker takes: of rows that it has, else that no other has, else the first."""
+        keys, others = [data_key(trial.config) for trial in waiting], {each.key for each in self.seats}
+        if seat.key in keys:
+            return keys.index(seat.key)
+        return next((at for at, key in enumerate(keys) if key not in others), 0)
+
     def _begin(self, seat: _Seat, trial: Trial, folder: Path) -> None:
-        key, run = data_key(trial.config), folder / trial.folder
-        if key != self._key:
+        seat.key, run = data_key(trial.config), folder / trial.folder
+        if seat.key not in self._rows:
             rows = self.cache.resources(trial.config)
             if isinstance(rows, RunResources):
                 rows = replace(rows, bases=None)
-            self._key, self._rows = key, self.ray.put(rows)
+            self._rows[seat.key] = self.ray.put(rows)
+        for unused in self._rows.keys() - {each.key for each in self.seats}:
+            del self._rows[unused]
         if seat.actor is None:
             seat.actor = self._actor()
         job = TrialJob(trial.config, run, read_files(run) if (run / "run.json").is_file() else {})
-        seat.job, seat.answer = (trial, job), seat.actor.run.remote(job, key, self._rows)
+        seat.job, seat.answer = (trial, job), seat.actor.run.remote(job, seat.key, self._rows[seat.key])
         seat.ping, seat.asked = seat.actor.describe.remote(), time.monotonic()
 
     def _ended(self) -> list[tuple[_Seat, Trial, TrialJob]]:
@@ -245,7 +260,7 @@ class TrialPool:
         """End a worker; the next trial of its seat gets a new one."""
         if seat.actor is not None:
             self.ray.kill(seat.actor, no_restart=True)
-        seat.actor = seat.job = None
+        seat.actor = seat.job = seat.key = None
 
     def close(self) -> None:
         """End all workers."""
