@@ -37,7 +37,8 @@ from peerlora.environment import package_model
 from peerlora.experiments.inference import holm, t_interval, t_test
 from peerlora.experiments.markdown import markdown_table
 from peerlora.lora.base_models import load_tokenizer
-from peerlora.topology.schedule import build_topology
+from peerlora.topology.averaging import noise_averaged_over
+from peerlora.topology.schedule import Topology, build_topology
 from peerlora.train.loss_rules import offsets
 from peerlora.train.optim import BETA1, BETA2, EPS
 from peerlora.train.schedule import rate_factor
@@ -181,27 +182,21 @@ def orthogonal(wide: Tensor) -> Tensor:
 
 
 def averaged_over(graph: str, seed: int) -> float:
-    """Count the clients over which a model at the end averages the noise of a step.
-
-    A step of round t reaches client i from j with the weight P_ij of the product of all W from t on: the noise that is
-    left is the sum of P_ij^2; this is the inverse of its mean over clients and rounds, which count by their rates'
-    squares.
-    """
+    """Count the clients over which a model at the end averages the noise of a step."""
     if graph in (ALONE, POOLED):
         return 1.0
-    P, left, total = np.eye(CLIENTS), 0.0, 0.0
-    for t in reversed(range(ROUNDS)):
-        P = P @ weights_of(graph, seed, t)
-        weight = rate_factor(SCHEDULE, t) ** 2
-        left, total = left + weight * float((P**2).sum()) / CLIENTS, total + weight
-    return total / left
+    return noise_averaged_over(graph_of(graph, seed), [rate_factor(SCHEDULE, t) for t in range(ROUNDS)])
+
+
+def graph_of(graph: str, seed: int) -> Topology:
+    """A graph of GRAPHS, with a seed's draws."""
+    return build_topology(TypeAdapter(TopologyConfig).validate_python(GRAPHS[graph]), CLIENTS, seed)
 
 
 @lru_cache(maxsize=100_000)
 def weights_of(graph: str, seed: int, t: int) -> np.ndarray:
     """Draw W of a round."""
-    chosen = TypeAdapter(TopologyConfig).validate_python(GRAPHS[graph])
-    return build_topology(chosen, CLIENTS, seed).at(t).W
+    return graph_of(graph, seed).at(t).W
 
 
 def run(trial: Trial, rows: Rows, seeds: Sequence[int], aside: bool) -> Tensor:

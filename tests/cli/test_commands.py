@@ -127,10 +127,15 @@ def test_topology(cli):
     assert told["rho"] == pytest.approx(1 / 3) and told["spectral_gap"] == pytest.approx(2 / 3)
     assert told["rounds_to_halve"] == pytest.approx(0.6309, abs=1e-4)  # ln 2 / ln 3
     assert told["bytes_per_round"] == 4 * 2 * 400
+    # Of 100 rounds, (1 + 3/9^s)/4 of the noise is left of a step s rounds before the end.
+    assert told["noise_averaged_over"]["constant"] == pytest.approx(400 / 100.375)
+    assert 3.99 < told["noise_averaged_over"]["cosine"] < 4
     told = last_json(cli("topology", "random", "p=0.5", "--clients", "6", "--rounds", "20", "--json"))
     assert 0 < told["connected"] < 1 and told["union"]["rounds"] == 20
     answer = cli("topology", "random p=0.5", "--clients", "6")
-    assert answer.code == 0 and "spectral gap" in answer.out
+    assert answer.code == 0 and "spectral gap" in answer.out and "noise averaged over" in answer.out
+    many = last_json(cli("topology", "ring", "--clients", "501", "--rounds", "1", "--json"))
+    assert many["noise_averaged_over"] is None
 
 
 def test_schema(cli):

@@ -1,10 +1,15 @@
 """``peerlora topology``."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peerlora.cli.options import AsJson, print_json
+
+if TYPE_CHECKING:
+    from peerlora.topology.schedule import Topology
 
 
 def command(
@@ -24,6 +29,7 @@ def command(
 
     topology = build_topology(parse_spec(spec), clients, seed)
     facts = describe(topology, rounds, 4 * parameters)
+    facts["noise_averaged_over"] = _averaged(topology, rounds)
     if json:
         print_json(facts)
         return
@@ -34,6 +40,21 @@ def command(
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _text(value))
     Console().print(table)
+
+
+def _averaged(topology: Topology, rounds: int) -> dict[str, float] | None:
+    """Over how many clients models average the noise of steps, by schedule; None of more clients than is affordable."""
+    from peerlora.config.train import TrainConfig
+    from peerlora.topology.averaging import MOST, noise_averaged_over
+    from peerlora.train.schedule import rate_factor
+
+    if topology.clients > MOST:
+        return None
+    found = {}
+    for schedule in ("constant", "cosine"):
+        settings = TrainConfig(rounds=rounds, schedule=schedule)
+        found[schedule] = noise_averaged_over(topology, [rate_factor(settings, t) for t in range(rounds)])
+    return found
 
 
 def _text(value: object) -> str:
