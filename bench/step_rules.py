@@ -26,7 +26,6 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
-from scipy import stats
 from torch import Tensor
 from transformers import AutoModel
 
@@ -51,6 +50,7 @@ WIDTH = 384  # features of MiniLM
 ROWS_OF_A_CLIENT, SET_ASIDE = 700, 1000
 SHARES = (0.9,) * 3 + (0.1,) * 3 + (0.5,) * 4
 RATES = [0.0005 * 2 ** (k / 2) for k in range(14)]
+NEAR = 0.01  # accuracy below the best, of rates that count as nearly as good
 SEARCHED = 100  # the first seed of searches; those that are reported begin at 0
 GRAPHS = {
     "complete": {"kind": "complete"},
@@ -317,8 +317,13 @@ def measure_rates(rows: Rows, seeds: int) -> list[dict]:
             f"{graph}: noise averaged over {over:.2f} clients, {[round(float(np.mean(r)), 4) for r in reached]}",
             flush=True,
         )
+    return follow_rule(found, rows, seeds)
+
+
+def follow_rule(found: list[dict], rows: Rows, seeds: int) -> list[dict]:
+    """Add what the graphs reach at rates in proportion to the root of the clients that noise is averaged over."""
     of_graphs = [each for each in found if each["graph"] != POOLED]
-    logs = [math.log(peak(each["accuracy"]) / math.sqrt(each["averaged_over"])) for each in of_graphs]
+    logs = [math.log(middle(RATES, each["accuracy"]) / math.sqrt(each["averaged_over"])) for each in of_graphs]
     constant = math.exp(float(np.mean(logs)))
     for each in found:
         each["rule_rate"] = constant * math.sqrt(each["averaged_over"])
@@ -327,24 +332,22 @@ def measure_rates(rows: Rows, seeds: int) -> list[dict]:
     return found
 
 
-def peak(accuracy: ArrayLike) -> float:
-    """The best rate: the top of a parabola in the logarithm of the rate, through the five rates around the best."""
+def plateau(rates: Sequence[float], accuracy: ArrayLike) -> tuple[float, float]:
+    """The lowest and highest of the rates around the best that come within NEAR of it; accuracy: [rate, seed]."""
     means = np.asarray(accuracy).mean(1)
-    middle = int(np.clip(np.argmax(means), 2, len(RATES) - 3))
-    near = slice(middle - 2, middle + 3)
-    x = np.log(RATES[near])
-    a, b, _ = np.polyfit(x, means[near], 2)
-    return float(np.exp(np.clip(-b / (2 * a), x[0], x[-1]))) if a < 0 else RATES[int(np.argmax(means))]
+    near = means >= means.max() - NEAR
+    low = high = int(means.argmax())
+    while low > 0 and near[low - 1]:
+        low -= 1
+    while high < len(rates) - 1 and near[high + 1]:
+        high += 1
+    return rates[low], rates[high]
 
 
-def peak_interval(accuracy: ArrayLike) -> tuple[float, float]:
-    """A 95 % interval of the best rate, by the jackknife over seeds, in the logarithm of the rate."""
-    table = np.array(accuracy)
-    count = table.shape[1]
-    logs = np.log([peak(np.delete(table, seed, axis=1)) for seed in range(count)])
-    error = math.sqrt((count - 1) / count * float(((logs - logs.mean()) ** 2).sum()))
-    best, half = math.log(peak(accuracy)), float(stats.t.ppf(0.975, count - 1)) * error
-    return math.exp(best - half), math.exp(best + half)
+def middle(rates: Sequence[float], accuracy: ArrayLike) -> float:
+    """The geometric middle of the plateau, which depends on seeds less than the best rate does."""
+    low, high = plateau(rates, accuracy)
+    return math.sqrt(low * high)
 
 
 def trials_of_rules() -> dict[tuple[str, str], Trial]:
@@ -371,9 +374,9 @@ def measure_rules(rows: Rows, seeds: int) -> list[dict]:
     """Every trial at the rate that its search took: accuracy of clients, [seed], in the mean and of the worst."""
     found = []
     for (graph, name), trial in trials_of_rules().items():
-        searched = range(SEARCHED, SEARCHED + seeds // 2)
-        scores = {rate: run(replace(trial, rate=rate), rows, searched, aside=True).mean().item() for rate in RATES[::2]}
-        rate = max(scores, key=scores.__getitem__)
+        searched, tried = range(SEARCHED, SEARCHED + seeds // 2), RATES[::2]
+        scores = [run(replace(trial, rate=rate), rows, searched, aside=True).mean(1).tolist() for rate in tried]
+        rate = middle(tried, scores)
         own = run(replace(trial, rate=rate), rows, range(seeds), aside=False)
         reached = {"mean": own.mean(1).tolist(), "worst": own.amin(1).tolist()}
         found.append({"graph": graph, "name": name, "rate": rate, "search": scores, **reached})
@@ -386,18 +389,18 @@ def rates_table(found: Sequence[Mapping]) -> str:
     head = [
         "graph",
         "noise averaged over",
-        "best rate (95 %)",
-        "rate by the rule",
-        "accuracy at the best",
-        "by the rule",
+        "best",
+        "rates within a point of it",
+        "rate of the rule",
+        "accuracy at that",
     ]
     lines = []
     for each in found:
-        low, high = peak_interval(each["accuracy"])
-        best = max(np.mean(each["accuracy"], axis=1))
-        rate = f"{peak(each['accuracy']):.4f} ({low:.4f} to {high:.4f})"
-        rule = [f"{each['rule_rate']:.4f}", f"{best:.4f}", f"{np.mean(each['rule_accuracy']):.4f}"]
-        lines.append([each["graph"], f"{each['averaged_over']:.1f} clients", rate, *rule])
+        low, high = plateau(RATES, each["accuracy"])
+        near = f"{low:.4f} to {high:.4f} (middle {middle(RATES, each['accuracy']):.4f})"
+        best = f"{max(np.mean(each['accuracy'], axis=1)):.4f}"
+        rule = [f"{each['rule_rate']:.4f}", f"{np.mean(each['rule_accuracy']):.4f}"]
+        lines.append([each["graph"], f"{each['averaged_over']:.1f} clients", best, near, *rule])
     return markdown_table(head, lines) + seeds_note(len(found[0]["rule_accuracy"]))
 
 
