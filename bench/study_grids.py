@@ -166,6 +166,8 @@ def optimisers(p: float | None) -> Study:
             "rank 4": learned() | {"adapter": {"rank": 4, "alpha": 8}},
             "rank 16": learned() | {"adapter": {"rank": 16, "alpha": 32}},
             "warm-up 0.1": learned(warmup=0.1),
+            "head's rate a quarter": learned(head_rate=0.25),
+            f"{POOLED}, head's rate a quarter": pooled(**LEARNED, head_rate=0.25),
             "qg-adam": learned("qg-adam"),
             "noloco": learned("noloco"),
             POOLED: pooled(**LEARNED),

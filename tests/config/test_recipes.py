@@ -129,7 +129,7 @@ def test_peers_of_an_older_version_agree_where_nothing_new_is_set():
     """Hashes as the version before schedules made them."""
     hashes = section_hashes(load_config({}), ["a", "b"])
     assert hashes["train"] == "1c30a67bec13d4d9" and "recipe" not in hashes
-    for word in ("train.schedule=cosine", "train.quiet=0.1", "train.warmup=0.1"):
+    for word in ("train.schedule=cosine", "train.quiet=0.1", "train.warmup=0.1", "train.head_rate=0.5"):
         assert section_hashes(load_config({}, [word]), ["a", "b"])["train"] != hashes["train"], word
 
 

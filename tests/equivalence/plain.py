@@ -43,11 +43,15 @@ def own_state(x, i):
 
 
 def trained_parameters(model, active, head):
-    return [
-        parameter
+    return {
+        name: parameter
         for name, parameter in model.named_parameters()
-        if any(f"lora_{factor}." in name for factor in active) or (head and "modules_to_save" in name)
-    ]
+        if any(f"lora_{factor}." in name for factor in active) or (head and is_of_head(name))
+    }
+
+
+def is_of_head(name):
+    return "modules_to_save" in name
 
 
 def loss_of(model, data, rows, kind):
@@ -108,7 +112,11 @@ def answers_of(ids):
 
 
 def optimiser(config, parameters):
+    """Of parameters by name; those of the head have a rate of their own."""
     train = config.train
+    rates = {False: train.lr, True: train.lr * train.head_rate}
+    groups = {of: [p for name, p in parameters.items() if is_of_head(name) == of] for of in rates}
+    parameters = [{"params": own, "lr": rates[of]} for of, own in groups.items() if own]
     if train.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
     return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
@@ -123,14 +131,14 @@ def run_plain(config, federation, active):
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             parameters = trained_parameters(model, active(t), head)
-            for parameter in parameters:
+            for parameter in parameters.values():
                 parameter.requires_grad_(True)
             optimizer = optimiser(config, parameters)
             for rows in federation.learner.shards.rows(i, t, config.train.local_steps):
                 optimizer.zero_grad()
                 loss_of(model, federation.train_data, rows, config.task.kind).backward()
                 if config.train.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, config.train.clip)
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), config.train.clip)
                 optimizer.step()
         if config.algorithm.name != "local":
             average(models, federation.topology.at(t).W, config.adapter.head == "private")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import average, initial_models, state_of
+from plain import average, initial_models, is_of_head, state_of
 from test_plain_loop import largest_difference, run_in_two_shards, run_stacked
 from test_rules_plain import gradients, local_steps
 
@@ -43,10 +43,13 @@ def nothing(name, now, before):
 
 def run_qg_dsgdm(config, federation, active, beta):
     steps = config.train.local_steps * config.train.lr
+    of_head = steps * config.train.head_rate
 
     def after(memory, start, mixed):
         for name, value in mixed.items():
-            memory["m"][name] = beta * memory["m"][name] + (1 - beta) * (start[name] - value) / steps
+            memory["m"][name] = beta * memory["m"][name] + (1 - beta) * (start[name] - value) / (
+                of_head if is_of_head(name) else steps
+            )
         return mixed
 
     return run_plain(
@@ -105,6 +108,7 @@ METHODS = {
 SETTINGS = [
     ["train.weight_decay=0.1"],
     ["adapter.head=private", "topology.kind=path"],
+    ["train.head_rate=0.25", "topology.kind=path"],
     ["algorithm.interval=1", "train.rounds=5", "train.block=3", "topology.kind=random", "seed=5"],
 ]
 

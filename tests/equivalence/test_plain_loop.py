@@ -68,9 +68,10 @@ def test_stacked_run_equals_plain_peft(config, kind, method, optimizer):
             ("llama", ["task.kind=causal-lm", "data.label=null"]),
             ("gpt2", ["task.kind=causal-lm", "data.label=null"]),
             ("bert", ["train.batch=[1, 3, 4, 2]", "train.block=3"]),
+            ("bert", ["train.head_rate=0.25", "train.weight_decay=0.1"]),
             ("bert", ["topology.kind=random", "topology.p=0.4", "seed=5"]),
         ],
-        [1, 4, 5, 7],
+        [1, 4, 5, 7, 8],
     ),
 )
 def test_other_tasks_heads_and_batches_equal_plain_peft(config, kind, words):

@@ -9,11 +9,6 @@ from cases import others_slow
 from peerlora.runtime.compose import compose
 
 
-def named(model, parameters):
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: parameter for parameter in parameters}
-
-
 def gradients(model, parameters, data, rows):
     loss = loss_of(model, data, rows, "classification")
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
@@ -36,11 +31,11 @@ def local_steps(config, federation, model, i, t, active, gradient, correct):
     """All local steps of one client: (its parameters, where they were, mean raw corrected gradient)."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    parameters = named(model, trained_parameters(model, active, config.adapter.head != "frozen"))
+    parameters = trained_parameters(model, active, config.adapter.head != "frozen")
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer, K = optimiser(config, list(parameters.values())), config.train.local_steps
+    optimizer, K = optimiser(config, parameters), config.train.local_steps
     mean = {name: torch.zeros_like(value) for name, value in start.items()}
     for rows in federation.learner.shards.rows(i, t, K):
         found = gradient(model, parameters, federation.train_data, rows)

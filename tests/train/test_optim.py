@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peerlora.config.sections import TrainConfig
-from peerlora.train.optim import Moments, clip, step
+from peerlora.train.optim import Moments, block_rate, clip, step
 
 CLIENTS = 3
 COLUMNS = {"A": slice(0, 4), "B": slice(4, 7), "head": slice(7, 9)}
@@ -28,9 +28,12 @@ def active(blocks):
 
 
 def torch_optimizer(train, parameters):
+    """The last of several parameters is the head."""
+    groups = [{"params": parameters[:-1]}, {"params": parameters[-1:], "lr": train.lr * train.head_rate}]
+    groups = groups if len(parameters) > 1 else parameters
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+        return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
 
 
 SETTINGS = {
@@ -41,6 +44,9 @@ SETTINGS = {
     "sgd": dict(optimizer="sgd", lr=0.01),
     "sgd-decay": dict(optimizer="sgd", lr=0.01, weight_decay=0.3),
     "sgd-momentum": dict(optimizer="sgd", lr=0.01, momentum=0.9),
+    "adamw-head": dict(optimizer="adamw", lr=0.1, weight_decay=0.3, head_rate=0.25),
+    "adamw-head-plain": dict(optimizer="adamw", lr=0.1, weight_decay=0.3, head_rate=4.0, fast=False),
+    "sgd-head": dict(optimizer="sgd", lr=0.01, momentum=0.8, weight_decay=0.2, head_rate=0.25),
     "sgd-all": dict(optimizer="sgd", lr=0.01, momentum=0.8, weight_decay=0.2, clip=1.5),
 }
 
@@ -65,6 +71,12 @@ def test_twenty_steps_equal_torchs_optimiser_of_every_client(name):
         expected = torch.stack([torch.cat(parameters).detach() for parameters in theirs])
         assert torch.allclose(values, expected, rtol=1e-12, atol=1e-12), k
     assert (values - start).abs().max() > 1e-3
+
+
+def test_a_heads_layers_have_its_rate():
+    train = TrainConfig(lr=0.1, head_rate=0.25)
+    found = [block_rate(train, 0.2, block) for block in ("A", "B:2", "head", "head:1")]
+    assert found == pytest.approx([0.2, 0.2, 0.05, 0.05])
 
 
 def test_single_precision_stays_as_near_as_rounding_allows():

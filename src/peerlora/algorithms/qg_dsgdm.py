@@ -15,6 +15,7 @@ from peerlora.errors import ConfigError
 from peerlora.lora.adapters import Adapters
 from peerlora.train.base import LocalPlan
 from peerlora.train.local_rules import DualProx
+from peerlora.train.optim import block_rate
 from peerlora.train.schedule import rate
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class QGDSGDm(Stateful):
         m_i   <-   beta m_i + (1 - beta) (x_i - x_i') / (K lr)
 
     A client's own momentum would carry on its own bias; mixing takes that out of m.  It ends where DSGD ends, since m
-    is zero there.  lr is the round's.  A block that does not train keeps its m.
+    is zero there.  lr is the round's, and the block's own.  A block that does not train keeps its m.
 
     Source: Lin, Karimireddy, Stich, Jaggi 2021, arXiv 2102.04761 (update as in the authors' code,
     epfml/quasi-global-momentum, without Nesterov's form).
@@ -72,7 +73,9 @@ class QGDSGDm(Stateful):
         x = state.x
         rule = DualProx(self.beta * state.m) if self.beta else None
         mixed = peers.mix(learner.fit(x, LocalPlan(self.active(t), rule)))
-        moved = (x.flat - mixed.flat) / (learner.settings.local_steps * rate(learner.settings, t))
+        moved = (x.flat - mixed.flat) / learner.settings.local_steps
+        for block in x.spec.blocks:
+            moved[:, x.spec.columns(block)] /= block_rate(learner.settings, rate(learner.settings, t), block)
         m = self.beta * state.m + (1 - self.beta) * moved
         return QuasiGlobalState(mixed, torch.where(self.changing(t, x), m, state.m))
 

@@ -64,6 +64,8 @@ def _of_policy(config: RunConfig) -> str | None:
             )
     if config.adapter.head == "frozen":
         return "adapter.head=frozen leaves the critic untrained; use adapter.head=private, or mixed to exchange it"
+    if config.train.head_rate != 1:
+        return f"train.head_rate={config.train.head_rate:g} is of heads; the rate of a critic is online.critic_rate"
     if config.train.dtype not in ("fp32", "fp64"):
         return f"train.dtype={config.train.dtype} is for large base models; a flow policy takes fp32 or fp64"
     if config.device != "cpu":

@@ -50,6 +50,8 @@ class TrainConfig(Section):
     """When the optimiser's memory starts fresh: every round, at a switch of factors (phase), or never (keep)."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate, at its largest; the first setting to try other values of."""
+    head_rate: PositiveFloat = 1.0
+    """Learning rate of the head, and of further modules that train in full, as a multiple of `lr`."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """The rate over the training rounds: constant; linear or cosine: falling to `floor`; wsd: falling at the end."""
     warmup: ShareOrRounds = 0.0

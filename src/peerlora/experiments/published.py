@@ -106,6 +106,8 @@ def _besides(config: RunConfig) -> Iterator[str]:
     train, exchange, method = config.train, config.exchange, config.algorithm.parameters
     if train.label_prior != "none":
         yield f"loss adjusted for the label prior ({train.label_prior})"
+    if train.head_rate != 1:
+        yield f"the head's rate {train.head_rate:g} times that of the factors"
     if train.clip is not None:
         yield f"gradients clipped at {train.clip:g}"
     if train.batches != "shuffled":

@@ -219,6 +219,18 @@ def check_rows(config: RunConfig, spec: AdapterSpec, clients: int, held: str = _
         )
 
 
+def check_head_rate(config: RunConfig, spec: AdapterSpec) -> None:
+    """Refuse a rate of its own for a head where none trains; raises CompositionError."""
+    if config.train.head_rate == 1 or spec.head:
+        return
+    frozen = config.adapter.head == "frozen"
+    why = "adapter.head=frozen keeps it as it is" if frozen else f"task.kind={config.task.kind} has none"
+    cure = "adapter.head=mixed or private" if frozen else "adapter.modules_to_save, for modules that train in full"
+    raise CompositionError(
+        f"train.head_rate={config.train.head_rate:g} given, and no head trains: {why}; drop it, or use {cure}"
+    )
+
+
 def _needs_dense(config: RunConfig, algorithm: Algorithm[Any]) -> str | None:
     """What keeps tables [client, client], in words; None where links alone are kept."""
     if is_asynchronous(algorithm):

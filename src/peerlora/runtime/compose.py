@@ -24,7 +24,7 @@ from peerlora.exchange.gossip_sum import NetworkSum
 from peerlora.exchange.stacked import StackedExchange
 from peerlora.exchange.wrapper import unwrap
 from peerlora.randomness import numpy_generator
-from peerlora.runtime.checks import check_rows
+from peerlora.runtime.checks import check_head_rate, check_rows
 from peerlora.runtime.division import Division, divide_rows
 from peerlora.runtime.epochs import plan_rounds
 from peerlora.runtime.exchange_stack import build_exchange, poison_labels
@@ -109,6 +109,7 @@ def assemble(
     built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
     check_rows(config, adapter_spec(config, model), len(here))
+    check_head_rate(config, adapter_spec(config, model))
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
     check_relayed_message(config, planned.algorithm, start.rows([0]))

@@ -56,7 +56,8 @@ def step(
 ) -> None:
     """One optimiser step, in place, on the columns of the active blocks only; ``gradients`` has one entry for each.
 
-    ``rate``: the learning rate of the round, see ``schedule``; that of the settings is not looked at.
+    ``rate``: the learning rate of the round, see ``schedule``; that of the settings is not looked at.  A head has
+    ``block_rate``.
     """
     if settings.clip is not None:
         clip(gradients, settings.clip)
@@ -64,7 +65,13 @@ def step(
     update = _sgd if settings.optimizer == "sgd" else _fused_adamw if fused else _adamw
     for block, columns in active.items():
         moments.steps[block].add_(1)
-        update(settings, rate, values[:, columns], gradients[block], moments, columns, moments.steps[block])
+        own = block_rate(settings, rate, block)
+        update(settings, own, values[:, columns], gradients[block], moments, columns, moments.steps[block])
+
+
+def block_rate(settings: TrainConfig, rate: float, block: str) -> float:
+    """The learning rate of a block, of its layer ("head:1"), where that of the factors is ``rate``."""
+    return rate * settings.head_rate if block.partition(":")[0] == "head" else rate
 
 
 def clip(gradients: Mapping[str, Float[Tensor, "client column"]], largest: float) -> None:

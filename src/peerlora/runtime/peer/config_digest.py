@@ -20,7 +20,7 @@ from peerlora.lora.adapters import AdapterSpec
 _SITE = ("model", "device", "threads", "privacy", "eval", "checkpoint", "track", "cluster")  # a site's own business
 _NAMED = ("recipe",)  # its settings are compared, wherever they come from
 _SITE_TRAIN = ("fast", "block", "max_seconds")
-_NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights", "epochs")
+_NEWER_NAMES = ("schedule", "warmup", "floor", "decay", "quiet", "accumulate", "class_weights", "epochs", "head_rate")
 _NEWER = {name: TrainConfig.model_fields[name].default for name in _NEWER_NAMES}
 """Settings that older versions lack, with the values by which a run is as it was before: then their hashes agree."""
 _NEWER_ADAPTER = {
