@@ -21,11 +21,11 @@ import json
 import shlex
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,13 @@ from outcomes import OutcomeLines, without_folder
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import Stopped
-from peerlora.experiments.comparison import MAIN, Comparison
+from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid
-from peerlora.experiments.markdown import markdown, markdown_table
+from peerlora.experiments.markdown import markdown
 from peerlora.experiments.rate_search import RateSearch, choose_rates
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, search_rates, start_grid
 from peerlora.experiments.statistics import Outcome, compare
-from peerlora.experiments.table_notes import difference_notes
-from peerlora.experiments.tables import COMPARED, difference_columns, difference_rows, rate_columns, rate_rows
 from peerlora.experiments.trial_pool import TrialPool, trial_pools
 from peerlora.experiments.trials import plan_trials, search_labels
 from peerlora.files import write_atomically
@@ -55,6 +53,7 @@ from peerlora.runs.resume import run_facts
 from study_base import PAGES, PLACE, RESULTS, Study, Tree, split_labels
 from study_costs import Look, cost_table
 from study_effort import count_effort, list_studies, seeds_table
+from study_notes import further_table, machine_note, missing_note, tuning_table
 from study_tuning import Tried, tuned_grids
 
 PAPER = {"paper-budget": 0.1, "paper-budget-sparse": 0.02}
@@ -81,23 +80,36 @@ class Finished:
     """Row -> seed -> evaluations; empty of a run that diverged."""
     runs: list[dict[str, Any]]
     """Row, seed, rate, purpose and machine of every run, those of the search included."""
+    missing: list[str]
+    """Rows of grids whose runs have not all finished."""
 
 
 Pool = Callable[[ResourceCache], TrialPool] | None
 """What gives a grid workers that run several cells at once; None: one after another in this process."""
 
 
-def conduct(name: str, study: Study, data: Path, pool: Pool = None) -> Finished:
-    """Run what is missing of a study, and compare its rows."""
+def conduct(name: str, study: Study, data: Path, pool: Pool = None, only_finished: bool = False) -> Finished:
+    """Run what is missing of a study, and compare its rows.
+
+    ``only_finished``: run nothing, and leave out grids whose runs have not all finished.
+    """
     study.prepare(data)
     kept, tried = OutcomeLines(name, data, study.judged), {}
+    make = partial(run, study=name, outcomes=kept, pool=pool, only_finished=only_finished)
     grids = study.parts(data)
     if study.tuned:
-        grids, tried = tuned_grids(grids, study.tuned, lambda tree: run(search_rates, name, tree, kept, pool))
+        grids, tried = tuned_grids(grids, study.tuned, partial(make, search_rates))
     outcomes: list[Outcome] = []
-    searches, looks = [], {}
+    searches, looks, missing = [], {}, []
     for tree in grids:
-        own, part = run(start_grid, name, tree, kept, pool), load_grid(tree)
+        part = load_grid(tree)
+        try:
+            own = make(start_grid, tree)
+        except Stopped:
+            if not only_finished:
+                raise
+            missing += list(tree["axes"]["system"])
+            continue
         searches += [replace(each, labels=split_labels(study, each.labels)) for each in own.searches]
         searched_on = search_labels(part)
         for trial in plan_trials(part, choose_rates(part, own.searches)).trials:
@@ -106,9 +118,11 @@ def conduct(name: str, study: Study, data: Path, pool: Pool = None) -> Finished:
                 on = None if on is None else split_labels(study, on)
                 outcomes.append(replace(outcome, labels=split_labels(study, outcome.labels), searched_on=on))
                 looks.setdefault(trial.setting, {})[trial.config.seed] = kept.looks(trial)
+    if missing and not any(study.baseline.items() <= each.labels.items() for each in outcomes):
+        raise SystemExit(f"{name}: the runs of its baseline have not finished, so there is nothing to compare with")
     result = compared(name, study, outcomes, searches)
     further = compared(name, replace(study, baseline=study.further), outcomes) if study.further else None
-    return Finished(result, grids, tried, further, looks, kept.used)
+    return Finished(result, grids, tried, further, looks, kept.used, missing)
 
 
 def compared(name: str, study: Study, outcomes: Sequence[Outcome], searches: Sequence[RateSearch] = ()) -> Comparison:
@@ -125,8 +139,13 @@ def result_file(name: str) -> Path:
     return RESULTS / f"study-{name}.json"
 
 
-def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLines, pool: Pool = None) -> Any:
-    """Run the cells of a grid that have no outcome yet; ``start``: ``start_grid``, or ``search_rates``."""
+def run(
+    start: Callable[..., Any], tree: Tree, study: str, outcomes: OutcomeLines, pool: Pool, only_finished: bool
+) -> Any:
+    """Run the cells of a grid that have no outcome yet; ``start``: ``start_grid``, or ``search_rates``.
+
+    Raises Stopped where there are such cells and ``only_finished`` is given.
+    """
     folder = PLACE / study
 
     @contextmanager
@@ -135,7 +154,7 @@ def run(start: Callable[..., Any], study: str, tree: Tree, outcomes: OutcomeLine
         yield lambda event: None
 
     shutil.rmtree(folder, ignore_errors=True)
-    return start(load_grid(tree), folder, Callbacks(watch, outcomes=outcomes, pool=pool))
+    return start(load_grid(tree), folder, Callbacks(watch, lambda: only_finished, outcomes, pool))
 
 
 @contextmanager
@@ -167,37 +186,12 @@ def write(name: str, study: Study, found: Finished, data: Path) -> None:
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(result_file(name), json.dumps(written, indent=1) + "\n")
-    text = markdown(found.result) + tuning_table(found.tried) + machine_note(found.runs)
+    text = markdown(found.result) + tuning_table(found.tried) + machine_note(found.runs) + missing_note(found.missing)
     if found.further:
         text += "\n" + further_table(found.further)
     if study.costs:
         text += "\n" + cost_table(found.looks, study.baseline["system"])
     insert(PAGES / study.page, f"study-{name}", text)
-
-
-def further_table(result: Comparison) -> str:
-    """The differences of the same runs to another row, of all measures that have any, with their own adjusted p."""
-    measures = (MAIN, *COMPARED)
-    title = f"The same runs, set against {', '.join(result.baseline.values())}:"
-    table = markdown_table(difference_columns(result, measures), difference_rows(result, measures))
-    return "\n".join([title, "", table, *difference_notes(result), ""])
-
-
-def tuning_table(tried: Tried) -> str:
-    """Every rate of every value of every tuned setting, with what it reached."""
-    rows = [each for own in tried.values() for _, each in sorted(own.items())]
-    if not rows:
-        return ""
-    note = "Tuned on rows set aside, each value at rates of its own; the value whose best rate reached most is taken."
-    return f"\n{markdown_table(rate_columns(rows), rate_rows(rows))}{note}\n"
-
-
-def machine_note(runs: Sequence[Mapping[str, Any]]) -> str:
-    """On which kinds of machine a table's runs were computed."""
-    kinds = Counter(each["machine"] for each in runs)
-    where = ", ".join(f"{kind} ({count:,} run{'s' * (count > 1)})" for kind, count in kinds.most_common())
-    differ = " Kinds of machines round differently, which long runs make visible." if len(kinds) > 1 else ""
-    return f"Computed on: {where}, those of the search included.{differ}\n"
 
 
 def given_rates(words: Sequence[str]) -> dict[str, float]:
@@ -222,6 +216,7 @@ def read_options() -> Any:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rate", action="append", default=[], help="of paper-budget: ROW=RATE, once per row")
     parser.add_argument("--workers", type=int, default=1, help="cells at once, each on a core of this machine's own")
+    parser.add_argument("--finished", action="store_true", help="run nothing: write the table of what has finished")
     parser.add_argument("--list", action="store_true", help="print what each study takes")
     parser.add_argument("--write", action="store_true", help="with --list: into docs/results/studies.md, too")
     options = parser.parse_args()
@@ -231,6 +226,8 @@ def read_options() -> Any:
         parser.error("--write belongs to --list; a study's table is written in any case")
     if options.rate and options.study not in PAPER:
         parser.error(f"--rate is for {' and '.join(PAPER)}; other studies search their rates")
+    if options.finished and options.workers > 1:
+        parser.error("--finished runs nothing; drop --workers")
     if options.workers < 1:
         parser.error(f"--workers {options.workers} given; expected 1 or more")
     return options
@@ -276,7 +273,7 @@ def main() -> None:
         study = study_grids.paper_budget(PAPER[name], given_rates(options.rate))
     try:
         with only_process(name), workers(options.workers) as pool:
-            write(name, study, conduct(name, study, options.data, pool), options.data)
+            write(name, study, conduct(name, study, options.data, pool, options.finished), options.data)
     except (Stopped, KeyboardInterrupt):
         finished = len(OutcomeLines(name, options.data))
         print(f"stopped; {finished:,} runs of {name} are kept; go on with: {command(options)}", file=sys.stderr)

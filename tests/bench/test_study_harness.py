@@ -524,6 +524,15 @@ def test_a_toy_study_end_to_end(models, cache, tmp_path, monkeypatch):
     assert len(lines) == 8 + 4 + 4  # of the tuned row's search nothing is run twice
     monkeypatch.setattr("peerlora.experiments.trial_run.simulate", None)  # all is known by its lines
     assert studies.conduct("toy", study, data).result.lines == found.result.lines
+    path = tmp_path / "bench/results/outcomes/toy.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines[:-1]))  # the last run is of the second grid
+    part = studies.conduct("toy", study, data, only_finished=True)
+    assert part.missing == [chosen] and [line.labels for line in part.result.lines] == [{"system": "dec-lora"}]
+    studies.write("toy", study, part, data)
+    assert f"have not all finished: {chosen}.\n" in page.read_text()
+    path.write_text("")
+    with pytest.raises(Stopped):  # of the tuned row, no value is known
+        studies.conduct("toy", study, data, only_finished=True)
 
 
 def test_a_setting_at_its_default_is_no_part_of_a_runs_key_but_training_is():
