@@ -46,11 +46,11 @@ def test_what_shows_no_spread_allows_no_inference():
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_the_interval_covers_the_mean_of_normal_differences(count):
-    """Also of three seeds, whose range covers it in three of four cases; 4,000 draws have a standard error of .35 %."""
-    draws = np.random.default_rng(0).normal(1.0, 2.0, (4000, count))
+    """Also of three seeds, whose range covers it in three of four cases; 2,000 draws have a standard error of .49 %."""
+    draws = np.random.default_rng(0).normal(1.0, 2.0, (2000, count))
     found = [t_interval(values) for values in draws.tolist()]
     covered = np.mean([low <= 1.0 <= high for low, high in found])
-    assert abs(covered - 0.95) < 0.012
+    assert abs(covered - 0.95) < 0.015
     assert np.mean((draws.min(1) <= 1.0) & (draws.max(1) >= 1.0)) == pytest.approx(1 - 2 / 2**count, abs=0.02)
 
 
