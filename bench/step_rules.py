@@ -181,6 +181,7 @@ def orthogonal(wide: Tensor) -> Tensor:
     return (vectors * roots[..., None, :]) @ vectors.mT @ wide
 
 
+@lru_cache(maxsize=1000)
 def averaged_over(graph: str, seed: int) -> float:
     """Count the clients over which a model at the end averages the noise of a step."""
     if graph in (ALONE, POOLED):

@@ -44,5 +44,6 @@ def test_a_rate_of_no_head_is_refused(config, kind, words, told):
 
 
 def test_of_a_policy_the_critic_has_its_own_setting(cache):
+    assert compose(tiny("online.critic_rate=0.5")).learner.settings.head_rate == 0.5
     with pytest.raises(ConfigError, match="the rate of a critic is online.critic_rate"):
         tiny("train.head_rate=0.5")

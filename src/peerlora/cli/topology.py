@@ -45,15 +45,15 @@ def command(
 def _averaged(topology: Topology, rounds: int) -> dict[str, float] | None:
     """Over how many clients models average the noise of steps, by schedule; None of more clients than is affordable."""
     from peerlora.config.train import TrainConfig
-    from peerlora.topology.averaging import MOST, noise_averaged_over
+    from peerlora.topology.averaging import MOST, average_over, noise_left
     from peerlora.train.schedule import rate_factor
 
     if topology.clients > MOST:
         return None
-    found = {}
+    left, found = noise_left(topology, rounds), {}
     for schedule in ("constant", "cosine"):
         settings = TrainConfig(rounds=rounds, schedule=schedule)
-        found[schedule] = noise_averaged_over(topology, [rate_factor(settings, t) for t in range(rounds)])
+        found[schedule] = average_over(left, [rate_factor(settings, t) for t in range(rounds)])
     return found
 
 

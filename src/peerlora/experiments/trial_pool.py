@@ -144,14 +144,14 @@ class TrialPool:
         """
         self._check(trials)
         self._await_start()
-        waiting = list(trials)
+        waiting = [(data_key(trial.config), trial) for trial in trials]
         try:
             while not stop() and (waiting or self._busy):
                 for seat in self._free() if waiting else ():
                     if waiting:
-                        trial = waiting.pop(self._choose(seat, waiting))
+                        key, trial = waiting.pop(self._choose(seat, [key for key, _ in waiting]))
                         begun(trial)
-                        self._begin(seat, trial, folder)
+                        self._begin(seat, key, trial, folder)
                 if not self._busy:
                     self._await_machine(folder)
                     continue
@@ -160,7 +160,7 @@ class TrialPool:
                         files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
                     except WorkersLost as error:
                         self._give_up(seat, trial, error)
-                        waiting.insert(0, trial)
+                        waiting.insert(0, (data_key(trial.config), trial))
                         continue
                     seat.job = None
                     write_files(job.run, files)
@@ -213,26 +213,29 @@ class TrialPool:
     def _busy(self) -> list[_Seat]:
         return [seat for seat in self.seats if seat.job]
 
-    def _choose(self, seat: _Seat, waiting: Sequence[Trial]) -> int:
-        """The place of the trial that a worker takes: of rows that it has, else that no other has, else the first."""
-        keys, others = [data_key(trial.config) for trial in waiting], {each.key for each in self.seats}
+    def _choose(self, seat: _Seat, keys: Sequence[str]) -> int:
+        """The place of the trial that a worker takes: of rows that it has, else that no worker has, else the first.
+
+        ``keys``: of the rows of the trials that wait.
+        """
         if seat.key in keys:
             return keys.index(seat.key)
-        return next((at for at, key in enumerate(keys) if key not in others), 0)
+        kept = {each.key for each in self.seats}
+        return next((at for at, key in enumerate(keys) if key not in kept), 0)
 
-    def _begin(self, seat: _Seat, trial: Trial, folder: Path) -> None:
-        seat.key, run = data_key(trial.config), folder / trial.folder
-        if seat.key not in self._rows:
+    def _begin(self, seat: _Seat, key: str, trial: Trial, folder: Path) -> None:
+        seat.key, run = key, folder / trial.folder
+        if key not in self._rows:
             rows = self.cache.resources(trial.config)
             if isinstance(rows, RunResources):
                 rows = replace(rows, bases=None)
-            self._rows[seat.key] = self.ray.put(rows)
+            self._rows[key] = self.ray.put(rows)
         for unused in self._rows.keys() - {each.key for each in self.seats}:
             del self._rows[unused]
         if seat.actor is None:
             seat.actor = self._actor()
         job = TrialJob(trial.config, run, read_files(run) if (run / "run.json").is_file() else {})
-        seat.job, seat.answer = (trial, job), seat.actor.run.remote(job, seat.key, self._rows[seat.key])
+        seat.job, seat.answer = (trial, job), seat.actor.run.remote(job, key, self._rows[key])
         seat.ping, seat.asked = seat.actor.describe.remote(), time.monotonic()
 
     def _ended(self) -> list[tuple[_Seat, Trial, TrialJob]]:

@@ -108,8 +108,9 @@ def assemble(
     divided, own, held = division.partition, division.own, division.held
     built = build_model(config, resources, speed)
     model, export, paths = built.model, built.export, built.paths
-    check_rows(config, adapter_spec(config, model), len(here))
-    check_head_rate(config, adapter_spec(config, model))
+    spec = adapter_spec(config, model)
+    check_rows(config, spec, len(here))
+    check_head_rate(config, spec)
     start, start_warnings = start_adapters(config, model, export, here)
     check_merges(config.algorithm.name, planned.algorithm, topology, config.train.rounds, start, model.base)
     check_relayed_message(config, planned.algorithm, start.rows([0]))

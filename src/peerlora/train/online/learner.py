@@ -57,6 +57,7 @@ class OnlineLearner(LocalTraining):
         horizon: int,
         seed: int,
     ):
+        settings = settings.model_copy(update={"head_rate": online.critic_rate})  # the critic is the head
         super().__init__(settings, numbers)
         assert isinstance(model.base, FlowPolicy) and isinstance(settings.batch, int)
         self.model, self.policy, self.environments = model, model.base, environments
@@ -109,10 +110,7 @@ class OnlineLearner(LocalTraining):
             closure = Closure(minibatches, trained, [], repeats=plan.rule is not None)
             at = LocalStep(x.flat, start, active, clients, partial(flat_gradients, x, closure, active))
             found = at.gradient() if plan.rule is None else plan.rule.gradient(at)
-            before = x.flat[:, critic].clone()
             step(self.settings, self._round.rate, x.flat, found, moments, active)
-            if self.online.critic_rate != 1:
-                x.flat[:, critic] = before + self.online.critic_rate * (x.flat[:, critic] - before)
             target.lerp_(x.flat[:, critic], self.online.target_rate)
             assert closure.losses is not None, "a rule has to look at the minibatch"
             seen.append(closure.losses)
