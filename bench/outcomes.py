@@ -45,12 +45,14 @@ class Kept:
     looks: list[Look]
     """Evaluations by round; empty where it diverged, or an older line has none."""
     machine: str
+    dtype: str = "fp32"
+    """The precision of the base model."""
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Kept:
         """Restore what ``OutcomeLines.keep`` wrote."""
         looks = [Look(**look) for look in line.get("looks", ())]
-        return cls(Outcome(**line["outcome"]), looks, line.get("machine", "not known"))
+        return cls(Outcome(**line["outcome"]), looks, line.get("machine", "not known"), line.get("dtype", "fp32"))
 
 
 class OutcomeLines:
@@ -70,6 +72,11 @@ class OutcomeLines:
     def kept(self) -> list[Kept]:
         """All finished runs."""
         return list(self._kept.values())
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the newest run; fp32 without one."""
+        return self.kept[-1].dtype if self._kept else "fp32"
 
     @property
     def used(self) -> list[dict[str, Any]]:
@@ -104,9 +111,14 @@ class OutcomeLines:
         if self.judged is not None and events:
             events = only_of(events, self.judged)
             outcome = replace(outcome, measures=measure_run(events, trial.config))
-        kept = Kept(replace(outcome, events=()), follow(events, trial.config), machine())
+        kept = Kept(replace(outcome, events=()), follow(events, trial.config), machine(), trial.config.train.dtype)
         self._kept[key] = kept
-        line = {"config": key, "machine": kept.machine, "outcome": json.loads(kept.outcome.to_json())}
+        line = {
+            "config": key,
+            "machine": kept.machine,
+            "dtype": kept.dtype,
+            "outcome": json.loads(kept.outcome.to_json()),
+        }
         line["looks"] = [asdict(look) for look in kept.looks]
         append_line(self.path, json.dumps(line))
 

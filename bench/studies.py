@@ -7,10 +7,11 @@ FOLDER holds glue/sst2, glue/qnli, glue/qqp and extra/ag_news, each with train.p
 of flow policies read nothing of it, so any folder will do.  Every finished run is a line in bench/results/outcomes, by
 which a study that was stopped goes on, here or in another checkout.  At the end the table goes to bench/results and
 between the study's markers of its page in docs/results.  A study runs in one process of a checkout at a time, or with
-``--workers N`` N cells at once, to the same results; several studies may run at once.  ``--list`` prints what each
-study takes (runs, training rows, core-hours), how many runs have finished, and what the seeds can show; with
-``--write`` it goes to docs/results/studies.md.  ``paper-budget`` and ``paper-budget-sparse`` search no rates: give each
-as ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
+``--workers N`` N cells at once, to the same results; several studies may run at once.  With ``--dtype bf16`` the base
+model of all rows is in bf16, which is faster where the processor has it; a study goes on in the precision of its
+finished runs.  ``--list`` prints what each study takes (runs, training rows, core-hours), how many runs have finished,
+and what the seeds can show; with ``--write`` it goes to docs/results/studies.md.  ``paper-budget`` and
+``paper-budget-sparse`` search no rates: give each as ``--rate 'ROW=RATE'``, or run alternating-96-cosine before.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ from peerlora.experiments.trial_pool import TrialPool, trial_pools
 from peerlora.experiments.trials import plan_trials, search_labels
 from peerlora.files import write_atomically
 from peerlora.runs.resume import run_facts
-from study_base import PAGES, PLACE, RESULTS, Study, Tree, split_labels
+from study_base import PAGES, PLACE, RESULTS, Study, Tree, in_dtype, split_labels
 from study_costs import Look, cost_table
 from study_effort import count_effort, list_studies, seeds_table
-from study_notes import further_table, machine_note, missing_note, tuning_table
+from study_notes import dtype_note, further_table, machine_note, missing_note, tuning_table
 from study_tuning import Tried, tuned_grids
 
 PAPER = {"paper-budget": 0.1, "paper-budget-sparse": 0.02}
@@ -186,7 +187,8 @@ def write(name: str, study: Study, found: Finished, data: Path) -> None:
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomically(result_file(name), json.dumps(written, indent=1) + "\n")
-    text = markdown(found.result) + tuning_table(found.tried) + machine_note(found.runs) + missing_note(found.missing)
+    notes = (dtype_note(found.grids), machine_note(found.runs), missing_note(found.missing))
+    text = markdown(found.result) + tuning_table(found.tried) + "".join(notes)
     if found.further:
         text += "\n" + further_table(found.further)
     if study.costs:
@@ -216,6 +218,7 @@ def read_options() -> Any:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rate", action="append", default=[], help="of paper-budget: ROW=RATE, once per row")
     parser.add_argument("--workers", type=int, default=1, help="cells at once, each on a core of this machine's own")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the base model; else as in finished runs")
     parser.add_argument("--finished", action="store_true", help="run nothing: write the table of what has finished")
     parser.add_argument("--list", action="store_true", help="print what each study takes")
     parser.add_argument("--write", action="store_true", help="with --list: into docs/results/studies.md, too")
@@ -228,6 +231,8 @@ def read_options() -> Any:
         parser.error(f"--rate is for {' and '.join(PAPER)}; other studies search their rates")
     if options.finished and options.workers > 1:
         parser.error("--finished runs nothing; drop --workers")
+    if options.dtype and options.study == "dtype":
+        parser.error("--dtype: the rows of this study are about it; drop it")
     if options.workers < 1:
         parser.error(f"--workers {options.workers} given; expected 1 or more")
     return options
@@ -249,8 +254,9 @@ def write_list(options: Any) -> None:
 def command(options: Any) -> str:
     """The command by which a study that was stopped goes on."""
     rates = [word for rate in options.rate for word in ("--rate", rate)]
-    several = ["--workers", str(options.workers)] if options.workers > 1 else []
-    return shlex.join(["python", "bench/studies.py", options.study, "--data", str(options.data), *rates, *several])
+    further = ["--workers", str(options.workers)] if options.workers > 1 else []
+    further += ["--dtype", options.dtype] if options.dtype else []
+    return shlex.join(["python", "bench/studies.py", options.study, "--data", str(options.data), *rates, *further])
 
 
 def workers(number: int) -> AbstractContextManager[Pool]:
@@ -271,6 +277,7 @@ def main() -> None:
     name, study = options.study, STUDIES[options.study]
     if name in PAPER:
         study = study_grids.paper_budget(PAPER[name], given_rates(options.rate))
+    study = in_dtype(study, options.dtype or OutcomeLines(name, options.data).dtype)
     try:
         with only_process(name), workers(options.workers) as pool:
             write(name, study, conduct(name, study, options.data, pool, options.finished), options.data)

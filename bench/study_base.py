@@ -7,7 +7,7 @@ searched on rows set aside, with two seeds that are not reported, in a grid that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,20 @@ class Study:
     """Whether a second table compares the rows at equal bytes and equal virtual time."""
     prepare: Callable[[Path], None] = lambda data: None
     """Writes what the grids read beside the data folder's files."""
+
+
+def in_dtype(study: Study, dtype: str) -> Study:
+    """The same study with the base model of every row in a precision, unless its rows are about that."""
+
+    def parts(data: Path) -> list[Tree]:
+        return [tree if "dtype" in tree["axes"] else _with_dtype(tree, dtype) for tree in study.parts(data)]
+
+    return study if dtype == "fp32" else replace(study, parts=parts)
+
+
+def _with_dtype(tree: Tree, dtype: str) -> Tree:
+    common = tree["base"]
+    return tree | {"base": common | {"train": common["train"] | {"dtype": dtype}}}
 
 
 def split_labels(study: Study, labels: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from peerlora.experiments.comparison import MAIN, Comparison
 from peerlora.experiments.markdown import markdown_table
 from peerlora.experiments.table_notes import difference_notes
 from peerlora.experiments.tables import COMPARED, difference_columns, difference_rows, rate_columns, rate_rows
+from study_base import Tree
 from study_tuning import Tried
 
 
@@ -28,6 +29,12 @@ def tuning_table(tried: Tried) -> str:
         return ""
     note = "Tuned on rows set aside, each value at rates of its own; the value whose best rate reached most is taken."
     return f"\n{markdown_table(rate_columns(rows), rate_rows(rows))}{note}\n"
+
+
+def dtype_note(grids: Sequence[Tree]) -> str:
+    """The precision of the base model, where it is another than fp32."""
+    found = sorted({tree["base"]["train"].get("dtype", "fp32") for tree in grids} - {"fp32"})
+    return f"The base model is in {found[0]} in all rows, adapters and optimiser in fp32.\n" if found else ""
 
 
 def machine_note(runs: Sequence[Mapping[str, Any]]) -> str:

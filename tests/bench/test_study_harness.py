@@ -281,6 +281,53 @@ def test_the_machine_of_every_run_is_known():
     assert several.startswith("Computed on: z (2 runs), y (1 run)") and "round differently" in several
 
 
+def test_all_rows_of_a_study_have_one_precision_which_it_keeps():
+    outcomes, base, notes = load("outcomes"), load("study_base"), load("study_notes")
+    tree = {"base": {"train": {"batch": 2}}, "axes": {"system": {"a": {}}}}
+    about = {"base": {"train": {"batch": 2}}, "axes": {"dtype": {"bf16": {"train": {"dtype": "bf16"}}}}}
+    study = base.Study(lambda data: [tree, about], "toy.md", {})
+    first, second = base.in_dtype(study, "bf16").parts(Path("data"))
+    assert first == tree | {"base": {"train": {"batch": 2, "dtype": "bf16"}}} and second is about
+    assert base.in_dtype(study, "fp32") is study
+    assert "in bf16 in all rows" in notes.dtype_note([first]) and notes.dtype_note([tree, about]) == ""
+    lines = outcomes.OutcomeLines("toy", Path("/data"))
+    assert lines.dtype == "fp32"
+    trial = trial_of(["train.dtype=bf16"])
+    lines.keep(trial, Outcome.of_events("ring", trial.labels, 0, 1e-3, "x", events(), trial.config))
+    assert lines.dtype == outcomes.OutcomeLines("toy", Path("/data")).dtype == "bf16"
+    assert lines.find(trial_of()) is None  # never a run of another precision
+    line = json.loads(lines.path.read_text())
+    del line["dtype"]  # as lines were before
+    lines.path.write_text(json.dumps(line) + "\n")
+    assert outcomes.OutcomeLines("toy", Path("/data")).dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "dtype"),
+    [((), (), "fp32"), ((), ("train.dtype=bf16",), "bf16"), (("--dtype", "fp32"), (), "fp32")],
+)
+def test_a_study_is_conducted_in_its_precision(words, kept, dtype, monkeypatch, tmp_path, capsys):
+    studies, outcomes = load("studies"), load("outcomes")
+    trial, seen = trial_of(["train.dtype=bf16"]), []
+    if kept:
+        lines = outcomes.OutcomeLines("sparse-sst2", tmp_path)
+        lines.keep(trial, Outcome.of_events("ring", trial.labels, 0, 1e-3, "x", events(), trial.config))
+    monkeypatch.setattr("sys.argv", ["studies.py", "sparse-sst2", "--data", str(tmp_path), *words])
+    monkeypatch.setattr(studies, "conduct", lambda name, study, *_: seen.append(study))
+    monkeypatch.setattr(studies, "write", lambda *_: None)
+    studies.main()
+    (study,) = seen
+    assert {tree["base"]["train"].get("dtype", "fp32") for tree in study.parts(tmp_path)} == {dtype}
+
+
+def test_the_study_of_precisions_takes_none(monkeypatch, capsys):
+    studies = load("studies")
+    monkeypatch.setattr("sys.argv", ["studies.py", "dtype", "--data", "data", "--dtype", "bf16"])
+    with pytest.raises(SystemExit) as told:
+        studies.main()
+    assert told.value.code == 2 and "the rows of this study are about it; drop it" in capsys.readouterr().err
+
+
 def test_a_study_runs_in_one_process_at_a_time(monkeypatch, capsys):
     studies = load("studies")
     with studies.only_process("toy"):
@@ -296,7 +343,7 @@ def test_a_study_runs_in_one_process_at_a_time(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [Stopped("peerlora compare --resume"), KeyboardInterrupt()])
 def test_a_study_that_is_stopped_says_how_it_goes_on(kind, monkeypatch, capsys):
     studies = load("studies")
-    words = ["studies.py", "paper-budget", "--data", "my data", "--rate", "dec-lora=0.004"]
+    words = ["studies.py", "paper-budget", "--data", "my data", "--rate", "dec-lora=0.004", "--dtype", "bf16"]
     monkeypatch.setattr("sys.argv", words)
 
     def conduct(*_):
@@ -306,7 +353,7 @@ def test_a_study_that_is_stopped_says_how_it_goes_on(kind, monkeypatch, capsys):
     with pytest.raises(SystemExit) as told:
         studies.main()
     assert told.value.code == 130
-    again = "python bench/studies.py paper-budget --data 'my data' --rate dec-lora=0.004"
+    again = "python bench/studies.py paper-budget --data 'my data' --rate dec-lora=0.004 --dtype bf16"
     assert capsys.readouterr().err == f"stopped; 0 runs of paper-budget are kept; go on with: {again}\n"
 
 
