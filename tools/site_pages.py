@@ -36,7 +36,8 @@ GROUPS = {
     ),
     "Errors": (
         *("PeerloraError", "ConfigError", "DataError", "ModelError", "TopologyError", "CompositionError"),
-        *("RunError", "DivergenceError"),
+        *("RunError", "DivergenceError", "Stopped", "ExtraMissing", "ClusterError", "IdentityError"),
+        *("TransportError", "QuorumMissed"),
     ),
 }
 """Heading -> names of ``peerlora`` that are described below it; a test holds it against ``peerlora.__all__``."""

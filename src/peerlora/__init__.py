@@ -19,16 +19,22 @@ if TYPE_CHECKING:
     from peerlora.config.sections import register_partition as register_partition
     from peerlora.config.task_kinds import register_task as register_task
     from peerlora.config.topology import register_topology as register_topology
+    from peerlora.errors import ClusterError as ClusterError
     from peerlora.errors import CompositionError as CompositionError
     from peerlora.errors import ConfigError as ConfigError
     from peerlora.errors import DataError as DataError
     from peerlora.errors import DivergenceError as DivergenceError
+    from peerlora.errors import ExtraMissing as ExtraMissing
+    from peerlora.errors import IdentityError as IdentityError
     from peerlora.errors import ModelError as ModelError
     from peerlora.errors import PeerloraError as PeerloraError
+    from peerlora.errors import QuorumMissed as QuorumMissed
     from peerlora.errors import RunError as RunError
+    from peerlora.errors import Stopped as Stopped
     from peerlora.errors import TopologyError as TopologyError
     from peerlora.lora.adapters import Adapters as Adapters
     from peerlora.lora.adapters import AdapterSpec as AdapterSpec
+    from peerlora.network.base import TransportError as TransportError
     from peerlora.runs.store import read_events as read_events
     from peerlora.runtime.cluster.run import resume as resume
     from peerlora.runtime.cluster.run import simulate as simulate
@@ -51,16 +57,22 @@ _HOMES = {
     "register_partition": "config.sections",
     "register_task": "config.task_kinds",
     "register_topology": "config.topology",
+    "ClusterError": "errors",
     "CompositionError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "DivergenceError": "errors",
+    "ExtraMissing": "errors",
+    "IdentityError": "errors",
     "ModelError": "errors",
     "PeerloraError": "errors",
+    "QuorumMissed": "errors",
     "RunError": "errors",
+    "Stopped": "errors",
     "TopologyError": "errors",
     "Adapters": "lora.adapters",
     "AdapterSpec": "lora.adapters",
+    "TransportError": "network.base",
     "read_events": "runs.store",
     "Federation": "runtime.compose",
     "compose": "runtime.compose",

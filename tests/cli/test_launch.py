@@ -94,6 +94,12 @@ def test_one_peer_is_no_federation(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_peers_that_would_all_train_on_the_whole_file_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="partition.kind=own given: all peers of launch read one file"):
+        launch(config("bert", "clients=2", "topology=path", "partition=own", "task.labels=[a, b]"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 SCRIPT = """
 import pathlib, signal, sys, time
 asked = []

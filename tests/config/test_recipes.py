@@ -45,6 +45,22 @@ def test_a_default_that_is_given_is_given():
     }
 
 
+def test_what_a_recipe_does_not_set_is_told():
+    """As with a file that `init` wrote, which gives every setting."""
+
+    def told(source, *words):
+        return [note for note in plan(load_config(source, words)).notes if note.startswith("recipe=")]
+
+    written = yaml.safe_load(load_config({"algorithm": "dec-lora", "data": {"train": "csv:x.csv"}}).to_yaml())
+    (note,) = told(written, "recipe=sparse")
+    kept = "train.schedule=constant, train.optimizer_state=round, train.label_prior=none, exchange.relay=null"
+    assert f"which gives {kept}; delete" in note
+    assert told(written) == told({}, "recipe=sparse") == []
+    assert told({"exchange": {"relay": {"keep": 3}}}, "recipe=sparse", "algorithm=dec-lora") == []
+    resolved = yaml.safe_load(load_config({"recipe": "sparse", "algorithm": "dec-lora"}).to_yaml())
+    assert told(resolved) == []  # a run's config.yaml
+
+
 @pytest.mark.parametrize("kind", ["regression", "causal-lm"])
 def test_a_task_without_classes_has_no_label_prior(kind):
     label = None if kind == "causal-lm" else "y"

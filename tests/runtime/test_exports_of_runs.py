@@ -34,7 +34,7 @@ def test_an_export_needs_no_data(words, config, texts, tmp_path, monkeypatch):
     shutil.move(run / "adapters" / "client-01", tmp_path / "kept")
     (tmp_path / "train.jsonl").unlink()
     monkeypatch.setattr("peerlora.runtime.resources.load_datasets", lambda *_: pytest.fail("data were read"))
-    assert export_from_run(run, tmp_path / "to" / "client", 1) == tmp_path / "to" / "client"
+    assert export_from_run(str(run), str(tmp_path / "to" / "client"), 1) == tmp_path / "to" / "client"
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({key: facts[key] for key in facts.keys() - {"classes", "base", "inputs"}}))
     export_from_run(run, tmp_path / "old", 1)

@@ -10,7 +10,7 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
 from peerlora.config.policy import POLICY_DEFAULTS, policy_contradiction
 from peerlora.config.privacy import PrivacyConfig
-from peerlora.config.recipes import RECIPES, fill
+from peerlora.config.recipes import RECIPES, Settings, fill
 from peerlora.config.sections import (
     AdapterConfig,
     AlgorithmConfig,
@@ -167,19 +167,25 @@ class RunConfig(Section):
 
         It comes last, since it imports the method: a wrong setting is refused before anything heavy is loaded.
         """
+        for name, settings in self.recipe_settings.items():
+            self._fill(name, settings)
         open_ones = self.train.model_fields_set < TrainConfig.model_fields.keys()
-        wanted = open_ones and (info.context or {}).get("train_defaults", True)
-        method = METHODS.find(self.algorithm.name) if wanted or self.recipe is not None else None
-        own = {} if method is None else method.traits.own_train_defaults()
-        if self.recipe is not None:
-            relays = self._may_relay() and method is not None and method.traits.refusal("relay") is None
-            for name, settings in RECIPES[self.recipe](self, own, relays).items():
-                self._fill(name, settings)
-        if wanted:
-            self._fill("train", own)
+        if open_ones and (info.context or {}).get("train_defaults", True):
+            method = METHODS.find(self.algorithm.name)
+            self._fill("train", {} if method is None else method.traits.own_train_defaults())
         if flaw := self.train.contradiction():
             raise ValueError(flaw)
         return self
+
+    @property
+    def recipe_settings(self) -> Settings:
+        """What the recipe sets where the config gives nothing else, by section; empty without a recipe."""
+        if self.recipe is None:
+            return {}
+        method = METHODS.find(self.algorithm.name)
+        own = {} if method is None else method.traits.own_train_defaults()
+        relays = self._may_relay() and method is not None and method.traits.refusal("relay") is None
+        return RECIPES[self.recipe](self, own, relays)
 
     def _may_relay(self) -> bool:
         """Whether a recipe may relay: not beside a codec or secure sums, which exclude it, nor among attackers.

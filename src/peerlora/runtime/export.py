@@ -189,12 +189,13 @@ def read_adapters(run: Path, to: Exporter) -> Adapters:
         return rebuild(to.layout, {f".{name}": file.get_tensor(name) for name in file.keys()})
 
 
-def export_from_run(run: Path, to: Path, choice: ModelChoice | int | None) -> Path:
+def export_from_run(run: Path | str, to: Path | str, choice: ModelChoice | int | None) -> Path:
     """Write one model of a finished run as a PEFT folder at ``to``: a client's (its number), or the average (None).
 
     Needs the run folder and, unless the run wrote this folder itself, the base model; never the data.
     Raises RunError when ``run`` is no run or unfinished, the choice impossible, or ``to`` not empty.
     """
+    run, to = Path(run), Path(to)
     chosen = ModelChoice.of(choice).checked(run)
     with new_folder(to) as half:
         write_export(run, half, chosen)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import BaseModel
+
 from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
 from peerlora.config.run import RunConfig
@@ -59,7 +61,8 @@ def plan(
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
     check_secure(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
-    notes = (*notes, *_pooling_notes(config, topology), *secure_notes(config), *attack_notes(config, attacking))
+    notes = (*_recipe_notes(config), *notes, *_pooling_notes(config, topology))
+    notes = (*notes, *secure_notes(config), *attack_notes(config, attacking))
     return Plan(config, algorithm, topology, clock, attacking, warnings, notes)
 
 
@@ -97,6 +100,22 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
     if all(clock.back(client, 0) is None for client in range(config.clients)):
         raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
     return clock
+
+
+def _recipe_notes(config: RunConfig) -> tuple[str, ...]:
+    """Which settings of the recipe the config gives otherwise, as a file that `peerlora init` wrote does."""
+    kept = [
+        f"{section}.{name}={'null' if given is None else given}"
+        for section, settings in config.recipe_settings.items()
+        for name, wanted in settings.items()
+        if (given := getattr(getattr(config, section), name)) != wanted and not isinstance(given, BaseModel)
+    ]
+    if not kept:
+        return ()
+    return (
+        f"recipe={config.recipe} sets no more than the config leaves open, which gives {', '.join(kept)}; delete what "
+        "the recipe should set",
+    )
 
 
 def _pooling_notes(config: RunConfig, topology: Topology) -> tuple[str, ...]:

@@ -49,6 +49,11 @@ def launch(
     require_free(folder)
     if config.clients < 2:
         raise ConfigError("launch needs at least 2 peers; give --peers")
+    if config.partition.kind == "own":
+        raise ConfigError(
+            "partition.kind=own given: all peers of launch read one file, so each would train on all of its rows; give "
+            "a partition that deals them out, such as partition=iid"
+        )
     federation = LocalFederation(config, folder, faults)
     try:
         federation.run(listener, stop)
