@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peerlora.config.run import RunConfig
 from peerlora.environment import need_extra
 from peerlora.errors import ConfigError, RunError
+from peerlora.runs.checkpoints import Checkpoints
 from peerlora.runtime.loop import OwnLoop, check_settings
 from peerlora.runtime.peer.join import JoinedPeer, PeerRun, as_config, grpc_run
 from peerlora.runtime.sequential import SequentialLearner as SequentialLearner
@@ -49,6 +50,7 @@ class PeerCallback(TrainerCallback):
         check_settings(self.config)
         self.out, self.listen, self.sinks = out, listen, sinks
         self.peer: JoinedPeer | None = None
+        self._folder: Path | None = None
 
     @property
     def result(self) -> Result | None:
@@ -65,6 +67,7 @@ class PeerCallback(TrainerCallback):
         """Join; the first round's adapters are in the model when this returns."""
         self.leave()
         out = Path(self.out) if self.out is not None else Path(str(args.output_dir)) / "peer"
+        self._folder = out
         self.peer = JoinedPeer(
             kwargs["model"],
             kwargs["optimizer"],
@@ -92,6 +95,11 @@ class PeerCallback(TrainerCallback):
             raise
         if peer.over:
             control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Keep the run's newest checkpoint until the Trainer writes another: the two are of one moment."""
+        if self.peer is not None and self.peer.driver.group.speaks and self._folder is not None:
+            Checkpoints(self._folder).keep_newest()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -204,6 +204,10 @@ def test_ties_are_judged_by_paired_differences():
         ({"rates": [0.1, 0.2], "ties": "common", "seeds": [1]}, ["seeds=[1]", "at least two seeds"]),
         ({"rates": [0.1, 0.2], "most": 1}, ["most", "1 given"]),
         ({"rates": [0.1, 0.2], "ties": "middle"}, ["ties", "'middle' given"]),
+        ({"rates": [1e-3, 0.001, 5e-3]}, ["[0.001, 0.001, 0.005] given", "list each once"]),
+        ({"rates": [0.1, 0.1], "grow": True}, ["[0.1, 0.1] given", "list each once"]),
+        ({"rates": [0.1, 0.10000001]}, ["to six digits"]),  # which one folder would hold
+        ({"rates": [0.1], "seeds": [3, 3]}, ["search.seeds: [3, 3] given", "list each once"]),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(search, parts):
@@ -211,6 +215,27 @@ def test_a_search_that_cannot_be_is_refused(search, parts):
         grid_of(**search)
     for part in parts:
         assert part in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("topology.pp", "no setting 'topology.pp' (did you mean 'p'?)"),
+        ("algorithm.nam", "(did you mean 'name'?)"),
+        ("algorithm.intervall", "(did you mean 'interval'?)"),
+        ("trian.lr", "(did you mean 'train'?)"),
+        ("train.lr.size", "train.lr has nothing below it"),
+    ],
+)
+def test_a_setting_that_no_config_has_is_refused(key, told):
+    with pytest.raises(ConfigError, match="search.each: no setting") as error:
+        plan_search(grid_of(each=["algorithm.name", key]))
+    assert told in str(error.value)
+
+
+def test_a_setting_of_other_kinds_than_the_grids_passes():
+    keys = ["topology.p", "algorithm.interval", "exchange.relay", "exchange.codec.share", "privacy.epsilon"]
+    assert plan_search(grid_of(each=["algorithm.name", *keys, "clock.speed"])).trials
 
 
 @pytest.mark.parametrize(

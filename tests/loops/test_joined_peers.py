@@ -1,5 +1,7 @@
 """Joined loops: held factors, optimiser memory, local rules, errors, resumes, and what is refused."""
 
+import threading
+
 import pytest
 import torch
 from in_memory import network, together
@@ -37,7 +39,10 @@ from peerlora.runs.events import Evaluated, RoundDone, RunStarted
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
+from peerlora.runtime.loop import check_settings
 from peerlora.runtime.simulate import simulate
+from peerlora.train.loop_driver import LoopDriver
+from peerlora.train.loop_learner import LoopLearner
 
 pytestmark = pytest.mark.usefixtures("no_reports")
 ONE = [*TRAIN, "clients=1", "topology.kind=complete", "peer.join=1"]
@@ -243,6 +248,71 @@ def test_a_run_goes_on_with_another_number_of_threads(lone, tmp_path):
 
 
 RULES = ["dfedadmm", "k-gt", "cached-dfl", "fedspeed", "qg-dsgdm", "dfedavgm"]
+
+
+@pytest.mark.parametrize("words", [["exchange.relay.weights=rows"], ["algorithm={name: cached-dfl, weights: rows}"]])
+def test_weights_by_rows_that_a_loop_does_not_tell_are_refused(words):
+    with pytest.raises(
+        ConfigError, match=r"weights=rows given; only a training loop of your own knows.*weights=uniform"
+    ):
+        check_settings(load_config({"algorithm": "dec-lora"}, words))
+    check_settings(load_config({"algorithm": "dec-lora"}, [word.replace("rows", "uniform") for word in words]))
+
+
+def test_a_method_gets_the_mean_rate_of_a_rounds_steps(lone, tmp_path, monkeypatch):
+    """And not that of a schedule which has moved on; a round at rate 0 leaves what it remembers as it was."""
+    made = lone("algorithm.name=qg-dsgdm", "train.optimizer=sgd", "train.rounds=3")
+    optimizer, rates, found = made[3], [0.125, 0.375, 0.0, 0.0, 0.25, 0.25], []
+    reported = LoopLearner._reported
+
+    def report(learner, row, each):
+        flat = reported(learner, row, each)
+        found.append(learner.settings.lr)
+        return flat
+
+    monkeypatch.setattr(LoopLearner, "_reported", report)
+    with alone(made[0], tmp_path, *made[2:]) as peer:
+        for rate, behind in zip(rates, [*rates[1:], 0.0], strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            federation, model = made[1], made[2]
+            loss_of(model, federation.train_data, batches(made[0], federation, 0)[0], "classification").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = behind  # as a scheduler does before the round's end is seen
+            peer.step()
+    assert found[:3] == [0.25, 0.0, 0.25]
+    assert peer.result.adapters.flat.isfinite().all()
+
+
+def test_a_program_that_stops_waiting_for_neighbours_leaves_the_run(config, tmp_path, monkeypatch):
+    words = [*TRAIN, "clients=2", "topology.kind=complete", "peer.join=600"]
+    chosen = config("bert", "algorithm.name=dec-lora", *words)
+    federation = compose(chosen)
+    model = peft_model(chosen, federation)
+    optimizer = optimizer_of(chosen, model)
+
+    def interrupted(driver):
+        raise KeyboardInterrupt
+
+    with network(2) as (net, thread), monkeypatch.context() as patched:
+        peer = joined(chosen, tmp_path, 0, net, thread, model, optimizer)
+        patched.setattr(LoopDriver, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            peer.__enter__()
+    assert not any(each.name == "peerlora run" for each in threading.enumerate())
+    assert peer.result is None and not (tmp_path / "peer-0" / "summary.json").exists()
+
+
+def test_numbers_of_whole_trainings_are_no_measures_and_others_are(lone, tmp_path):
+    made = lone("train.rounds=1")
+    own = {"loss": 1.0, "step_time": 0.5, "epoch_reward": 2.0, "train_accuracy": 0.75, "grad_norm": 3.0}
+    with alone(made[0], tmp_path, *made[2:]) as peer:
+        peer.log(own | {"epoch": 0.1, "total_flos": 9.0, "train_runtime": 3.0, "train_loss": 1.0})
+        while not peer.over:
+            step_on(peer, made)
+    (done,) = select_events(read_events(peer.result.run), RoundDone)
+    assert {name for name in done.measures if not name.startswith(("consensus", "cross"))} >= own.keys() - {"loss"}
+    assert not done.measures.keys() & {"epoch", "total_flos", "train_runtime", "train_loss"}
 
 
 @pytest.mark.parametrize("method", others_slow(["dfedadmm", "k-gt", "qg-dsgdm"], [1]))

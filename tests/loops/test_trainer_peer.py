@@ -6,7 +6,7 @@ import pytest
 import torch
 from in_memory import network
 from loop_rigs import TOLERANCE, memory_run, own_settings, peft_model, read, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from cases import others_slow
 from peerlora.errors import ConfigError, ModelError, RunError
@@ -31,12 +31,12 @@ class Alone(PeerCallback):
         return memory_run(self.net, self.thread, 0, 1, out, resume=(out / "run.json").is_file())
 
 
-def trained(chosen, folder, resume=None, kind=None, words=None, **settings):
+def trained(chosen, folder, resume=None, kind=None, words=None, more=(), **settings):
     federation = compose(chosen)
     model = peft_model(chosen, federation)
     with network(1) as (net, thread):
         callback = Alone(own_settings(chosen) | (words or {}), net, thread)
-        trainer = trainer_of(chosen, federation, 0, folder / "trainer", model, [callback], kind, **settings)
+        trainer = trainer_of(chosen, federation, 0, folder / "trainer", model, [callback, *more], kind, **settings)
         try:
             trainer.train(resume_from_checkpoint=resume)
         finally:
@@ -96,6 +96,41 @@ def test_a_trainer_that_goes_on_from_its_checkpoint_ends_as_one_that_was_not_sto
     assert [each.round for each in select_events(events, Resumed)] == [checkpoint // 2]
     assert torch.allclose(found.result.adapters.flat, whole.result.adapters.flat, rtol=0, atol=TOLERANCE)
     assert not [each for each in select_events(events, Warned) if "goes on from its step" in each.message]
+
+
+class SavesAt(TrainerCallback):
+    """Asks for a checkpoint at one step, which nobody can foresee, as the end of an epoch or a best score does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == self.step
+
+
+def test_the_checkpoint_that_goes_with_the_trainers_stays_however_many_follow(chosen, tmp_path):
+    keep, saves = chosen("train.optimizer_state=keep"), {"save_strategy": "epoch", "more": [SavesAt(3)]}
+    whole, _, _ = trained(keep, tmp_path / "whole")
+    with pytest.raises(Killed):
+        trained(keep, tmp_path / "killed", kind=KilledTrainer, **saves)
+    trainer = tmp_path / "killed" / "trainer"
+    there = sorted(path.stem for path in (trainer / "peer" / "checkpoints").glob("*.json"))
+    assert [path.name for path in trainer.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert there == ["round-000001", "round-000002", "round-000003"]
+    found, _, _ = trained(keep, tmp_path / "killed", str(trainer / "checkpoint-3"), **saves)
+    events = read_events(found.result.run)
+    assert [each.round for each in select_events(events, Resumed)] == [1]
+    assert torch.allclose(found.result.adapters.flat, whole.result.adapters.flat, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["k-gt", "dfedadmm"])
+def test_what_a_method_gathers_within_a_round_is_told_where_it_is_lost(chosen, tmp_path, method):
+    sgd, saves = chosen(f"algorithm={{name: {method}}}"), {"save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(Killed):
+        trained(sgd, tmp_path, kind=KilledTrainer, optim="sgd", **saves)
+    found, _, _ = trained(sgd, tmp_path, str(tmp_path / "trainer" / "checkpoint-3"), optim="sgd", **saves)
+    told = [each.message for each in select_events(read_events(found.result.run), Warned)]
+    assert any("goes on 1 steps into a round of 2" in each for each in told) == (method == "k-gt")
 
 
 @pytest.mark.slow

@@ -178,6 +178,26 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path, run):
     assert files(tmp_path / "run") == [name + end for name in names for end in (".json", ".safetensors")]
 
 
+def test_a_checkpoint_is_kept_until_another_one_is(tmp_path, run):
+    events = run(rounds=12)
+    kept = Checkpoints(tmp_path / "run")
+    kept.keep_newest()  # of none
+
+    def rounds_there():
+        return [int(name[6:12]) for name in files(tmp_path / "run") if name.endswith(".json")]
+
+    with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
+        go(store, events, stop=2)
+        kept.keep_newest()
+        go(store, events, start=2, stop=8)
+        assert rounds_there() == [2, 6, 8]
+        assert store.load_checkpoint().round == 8
+        assert store.load_checkpoint(lambda tensors: "late" if tensors["steps"] > 2 else "").round == 2
+        kept.keep_newest()
+        go(store, events, start=8)
+        assert rounds_there() == [8, 10, 12]
+
+
 def test_the_event_names_the_file_and_its_checksum(tmp_path, run):
     with RunStore.create(tmp_path / "run", CONFIG, {}) as store:
         go(store, run(rounds=2))

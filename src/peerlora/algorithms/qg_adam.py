@@ -39,6 +39,9 @@ class QGAdamState:
 class AdamDirection:
     """A rule whose gradient is Adam's direction; its moments begin a ``fit`` as copies of the method's."""
 
+    gathers = True
+    """See ``gathers_steps``."""
+
     def __init__(self, method: QGAdam, state: QGAdamState):
         self.method, self.spec, self.m, self.v = method, state.x.spec, state.m.clone(), state.v.clone()
         self.steps = state.rounds.clone()

@@ -75,7 +75,9 @@ class QGDSGDm(Stateful):
         mixed = peers.mix(learner.fit(x, LocalPlan(self.active(t), rule)))
         moved = (x.flat - mixed.flat) / learner.settings.local_steps
         for block in x.spec.blocks:
-            moved[:, x.spec.columns(block)] /= block_rate(learner.settings, rate(learner.settings, t), block)
+            columns, step = x.spec.columns(block), block_rate(learner.settings, rate(learner.settings, t), block)
+            # A loop's rate may be 0 in all of a round, whose move is of the mixing alone: m stays.
+            moved[:, columns] = moved[:, columns] / step if step else state.m[:, columns]
         m = self.beta * state.m + (1 - self.beta) * moved
         return QuasiGlobalState(mixed, torch.where(self.changing(t, x), m, state.m))
 

@@ -153,7 +153,7 @@ def _explain(model: type[BaseModel], error: Any, tree: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         kind = error["ctx"]["tag"]
         known = [word.strip(" '") for word in error["ctx"]["expected_tags"].split(",")]
-        known += _PLUGINS[path].names() if path in _PLUGINS else []
+        known += PLUGINS[path].names() if path in PLUGINS else []
         return f"{path}.kind {kind!r} is unknown{nearest(kind, known)}; expected one of {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
@@ -166,11 +166,11 @@ def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_of(annotation: Any) -> list[type[BaseModel]]:
     """The models that an annotation, a union or an optional one say, names."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+    return [model for part in get_args(annotation) for model in models_of(part)]
 
 
 def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
@@ -181,7 +181,7 @@ def _by_tag(kinds: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
 _UNIONS = (PartitionConfig, TopologyConfig, CodecConfig, RobustConfig)
 
 
-_TAGS = {tag for union in _UNIONS for tag in _by_tag(_models(union))}
+_TAGS = {tag for union in _UNIONS for tag in _by_tag(models_of(union))}
 
 
 def _is_tag(part: str) -> bool:
@@ -189,18 +189,19 @@ def _is_tag(part: str) -> bool:
     return part in _TAGS or part.startswith(("list[", "constrained-", "literal[")) or part in ("int", "str", "float")
 
 
-_PLUGINS = {"topology": TOPOLOGIES, "partition": PARTITIONS}
+PLUGINS = {"topology": TOPOLOGIES, "partition": PARTITIONS}
+"""Sections of which other packages may have kinds of their own."""
 
 
 def _siblings(model: type[BaseModel], where: list[str], tree: dict[str, Any]) -> list[str]:
     """The keys that would have been valid where an unknown one was found."""
     node: Any = model
-    if where[0] in _PLUGINS and (plugin := _PLUGINS[where[0]].find(tree[where[0]].get("kind", ""))) is not None:
+    if where[0] in PLUGINS and (plugin := PLUGINS[where[0]].find(tree[where[0]].get("kind", ""))) is not None:
         node, where = plugin.settings, where[1:]
     for part in where[:-1]:
         if isinstance(node, dict):
             node = node.get(part, model)
         elif part in node.model_fields:
-            kinds = _models(node.model_fields[part].annotation)
+            kinds = models_of(node.model_fields[part].annotation)
             node = kinds[0] if len(kinds) == 1 else _by_tag(kinds)
     return list(node.model_fields) if hasattr(node, "model_fields") else list(node)

@@ -27,6 +27,13 @@ DEFAULT_SEARCH_SEEDS = 2
 """The fewest of which there is a standard error."""
 
 
+def require_different(seeds: list[int]) -> list[int]:
+    """Return the seeds; ValueError where one is given twice."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{seeds} given; a seed twice would count one run as two, list each once")
+    return seeds
+
+
 class SearchConfig(Section):
     """How learning rates are found: on training rows set aside, or in other environments, never on what is reported."""
 
@@ -45,6 +52,18 @@ class SearchConfig(Section):
     ties: Literal["best", "common"] = "best"
     """best: the rate with the best mean, the lowest of equals; common: of those no worse than it by more than the
     standard error, the one that most groups have among theirs."""
+
+    @field_validator("rates")
+    @classmethod
+    def _rates_differ(cls, rates: list[float]) -> list[float]:
+        if len({f"{rate:g}" for rate in rates}) < len(rates):
+            raise ValueError(f"{rates} given; a rate twice, to six digits, would count its runs twice, list each once")
+        return rates
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        return require_different(seeds)
 
     @model_validator(mode="after")
     def _can_do_what_it_says(self):
@@ -100,9 +119,7 @@ class GridConfig(Section):
     @field_validator("seeds")
     @classmethod
     def _differ(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{seeds} given; a seed twice would count one run as two, list each once")
-        return seeds
+        return require_different(seeds)
 
     @model_validator(mode="after")
     def _search_with_other_seeds(self):

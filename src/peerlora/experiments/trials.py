@@ -11,9 +11,10 @@ from typing import Any
 from peerlora.config.loading import load_config
 from peerlora.config.run import RunConfig
 from peerlora.config.task_kinds import task_kind
-from peerlora.errors import ConfigError, nearest
+from peerlora.errors import ConfigError
 from peerlora.experiments.file_names import number_equals
 from peerlora.experiments.grid import GridConfig, Tree, axis_levels, written_out
+from peerlora.experiments.setting_names import require_setting
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,12 @@ def searched_settings(grid: GridConfig) -> dict[tuple[str, ...], Setting]:
 
 
 def rate_groups(grid: GridConfig) -> Iterator[tuple[Setting, tuple[str, ...]]]:
-    """Yield every valid setting with the values that its learning rate depends on."""
+    """Yield every valid setting with the values that its learning rate depends on.
+
+    Raises ConfigError for a name of ``search.each`` that no config has.
+    """
+    for key in grid.search.each:
+        require_setting(key, "search.each")
     for setting in expand_settings(grid):
         try:
             values = load_config(setting.tree).model_dump(mode="json")
@@ -169,10 +175,6 @@ def _value(values: Tree, key: str) -> Any:
     for part in key.split("."):
         if not isinstance(node, dict):
             return None
-        if part not in node and node is values:
-            raise ConfigError(
-                f"search.each: no setting {key!r}{nearest(part, node)}; expected one of {', '.join(node)}"
-            )
         node = node.get(part)  # a ring has no p
     return node
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run folder: the newest two, each a safetensors file and a ``.json`` that is written last.
 
-That file holds the checksum of the tensors and the length of the event log just after ``CheckpointSaved``.
+One beyond these may be kept, as the one that goes with a Trainer's own checkpoint.  The ``.json`` holds the checksum of
+the tensors and the length of the event log just after ``CheckpointSaved``.
 """
 
 import hashlib
@@ -50,11 +51,19 @@ class Checkpoints:
         return _save_tensors(self.data_of(round), tensors, facts)
 
     def complete(self, round: int, checksum: str, events_bytes: int) -> None:
-        """Make what ``save_tensors`` wrote a checkpoint, and keep the newest two."""
+        """Make what ``save_tensors`` wrote a checkpoint; of the others stay the newest and the one that is kept."""
         facts = {"round": round, "sha256": checksum, "events_bytes": events_bytes}
         _write_side(self.data_of(round).with_suffix(".json"), facts)
         for old in self._sides()[KEEP:]:
-            _remove(old)
+            if not _read_side(old).get("kept"):
+                _remove(old)
+
+    def keep_newest(self) -> None:
+        """Keep the newest checkpoint, however many follow, until another one is kept."""
+        for place, side in enumerate(self._sides()):
+            facts = _read_side(side)
+            if facts and facts.get("kept", False) != (place == 0):
+                _write_side(side, facts | {"kept": place == 0})
 
     def data_of(self, round: int) -> Path:
         """The file of the tensors after ``round`` rounds."""

@@ -49,6 +49,8 @@ class OwnLoop(Protocol):
 
     checkpoints: CheckpointRule | None
     """None: as the config says."""
+    left: bool
+    """Whether the loop has ended by an error, so that its run need not wait for neighbours any more."""
 
     def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
         """Build the Federation; ``begun``: the folder of a run that goes on."""
@@ -62,7 +64,8 @@ class OwnLoop(Protocol):
 def check_settings(config: RunConfig) -> None:
     """Check what can be known of a loop's run before there is a model.
 
-    Raises ConfigError for settings that a loop has itself, CompositionError for a method that leaves no steps to one.
+    Raises ConfigError for settings that a loop has itself or cannot follow, CompositionError for a method that leaves
+    no steps to one.
     """
     if task_kind(config.task.kind).acts:
         raise ConfigError(
@@ -70,7 +73,15 @@ def check_settings(config: RunConfig) -> None:
             "learns from rows: drop it, or train by `peerlora train` or `peerlora peer`"
         )
     _require_defaults(config)
-    _check_method(config.algorithm.name, build_algorithm(config.algorithm.name, config.algorithm.parameters))
+    algorithm = build_algorithm(config.algorithm.name, config.algorithm.parameters)
+    _check_method(config.algorithm.name, algorithm)
+    cache = cache_settings(config, algorithm)
+    if cache is not None and cache.weights == "rows":
+        section = "exchange.relay" if config.exchange.relay else "algorithm"
+        raise ConfigError(
+            f"{section}.weights=rows given; only a training loop of your own knows how many rows it has, and others "
+            f"are not told: use {section}.weights=uniform"
+        )
 
 
 def loop_config(config: RunConfig, adapter: PeftAdapter, optimizer: torch.optim.Optimizer) -> RunConfig:

@@ -84,7 +84,7 @@ class LoopReport:
     steps: int
     """Optimiser steps that the loop has taken in all."""
     rate: float | None = None
-    """The optimiser's learning rate."""
+    """The mean of the optimiser's learning rates in the steps since the last report; None: there were none."""
     logs: Mapping[str, float] = field(default_factory=dict)
     """The mean of every number that was logged since the last report."""
     scores: LoggedScores | None = None

@@ -59,6 +59,11 @@ class LocalRule(Protocol):
         ...
 
 
+def gathers_steps(rule: LocalRule | None) -> bool:
+    """Whether a rule, or one inside it, keeps something of a round's earlier steps, which no checkpoint has."""
+    return rule is not None and (getattr(rule, "gathers", False) or gathers_steps(getattr(rule, "rule", None)))
+
+
 Oracle = Callable[[LocalStep], Gradients]
 """Source of the gradient that a rule corrects."""
 
@@ -126,6 +131,9 @@ class Recorded:
 
     ``mean`` is zero in blocks that did not train.
     """
+
+    gathers = True
+    """See ``gathers_steps``."""
 
     def __init__(self, rule: LocalRule, like: Float[Tensor, "client parameter"]):
         self.rule = rule

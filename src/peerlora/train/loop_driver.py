@@ -16,12 +16,14 @@ from peerlora.lora.adapters import BLOCKS, Block
 from peerlora.lora.peft_model import PeftAdapter
 from peerlora.lora.step_buffers import StepBuffers
 from peerlora.train.handover import EvaluateJob, Handover, LastJob, LoggedScores, LoopReport, TrainJob
-from peerlora.train.local_rules import Gradients, LocalStep
+from peerlora.train.local_rules import Gradients, LocalStep, gathers_steps
 from peerlora.train.process_group import ProcessGroup
 
 EVALUATION = "eval_"
 """What the names of an evaluation's numbers begin with."""
-_NO_MEASURES = ("epoch", "step", "total_flos", "num_input_tokens_seen", "train_")
+_COUNTERS = {"epoch", "step", "total_flos", "num_input_tokens_seen"}
+_WHOLE_TRAINING = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+_NO_MEASURES = _COUNTERS | _WHOLE_TRAINING  # numbers of a Trainer's logs that are of no round
 _NO_SCORES = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 
 
@@ -59,6 +61,8 @@ class LoopDriver:
         if counts_steps:
             self._hooks.append(self.optimizer.register_step_post_hook(self._after_step))
         self._zeroes: list[Any] = []
+        self._rates: list[float] = []
+        """Of the steps since the last report."""
         self._logged: dict[str, list[float]] = {}
         self._scores: LoggedScores | None = None
         self._notes: list[str] = []
@@ -103,7 +107,7 @@ class LoopDriver:
             name.removeprefix(EVALUATION): value for name, value in numbers.items() if name.startswith(EVALUATION)
         }
         for name, value in numbers.items():
-            if not name.startswith((EVALUATION, *_NO_MEASURES)):
+            if not name.startswith(EVALUATION) and name not in _NO_MEASURES:
                 self._logged.setdefault(name, []).append(value)
         if scores:
             known = rows or round(scores.get("runtime", 0.0) * scores.get("samples_per_second", 0.0))
@@ -125,9 +129,9 @@ class LoopDriver:
 
     def _report(self, flat: Tensor | None) -> LoopReport:
         logs = {name: math.fsum(values) / len(values) for name, values in self._logged.items()}
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = math.fsum(self._rates) / len(self._rates) if self._rates else None
         report = LoopReport(flat, self.total, rate, logs, self._scores, tuple(self._notes))
-        self._logged, self._scores, self._notes = {}, None, []
+        self._logged, self._scores, self._notes, self._rates = {}, None, [], []
         return report
 
     def _next(self) -> None:
@@ -157,6 +161,11 @@ class LoopDriver:
 
     def _begin(self, job: TrainJob) -> None:
         ahead = self._ahead(job)
+        if ahead and gathers_steps(job.rule):
+            self._notes.append(
+                f"the loop goes on {ahead} steps into a round of {job.steps}, and what the method gathers from a "
+                "round's steps is of the others alone: in this round it differs from a run that was not stopped"
+            )
         self._hold(job.blocks)
         if ahead:  # the model is already so many steps into this round
             self.adapter.write(job.flat, [block for block in BLOCKS if block not in job.blocks])
@@ -212,6 +221,7 @@ class LoopDriver:
         """Take away gradients of what is held, and let the method's rule change the others."""
         for value in self._held:
             value.grad = None
+        self._rates.append(float(self.optimizer.param_groups[0]["lr"]))
         job = self._job
         if job is not None and job.rule is not None and self._taken < job.steps:
             self._correct(job)

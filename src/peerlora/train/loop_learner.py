@@ -61,7 +61,7 @@ class LoopLearner(InRounds):
         self._settings, self.task, self.loops, self.asked = settings, task, loops, asked
         self.loss_rules: tuple[LossRule, ...] = ()
         self.privacy: PrivateTraining | None = None
-        self._rate: float | None = None
+        self._rates: dict[int, float] = {}
         self._trained: tuple[str, ...] = ()
         self._known: set[int] = set()
         self._steps: list[int | None] = [None] * len(loops)
@@ -77,8 +77,11 @@ class LoopLearner(InRounds):
 
     @property
     def settings(self) -> TrainConfig:
-        """Those of the run, with the rate that the loop's optimiser had last."""
-        return self._settings if self._rate is None else self._settings.model_copy(update={"lr": self._rate})
+        """Those of the run, with the mean rate of the loops' optimisers in the steps that they took last."""
+        if not self._rates:
+            return self._settings
+        rate = math.fsum(self._rates.values()) / len(self._rates)
+        return self._settings.model_copy(update={"lr": rate})
 
     def _begun(self, t: int, jobs: Sequence[int] | None, clients: Sequence[int] | None) -> _Round:
         """A loop draws what it draws, so ``jobs`` decide nothing."""
@@ -119,7 +122,8 @@ class LoopLearner(InRounds):
     def _reported(self, row: int, report: LoopReport) -> Tensor | None:
         """Note what a loop told beside its adapters."""
         stats, self._steps[row] = self._round.stats, report.steps
-        self._rate = report.rate if report.rate is not None else self._rate
+        if report.rate is not None:
+            self._rates[row] = report.rate
         stats.losses[row] = report.logs.get(LOSS, math.nan)
         for name, value in report.logs.items():
             if name != LOSS:

@@ -66,6 +66,8 @@ class JoinedPeer:
         self.task, self.steps = task, steps
         self.result: Result | None = None
         """Of the run, once it is over."""
+        self.left = False
+        """See ``OwnLoop``."""
         self.save_now = False
         """With ``follows_saves``: whether the run writes a checkpoint after this round."""
         self.checkpoints: CheckpointRule | None = self._checkpoint_rule(follows_saves)
@@ -83,15 +85,20 @@ class JoinedPeer:
             self._thread.start()
         try:
             self.driver.start()
-        except BaseException:
-            self.driver.release()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
-            return
+        else:
+            self._leave(error)
+
+    def _leave(self, error: BaseException) -> None:
+        """End the part in the run because of an error of the loop, and wait for that."""
+        self.left = True
         self._handover.abort(error)
         self.driver.release()
         self._join()

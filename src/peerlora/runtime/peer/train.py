@@ -135,7 +135,7 @@ def _run(
         kind(federation, site, transport, thread, store) as peer,
         tracked_sinks(federation.config, store, sinks) as tracked,
     ):
-        peer.stop, peer.notices = stop, notices
+        peer.stop, peer.notices = (lambda: stop() or (loop is not None and loop.left)), notices
         every = (*tracked, ReportWriter(store.folder))
         checkpoints = loop.checkpoints if loop is not None else None
         return Trainer(peer.federation, peer.rounds, peer, store, every, stop, checkpoints).run(resumed)
