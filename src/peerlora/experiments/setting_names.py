@@ -51,5 +51,6 @@ def _below(models: Sequence[Model], part: str) -> list[Model]:
         for each in models_of(model.model_fields[part].annotation)
     ]
     if models == [RunConfig] and part in PLUGINS:
-        found += [PLUGINS[part].find(name).settings for name in PLUGINS[part].names()]
+        kinds = [PLUGINS[part].find(name) for name in PLUGINS[part].names()]
+        found += [kind.settings for kind in kinds if kind is not None]
     return found
