@@ -450,6 +450,24 @@ def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(confi
         plan_privacy(config("bert"))
 
 
+def test_a_plan_of_one_client_is_that_of_a_real_peer(config):
+    words = ["privacy.noise=2", "train.batch=[2, 4, 6, 8]"]
+    one, all_of_them = (plan_privacy(config("bert", *words), client) for client in (2, None))
+    assert one["clients"] == [2] and one["generator"] == "system" and all_of_them["generator"] == "seeded"
+    assert one["planned"]["rate"] == [all_of_them["planned"]["rate"][2]]
+    with pytest.raises(ConfigError, match="client 4 given; 4 clients are numbered 0 to 3"):
+        plan_privacy(config("bert", *words), 4)
+
+
+@pytest.mark.parametrize("listed", ["train.batch=[2, 4, 2, 2]", "adapter.rank=[2, 3, 2, 2]"])
+def test_a_site_with_settings_of_its_own_says_which_it_is(config, listed):
+    words = ["partition.kind=own", "task.labels=[class0, class1, class2]", "privacy.noise=2", "algorithm.name=flora"]
+    with pytest.raises(ConfigError, match="depends on its number, from 0 to 3.*give it as --client N"):
+        plan_privacy(config("bert", *words, listed))
+    equal = listed.replace("4", "2").replace("3", "2")
+    assert plan_privacy(config("bert", *words, equal)) == plan_privacy(config("bert", *words, equal), 0)
+
+
 def test_a_plan_of_whole_clients_tells_other_rounds_and_no_batch(config):
     chosen = config("bert", "privacy.noise=2", "privacy.unit=client", "train.rounds=10")
     found = plan_privacy(chosen)

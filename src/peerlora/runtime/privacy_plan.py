@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +17,23 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the rounds that train, after which e
 _BATCHES, _ROUNDS = (0.5, 1, 2, 4), (0.5, 1, 2)  # times those of the config
 
 
-def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dict[str, Any]:
+def plan_privacy(config: RunConfig, client: int | None = None) -> dict[str, Any]:
     """Compose a run and tell what its rows, or clients, are promised; nothing is trained or written.
 
+    ``client``: tell of this one alone, as a real peer; by default of all, as a simulation, but of any one site where
+    each has a file of its own (partition.kind=own).
     Keys: unit, clip, accountant, generator, guarantee and planned as in a summary; by_round [{round, epsilon
     [client]}]; choices [{batch, rounds, epsilon}] with the same noise, of the client that spends most; at client level
-    batch is None, since it changes nothing; and warnings.  Raises ConfigError for a config without privacy.
+    batch is None, since it changes nothing; and warnings.  Raises ConfigError for a config without privacy, for a
+    client that does not exist, and for a site whose settings are listed by client and that is not named.
     """
     if config.privacy is None:
         raise ConfigError("privacy is null in this config, so nothing is promised; give one, such as privacy.epsilon=8")
-    if config.partition.kind == "own" and clients is None:
-        clients = [0]  # a site's file has rows of its own client alone, whichever number that is
-    federation = compose(config, clients=clients)
+    if client is None and config.partition.kind == "own":
+        client = _any_site(config)
+    if client is not None and not 0 <= client < config.clients:
+        raise ConfigError(f"client {client} given; {config.clients} clients are numbered 0 to {config.clients - 1}")
+    federation = compose(config, clients=None if client is None else [client])
     config, privacy = federation.config, federation.learner.privacy  # whose epochs have become rounds
     assert privacy is not None
     return {
@@ -39,6 +43,18 @@ def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dic
         "choices": _choices(config, privacy),
         "warnings": [each for each in federation.warnings if each.startswith("privacy")],
     }
+
+
+def _any_site(config: RunConfig) -> int:
+    """The number of a site that has a file of its own, where all numbers have the same settings."""
+    listed = {"train.batch": config.batches, "adapter.rank": config.ranks}
+    for name, values in listed.items():
+        if len(set(values)) > 1:
+            raise ConfigError(
+                f"partition.kind=own and {name}={values} given: what this site promises depends on its number, from 0 "
+                f"to {config.clients - 1} in the order of the member list; give it as --client N"
+            )
+    return 0
 
 
 def _by_round(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
