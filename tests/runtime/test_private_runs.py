@@ -242,13 +242,40 @@ SETTINGS |= {"salf": ["clock.speed=[1, 0.5, 0.25, 1]", "clock.deadline=3"]}
 @pytest.mark.parametrize("method", others_slow(PRIVATE, ["k-gt", "ad-psgd", "flora"]))
 def test_methods_run_with_private_rows(config, tmp_path, no_reports, method):
     chosen = config("bert", f"algorithm.name={method}", "privacy.noise=0.5", *SETTINGS.get(method, []))
-    spent = simulate(chosen, tmp_path / "run").summary["privacy"]["spent"]["releases"]
-    jobs = {"rac-lora": 1}.get(method)
-    expected = 3 * chosen.train.local_steps * 4
+    told = simulate(chosen, tmp_path / "run").summary["privacy"]
+    spent, planned = (sum(told[which]["releases"]) for which in ("spent", "planned"))
+    assert planned == 3 * chosen.train.local_steps * 4
     if method == "salf":  # who computes no layer in time releases nothing
-        assert 0 < sum(spent) < expected
+        assert 0 < spent < planned
     else:
-        assert sum(spent) == expected or jobs or is_asynchronous(REGISTRY[method]) and sum(spent) >= expected
+        assert spent == planned or is_asynchronous(REGISTRY[method]) and spent >= planned
+
+
+@pytest.mark.parametrize(("unit", "per_round"), [("row", 2), ("client", 1)])
+@pytest.mark.parametrize(
+    ("own", "rounds", "trained"),
+    [(["algorithm.settle=1"], 7, 5), (["algorithm.settle=1", "train.quiet=0.25"], 8, 4), ([], 6, 3)],
+)
+def test_rounds_that_only_mix_take_nothing_of_the_budget(
+    config, tmp_path, no_reports, unit, per_round, own, rounds, trained
+):
+    """The graph of the last one chooses 3 rounds of mixing alone for 2 that train."""
+    words = ["algorithm.name=rac-lora", "algorithm.chain=2", f"train.rounds={rounds}", "eval.every=8", *own]
+    chosen = config("bert", "privacy.epsilon=8", f"privacy.unit={unit}", *words)
+    told = simulate(chosen, tmp_path / "run").summary["privacy"]
+    assert told["spent"]["releases"] == told["planned"]["releases"] == [trained * per_round] * 4
+    assert told["spent"]["epsilon"] == pytest.approx([8.0] * 4)
+    found = plan_privacy(chosen)
+    assert found["planned"]["noise"] == told["planned"]["noise"]
+    assert found["by_round"][-1]["epsilon"] == pytest.approx([8.0] * 4)
+    first = found["by_round"][0]
+    assert first["round"] == 1 and first["epsilon"][0] == pytest.approx(8 / trained**0.5)
+    same = next(
+        each
+        for each in found["choices"]
+        if each["batch"] in (4, None) and each["rounds"] == chosen.train.training_rounds
+    )
+    assert same["epsilon"] == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("method", others_slow(["dec-lora", "ad-psgd", "rolora"], [0]))
@@ -300,10 +327,8 @@ def test_embeddings_and_models_that_mix_rows_are_refused(config, monkeypatch):
     federation = compose(config("bert"))
     federation.model.step.layout = Layout(rows_first=False)
     with pytest.raises(ModelError, match="mix the rows of a batch"):
-        learner = federation.learner
-        privacy.build_privacy(
-            config("bert", "privacy.noise=1"), learner.shards, federation.model, learner.task, 9, False
-        )
+        learner, chosen = federation.learner, config("bert", "privacy.noise=1")
+        privacy.build_privacy(chosen, federation.algorithm, learner.shards, federation.model, learner.task, 9, False)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -101,8 +101,21 @@ def _evaluation_warnings(config: RunConfig) -> tuple[str, ...]:
     )
 
 
+def planned_releases(config: RunConfig, algorithm: Algorithm[Any], rounds: int) -> int:
+    """Noisy steps, or changes, of a client that is never away, in a run's first so many rounds; 0 without privacy."""
+    if config.privacy is None:
+        return 0
+    return algorithm.trained_rounds(rounds) * (config.train.local_steps if config.privacy.unit == "row" else 1)
+
+
 def build_privacy(
-    config: RunConfig, shards: Shards, model: StackedModel, task: Task, parameters: int, real: bool
+    config: RunConfig,
+    algorithm: Algorithm[Any],
+    shards: Shards,
+    model: StackedModel,
+    task: Task,
+    parameters: int,
+    real: bool,
 ) -> tuple[PrivateTraining | None, tuple[str, ...]]:
     """What makes the training of these clients private, and warnings; (None, ()) without ``privacy``.
 
@@ -117,7 +130,7 @@ def build_privacy(
         check_task(task)
         _check_model(model)
     train = config.train
-    releases = train.training_rounds * (train.local_steps if privacy.unit == "row" else 1)
+    releases = planned_releases(config, algorithm, train.training_rounds)
     sizes = [size * train.accumulate for size in shards.batches]
     guarantees = [
         _guarantee(privacy, len(rows), size, releases) for rows, size in zip(shards.shards, sizes, strict=True)

@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from peerlora.algorithms.base import Algorithm
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError
 from peerlora.runtime.compose import compose
-from peerlora.runtime.privacy import describe_promises
+from peerlora.runtime.privacy import describe_promises, planned_releases
 from peerlora.train.accounting import spent_epsilon
 from peerlora.train.privacy import Guarantee, PrivateTraining
 
@@ -39,8 +40,8 @@ def plan_privacy(config: RunConfig, client: int | None = None) -> dict[str, Any]
     return {
         **describe_promises(privacy),
         "clients": list(privacy.clients),
-        "by_round": _by_round(config, privacy),
-        "choices": _choices(config, privacy),
+        "by_round": _by_round(config, federation.algorithm, privacy),
+        "choices": _choices(config, federation.algorithm, privacy),
         "warnings": [each for each in federation.warnings if each.startswith("privacy")],
     }
 
@@ -57,16 +58,15 @@ def _any_site(config: RunConfig) -> int:
     return 0
 
 
-def _by_round(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
-    trained = config.train.training_rounds
-    rounds = sorted({max(1, round(share * trained)) for share in _SHARES})
+def _by_round(config: RunConfig, algorithm: Algorithm[Any], privacy: PrivateTraining) -> list[dict[str, Any]]:
+    rounds = sorted({max(1, round(share * config.train.training_rounds)) for share in _SHARES})
+    releases = {t: planned_releases(config, algorithm, t) for t in rounds}
     return [
-        {"round": t, "epsilon": [_epsilon(privacy, each, each.releases * t // trained) for each in privacy.guarantees]}
-        for t in rounds
+        {"round": t, "epsilon": [_epsilon(privacy, each, releases[t]) for each in privacy.guarantees]} for t in rounds
     ]
 
 
-def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
+def _choices(config: RunConfig, algorithm: Algorithm[Any], privacy: PrivateTraining) -> list[dict[str, Any]]:
     """Epsilon of other batches and rounds with the same noise, for the client that has spent most at the end."""
 
     def planned(each: Guarantee) -> float:
@@ -79,8 +79,7 @@ def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]
         rate = 1.0 if size is None else min(1.0, size * train.accumulate / worst.rows)
         for longer in _ROUNDS:
             rounds = max(1, round(train.training_rounds * longer))
-            releases = rounds * (train.local_steps if privacy.by_row else 1)
-            epsilon = _epsilon(privacy, replace(worst, rate=rate), releases)
+            epsilon = _epsilon(privacy, replace(worst, rate=rate), planned_releases(config, algorithm, rounds))
             found.append({"batch": size, "rounds": rounds, "epsilon": epsilon})
     return found
 
