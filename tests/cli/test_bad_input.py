@@ -127,6 +127,12 @@ def test_unreadable_config(content, parts, cli, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_loss_that_one_sites_privacy_would_decide(cli, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("{recipe: sparse, partition: own, task: {labels: [a, b]}, privacy: {noise: 1}}")
+    is_one_message(cli("privacy", path), "privacy.unit=row", "give train.label_prior=none at all sites")
+
+
 def test_output_folder_in_use(cli, yaml_file, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

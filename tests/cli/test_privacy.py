@@ -25,6 +25,18 @@ def test_of_whole_clients_it_tells_other_rounds(cli, yaml_file):
     assert answer.code == 0 and all(word in answer.out for word in ("4 rounds", "any", "with the same noise"))
 
 
+def test_a_site_with_a_batch_of_its_own_says_which_client_it_is(cli, yaml_file):
+    words = ["partition.kind=own", "task.labels=[class0, class1, class2]", "train.batch=[2, 12, 2, 2]"]
+    path = yaml_file(*FEW, *words)
+    refused = cli("privacy", path)
+    assert refused.code == 2 and "--client N" in refused.err and "\n" not in refused.err.strip()
+    first, second = (json.loads(cli("privacy", path, "--client", i, "--json").out.splitlines()[-1]) for i in (0, 1))
+    assert (first["clients"], second["clients"]) == ([0], [1])
+    assert second["planned"]["rate"][0] == pytest.approx(6 * first["planned"]["rate"][0])
+    assert second["planned"]["epsilon"] > first["planned"]["epsilon"]
+    assert cli("privacy", path, "--client", 4).code == 2
+
+
 def test_a_config_without_privacy_is_one_message(cli, yaml_file):
     answer = cli("privacy", yaml_file())
     assert answer.code == 2 and answer.err.startswith("peerlora: privacy is null") and "\n" not in answer.err.strip()

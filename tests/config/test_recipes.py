@@ -120,6 +120,22 @@ def test_a_recipe_sets_no_loss_that_private_rows_refuse():
         plan(given)
 
 
+def test_a_sites_own_privacy_decides_no_loss_that_all_sites_need():
+    labels = {"task": {"labels": ["no", "yes"]}, "recipe": "sparse"}
+    own = {**labels, "partition": "own"}
+    private = {**own, "privacy": {"epsilon": 8}}
+    with pytest.raises(ConfigError, match="recipe=sparse and privacy.unit=row .*give train.label_prior=none at all"):
+        load_config(private)
+    word = "train.label_prior=none"
+    hashes = [section_hashes(load_config(tree, [word]), ["no", "yes"]) for tree in (own, private)]
+    assert hashes[0] == hashes[1]
+    assert load_config(yaml.safe_load(load_config(private, [word]).to_yaml())) == load_config(private, [word])
+    load_config({**private, "privacy": {"epsilon": 8, "unit": "client"}})
+    load_config({**private, "train": {"class_weights": "balanced"}})
+    load_config({**private, "task": {"kind": "regression"}, "data": {"label": "y"}})
+    assert load_config({**labels, "privacy": {"epsilon": 8}}).train.label_prior == "none"  # one config for all
+
+
 def test_the_resolved_config_says_all_and_reads_as_it_was_written():
     config = load_config({"recipe": "sparse", "algorithm": "decaf", "train": {"lr": 0.3}})
     tree = yaml.safe_load(config.to_yaml())

@@ -242,13 +242,40 @@ SETTINGS |= {"salf": ["clock.speed=[1, 0.5, 0.25, 1]", "clock.deadline=3"]}
 @pytest.mark.parametrize("method", others_slow(PRIVATE, ["k-gt", "ad-psgd", "flora"]))
 def test_methods_run_with_private_rows(config, tmp_path, no_reports, method):
     chosen = config("bert", f"algorithm.name={method}", "privacy.noise=0.5", *SETTINGS.get(method, []))
-    spent = simulate(chosen, tmp_path / "run").summary["privacy"]["spent"]["releases"]
-    jobs = {"rac-lora": 1}.get(method)
-    expected = 3 * chosen.train.local_steps * 4
+    told = simulate(chosen, tmp_path / "run").summary["privacy"]
+    spent, planned = (sum(told[which]["releases"]) for which in ("spent", "planned"))
+    assert planned == 3 * chosen.train.local_steps * 4
     if method == "salf":  # who computes no layer in time releases nothing
-        assert 0 < sum(spent) < expected
+        assert 0 < spent < planned
     else:
-        assert sum(spent) == expected or jobs or is_asynchronous(REGISTRY[method]) and sum(spent) >= expected
+        assert spent == planned or is_asynchronous(REGISTRY[method]) and spent >= planned
+
+
+@pytest.mark.parametrize(("unit", "per_round"), [("row", 2), ("client", 1)])
+@pytest.mark.parametrize(
+    ("own", "rounds", "trained"),
+    [(["algorithm.settle=1"], 7, 5), (["algorithm.settle=1", "train.quiet=0.25"], 8, 4), ([], 6, 3)],
+)
+def test_rounds_that_only_mix_take_nothing_of_the_budget(
+    config, tmp_path, no_reports, unit, per_round, own, rounds, trained
+):
+    """The graph of the last one chooses 3 rounds of mixing alone for 2 that train."""
+    words = ["algorithm.name=rac-lora", "algorithm.chain=2", f"train.rounds={rounds}", "eval.every=8", *own]
+    chosen = config("bert", "privacy.epsilon=8", f"privacy.unit={unit}", *words)
+    told = simulate(chosen, tmp_path / "run").summary["privacy"]
+    assert told["spent"]["releases"] == told["planned"]["releases"] == [trained * per_round] * 4
+    assert told["spent"]["epsilon"] == pytest.approx([8.0] * 4)
+    found = plan_privacy(chosen)
+    assert found["planned"]["noise"] == told["planned"]["noise"]
+    assert found["by_round"][-1]["epsilon"] == pytest.approx([8.0] * 4)
+    first = found["by_round"][0]
+    assert first["round"] == 1 and first["epsilon"][0] == pytest.approx(8 / trained**0.5)
+    same = next(
+        each
+        for each in found["choices"]
+        if each["batch"] in (4, None) and each["rounds"] == chosen.train.training_rounds
+    )
+    assert same["epsilon"] == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("method", others_slow(["dec-lora", "ad-psgd", "rolora"], [0]))
@@ -281,9 +308,6 @@ def test_what_would_tell_of_rows_is_refused_with_the_reason(config, reason):
 def test_training_rows_as_evaluation_rows_are_refused_and_public_ones_are_not_warned_of(config, texts, tmp_path):
     with pytest.raises(CompositionError, match="who is among them"):
         plan(config("bert", "privacy.noise=1", f"data.eval=jsonl:{texts}"))
-    for other in (texts, texts.parent / ".." / texts.parent.name / texts.name):  # the same file by another name
-        with pytest.raises(CompositionError, match="are the training rows"):
-            plan(config("bert", "privacy.noise=1", f"data.eval={other}"))
     public = tmp_path / "public.jsonl"
     public.write_bytes(texts.read_bytes())
     named = ["algorithm.name=dec-lora", f"data.eval=jsonl:{public}", "eval.select={metric: loss}"]
@@ -303,10 +327,8 @@ def test_embeddings_and_models_that_mix_rows_are_refused(config, monkeypatch):
     federation = compose(config("bert"))
     federation.model.step.layout = Layout(rows_first=False)
     with pytest.raises(ModelError, match="mix the rows of a batch"):
-        learner = federation.learner
-        privacy.build_privacy(
-            config("bert", "privacy.noise=1"), learner.shards, federation.model, learner.task, 9, False
-        )
+        learner, chosen = federation.learner, config("bert", "privacy.noise=1")
+        privacy.build_privacy(chosen, federation.algorithm, learner.shards, federation.model, learner.task, 9, False)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -451,6 +473,24 @@ def test_a_site_plans_its_own_file_and_a_config_without_privacy_is_refused(confi
     assert found["generator"] == "system" and len(found["planned"]["rows"]) == 1
     with pytest.raises(ConfigError, match="privacy is null"):
         plan_privacy(config("bert"))
+
+
+def test_a_plan_of_one_client_is_that_of_a_real_peer(config):
+    words = ["privacy.noise=2", "train.batch=[2, 4, 6, 8]"]
+    one, all_of_them = (plan_privacy(config("bert", *words), client) for client in (2, None))
+    assert one["clients"] == [2] and one["generator"] == "system" and all_of_them["generator"] == "seeded"
+    assert one["planned"]["rate"] == [all_of_them["planned"]["rate"][2]]
+    with pytest.raises(ConfigError, match="client 4 given; 4 clients are numbered 0 to 3"):
+        plan_privacy(config("bert", *words), 4)
+
+
+@pytest.mark.parametrize("listed", ["train.batch=[2, 4, 2, 2]", "adapter.rank=[2, 3, 2, 2]"])
+def test_a_site_with_settings_of_its_own_says_which_it_is(config, listed):
+    words = ["partition.kind=own", "task.labels=[class0, class1, class2]", "privacy.noise=2", "algorithm.name=flora"]
+    with pytest.raises(ConfigError, match="depends on its number, from 0 to 3.*give it as --client N"):
+        plan_privacy(config("bert", *words, listed))
+    equal = listed.replace("4", "2").replace("3", "2")
+    assert plan_privacy(config("bert", *words, equal)) == plan_privacy(config("bert", *words, equal), 0)
 
 
 def test_a_plan_of_whole_clients_tells_other_rounds_and_no_batch(config):

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from peerlora.config.privacy import PrivacyConfig
 from peerlora.errors import ConfigError
 from peerlora.train import accounting
 from peerlora.train.accounting import noise_for, spent_epsilon
@@ -42,6 +43,27 @@ def test_the_prv_accountant_is_tighter(noise, rate, steps, delta, published, ren
     found = spent_epsilon(noise, rate, steps, delta, "prv")
     assert sharp - 0.01 < found < min(renyi, sharp + 0.02)
     assert noise_for(8.0, 0.03, 200, 1e-3, "prv") < noise_for(8.0, 0.03, 200, 1e-3, "rdp")
+
+
+@needs_opacus
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_epsilon_of_few_rows_is_never_below_zero_and_never_falls(batch, noise):
+    for rows in (2, 3, 5, 10, 30, 100):
+        rate, delta = min(1.0, batch / rows), PrivacyConfig(noise=noise).delta_of(rows)
+        found = [spent_epsilon(noise, rate, releases, delta, "rdp") for releases in (0, 1, 2, 5, 20, 100)]
+        assert found == sorted(found) and found[0] == 0 < found[-1], rows
+        assert noise_for(0.5, rate, 100, delta, "rdp") > noise_for(50.0, rate, 100, delta, "rdp")
+
+
+@needs_opacus
+@pytest.mark.parametrize("rows", [3, 100])
+def test_the_prv_accountant_finds_no_more_than_renyis(rows):
+    rate, delta = 1 / rows, PrivacyConfig(noise=3).delta_of(rows)
+    found = [spent_epsilon(3.0, rate, releases, delta, "prv") for releases in (0, 1, 5, 100)]
+    renyi = [spent_epsilon(3.0, rate, releases, delta, "rdp") for releases in (0, 1, 5, 100)]
+    assert found == sorted(found) and found[:2] == [0, 0]
+    assert all(sharp <= bound for sharp, bound in zip(found, renyi, strict=True)) and 0 < found[-1] < renyi[-1]
 
 
 def exact_epsilon(noise, releases, delta):

@@ -1,5 +1,6 @@
 """Noise, samples, budgets and sensitivity of private training."""
 
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -12,12 +13,14 @@ from test_learner import noisy
 from test_row_gradients import SGD, drawn_rows, private, row_gradients
 
 from cases import others_slow
+from peerlora.config.privacy import PrivacyConfig
 from peerlora.errors import CompositionError
 from peerlora.lora.adapters import mask_ranks
+from peerlora.randomness import numpy_generator
 from peerlora.runs.privacy_ledger import Release
 from peerlora.runtime.compose import compose
 from peerlora.train.base import LocalPlan
-from peerlora.train.privacy import clip_factor
+from peerlora.train.privacy import Guarantee, PrivateTraining, clip_factor
 from peerlora.train.private_draws import SeededDraws, SystemDraws
 
 DRAWS = {"seeded": SeededDraws(3), "system": SystemDraws()}
@@ -26,7 +29,7 @@ DRAWS = {"seeded": SeededDraws(3), "system": SystemDraws()}
 @pytest.mark.parametrize("kind", DRAWS)
 def test_draws_are_uniform_and_normal_and_differ(kind):
     draws = DRAWS[kind]
-    uniform, normal = draws.uniform(20_001, "a", 0, 0), draws.normal(20_001, "a", 0, 0)
+    uniform, normal = next(draws.uniform(20_001, "a", 0, 0)), draws.normal(20_001, "a", 0, 0)
     assert uniform.shape == normal.shape == (20_001,) and 0 <= uniform.min() and uniform.max() < 1
     assert stats.kstest(uniform, "uniform").pvalue > 1e-6  # one draw in a million would fail
     assert stats.kstest(normal, "norm").pvalue > 1e-6
@@ -73,6 +76,34 @@ def test_every_row_is_sampled_by_itself_at_the_clients_rate(config):
         assert all(np.isin(rows, shard).all() and len(set(rows.tolist())) == len(rows) for rows in steps)
     together = np.concatenate(privacy.sample(0, 5, shards[0], 3, 4)[4:8])
     assert np.array_equal(together, privacy.sample(0, 5, shards[0], 3, 1)[1]), "pieces are those of one step"
+
+
+def sampling(draws, rate, rows):
+    """The training of one client, number 7, with so many rows."""
+    guarantee = Guarantee(rows, rate, noise=1.0, delta=1e-6, releases=1)
+    return PrivateTraining(PrivacyConfig(noise=1), [7], [guarantee], draws, 1)
+
+
+def test_seeded_samples_are_those_of_one_draw_of_all_steps():
+    shard, steps = np.arange(100, 141), 5
+    drawn = numpy_generator(3, "privacy rows", client=7, round=2).random((steps, len(shard)))
+    found = sampling(SeededDraws(3), 0.3, len(shard)).sample(0, 2, shard, steps, 1)
+    assert len(found) == steps
+    assert all(np.array_equal(rows, shard[own < 0.3]) for rows, own in zip(found, drawn, strict=True))
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_samples_take_memory_for_one_step_at_a_time(kind):
+    shard = np.arange(50_000)
+    privacy = sampling(DRAWS[kind], 1e-4, len(shard))
+    privacy.sample(0, 0, shard, 1, 1)  # what is made once
+    tracemalloc.start()
+    try:
+        privacy.sample(0, 0, shard, 40, 1)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 5 * 8 * len(shard)
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,7 @@ from peerlora.lora.adapters import Adapters, mask_ranks
 from peerlora.lora.row_gradients import RowGradients
 from peerlora.runtime.compose import compose
 from peerlora.train.base import LocalPlan
-from peerlora.train.privacy import Guarantee, PrivateTraining
+from peerlora.train.privacy import Guarantee, PrivateTraining, clip_factor
 from peerlora.train.private_draws import SeededDraws
 
 MOST = 1e-9  # of fp64: sums of the same numbers in another order
@@ -33,6 +33,22 @@ MODELS = {
     "chat": ("llama", "task.kind=chat", "data.label=null", "data.max_length=32", "data.train=jsonl:{chats}"),
     "t5": ("t5", "task.kind=sequence-to-sequence", "data.label=null", "data.train=jsonl:{pairs}"),
 }
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("size", [384, 40], ids=["Gram matrices", "products"])
+def test_a_clipped_row_is_no_longer_than_it_may_be_where_its_tokens_cancel(size, mean):
+    """In fp32: gradients that sum to 0 over the tokens, and inputs with a common mean."""
+    clip, rows, tokens = 1.0, 4, 64
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, rows, tokens, size, generator=generator)
+    left = left - left.mean(1, keepdim=True)
+    weight, found = torch.zeros(rows, size, size), RowGradients(rows, rows)
+    found.add(id(weight), left, right + mean)
+    factors = clip_factor(found.squared_norms().sqrt(), clip)
+    (clipped,) = found.weighted_sums(factors[:, None], [weight])
+    lengths = clipped.double().flatten(1).norm(dim=1)
+    assert (lengths <= clip * (1 + 1e-6)).all() and (lengths > clip * (1 - 1e-5)).all()
 
 
 def private(federation, clip=1e9, noise=0.0, unit="row", steps=1, draws=None, epsilon=None, releases=10**6):

@@ -75,6 +75,10 @@ class Method(Protocol):
         """Whether there are rounds without training."""
         return False
 
+    def trained_rounds(self, rounds: int) -> int:
+        """In how many of a run's first so many rounds clients take local steps, ``train.quiet`` aside."""
+        return rounds
+
     @property
     def cache(self) -> CacheConfig | None:
         """Settings of the cache that ``peers.mix_cached`` averages, where ``traits.sends`` is "cached"; else None."""

@@ -115,6 +115,11 @@ class RACLoRA(FactorGossip):
             "algorithm.settle sets another number, algorithm.mix_merged=true mixes what was merged as well",
         )
 
+    def trained_rounds(self, rounds: int) -> int:
+        """``chain`` of every block, of which the last one may be cut short."""
+        blocks, rest = divmod(rounds, self.period)
+        return blocks * self.chain + min(rest, self.chain)
+
     def merged_columns(self, rank: int, senders: int, rounds: int) -> int:
         """One adapter's rank per finished block."""
         return rank * ((rounds - 1) // self.period)

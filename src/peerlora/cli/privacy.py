@@ -20,13 +20,14 @@ _COLUMNS = {"rows": "rows", "sampling rate": "rate", "noise": "noise", "delta": 
 def command(
     config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="a config with a section privacy")],
     words: Overrides = None,
+    client: Annotated[int | None, typer.Option("--client", help="one client, as a real peer; else all")] = None,
     json: AsJson = False,
 ) -> None:
     """Say before any training what a config promises: noise, epsilon by round, what other choices would give."""
     from peerlora.config.loading import load_config
     from peerlora.runtime.privacy_plan import plan_privacy
 
-    found = plan_privacy(load_config(config, words or []))
+    found = plan_privacy(load_config(config, words or []), client)
     print_json(found) if json else _print(found)
 
 

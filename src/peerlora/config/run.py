@@ -10,7 +10,7 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.config.exchange import AdversaryConfig, ExchangeConfig
 from peerlora.config.policy import POLICY_DEFAULTS, policy_contradiction
 from peerlora.config.privacy import PrivacyConfig
-from peerlora.config.recipes import RECIPES, Settings, fill
+from peerlora.config.recipes import RECIPES, Settings, fill, site_contradiction
 from peerlora.config.sections import (
     AdapterConfig,
     AlgorithmConfig,
@@ -167,6 +167,8 @@ class RunConfig(Section):
 
         It comes last, since it imports the method: a wrong setting is refused before anything heavy is loaded.
         """
+        if flaw := site_contradiction(self):
+            raise ValueError(flaw)
         for name, settings in self.recipe_settings.items():
             self._fill(name, settings)
         open_ones = self.train.model_fields_set < TrainConfig.model_fields.keys()

@@ -33,23 +33,25 @@ from peerlora.data.text_files import COMPRESSED, Unreadable, base_suffix, refuse
 from peerlora.environment import package_file
 from peerlora.errors import DataError, nearest
 
+TRAIN_SPLIT, EVAL_SPLIT = "train", "validation"
+"""Of a hub source that names none: those of training and of evaluation rows."""
 _SPLITS = re.compile(r"(?<![a-z])(train|test|valid|validation|val|dev|eval)(?![a-z])")  # in a shard's name
 
 
-def read_table(source: str, split: str = "train", columns: Columns | None = None) -> pa.Table:
+def read_table(source: str, split: str = TRAIN_SPLIT, columns: Columns | None = None) -> pa.Table:
     """Read a source into memory.
 
     ``split`` is the hub split where the source names none.  ``columns``: those that are needed; None: all.
     Cells of CSV are text.  Raises DataError: unknown kind, missing, unreadable, empty, or without a needed column.
     """
-    kind, place = _parse(source)
+    kind, place = parse_source(source)
     if kind == "hub":
         table = _read_hub(source, place, split)
         table = _prepared(source, table, columns)
     elif kind == "folder":
         table = _prepared(source, _read_images(source, place, columns), columns)
     else:
-        paths = _locate(source, kind, place)
+        paths = locate_files(source, kind, place)
         table = _joined(source, paths, [_read_file(source, kind, path, columns) for path in paths])
     if table.num_rows == 0:
         raise DataError(f"{source}: has no rows; expected at least one")
@@ -86,7 +88,7 @@ def _read_images(source: str, place: str, columns: Columns | None) -> pa.Table:
 
 def has_header_line(source: str) -> bool:
     """Whether a source is a CSV file, whose first line names its columns."""
-    kind, place = _parse(source)
+    kind, place = parse_source(source)
     return kind == "csv" or _SUFFIXES.get(base_suffix(place)) == "csv"
 
 
@@ -113,7 +115,8 @@ def _inner(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) else feature["feature"]
 
 
-def _parse(source: str) -> tuple[str, str]:
+def parse_source(source: str) -> tuple[str, str]:
+    """Kind and place of a source; "shards" for a bare folder or pattern.  Raises DataError for an unknown kind."""
     kind, colon, place = source.partition(":")
     if colon and place and kind in (*_READERS, *_PLACES):
         return kind, place
@@ -129,8 +132,11 @@ def _parse(source: str) -> tuple[str, str]:
     )
 
 
-def _locate(source: str, kind: str, place: str) -> list[Path]:
-    """The files of a source, more than one where it is a folder or a pattern."""
+def locate_files(source: str, kind: str, place: str) -> list[Path]:
+    """The tables of a source that is not on the hub; more than one where it is a folder or a pattern.
+
+    Raises DataError where there are none, or some that do not go together.
+    """
     if kind == "packaged":
         distribution, _, name = place.partition("/")
         if not distribution or not name:
@@ -229,7 +235,7 @@ def _read_parquet(path: Path, columns: Columns | None) -> pa.Table:
 def _read_hub(source: str, place: str, split: str) -> pa.Table:
     from datasets import load_dataset
 
-    name, config, chosen = _hub_place(place)
+    name, config, chosen = hub_place(place)
     try:
         rows = load_dataset(name, config, split=chosen or split)
         table = rows.with_format("arrow")[:]  # type: ignore[union-attr]
@@ -241,7 +247,7 @@ def _read_hub(source: str, place: str, split: str) -> pa.Table:
     return table.replace_schema_metadata(rows.features.arrow_schema.metadata)  # type: ignore[union-attr]
 
 
-def _hub_place(place: str) -> tuple[str, str | None, str]:
+def hub_place(place: str) -> tuple[str, str | None, str]:
     """Name or folder, config and split; a path that is no folder may end in a config."""
     where, _, chosen = place.partition(":")
     if where.startswith(("/", "~", "./", "../")):

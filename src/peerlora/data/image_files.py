@@ -31,9 +31,24 @@ _NARROWEST = 100  # times as long as wide: what is resized by its shorter side s
 
 
 def read_folder(path: Path) -> pa.Table:
-    """List the images of a folder: in a folder for each class, by name, or, without classes, right in it.
+    """The table of a folder's images, with the class of each where it has folders of classes.
 
-    Raises Unreadable where there are none, or some of both, and for a class without images.
+    Raises Unreadable as ``list_images`` does.
+    """
+    paths, labels, others = list_images(path)
+    if others:
+        logging.getLogger(__name__).warning(
+            "folder:%s: %d files are no %s and are left out, the first is %s", path, len(others), _KINDS, others[0]
+        )
+    columns = {IMAGE: [str(each) for each in paths]}
+    return pa.table({**columns, LABEL: labels} if labels else columns)
+
+
+def list_images(path: Path) -> tuple[list[Path], list[str], list[Path]]:
+    """List the images of a folder, their classes, and what else lies beside them.
+
+    Images lie in a folder for each class, by name, or, without classes, right in it.  Raises Unreadable where there
+    are none, or some of both, and for a class without images.
     """
     if not path.is_dir():
         raise Unreadable(f"is no folder; expected one with a folder of {_KINDS} files for each class")
@@ -45,7 +60,7 @@ def read_folder(path: Path) -> pa.Table:
             "images alone: move one of them"
         )
     if here:
-        return pa.table({IMAGE: [str(each) for each in here]})
+        return here, [], []
     paths, labels, others = [], [], []
     for folder in folders:
         images, more = _images_of(folder)
@@ -53,16 +68,12 @@ def read_folder(path: Path) -> pa.Table:
             raise Unreadable(
                 f"has no {_KINDS} file in its folder {folder.name!r}; a folder is a class: add images, or remove it"
             )
-        paths += [str(each) for each in images]
+        paths += images
         labels += [folder.name] * len(images)
         others += more
     if not paths:
         raise Unreadable(f"holds no image; expected a folder of {_KINDS} files for each class")
-    if others:
-        logging.getLogger(__name__).warning(
-            "folder:%s: %d files are no %s and are left out, the first is %s", path, len(others), _KINDS, others[0]
-        )
-    return pa.table({IMAGE: paths, LABEL: labels})
+    return paths, labels, others
 
 
 def _images_of(folder: Path) -> tuple[list[Path], list[Path]]:

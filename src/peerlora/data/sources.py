@@ -17,7 +17,7 @@ from peerlora.data.chat_rows import read_chats
 from peerlora.data.chat_tokens import chat_dataset
 from peerlora.data.columns import Columns, is_text, refuse_objects, short
 from peerlora.data.dataset import UNLEARNED, Dataset
-from peerlora.data.files import class_names, read_table
+from peerlora.data.files import EVAL_SPLIT, TRAIN_SPLIT, class_names, read_table
 from peerlora.data.holdout import draw_holdout
 from peerlora.data.image_files import read_images
 from peerlora.data.images import ImageReader
@@ -72,11 +72,11 @@ def load_datasets(
     task.labels.
     """
     data = config.data
-    train = _read(config, data.train, "train", None)
+    train = _read(config, data.train, TRAIN_SPLIT, None)
     if data.eval is None:
         train, evaluation = _hold_out(train, data.holdout, config.seed)
     else:
-        evaluation = _read(config, data.eval, "validation", train)
+        evaluation = _read(config, data.eval, EVAL_SPLIT, train)
     train = _at_most(train, data.train_per_class, config.seed, "rows per class of train")
     evaluation = _at_most(evaluation, data.eval_per_class, config.seed, "rows per class of eval")
     folder = default_cache() if cache == "default" else cache

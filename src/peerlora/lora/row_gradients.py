@@ -65,8 +65,13 @@ class _Pair:
         return _Product(torch.bmm(self.left.mT, self.right))
 
     def squared_norms(self) -> Float[Tensor, " row"]:
-        left, right = (torch.bmm(side, side.mT) for side in (self.left, self.right))
-        return (left * right).sum((1, 2)).clamp_min(0)  # below zero by rounding only
+        """Each row's squared norm, from Gram matrices in fp64.
+
+        Their products cancel where tokens do, as gradients that sum to 0 on inputs with a large mean: in fp32 that
+        left norms wrong by some percent, and so rows longer than they may be.
+        """
+        left, right = (torch.bmm(side, side.mT) for side in (self.left.double(), self.right.double()))
+        return (left * right).sum((1, 2)).clamp_min(0).to(self.left.dtype)  # below zero by rounding only
 
     def weighted_sum(self, weights: Float[Tensor, "client row"]) -> Float[Tensor, "client m n"]:
         scaled = self.left * weights.reshape(-1, 1, 1)

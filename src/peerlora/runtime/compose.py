@@ -129,7 +129,7 @@ def assemble(
         learner.hold_block([len(tile) for tile in block.tiles], sum(config.batches), sum(map(len, divided.shards)))
     plain = StackedExchange(topology, here, gather) if block is None else BlockExchange(topology, here, block.rows)
     learner.privacy, of_privacy = build_privacy(
-        config, shards, model, learner.task, start.spec.parameters, clients is not None
+        config, planned.algorithm, shards, model, learner.task, start.spec.parameters, clients is not None
     )
     if config.train.label_prior != "none":
         learner.loss_rules += (LabelPrior(divided.counts if own else divided.counts[here], config.train.label_prior),)

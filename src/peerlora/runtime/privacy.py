@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from peerlora.algorithms.base import Algorithm
 from peerlora.config.privacy import PrivacyConfig
 from peerlora.config.run import RunConfig
 from peerlora.data.batches import Shards
+from peerlora.data.shared_rows import find_shared_rows
 from peerlora.errors import CompositionError, ModelError
 from peerlora.lora.attach import StackedModel
 from peerlora.train.accounting import has_accountants, noise_for, require_accountants, spent_epsilon
@@ -67,18 +67,13 @@ def _check_losses(config: RunConfig, privacy: PrivacyConfig) -> None:
         )
 
 
-def _place(source: str) -> str:
-    """Where the rows of a source lie: a file may be named by several paths, and with its kind or without."""
-    kind, _, place = source.partition(":")
-    return source if kind in ("hub", "packaged") else str(Path(place or source).expanduser().resolve())
-
-
 def _check_evaluation(config: RunConfig) -> None:
     """Refuse private rows in the run's events, scores of them by which models are chosen, and of what is learned."""
-    if config.data.eval is not None and _place(config.data.eval) == _place(config.data.train):
+    data = config.data
+    if data.eval is not None and (shared := find_shared_rows(data.train, data.eval)):
         raise CompositionError(
-            f"privacy: data.eval={config.data.eval} are the training rows, and scores on them tell who is among them; "
-            "name other rows"
+            f"privacy: data.eval={data.eval} and data.train={data.train} both read {shared}, and scores on training "
+            "rows tell who is among them; name other rows as data.eval"
         )
     if config.eval.generate is not None and config.data.eval is None:
         raise CompositionError(
@@ -106,8 +101,21 @@ def _evaluation_warnings(config: RunConfig) -> tuple[str, ...]:
     )
 
 
+def planned_releases(config: RunConfig, algorithm: Algorithm[Any], rounds: int) -> int:
+    """Noisy steps, or changes, of a client that is never away, in a run's first so many rounds; 0 without privacy."""
+    if config.privacy is None:
+        return 0
+    return algorithm.trained_rounds(rounds) * (config.train.local_steps if config.privacy.unit == "row" else 1)
+
+
 def build_privacy(
-    config: RunConfig, shards: Shards, model: StackedModel, task: Task, parameters: int, real: bool
+    config: RunConfig,
+    algorithm: Algorithm[Any],
+    shards: Shards,
+    model: StackedModel,
+    task: Task,
+    parameters: int,
+    real: bool,
 ) -> tuple[PrivateTraining | None, tuple[str, ...]]:
     """What makes the training of these clients private, and warnings; (None, ()) without ``privacy``.
 
@@ -122,7 +130,7 @@ def build_privacy(
         check_task(task)
         _check_model(model)
     train = config.train
-    releases = train.training_rounds * (train.local_steps if privacy.unit == "row" else 1)
+    releases = planned_releases(config, algorithm, train.training_rounds)
     sizes = [size * train.accumulate for size in shards.batches]
     guarantees = [
         _guarantee(privacy, len(rows), size, releases) for rows, size in zip(shards.shards, sizes, strict=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from peerlora.algorithms.base import Algorithm
 from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError
 from peerlora.runtime.compose import compose
-from peerlora.runtime.privacy import describe_promises
+from peerlora.runtime.privacy import describe_promises, planned_releases
 from peerlora.train.accounting import spent_epsilon
 from peerlora.train.privacy import Guarantee, PrivateTraining
 
@@ -18,39 +18,55 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the rounds that train, after which e
 _BATCHES, _ROUNDS = (0.5, 1, 2, 4), (0.5, 1, 2)  # times those of the config
 
 
-def plan_privacy(config: RunConfig, clients: Sequence[int] | None = None) -> dict[str, Any]:
+def plan_privacy(config: RunConfig, client: int | None = None) -> dict[str, Any]:
     """Compose a run and tell what its rows, or clients, are promised; nothing is trained or written.
 
+    ``client``: tell of this one alone, as a real peer; by default of all, as a simulation, but of any one site where
+    each has a file of its own (partition.kind=own).
     Keys: unit, clip, accountant, generator, guarantee and planned as in a summary; by_round [{round, epsilon
     [client]}]; choices [{batch, rounds, epsilon}] with the same noise, of the client that spends most; at client level
-    batch is None, since it changes nothing; and warnings.  Raises ConfigError for a config without privacy.
+    batch is None, since it changes nothing; and warnings.  Raises ConfigError for a config without privacy, for a
+    client that does not exist, and for a site whose settings are listed by client and that is not named.
     """
     if config.privacy is None:
         raise ConfigError("privacy is null in this config, so nothing is promised; give one, such as privacy.epsilon=8")
-    if config.partition.kind == "own" and clients is None:
-        clients = [0]  # a site's file has rows of its own client alone, whichever number that is
-    federation = compose(config, clients=clients)
+    if client is None and config.partition.kind == "own":
+        client = _any_site(config)
+    if client is not None and not 0 <= client < config.clients:
+        raise ConfigError(f"client {client} given; {config.clients} clients are numbered 0 to {config.clients - 1}")
+    federation = compose(config, clients=None if client is None else [client])
     config, privacy = federation.config, federation.learner.privacy  # whose epochs have become rounds
     assert privacy is not None
     return {
         **describe_promises(privacy),
         "clients": list(privacy.clients),
-        "by_round": _by_round(config, privacy),
-        "choices": _choices(config, privacy),
+        "by_round": _by_round(config, federation.algorithm, privacy),
+        "choices": _choices(config, federation.algorithm, privacy),
         "warnings": [each for each in federation.warnings if each.startswith("privacy")],
     }
 
 
-def _by_round(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
-    trained = config.train.training_rounds
-    rounds = sorted({max(1, round(share * trained)) for share in _SHARES})
+def _any_site(config: RunConfig) -> int:
+    """The number of a site that has a file of its own, where all numbers have the same settings."""
+    listed = {"train.batch": config.batches, "adapter.rank": config.ranks}
+    for name, values in listed.items():
+        if len(set(values)) > 1:
+            raise ConfigError(
+                f"partition.kind=own and {name}={values} given: what this site promises depends on its number, from 0 "
+                f"to {config.clients - 1} in the order of the member list; give it as --client N"
+            )
+    return 0
+
+
+def _by_round(config: RunConfig, algorithm: Algorithm[Any], privacy: PrivateTraining) -> list[dict[str, Any]]:
+    rounds = sorted({max(1, round(share * config.train.training_rounds)) for share in _SHARES})
+    releases = {t: planned_releases(config, algorithm, t) for t in rounds}
     return [
-        {"round": t, "epsilon": [_epsilon(privacy, each, each.releases * t // trained) for each in privacy.guarantees]}
-        for t in rounds
+        {"round": t, "epsilon": [_epsilon(privacy, each, releases[t]) for each in privacy.guarantees]} for t in rounds
     ]
 
 
-def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]]:
+def _choices(config: RunConfig, algorithm: Algorithm[Any], privacy: PrivateTraining) -> list[dict[str, Any]]:
     """Epsilon of other batches and rounds with the same noise, for the client that has spent most at the end."""
 
     def planned(each: Guarantee) -> float:
@@ -63,8 +79,7 @@ def _choices(config: RunConfig, privacy: PrivateTraining) -> list[dict[str, Any]
         rate = 1.0 if size is None else min(1.0, size * train.accumulate / worst.rows)
         for longer in _ROUNDS:
             rounds = max(1, round(train.training_rounds * longer))
-            releases = rounds * (train.local_steps if privacy.by_row else 1)
-            epsilon = _epsilon(privacy, replace(worst, rate=rate), releases)
+            epsilon = _epsilon(privacy, replace(worst, rate=rate), planned_releases(config, algorithm, rounds))
             found.append({"batch": size, "rounds": rounds, "epsilon": epsilon})
     return found
 

@@ -48,7 +48,9 @@ def spent_epsilon(noise: float, rate: float, releases: int, delta: float, accoun
 
     ``noise``: standard deviation by clipping norm; ``rate``: probability with which each row, or the client, is in
     a release.  With rate 1, and where it finds more than 100, the Renyi accountant counts for both: opacus' other one
-    divides by 1 - rate, and takes time and memory that grow with epsilon.
+    divides by 1 - rate, and takes time and memory that grow with epsilon.  Elsewhere prv is the smaller of the two
+    bounds, since that of few releases with little loss is the rounding of its grid.  Both fall below 0 where delta
+    alone covers the loss, as of a handful of rows, and epsilon is 0 there.
     Source: Mironov et al. 2019, arXiv 1908.10530 (rdp); Gopi et al. 2021, arXiv 2106.02848 (prv).
     """
     if releases == 0:
@@ -63,8 +65,8 @@ def spent_epsilon(noise: float, rate: float, releases: int, delta: float, accoun
         if accountant == "prv" and rate < 1 and epsilon <= _LARGEST_PRV:
             counter = accountants.PRVAccountant()
             counter.history = [(noise, rate, releases)]
-            return float(counter.get_epsilon(delta=delta))
-        return float(epsilon)
+            epsilon = min(epsilon, counter.get_epsilon(delta=delta))
+        return max(0.0, float(epsilon))
 
 
 @lru_cache(maxsize=4096)

@@ -132,8 +132,8 @@ class PrivateTraining:
 
     def sample(self, i: int, job: int, shard: Int[np.ndarray, " row"], steps: int, parts: int) -> list[np.ndarray]:
         """Rows of each local step of a job, every row with the client's rate, in ``parts`` pieces; some are empty."""
-        drawn = self.draws.uniform(steps * len(shard), "privacy rows", self.clients[i], job).reshape(steps, -1)
-        steps_rows = [shard[own < self.guarantees[i].rate] for own in drawn]
+        drawn = self.draws.uniform(len(shard), "privacy rows", self.clients[i], job)
+        steps_rows = [shard[next(drawn) < self.guarantees[i].rate] for _ in range(steps)]
         return [piece for rows in steps_rows for piece in np.array_split(rows, parts)]
 
     def add_gradient_noise(self, x: Adapters, sums: Gradients, at: PrivateStep) -> Gradients:

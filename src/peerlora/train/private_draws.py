@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,8 +20,8 @@ _MANTISSA = 53  # bits of a float64
 class PrivateDraws(Protocol):
     """Draws for one client's job; ``purpose`` tells apart what is drawn within it."""
 
-    def uniform(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
-        """Independent numbers in [0, 1)."""
+    def uniform(self, count: int, purpose: str, client: int, job: int) -> Iterator[Float[np.ndarray, " count"]]:
+        """Endless arrays of independent numbers in [0, 1), each drawn when it is asked for."""
         ...
 
     def normal(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
@@ -38,9 +39,11 @@ class SeededDraws:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def uniform(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
+    def uniform(self, count: int, purpose: str, client: int, job: int) -> Iterator[Float[np.ndarray, " count"]]:
         """See ``PrivateDraws``."""
-        return numpy_generator(self.seed, purpose, client=client, round=job).random(count)
+        generator = numpy_generator(self.seed, purpose, client=client, round=job)
+        while True:
+            yield generator.random(count)
 
     def normal(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
         """See ``PrivateDraws``."""
@@ -54,9 +57,10 @@ class SeededDraws:
 class SystemDraws:
     """Draws by the operating system's cryptographic generator: nobody can repeat them, this run neither."""
 
-    def uniform(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
+    def uniform(self, count: int, purpose: str, client: int, job: int) -> Iterator[Float[np.ndarray, " count"]]:
         """See ``PrivateDraws``."""
-        return _uniform(count)
+        while True:
+            yield _uniform(count)
 
     def normal(self, count: int, purpose: str, client: int, job: int) -> Float[np.ndarray, " count"]:
         """See ``PrivateDraws``."""

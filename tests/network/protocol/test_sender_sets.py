@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -225,6 +227,36 @@ def test_a_receiver_asks_those_who_are_there():
     sets.endpoint.peers.mark_absent("b")
     sets.ask(AT)
     assert sets.own == SenderSet("r", AT, of("a", "c").keys) and sets._not_sent_to() == ["a", "c", "d"]
+
+
+@pytest.mark.parametrize(("senders", "words"), [(3, r"(\d+) bytes with three neighbours"), (8, r"(\d+) with\s+eight")])
+def test_asking_costs_what_the_docs_say(monkeypatch, senders, words):
+    """Names of 18 letters, hashes as long as a run's, and as many outcomes of exchanges as a header holds."""
+    names, me, at, sizes = [f"clinic-{i:011d}" for i in range(senders)], "r" * 18, ExchangeStep(3000), []
+    agreed = agreements((*names, me))
+    transport = MemoryNetwork([*names, me]).transport(me, agreement=agreed[me])
+    endpoint = Endpoint(transport, Expected("run-1", "0" * 64, "0" * 64), names)
+    sets = SenderSets(endpoint, transport.agreement, lambda round, receiver: names, 10.0)
+    for name in names:
+        sets.session_keys[name] = agreed[name].session_key
+        for t in range(at.round - 20, at.round):
+            endpoint.history.close(name, ExchangeStep(t), True, ExchangeStep(t + 1))
+
+    async def send(peer, header, body, deadline):
+        sizes.append(len(header) + len(body))
+
+    async def ask_all():
+        sets.ask(at)
+        for name in names:
+            sets._tasks[name] = asyncio.current_task()
+            await sets._send(name)
+
+    endpoint.at = at
+    monkeypatch.setattr(transport, "send", send)
+    asyncio.run(ask_all())
+    page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    documented = int(re.search(words, page)[1])
+    assert len(sizes) == senders and 0.95 * documented < max(sizes) <= documented
 
 
 def test_of_fewer_than_two_nobody_is_asked():
