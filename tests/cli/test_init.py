@@ -157,8 +157,20 @@ CHATS = {
         {"prompt": "prompt", "completion": "completion"},
     ),
     "questions": ({"question": LONG, "answer": SHORT}, {"prompt": "question", "completion": "answer"}),
+    "questions with contexts": (
+        {"question": LONG, "context": LONG, "answer": SHORT},
+        {"prompt": "question", "completion": "answer", "input": "context"},
+    ),
+    "prompts with inputs": (
+        {"prompt": LONG, "input": SHORT, "output": LONG},
+        {"prompt": "prompt", "completion": "output", "input": "input"},
+    ),
     "summaries": ({"article": LONG, "highlights": SHORT}, {"prompt": "article", "completion": "highlights"}),
     "speakers": ({"user": LONG, "Assistant": SHORT}, {"prompt": "user", "completion": "Assistant"}),
+    "speakers with a system": (
+        {"system": SHORT, "user": LONG, "assistant": SHORT},
+        {"prompt": "user", "completion": "assistant", "system": "system"},
+    ),
     "people and models": ({"human": LONG, "gpt": SHORT}, {"prompt": "human", "completion": "gpt"}),
     "problems": ({"problem": LONG, "solution": SHORT}, {"prompt": "problem", "completion": "solution"}),
     "inputs": ({"inputs": LONG, "targets": SHORT}, {"prompt": "inputs", "completion": "targets"}),
@@ -285,6 +297,11 @@ def test_a_task_that_is_asked_for_is_written(models, tmp_path, task, columns, re
             {"instruction": LONG, "input": SHORT, "output": LONG},
             ["--task", "sequence-to-sequence"],
             "rows.jsonl: rows are chats, by instruction, output, input; task.kind=sequence-to-sequence reads one",
+        ),
+        (
+            {"question": LONG, "context": LONG, "answer": SHORT},
+            ["--task", "sequence-to-sequence"],
+            "rows.jsonl: rows are chats, by question, answer, context; task.kind=sequence-to-sequence reads one",
         ),
     ],
 )
