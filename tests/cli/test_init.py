@@ -313,6 +313,44 @@ def test_a_task_that_the_rows_are_not_for_is_one_message(cli, tmp_path, columns,
     assert not (tmp_path / "new.yaml").exists()
 
 
+SUMS = [f"{question},{answer}" for question, answer in zip(LONG, range(20, 40), strict=True)]
+NUMBERS = {  # lines of a CSV file whose answers, or inputs, are all numbers; and its columns by role
+    "answers": (["prompt,completion", *SUMS], {"prompt": "prompt", "completion": "completion"}),
+    "answers to questions": (["question,answer", *SUMS], {"prompt": "question", "completion": "answer"}),
+    "prompts": (
+        ["prompt,completion", *(f"{place},{text}" for place, text in enumerate(LONG))],
+        {"prompt": "prompt", "completion": "completion"},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", [None, "chat", "sequence-to-sequence"])
+@pytest.mark.parametrize("what", NUMBERS)
+def test_numbers_of_a_csv_file_are_texts_to_read_and_write(cli, models, tmp_path, what, task):
+    lines, roles = NUMBERS[what]
+    rows, to = csv_file(tmp_path, *lines), tmp_path / "new.yaml"
+    answer = cli("init", "--train", rows, "--to", to, *(["--task", task] if task else []))
+    assert answer.code == 0, answer.err
+    made = load_config(to)
+    assert (made.task.kind, made.data.columns) == (task or "chat", roles)
+
+
+def test_an_input_of_numbers_is_a_text(cli, tmp_path):
+    lines = [f"{text},{place},{text}" for place, text in enumerate(LONG)]
+    rows = csv_file(tmp_path, "instruction,input,output", *lines)
+    for task in (["--task", "chat"], []):
+        answer = cli("init", "--train", rows, "--to", tmp_path / f"{len(task)}.yaml", *task)
+        assert answer.code == 0, answer.err
+        made = load_config(tmp_path / f"{len(task)}.yaml")
+        assert made.data.columns == {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+def test_marks_of_answers_are_numbers_however_they_are_written():
+    marked = {"prompt": LONG, "completion": SHORT, "label": ["1.0", "0.0"] * 10}
+    with pytest.raises(DataError, match="rows are answers that are marked as wanted or not"):
+        guess(**marked)
+
+
 def test_a_longer_chat_gets_more_tokens():
     chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 200}]] * 20
     assert guess(messages=chats).max_length == 320 and guess(messages=[ASKED] * 20).max_length == 48
@@ -336,6 +374,8 @@ def test_rows_that_no_task_reads_are_refused_with_what_to_do(form):
         ({"question": LONG, "passage": LONG, "answer": [True, False] * 10}, (["question"], "answer", "classification")),
         ({"input": LONG, "target": ["x", "y"] * 10}, (["input"], "target", "classification")),
         ({"text": LONG, "target": [0.5, 0.25] * 10}, (["text"], "target", "regression")),
+        ({"text": LONG, "target": [f"0.{i}" for i in range(20)]}, (["text"], "target", "regression")),
+        ({"question": LONG, "answer": ["1", "2"] * 10}, (["question"], "answer", "classification")),
     ],
 )
 def test_pairs_whose_second_column_is_a_label_are_none(columns, expected):

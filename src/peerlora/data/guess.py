@@ -96,9 +96,10 @@ def guess_columns(
         return _guess_images(table, image, label, given, source)
     if task and task.reads_images:
         raise DataError(f"{source}: {no_columns(table.column_names, task)}")
-    table = with_numbers(table)
+    as_read, table = table, with_numbers(table)
     usual = None if unlabelled else find_named_label(table, text, target)
-    if form := _find_form(table, usual, source, task, writes) if label is None and not text else None:
+    few = [name for name in plain_names(table) if has_few_values(table, name)]
+    if form := _find_form(as_read, few, usual, source, task, writes) if label is None and not text else None:
         texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
         return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
     found = list(text) or _text_columns(table, given or usual, source)
@@ -114,10 +115,14 @@ def guess_columns(
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
 
 
-def _find_form(table: pa.Table, usual: str | None, source: str, task: TaskKind | None, writes: bool) -> RowForm | None:
-    """The form of rows that are no texts with a label; ``usual``: a column with a label's usual name."""
+def _find_form(
+    table: pa.Table, few: Sequence[str], usual: str | None, source: str, task: TaskKind | None, writes: bool
+) -> RowForm | None:
+    """The form of rows that are no texts with a label, in the table as a run reads it, where numbers may be texts.
+
+    ``few``: columns with few enough values for classes; ``usual``: one with a label's usual name.
+    """
     if task is None:
-        few = [name for name in plain_names(table) if has_few_values(table, name)]
         return find_form(table, few, usual, source, writes)
     return find_form_for(task, table, source) if task.forms else None
 

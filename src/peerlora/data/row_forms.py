@@ -16,7 +16,7 @@ from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS, TaskKind
 from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import is_text
 from peerlora.data.files import class_names
-from peerlora.data.label_columns import is_list_of_labels
+from peerlora.data.label_columns import is_list_of_labels, with_numbers
 from peerlora.data.numerals import is_number
 from peerlora.data.pair_tokens import read_pairs
 from peerlora.data.roles import add_roles, check_pair, find_roles, find_roles_for, no_columns
@@ -182,7 +182,8 @@ def _refuse_marked(table: pa.Table, names: Mapping[str, str], source: str) -> No
     if not names.keys() >= {"prompt", "completion", "label"}:
         return
     columns = [names[word] for word in ("prompt", "completion", "label")]
-    marks = {str(mark).strip().lower() for mark in table.column(columns[2]).unique().to_pylist()} - {"none", ""}
+    label = with_numbers(table.select(columns[2:])).column(0)
+    marks = {str(mark).strip().lower() for mark in label.unique().to_pylist()} - {"none", ""}
     if marks <= {"true", "false"} or marks <= {"0", "1"}:
         _refuse(source, "answers that are marked as wanted or not", columns)
 
