@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from peerlora.data.guess import Guess, guess_columns
 from peerlora.errors import ConfigError, DataError
 
 WORDS = ["one two three", "four five six seven", "eight nine", "ten eleven twelve"]
+PNG = b"\x89PNG\r\n\x1a\n"
 LONG = [f"{text} and more of it {i}" for i, text in enumerate(WORDS * 5)]
 SHORT = [f"id-{i}" for i in range(20)]
 
@@ -589,6 +591,50 @@ def test_columns_that_no_run_can_read_are_refused_before_anything_is_written(cli
     answer = cli("init", "--train", texts, *words, "--to", tmp_path / "new.yaml")
     assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
     assert not (tmp_path / "new.yaml").exists()
+
+
+PAIR_OF_LISTS = [["a", "b"], ["b", "c"]] * 10
+NESTED = {
+    "objects": [[{"role": "user"}]] * 20,
+    "lists": [[["a"]], [["b"]]] * 10,
+    "map": pa.array([[("a", 1)], [("b", 2)]] * 10, pa.map_(pa.string(), pa.int64())),
+    "fixed": pa.array(PAIR_OF_LISTS, pa.list_(pa.string(), 2)),
+    "view": pa.array(PAIR_OF_LISTS, pa.list_view(pa.string())),
+    "halves": [[0.5], [1.5]] * 10,
+    "bytes": [b"a", b"b"] * 10,
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("task", [[], ["--task", "multi-label"], ["--task", "regression"]])
+def test_a_label_of_objects_is_one_message(cli, tmp_path, kind, task):
+    pq.write_table(pa.table({"text": LONG, "field": NESTED[kind]}), tmp_path / "rows.parquet")
+    answer = cli("init", "--train", tmp_path / "rows.parquet", "--to", tmp_path / "new.yaml", "--label", "field", *task)
+    assert answer.code == 2 and len(answer.err.strip().splitlines()) == 1
+    assert "data.label=field: holds " in answer.err and "or a list of such; name another column" in answer.err
+
+
+@pytest.mark.parametrize("words", [["--label", "talk.role"], ["--text", "talk.role"]])
+def test_a_field_inside_a_list_is_no_column(cli, tmp_path, words):
+    pq.write_table(pa.table({"text": LONG, "talk": NESTED["objects"]}), tmp_path / "rows.parquet")
+    answer = cli("init", "--train", tmp_path / "rows.parquet", "--to", tmp_path / "new.yaml", *words)
+    assert answer.code == 2 and "has no field 'role'" in answer.err and "correct the name" in answer.err
+
+
+def test_a_label_inside_an_image_is_none():
+    images = pa.table({"image": [{"bytes": PNG, "path": f"{i}.png"} for i in range(20)], "kind": ["a", "b"] * 10})
+    with pytest.raises(DataError, match="holds images in column image and no column for their classes; give --label"):
+        guess_columns(images, "rows.parquet", label="image.path")
+
+
+@pytest.mark.parametrize("words", [[], ["--label", "author_id"]])
+def test_whole_numbers_beyond_those_of_a_float_are_classes(cli, tmp_path, words):
+    lines = [f"{text},{9_007_199_254_740_993_000 + place % 3}" for place, text in enumerate(LONG)]
+    rows = csv_file(tmp_path, "text,author_id", *lines)
+    answer = cli("init", "--train", rows, "--to", tmp_path / "new.yaml", *words)
+    assert answer.code == 0, answer.err
+    made = load_config(tmp_path / "new.yaml")
+    assert (made.task.kind, made.data.label) == ("classification", "author_id")
 
 
 def test_two_texts_are_a_pair(cli, texts, tmp_path):
