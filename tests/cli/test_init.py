@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from peerlora.data.guess import Guess, guess_columns
 from peerlora.errors import ConfigError, DataError
 
 WORDS = ["one two three", "four five six seven", "eight nine", "ten eleven twelve"]
+PNG = b"\x89PNG\r\n\x1a\n"
 LONG = [f"{text} and more of it {i}" for i, text in enumerate(WORDS * 5)]
 SHORT = [f"id-{i}" for i in range(20)]
 
@@ -157,8 +159,20 @@ CHATS = {
         {"prompt": "prompt", "completion": "completion"},
     ),
     "questions": ({"question": LONG, "answer": SHORT}, {"prompt": "question", "completion": "answer"}),
+    "questions with contexts": (
+        {"question": LONG, "context": LONG, "answer": SHORT},
+        {"prompt": "question", "completion": "answer", "input": "context"},
+    ),
+    "prompts with inputs": (
+        {"prompt": LONG, "input": SHORT, "output": LONG},
+        {"prompt": "prompt", "completion": "output", "input": "input"},
+    ),
     "summaries": ({"article": LONG, "highlights": SHORT}, {"prompt": "article", "completion": "highlights"}),
     "speakers": ({"user": LONG, "Assistant": SHORT}, {"prompt": "user", "completion": "Assistant"}),
+    "speakers with a system": (
+        {"system": SHORT, "user": LONG, "assistant": SHORT},
+        {"prompt": "user", "completion": "assistant", "system": "system"},
+    ),
     "people and models": ({"human": LONG, "gpt": SHORT}, {"prompt": "human", "completion": "gpt"}),
     "problems": ({"problem": LONG, "solution": SHORT}, {"prompt": "problem", "completion": "solution"}),
     "inputs": ({"inputs": LONG, "targets": SHORT}, {"prompt": "inputs", "completion": "targets"}),
@@ -286,6 +300,11 @@ def test_a_task_that_is_asked_for_is_written(models, tmp_path, task, columns, re
             ["--task", "sequence-to-sequence"],
             "rows.jsonl: rows are chats, by instruction, output, input; task.kind=sequence-to-sequence reads one",
         ),
+        (
+            {"question": LONG, "context": LONG, "answer": SHORT},
+            ["--task", "sequence-to-sequence"],
+            "rows.jsonl: rows are chats, by question, answer, context; task.kind=sequence-to-sequence reads one",
+        ),
     ],
 )
 def test_a_task_that_the_rows_are_not_for_is_one_message(cli, tmp_path, columns, words, told):
@@ -294,6 +313,44 @@ def test_a_task_that_the_rows_are_not_for_is_one_message(cli, tmp_path, columns,
     answer = cli("init", "--train", rows, "--to", tmp_path / "new.yaml", *words)
     assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
     assert not (tmp_path / "new.yaml").exists()
+
+
+SUMS = [f"{question},{answer}" for question, answer in zip(LONG, range(20, 40), strict=True)]
+NUMBERS = {  # lines of a CSV file whose answers, or inputs, are all numbers; and its columns by role
+    "answers": (["prompt,completion", *SUMS], {"prompt": "prompt", "completion": "completion"}),
+    "answers to questions": (["question,answer", *SUMS], {"prompt": "question", "completion": "answer"}),
+    "prompts": (
+        ["prompt,completion", *(f"{place},{text}" for place, text in enumerate(LONG))],
+        {"prompt": "prompt", "completion": "completion"},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", [None, "chat", "sequence-to-sequence"])
+@pytest.mark.parametrize("what", NUMBERS)
+def test_numbers_of_a_csv_file_are_texts_to_read_and_write(cli, models, tmp_path, what, task):
+    lines, roles = NUMBERS[what]
+    rows, to = csv_file(tmp_path, *lines), tmp_path / "new.yaml"
+    answer = cli("init", "--train", rows, "--to", to, *(["--task", task] if task else []))
+    assert answer.code == 0, answer.err
+    made = load_config(to)
+    assert (made.task.kind, made.data.columns) == (task or "chat", roles)
+
+
+def test_an_input_of_numbers_is_a_text(cli, tmp_path):
+    lines = [f"{text},{place},{text}" for place, text in enumerate(LONG)]
+    rows = csv_file(tmp_path, "instruction,input,output", *lines)
+    for task in (["--task", "chat"], []):
+        answer = cli("init", "--train", rows, "--to", tmp_path / f"{len(task)}.yaml", *task)
+        assert answer.code == 0, answer.err
+        made = load_config(tmp_path / f"{len(task)}.yaml")
+        assert made.data.columns == {"instruction": "instruction", "input": "input", "output": "output"}
+
+
+def test_marks_of_answers_are_numbers_however_they_are_written():
+    marked = {"prompt": LONG, "completion": SHORT, "label": ["1.0", "0.0"] * 10}
+    with pytest.raises(DataError, match="rows are answers that are marked as wanted or not"):
+        guess(**marked)
 
 
 def test_a_longer_chat_gets_more_tokens():
@@ -319,6 +376,8 @@ def test_rows_that_no_task_reads_are_refused_with_what_to_do(form):
         ({"question": LONG, "passage": LONG, "answer": [True, False] * 10}, (["question"], "answer", "classification")),
         ({"input": LONG, "target": ["x", "y"] * 10}, (["input"], "target", "classification")),
         ({"text": LONG, "target": [0.5, 0.25] * 10}, (["text"], "target", "regression")),
+        ({"text": LONG, "target": [f"0.{i}" for i in range(20)]}, (["text"], "target", "regression")),
+        ({"question": LONG, "answer": ["1", "2"] * 10}, (["question"], "answer", "classification")),
     ],
 )
 def test_pairs_whose_second_column_is_a_label_are_none(columns, expected):
@@ -532,6 +591,50 @@ def test_columns_that_no_run_can_read_are_refused_before_anything_is_written(cli
     answer = cli("init", "--train", texts, *words, "--to", tmp_path / "new.yaml")
     assert answer.code == 2 and told in answer.err and len(answer.err.strip().splitlines()) == 1
     assert not (tmp_path / "new.yaml").exists()
+
+
+PAIR_OF_LISTS = [["a", "b"], ["b", "c"]] * 10
+NESTED = {
+    "objects": [[{"role": "user"}]] * 20,
+    "lists": [[["a"]], [["b"]]] * 10,
+    "map": pa.array([[("a", 1)], [("b", 2)]] * 10, pa.map_(pa.string(), pa.int64())),
+    "fixed": pa.array(PAIR_OF_LISTS, pa.list_(pa.string(), 2)),
+    "view": pa.array(PAIR_OF_LISTS, pa.list_view(pa.string())),
+    "halves": [[0.5], [1.5]] * 10,
+    "bytes": [b"a", b"b"] * 10,
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("task", [[], ["--task", "multi-label"], ["--task", "regression"]])
+def test_a_label_of_objects_is_one_message(cli, tmp_path, kind, task):
+    pq.write_table(pa.table({"text": LONG, "field": NESTED[kind]}), tmp_path / "rows.parquet")
+    answer = cli("init", "--train", tmp_path / "rows.parquet", "--to", tmp_path / "new.yaml", "--label", "field", *task)
+    assert answer.code == 2 and len(answer.err.strip().splitlines()) == 1
+    assert "data.label=field: holds " in answer.err and "or a list of such; name another column" in answer.err
+
+
+@pytest.mark.parametrize("words", [["--label", "talk.role"], ["--text", "talk.role"]])
+def test_a_field_inside_a_list_is_no_column(cli, tmp_path, words):
+    pq.write_table(pa.table({"text": LONG, "talk": NESTED["objects"]}), tmp_path / "rows.parquet")
+    answer = cli("init", "--train", tmp_path / "rows.parquet", "--to", tmp_path / "new.yaml", *words)
+    assert answer.code == 2 and "has no field 'role'" in answer.err and "correct the name" in answer.err
+
+
+def test_a_label_inside_an_image_is_none():
+    images = pa.table({"image": [{"bytes": PNG, "path": f"{i}.png"} for i in range(20)], "kind": ["a", "b"] * 10})
+    with pytest.raises(DataError, match="holds images in column image and no column for their classes; give --label"):
+        guess_columns(images, "rows.parquet", label="image.path")
+
+
+@pytest.mark.parametrize("words", [[], ["--label", "author_id"]])
+def test_whole_numbers_beyond_those_of_a_float_are_classes(cli, tmp_path, words):
+    lines = [f"{text},{9_007_199_254_740_993_000 + place % 3}" for place, text in enumerate(LONG)]
+    rows = csv_file(tmp_path, "text,author_id", *lines)
+    answer = cli("init", "--train", rows, "--to", tmp_path / "new.yaml", *words)
+    assert answer.code == 0, answer.err
+    made = load_config(tmp_path / "new.yaml")
+    assert (made.task.kind, made.data.label) == ("classification", "author_id")
 
 
 def test_two_texts_are_a_pair(cli, texts, tmp_path):

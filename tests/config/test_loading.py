@@ -127,3 +127,25 @@ def test_a_run_counts_its_training_samples(words, rows):
 def test_a_list_of_no_class_names_is_refused():
     with pytest.raises(ConfigError, match=r"task.labels: \[\] given"):
         load_config({}, ["task.labels=[]"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["task.kind=regression"],
+        ["task.kind=causal-lm", "data.label=null"],
+        ["task.kind=chat", "data.label=null"],
+        ["task.kind=sequence-to-sequence", "data.label=null"],
+        ["task.kind=flow-policy", "task.env=point-mass", "model.source=scripted"],
+    ],
+)
+def test_names_of_classes_are_refused_where_there_are_none(words):
+    kind = words[0].partition("=")[2]
+    with pytest.raises(ConfigError, match=rf"task.labels names classes, which task.kind={kind} has none of; drop it"):
+        load_config({}, [*words, "task.labels=[a, b]"])
+    load_config({}, words)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "token-classification", "image-classification"])
+def test_names_of_classes_are_taken_where_there_are_some(kind):
+    assert load_config({}, [f"task.kind={kind}", "task.labels=[a, b]"]).task.labels == ["a", "b"]

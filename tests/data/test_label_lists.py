@@ -4,6 +4,8 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from peerlora.config.loading import load_config
@@ -50,6 +52,15 @@ def test_whole_numbers_are_places_in_the_given_names(models, tmp_path):
 def test_bad_lists_are_named(models, tmp_path, lists, told):
     with pytest.raises(DataError, match=re.escape(told)):
         load(models, tmp_path, lists)
+
+
+def test_a_map_is_no_list_of_labels(models, tmp_path):
+    cells = pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table({"text": ["w1", "w2"], "labels": cells}), tmp_path / "rows.parquet")
+    rows = str(tmp_path / "rows.parquet")
+    told = r"rows.parquet: holds map<string, int64.*>; expected a list of labels in each row; name another column"
+    with pytest.raises(DataError, match=told):
+        load(models, tmp_path, [["a"], ["b"]], f"data.train={rows}", f"data.eval={rows}")
 
 
 def test_a_label_that_training_rows_lack_is_refused(models, tmp_path):

@@ -91,6 +91,22 @@ def test_other_names_need_data_columns(read):
         read(rows, "data.columns={ask: ask}")
 
 
+@pytest.mark.parametrize(
+    ("row", "read_columns"),
+    [
+        ({"prompt": "w1", "input": "w2", "output": "w3"}, "prompt, output, input"),
+        ({"question": "w1", "context": "w2", "answer": "w3"}, "question, answer, context"),
+        ({"instruction": "w1", "input": "w2", "output": "w3"}, "input, output, instruction"),
+        ({"source": "w1", "System": "w2", "target": "w3"}, "source, target, System"),
+    ],
+)
+def test_rows_that_hold_more_than_a_prompt_are_refused_unless_two_columns_are_named(read, row, read_columns):
+    with pytest.raises(DataError, match=f"rows are chats, by {read_columns}; .* name the two in data.columns, or give"):
+        read([row] * 2)
+    first, _, last = row
+    assert len(read([row] * 2, f"data.columns={{prompt: {first}, completion: {last}}}")) == 2
+
+
 def test_rows_of_which_the_tokenizer_makes_nothing_are_left_out_or_refused(read, monkeypatch, caplog):
     """An answer of no token has no mean loss, and a prompt of none has nothing to attend to."""
 

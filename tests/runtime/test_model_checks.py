@@ -193,13 +193,18 @@ def test_types_that_a_model_does_not_know_are_left_out_of_a_run(config, models, 
     path = folder / "tokenizer_config.json"
     names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | names))
-    words = [f"model.source={folder}", "data.text=[text, other]", "train.fast=false"]
+    words = [f"model.source={folder}", "data.text=[text, other]", r'adapter.targets=".*layer\\.1\\..*(query|value)"']
     transformers = pytest.importorskip("transformers")
     transformers.RobertaModel.from_pretrained(folder, add_pooling_layer=False)
     settings = json.loads((folder / "config.json").read_text()) | {"type_vocab_size": 1}
     weights = transformers.RobertaModel(transformers.RobertaConfig(**settings), add_pooling_layer=False)
     weights.save_pretrained(folder)
-    federation = compose(config("roberta", *words))
-    assert int(federation.train_data.types.max()) == 1
-    assert any("separators only" in told for told in federation.warnings)
-    assert federation.learner.evaluate(federation.start, federation.eval_data, 8).loss.max() < 10
+    losses = []
+    for fast in ("false", "true"):
+        federation = compose(config("roberta", *words, f"train.fast={fast}", "train.dtype=fp32"))
+        assert (federation.paths["frozen prefix"] is None) == (fast == "true")
+        assert int(federation.train_data.types.max()) == 1
+        assert any("separators only" in told for told in federation.warnings)
+        losses.append(federation.learner.evaluate(federation.start, federation.eval_data, 8).loss)
+        federation.learner.fit(federation.start, "AB")
+    assert losses[0].max() < 10 and np.allclose(*losses, rtol=0, atol=1e-5)

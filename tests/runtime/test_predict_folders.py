@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers as tf
 
-from peerlora.errors import ConfigError, ModelError
+from peerlora.config.task_kinds import task_kind
+from peerlora.data.chat_rows import read_prompts
+from peerlora.errors import ConfigError, DataError, ModelError
 from peerlora.runtime.predict import predict
+from peerlora.runtime.predict_roles import read_asked
 from peerlora.runtime.serving import load_served
 
 SIZE = 44  # words of the tests' tokenizer
@@ -290,3 +293,10 @@ def test_rows_have_as_many_tokens_as_in_training_at_least(saved):
     with pytest.raises(ConfigError, match="--max-length 3 given; rows have at least 4 tokens"):
         load_served(folder, (), 3)
     assert load_served(folder, (), 4).reading.max_length == 4
+
+
+def test_a_question_is_asked_with_its_context(rows):
+    source, columns = read_asked(rows([{"question": "a", "context": "x"}]), task_kind("chat"), None)
+    assert read_prompts(columns, np.arange(1), source) == [[{"role": "user", "content": "a\n\nx"}]]
+    with pytest.raises(DataError, match="rows are chats, by question, context; task.kind=sequence-to-sequence reads"):
+        read_asked(source, task_kind("sequence-to-sequence"), None)

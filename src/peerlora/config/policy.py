@@ -92,8 +92,6 @@ def _without_meaning(config: RunConfig) -> Iterator[str]:
     """Settings that a flow policy could only ignore."""
     if config.data != DataConfig():
         yield f"the section data names rows, and {_NO_ROWS}; drop it"
-    if config.task.labels:
-        yield f"task.labels names classes, and {_NO_ROWS}; drop it"
     for name in ("revision", "quantize", "dropout"):
         if _differs(config.model, name, ModelConfig):
             yield f"model.{name} is for base models of rows; {_PLAIN_BASE}; drop it"

@@ -145,6 +145,8 @@ class RunConfig(Section):
 
     def _misfit(self, kind: TaskKind) -> str | None:
         """What of the rows and of the evaluation does not fit the task; None if all does."""
+        if self.task.labels and not kind.has_names:
+            return f"task.labels names classes, which task.kind={kind.name} has none of; drop it"
         return self.data.contradiction(kind) or self._ungenerated(kind) or self.eval.contradiction(kind)
 
     def _ungenerated(self, kind: TaskKind) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from peerlora.plugins import TASKS
@@ -22,6 +23,8 @@ class Form:
 
     needed: Names
     optional: Names = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    """Names, in lower case, of columns that hold more of such rows; a model would not read them."""
 
     def fits(self, roles: Collection[str]) -> bool:
         """Whether these are the roles of this form's columns."""
@@ -104,15 +107,16 @@ class TaskKind:
 
 _SEQUENCE = "AutoModelForSequenceClassification"
 _SYSTEM = {"system": ("system", "system_prompt")}
+_ASKED_WITH = {"input": ("input", "context"), **_SYSTEM, "history": ("history",)}  # below or before a question
 CHAT_FORMS = (
     Form({"messages": ("messages", "conversations", "conversation")}, _SYSTEM),
     Form(
         {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
-        {"input": ("input", "context"), **_SYSTEM, "history": ("history",)},
+        _ASKED_WITH,
     ),
     Form(
         {"prompt": ("prompt", "question", "query"), "completion": ("completion", "response", "answer", "output")},
-        _SYSTEM,
+        _ASKED_WITH,
     ),
 )
 TAG_FORMS = (Form({"tokens": ("tokens", "words"), "tags": ("ner_tags", "tags", "labels", "pos_tags", "chunk_tags")}),)
@@ -122,7 +126,8 @@ PAIR_FORMS = (
         {
             "prompt": ("prompt", "source", "input", "question", "query", "document", "article", "dialogue", "text"),
             "completion": ("completion", "target", "output", "answer", "response", "summary", "highlights"),
-        }
+        },
+        unread=("instruction", *chain(*_ASKED_WITH.values())),
     ),
 )
 _KINDS = (

@@ -51,7 +51,8 @@ def _of_texts(row: Mapping[str, Any], where: str) -> Chat:
     asked = "instruction" if "instruction" in row else "prompt"
     turns = [*_history(row.get("history"), where), *_part(row[asked], "user", where, asked)]
     if not _is_blank(more := row.get("input")):
-        turns[-1] = _turn("user", f"{turns[-1]['content']}\n\n{_text(more, where, 'input')}")
+        asked_before = [turns.pop()["content"]] if turns[-1]["role"] == "user" else []
+        turns.append(_turn("user", "\n\n".join([*asked_before, _text(more, where, "input")])))
     for name in ANSWER_ROLES:
         turns += _part(row[name], ASSISTANT, where, name) if name in row else []
     return _with_system(turns, row.get("system"), where)

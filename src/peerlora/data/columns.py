@@ -117,10 +117,10 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def refuse_objects(kind: pa.DataType, where: str) -> None:
+def refuse_objects(kind: pa.DataType, where: str, expected: str = "one word or whole number per row") -> None:
     """Raise DataError for a column of lists, objects or bytes, such as images: it has no word or number per row."""
     if pa.types.is_nested(kind) or is_binary(kind):
-        raise DataError(f"{where}: holds {kind}; expected one word or whole number per row; name another column")
+        raise DataError(f"{where}: holds {kind}; expected {expected}; name another column")
 
 
 def is_binary(kind: pa.DataType) -> bool:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from peerlora.config.task_kinds import IMAGE_FORMS, TaskKind
-from peerlora.data.columns import Columns, check_columns, is_text
+from peerlora.data.columns import Columns, is_text, refuse_objects, select_columns
 from peerlora.data.files import class_names
 from peerlora.data.image_files import IMAGE, LABEL, SUFFIXES, holds_images, is_image_column
 from peerlora.data.label_columns import (
@@ -89,16 +89,19 @@ def guess_columns(
     unlabelled = (label == NO_LABEL and NO_LABEL not in table.column_names) or (task and not task.has_label)
     given, target = (None if unlabelled else label), task.target if task else None
     try:
-        check_columns(table.column_names, Columns(tuple(text), given))
+        asked = select_columns(table, Columns(tuple(text), given))
     except Unreadable as error:
         raise DataError(f"{source}: {error}") from None
+    if given is not None and not is_list_of_labels(kind := asked.schema.field(given).type):
+        refuse_objects(kind, f"{source}: data.label={given}", "a word or a whole number per row, or a list of such")
     if not text and (task is None or task.reads_images) and (image := _image_column(table, source)):
         return _guess_images(table, image, label, given, source)
     if task and task.reads_images:
         raise DataError(f"{source}: {no_columns(table.column_names, task)}")
-    table = with_numbers(table)
+    as_read, table = table, with_numbers(table)
     usual = None if unlabelled else find_named_label(table, text, target)
-    if form := _find_form(table, usual, source, task, writes) if label is None and not text else None:
+    few = [name for name in plain_names(table) if has_few_values(table, name)]
+    if form := _find_form(as_read, few, usual, source, task, writes) if label is None and not text else None:
         texts, longest = [*form.columns.values()][:2], _rounded(form.tokens, 1024)
         return Guess(texts, None, form.kind, longest, _clients(table), form.reason, (), form.columns)
     found = list(text) or _text_columns(table, given or usual, source)
@@ -114,10 +117,14 @@ def guess_columns(
     return Guess(found, chosen, kind, _max_length(table, found), _clients(table), reason, candidates)
 
 
-def _find_form(table: pa.Table, usual: str | None, source: str, task: TaskKind | None, writes: bool) -> RowForm | None:
-    """The form of rows that are no texts with a label; ``usual``: a column with a label's usual name."""
+def _find_form(
+    table: pa.Table, few: Sequence[str], usual: str | None, source: str, task: TaskKind | None, writes: bool
+) -> RowForm | None:
+    """The form of rows that are no texts with a label, in the table as a run reads it, where numbers may be texts.
+
+    ``few``: columns with few enough values for classes; ``usual``: one with a label's usual name.
+    """
     if task is None:
-        few = [name for name in plain_names(table) if has_few_values(table, name)]
         return find_form(table, few, usual, source, writes)
     return find_form_for(task, table, source) if task.forms else None
 
@@ -148,7 +155,7 @@ def _guess_images(table: pa.Table, image: str, asked: str | None, label: str | N
     others = with_numbers(table.drop_columns([image]))
     usual = find_named_label(others, ())
     chosen = label or (None if asked == NO_LABEL else usual or find_few_values(others, ()))
-    if chosen is None or chosen == image:
+    if chosen is None or chosen not in others.column_names:
         raise DataError(f"{source}: holds images in column {image} and no column for their classes; give --label NAME")
     if (kind := _kind(others, chosen)) != "classification":
         raise DataError(
@@ -167,8 +174,10 @@ def _kind(table: pa.Table, label: str) -> str:
         return "multi-label"
     if not is_number_type(column.type) or pa.types.is_boolean(column.type) or class_names(table, label):
         return "classification"
-    values = pc.cast(pc.drop_null(column), pa.float64())
-    whole = pc.all(pc.equal(values, pc.floor(values))).as_py()
+    whole = pa.types.is_integer(column.type)  # of which float64 cannot hold all
+    if not whole:
+        values = pc.cast(pc.drop_null(column), pa.float64())
+        whole = pc.all(pc.equal(values, pc.floor(values))).as_py()
     return "classification" if whole and count_distinct(table, label) <= CLASSES else "regression"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from peerlora.data.columns import refuse_objects
 from peerlora.data.label_checks import warn_of_labels
 from peerlora.data.labels import Classes, class_ids, is_missing, read_labels, training_classes
 from peerlora.errors import DataError
@@ -27,6 +28,8 @@ def read_label_lists(
     is no list of labels; for labels that are not among those of the training rows; and for fewer than two different
     ones.
     """
+    if pa.types.is_map(column.type):  # whose cells are lists, too: of pairs
+        refuse_objects(column.type, where, "a list of labels in each row")
     cells = column.to_pylist()
     for row, cell in enumerate(cells):
         _check_list(cell, own_names, f"{where}: {place(row)}")

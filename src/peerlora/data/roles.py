@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from peerlora.config.task_kinds import Form, TaskKind
+from peerlora.config.task_kinds import Form, Names, TaskKind
 from peerlora.data.columns import Columns, select_columns, shown
 from peerlora.data.files import read_table
 from peerlora.data.text_files import Unreadable
@@ -32,7 +32,7 @@ def read_roles(
         table = read_table(source, split, Columns(label=label, roles=tuple(given.values()), owner=owner))
         return table, given, {role: table.column(name) for role, name in given.items()}
     table = read_table(source, split)
-    found = find_roles(table.column_names, kind.forms)
+    found = find_roles_for(kind, table.column_names, source)
     if found is None:
         raise DataError(f"{source}: {no_columns(table.column_names, kind)}")
     try:
@@ -44,17 +44,42 @@ def read_roles(
 
 def find_roles(names: Sequence[str], forms: Sequence[Form]) -> dict[str, str] | None:
     """The columns by role of the first form whose needed columns are there by their usual names, in any case."""
-    there = {name.lower(): name for name in reversed(names) if list(names).count(name) == 1}
     for form in forms:
-        usual = {**form.needed, **form.optional}
-        found: dict[str, str] = {}
-        for role, words in usual.items():
-            name = next((there[word] for word in words if word in there and there[word] not in found.values()), None)
-            if name is not None:
-                found[role] = name
+        found = add_roles(add_roles({}, form.needed, names), form.optional, names)
         if form.fits(found):
             return found
     return None
+
+
+def add_roles(roles: Mapping[str, str], usual: Names, names: Sequence[str]) -> dict[str, str]:
+    """The columns by role with those of further roles that are there by their usual names, in any case."""
+    there = {name.lower(): name for name in reversed(names) if list(names).count(name) == 1}
+    found = dict(roles)
+    for role, words in usual.items():
+        name = next((there[word] for word in words if word in there and there[word] not in found.values()), None)
+        if name is not None:
+            found[role] = name
+    return found
+
+
+def find_roles_for(kind: TaskKind, names: Sequence[str], source: str) -> dict[str, str] | None:
+    """`find_roles` of a kind of task.  Raises DataError for columns that hold more of its rows and are not read."""
+    found = find_roles(names, kind.forms)
+    if found is not None:
+        form = next(form for form in kind.forms if form.fits(found))
+        check_pair(found, [name for name in names if name.lower() in form.unread], source)
+    return found
+
+
+def check_pair(roles: Mapping[str, str], others: Sequence[str], source: str) -> None:
+    """Raise DataError where rows of prompts and completions have ``others``, columns that nothing would read."""
+    others = [name for name in others if name not in roles.values()]
+    if others:
+        columns = ", ".join([*roles.values(), *others])
+        raise DataError(
+            f"{source}: rows are chats, by {columns}; task.kind=sequence-to-sequence reads one prompt and its "
+            "completion: write them into two columns, name the two in data.columns, or give a model that decodes only"
+        )
 
 
 def no_columns(names: Sequence[str], kind: TaskKind) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,10 @@ from peerlora.config.task_kinds import CHAT_FORMS, TAG_FORMS, TaskKind
 from peerlora.data.chat_rows import read_chats
 from peerlora.data.columns import is_text
 from peerlora.data.files import class_names
-from peerlora.data.label_columns import is_list_of_labels
+from peerlora.data.label_columns import is_list_of_labels, with_numbers
 from peerlora.data.numerals import is_number
 from peerlora.data.pair_tokens import read_pairs
-from peerlora.data.roles import find_roles, no_columns
+from peerlora.data.roles import add_roles, check_pair, find_roles, find_roles_for, no_columns
 from peerlora.data.tag_rows import read_tagged
 from peerlora.errors import DataError
 
@@ -87,7 +87,10 @@ def find_form_for(kind: TaskKind, table: pa.Table, source: str) -> RowForm:
     """
     names = {name.lower(): name for name in reversed(table.column_names)}
     forms = CHAT_FORMS if kind.target == "text" and "instruction" in names else kind.forms
-    roles = _find_tags(table, names, source) if kind.target == "tags" else find_roles(table.column_names, forms)
+    if kind.target == "tags":
+        roles = _find_tags(table, names, source)
+    else:
+        roles = find_roles_for(replace(kind, forms=forms), table.column_names, source)
     if roles is None and kind.is_chat:
         roles = _find_pair(table, names, (), source)
     if roles is None:
@@ -121,12 +124,9 @@ def _pairs(table: pa.Table, roles: dict[str, str], source: str) -> RowForm:
     Raises DataError where rows are more than that.
     """
     of_chats = {"instruction": "prompt", "output": "completion"}
-    roles = {of_chats.get(role, role): name for role, name in roles.items()}
-    if set(roles) != {"prompt", "completion"}:
-        raise DataError(
-            f"{source}: rows are chats, by {', '.join(roles.values())}; task.kind=sequence-to-sequence reads one "
-            "prompt and its completion: write them into two columns, or give a model that decodes only"
-        )
+    found = {of_chats.get(role, role): name for role, name in roles.items()}
+    roles = {role: name for role, name in found.items() if role in ("prompt", "completion")}
+    check_pair(roles, [*found.values()], source)
     pairs = read_pairs({role: table.column(name) for role, name in roles.items()}, np.arange(table.num_rows), source)
     words = [max(len(text.split()) for text in pair) * TOKENS_PER_WORD for pair in zip(*pairs, strict=True)]
     reason = f"the model has an encoder and a decoder, which write {roles['completion']} for {roles['prompt']}"
@@ -162,7 +162,10 @@ def _is_as_long(table: pa.Table, name: str, words: str) -> bool:
 
 
 def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str], source: str) -> dict[str, str] | None:
-    """Two columns, of which the second is to be written for the first, by names that mean something else as well."""
+    """Two columns, of which the second is to be written for the first, by names that mean something else as well.
+
+    With what stands below or before a question: its context, a history, the text of the system.
+    """
     for form, firsts, seconds in _PAIRS:
         first = next((names[name] for name in firsts if name in names), None)
         second = next((names[name] for name in seconds if name in names), None)
@@ -170,7 +173,7 @@ def _find_pair(table: pa.Table, names: Mapping[str, str], labels: Sequence[str],
             continue
         if not all(is_text(table.schema.field(name).type) for name in (first, second)):
             _refuse(source, form, [first, second])
-        return {"prompt": first, "completion": second}
+        return add_roles({"prompt": first, "completion": second}, CHAT_FORMS[-1].optional, table.column_names)
     return None
 
 
@@ -179,7 +182,8 @@ def _refuse_marked(table: pa.Table, names: Mapping[str, str], source: str) -> No
     if not names.keys() >= {"prompt", "completion", "label"}:
         return
     columns = [names[word] for word in ("prompt", "completion", "label")]
-    marks = {str(mark).strip().lower() for mark in table.column(columns[2]).unique().to_pylist()} - {"none", ""}
+    label = with_numbers(table.select(columns[2:])).column(0)
+    marks = {str(mark).strip().lower() for mark in label.unique().to_pylist()} - {"none", ""}
     if marks <= {"true", "false"} or marks <= {"0", "1"}:
         _refuse(source, "answers that are marked as wanted or not", columns)
 

@@ -334,9 +334,12 @@ class StackedModel:
         self.step.shape = _shape_of(inputs)
         if "decoder_input_ids" in inputs:
             self.step.written_shape = (inputs["decoder_input_ids"].shape[0], inputs["decoder_input_ids"].shape[1])
-        read = {name: value for name, value in inputs.items() if name in self._read}
-        logits = self.words.logits(partial(self.forward, read, origin), places)
+        logits = self.words.logits(partial(self.forward, self.inputs_read(inputs), origin), places)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def inputs_read(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the inputs that the base model reads."""
+        return {name: value for name, value in inputs.items() if name in self._read}
 
     def plain(self, inputs: dict[str, Tensor], origin: Any = None) -> Tensor:
         """The base model's own forward."""

@@ -161,7 +161,7 @@ def _whole_factors(x: Adapters, rank: int | None, context: ExportContext) -> Fac
         square = total.dense[0], torch.eye(layer.d_in, dtype=torch.float64, device=total.dense.device)
         found = decompose(*(square if total.dense.shape[2] else (total.left[0], total.right[0])))
         kept = min(int(found.rank), rank or largest)
-        layers[layer.name] = found.factors(kept)
+        layers[layer.name] = found.factors(max(1, kept))  # PEFT knows no rank 0: no update is one column of zeros
         left_out += float(found.tail(torch.tensor(kept, device=found.values.device)))
         size += float(found.values.square().sum())
     layers = {name: _without_zeros(B.to(x.flat), A.to(x.flat)) for name, (B, A) in layers.items()}

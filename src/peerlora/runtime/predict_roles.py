@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from peerlora.config.task_kinds import Form, TaskKind
+from peerlora.config.task_kinds import TaskKind
 from peerlora.data.chat_rows import ANSWER_ROLES, read_prompts
 from peerlora.data.chat_template import ChatTemplate
 from peerlora.data.dataset import UNLEARNED, Dataset
@@ -29,7 +29,7 @@ def read_asked(rows: str, kind: TaskKind, given: Mapping[str, str] | None) -> tu
 
     ``given``: their names by role; None finds them by their usual names.  Raises DataError.
     """
-    forms = tuple(Form(_asked(form.needed), _asked(form.optional)) for form in kind.forms)
+    forms = tuple(replace(form, needed=_asked(form.needed), optional=_asked(form.optional)) for form in kind.forms)
     columns = None if given is None else _asked(given)
     if columns is not None and not any(form.fits(columns) for form in forms):
         wanted = "; or ".join(map(str, forms))

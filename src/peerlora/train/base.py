@@ -106,8 +106,11 @@ class Scores:
         metric, loss = (np.concatenate([getattr(each, name) for each in parts]) for name in ("metric", "loss"))
         counts = [each.counts for each in parts if each.counts is not None]
         together = np.concatenate(counts) if len(counts) == len(parts) else None
-        unknown = [np.zeros(len(each.loss), bool) if each.unknown is None else each.unknown for each in parts]
-        return cls(metric, loss, parts[0].rows, more, together, np.concatenate(unknown))
+        unknown = None
+        if any(each.unknown is not None for each in parts):
+            known = [np.zeros(len(each.loss), bool) if each.unknown is None else each.unknown for each in parts]
+            unknown = np.concatenate(known)
+        return cls(metric, loss, parts[0].rows, more, together, unknown)
 
 
 class Learner(Protocol):

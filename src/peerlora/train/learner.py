@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from peerlora.config.train import TrainConfig
-from peerlora.data.batches import Batch, Shards, collate, in_order_of_length
+from peerlora.data.batches import Batch, Shards, collate
 from peerlora.data.dataset import Dataset
 from peerlora.lora.adapters import Adapters, AdapterSpec, Block
 from peerlora.lora.attach import StackedModel, with_decoder_inputs
@@ -20,17 +20,26 @@ from peerlora.lora.row_gradients import RowGradients
 from peerlora.randomness import torch_generator
 from peerlora.train.backward_depth import TrainableColumns, all_columns, truncated_columns
 from peerlora.train.base import LocalPlan, Scores
+from peerlora.train.client_outcomes import (
+    Forward,
+    RowsOfGraph,
+    by_client,
+    clients_at_once,
+    graphs_of_part,
+    parts_of_clients,
+    rows_of_graphs,
+    scores_of,
+)
 from peerlora.train.closure import Closure, autograd_views, flat_gradients
 from peerlora.train.graph_size import PADDED_TOKENS, GraphSize
 from peerlora.train.local_rules import ClientRows, Gradients, LocalStep
 from peerlora.train.local_training import LocalTraining
 from peerlora.train.loss_rules import weigh_rows
-from peerlora.train.metrics import NEEDS_MARGINS, Predictions, compute_metric, counts_by_name, margins_of
 from peerlora.train.optim import Moments, step
 from peerlora.train.privacy import PrivateStep
 from peerlora.train.private_closure import PrivateClosure, noisy_gradients
 from peerlora.train.row_scores import Measure, score_shards
-from peerlora.train.tasks import Task, loss_terms, needed_places, outcomes_width
+from peerlora.train.tasks import Task, loss_terms, needed_places
 from peerlora.train.tiles import divide_by_tiles, evaluated_tiles, tiles_of, tiles_of_sizes
 from peerlora.tree import equal_rows
 
@@ -225,32 +234,20 @@ class StackedLearner(LocalTraining):
             return Scores.join([self.evaluate(x.rows(tile), data, batch, metrics) for tile in tiles])
         if x.clients > 1 and equal_rows(x):  # before training, say: one answer serves all
             return self.evaluate(x.rows(slice(0, 1)), data, batch, metrics).repeat(x.clients)
-        width, margins, target = outcomes_width(self.task, data), None, self.task.kind.target
-        outcomes = np.zeros((x.clients, len(data), width))
-        for clients, rows, logits, stacked in self._forward_all(x, data, batch):
-            found = self.task.outcomes(logits, stacked)
-            outcomes[clients, rows] = found.view(-1, len(rows), width).cpu().numpy()
-            if any(name in NEEDS_MARGINS for name in metrics):
-                if margins is None:
-                    margins = np.zeros((x.clients, len(data), logits.shape[1]))
-                found = margins_of(target, logits)
-                margins[clients, rows] = found.view(-1, len(rows), logits.shape[1]).cpu().numpy()
-        scores = np.array([self.task.score(own, data.labels) for own in outcomes])
-        predictions = [
-            Predictions(own, data.labels, loss, None if margins is None else margins[i])
-            for i, (own, loss) in enumerate(zip(outcomes, scores[:, 1].tolist(), strict=True))
-        ]
-        more = {name: np.array([compute_metric(name, target, each) for each in predictions]) for name in metrics}
-        counts = [found for each in predictions if (found := counts_by_name(target, each)) is not None]
-        return Scores(scores[:, 0], scores[:, 1], len(data), more, np.stack(counts) if counts else None)
+        most = clients_at_once(self.task, data, metrics)
+        graphs, found = self._evaluated(data, batch, most), []
+        for part in parts_of_clients(x.clients, graphs, most):
+            forwards = self._forward_all(x, part, data, graphs)
+            found.append(scores_of(self.task, data, len(part), forwards, metrics))
+        return Scores.join(found)
 
     @torch.no_grad()
     def logits(self, x: Adapters, data: Dataset, batch: int) -> Float[np.ndarray, "client row label"]:
         """Every client's logits on the same rows of ``data``; not for language models."""
-        found = None
-        for clients, rows, logits, _ in self._forward_all(x, data, batch):
+        graphs, found = self._evaluated(data, batch, x.clients), None
+        for clients, _, rows, logits, _ in self._forward_all(x, range(x.clients), data, graphs):
             found = np.zeros((x.clients, len(data), logits.shape[1])) if found is None else found
-            found[clients, rows] = logits.view(-1, len(rows), logits.shape[1]).cpu().numpy()
+            found[clients, rows] = by_client(logits, rows)
         assert found is not None
         return found
 
@@ -266,14 +263,16 @@ class StackedLearner(LocalTraining):
         tokens = self._together(max(_EVALUATED, self.graph.tokens))
         return score_shards(self.shards, batch, tokens, forward, self._tiles)
 
-    def _forward_all(self, x: Adapters, data: Dataset, batch: int) -> Iterator[tuple[slice, np.ndarray, Tensor, Batch]]:
-        """Clients, rows, their logits and batch, until every client in ``x`` has seen all of ``data``."""
-        for rows in in_order_of_length(data, batch):
-            most = max(_EVALUATED, self.graph.tokens) // (len(rows) * int(data.all_lengths[rows].max()))
-            size = self._together(max(1, most))
-            for start in range(0, x.clients, size):
-                part = x.rows(slice(start, start + size))
-                yield slice(start, start + size), rows, *self._forward(part, data, [rows] * part.clients)
+    def _evaluated(self, data: Dataset, batch: int, most: int) -> list[RowsOfGraph]:
+        tokens = max(_EVALUATED, self.graph.tokens)
+        return [(rows, self._together(size)) for rows, size in rows_of_graphs(data, batch, tokens, most)]
+
+    def _forward_all(self, x: Adapters, part: range, data: Dataset, graphs: Sequence[RowsOfGraph]) -> Iterator[Forward]:
+        """Forward passes until every client of ``part``, some of those in ``x``, has seen all of ``data``."""
+        for rows, size in graphs:
+            for start, held, own in graphs_of_part(part, size):
+                here = x.rows(slice(start, start + size))
+                yield held, own, rows, *self._forward(here, data, [rows] * here.clients)
 
     def _forward(self, x: Adapters, data: Dataset, rows: Sequence[np.ndarray]) -> tuple[Tensor, Batch]:
         """Logits of some rows for each of these clients, and their batch; nothing drops."""

@@ -49,7 +49,7 @@ class PackedEncoder:
 
     def __init__(self, model: StackedModel, shared: HiddenStates | None = None):
         self.base: Any = model.base
-        self.step = model.step
+        self.step, self.inputs_read = model.step, model.inputs_read
         encoder = getattr(self.base, self.base.base_model_prefix)
         self.embeddings, self.layers = encoder.embeddings, list(encoder.encoder.layer)
         self.pooler = encoder.pooler  # RoBERTa's is part of its head
@@ -90,8 +90,12 @@ class PackedEncoder:
     def _below(self, inputs: dict[str, Tensor]) -> Float[Tensor, "token width"]:
         """Embeddings and the blocks below the lowest adapted one."""
         packing = TokenPacking.of(inputs["attention_mask"], 1)
-        own = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        x = self.embeddings(**own).flatten(0, 1).index_select(0, packing.tokens.padded)
+        own = self.inputs_read(inputs)  # the cache has all that rows hold
+        x = (
+            self.embeddings(**{name: value for name, value in own.items() if name != "attention_mask"})
+            .flatten(0, 1)
+            .index_select(0, packing.tokens.padded)
+        )
         for layer in self.layers[: self.lowest]:
             x = self._block(layer, x, x, packing, packing.tokens)
         return x
