@@ -48,6 +48,8 @@ def test_contacts_and_link_uses_by_hand(run):
     assert table.last_contact(events, 4) == [2, 2, 1, None]
     assert table.link_uses(events) == {(0, 1): 2, (1, 2): 1}
     assert table.link_uses([replace(done, edges=None) for done in rounds]) is None
+    both_ways = [replace(done, edges=[[0, 1], [1, 0], [1, 2]]) for done in rounds[:2]]
+    assert table.link_uses(both_ways) == {(0, 1): 2, (1, 2): 2}
 
 
 def test_the_summary_of_a_run_and_of_nothing(run):

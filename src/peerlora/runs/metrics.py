@@ -157,8 +157,7 @@ def link_uses(events: Iterable[Event]) -> dict[tuple[int, int], int] | None:
         return None
     uses: dict[tuple[int, int], int] = {}
     for edges in written:
-        for one, other in edges:
-            link = (min(one, other), max(one, other))
+        for link in {(min(pair), max(pair)) for pair in edges}:  # both ways count once
             uses[link] = uses.get(link, 0) + 1
     return uses
 

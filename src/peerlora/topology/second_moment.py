@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -12,23 +12,25 @@ from peerlora.topology.spectrum import largest_off_mean, mean_gram
 from peerlora.topology.storage import Matrix, is_large
 from peerlora.topology.weights import rho, rho_of_eigenvalue
 
-KEPT = 200  # matrices of a large run, beyond which every other one is dropped and half of the later ones are kept
+_HASHES = 2**64
+KEPT = 200  # different matrices of a large run, beyond which half of all that there are, then a quarter, are kept
 
 
 class SecondMoment:
     """The second moment of the matrices so far: a dense sum, or, of many clients, the sparse matrices themselves.
 
-    A matrix that comes again at once is kept once.  Where more than ``KEPT`` differ, every second of them is kept, then
-    every fourth, and so on: rho is that of an even sample of the rounds.
+    A matrix that comes again is counted.  Where more than ``KEPT`` differ, those of a sample are, each in all of its
+    rounds: whether a matrix belongs to it follows from a hash of the matrix, so no period of the graph can be in step
+    with the sample.
     """
 
     def __init__(self, clients: int):
         self.clients = clients
         self._sum = None if is_large(clients) else np.zeros((clients, clients))
-        self._kept: list[tuple[csr_array, int]] = []
-        """Matrix, and how many rounds had it."""
-        self._seen, self._stride = 0, 1
-        """How many matrices differed from the one before, and one of how many of these is kept."""
+        self._kept: dict[int, tuple[csr_array, int]] = {}
+        """By their hash: matrix, and how many rounds had it."""
+        self._stride = 1
+        """One of how many different matrices is kept."""
         self._rho: float | None = None
         """Of what is kept, where it has been worked out."""
 
@@ -38,23 +40,21 @@ class SecondMoment:
             self._sum += W.T @ W
             return
         W = csr_array(W)
-        if self._kept and _equal(self._kept[-1][0], W):
-            self._kept[-1] = W, self._kept[-1][1] + 1
-            self._rho = self._rho if len(self._kept) == 1 else None
+        place = _hash(W)
+        if place * self._stride >= _HASHES:
             return
-        if self._seen % self._stride == 0:
-            self._kept.append((W, 1))
-            self._rho = None
-        self._seen += 1
-        if len(self._kept) > KEPT:
-            self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._kept[place] = W, self._kept.get(place, (W, 0))[1] + 1
+        self._rho = self._rho if len(self._kept) == 1 else None
+        while len(self._kept) > KEPT:
+            self._stride *= 2
+            self._kept = {place: own for place, own in self._kept.items() if place * self._stride < _HASHES}
 
     def rho(self, rounds: int) -> float:
         """How much of the disagreement norm a round left, in the mean over the rounds so far."""
         if self._sum is not None:
             return rho(self._sum / rounds)
         if self._rho is None:
-            matrices, times = zip(*self._kept, strict=True)
+            matrices, times = zip(*self._kept.values(), strict=True)
             alone = matrices[0].T @ matrices[0] if len(matrices) == 1 else None
             largest = largest_off_mean(mean_gram(matrices, times), self.clients, alone)
             self._rho = rho_of_eigenvalue(largest, self.clients)
@@ -64,13 +64,13 @@ class SecondMoment:
         """Return the arrays that a checkpoint keeps."""
         if self._sum is not None:
             return {"moment": self._sum}
-        matrices = [W for W, _ in self._kept]
+        matrices = [W for W, _ in self._kept.values()]
         return {
             "moment.values": np.concatenate([np.zeros(0), *(W.data for W in matrices)]),
             "moment.columns": np.concatenate([np.zeros(0, np.int64), *(W.indices.astype(np.int64) for W in matrices)]),
             "moment.counts": np.array([np.diff(W.indptr) for W in matrices], np.int64).reshape(-1, self.clients),
-            "moment.times": np.array([times for _, times in self._kept], dtype=np.int64),
-            "moment.seen": np.array([self._seen, self._stride], dtype=np.int64),
+            "moment.times": np.array([times for _, times in self._kept.values()], dtype=np.int64),
+            "moment.stride": np.array([self._stride], dtype=np.int64),
         }
 
     def load_state_dict(self, saved: Mapping[str, np.ndarray]) -> None:
@@ -78,16 +78,21 @@ class SecondMoment:
         if self._sum is not None:
             self._sum = saved["moment"].copy()
             return
-        self._rho, self._kept, start = None, [], 0
-        self._seen, self._stride = saved["moment.seen"].tolist()
+        self._rho, self._kept, start = None, {}, 0
+        older = saved.get("moment.seen")  # of versions that kept every so many-th matrix
+        self._stride = int((saved["moment.stride"] if older is None else older)[-1])
         for counts, times in zip(saved["moment.counts"], saved["moment.times"].tolist(), strict=True):
             stop = start + int(counts.sum())
             pointers = np.concatenate([[0], np.cumsum(counts)])
             parts = saved["moment.values"][start:stop], saved["moment.columns"][start:stop], pointers
-            self._kept.append((csr_array(parts, shape=(self.clients, self.clients)), times))
+            W = csr_array(parts, shape=(self.clients, self.clients))
+            self._kept[_hash(W)] = W, times
             start = stop
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two sparse matrices are the same."""
-    return one.nnz == other.nnz and np.array_equal(one.indices, other.indices) and np.array_equal(one.data, other.data)
+def _hash(W: csr_array) -> int:
+    """A number below ``_HASHES`` that follows from the entries of a sparse matrix."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (W.indptr.astype(np.int64), W.indices.astype(np.int64), W.data.astype(np.float64)):
+        digest.update(part.tobytes())
+    return int.from_bytes(digest.digest(), "little")
