@@ -1,5 +1,6 @@
 """``peer`` and ``doctor`` with real identities, alone and against each other."""
 
+import asyncio
 import json
 import re
 import socket
@@ -8,6 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from peerlora.config.loading import load_config
+from peerlora.errors import ConfigError
 from peerlora.network.identity import expiry
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import (
@@ -191,6 +194,29 @@ def test_a_peer_that_goes_on_knows_the_names_of_sites_and_its_rounds(cli, yaml_f
     assert kinds.index("Resumed") < kinds.index("RunStarted") < kinds.index("RoundDone")
     kept = [json.loads(line)["type"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert kept.count("RunStarted") == 1 and kept[0] == "RunStarted"
+
+
+def test_names_that_are_too_long_together_for_a_message_are_refused(tmp_path):
+    from peerlora.network.identity.members import new_list
+    from peerlora.runtime.peer.run import site_on
+
+    listed = add_member(new_list(100 * "n"), "a", "a" * 64)
+    assert site_on(load_config({"peer": {"run": 27 * "r"}}), listed, "a").run == f"{100 * 'n'}/{27 * 'r'}"
+    with pytest.raises(ConfigError, match="28 letters, and the member list's name has 100; expected at most 127"):
+        site_on(load_config({"peer": {"run": 28 * "r"}}), listed, "a")
+
+
+def test_doctor_tells_of_an_address_that_no_resolver_takes(monkeypatch):
+    """As lists may hold that were signed before such addresses were refused."""
+    from types import SimpleNamespace
+
+    from peerlora.runtime.peer import preflight
+
+    member = SimpleNamespace(address="peer..b:7443")
+    roster = SimpleNamespace(me="a", members=SimpleNamespace(member=lambda site: member), dials=lambda peer: True)
+    monkeypatch.setattr(preflight, "check_address", lambda address: ("peer..b", 7443))
+    found = asyncio.run(preflight._unreached(roster, "b"))
+    assert found.level == "problem" and "b cannot be reached at peer..b:7443" in found.what
 
 
 def test_a_site_talks_to_its_neighbours_in_the_graph_alone(config, tmp_path):

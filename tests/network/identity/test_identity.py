@@ -136,6 +136,23 @@ def test_requests_with_anything_unexpected_are_not_signed(site):
         sign_request(site / "authority", asked(key, *GOOD), 91, NOW)
 
 
+def test_a_request_whose_names_cannot_be_read_is_not_signed(site):
+    key = ec.generate_private_key(ec.SECP256R1())
+    broken = x509.UnrecognizedExtension(x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME, b"\x30\x04\x82\x02\xe4a")
+    builder = x509.CertificateSigningRequestBuilder().subject_name(common_name("a"))
+    csr = builder.add_extension(broken, critical=False).sign(key, hashes.SHA256())
+    with pytest.raises(IdentityError, match="the request holds names that are not readable"):
+        sign_request(site / "authority", csr.public_bytes(serialization.Encoding.PEM), 30, NOW)
+
+
+@pytest.mark.parametrize("name", ["", 65 * "a", 100 * "b"])
+def test_a_name_that_no_certificate_can_have_is_refused(tmp_path, name):
+    with pytest.raises(IdentityError, match=rf"name of {len(name)} letters given; a certificate holds 1 to 64"):
+        new_authority(tmp_path / "new", name)
+    assert not (tmp_path / "new").exists()
+    new_authority(tmp_path / "new", 64 * "a")
+
+
 def test_a_request_that_was_changed_is_not_signed(site):
     der = x509.load_pem_x509_csr(request(site / "a")).public_bytes(serialization.Encoding.DER)
     changed = der.replace(b"a.peerlora.internal", b"b.peerlora.internal").replace(b"site/a", b"site/b")

@@ -167,7 +167,24 @@ def test_impossible_lists_are_refused():
         add_member(members("a"), "b", key("b"), neighbours=("aa",))
 
 
-@pytest.mark.parametrize("address", ["h:0", "h:65536", "h", ":1", "h h:1", "a:1:2", "[::1]", "h:1\n", "http://h:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "h:0",
+        "h:65536",
+        "h",
+        ":1",
+        "h h:1",
+        "a:1:2",
+        "[::1]",
+        "h:1\n",
+        "http://h:1",
+        "peer..b.example:7443",
+        ".h:1",
+        f"{64 * 'a'}.b:1",
+        f"{'ab.' * 90}c:1",
+    ],
+)
 def test_addresses_that_nobody_can_dial_are_refused(address):
     with pytest.raises(IdentityError, match="host:port"):
         check_address(address)
@@ -175,6 +192,7 @@ def test_addresses_that_nobody_can_dial_are_refused(address):
 
 def test_addresses():
     assert check_address("peer.example:7443") == ("peer.example", 7443)
+    assert check_address("peer_1.example.:1") == ("peer_1.example.", 1) and check_address(f"{63 * 'a'}.b:1")[1] == 1
     assert check_address("[::1]:1") == ("::1", 1) and check_address("10.0.0.1:65535") == ("10.0.0.1", 65535)
 
 

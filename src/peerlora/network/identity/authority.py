@@ -23,6 +23,7 @@ from peerlora.network.identity.identity import (
     common_name,
     fingerprint_of,
     host_name,
+    key_of,
     new_identity,
     new_key,
     p256,
@@ -44,7 +45,10 @@ _EARLY = timedelta(minutes=5)  # validity begins so long before now, since clock
 
 
 def new_authority(folder: Path, name: str, now: datetime | None = None) -> None:
-    """Create the keys and the root certificate of a consortium; raises IdentityError where there are some."""
+    """Create the keys and the root certificate of a consortium.
+
+    Raises IdentityError where there are some, and for a name that no certificate can have.
+    """
     now = now or utc_now()
     key, pem = new_key()
     signer = Ed25519PrivateKey.generate()
@@ -91,7 +95,7 @@ def sign_request(authority: Path, pem: bytes, days: int = 60, now: datetime | No
         raise IdentityError("the request is not readable; expected PEM by `peerlora identity request`") from None
     if not csr.is_signature_valid:
         raise IdentityError("the request is not signed by its own key; it was changed on its way")
-    key, site = p256(csr.public_key(), "the request"), site_of(csr.extensions, "the request")
+    key, site = key_of(csr, "the request"), site_of(csr, "the request")
     return site, fingerprint_of(key), issue(authority, key, site, timedelta(days=days), now)
 
 

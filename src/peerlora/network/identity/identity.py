@@ -17,17 +17,20 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from peerlora.display import utc_now
-from peerlora.errors import IdentityError
+from peerlora.errors import IdentityError, first_line
 from peerlora.network.identity.key_files import PRIVATE, read_private, read_public, write_new
 
 SITE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+COMMON_NAME_LENGTH = 64
+Signed = x509.Certificate | x509.CertificateSigningRequest
+"""What holds a key and the names of a site; both are parsed when they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,12 @@ def fingerprint_of(key: ec.EllipticCurvePublicKey) -> str:
 
 def certificate_fingerprint(pem: bytes) -> str:
     """Fingerprint of the key in the first certificate of ``pem``; raises IdentityError."""
-    return fingerprint_of(p256(read_certificates(pem, "a certificate")[0].public_key(), "the certificate"))
+    return fingerprint_of(key_of(read_certificates(pem, "a certificate")[0], "the certificate"))
 
 
 def certificate_site(pem: bytes) -> str:
     """Site named by the first certificate of ``pem``; raises IdentityError."""
-    return site_of(read_certificates(pem, "a certificate")[0].extensions, "the certificate")
+    return site_of(read_certificates(pem, "a certificate")[0], "the certificate")
 
 
 def p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
@@ -86,6 +89,14 @@ def p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError(f"{what} holds another kind of key; expected P-256 (prime256v1)")
     return key
+
+
+def key_of(signed: Signed, what: str) -> ec.EllipticCurvePublicKey:
+    """Read the public P-256 key of a certificate or a request; raises IdentityError."""
+    try:
+        return p256(signed.public_key(), what)
+    except (ValueError, UnsupportedAlgorithm) as error:  # only now is it parsed
+        raise IdentityError(f"{what} holds a key that is not readable ({first_line(error)})") from None
 
 
 def new_key() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
@@ -138,16 +149,27 @@ def request(folder: Path) -> bytes:
 
 
 def common_name(name: str) -> x509.Name:
-    """Subject with a common name only."""
-    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-
-
-def site_of(names: x509.Extensions, what: str) -> str:
-    """Site that the subject alternative names give; raises IdentityError unless it is exactly one."""
+    """Subject with a common name only; raises IdentityError for a name that no certificate can have."""
     try:
-        found = names.get_extension_for_class(x509.SubjectAlternativeName).value
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    except ValueError:
+        raise IdentityError(
+            f"name of {len(name)} letters given; a certificate holds 1 to {COMMON_NAME_LENGTH} (in UTF-8, bytes): "
+            "give a shorter one"
+        ) from None
+
+
+def site_of(signed: Signed, what: str) -> str:
+    """Site that the subject alternative names of a certificate or a request give.
+
+    Raises IdentityError unless it is exactly one.
+    """
+    try:
+        found = signed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         raise IdentityError(f"{what} names no site; expected a request by `peerlora identity request`") from None
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:  # only now are they parsed
+        raise IdentityError(f"{what} holds names that are not readable ({first_line(error)})") from None
     uris, hosts = (
         found.get_values_for_type(x509.UniformResourceIdentifier),
         found.get_values_for_type(x509.DNSName),
@@ -193,9 +215,9 @@ def load_identity(folder: Path, now: datetime | None = None) -> Identity:
     roots, signers = read_trust(trust, str(folder / "trust.pem"))
     chain = read_certificates(pem, str(where))
     leaf = chain[0]
-    if fingerprint_of(p256(leaf.public_key(), str(where))) != fingerprint_of(key.public_key()):
+    if fingerprint_of(key_of(leaf, str(where))) != fingerprint_of(key.public_key()):
         raise IdentityError(f"{where} is of another key than {folder / 'key.pem'}; have this key's request signed")
-    if (named := site_of(leaf.extensions, str(where))) != site:
+    if (named := site_of(leaf, str(where))) != site:
         raise IdentityError(f"{where} is for site {named}, this folder is {site}'s; use the right certificate")
     check_dates(leaf, str(where), now)
     if not _leads_to_root(chain, roots):

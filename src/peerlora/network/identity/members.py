@@ -184,9 +184,12 @@ def _known(members: MemberList, one: str, other: str) -> None:
         raise IdentityError(f"{one} given twice; an edge joins two sites")
 
 
+_LABEL = "[A-Za-z0-9_-]{1,63}"  # between two dots of a host name; resolvers refuse others
+
+
 def check_address(address: str) -> tuple[str, int]:
     """Parse ``host:port`` or ``[v6]:port``; raises IdentityError."""
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", address)
+    found = re.fullmatch(rf"(\[[0-9a-fA-F:.]+\]|(?=.{{1,254}}:)(?:{_LABEL}\.)*{_LABEL}\.?):(\d{{1,5}})", address)
     if not found or not 0 < int(found[2]) < 65536:
         raise IdentityError(f"address {address!r} given; expected host:port, such as peer.hospital-a.example:7443")
     return found[1].strip("[]"), int(found[2])

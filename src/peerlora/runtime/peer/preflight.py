@@ -156,7 +156,7 @@ async def _unreached(roster: Roster, peer: PeerId) -> Finding:
         async with asyncio.timeout(_CONNECT):
             _, writer = await asyncio.open_connection(host, port)
         writer.close()
-    except (OSError, TimeoutError, socket.gaierror) as error:
+    except (OSError, TimeoutError, socket.gaierror, UnicodeError) as error:  # the last of a name that is none
         why = str(error) or "no answer"
         do = f"is doctor or peer running there, and does a firewall let TCP to {address} out here and in there?"
         return Finding("problem", f"{peer} cannot be reached at {address}: {why}", do)

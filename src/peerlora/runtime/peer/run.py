@@ -15,7 +15,7 @@ from peerlora.network.identity.identity import Identity, load_identity
 from peerlora.network.identity.members import MemberList, load_members
 from peerlora.network.identity.roster import Roster
 from peerlora.network.protocol.event_loop import EventLoopThread
-from peerlora.network.protocol.wire import message_facts
+from peerlora.network.protocol.wire import WORD_LENGTH, message_facts
 from peerlora.network.transport import quiet_grpc
 from peerlora.network.transport.audit_log import AuditLog
 from peerlora.network.transport.connections import raise_descriptor_limit
@@ -142,9 +142,17 @@ def site_of(
 
 
 def site_on(config: RunConfig, listed: MemberList, me: str) -> Site:
-    """A site's place in the run: client numbers come from the list, the run's id from the list's and the run's name."""
-    names = {member.client: member.site for member in listed.members}
-    return Site(listed.member(me).client, names, f"{listed.name}/{config.peer.run}")
+    """A site's place in the run: client numbers come from the list, the run's id from the list's and the run's name.
+
+    Raises ConfigError for names that are too long together.
+    """
+    names, run = {member.client: member.site for member in listed.members}, f"{listed.name}/{config.peer.run}"
+    if len(run) > WORD_LENGTH:
+        raise ConfigError(
+            f"peer.run={config.peer.run} given, {len(config.peer.run)} letters, and the member list's name has "
+            f"{len(listed.name)}; expected at most {WORD_LENGTH - 1} together: give a shorter peer.run at all sites"
+        )
+    return Site(listed.member(me).client, names, run)
 
 
 def _begun(folder: Path) -> bool:
