@@ -252,6 +252,20 @@ def test_a_client_has_bytes_along_its_links(made):
     assert live([both[0], replace(both[1], edges=None)]).client(0)["bytes"] == {"x": [], "y": []}
 
 
+def test_in_how_many_rounds_a_client_exchanged_is_told_where_all_rounds_list_their_links(made):
+    listed = [made.started(3), *(made.round_done(t, edges=[[0, 1]]) for t in range(2))]
+    assert [live(listed).client(0)[name] for name in ("met", "last")] == [2, 2]
+    unlisted = replace(listed[2], edges=None, contacts=5050, bytes_sent=1_010_000)
+    for events in (
+        [*listed[:2], unlisted],
+        [listed[0], unlisted],
+        [*listed[:2], unlisted, replace(listed[2], round=2)],
+    ):
+        found = live(events).client(0)
+        assert found["met"] is None and found["last"] is None and found["bytes"] == {"x": [], "y": []}
+    assert live([*listed, replace(made.round_done(2), edges=None)]).client(2)["met"] == 0
+
+
 def test_a_peer_has_the_bytes_that_it_says(made):
     log = [made.started(2, held=[1]), *(replace(made.round_done(t, 1), bytes_sent=70, edges=[]) for t in range(2))]
     found = read_one_after_the_other({1: log})

@@ -233,6 +233,19 @@ def test_the_worst_of_a_loss_comes_first(made):
     assert describe_outcome(start, [start]) == []
 
 
+@pytest.mark.parametrize("unlisted", [{0, 1, 2}, {1}], ids=["no round", "all rounds but one"])
+def test_where_rounds_lack_their_links_the_report_gives_no_last_exchange(tmp_path, made, unlisted):
+    many = {"edges": None, "contacts": 5050, "bytes_sent": 1_010_000}
+    listed = [made.round_done(t, 101, [[0, 1]]) for t in range(3)]
+    rounds = [replace(done, **many) if done.round in unlisted else done for done in listed]
+    start = made.started(101, 3)
+    events = [start, *rounds, made.evaluated(3, [0.5] * 101, final=True)]
+    head, rows = client_rows(start, events)
+    assert head == ["client", "rows", "accuracy", "training loss"] and len(rows) == 101
+    text = report(tmp_path / "run", events).text
+    assert "never" not in text and text.count("The links of each round were not written down.") == 1
+
+
 @pytest.mark.slow
 def test_the_same_events_give_the_same_bytes(tmp_path, run):
     for name in ("one", "two"):

@@ -12,6 +12,7 @@ from peerlora.runs.live.follow import LineFacts
 from peerlora.runs.live.notices import NAMED, Notice, Notices
 from peerlora.runs.live.standing import Statuses, status_of
 from peerlora.runs.live.table import Row, Table, known
+from peerlora.runs.metrics import round_links_written
 
 SHOWN_ROUNDS = 8
 """Latest rounds whose links the page gets."""
@@ -53,6 +54,8 @@ class LiveRun:
         """Finished rounds -> bytes of one transfer along a link."""
         self._one_way = False
         """Whether a link carries one transfer a round, from its first client to its second."""
+        self._links_written = True
+        """Whether every round so far told its links."""
         self._takes: dict[str, Callable[[LineFacts, Sequence[int]], None]] = {
             "RunStarted": self._started,
             "RoundDone": self._round,
@@ -114,9 +117,15 @@ class LiveRun:
         counts = self.meta.get("counts") or []
         labels = counts[number] if number < len(counts) else None
         curves = {"loss": self.loss.column(number), "score": self.score.column(number), "bytes": self._bytes(number)}
-        met = [t for t, links in self.links.items() if (links == number).any()]
         found = {**curves, "labels": labels, "environment": self._environment(number), "notices": self._about(number)}
-        return found | {"met": len(met), "last": max(met, default=None)}
+        return found | self._exchanges(number)
+
+    def _exchanges(self, client: int) -> dict[str, int | None]:
+        """In how many rounds a client exchanged, and in which last; ``met`` is None where rounds do not tell."""
+        if not self._links_written:
+            return {"met": None, "last": None}
+        met = [t for t, links in self.links.items() if (links == client).any()]
+        return {"met": len(met), "last": max(met, default=None)}
 
     def _about(self, client: int) -> list[Notice]:
         """The notices that name a client; its absences are found in the rounds, since a notice names a few clients."""
@@ -129,10 +138,12 @@ class LiveRun:
         return sorted([*about[-MOST_NOTICES:], *others], key=lambda each: each["round"])
 
     def _bytes(self, client: int) -> dict[str, Row]:
-        """What a client had sent after each round: of a peer as it says, else along its links where these are told."""
+        """What a client had sent after each round: of a peer as it says, else along its links if all are told."""
         if self.meta.get("peers"):
             column = self.sent.column(client)
             rounds, each = column["x"], [value or 0.0 for value in column["y"]]
+        elif not self._links_written:  # a sum over some of the rounds would stand there as that over all
+            rounds, each = [], []
         else:
             rounds = [float(t) for t in sorted(self.links)]
             each = [float(self._sends(self.links[int(t)], client) * self._transfer.get(int(t), 0)) for t in rounds]
@@ -196,6 +207,7 @@ class LiveRun:
         """Take the links of a round, and what went along them; return those that this event tells."""
         links = np.array(event.get("edges") or [], np.int32).reshape(-1, 2)
         if event.get("edges") is None:
+            self._links_written &= round_links_written(None, int(event.get("contacts") or 0))
             return links
         both = np.concatenate([self.links[t], links]) if t in self.links else links
         self.links[t] = np.unique(both, axis=0) if held else links
