@@ -13,7 +13,14 @@ from peerlora.runs.events import LISTED_CLIENTS, Event, RoundDone, RunFinished, 
 from peerlora.runs.further_scores import describe_best, table_rows
 from peerlora.runs.metrics import evaluations, find_start, last_contact, select_events, summarise, worst_of
 from peerlora.runs.page import picture_html, table_html, write_page
-from peerlora.runs.pictures import epsilon_picture, graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.pictures import (
+    epsilon_picture,
+    graph_picture,
+    labels_picture,
+    metric_curves,
+    relayed_pictures,
+    virtual_seconds,
+)
 from peerlora.runs.policy_pictures import environment_rows, policy_pictures
 from peerlora.runs.privacy_summary import describe_privacy
 from peerlora.runs.scores_by_name import HEAD, by_name_rows
@@ -246,7 +253,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
     if curves:
         title = f"{start.metric} of every client's own model and of the averaged model"
         found.insert(0, figures.clients_figure("metric", title, curves))
-        timed = metric_curves(events, "virtual_seconds")
+        timed = metric_curves(events, virtual_seconds)
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))
