@@ -52,8 +52,8 @@ class LiveRun:
         """Round -> events taken when something of it last changed."""
         self._transfer: dict[int, int] = {}
         """Finished rounds -> bytes of one transfer along a link."""
-        self._one_way = False
-        """Whether a link carries one transfer a round, from its first client to its second."""
+        self._one_way: set[int] = set()
+        """Finished rounds in which a link carries one transfer, from its first client to its second."""
         self._links_written = True
         """Whether every round so far told its links."""
         self._takes: dict[str, Callable[[LineFacts, Sequence[int]], None]] = {
@@ -146,12 +146,13 @@ class LiveRun:
             rounds, each = [], []
         else:
             rounds = [float(t) for t in sorted(self.links)]
-            each = [float(self._sends(self.links[int(t)], client) * self._transfer.get(int(t), 0)) for t in rounds]
+            each = [float(self._sends(int(t), client) * self._transfer.get(int(t), 0)) for t in rounds]
         return {"x": list(rounds), "y": np.cumsum(each).tolist()}
 
-    def _sends(self, links: np.ndarray, client: int) -> int:
-        """The transfers of a client along these links."""
-        return int((links[:, 0] == client).sum() if self._one_way else (links == client).sum())
+    def _sends(self, t: int, client: int) -> int:
+        """The transfers of a client along the links of a round."""
+        links = self.links[t]
+        return int((links[:, 0] == client).sum() if t in self._one_way else (links == client).sum())
 
     def _name(self, client: int) -> str:
         return self.meta.get("names", {}).get(str(client)) or f"client {client}"
@@ -215,9 +216,20 @@ class LiveRun:
         self._transfer[t] = each
         if held:
             self.sent.put(t, held, [sent])
-        elif len(links):  # the bytes of the first round have the opening in them; any later round decides anew
-            self._one_way = sent < 2 * each * len(links)
+        elif len(links):
+            self._find_direction(t, links, sent < 2 * each * len(links))
         return links
+
+    def _find_direction(self, t: int, links: np.ndarray, few: bool) -> None:
+        """Record whether links go one way in a round; ``few``: less was sent than one transfer each way on every link.
+
+        The opening's bytes are among those of round 1, so that these may be many although its links go one way.  Then
+        links that are listed in both directions tell, or the same links in a later round.
+        """
+        if few or (t == 1 and _lists_both_directions(links)):
+            self._one_way.add(t)
+        if few and t > 1 and np.array_equal(links, self.links.get(1, ())):
+            self._one_way.add(1)
 
     def _tell_absent(self, absent: Sequence[int]) -> None:
         more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
@@ -277,6 +289,12 @@ class LiveRun:
         """Add a notice, of the round in which the run that tells it is."""
         done = self.done.get(clients[0], 0) if self.meta.get("peers") and clients else max(self.rounds, default=0)
         self.noticed.add(level, text, clients, done)
+
+
+def _lists_both_directions(links: np.ndarray) -> bool:
+    """Say whether any link stands in both directions; one that goes both ways at once is listed in one of them."""
+    pairs = set(map(tuple, links.tolist()))
+    return any((receiver, sender) in pairs for sender, receiver in pairs)
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:
