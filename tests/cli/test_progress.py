@@ -30,6 +30,16 @@ def test_the_worst_client_is_the_one_with_the_largest_loss(capsys):
         assert row.split("│")[3].strip() == worst, metric
 
 
+def test_a_summary_says_where_links_were_not_written_down(capsys):
+    start, done, score = events("accuracy", True)
+    unlisted = [replace(done, round=t, edges=None, contacts=5050, bytes_sent=1_010_000) for t in range(3)]
+    for rounds in (unlisted, [done, unlisted[1]]):
+        print_summary([("run", summarise([start, *rounds, score]) | {"run": "here"})])
+        out = capsys.readouterr().out
+        assert "run: the links of each round were not written down" in out
+        assert "no client had contact" not in out and "last contact" not in out and "never" not in out
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """What is written to a terminal."""

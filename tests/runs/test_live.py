@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import pytest
 
 from peerlora.cli.watch import _planned
+from peerlora.config.loading import parse_spec
 from peerlora.errors import ConfigError, ExtraMissing, RunError
 from peerlora.network.base import REASONS
 from peerlora.runs.client_spread import spread
@@ -28,6 +29,7 @@ from peerlora.runs.live.standing import status_of
 from peerlora.runs.live.state import SHOWN_ROUNDS, LiveRun
 from peerlora.runs.live.table import FEW_CLIENTS
 from peerlora.runs.store import RunStore
+from peerlora.topology.schedule import build_topology
 
 ASSETS = files("peerlora.runs") / "assets"
 served = pytest.mark.skipif(
@@ -250,6 +252,50 @@ def test_a_client_has_bytes_along_its_links(made):
     found = live([both[0], *one_way])
     assert [found.client(each)["bytes"]["y"] for each in range(3)] == [[100, 200], [100, 100], [0, 0]]
     assert live([both[0], replace(both[1], edges=None)]).client(0)["bytes"] == {"x": [], "y": []}
+
+
+def test_bytes_of_a_client_are_right_where_only_some_rounds_go_one_way(made):
+    topology, found, total = build_topology(parse_spec("one-peer"), 4, 0), LiveRun(), 0
+    found.add(json.loads(to_json(made.started(4, 6))), ())
+    listed = []
+    for t in range(6):
+        edges = [list(edge) for edge in topology.at(t).edges]
+        listed.append(len(edges))
+        done = replace(made.round_done(t, 4, edges), bytes_sent=400)  # every client sends to one other
+        total += done.bytes_sent
+        found.add(json.loads(to_json(done)), ())
+        curves = [found.client(each)["bytes"]["y"] for each in range(4)]
+        assert curves == [[100 * (past + 1) for past in range(t + 1)]] * 4
+        assert sum(curve[-1] for curve in curves) == total
+    assert listed == [4, 2] * 3  # in the last round of a period the links go both ways
+
+
+def test_the_opening_makes_no_link_of_the_first_round_go_both_ways(made):
+    def sent(opening, *rounds):
+        events = [replace(made.round_done(t, 3, edges), bytes_sent=each) for t, (edges, each) in enumerate(rounds)]
+        events[0] = replace(events[0], bytes_sent=events[0].bytes_sent + opening)
+        found = live([made.started(3), *events])
+        return [found.client(each)["bytes"]["y"] for each in range(3)]
+
+    both_listed, ring, pair = [[0, 1], [1, 0], [0, 2]], [[0, 1], [1, 2], [2, 0]], [[0, 1]]
+    assert sent(10_000, (both_listed, 300)) == [[200], [100], [0]]
+    assert sent(50, (ring, 300), (pair, 200)) == [[100, 200], [100, 200], [100, 100]]
+    assert sent(10_000, (ring, 300), (ring, 300)) == [[100, 200]] * 3
+    assert sent(10_000, (pair, 200), (ring, 300)) == [[100, 200], [100, 200], [0, 100]]
+
+
+def test_in_how_many_rounds_a_client_exchanged_is_told_where_all_rounds_list_their_links(made):
+    listed = [made.started(3), *(made.round_done(t, edges=[[0, 1]]) for t in range(2))]
+    assert [live(listed).client(0)[name] for name in ("met", "last")] == [2, 2]
+    unlisted = replace(listed[2], edges=None, contacts=5050, bytes_sent=1_010_000)
+    for events in (
+        [*listed[:2], unlisted],
+        [listed[0], unlisted],
+        [*listed[:2], unlisted, replace(listed[2], round=2)],
+    ):
+        found = live(events).client(0)
+        assert found["met"] is None and found["last"] is None and found["bytes"] == {"x": [], "y": []}
+    assert live([*listed, replace(made.round_done(2), edges=None)]).client(2)["met"] == 0
 
 
 def test_a_peer_has_the_bytes_that_it_says(made):

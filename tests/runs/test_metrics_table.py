@@ -52,6 +52,16 @@ def test_contacts_and_link_uses_by_hand(run):
     assert table.link_uses(both_ways) == {(0, 1): 2, (1, 2): 2}
 
 
+def test_where_a_round_lacks_its_links_no_last_contact_is_known(made):
+    listed = made.round_done(0, 4, [[0, 1]])
+    unlisted = replace(listed, round=1, edges=None, contacts=5050)
+    quiet = replace(made.round_done(2, 4), edges=None)  # without contacts there is nothing to list
+    assert table.links_written([listed, quiet]) and table.last_contact([listed, quiet], 4) == [1, 1, None, None]
+    for events in ([listed, unlisted, quiet], [unlisted]):
+        assert not table.links_written(events) and table.last_contact(events, 4) is None
+        assert table.summarise([made.started(4), *events])["last_contact"] is None
+
+
 def test_the_summary_of_a_run_and_of_nothing(run):
     found = table.summarise(run(clients=2, rounds=4))
     assert found["rounds"] == 4 and found["bytes_sent"] == 800 and found["last_contact"] == [4, 4]

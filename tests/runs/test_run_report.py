@@ -17,6 +17,7 @@ from peerlora.runs.events import Evaluated, Generated, PolicyShown, RoundDone, R
 from peerlora.runs.figures import clients_figure, runs_figure
 from peerlora.runs.metrics import summarise
 from peerlora.runs.page import picture_html
+from peerlora.runs.pictures import epsilon_picture
 from peerlora.runs.policy_pictures import policy_pictures
 from peerlora.runs.report import metric_curves, write_report
 from peerlora.runs.store import RunStore
@@ -109,6 +110,24 @@ def test_the_evaluation_on_all_rows_is_no_point_of_the_curve_on_a_sample(run):
     assert "20 of the 50 evaluation rows" in note and runs_figure("metric", "title", {"a": found}).note == note
     whole = metric_curves([replace(each, rows=50) if isinstance(each, Evaluated) else each for each in events])
     assert whole.rounds == [0, 4, 8] and whole.end is None and not clients_figure("metric", "title", whole).note
+
+
+def test_by_epsilon_too_the_evaluation_on_all_rows_is_a_point_of_its_own(made):
+    scores = [made.evaluated(t, [own], rows=100) for t, own in ((1, 0.5), (2, 0.6))]
+    scores.append(made.evaluated(3, [0.9], final=True, rows=1000))
+    scores = [replace(each, privacy={"epsilon": [float(each.round)]}) for each in scores]
+    start = made.started(1)
+    found = epsilon_picture(start, [start, made.evaluated(0, [0.1], rows=100), *scores])  # nothing counted at round 0
+    chart = found.chart.as_json()
+    assert chart["x"] == [1, 2, 3]
+    assert [(each["style"], each["y"]) for each in chart["series"]] == [
+        ("thick", [0.5, 0.6, None]),
+        ("points", [None, None, 0.9]),
+    ]
+    assert "100 of the 1,000 evaluation rows" in found.note and "averaged" not in found.note
+    same = epsilon_picture(start, [start, *(replace(each, rows=100) for each in scores)])
+    assert same.chart.as_json()["series"][0]["y"] == [0.5, 0.6, 0.9] and same.note == ""
+    assert epsilon_picture(start, [start, made.evaluated(1, [0.5])]) is None
 
 
 def test_the_worst_client_of_a_loss_is_the_highest(tmp_path, run):
@@ -231,6 +250,19 @@ def test_the_worst_of_a_loss_comes_first(made):
     assert [row[0] for row in rows] == ["client 1", "client 0", "client 2"]
     assert "worst is client 1 with 2.000" in describe_outcome(start, events)[0]
     assert describe_outcome(start, [start]) == []
+
+
+@pytest.mark.parametrize("unlisted", [{0, 1, 2}, {1}], ids=["no round", "all rounds but one"])
+def test_where_rounds_lack_their_links_the_report_gives_no_last_exchange(tmp_path, made, unlisted):
+    many = {"edges": None, "contacts": 5050, "bytes_sent": 1_010_000}
+    listed = [made.round_done(t, 101, [[0, 1]]) for t in range(3)]
+    rounds = [replace(done, **many) if done.round in unlisted else done for done in listed]
+    start = made.started(101, 3)
+    events = [start, *rounds, made.evaluated(3, [0.5] * 101, final=True)]
+    head, rows = client_rows(start, events)
+    assert head == ["client", "rows", "accuracy", "training loss"] and len(rows) == 101
+    text = report(tmp_path / "run", events).text
+    assert "never" not in text and text.count("The links of each round were not written down.") == 1
 
 
 @pytest.mark.slow

@@ -223,7 +223,9 @@ def print_summary(rows: list[tuple[str, dict[str, Any]]]) -> None:
         console.print(f"{name}: {summary['run']}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _contacts(last: list[int | None]) -> str:
+def _contacts(last: list[int | None] | None) -> str:
+    if last is None:
+        return "the links of each round were not written down"
     if all(t is None for t in last):
         return "no client had contact"
     if len(last) > 20:

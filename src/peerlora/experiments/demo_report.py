@@ -12,7 +12,7 @@ from peerlora.display import format_bytes, format_number
 from peerlora.runs.events import Event, RoundDone, RunStarted
 from peerlora.runs.metrics import find_start, scores_of, select_events
 from peerlora.runs.page import picture_html, write_page
-from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves
+from peerlora.runs.pictures import graph_picture, labels_picture, metric_curves, virtual_seconds
 from peerlora.runs.write_failures import describe_write_failures
 
 HEAD = (
@@ -129,7 +129,7 @@ def _pictures(rows: Sequence[ComparisonRow], starts: Sequence[RunStarted]) -> li
     if curves:
         title = f"{metric} of the clients' own models"
         pictures.append(figures.runs_figure("metric", title, curves))
-        timed = {name: found for name, events in named.items() if (found := metric_curves(events, "virtual_seconds"))}
+        timed = {name: found for name, events in named.items() if (found := metric_curves(events, virtual_seconds))}
         if timed:
             by_time = f"{title}, by virtual seconds"
             pictures.append(figures.runs_figure("metric-time", by_time, timed, "virtual seconds"))

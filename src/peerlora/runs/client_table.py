@@ -37,7 +37,7 @@ def client_rows(start: RunStarted, events: Sequence[Event]) -> tuple[list[str], 
     scores, done = evaluations(events), select_events(events, RoundDone)
     last, names = scores[-1] if scores else None, _clients(start)
     counts = start.partition.get("counts") or []
-    met = last_contact(events, start.clients) if not start.held else []
+    met = None if start.held else last_contact(events, start.clients)
     columns: dict[str, list[Cell]] = {
         "rows": [sum(each) for each in counts] if len(counts) == len(names) else [],
         start.metric: _fixed(last.own) if last else [],
@@ -45,7 +45,7 @@ def client_rows(start: RunStarted, events: Sequence[Event]) -> tuple[list[str], 
         f"{start.metric}, own rows": _fixed(last.personal) if last else [],
         "best round": list(last.best_rounds) if last else [],
         "training loss": _fixed(_latest_losses(done, len(names))),
-        "last exchange": ["never" if each is None else f"round {each}" for each in met],
+        "last exchange": ["never" if each is None else f"round {each}" for each in met or []],
     }
     shown = {name: values for name, values in columns.items() if len(values) == len(names)}
     order = sorted(range(len(names)), key=lambda client: _rank(start, last, client))

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import matplotlib
@@ -63,6 +63,10 @@ class Curves:
     """On which it was measured."""
     end: "Curves | None" = None
     """The same after the last round on other rows: another quantity, so that no line leads there."""
+
+    def without_averaged(self) -> "Curves":
+        """The same of the clients alone."""
+        return replace(self, averaged=None, end=self.end and self.end.without_averaged())
 
 
 def clients_figure(name: str, title: str, curves: Curves, xlabel: str = "round") -> Picture:
@@ -197,13 +201,15 @@ def _draw_end(axes: Any, end: Curves, mean: str, averaged: str) -> None:
 
 def _end_note(runs: Iterable[Curves]) -> str:
     """What the points at the end are, where there are any."""
-    row_counts = {(each.rows, each.end.rows) for each in runs if each.end is not None}
+    ended = [each for each in runs if each.end is not None]
+    row_counts = {(each.rows, each.end.rows) for each in ended if each.end is not None}
     if not row_counts:
         return ""
+    which = " filled, averaged model hollow" if any(each.averaged is not None for each in ended) else ""
     sizes = " or ".join(f"{few:,} of the {every:,} evaluation rows" for few, every in sorted(row_counts))
     return (
-        f"Lines: on a sample, {sizes}. Diamonds after the last round: on all of them (mean over clients filled, "
-        "averaged model hollow); they differ from the lines by the rows, too."
+        f"Lines: on a sample, {sizes}. Diamonds after the last round: on all of them (mean over clients{which}); they "
+        "differ from the lines by the rows, too."
     )
 
 

@@ -130,8 +130,20 @@ def write_table(events: Iterable[Event], path: Path | str) -> None:
         pq.write_table(pa.table(columns), temporary)
 
 
-def last_contact(events: Iterable[Event], clients: int) -> list[int | None]:
-    """Find per client the finished rounds at its last exchange with anybody; None: never, or links not written down."""
+def round_links_written(edges: Sequence[Any] | None, contacts: int) -> bool:
+    """Say whether a round's event lists the links used in it; where these are very many, it has only their number."""
+    return edges is not None or not contacts
+
+
+def links_written(events: Iterable[Event]) -> bool:
+    """Say whether all rounds wrote their links down; else nobody knows who had contact last, or how often."""
+    return all(round_links_written(done.edges, done.contacts) for done in select_events(events, RoundDone))
+
+
+def last_contact(events: Sequence[Event], clients: int) -> list[int | None] | None:
+    """Find per client the finished rounds at its last exchange, None: never; no list where a round lacks its links."""
+    if not links_written(events):
+        return None
     last: list[int | None] = [None] * clients
     for done in select_events(events, RoundDone):
         for client in {client for edge in done.edges or () for client in edge}:
@@ -167,10 +179,11 @@ def summarise(events: Sequence[Event]) -> dict[str, Any]:
 
     Keys: method, clients, rounds (finished), metric, higher_is_better, scores {own_mean, own_min, own_max, averaged} of
     that metric, consensus {A, B, product, cross_term}, bytes_sent, seconds {total, train, mix, diagnostics, eval},
-    virtual_seconds, last_contact [client]; of a real peer also contact {share, alone}, see ``contact``.  Where clients
-    relay, scores also have relayed_mean, relayed_worst and relayed_cut, and deployed says which models become PEFT
-    folders, own or relayed.  Further metrics, scores on clients' own rows and best evaluations: see ``further_scores``;
-    privacy: see ``privacy_summary``; with secure sums also secure_sums {given_up}.
+    virtual_seconds, last_contact [client], which is None where a round lacks its links; of a real peer also contact
+    {share, alone}, see ``contact``.  Where clients relay, scores also have relayed_mean, relayed_worst and relayed_cut,
+    and deployed says which models become PEFT folders, own or relayed.  Further metrics, scores on clients' own rows
+    and best evaluations: see ``further_scores``; privacy: see ``privacy_summary``; with secure sums also secure_sums
+    {given_up}.
     The scores of every metric have the older name accuracy, too.
     """
     start, done, scores = find_start(events), select_events(events, RoundDone), evaluations(events)

@@ -1,6 +1,6 @@
 """The figures of one run, from its events; drawn in full by ``runs.figures``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from peerlora.runs.events import Evaluated, Event, RoundDone, RunStarted
@@ -11,24 +11,36 @@ if TYPE_CHECKING:
     from peerlora.runs.figures import Curves, Picture
 
 
-def metric_curves(events: Sequence[Event], by: str = "round", of: str = "own") -> "Curves | None":
+def finished_rounds(score: Evaluated) -> float:
+    """How many rounds were over at an evaluation."""
+    return score.round
+
+
+def virtual_seconds(score: Evaluated) -> float:
+    """How long a run had taken at an evaluation; NaN without a clock."""
+    return score.virtual_seconds
+
+
+def metric_curves(
+    events: Sequence[Event], place: Callable[[Evaluated], float] = finished_rounds, of: str = "own"
+) -> "Curves | None":
     """Collect the metric of every client and of the averaged model; None before the first evaluation.
 
     The last evaluation is on all rows; where the others are on a sample, it is no part of their curve.
-    ``by``: "round", or "virtual_seconds", of which a run without a clock has none.  ``of``: the clients' "own" models
-    or "relayed", of which a run without relaying has none.
+    ``place``: where an evaluation lies on the x axis; one whose place is not finite is left out.  ``of``: the clients'
+    "own" models or "relayed", of which a run without relaying has none.
     """
     import numpy as np
 
     from peerlora.runs.figures import Curves
 
-    scores = [score for score in evaluations(events) if np.isfinite(getattr(score, by)) and getattr(score, of)]
+    scores = [score for score in evaluations(events) if np.isfinite(place(score)) and getattr(score, of)]
     if not scores:
         return None
 
     def curves(some: Sequence[Evaluated], end: Curves | None = None) -> Curves:
         own = np.array([getattr(score, of) for score in some], float)
-        places, averaged = [getattr(score, by) for score in some], [score.averaged for score in some]
+        places, averaged = [place(score) for score in some], [score.averaged for score in some]
         return Curves(places, own, averaged, some[-1].rows, end)
 
     *sampled, last = scores
@@ -74,13 +86,9 @@ def relayed_pictures(start: RunStarted, events: Sequence[Event]) -> list["Pictur
 
 def epsilon_picture(start: RunStarted, events: Sequence[Event]) -> "Picture | None":
     """Draw the metric of clients' own models by what they had spent then; None without privacy."""
-    import numpy as np
+    from peerlora.runs.figures import clients_figure
 
-    from peerlora.runs.figures import Curves, clients_figure
-
-    scores = [each for each in evaluations(events) if np.isfinite(largest_epsilon(each))]
-    if not scores:
+    if (curves := metric_curves(events, largest_epsilon)) is None:
         return None
-    spent = [largest_epsilon(each) for each in scores]
-    curves = Curves(spent, np.array([each.own for each in scores], float))
-    return clients_figure("epsilon", f"{start.metric} by epsilon spent (the client that spent most)", curves, "epsilon")
+    title = f"{start.metric} by epsilon spent (the client that spent most)"
+    return clients_figure("epsilon", title, curves.without_averaged(), "epsilon")  # that one has spent nothing itself

@@ -11,9 +11,16 @@ from peerlora.runs.client_spread import spread_lines
 from peerlora.runs.client_table import client_rows, describe_outcome
 from peerlora.runs.events import LISTED_CLIENTS, Event, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.further_scores import describe_best, table_rows
-from peerlora.runs.metrics import evaluations, find_start, link_uses, select_events, summarise, worst_of
+from peerlora.runs.metrics import evaluations, find_start, last_contact, select_events, summarise, worst_of
 from peerlora.runs.page import picture_html, table_html, write_page
-from peerlora.runs.pictures import epsilon_picture, graph_picture, labels_picture, metric_curves, relayed_pictures
+from peerlora.runs.pictures import (
+    epsilon_picture,
+    graph_picture,
+    labels_picture,
+    metric_curves,
+    relayed_pictures,
+    virtual_seconds,
+)
 from peerlora.runs.policy_pictures import environment_rows, policy_pictures
 from peerlora.runs.privacy_summary import describe_privacy
 from peerlora.runs.scores_by_name import HEAD, by_name_rows
@@ -166,10 +173,9 @@ def _reasons(missed: Mapping[str, int]) -> str:
 
 def _contacts(start: RunStarted, events: Sequence[Event]) -> str:
     """The round of every client's last exchange; for many clients, the oldest ones."""
-    if link_uses(events) is None:
+    if (last := last_contact(events, start.clients)) is None:
         return '<p class="note">The links of each round were not written down.</p>'
-    last = enumerate(summarise(events)["last_contact"])
-    oldest = sorted(last, key=lambda item: -1 if item[1] is None else item[1])[:MANY_CONTACTS]
+    oldest = sorted(enumerate(last), key=lambda item: -1 if item[1] is None else item[1])[:MANY_CONTACTS]
     cells = [f"<td>{client}: {'never' if round is None else round}</td>" for client, round in sorted(oldest)]
     lines = "".join(f"<tr>{''.join(cells[at : at + 10])}</tr>" for at in range(0, len(cells), 10))
     some = f"the {MANY_CONTACTS} clients that waited longest" if start.clients > MANY_CONTACTS else "every client"
@@ -247,7 +253,7 @@ def _pictures(start: RunStarted, events: Sequence[Event]) -> list["Picture"]:
     if curves:
         title = f"{start.metric} of every client's own model and of the averaged model"
         found.insert(0, figures.clients_figure("metric", title, curves))
-        timed = metric_curves(events, "virtual_seconds")
+        timed = metric_curves(events, virtual_seconds)
         if timed and start.clock:
             by_time = f"{title}, by virtual seconds"
             found.insert(1, figures.clients_figure("metric-time", by_time, timed, "virtual seconds"))

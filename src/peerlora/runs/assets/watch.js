@@ -269,7 +269,7 @@ function drawOne() {
   if (!one) return;
   const last = (curve) => curve.y.filter(known).at(-1);
   $("one-title").textContent = nameOf(chosen);
-  $("one-facts").textContent = `${state.meta.metric} ${fixed(last(one.score))}, loss ${fixed(last(one.loss))}; exchanged in ${one.met} rounds` + (one.last === null ? "" : `, last in round ${one.last}`) + (one.bytes.y.length ? `; sent ${bytes(one.bytes.y.at(-1))}` : "") + (one.environment ? `; acts in ${one.environment}` : "") + (one.notices.length ? `; ${one.notices.length} events about it, see below` : "");
+  $("one-facts").textContent = `${state.meta.metric} ${fixed(last(one.score))}, loss ${fixed(last(one.loss))}` + (one.met === null ? "" : `; exchanged in ${one.met} rounds`) + (one.last === null ? "" : `, last in round ${one.last}`) + (one.bytes.y.length ? `; sent ${bytes(one.bytes.y.at(-1))}` : "") + (one.environment ? `; acts in ${one.environment}` : "") + (one.notices.length ? `; ${one.notices.length} events about it, see below` : "");
   const box = $("one-labels"), total = (one.labels || []).reduce((a, b) => a + b, 0);
   box.replaceChildren();
   if (!total) return;

@@ -12,6 +12,7 @@ from peerlora.runs.live.follow import LineFacts
 from peerlora.runs.live.notices import NAMED, Notice, Notices
 from peerlora.runs.live.standing import Statuses, status_of
 from peerlora.runs.live.table import Row, Table, known
+from peerlora.runs.metrics import round_links_written
 
 SHOWN_ROUNDS = 8
 """Latest rounds whose links the page gets."""
@@ -51,8 +52,10 @@ class LiveRun:
         """Round -> events taken when something of it last changed."""
         self._transfer: dict[int, int] = {}
         """Finished rounds -> bytes of one transfer along a link."""
-        self._one_way = False
-        """Whether a link carries one transfer a round, from its first client to its second."""
+        self._one_way: set[int] = set()
+        """Finished rounds in which a link carries one transfer, from its first client to its second."""
+        self._links_written = True
+        """Whether every round so far told its links."""
         self._takes: dict[str, Callable[[LineFacts, Sequence[int]], None]] = {
             "RunStarted": self._started,
             "RoundDone": self._round,
@@ -114,9 +117,15 @@ class LiveRun:
         counts = self.meta.get("counts") or []
         labels = counts[number] if number < len(counts) else None
         curves = {"loss": self.loss.column(number), "score": self.score.column(number), "bytes": self._bytes(number)}
-        met = [t for t, links in self.links.items() if (links == number).any()]
         found = {**curves, "labels": labels, "environment": self._environment(number), "notices": self._about(number)}
-        return found | {"met": len(met), "last": max(met, default=None)}
+        return found | self._exchanges(number)
+
+    def _exchanges(self, client: int) -> dict[str, int | None]:
+        """In how many rounds a client exchanged, and in which last; ``met`` is None where rounds do not tell."""
+        if not self._links_written:
+            return {"met": None, "last": None}
+        met = [t for t, links in self.links.items() if (links == client).any()]
+        return {"met": len(met), "last": max(met, default=None)}
 
     def _about(self, client: int) -> list[Notice]:
         """The notices that name a client; its absences are found in the rounds, since a notice names a few clients."""
@@ -129,18 +138,21 @@ class LiveRun:
         return sorted([*about[-MOST_NOTICES:], *others], key=lambda each: each["round"])
 
     def _bytes(self, client: int) -> dict[str, Row]:
-        """What a client had sent after each round: of a peer as it says, else along its links where these are told."""
+        """What a client had sent after each round: of a peer as it says, else along its links if all are told."""
         if self.meta.get("peers"):
             column = self.sent.column(client)
             rounds, each = column["x"], [value or 0.0 for value in column["y"]]
+        elif not self._links_written:  # a sum over some of the rounds would stand there as that over all
+            rounds, each = [], []
         else:
             rounds = [float(t) for t in sorted(self.links)]
-            each = [float(self._sends(self.links[int(t)], client) * self._transfer.get(int(t), 0)) for t in rounds]
+            each = [float(self._sends(int(t), client) * self._transfer.get(int(t), 0)) for t in rounds]
         return {"x": list(rounds), "y": np.cumsum(each).tolist()}
 
-    def _sends(self, links: np.ndarray, client: int) -> int:
-        """The transfers of a client along these links."""
-        return int((links[:, 0] == client).sum() if self._one_way else (links == client).sum())
+    def _sends(self, t: int, client: int) -> int:
+        """The transfers of a client along the links of a round."""
+        links = self.links[t]
+        return int((links[:, 0] == client).sum() if t in self._one_way else (links == client).sum())
 
     def _name(self, client: int) -> str:
         return self.meta.get("names", {}).get(str(client)) or f"client {client}"
@@ -196,6 +208,7 @@ class LiveRun:
         """Take the links of a round, and what went along them; return those that this event tells."""
         links = np.array(event.get("edges") or [], np.int32).reshape(-1, 2)
         if event.get("edges") is None:
+            self._links_written &= round_links_written(None, int(event.get("contacts") or 0))
             return links
         both = np.concatenate([self.links[t], links]) if t in self.links else links
         self.links[t] = np.unique(both, axis=0) if held else links
@@ -203,9 +216,20 @@ class LiveRun:
         self._transfer[t] = each
         if held:
             self.sent.put(t, held, [sent])
-        elif len(links):  # the bytes of the first round have the opening in them; any later round decides anew
-            self._one_way = sent < 2 * each * len(links)
+        elif len(links):
+            self._find_direction(t, links, sent < 2 * each * len(links))
         return links
+
+    def _find_direction(self, t: int, links: np.ndarray, few: bool) -> None:
+        """Record whether links go one way in a round; ``few``: less was sent than one transfer each way on every link.
+
+        The opening's bytes are among those of round 1, so that these may be many although its links go one way.  Then
+        links that are listed in both directions tell, or the same links in a later round.
+        """
+        if few or (t == 1 and _lists_both_directions(links)):
+            self._one_way.add(t)
+        if few and t > 1 and np.array_equal(links, self.links.get(1, ())):
+            self._one_way.add(1)
 
     def _tell_absent(self, absent: Sequence[int]) -> None:
         more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
@@ -265,6 +289,12 @@ class LiveRun:
         """Add a notice, of the round in which the run that tells it is."""
         done = self.done.get(clients[0], 0) if self.meta.get("peers") and clients else max(self.rounds, default=0)
         self.noticed.add(level, text, clients, done)
+
+
+def _lists_both_directions(links: np.ndarray) -> bool:
+    """Say whether any link stands in both directions; one that goes both ways at once is listed in one of them."""
+    pairs = set(map(tuple, links.tolist()))
+    return any((receiver, sender) in pairs for sender, receiver in pairs)
 
 
 def _added(name: str, before: float | None, now: float | None) -> float | None:
