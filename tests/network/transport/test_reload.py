@@ -9,6 +9,7 @@ from peerlora.network.identity.authority import issue, list_signer, throwaway
 from peerlora.network.identity.identity import read_key
 from peerlora.network.identity.members import SignedList, remove_member, sign_list, write_list
 from peerlora.network.transport.reload import reload_on_change
+from peerlora.network.transport.server import TlsServer
 
 
 @pytest.fixture
@@ -52,8 +53,8 @@ def following(rig, site, every=0.05):
     )
 
 
-def without_c(rig):
-    shorter = remove_member(rig.members, "c")
+def sign_without(rig, site):
+    shorter = remove_member(rig.members, site)
     signed = sign_list(shorter, list_signer(rig.folder / "authority"), timedelta(days=30))
     write_list(rig.folder / "members.json", signed)
 
@@ -66,10 +67,39 @@ def test_a_removal_is_taken_up_whatever_is_wrong_with_the_own_certificate(rig, c
         public, past = read_key(rig.folder / "a/key.pem").public_key(), datetime.now(UTC) - timedelta(days=40)
         expired = issue(rig.folder / "authority", public, "a", timedelta(days=30), past)
         where.write_bytes(expired if broken == "expired" else where.read_bytes()[:100])
-        without_c(rig)
+        sign_without(rig, "c")
         task = following(rig, "a")
         await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "c"))
         assert "certificate.pem" in caplog.text
+        task.cancel()
+
+    rig.run(scenario)
+
+
+def test_a_removal_is_taken_up_while_a_renewed_certificate_waits_for_the_port(rig, monkeypatch):
+    """Another program has the port until the removal has been taken up."""
+    opened, tries, taken = TlsServer._opened, [], True
+
+    def try_to_open(server, *words):
+        tries.append(not taken and opened(server, *words))
+        return tries[-1]
+
+    monkeypatch.setattr(TlsServer, "_opened", try_to_open)
+
+    async def scenario(rig):
+        nonlocal taken
+        await rig.all_up()
+        public = read_key(rig.folder / "a/key.pem").public_key()
+        renewed = issue(rig.folder / "authority", public, "a", timedelta(days=80))
+        (rig.folder / "a/certificate.pem").write_bytes(renewed)
+        task = following(rig, "a")
+        await rig.until(lambda: tries)
+        sign_without(rig, "b")
+        await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "b"))
+        assert not any(tries)
+        taken = False
+        await rig.until(lambda: tries[-1])
+        assert rig.transports["a"].identity.certificate == renewed and not task.done()
         task.cancel()
 
     rig.run(scenario)
@@ -88,7 +118,7 @@ def test_what_failed_is_tried_again_and_told_once(rig, caplog, monkeypatch):
 
         monkeypatch.setattr("peerlora.network.identity.roster.write_over", full)
         rig.rosters["a"].folder = rig.folder / "a"
-        without_c(rig)
+        sign_without(rig, "c")
         task = following(rig, "a")
         await rig.until(lambda: len(times) > 2)
         assert caplog.text.count("No space left on device") == 1 and rig.edge("a", "c")
