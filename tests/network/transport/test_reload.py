@@ -1,6 +1,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from rigs import SITES, GrpcRig, free_port
 
@@ -126,5 +127,31 @@ def test_what_failed_is_tried_again_and_told_once(rig, caplog, monkeypatch):
         await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "c"))
         assert not task.done()
         task.cancel()
+
+    rig.run(scenario)
+
+
+def test_a_site_that_gets_an_address_stops_dialling_those_that_dial_it_from_then_on(rig):
+    """c listens before the list says where."""
+    make, address = rig.make, f"127.0.0.1:{free_port()}"
+    rig.make = lambda site: make(site, listen=address) if site == "c" else make(site)
+
+    async def scenario(rig):
+        await rig.all_up("a", "c")
+        a, c = rig.transports["a"], rig.transports["c"]
+        assert "a" in c._dialling
+        members = [
+            msgspec.structs.replace(each, address=address) if each.site == "c" else each for each in rig.members.members
+        ]
+        newer = msgspec.structs.replace(rig.members, version=rig.members.version + 1, members=members)
+        before = rig.edge("a", "c")
+        await c.update(newer)
+        assert not c._dialling
+        await a.update(newer)
+        await rig.until(lambda: rig.edge("a", "c") not in (None, before) and rig.edge("c", "a"))
+        await a.send("c", b"h", b"x", deadline=60)
+        await c.send("a", b"h", b"x", deadline=60)
+        await rig.until(lambda: "up" in rig.kinds("a", "c")[1:] and "up" in rig.kinds("c", "a")[1:])
+        assert rig.kinds("a", "c").count("up") == rig.kinds("c", "a").count("up") == 2
 
     rig.run(scenario)
