@@ -1,6 +1,7 @@
 """Failures as the command line writes them, the relay that cuts links, and a launched federation."""
 
 import asyncio
+import errno
 import json
 import os
 import sys
@@ -172,6 +173,71 @@ def test_a_second_interrupt_leaves_no_process_behind(config, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         made.close()
     assert not any(peer.alive for peer in made.peers)
+
+
+def dialled_ports(made, client):
+    """Port of every peer by client, as the member list of one peer has them."""
+    members = json.loads(made._list_path(client).read_text())["list"]["members"]
+    assert made._list_path(client).as_posix() in made.peers[client].command
+    return [int(each["address"].rpartition(":")[2]) for each in members]
+
+
+@pytest.mark.parametrize("clients", [4, 40])
+def test_only_links_that_are_cut_have_relays(config, tmp_path, clients):
+    made = LocalFederation(
+        config("bert", f"clients={clients}", "topology=path"),
+        tmp_path / "out",
+        [Fault("cut", 1, 4.0, None, 2, False), Fault("cut", 2, 9.0, 1.0, 1), Fault("kill", 0, 5.0)],
+    )
+    try:
+        made._start_relays()
+        assert {pair: relay.port for pair, relay in made.relays.items()} == {
+            (1, 2): made.ports[2],
+            (2, 1): made.ports[1],
+        }
+        for client in range(clients):
+            expected = list(made.ports)
+            for (dialler, dialled), listen in made.listens.items():
+                if dialler == client:
+                    expected[dialled] = listen
+            assert dialled_ports(made, client) == expected
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def too_few_descriptors(monkeypatch):
+    """The system opens no socket any more."""
+
+    def refuse(*words):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as full:
+        full.setattr("peerlora.runtime.launch.processes.socket.socket", refuse)
+        yield
+
+
+def test_too_many_peers_for_the_limit_of_open_files_leave_the_folder_free(config, tmp_path, too_few_descriptors):
+    with pytest.raises(PeerloraError, match="8 free ports were asked for.*raise the limit of open files"):
+        launch(config("bert", "clients=6", "topology=path"), tmp_path / "out", [Fault("cut", 0, 1.0, None, 1)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_relay_that_does_not_start_ends_the_launch_with_a_message(config, tmp_path, monkeypatch):
+    async def refuse(*words):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    monkeypatch.setattr(Relay, "start", refuse)
+    with pytest.raises(PeerloraError, match="peers 0 and 1 cannot be cut, since its relay does not start"):
+        launch(config("bert", "clients=2", "topology=path"), tmp_path / "out", [Fault("cut", 0, 1.0, None, 1)])
+
+
+def test_launch_raises_the_limit_of_open_files(config, tmp_path, monkeypatch, too_few_descriptors):
+    calls = []
+    monkeypatch.setattr("peerlora.runtime.launch.processes.raise_descriptor_limit", lambda: calls.append("raised"))
+    with pytest.raises(PeerloraError):
+        launch(config("bert", "clients=2", "topology=path"), tmp_path / "out")
+    assert calls == ["raised"]
 
 
 SETTINGS = ["train.dtype=fp32", "peer.quorum=0", "peer.deadline=20", "eval.rows=4", "threads=null"]

@@ -1,6 +1,7 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 from rigs import SITES, GrpcRig, free_port
 
@@ -9,6 +10,7 @@ from peerlora.network.identity.authority import issue, list_signer, throwaway
 from peerlora.network.identity.identity import read_key
 from peerlora.network.identity.members import SignedList, remove_member, sign_list, write_list
 from peerlora.network.transport.reload import reload_on_change
+from peerlora.network.transport.server import TlsServer
 
 
 @pytest.fixture
@@ -52,8 +54,8 @@ def following(rig, site, every=0.05):
     )
 
 
-def without_c(rig):
-    shorter = remove_member(rig.members, "c")
+def sign_without(rig, site):
+    shorter = remove_member(rig.members, site)
     signed = sign_list(shorter, list_signer(rig.folder / "authority"), timedelta(days=30))
     write_list(rig.folder / "members.json", signed)
 
@@ -66,10 +68,39 @@ def test_a_removal_is_taken_up_whatever_is_wrong_with_the_own_certificate(rig, c
         public, past = read_key(rig.folder / "a/key.pem").public_key(), datetime.now(UTC) - timedelta(days=40)
         expired = issue(rig.folder / "authority", public, "a", timedelta(days=30), past)
         where.write_bytes(expired if broken == "expired" else where.read_bytes()[:100])
-        without_c(rig)
+        sign_without(rig, "c")
         task = following(rig, "a")
         await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "c"))
         assert "certificate.pem" in caplog.text
+        task.cancel()
+
+    rig.run(scenario)
+
+
+def test_a_removal_is_taken_up_while_a_renewed_certificate_waits_for_the_port(rig, monkeypatch):
+    """Another program has the port until the removal has been taken up."""
+    opened, tries, taken = TlsServer._opened, [], True
+
+    def try_to_open(server, *words):
+        tries.append(not taken and opened(server, *words))
+        return tries[-1]
+
+    monkeypatch.setattr(TlsServer, "_opened", try_to_open)
+
+    async def scenario(rig):
+        nonlocal taken
+        await rig.all_up()
+        public = read_key(rig.folder / "a/key.pem").public_key()
+        renewed = issue(rig.folder / "authority", public, "a", timedelta(days=80))
+        (rig.folder / "a/certificate.pem").write_bytes(renewed)
+        task = following(rig, "a")
+        await rig.until(lambda: tries)
+        sign_without(rig, "b")
+        await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "b"))
+        assert not any(tries)
+        taken = False
+        await rig.until(lambda: tries[-1])
+        assert rig.transports["a"].identity.certificate == renewed and not task.done()
         task.cancel()
 
     rig.run(scenario)
@@ -88,7 +119,7 @@ def test_what_failed_is_tried_again_and_told_once(rig, caplog, monkeypatch):
 
         monkeypatch.setattr("peerlora.network.identity.roster.write_over", full)
         rig.rosters["a"].folder = rig.folder / "a"
-        without_c(rig)
+        sign_without(rig, "c")
         task = following(rig, "a")
         await rig.until(lambda: len(times) > 2)
         assert caplog.text.count("No space left on device") == 1 and rig.edge("a", "c")
@@ -96,5 +127,31 @@ def test_what_failed_is_tried_again_and_told_once(rig, caplog, monkeypatch):
         await rig.until(lambda: rig.transports["a"].roster.members.version == 2 and not rig.edge("a", "c"))
         assert not task.done()
         task.cancel()
+
+    rig.run(scenario)
+
+
+def test_a_site_that_gets_an_address_stops_dialling_those_that_dial_it_from_then_on(rig):
+    """c listens before the list says where."""
+    make, address = rig.make, f"127.0.0.1:{free_port()}"
+    rig.make = lambda site: make(site, listen=address) if site == "c" else make(site)
+
+    async def scenario(rig):
+        await rig.all_up("a", "c")
+        a, c = rig.transports["a"], rig.transports["c"]
+        assert "a" in c._dialling
+        members = [
+            msgspec.structs.replace(each, address=address) if each.site == "c" else each for each in rig.members.members
+        ]
+        newer = msgspec.structs.replace(rig.members, version=rig.members.version + 1, members=members)
+        before = rig.edge("a", "c")
+        await c.update(newer)
+        assert not c._dialling
+        await a.update(newer)
+        await rig.until(lambda: rig.edge("a", "c") not in (None, before) and rig.edge("c", "a"))
+        await a.send("c", b"h", b"x", deadline=60)
+        await c.send("a", b"h", b"x", deadline=60)
+        await rig.until(lambda: "up" in rig.kinds("a", "c")[1:] and "up" in rig.kinds("c", "a")[1:])
+        assert rig.kinds("a", "c").count("up") == rig.kinds("c", "a").count("up") == 2
 
     rig.run(scenario)

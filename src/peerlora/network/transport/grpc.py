@@ -78,11 +78,14 @@ class GrpcTransport(LinkTransport):
                 )
 
     async def update(self, members: MemberList) -> None:
-        """Replace the member list by a newer one; sessions of removed members end at once.  Raises IdentityError."""
+        """Replace the member list by a newer one; sessions of removed members end at once.  Raises IdentityError.
+
+        A change of the own address turns the direction in which edges are dialled, but leaves the own port as it is.
+        """
         before = {member.site: member for member in self.roster.members.members}
         self.roster.replace(members)
         stays = {peer for peer in self.roster.others() if self.roster.members.member(peer) == before.get(peer)}
-        gone = [peer for peer in self._dialling if peer not in stays]
+        gone = [peer for peer in self._dialling if peer not in stays or not self.roster.dials(peer)]
         await give_up(*(self._dialling.pop(peer) for peer in gone))
         for peer, edge in self.ends.edges.items():
             if peer not in stays and edge.link is not None:

@@ -42,7 +42,8 @@ async def reload_on_change(transport: GrpcTransport, folder: Path, members: Path
     """Check the identity's ``folder`` and the list ``members`` every ``every`` seconds; runs until cancelled.
 
     A file that cannot be used (half copied, expired, not signed, older) changes nothing; one warning is logged, and it
-    is tried again at every check.  The list does not wait for the certificate: a removal must hold in any case.
+    is tried again at every check.  The list does not wait for the certificate, whose renewal waits as long as another
+    program has the port: a removal must hold in any case.
     """
 
     async def certificate() -> None:
@@ -57,10 +58,15 @@ async def reload_on_change(transport: GrpcTransport, folder: Path, members: Path
 
     own = ReloadedFiles([folder / "certificate.pem", folder / "trust.pem"], certificate)
     others = ReloadedFiles([members], listed)
+    async with asyncio.TaskGroup() as checks:
+        checks.create_task(_check_regularly(own, every))  # the first: it may bring the key that signed a new list
+        checks.create_task(_check_regularly(others, every))
+
+
+async def _check_regularly(files: ReloadedFiles, every: float) -> None:
     while True:
         await asyncio.sleep(every)
-        await own.check()
-        await others.check()
+        await files.check()
 
 
 def _stamps(files: list[Path]) -> Stamps:

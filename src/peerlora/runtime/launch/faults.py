@@ -29,6 +29,11 @@ class Fault:
     both: bool = True
     """Whether the link is cut in both directions, or only from ``peer`` to ``other``."""
 
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(Dialling, dialled) peer of the link in both orders, since either end may dial; none for other kinds."""
+        return () if self.other is None else ((self.peer, self.other), (self.other, self.peer))
+
 
 def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> Fault:
     """Parse one word of the command line; raises ConfigError."""

@@ -10,15 +10,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
-from peerlora.errors import ConfigError, Stopped
+from peerlora.errors import ConfigError, RunError, Stopped
 from peerlora.files import write_atomically
 from peerlora.network.identity.authority import list_signer, throwaway
 from peerlora.network.identity.members import sign_list, write_list
 from peerlora.network.protocol.event_loop import EventLoopThread
+from peerlora.network.transport.connections import raise_descriptor_limit
 from peerlora.runs.store import new_folder, require_free
 from peerlora.runs.write_failures import describe_write_failures
 from peerlora.runtime.compose import resolve_threads
@@ -54,6 +56,7 @@ def launch(
             "partition.kind=own given: all peers of launch read one file, so each would train on all of its rows; give "
             "a partition that deals them out, such as partition=iid"
         )
+    raise_descriptor_limit()
     federation = LocalFederation(config, folder, faults)
     try:
         federation.run(listener, stop)
@@ -77,46 +80,64 @@ class LocalFederation:
         self.relays: dict[tuple[int, int], Relay] = {}
         self.sites = [f"peer-{client}" for client in range(config.clients)]
         plan_peer(self.config, Site(0, dict(enumerate(self.sites)), f"launch/{self.config.peer.run}"))
+        pairs = sorted({pair for fault in faults for pair in fault.pairs})
+        ports = free_ports(config.clients + len(pairs))  # before anything is written: --out stays free where it fails
+        self.ports = ports[: config.clients]
+        self.listens = dict(zip(pairs, ports[config.clients :], strict=True))
+        """(Dialling, dialled) peer of a link that is cut -> port of its relay."""
         with describe_write_failures(folder, lambda: "choose another --out"):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "config.yaml", self.config.to_yaml())
-        self.ports = free_ports(config.clients)
         addresses = {site: f"127.0.0.1:{port}" for site, port in zip(self.sites, self.ports, strict=True)}
         self.members = throwaway(folder / "identities", addresses, "launch")
         self.peers = [PeerProcess(client, folder / f"peer-{client:02d}", []) for client in range(config.clients)]
         self.thread = EventLoopThread()
-        self.through_relays = any(each.kind == "cut" for each in faults)
-        if self.through_relays:
-            self._start_relays()
+        self._write_lists()
         for peer in self.peers:
             peer.command = self._command(peer)
         self.began: float | None = None
 
     def _command(self, peer: PeerProcess) -> list[str]:
         identities, site = self.folder / "identities", self.sites[peer.client]
-        members = identities / (f"members-{peer.client}.json" if self.through_relays else "members.json")
-        words = ["--identity", str(identities / site), "--members", str(members), "--out", str(peer.folder)]
+        members = str(self._list_path(peer.client))
+        words = ["--identity", str(identities / site), "--members", members, "--out", str(peer.folder)]
         words += ["--resume", "--listen", f"127.0.0.1:{self.ports[peer.client]}"]
         return [sys.executable, "-m", "peerlora", "peer", str(self.folder / "config.yaml"), *words]
 
-    def _start_relays(self) -> None:
-        """Let every site dial the others through a relay of its own, which its member list names."""
+    def _list_path(self, client: int) -> Path:
+        """The member list of a peer: one of its own where it dials through relays."""
+        own = any(dialler == client for dialler, _ in self.listens)
+        return self.folder / "identities" / (f"members-{client}.json" if own else "members.json")
+
+    def _write_lists(self) -> None:
+        """Write the lists of the peers that dial through relays; each names its relays in place of the other ends."""
         key = list_signer(self.folder / "identities" / "authority")
-        pairs = [(i, j) for i in range(len(self.sites)) for j in range(len(self.sites)) if i != j]
-        listens = dict(zip(pairs, free_ports(len(pairs)), strict=True))
-        for i in range(len(self.sites)):
+        for client in sorted({dialler for dialler, _ in self.listens}):
             seen = [
-                member if member.client == i else _with_port(member, listens[i, member.client])
+                _with_port(member, self.listens[client, member.client])
+                if (client, member.client) in self.listens
+                else member
                 for member in self.members.members
             ]
             own = _replace_fields(self.members, members=seen)
-            write_list(self.folder / "identities" / f"members-{i}.json", sign_list(own, key, _validity(own)))
-        for (i, j), listen in listens.items():
-            self.relays[i, j] = self.thread.ask(Relay, self.ports[j])
-            self.thread.call(self.relays[i, j].start(listen))
+            write_list(self._list_path(client), sign_list(own, key, _validity(own)))
+
+    def _start_relays(self) -> None:
+        """Start a relay for each end of every link that is cut, through which this end dials the other."""
+        for (dialler, dialled), listen in self.listens.items():
+            relay = self.thread.ask(Relay, self.ports[dialled])
+            try:
+                self.thread.call(relay.start(listen))
+            except OSError as error:
+                raise RunError(
+                    f"the link of peers {dialler} and {dialled} cannot be cut, since its relay does not start "
+                    f"({error}); launch again with another --out"
+                ) from error
+            self.relays[dialler, dialled] = relay
 
     def run(self, listener: Callable[[Sequence[PeerProcess]], None], stop: Callable[[], bool]) -> None:
-        """Start all peers, inject the faults, and wait until all have ended."""
+        """Start all relays and peers, inject the faults, and wait until all have ended."""
+        self._start_relays()
         environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads), "HF_HUB_OFFLINE": "1"}
         for peer in self.peers:
             peer.start(environment)
@@ -185,13 +206,11 @@ class LocalFederation:
             peer.state = "running"
 
     def _cut(self, fault: Fault, cut: bool) -> None:
-        one, other = fault.peer, fault.other
-        assert other is not None
-        for dialler, dialled in ((one, other), (other, one)):
+        for dialler, dialled in fault.pairs:
             relay = self.relays[dialler, dialled]
             for forward in (True, False):
                 source = dialler if forward else dialled
-                if fault.both or source == one:
+                if fault.both or source == fault.peer:
                     self.thread.ask(relay.cut, forward, cut)
 
     def close(self) -> None:
@@ -262,12 +281,15 @@ def _validity(members: Any) -> Any:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that are free at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
+    """Return ports of the loopback address that are free at this moment; raises RunError where there are too few."""
+    with ExitStack() as opened:
+        try:
+            sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+        except OSError as error:
+            raise RunError(
+                f"{count} free ports were asked for, and the system gives fewer ({error.strerror}); launch fewer "
+                "peers, cut fewer links, or raise the limit of open files (ulimit -n)"
+            ) from error
         return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
