@@ -42,7 +42,7 @@ WORDS = [
 EXTRAS = ["train.schedule=cosine", "train.warmup=1", "eval.every=1", "eval.select={}"]
 TIMED = {
     "schedule": ["train.local_training.rate", "runtime.trainer.rate"],
-    "metrics": ["train.learner.margins_of", "train.learner.compute_metric", "train.learner.counts_by_name"],
+    "metrics": [f"train.client_outcomes.{name}" for name in ("margins_of", "compute_metric", "counts_by_name")],
     "best rounds": ["runtime.selection.BestRounds.offer"],
 }
 """What is asked for -> the names by which a run calls what computes it."""

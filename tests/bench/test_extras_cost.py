@@ -3,7 +3,7 @@
 import pytest
 
 from peerlora.runtime import selection, trainer
-from peerlora.train import learner, local_training
+from peerlora.train import client_outcomes, local_training
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def originals():
     return (
         local_training.rate,
         trainer.rate,
-        learner.margins_of,
-        learner.compute_metric,
-        learner.counts_by_name,
+        client_outcomes.margins_of,
+        client_outcomes.compute_metric,
+        client_outcomes.counts_by_name,
         selection.BestRounds.offer,
     )
 

@@ -40,7 +40,9 @@ def test_every_message_is_in_the_logs_of_both_sides(federation, tmp_path):
         log = lines(tmp_path / site)
         assert any(said.items() <= line.items() and line["peer"] == peer for line in log if line["event"] == event)
         refusals = [line for line in log if line["event"] == "refused"]
-        assert [(line["peer"], line["reason"], line["side"]) for line in refusals] == [(peer, "wrong-run", side)]
+        told = [(line["peer"], line["reason"], line["side"]) for line in refusals]
+        # A first call may come before the other side has the session; it is made again.
+        assert [each for each in told if each[1] != "no-session"] == [(peer, "wrong-run", side)]
         assert {"up", "down"} <= {line["event"] for line in log} | {"down"}
         assert stat.S_IMODE((tmp_path / site).stat().st_mode) == 0o600
 
