@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from peerlora import load_config, read_events, simulate
 from peerlora.runs.metrics import evaluated_within
-from peerlora.runs.report import metric_curves
+from peerlora.runs.pictures import metric_curves, virtual_seconds
 from peerlora.runtime.resources import load_resources
 
 CLIENTS, SLOW = 8, 10
@@ -48,7 +48,7 @@ def main(model: str, rows: str, out: str, *words: str):
     print(f"{'':10} {'seconds':>8} {'mean':>6} {'worst':>6} {'MB sent':>8}   mean client after {budget:.1f} s")
     for way, result in found.items():
         events, reached = read_events(result.run), result.summary["scores"]
-        curve, then = metric_curves(events, "virtual_seconds"), evaluated_within(events, seconds=budget)
+        curve, then = metric_curves(events, virtual_seconds), evaluated_within(events, seconds=budget)
         axes.plot(curve.rounds, curve.clients.mean(1), label=way)
         told = f"{reached['own_mean']:6.3f} {reached['own_min']:6.3f} {result.summary['bytes_sent'] / 1e6:8.2f}"
         print(f"{way:10} {result.summary['virtual_seconds']:8.1f} {told}   {sum(then.own) / len(then.own):.3f}")
