@@ -1,6 +1,7 @@
 """Which learning rate a group takes, and where its rates grow, against examples worked by hand."""
 
 import json
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from peerlora.errors import ConfigError
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid, search_warnings
 from peerlora.experiments.rate_search import choose_rates, gather_searches, next_rate
+from peerlora.experiments.setting_names import require_setting
 from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.table_notes import rates_title, table_notes
 from peerlora.experiments.tables import rate_columns, rate_rows
 from peerlora.experiments.trials import plan_search
+from peerlora.plugins import METHODS, PARTITIONS, TOPOLOGIES
 
 
 def grid_of(methods=("dec-lora",), **search):
@@ -231,6 +234,22 @@ def test_a_setting_that_no_config_has_is_refused(key, told):
     with pytest.raises(ConfigError, match="search.each: no setting") as error:
         plan_search(grid_of(each=["algorithm.name", key]))
     assert told in str(error.value)
+
+
+def test_names_that_are_known_import_nothing_of_other_packages(monkeypatch):
+    for registry in (METHODS, TOPOLOGIES, PARTITIONS):
+        monkeypatch.setattr(registry, "names", lambda: pytest.fail("others are asked"))
+    for key in ("algorithm.interval", "topology.p", "partition.shares", "train.lr"):
+        require_setting(key, "search.each")
+
+
+def test_a_setting_of_another_package_s_method_passes(monkeypatch):
+    method = make_dataclass("Method", [("strength", float, 1.0)], frozen=True)
+    monkeypatch.setattr(METHODS, "names", lambda: ["theirs"])
+    monkeypatch.setattr(METHODS, "find", lambda name: method)
+    require_setting("algorithm.strength", "search.each")
+    with pytest.raises(ConfigError, match="did you mean 'strength'"):
+        require_setting("algorithm.strenght", "search.each")
 
 
 def test_a_setting_of_other_kinds_than_the_grids_passes():

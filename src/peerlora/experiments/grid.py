@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import override, parse, read_tree
@@ -27,11 +27,13 @@ DEFAULT_SEARCH_SEEDS = 2
 """The fewest of which there is a standard error."""
 
 
-def require_different(seeds: list[int]) -> list[int]:
-    """Return the seeds; ValueError where one is given twice."""
+def _different(seeds: list[int]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{seeds} given; a seed twice would count one run as two, list each once")
     return seeds
+
+
+Seeds = Annotated[list[Seed], AfterValidator(_different)]
 
 
 class SearchConfig(Section):
@@ -39,7 +41,7 @@ class SearchConfig(Section):
 
     rates: list[Annotated[float, Field(gt=0)]] = []
     """Empty: nothing is searched, ``train.lr`` is used."""
-    seeds: list[Seed] = []
+    seeds: Seeds = []
     """Empty: two that are not among the grid's, whose runs are reported."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the training rows that is set aside."""
@@ -59,11 +61,6 @@ class SearchConfig(Section):
         if len({f"{rate:g}" for rate in rates}) < len(rates):
             raise ValueError(f"{rates} given; a rate twice, to six digits, would count its runs twice, list each once")
         return rates
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
-        return require_different(seeds)
 
     @model_validator(mode="after")
     def _can_do_what_it_says(self):
@@ -89,7 +86,7 @@ class GridConfig(Section):
     """What all trials have in common, as for ``peerlora train``."""
     axes: dict[str, Any] = {}
     """A dotted setting -> its values, or a name of your own -> changes to the base; as a list, or as label: value."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[Seeds, Field(min_length=1)] = [0, 1, 2]
     baseline: dict[str, str] = {}
     """One axis: its label that differences are taken against."""
     search: SearchConfig = SearchConfig()
@@ -115,11 +112,6 @@ class GridConfig(Section):
             if not isinstance(values, list | dict) or not values:
                 raise ValueError(f"{name}: {values!r} given; expected at least one value, e.g. [0.1, 0.5]")
         return axes
-
-    @field_validator("seeds")
-    @classmethod
-    def _differ(cls, seeds: list[int]) -> list[int]:
-        return require_different(seeds)
 
     @model_validator(mode="after")
     def _search_with_other_seeds(self):

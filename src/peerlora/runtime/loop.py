@@ -49,8 +49,11 @@ class OwnLoop(Protocol):
 
     checkpoints: CheckpointRule | None
     """None: as the config says."""
-    left: bool
-    """Whether the loop has ended by an error, so that its run need not wait for neighbours any more."""
+
+    @property
+    def left(self) -> bool:
+        """Whether the loop has ended by an error, so that its run need not wait for neighbours any more."""
+        ...
 
     def assemble(self, planned: Plan, client: int, begun: Path | None) -> Federation:
         """Build the Federation; ``begun``: the folder of a run that goes on."""

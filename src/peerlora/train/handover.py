@@ -159,6 +159,11 @@ class Handover:
         if self._error is not None:
             raise self._error
 
+    @property
+    def aborted(self) -> bool:
+        """Whether the loop ended by an error."""
+        return isinstance(self._loop_over, LoopFailed)
+
     def end(self, steps: int, report: LoopReport) -> None:
         """The loop is over, ``steps`` after its last report; this one tells what it logged since.
 

@@ -66,8 +66,6 @@ class JoinedPeer:
         self.task, self.steps = task, steps
         self.result: Result | None = None
         """Of the run, once it is over."""
-        self.left = False
-        """See ``OwnLoop``."""
         self.save_now = False
         """With ``follows_saves``: whether the run writes a checkpoint after this round."""
         self.checkpoints: CheckpointRule | None = self._checkpoint_rule(follows_saves)
@@ -98,10 +96,14 @@ class JoinedPeer:
 
     def _leave(self, error: BaseException) -> None:
         """End the part in the run because of an error of the loop, and wait for that."""
-        self.left = True
         self._handover.abort(error)
         self.driver.release()
         self._join()
+
+    @property
+    def left(self) -> bool:
+        """See ``OwnLoop``."""
+        return self._handover.aborted
 
     @property
     def over(self) -> bool:
