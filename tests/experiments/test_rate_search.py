@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from flow_runs import TINY
+from peerlora import plugins
 from peerlora.errors import ConfigError
 from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.grid import load_grid, search_warnings
@@ -17,7 +18,6 @@ from peerlora.experiments.statistics import Outcome
 from peerlora.experiments.table_notes import rates_title, table_notes
 from peerlora.experiments.tables import rate_columns, rate_rows
 from peerlora.experiments.trials import plan_search
-from peerlora.plugins import METHODS, PARTITIONS, TOPOLOGIES
 
 
 def grid_of(methods=("dec-lora",), **search):
@@ -237,7 +237,7 @@ def test_a_setting_that_no_config_has_is_refused(key, told):
 
 
 def test_names_that_are_known_import_nothing_of_other_packages(monkeypatch):
-    for registry in (METHODS, TOPOLOGIES, PARTITIONS):
+    for registry in (plugins.METHODS, plugins.TOPOLOGIES, plugins.PARTITIONS):
         monkeypatch.setattr(registry, "names", lambda: pytest.fail("others are asked"))
     for key in ("algorithm.interval", "topology.p", "partition.shares", "train.lr"):
         require_setting(key, "search.each")
@@ -245,8 +245,8 @@ def test_names_that_are_known_import_nothing_of_other_packages(monkeypatch):
 
 def test_a_setting_of_another_package_s_method_passes(monkeypatch):
     method = make_dataclass("Method", [("strength", float, 1.0)], frozen=True)
-    monkeypatch.setattr(METHODS, "names", lambda: ["theirs"])
-    monkeypatch.setattr(METHODS, "find", lambda name: method)
+    monkeypatch.setattr(plugins.METHODS, "names", lambda: ["theirs"])
+    monkeypatch.setattr(plugins.METHODS, "find", lambda name: method)
     require_setting("algorithm.strength", "search.each")
     with pytest.raises(ConfigError, match="did you mean 'strength'"):
         require_setting("algorithm.strenght", "search.each")
