@@ -16,10 +16,22 @@ class Answer:
     err: str
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """The commands as typer builds them, which it would do again at every call."""
+    from typer.main import get_command
+
+    from peerlora.cli import app
+
+    return get_command(app)
+
+
 @pytest.fixture
-def cli(capsys, monkeypatch, cache):
+def cli(capsys, monkeypatch, cache, commands):
     """Run the command line in this process: exit code, stdout, stderr."""
     from peerlora.cli import main
+
+    monkeypatch.setattr("peerlora.cli.app", commands)
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["peerlora", *map(str, words)])

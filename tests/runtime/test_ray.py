@@ -22,6 +22,8 @@ ray = pytest.importorskip("ray", reason="Ray is not installed; pip install 'peer
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 SETTINGS = ClusterConfig(workers=2, timeout=300)
+# Workers killed; each costs half a minute of a busy machine. Before a release: 20.
+KILLS = int(os.environ.get("PEERLORA_TEST_KILLS", "5"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,11 +98,11 @@ def test_a_killed_worker_costs_the_rounds_since_the_checkpoint_and_no_bit(undist
 
 
 @pytest.mark.timeout(3600)
-def test_twenty_random_kills_cost_no_bit(config, tmp_path):
-    words = ["clients=6", "topology=ring", "algorithm.name=dec-lora", "train.rounds=40", "train.block=2"]
+def test_random_kills_cost_no_bit(config, tmp_path):
+    words = ["clients=6", "topology=ring", "algorithm.name=dec-lora", f"train.rounds={2 * KILLS + 4}", "train.block=2"]
     chosen = config("bert", *words, "train.optimizer_state=keep", "exchange.codec={kind: top-k, share: 0.3}")
     expected = simulate_here(chosen, tmp_path / "here", report=False).adapters
-    killer, settings = Killer(20, 1), SETTINGS.model_copy(update={"retries": 100})
+    killer, settings = Killer(KILLS, 1), SETTINGS.model_copy(update={"retries": 100})
     found = simulate(chosen, tmp_path / "there", cluster=settings, report=False, sinks=[killer])
     assert killer.left == 0 and same_bits(found.adapters, expected)
 
@@ -127,10 +129,6 @@ def test_a_killed_driver_leaves_no_worker_and_is_resumed_by_another_number_of_th
     [
         (["--workers", "500"], "500 workers with 1 cores each asked for"),
         (["--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
-        (
-            ["device=cuda", "--gpus-per-worker", "1", "--workers", "1"],
-            "1 workers with 1 GPUs each asked for, the cluster has 0",
-        ),
         (["data.train=jsonl:missing.jsonl"], "missing.jsonl"),
     ],
 )

@@ -19,6 +19,7 @@ pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[c
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 WORDS = ["clients=6", "topology=ring", "train.rounds=10", "train.block=2", "train.optimizer_state=keep"]
+NODE = {"num_cpus": 1, "object_store_memory": 100_000_000}
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def nodes(count):
     quiet = {"include_dashboard": False, "object_store_memory": 100_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet}, shutdown_at_exit=True)
     try:
-        cluster.extra = [cluster.add_node(num_cpus=1, object_store_memory=100_000_000) for _ in range(count)]
+        cluster.extra = [cluster.add_node(**NODE) for _ in range(count)]
         cluster.wait_for_nodes(timeout=120)
         yield cluster
     finally:
@@ -101,20 +102,22 @@ def test_a_worker_killed_at_any_moment_costs_no_bit(three, undisturbed, tmp_path
     assert same_bits(found.adapters, expected) and lost(tmp_path / "there")
 
 
-def test_a_node_that_leaves_costs_no_bit_where_others_have_room(undisturbed, tmp_path):
+def test_a_node_that_leaves_costs_no_bit_where_others_have_room(three, undisturbed, tmp_path):
     chosen, expected = undisturbed
-    with nodes(3) as cluster:
-        gone = []
+    gone = []
 
-        def leave(event):
-            if isinstance(event, RoundDone) and event.round == 2 and not gone:
-                busy = {psutil.Process(pid).ppid() for pid in actor_processes()}
-                own = [each for each in cluster.extra if each.all_processes["raylet"][0].process.pid in busy]
-                gone.append(own[0])
-                remove(cluster, own[0])
+    def leave(event):
+        if isinstance(event, RoundDone) and event.round == 2 and not gone:
+            busy = {psutil.Process(pid).ppid() for pid in actor_processes()}
+            own = [each for each in three.extra if each.all_processes["raylet"][0].process.pid in busy]
+            gone.append(own[0])
+            remove(three, own[0])
 
-        found = simulate(chosen, tmp_path / "there", cluster=settings_of(cluster), report=False, sinks=[leave])
-        assert gone and same_bits(found.adapters, expected) and lost(tmp_path / "there")
+    try:
+        found = simulate(chosen, tmp_path / "there", cluster=settings_of(three), report=False, sinks=[leave])
+    finally:
+        three.extra += [three.add_node(**NODE) for _ in gone]  # for those that come after
+    assert gone and same_bits(found.adapters, expected) and lost(tmp_path / "there")
 
 
 def test_too_few_nodes_are_waited_for_with_a_message_and_a_limit(undisturbed, tmp_path):
@@ -133,7 +136,7 @@ def test_too_few_nodes_are_waited_for_with_a_message_and_a_limit(undisturbed, tm
             simulate(chosen, tmp_path / "there", cluster=limit, report=False, sinks=[leave])
         assert any("machines have left" in each and "waiting up to 2 s" in each for each in told), told
         assert actor_processes() == []
-        cluster.extra.append(cluster.add_node(num_cpus=1, object_store_memory=100_000_000))
+        cluster.extra.append(cluster.add_node(**NODE))
         cluster.wait_for_nodes(timeout=120)
         go_on = settings_of(cluster).model_copy(update={"workers": 1})
         found = resume(tmp_path / "there", where=lambda stored: go_on, report=False)
