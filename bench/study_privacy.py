@@ -12,8 +12,8 @@ EPSILONS: dict[str, Any] = {"2": 2, "4": 4, "8": 8, "inf": None}
 SEEDS = [0, 1, 2]
 BATCH = 64
 """Rows of a step, on average: eight times those of the other studies, since noise does not grow with them."""
-ROUNDS = {"sst2": 30, "agnews": 12}
-"""A client of SST-2, with some 5,960 rows, sees each 1.6 times, one of AG News, with some 500, 7.7 times."""
+ROUNDS = {"sst2": 15, "agnews": 12}
+"""A client of SST-2, with some 5,960 rows, sees each 0.8 times, one of AG News, with some 500, 7.7 times."""
 MEETING = 0.1
 """Probability that two clients meet in a round."""
 TRAINED = {**LEARNED, "label_prior": "none"}
