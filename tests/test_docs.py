@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from peerlora import RunConfig, load_config
+from peerlora.algorithms import REGISTRY, method_class
 from peerlora.config.exchange import AdversaryConfig, CodecConfig, RelayConfig, RobustConfig
 from peerlora.config.reference import page
 from peerlora.config.sections import Absence, ClockConfig, PartitionConfig, SelectConfig, TopologyConfig
@@ -52,6 +53,14 @@ def test_every_setting_says_in_one_line_what_it_means(model):
         if section or (name == "kind" and field.is_required()):
             continue  # described by the docstring of its class
         assert field.description and "\n" not in field.description and field.description[-1] == ".", name
+
+
+def test_the_page_lists_every_method_that_takes_codecs_and_robust_rules():
+    text = (ROOT / "docs" / "methods" / "compressed-and-robust.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"once a round and nothing else:\n(.*?)\. With any other", text, re.DOTALL)
+    traits = {name: method_class(name).traits for name in REGISTRY}
+    taking = {name for name, each in traits.items() if not (each.refusal("codec") or each.refusal("robust"))}
+    assert set(re.findall(r"`(.*?)`", listed)) == taking
 
 
 def test_nobody_is_told_to_install_a_name_that_no_index_has():

@@ -261,14 +261,15 @@ CHOSEN = [
     ("ring", 5, 3, "0.3333"),  # (1/3)^3 < 0.1, and the next even number
     ("path", 5, 5, "0.6667"),  # 0.667^6 = 0.088
     ("path", 1, 1, "at most 1"),
+    ("{kind: random-regular, degree: 10}", 5, 1, "0.0909"),  # of 12 clients; one mixing would do, and -1/11 turn it
 ]
 
 
 @pytest.mark.parametrize(("graph", "chain", "settle", "told"), CHOSEN)
 def test_the_topology_chooses_how_long_to_settle(graph, chain, settle, told):
-    clients = 3 if graph == "path" else 4
-    config = {"clients": clients, "topology": graph}
-    topology = build_topology(load_config(config).topology, clients, 0)
+    clients = 3 if graph == "path" else 12 if "degree" in graph else 4
+    config = load_config({"clients": clients}, [f"topology={graph}"])
+    topology = build_topology(config.topology, clients, 0)
     algorithm, (note,) = prepare(build_algorithm("rac-lora", {"chain": chain}), topology, 50)
     assert algorithm.settle == settle and algorithm.period == chain + settle
     assert f"mixes {settle} rounds" in note and told in note

@@ -20,6 +20,7 @@ from peerlora.runs.events import RoundDone
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
+from peerlora.runtime.plan import plan
 from peerlora.runtime.simulate import simulate
 from peerlora.train.backward_depth import BackwardDepth
 from peerlora.train.base import LocalPlan
@@ -334,6 +335,22 @@ def test_enough_time_is_the_host_algorithm(config):
     host = compose(config("bert", "algorithm.name=dec-lora", "train.local_steps=2"))
     y = host.algorithm.round(0, host.start, host.learner, host.exchange)
     assert float((x.flat - y.flat).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("words", [[], ["clock.trace={path}"]])
+def test_a_deadline_within_the_forward_passes_is_warned_of(config, tmp_path, words):
+    """Two steps of 1 s of the fastest client have forward passes of 1 s in all."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,seconds,speed\n0,0,8.0\n")
+    given = ["clients=4", "clock.step=1.0", "clock.speed=[0.5, 1, 0.1, 0.1]", *LATE[:2], LATE[3]]
+    given += [word.format(path=trace) for word in words]
+    (warning,) = plan(config("bert", *given, "algorithm.deadline=1.0")).warnings or (None,)
+    if words:  # then speeds are the trace's
+        assert warning is None
+    else:
+        assert warning.startswith("salf: algorithm.deadline=1: the forward passes")
+        assert warning.endswith("so no client trains; give more than 1")
+    assert plan(config("bert", *given, "algorithm.deadline=1.1")).warnings == ()
 
 
 def test_a_deadline_without_a_clock_is_refused(config):

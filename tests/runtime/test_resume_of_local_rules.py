@@ -7,6 +7,7 @@ from peerlora.errors import Stopped
 from peerlora.runs.metrics import find_start
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose
+from peerlora.runtime.plan import plan
 from peerlora.runtime.simulate import resume, simulate
 
 pytestmark = pytest.mark.usefixtures("no_reports")
@@ -42,3 +43,12 @@ def test_the_methods_own_defaults_are_in_the_stored_config_and_a_warning_in_the_
     ).run
     (warning,) = find_start(read_events(run)).warnings
     assert "made for train.optimizer=sgd" in warning
+
+
+@pytest.mark.parametrize("name", ["dsgd", "d2", "consensus-admm", "push-diging"])
+def test_methods_of_one_sgd_step_are_warned_of_another_optimiser(config, name):
+    words = ["topology.weights=push-sum", "topology.kind=directed-ring"] if name == "push-diging" else []
+    words += [f"algorithm.name={name}", "train.local_steps=1"]
+    (warning,) = plan(config("bert", *words, "train.optimizer=adamw")).warnings
+    assert warning.startswith(f"{name} with train.optimizer=adamw: ")
+    assert plan(config("bert", *words)).warnings == ()

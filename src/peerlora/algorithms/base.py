@@ -51,6 +51,10 @@ class Method(Protocol):
         """Virtual seconds that a client has for the local steps of a round; None: no limit."""
         return None
 
+    def deadline_warning(self, seconds: float) -> str | None:
+        """Say what a client whose whole local steps take so many virtual seconds cannot do in time, or None."""
+        return None
+
     @property
     def switches_every(self) -> int | None:
         """Rounds between two switches of the active factor; None where both train in every round."""

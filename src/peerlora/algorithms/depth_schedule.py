@@ -56,6 +56,17 @@ class DepthGossip(Scheduled):
         """Why there has to be a virtual clock, or None."""
         return "algorithm.deadline asks for the clients' speeds" if self.deadline is not None else None
 
+    def deadline_warning(self, seconds: float) -> str | None:
+        """A deadline within the forward passes, by which no layer is reached."""
+        forward = self.forward * seconds
+        if self.deadline is None or self.deadline > forward:
+            return None
+        return (
+            f"algorithm.deadline={self.deadline:g}: the forward passes of a round's local steps alone take the fastest "
+            f"client {forward:g} virtual seconds (all of these steps {seconds:g}), so no client trains; give more than "
+            f"{forward:g}"
+        )
+
     def depths(self, layers: int, learner: Learner, peers: Exchange) -> Int[Tensor, " client"] | None:
         """Layers that each client reaches in this round; None where all reach everything by the settings."""
         clients, draw = torch.as_tensor(peers.clients), peers.shared_random("depth")

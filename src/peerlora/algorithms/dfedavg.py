@@ -54,6 +54,7 @@ class DSGD(DFedAvg):
         trains=IN_TURN,
         sends="adapters",
         one_step="DSGD takes one step between two exchanges; with more it is dfedavg",
+        sgd_preferred="D-PSGD takes a plain SGD step",
         train_defaults=SGD | {"local_steps": 1},
     )
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peerlora.train.base import Learner
 
 _LEFT = 0.1  # share of the disagreement norm that may be merged, where the topology says how fast it falls
+_NOTHING = 1e-9  # rho of a graph on which one mixing ends all disagreement, up to rounding
 _LONGEST = 2  # rounds without training per round with it, at most (less one, for an even number of mixings)
 
 
@@ -171,11 +172,13 @@ class RACLoRA(FactorGossip):
 
 
 def _mixings(rho: float) -> int | None:
-    """How many mixings leave a tenth of the disagreement: one, or the next even number; None where none do."""
+    """How many mixings leave a tenth of the disagreement: one that leaves none, else an even number; None: none do."""
     if rho >= 1:
         return None
+    if rho < _NOTHING:
+        return 1
     needed = math.ceil(math.log(_LEFT) / math.log(rho)) if rho > _LEFT else 1
-    return needed + needed % 2 if needed > 1 else 1
+    return needed + needed % 2
 
 
 def measured_mean(received: Received, frozen: Mapping[str, Float[Tensor, "row column"]]) -> Combined:

@@ -59,6 +59,7 @@ def plan(
     topology = replace(topology, interrupted=interrupted, least_degree=least)
     attacking = attackers(config.adversary, config.clients, config.seed)
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
+    warnings = (*warnings, *_deadline_warnings(config, algorithm, clock))
     check_secure(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
     notes = (*_recipe_notes(config), *notes, *_pooling_notes(config, topology))
@@ -100,6 +101,15 @@ def build_clock(config: RunConfig, algorithm: Algorithm[Any]) -> VirtualClock | 
     if all(clock.back(client, 0) is None for client in range(config.clients)):
         raise CompositionError("clock.away leaves no client that ever begins; let at least one of them stay")
     return clock
+
+
+def _deadline_warnings(config: RunConfig, algorithm: Algorithm[Any], clock: VirtualClock | None) -> tuple[str, ...]:
+    """What a method's own deadline leaves the fastest client no time for; nothing where a trace changes speeds."""
+    if clock is None or clock.config.trace:
+        return ()
+    steps = algorithm.traits.gradients * config.train.local_steps
+    found = algorithm.deadline_warning(steps * clock.config.step / float(clock.speeds.max()))
+    return (f"{config.algorithm.name}: {found}",) if found else ()
 
 
 def _recipe_notes(config: RunConfig) -> tuple[str, ...]:
