@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from peerlora.errors import ConfigError, PeerloraError, Stopped
 from peerlora.runs.events import CaughtUp, Joined, NeighbourChanged, RoundDone, to_json
 from peerlora.runs.metrics import select_events
 from peerlora.runs.store import read_events
-from peerlora.runtime.launch.faults import Fault, parse_fault
+from peerlora.runtime.launch.faults import Fault, check_faults, parse_fault
 from peerlora.runtime.launch.processes import LocalFederation, free_ports, launch
 from peerlora.runtime.launch.tcp_relay import Relay
 
@@ -149,6 +150,70 @@ def test_a_peer_that_is_stopped_for_a_while_goes_on(config, tmp_path):
     made.run(lambda peers: None, lambda: False)
     made.close()
     assert [peer.state for peer in made.peers] == ["finished", "finished"]
+
+
+OVERLAPPING = [
+    (Fault("cut", 1, 4.0, 3.0, 2), Fault("cut", 2, 5.0, 10.0, 1), "--cut 1-2@4s:3s and --cut 2-1@5s:10s"),
+    (Fault("cut", 1, 4.0, 3.0, 2), Fault("cut", 1, 5.0, None, 2, False), "--cut 1-2@4s:3s and --cut 1>2@5s"),
+    (Fault("kill", 3, 5.0, 5.0), Fault("kill", 3, 6.0), "--kill 3@5s:5s and --kill 3@6s"),
+    (Fault("stop", 3, 5.0), Fault("kill", 3, 60.5, 1.0), "--stop 3@5s and --kill 3@60.5s:1s"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "named"), OVERLAPPING)
+def test_faults_that_would_undo_each_other_are_refused(config, tmp_path, one, other, named):
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        launch(config("bert", "clients=4", "topology=ring"), tmp_path / "out", [one, other])
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_one_after_another_or_on_other_peers_and_directions_are_not():
+    check_faults([Fault("kill", 3, 5.0, 5.0), Fault("kill", 3, 10.0), Fault("stop", 2, 5.0)])
+    check_faults(
+        [Fault("cut", 1, 4.0, None, 2, False), Fault("cut", 2, 4.0, None, 1, False), Fault("cut", 1, 4.0, 9.0, 3)]
+    )
+
+
+def test_faults_whose_moment_never_comes_are_listed(config, tmp_path):
+    late = [Fault("kill", 1, 500.0), Fault("stop", 0, 0.6), Fault("kill", 1, 0.2, 0.1)]
+    made = played(config, tmp_path / "out", [0.1, 3], *late)
+    made.peers[1].command[2] = SCRIPT.replace("folder.mkdir()", "folder.mkdir(exist_ok=True)")  # it starts twice
+    made.run(lambda peers: None, lambda: False)
+    made.close()
+    assert made.peers[1].starts == 2
+    assert made.summary()["not_injected"] == ["--kill 1@500s", "--stop 0@0.6s"]
+
+
+def test_why_a_peer_failed_is_among_its_notices_once(config, tmp_path):
+    made = played(config, tmp_path / "out", [0.1, 0.1])
+    made.peers[0].command = [sys.executable, "-c", "import sys; print('peerlora: no such file\\n'); sys.exit(2)"]
+    made.peers[1].command = [sys.executable, "-c", "import sys; sys.exit(3)"]
+    made.run(lambda peers: None, lambda: False)
+    for peer in made.peers:
+        made._poll(peer)
+    made.close()
+    assert [peer.state for peer in made.peers] == ["failed (2)", "failed (3)"]
+    assert made.peers[0].notices == ["peerlora: no such file"]
+    assert made.peers[1].notices == [f"wrote nothing; see {made.peers[1].log}"]
+    assert [peer.get("why") for peer in made.summary()["peers"]] == ["peerlora: no such file", ""]
+
+
+@pytest.mark.parametrize(("ended", "code"), [(["failed (2)"] * 2, 2), (["failed (2)", "finished"], 1)])
+def test_a_mistake_in_what_all_peers_were_given_is_exit_code_2(cli, yaml_file, monkeypatch, ended, code):
+    peers = [{"client": i, "ended": each} for i, each in enumerate(ended)]
+    peers = [peer | dict.fromkeys(("rounds", "metric", "missed", "skipped", "starts"), 0) for peer in peers]
+    summary = {"ok": False, "peers": peers, "method": "dec-lora", "run": "out", "not_injected": ["--kill 1@500s"]}
+    summary |= dict.fromkeys(("own_mean", "own_min", "own_max"))
+    monkeypatch.setattr("peerlora.runtime.launch.processes.launch", lambda *words, **settings: summary)
+    answer = cli("launch", yaml_file("clients=2", "topology=path"))
+    assert answer.code == code and "had ended before: --kill 1@500s" in answer.out
+
+
+def test_a_folder_in_use_is_not_to_be_resumed(cli, yaml_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    answer = cli("launch", yaml_file("clients=2", "topology=path"), "--out", tmp_path / "out")
+    assert answer.code == 2 and answer.err.strip().endswith("is in use; choose another --out")
 
 
 def test_an_interrupt_reaches_every_peer_once(config, tmp_path):

@@ -60,8 +60,8 @@ def command(
     print_launch(summary)
     if json:
         print_json(summary)
-    if not summary["ok"]:
-        raise typer.Exit(1)
+    if not summary["ok"]:  # 2: a mistake in what all of them were given
+        raise typer.Exit(2 if all(peer["ended"] == "failed (2)" for peer in summary["peers"]) else 1)
 
 
 class LaunchProgress:
@@ -123,6 +123,9 @@ def print_launch(summary: dict[str, Any]) -> None:
     if "deployed" in summary:
         reached += f"; relayed models {_reached(summary, 'relayed')}; deployed: the {summary['deployed']} ones"
     console.print(f"{summary['method']}: {reached}; {summary['run']}", highlight=False, markup=False, soft_wrap=True)
+    if late := summary.get("not_injected"):
+        late = f"not injected, since the peer or the run had ended before: {', '.join(late)}"
+        console.print(late, highlight=False, markup=False, soft_wrap=True)
 
 
 def _reached(summary: dict[str, Any], models: str) -> str:

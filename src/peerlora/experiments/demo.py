@@ -90,7 +90,7 @@ def run_demo(
     from peerlora.runtime.simulate import simulate
 
     folder = Path(out) if out is not None else new_folder("demo")
-    require_free(folder)
+    require_free(folder, resumable=False)
     resources = load_resources(config)
     rows, shown = [], []
     for name in ROWS:

@@ -284,15 +284,17 @@ def new_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def require_free(folder: Path) -> None:
+def require_free(folder: Path, resumable: bool = True) -> None:
     """Raise RunError where ``folder`` is a file or holds something already; also asked before anything slow is done.
 
+    ``resumable``: whether the command that asks can go on with a run.
     What a process leaves that is killed while it makes a run folder does not count; the lock tells it from a user's.
     """
     with describe_write_failures(folder, lambda: "choose another --out"):  # one that may not be looked into
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or not (names <= _HALF_MADE and ("lock" in names or not names)):
-        raise RunError(f"output folder {folder} is in use; choose another --out or resume it with --resume {folder}")
+        otherwise = f" or resume it with --resume {folder}" if resumable else ""
+        raise RunError(f"output folder {folder} is in use; choose another --out{otherwise}")
 
 
 def _read_config(path: Path) -> str:

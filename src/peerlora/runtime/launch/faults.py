@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +35,34 @@ class Fault:
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(Dialling, dialled) peer of the link in both orders, since either end may dial; none for other kinds."""
         return () if self.other is None else ((self.peer, self.other), (self.other, self.peer))
+
+    @property
+    def touched(self) -> frozenset[tuple[int, ...]]:
+        """What it changes: a peer, or a link's directions."""
+        if self.other is None:
+            return frozenset({(self.peer,)})
+        return frozenset(self.pairs if self.both else self.pairs[:1])
+
+    @property
+    def end(self) -> float:
+        """When it is undone; infinite: never."""
+        return math.inf if self.lasts is None else self.at + self.lasts
+
+    def __str__(self) -> str:
+        """As the command line has it."""
+        target = str(self.peer) if self.other is None else f"{self.peer}{'-' if self.both else '>'}{self.other}"
+        return f"--{self.kind} {target}@{self.at:g}s" + ("" if self.lasts is None else f":{self.lasts:g}s")
+
+
+def check_faults(faults: Sequence[Fault]) -> None:
+    """Raise ConfigError where two faults would undo each other: both change a peer or a link at the same time."""
+    for place, one in enumerate(faults):
+        for other in faults[:place]:
+            if one.touched & other.touched and one.at < other.end and other.at < one.end:
+                raise ConfigError(
+                    f"{other} and {one} given, which overlap in time, so the end of one would undo the other; give "
+                    "one of them, or let one end before the other begins"
+                )
 
 
 def parse_fault(kind: Literal["kill", "stop", "cut"], word: str, peers: int) -> Fault:

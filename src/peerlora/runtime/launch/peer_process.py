@@ -12,6 +12,8 @@ from pathlib import Path
 from peerlora.runs.events import CaughtUp, Evaluated, Event, Joined, NeighbourChanged, RoundDone, from_json
 from peerlora.runs.write_failures import describe_write_failures
 
+_LAST = 4000  # bytes of a log that are looked at
+
 
 @dataclass
 class PeerProcess:
@@ -55,6 +57,20 @@ class PeerProcess:
             )
         self.starts += 1
         self.state = "starting"
+
+    def last_words(self) -> str:
+        """Read the last line that the process has written, which says why it failed; empty where there is none."""
+        if not self.log.is_file():
+            return ""
+        with open(self.log, "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST))
+            lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself, and not well."""
+        return self.state.startswith("failed")
 
     @property
     def alive(self) -> bool:

@@ -24,7 +24,7 @@ from peerlora.network.transport.connections import raise_descriptor_limit
 from peerlora.runs.store import new_folder, require_free
 from peerlora.runs.write_failures import describe_write_failures
 from peerlora.runtime.compose import resolve_threads
-from peerlora.runtime.launch.faults import Fault
+from peerlora.runtime.launch.faults import Fault, check_faults
 from peerlora.runtime.launch.peer_process import PeerProcess
 from peerlora.runtime.launch.tcp_relay import Relay
 from peerlora.runtime.peer.checks import plan_peer
@@ -44,11 +44,13 @@ def launch(
 ) -> dict[str, Any]:
     """Run ``config.clients`` peers as processes and wait for them; returns the summary, also in ``summary.json``.
 
-    Its ``ok`` is true when every peer that was not killed for good has finished.  ``out`` gets config.yaml, identities,
-    a run folder and a log per peer.
+    Its ``ok`` is true when every peer that was not killed for good has finished; ``not_injected`` lists the faults
+    whose moment came after the run, or whose peer had ended.  ``out`` gets config.yaml, identities, a run folder and a
+    log per peer.
     """
     folder = Path(out) if out is not None else new_folder("launch")
-    require_free(folder)
+    require_free(folder, resumable=False)
+    check_faults(faults)
     if config.clients < 2:
         raise ConfigError("launch needs at least 2 peers; give --peers")
     if config.partition.kind == "own":
@@ -96,6 +98,8 @@ class LocalFederation:
         for peer in self.peers:
             peer.command = self._command(peer)
         self.began: float | None = None
+        self.pending = list(faults)
+        """Faults that have not been injected."""
 
     def _command(self, peer: PeerProcess) -> list[str]:
         identities, site = self.folder / "identities", self.sites[peer.client]
@@ -138,7 +142,7 @@ class LocalFederation:
     def run(self, listener: Callable[[Sequence[PeerProcess]], None], stop: Callable[[], bool]) -> None:
         """Start all relays and peers, inject the faults, and wait until all have ended."""
         self._start_relays()
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads)}
         for peer in self.peers:
             peer.start(environment)
         due: list[tuple[float, Callable[[], None]]] = []
@@ -152,7 +156,10 @@ class LocalFederation:
                 due.pop(0)[1]()
             listener(self.peers)
             if stop():
-                raise Stopped(f"stopped; every peer keeps its checkpoint in {self.folder}")
+                raise Stopped(
+                    f"stopped; every peer keeps its run and its checkpoint in {self.folder}; launch begins anew, with "
+                    "another --out"
+                )
             if all(peer.killed or not (peer.alive or peer.state == "restarting") for peer in self.peers):
                 return
             time.sleep(_POLL)
@@ -162,6 +169,8 @@ class LocalFederation:
             peer.record(event)
         code = peer.process.poll() if peer.process is not None else None
         if code is not None and peer.state not in ("restarting", "killed"):
+            if not (code == 0 or peer.killed or peer.failed):
+                peer.notices.append(peer.last_words() or f"wrote nothing; see {peer.log}")
             peer.state = "finished" if code == 0 else "killed" if peer.killed else f"failed ({code})"
 
     def _schedule_faults(self, environment: Mapping[str, str]) -> list[tuple[float, Callable[[], None]]]:
@@ -181,24 +190,28 @@ class LocalFederation:
         if fault.kind == "cut":
             return lambda: self._cut(fault, True), lambda: self._cut(fault, False)
         if fault.kind == "stop":
-            return lambda: self._stop(peer, fault.lasts is None), lambda: self._continue(peer)
-        return lambda: self._kill(peer, fault.lasts is not None), lambda: self._restart(peer, environment)
+            return lambda: self._stop(fault), lambda: self._continue(peer)
+        return lambda: self._kill(fault), lambda: self._restart(peer, environment)
 
-    def _kill(self, peer: PeerProcess, again: bool) -> None:
+    def _kill(self, fault: Fault) -> None:
+        peer, again = self.peers[fault.peer], fault.lasts is not None
         if peer.process is None or not peer.alive:
             return  # it ended by itself
         peer.signal(signal.SIGKILL)
         peer.process.wait()
         peer.killed, peer.state = not again, "restarting" if again else "killed"
+        self.pending.remove(fault)
 
     def _restart(self, peer: PeerProcess, environment: Mapping[str, str]) -> None:
         if peer.state == "restarting":
             peer.start(environment)
 
-    def _stop(self, peer: PeerProcess, for_good: bool) -> None:
+    def _stop(self, fault: Fault) -> None:
+        peer = self.peers[fault.peer]
         if peer.alive:
             peer.signal(signal.SIGSTOP)
-            peer.killed, peer.state = peer.killed or for_good, "stopped"
+            peer.killed, peer.state = peer.killed or fault.lasts is None, "stopped"
+            self.pending.remove(fault)
 
     def _continue(self, peer: PeerProcess) -> None:
         if peer.alive and not peer.killed:
@@ -206,6 +219,8 @@ class LocalFederation:
             peer.state = "running"
 
     def _cut(self, fault: Fault, cut: bool) -> None:
+        if cut:
+            self.pending.remove(fault)
         for dialler, dialled in fault.pairs:
             relay = self.relays[dialler, dialled]
             for forward in (True, False):
@@ -245,6 +260,7 @@ class LocalFederation:
             scores = found.get("accuracy", {})
             facts = {"client": peer.client, "ended": peer.state, "rounds": peer.round, "metric": scores.get("own_mean")}
             facts |= {"relayed": scores.get("relayed_mean")} if relay else {}
+            facts |= {"why": peer.last_words()} if peer.failed else {}
             facts |= {"starts": peer.starts, "missed": peer.missed, "skipped": peer.skipped}
             peers.append(facts | {"bytes_sent": found.get("bytes_sent"), "run": str(peer.folder), "log": str(peer.log)})
         own = _spread("own", [peer["metric"] for peer in peers])
@@ -254,6 +270,7 @@ class LocalFederation:
             "seconds": None if self.began is None else time.monotonic() - self.began,
             **own,
             **(_spread("relayed", [peer["relayed"] for peer in peers]) | {"deployed": relay.deploy} if relay else {}),
+            **({"not_injected": [str(fault) for fault in self.pending]} if self.pending else {}),
             "peers": peers,
             "run": str(self.folder),
         }
