@@ -17,7 +17,7 @@ from peerlora.lora.attach import StackedModel, inputs_of
 from peerlora.randomness import numpy_generator
 
 _PROMPTS, _TOKENS = 16, 1 << 14  # of one batch at most; its keys and values are kept for every token
-_FILLER = 3  # tokens of padding that a prompt is looked at with
+_FILLER = 3  # tokens of padding that a prompt is looked at with, at most
 _NOISE, _ROUNDINGS = 1e-3, 8  # of the largest logit; a difference above both, the latter in its eps, is no rounding
 
 
@@ -96,9 +96,13 @@ def ignores_left_padding(forward: Callable[[dict[str, Tensor]], Tensor], prompt:
     ``forward``: the logits of rows, from ``input_ids``, ``attention_mask`` and ``position_ids``, as far as it reads
     these.
     """
-    longer = np.concatenate([prompt, np.full(_FILLER, prompt[-1])])
+    filler = min(_FILLER, max(1, len(prompt) - 1))
+    short = prompt[
+        -max(1, len(prompt) - filler) :
+    ]  # with its padding no longer than the prompt, which may fill the model
+    longer = np.concatenate([short, np.full(filler, short[-1])])
     logits = []
-    for rows in ([prompt], [prompt, longer]):
+    for rows in ([short], [short, longer]):
         ids, mask = padded(rows, pad, left=True)
         places = (mask.cumsum(1) - 1).clamp_min(0)
         logits.append(forward({"input_ids": ids, "attention_mask": mask, "position_ids": places})[0, -1])
