@@ -79,6 +79,27 @@ def note(folder, task, **more):
     return folder
 
 
+OF_A_BASE = dict(
+    num_beams=4,
+    num_return_sequences=4,
+    guidance_scale=2.0,
+    min_length=11,
+    min_new_tokens=8,
+    repetition_penalty=3.0,
+    encoder_repetition_penalty=3.0,
+    no_repeat_ngram_size=1,
+    encoder_no_repeat_ngram_size=1,
+    suppress_tokens=list(range(10, 30)),
+    begin_suppress_tokens=list(range(30, 44)),
+)
+
+
+def add_settings(folder, **more):
+    """Write more settings into a folder's generation_config.json, which its answers do not follow."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
 def shares(found):
     return np.array([list(each["probabilities"].values()) for each in found])
 
@@ -130,8 +151,7 @@ def test_an_encoder_decoder_with_counted_places_answers_as_alone(saved, rows):
     folder = note(
         saved(tf.BartForConditionalGeneration(tf.BartConfig(**BART, tie_word_embeddings=False))), "sequence-to-sequence"
     )
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"num_beams": 4}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+    add_settings(folder, **OF_A_BASE)
     served, source = load_served(folder), rows({"prompt": text} for text in TEXTS)
     alone, together = (list(predict(served, source, batch, 8)) for batch in (1, 5))
     assert alone == together and len({each["answer"] for each in alone}) > 1
@@ -147,6 +167,19 @@ def test_an_encoder_decoder_with_counted_places_answers_as_alone(saved, rows):
             if written[-1] == 2:
                 break
         assert each["answer"] == served.tokenizer.decode(written[1:], skip_special_tokens=True)
+
+
+def test_settings_of_a_base_leave_a_decoders_answers_alone(saved, rows):
+    """A least length counts a batch's padding, and so answers would be others than alone."""
+    gpt2 = dict(vocab_size=SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2)
+    folder = note(saved(tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)), scale=8), "causal-lm")
+    source = rows({"text": text} for text in TEXTS)
+    expected = list(predict(load_served(folder), source, 1, 12))
+    add_settings(folder, **OF_A_BASE)
+    for batch in (1, 5):
+        assert list(predict(load_served(folder), source, batch, 12)) == expected
+    assert len({each["answer"] for each in expected}) > 1
+    assert min(len(each["answer"].split()) for each in expected) < 12, "one ends by itself"
 
 
 @pytest.mark.parametrize("kind", ["llama", "bart"])
