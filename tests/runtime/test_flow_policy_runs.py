@@ -264,6 +264,22 @@ def test_what_does_not_fit_a_flow_policy_is_refused_before_anything_is_loaded(wo
         plan(tiny(*words))
 
 
+def test_only_buffers_that_are_held_here_count_and_by_the_size_of_their_numbers(done, monkeypatch):
+    """A peer holds its own, an export none; a transition on the point mass has 12 numbers."""
+    config, has = tiny("train.dtype=fp32"), "peerlora.runtime.policy_checks.main_memory"
+    one = config.online.replay * 12 * 4
+    monkeypatch.setattr(has, lambda: one)
+    plan(config, [1])
+    with pytest.raises(CompositionError, match=r"online\.replay=40 of 3 clients needs 5\.76e-06 GB, this machine"):
+        plan(config)
+    with pytest.raises(CompositionError, match=r"online\.replay=40 of 1 clients"):
+        plan(tiny("train.dtype=fp64"), [1])
+    monkeypatch.setattr(has, lambda: 3 * one)
+    plan(config)
+    monkeypatch.setattr(has, lambda: 0)
+    assert read_adapters(done.run, exporter_of(done.run)).clients == 3
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

@@ -118,7 +118,7 @@ def exporter_of(run: Path) -> Exporter:
         )
     config, named = config_of(run)
     held = clients_of(run)
-    planned, here = plan(config, held), list(range(config.clients)) if held is None else held
+    planned, here = plan(config, held, trains=False), list(range(config.clients)) if held is None else held
     model, context = _built(run, config)
     context = replace(context, base_source=named)
     start, _ = start_adapters(config, model, context, here)
