@@ -341,6 +341,14 @@ def test_defaults_that_a_policy_needs_give_way_to_what_is_given():
     assert load_config(config.model_dump(mode="json")) == config
 
 
+def test_cloning_alone_takes_one_round_whatever_the_rounds_of_a_critic():
+    tree = {**TINY, "algorithm": {"name": "local"}, "online": {}}
+    words = ("online.policy=cloned", "algorithm=local", "train.rounds=1")
+    assert load_config(tree, words).online.critic_rounds == 5
+    with pytest.raises(ConfigError, match="critic_rounds=5 leaves the policy none of the 1 rounds"):
+        load_config(tree, ("algorithm=local", "train.rounds=1"))
+
+
 @pytest.mark.parametrize("method", others_slow(OTHERS, ["dec-lora"]))
 def test_other_methods_fine_tune_the_whole_flow_at_once(tmp_path, method, no_reports):
     result = simulate(tiny(f"algorithm.name={method}", "train.rounds=2"), tmp_path / "run")
