@@ -451,7 +451,10 @@ def test_offline_is_one_message(cli, finished, tmp_path):
     [
         (["FOLDER", "me/your/x"], "expected OWNER/NAME or NAME"),
         (["FOLDER", "me/x", "--base", "../x"], "--base is '../x'; expected OWNER/NAME or NAME"),
-        (["FOLDER", "me/x"], "which others cannot load; give --base OWNER/NAME"),
+        (
+            ["FOLDER", "me/x"],
+            "which others cannot load; give --base OWNER/NAME, or upload the whole model: peerlora merge",
+        ),
         (["RUN", "me/x"], "holds neither config.json nor adapter_config.json"),
     ],
 )

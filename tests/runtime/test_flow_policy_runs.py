@@ -18,6 +18,7 @@ from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.export import export_from_run, exporter_of, read_adapters
+from peerlora.runtime.hub import plan_upload
 from peerlora.runtime.plan import plan
 from peerlora.runtime.serving import load_served
 from peerlora.runtime.simulate import build_rounds, resume, simulate
@@ -139,6 +140,8 @@ def test_programs_for_rows_refuse_a_flow_policy(done, tmp_path):
         export_with_base(done.run, tmp_path / "whole", 0)
     with pytest.raises(ModelError, match="adapter of a flow policy, which acts"):
         load_served(done.run / "adapters" / "client-00")
+    with pytest.raises(ModelError, match="cannot load; give --base OWNER/NAME$"):  # and no word of merging
+        plan_upload(done.run / "adapters" / "client-00", "me/policy", True)
     with pytest.raises(CompositionError, match="a partitioner divides rows"):
         compose(tiny(), partitioner=object())
 

@@ -51,6 +51,11 @@ class BasePolicy:
     folder: Path
 
 
+def is_base_policy(folder: Path) -> bool:
+    """Whether a folder is that of a base policy."""
+    return (folder / SETTINGS).is_file()
+
+
 def scripted_policy(settings: PretrainingSettings, cache: Path) -> BasePolicy:
     """The policy that is pre-trained on scripted demonstrations: from the cache, or made and kept there.
 
@@ -140,7 +145,7 @@ def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
-    if not path.is_file():
+    if not is_base_policy(folder):
         raise ModelError(
             f"model.source={folder}: no {SETTINGS} there; give the folder of a pre-trained flow policy, or leave "
             "model.source out, which pre-trains one"
