@@ -39,7 +39,8 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...
     assert isinstance(config.partition, EnvironmentPartition)
     warnings = ()
     if facts.name == POINT_MASS:
-        check_values(client_environments(POINT_MASS, config.partition, config.clients, config.seed).values)
+        environments = client_environments(POINT_MASS, config.partition, config.clients, config.seed)
+        check_values(environments.values, environments.each)
     else:
         warnings = check_effects(facts, {**config.partition.vary, **config.partition.values})
     horizon_of(config, facts)

@@ -77,6 +77,9 @@ def test_a_point_mass_that_moves_as_none_does_is_refused(values, told):
         plan(tiny(f"partition={{kind: environment, values: {values}}}"))
     allowed = {"mass": [0.1, 2, 9], "damping": [1, 0, 3], "force": [0.1, 1, 5]}
     plan(tiny(f"partition={{kind: environment, values: {allowed}}}"))
+    several = "partition={kind: environment, each: 3, values: {mass: [1, 1, 1, 1, 0, 1]}}"
+    with pytest.raises(ConfigError, match="of client 1, environment 4, has mass=0"):
+        plan(tiny(several, "clients=2", "topology=complete"))
     with pytest.raises(ConfigError, match="of client . has mass=-"):
         plan(tiny("partition={kind: environment, vary: {mass: [-2, -1]}}"))
 
