@@ -206,6 +206,20 @@ def test_a_damaged_base_policy_is_refused(tmp_path, monkeypatch, name, content, 
         compose(tiny(f"model.source={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.parametrize("name", ["flow.json", "model.safetensors"])
+@pytest.mark.parametrize("left", [None, 0, 20])
+def test_a_damaged_policy_of_the_cache_is_pre_trained_again(tmp_path, monkeypatch, name, left):
+    """``left``: its first bytes that are left; None: the file is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compose(tiny())
+    path = Path(first.export.location) / name
+    whole = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(whole[:left])
+    assert compose(tiny()).base_digest == first.base_digest and path.read_bytes() == whole
+    monkeypatch.setattr("peerlora.train.online.base_policy.pretrain", lambda *_: pytest.fail("trained again"))
+    compose(tiny())
+
+
 def test_a_critic_that_diverges_stops_the_run_with_its_last_good_checkpoint(tmp_path, no_reports):
     """A rate at which values run away: the client and the round are told, and from where to go on."""
     config = tiny("train.rounds=40", "train.lr=3", "train.optimizer=sgd", "online.discount=0.5")
