@@ -41,15 +41,16 @@ class GymnasiumEnvironment:
 
     def step(self, actions: Float[np.ndarray, "episode action"]) -> Outcome:
         """See ``Environment``."""
-        reached, observed, rewards, terminals = [], [], [], []
+        reached, observed, rewards, ends = [], [], [], []
         for environment, action in zip(self._each, self._of_action.unscaled(actions), strict=True):
             with _named(self.facts.name):
-                found, reward, terminal, _, _ = environment.step(action.reshape(environment.action_space.shape))
-                observed.append(environment.reset()[0] if terminal else found)
+                found, reward, *end, _ = environment.step(action.reshape(environment.action_space.shape))
+                observed.append(environment.reset()[0] if any(end) else found)
             reached.append(found)
             rewards.append(float(reward))
-            terminals.append(bool(terminal))
-        return Outcome(np.array(rewards), self._observed(reached), np.array(terminals), self._observed(observed))
+            ends.append(end)
+        terminal, truncated = np.array(ends, dtype=bool).T
+        return Outcome(np.array(rewards), self._observed(reached), terminal, truncated, self._observed(observed))
 
     def _observed(self, found: Sequence[Any]) -> Float[np.ndarray, "episode observation"]:
         return self._of_observation.scaled(np.stack([np.asarray(each, np.float64).reshape(-1) for each in found]))

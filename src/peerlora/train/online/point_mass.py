@@ -46,7 +46,8 @@ class PointMass:
         reward = -DT * (np.square(place - self.goal).sum(1) + EFFORT * np.square(actions).sum(1))
         force, damping, mass = (self.values[name][:, None] for name in ("force", "damping", "mass"))
         self.state = np.concatenate([place + DT * speed, speed + DT * (force * actions - damping * speed) / mass], 1)
-        return Outcome(reward, self.state, np.zeros(len(actions), dtype=bool), self.state)
+        never = np.zeros(len(actions), dtype=bool)
+        return Outcome(reward, self.state, never, never, self.state)
 
     def gains(self, horizon: int) -> tuple[Float[np.ndarray, "step episode 2"], Float[np.ndarray, "episode 2 2"]]:
         """The Riccati recursion of one axis: ``u_t = -gains[t] (x - goal, y)``, and the costs' matrix at the start.
