@@ -174,6 +174,8 @@ def test_settings_of_a_base_leave_a_decoders_answers_alone(saved, rows):
     gpt2 = dict(vocab_size=SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2)
     folder = note(saved(tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)), scale=8), "causal-lm")
     source = rows({"text": text} for text in TEXTS)
+    written = next(iter(predict(load_served(folder), source, 1, 12)))["answer"].split()
+    add_settings(folder, eos_token_id=4 + int(written[2].removeprefix("w")))  # an end that is written early
     expected = list(predict(load_served(folder), source, 1, 12))
     add_settings(folder, **OF_A_BASE)
     for batch in (1, 5):
@@ -195,10 +197,25 @@ def test_a_decoder_answers_a_batch_as_each_prompt_alone(saved, rows, kind):
     assert alone == together and len({each["answer"] for each in alone}) > 1
 
 
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_every_text(saved, rows):
+    """The tests' tokenizer puts [CLS] before a text and [SEP], its end of text, behind it."""
+    llama = dict(**SMALL, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    folder = note(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**llama))), "causal-lm")
+    source = rows({"text": text} for text in [*TEXTS, ""])
+    ended = list(predict(load_served(folder), source, 1, 8))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["post_processor"]["single"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    served = load_served(folder)
+    assert served.tokenizer("w1")["input_ids"] == [1, 5]
+    assert list(predict(served, source, 1, 8)) == ended
+    assert len({each["answer"] for each in ended}) > 1 and all(each["answer"] for each in ended)
+
+
 def test_a_long_prompt_takes_no_room_from_others_and_is_told(saved, rows, caplog):
     llama = dict(**SMALL, num_key_value_heads=1, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
     served = load_served(note(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**llama))), "causal-lm", max_length=40))
-    source = rows({"text": text} for text in ["w1", "w2 " * 33])
+    source = rows({"text": text} for text in ["w1", "w2 " * 34])
     counts = [len(each["answer"].split()) for each in predict(served, source, 2, 20)]
     assert counts[0] > 5 >= counts[1]
     assert "1 of 2 answers end before --new-tokens 20, the shortest after 5: the model reads 40 tokens" in caplog.text
