@@ -132,6 +132,9 @@ def test_a_number_and_a_continuation_are_answers_too(cli, finished, tmp_path):
     assert any(each["answer"] for each in whole)
     far = answers(cli, tmp_path / "model", "--rows", rows, "--new-tokens", "5000")  # the model reads 40 tokens
     assert all(len(each["answer"].split()) <= 40 for each in far)
+    settings = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    settings["post_processor"]["single"].pop()  # its end of text, without which a prompt has room for one token
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(settings))
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 " * 60}))
     answer = cli("predict", tmp_path / "model", "--rows", tmp_path / "long.jsonl", "--max-length", "40")
     assert answer.code == 2 and "leave no room for an answer" in answer.err
@@ -451,7 +454,10 @@ def test_offline_is_one_message(cli, finished, tmp_path):
     [
         (["FOLDER", "me/your/x"], "expected OWNER/NAME or NAME"),
         (["FOLDER", "me/x", "--base", "../x"], "--base is '../x'; expected OWNER/NAME or NAME"),
-        (["FOLDER", "me/x"], "which others cannot load; give --base OWNER/NAME"),
+        (
+            ["FOLDER", "me/x"],
+            "which others cannot load; give --base OWNER/NAME, or upload the whole model: peerlora merge",
+        ),
         (["RUN", "me/x"], "holds neither config.json nor adapter_config.json"),
     ],
 )

@@ -18,6 +18,7 @@ from peerlora.runs.report import write_report
 from peerlora.runs.store import read_events
 from peerlora.runtime.compose import compose, opening_state
 from peerlora.runtime.export import export_from_run, exporter_of, read_adapters
+from peerlora.runtime.hub import plan_upload
 from peerlora.runtime.plan import plan
 from peerlora.runtime.serving import load_served
 from peerlora.runtime.simulate import build_rounds, resume, simulate
@@ -139,6 +140,8 @@ def test_programs_for_rows_refuse_a_flow_policy(done, tmp_path):
         export_with_base(done.run, tmp_path / "whole", 0)
     with pytest.raises(ModelError, match="adapter of a flow policy, which acts"):
         load_served(done.run / "adapters" / "client-00")
+    with pytest.raises(ModelError, match="cannot load; give --base OWNER/NAME$"):  # and no word of merging
+        plan_upload(done.run / "adapters" / "client-00", "me/policy", True)
     with pytest.raises(CompositionError, match="a partitioner divides rows"):
         compose(tiny(), partitioner=object())
 
@@ -203,6 +206,20 @@ def test_a_damaged_base_policy_is_refused(tmp_path, monkeypatch, name, content, 
         compose(tiny(f"model.source={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.parametrize("name", ["flow.json", "model.safetensors"])
+@pytest.mark.parametrize("left", [None, 0, 20])
+def test_a_damaged_policy_of_the_cache_is_pre_trained_again(tmp_path, monkeypatch, name, left):
+    """``left``: its first bytes that are left; None: the file is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compose(tiny())
+    path = Path(first.export.location) / name
+    whole = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(whole[:left])
+    assert compose(tiny()).base_digest == first.base_digest and path.read_bytes() == whole
+    monkeypatch.setattr("peerlora.train.online.base_policy.pretrain", lambda *_: pytest.fail("trained again"))
+    compose(tiny())
+
+
 def test_a_critic_that_diverges_stops_the_run_with_its_last_good_checkpoint(tmp_path, no_reports):
     """A rate at which values run away: the client and the round are told, and from where to go on."""
     config = tiny("train.rounds=40", "train.lr=3", "train.optimizer=sgd", "online.discount=0.5")
@@ -264,6 +281,22 @@ def test_what_does_not_fit_a_flow_policy_is_refused_before_anything_is_loaded(wo
         plan(tiny(*words))
 
 
+def test_only_buffers_that_are_held_here_count_and_by_the_size_of_their_numbers(done, monkeypatch):
+    """A peer holds its own, an export none; a transition on the point mass has 12 numbers."""
+    config, has = tiny("train.dtype=fp32"), "peerlora.runtime.policy_checks.main_memory"
+    one = config.online.replay * 12 * 4
+    monkeypatch.setattr(has, lambda: one)
+    plan(config, [1])
+    with pytest.raises(CompositionError, match=r"online\.replay=40 of 3 clients needs 5\.76e-06 GB, this machine"):
+        plan(config)
+    with pytest.raises(CompositionError, match=r"online\.replay=40 of 1 clients"):
+        plan(tiny("train.dtype=fp64"), [1])
+    monkeypatch.setattr(has, lambda: 3 * one)
+    plan(config)
+    monkeypatch.setattr(has, lambda: 0)
+    assert read_adapters(done.run, exporter_of(done.run)).clients == 3
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
@@ -323,6 +356,14 @@ def test_defaults_that_a_policy_needs_give_way_to_what_is_given():
     assert config.partition.kind == "environment"
     assert load_config({"task": TINY["task"], "algorithm": "swfp"}).train.optimizer_state == "keep"
     assert load_config(config.model_dump(mode="json")) == config
+
+
+def test_cloning_alone_takes_one_round_whatever_the_rounds_of_a_critic():
+    tree = {**TINY, "algorithm": {"name": "local"}, "online": {}}
+    words = ("online.policy=cloned", "algorithm=local", "train.rounds=1")
+    assert load_config(tree, words).online.critic_rounds == 5
+    with pytest.raises(ConfigError, match="critic_rounds=5 leaves the policy none of the 1 rounds"):
+        load_config(tree, ("algorithm=local", "train.rounds=1"))
 
 
 @pytest.mark.parametrize("method", others_slow(OTHERS, ["dec-lora"]))

@@ -79,6 +79,27 @@ def note(folder, task, **more):
     return folder
 
 
+OF_A_BASE = dict(
+    num_beams=4,
+    num_return_sequences=4,
+    guidance_scale=2.0,
+    min_length=11,
+    min_new_tokens=8,
+    repetition_penalty=3.0,
+    encoder_repetition_penalty=3.0,
+    no_repeat_ngram_size=1,
+    encoder_no_repeat_ngram_size=1,
+    suppress_tokens=list(range(10, 30)),
+    begin_suppress_tokens=list(range(30, 44)),
+)
+
+
+def add_settings(folder, **more):
+    """Write more settings into a folder's generation_config.json, which its answers do not follow."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
 def shares(found):
     return np.array([list(each["probabilities"].values()) for each in found])
 
@@ -130,8 +151,7 @@ def test_an_encoder_decoder_with_counted_places_answers_as_alone(saved, rows):
     folder = note(
         saved(tf.BartForConditionalGeneration(tf.BartConfig(**BART, tie_word_embeddings=False))), "sequence-to-sequence"
     )
-    settings = json.loads((folder / "generation_config.json").read_text()) | {"num_beams": 4}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+    add_settings(folder, **OF_A_BASE)
     served, source = load_served(folder), rows({"prompt": text} for text in TEXTS)
     alone, together = (list(predict(served, source, batch, 8)) for batch in (1, 5))
     assert alone == together and len({each["answer"] for each in alone}) > 1
@@ -149,6 +169,21 @@ def test_an_encoder_decoder_with_counted_places_answers_as_alone(saved, rows):
         assert each["answer"] == served.tokenizer.decode(written[1:], skip_special_tokens=True)
 
 
+def test_settings_of_a_base_leave_a_decoders_answers_alone(saved, rows):
+    """A least length counts a batch's padding, and so answers would be others than alone."""
+    gpt2 = dict(vocab_size=SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=40, bos_token_id=1, eos_token_id=2)
+    folder = note(saved(tf.GPT2LMHeadModel(tf.GPT2Config(**gpt2)), scale=8), "causal-lm")
+    source = rows({"text": text} for text in TEXTS)
+    written = next(iter(predict(load_served(folder), source, 1, 12)))["answer"].split()
+    add_settings(folder, eos_token_id=4 + int(written[2].removeprefix("w")))  # an end that is written early
+    expected = list(predict(load_served(folder), source, 1, 12))
+    add_settings(folder, **OF_A_BASE)
+    for batch in (1, 5):
+        assert list(predict(load_served(folder), source, batch, 12)) == expected
+    assert len({each["answer"] for each in expected}) > 1
+    assert min(len(each["answer"].split()) for each in expected) < 12, "one ends by itself"
+
+
 @pytest.mark.parametrize("kind", ["llama", "bart"])
 def test_a_decoder_answers_a_batch_as_each_prompt_alone(saved, rows, kind):
     """One counts places from the mask, the other by the columns of a batch, so that its prompts are answered alone."""
@@ -162,10 +197,25 @@ def test_a_decoder_answers_a_batch_as_each_prompt_alone(saved, rows, kind):
     assert alone == together and len({each["answer"] for each in alone}) > 1
 
 
+def test_a_prompt_is_not_ended_by_a_tokenizer_that_ends_every_text(saved, rows):
+    """The tests' tokenizer puts [CLS] before a text and [SEP], its end of text, behind it."""
+    llama = dict(**SMALL, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    folder = note(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**llama))), "causal-lm")
+    source = rows({"text": text} for text in [*TEXTS, ""])
+    ended = list(predict(load_served(folder), source, 1, 8))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["post_processor"]["single"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    served = load_served(folder)
+    assert served.tokenizer("w1")["input_ids"] == [1, 5]
+    assert list(predict(served, source, 1, 8)) == ended
+    assert len({each["answer"] for each in ended}) > 1 and all(each["answer"] for each in ended)
+
+
 def test_a_long_prompt_takes_no_room_from_others_and_is_told(saved, rows, caplog):
     llama = dict(**SMALL, num_key_value_heads=1, bos_token_id=1, eos_token_id=None, tie_word_embeddings=False)
     served = load_served(note(saved(tf.LlamaForCausalLM(tf.LlamaConfig(**llama))), "causal-lm", max_length=40))
-    source = rows({"text": text} for text in ["w1", "w2 " * 33])
+    source = rows({"text": text} for text in ["w1", "w2 " * 34])
     counts = [len(each["answer"].split()) for each in predict(served, source, 2, 20)]
     assert counts[0] > 5 >= counts[1]
     assert "1 of 2 answers end before --new-tokens 20, the shortest after 5: the model reads 40 tokens" in caplog.text

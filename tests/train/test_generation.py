@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from peerlora.data.batches import collate
 from peerlora.data.dataset import UNLEARNED, Dataset
@@ -176,6 +177,31 @@ def test_padding_is_ignored_within_the_rounding_of_the_logits(dtype, ignores):
         return torch.full((rows, 1, 5), 1.0 + 0.01 * (rows > 1)).to(dtype)
 
     assert ignores_left_padding(forward, np.array([4, 5]), 0) == ignores
+
+
+def test_prompts_that_nearly_fill_a_model_are_looked_at_and_answered(config, chats, tmp_path, write_tokenizer):
+    """GPT-2 has learned places, 32 here: a longer row than its longest prompt is an error."""
+    sizes = dict(vocab_size=write_tokenizer(tmp_path), n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path)
+    words = ["task.kind=chat", f"data.train=jsonl:{chats}", "data.label=null", "data.max_length=32"]
+    made = compose(config("gpt2", *words, f"model.source={tmp_path}"))
+    x, model = made.start.rows([0]), made.model
+    prompts = [np.arange(4, 4 + length) for length in (31, 30, 29)]
+    expected = [by_whole_passes(model, x, prompt, 1, ()) for prompt in prompts]
+    assert greedy_answers(model, x, prompts, 1, 0, [10_000]) == expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
+def test_no_row_is_longer_than_a_prompt_that_is_looked_at(length):
+    """But for a prompt of one token, behind which a model that answers has room for another."""
+    widths = []
+
+    def forward(inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return torch.cumsum(inputs["attention_mask"], 1)[..., None].double()
+
+    assert ignores_left_padding(forward, np.arange(4, 4 + length), 0)
+    assert widths[1] == max(2, length) and 1 <= widths[0] < widths[1]
 
 
 def test_room_is_what_a_model_reads_behind_a_prompt():

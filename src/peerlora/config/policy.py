@@ -72,7 +72,7 @@ def _of_policy(config: RunConfig) -> str | None:
         return f"device={config.device} given; environments step on the CPU: use device=cpu"
     if not config.eval.own:
         return "eval.own=false hides a client's return in its own environment; drop it"
-    if config.online.critic_rounds >= config.train.training_rounds:
+    if config.online.policy != "cloned" and config.online.critic_rounds >= config.train.training_rounds:
         return (
             f"online.critic_rounds={config.online.critic_rounds} leaves the policy none of the "
             f"{config.train.training_rounds} rounds that train; lower it, or raise train.rounds"

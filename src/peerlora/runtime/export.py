@@ -36,7 +36,7 @@ from peerlora.runtime.inputs import require_same_base, speed_of
 from peerlora.runtime.model_choice import ModelChoice
 from peerlora.runtime.new_folder import new_folder
 from peerlora.runtime.plan import plan
-from peerlora.runtime.policy import build_policy, load_policy
+from peerlora.runtime.policy import build_policy, load_policy, policy_card
 from peerlora.runtime.reading import Reading
 from peerlora.runtime.relayed_export import (
     MODEL_FACTS,
@@ -81,7 +81,7 @@ class Exporter:
         shown |= {f"{each} relayed model": scores.get(f"relayed_{each}") for each in ("mean", "worst")}
         reached = {f"{metric}, {name}": f"{value:.4g}" for name, value in shown.items() if value is not None}
         private = privacy_card(summary, None if isinstance(client, str) else list(self.clients).index(client))
-        facts = reported | {"client": client} | reached | private | dict(more_facts or {})
+        facts = reported | {"client": client} | reached | private | policy_card(self.config) | dict(more_facts or {})
         context = replace(self.context, facts=facts)
         if isinstance(self.model, PeftAdapter):  # a training loop's, which reads its rows in its own way
             return self.model.export(folder, x, row, context)
@@ -118,7 +118,7 @@ def exporter_of(run: Path) -> Exporter:
         )
     config, named = config_of(run)
     held = clients_of(run)
-    planned, here = plan(config, held), list(range(config.clients)) if held is None else held
+    planned, here = plan(config, held, trains=False), list(range(config.clients)) if held is None else held
     model, context = _built(run, config)
     context = replace(context, base_source=named)
     start, _ = start_adapters(config, model, context, here)

@@ -8,6 +8,7 @@ from pathlib import Path
 from peerlora.errors import ConfigError, ModelError, RunError, first_line
 from peerlora.lora.model_folder import ADAPTER, base_name, is_adapter, read_settings, with_base
 from peerlora.runtime.reading import FILE as READING
+from peerlora.train.online.base_policy import is_base_policy
 
 _KNOWN = (READING, "labels.json", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "dict.txt")
 _SUFFIXES = (".safetensors", ".json", ".model", ".spm", ".tokenizer", ".tiktoken", ".codes")
@@ -54,9 +55,10 @@ def _check_base(folder: Path, base: str | None) -> None:
     """Refuse an adapter whose settings are damaged, or, with no other name for it, whose base is on this machine."""
     named = base_name(read_settings(folder / ADAPTER))
     if base is None and (named is None or not _is_hub_id(named) or Path(named).exists()):
+        acts = named is not None and is_base_policy(Path(named))  # whose base no other program loads
+        whole = "" if acts else ", or upload the whole model: peerlora merge"
         raise ModelError(
-            f"{folder} names its base model {named!r}, which others cannot load; give --base OWNER/NAME, or upload "
-            "the whole model: peerlora merge"
+            f"{folder} names its base model {named!r}, which others cannot load; give --base OWNER/NAME{whole}"
         )
 
 

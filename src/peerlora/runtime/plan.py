@@ -12,12 +12,14 @@ from peerlora.algorithms import build_algorithm
 from peerlora.algorithms.base import Algorithm, is_asynchronous, prepare
 from peerlora.config.run import RunConfig
 from peerlora.config.sections import ClockConfig
+from peerlora.config.task_kinds import task_kind
 from peerlora.errors import CompositionError
 from peerlora.exchange.attacks import attackers
 from peerlora.exchange.fixed_point import LEAST_SENDERS
 from peerlora.exchange.gossip_sum import gossip_rounds
 from peerlora.runtime.checks import check_composition, check_memory, check_own
 from peerlora.runtime.exchange_stack import attack_notes, attack_warnings
+from peerlora.runtime.policy_checks import check_replay
 from peerlora.runtime.secure_checks import check_secure, secure_notes
 from peerlora.runtime.virtual_clock import VirtualClock
 from peerlora.topology.schedule import Topology, build_topology
@@ -42,10 +44,13 @@ def plan(
     config: RunConfig,
     clients: Sequence[int] | None = None,
     check: Callable[[Algorithm[Any], Topology], None] = lambda algorithm, topology: None,
+    *,
+    trains: bool = True,
 ) -> Plan:
     """Build what a config names and refuse parts that don't go together.
 
-    ``clients``: those held here, all by default.  ``check`` may refuse more, as real peers do.
+    ``clients``: those held here, all by default.  ``check`` may refuse more, as real peers do.  ``trains``: whether
+    they will learn here, not only be exported, which takes no replay buffers.
     Raises CompositionError, ConfigError or TopologyError with the reason and an alternative.
     """
     check_own(config, clients)
@@ -60,6 +65,8 @@ def plan(
     attacking = attackers(config.adversary, config.clients, config.seed)
     warnings = (*check_composition(config, algorithm, topology), *attack_warnings(config, attacking))
     warnings = (*warnings, *_deadline_warnings(config, algorithm, clock))
+    if trains and task_kind(config.task.kind).acts:
+        check_replay(config, config.clients if clients is None else len(clients))
     check_secure(config, algorithm, topology)
     algorithm, notes = prepare(algorithm, topology, config.train.training_rounds)
     notes = (*_recipe_notes(config), *notes, *_pooling_notes(config, topology))

@@ -34,8 +34,10 @@ from peerlora.train.online.base_policy import (
     with_critic,
 )
 from peerlora.train.online.demonstrations import scripted_controller
+from peerlora.train.online.environments import POINT_MASS
 from peerlora.train.online.episodes import client_environments
 from peerlora.train.online.flow import flow_targets
+from peerlora.train.online.gymnasium_environment import BoxScale
 from peerlora.train.online.illustrations import illustrate
 from peerlora.train.online.learner import OnlineLearner
 
@@ -129,6 +131,18 @@ def policy_cache() -> Path:
     """The folder for pre-trained policies: peerlora/policies in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "peerlora" / "policies"
+
+
+def policy_card(config: RunConfig) -> dict[str, str]:
+    """What the card of an exported policy says of its environment: its observations and actions are scaled."""
+    if config.task.env is None or config.task.env == POINT_MASS:
+        return {}
+    name = f"{BoxScale.__module__}.{BoxScale.__name__}"
+    return {
+        "environment": config.task.env,
+        "observations": f"scaled to [-1, 1] where their Box has bounds: `{name}(space).scaled`",
+        "actions": f"in [-1, 1], to be scaled to their Box: `{name}(space).unscaled`",
+    }
 
 
 def _demonstration_warnings(config: RunConfig) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from peerlora.config.run import RunConfig
 from peerlora.config.sections import EnvironmentPartition
 from peerlora.environment import main_memory
 from peerlora.errors import CompositionError, ConfigError
+from peerlora.runtime.resources import DTYPES
 from peerlora.train.online.effects import check_effects
 from peerlora.train.online.environment_names import facts_of
 from peerlora.train.online.environments import POINT_MASS, EnvironmentFacts
@@ -38,7 +39,8 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...
     assert isinstance(config.partition, EnvironmentPartition)
     warnings = ()
     if facts.name == POINT_MASS:
-        check_values(client_environments(POINT_MASS, config.partition, config.clients, config.seed).values)
+        environments = client_environments(POINT_MASS, config.partition, config.clients, config.seed)
+        check_values(environments.values, environments.each)
     else:
         warnings = check_effects(facts, {**config.partition.vary, **config.partition.values})
     horizon_of(config, facts)
@@ -53,13 +55,18 @@ def check_policy(config: RunConfig, algorithm: Algorithm[Any]) -> tuple[str, ...
             f"eval.metrics: share-of-optimum needs the optimal return, which is known of {POINT_MASS}, not of "
             f"{facts.name}; drop it"
         )
-    needed = 8 * config.clients * config.online.replay * (2 * shape.observation + shape.action + 2)
+    return warnings
+
+
+def check_replay(config: RunConfig, clients: int) -> None:
+    """Refuse replay buffers of so many clients, those held here, that memory cannot hold; raises CompositionError."""
+    shape, size = flow_shape(config), DTYPES[config.train.dtype].itemsize
+    needed = size * clients * config.online.replay * (2 * shape.observation + shape.action + 2)
     if needed > main_memory():
         raise CompositionError(
-            f"online.replay={config.online.replay} of {config.clients} clients needs {needed / 1e9:.0f} GB, this "
-            f"machine has {main_memory() / 1e9:.0f} GB; keep fewer transitions"
+            f"online.replay={config.online.replay} of {clients} clients needs {needed / 1e9:.3g} GB, this "
+            f"machine has {main_memory() / 1e9:.3g} GB; keep fewer transitions"
         )
-    return warnings
 
 
 def horizon_of(config: RunConfig, facts: EnvironmentFacts) -> int:

@@ -71,7 +71,8 @@ def predict(served: Served, rows: str, batch: int = 64, new_tokens: int = NEW_TO
     rows, texts = _texts(rows, reading.text)
     tokens = _tokens_of(rows, served, texts)
     if kind.target == "tokens":
-        yield from answer_prompts(served, rows, _split(tokens), batch, new_tokens)
+        prompts = [_without_end(ids, served.tokenizer.eos_token_id) for ids in _split(tokens)]
+        yield from answer_prompts(served, rows, prompts, batch, new_tokens)
         return
     data = Dataset(*tokens, np.zeros(len(texts[0]), np.int64), served.labels)
     yield from _classes(served, data, batch)
@@ -98,6 +99,11 @@ def _image_classes(served: Served, rows: str, batch: int) -> Iterator[dict[str, 
 def _split(tokens: Tokens) -> list[np.ndarray]:
     """The token ids of every row."""
     return np.split(tokens.ids, tokens.starts[1:-1])
+
+
+def _without_end(ids: np.ndarray, end: int | None) -> np.ndarray:
+    """A prompt without the end of text that some tokenizers put behind every text, and which nothing continues."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def _tokens_of(rows: str, served: Served, texts: list[list[str]]) -> Tokens:

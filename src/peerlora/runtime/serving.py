@@ -25,7 +25,7 @@ from peerlora.runtime.readers import load_reader
 from peerlora.runtime.reading import FILE as READING
 from peerlora.runtime.reading import Reading
 from peerlora.train.forward_facts import find_padding_side
-from peerlora.train.online.base_policy import SETTINGS
+from peerlora.train.online.base_policy import is_base_policy
 
 _SAMPLE = 16  # tokens of the rows that a model is looked at with
 _TEMPLATE = "chat_template.jinja"  # as transformers writes it; that of the run, which its base may lack
@@ -69,7 +69,7 @@ def load_served(folder: Path, text: tuple[str, ...] = (), max_length: int | None
     adapter = is_adapter(folder)
     settings = read_settings(folder / (ADAPTER if adapter else WHOLE))
     named = base_name(settings)
-    if named is not None and (Path(named) / SETTINGS).is_file():
+    if named is not None and is_base_policy(Path(named)):
         raise ModelError(
             f"{folder} is the adapter of a flow policy, which acts and answers no rows; give another folder"
         )

@@ -14,11 +14,27 @@ from torch import Tensor
 from peerlora.data.dataset import UNLEARNED, Dataset
 from peerlora.lora.adapters import Adapters
 from peerlora.lora.attach import StackedModel, inputs_of
+from peerlora.lora.base_models import quiet
 from peerlora.randomness import numpy_generator
 
 _PROMPTS, _TOKENS = 16, 1 << 14  # of one batch at most; its keys and values are kept for every token
-_FILLER = 3  # tokens of padding that a prompt is looked at with
+_FILLER = 3  # tokens of padding that a prompt is looked at with, at most
 _NOISE, _ROUNDINGS = 1e-3, 8  # of the largest logit; a difference above both, the latter in its eps, is no rounding
+
+_PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1.0,
+    "min_new_tokens": 0,  # which the library takes before min_length
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
+"""Settings without effect: what is left out, the library takes from the model's own generation_config.json."""
 
 
 def whole_answers(data: Dataset, max_length: int, ends: Sequence[int]) -> np.ndarray:
@@ -76,7 +92,8 @@ def greedy_answers(
     for start in range(0, len(prompts), together):
         ids, mask = (each.to(device) for each in padded(prompts[start : start + together], pad, left=True))
         model.step.shape = (ids.shape[0], ids.shape[1])
-        written = model.base.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # pyright: ignore
+        with quiet():
+            written = model.base.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # pyright: ignore
         found += [_until(own, ends) for own in written[:, ids.shape[1] :].tolist()]
     return found
 
@@ -86,7 +103,7 @@ def greedy_settings(most: int, pad: int, ends: Sequence[int] | None) -> Any:
     from transformers import GenerationConfig
 
     more = {} if ends is None else {"eos_token_id": list(ends)}
-    return GenerationConfig(max_new_tokens=most, do_sample=False, num_beams=1, use_cache=True, pad_token_id=pad, **more)
+    return GenerationConfig(max_new_tokens=most, use_cache=True, pad_token_id=pad, **_PLAIN, **more)
 
 
 @torch.no_grad()
@@ -96,9 +113,11 @@ def ignores_left_padding(forward: Callable[[dict[str, Tensor]], Tensor], prompt:
     ``forward``: the logits of rows, from ``input_ids``, ``attention_mask`` and ``position_ids``, as far as it reads
     these.
     """
-    longer = np.concatenate([prompt, np.full(_FILLER, prompt[-1])])
+    filler = min(_FILLER, max(1, len(prompt) - 1))
+    short = prompt[-max(1, len(prompt) - filler) :]  # padded as long as the prompt, which may fill the model
+    longer = np.concatenate([short, np.full(filler, short[-1])])
     logits = []
-    for rows in ([prompt], [prompt, longer]):
+    for rows in ([short], [short, longer]):
         ids, mask = padded(rows, pad, left=True)
         places = (mask.cumsum(1) - 1).clamp_min(0)
         logits.append(forward({"input_ids": ids, "attention_mask": mask, "position_ids": places})[0, -1])

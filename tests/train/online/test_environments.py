@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 from flow_runs import tiny
 from peerlora.errors import ConfigError, DivergenceError, ExtraMissing, PeerloraError, RunError
@@ -15,9 +16,10 @@ from peerlora.runtime.plan import plan
 from peerlora.train.online.demonstrations import demonstrate, scripted_controller
 from peerlora.train.online.effects import check_effects
 from peerlora.train.online.environment_names import build_environment, facts_of
+from peerlora.train.online.episodes import ClientEnvironments, Episodes
 from peerlora.train.online.illustrations import illustrate
 from peerlora.train.online.point_mass import HORIZON, PointMass
-from peerlora.train.online.rollout import record, returns
+from peerlora.train.online.rollout import Explorer, record, returns
 
 needs_gymnasium = pytest.mark.skipif(find_spec("gymnasium") is None, reason="gymnasium (extra rl) is not installed")
 GYM = ["task.env=Pendulum-v1", "partition.values={}"]
@@ -77,6 +79,9 @@ def test_a_point_mass_that_moves_as_none_does_is_refused(values, told):
         plan(tiny(f"partition={{kind: environment, values: {values}}}"))
     allowed = {"mass": [0.1, 2, 9], "damping": [1, 0, 3], "force": [0.1, 1, 5]}
     plan(tiny(f"partition={{kind: environment, values: {allowed}}}"))
+    several = "partition={kind: environment, each: 3, values: {mass: [1, 1, 1, 1, 0, 1]}}"
+    with pytest.raises(ConfigError, match="of client 1, environment 4, has mass=0"):
+        plan(tiny(several, "clients=2", "topology=complete"))
     with pytest.raises(ConfigError, match="of client . has mass=-"):
         plan(tiny("partition={kind: environment, vary: {mass: [-2, -1]}}"))
 
@@ -220,6 +225,43 @@ def test_an_episode_that_ends_for_good_begins_anew_and_nothing_follows_it():
             break
     assert found.terminal[0] and found.reward[0] > 90
     assert not np.array_equal(found.reached, found.observation)
+
+
+@needs_gymnasium
+def test_an_episode_that_its_environment_cuts_short_is_not_stepped_on(tmp_path, monkeypatch):
+    """Its last observation has something after it for the critic, and its return ends there."""
+    (tmp_path / "short_episodes.py").write_text(
+        "import gymnasium\n"
+        "import numpy as np\n"
+        "class Short(gymnasium.Env):\n"
+        "    action_space = gymnasium.spaces.Box(-1, 1, (1,))\n"
+        "    observation_space = gymnasium.spaces.Box(-8, 8, (1,))\n"
+        "    def __init__(self):\n"
+        "        self.pay, self.steps = 1.0, 3\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        self.steps = 0\n"
+        "        return np.zeros(1, np.float32), {}\n"
+        "    def step(self, action):\n"
+        "        assert self.steps < 3, 'stepped past its end'\n"
+        "        self.steps += 1\n"
+        "        return np.full(1, self.steps, np.float32), self.pay, False, self.steps == 3, {}\n"
+        "gymnasium.register('Short-v0', Short, max_episode_steps=8)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    environment = build_environment("short_episodes:Short-v0", 2, {})
+    environment.reset([1, 2])
+    for step in range(1, 8):
+        found = environment.step(np.zeros((2, 1)))
+        assert (8 * found.reached == (step - 1) % 3 + 1).all() and not found.terminal.any()
+        assert (found.truncated == (step % 3 == 0)).all() and (8 * found.observation == step % 3).all()
+    episodes = Episodes("short_episodes:Short-v0", 8, [1, 2], {})
+    assert (returns(lambda states, noise: noise.clamp(-1, 1), 2, episodes, torch.zeros(1)) == 3.0).all()
+    environments = ClientEnvironments("short_episodes:Short-v0", {"pay": np.array([1.0, 2.0])}, 2)
+    noise = torch.zeros(2, 1, 7, 1)
+    kept = Explorer(environments, 7, 1).explore(lambda states, drawn: drawn, [0, 1], [3, 4], noise, noise)
+    assert not kept.terminal.any(), "the critic goes on from what was reached"
+    assert torch.equal(8 * kept.reached[0, :, 0], torch.tensor([1.0, 2, 3, 1, 2, 3, 1]))
 
 
 @needs_gymnasium

@@ -178,7 +178,7 @@ def test_a_cloned_policy_stays_as_demonstrations_made_it(tmp_path, no_reports):
 
 
 def test_one_client_in_all_environments_meets_those_of_many():
-    """Environments, episodes of evaluation and starts belong to an environment, not to whose it is."""
+    """Environments and evaluations do not depend on whose they are; the starts of training do."""
     words = ("partition.values={}", "partition.vary={goal_x: [0, 1], mass: [1, 2]}")
     many, one = compose(tiny(*words)), compose(tiny(*words, "clients=1", "partition.each=3", "topology=complete"))
     assert one.partition.values.keys() == many.partition.values.keys()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,25 +52,43 @@ class BasePolicy:
     folder: Path
 
 
+def is_base_policy(folder: Path) -> bool:
+    """Whether a folder is that of a base policy."""
+    return (folder / SETTINGS).is_file()
+
+
 def scripted_policy(settings: PretrainingSettings, cache: Path) -> BasePolicy:
     """The policy that is pre-trained on scripted demonstrations: from the cache, or made and kept there.
 
-    Raises ModelError where the cache cannot be written to: adapters need a base that can be found again.
+    A folder of the cache that is not whole is made anew: its weights follow from the settings.  Raises ModelError where
+    the cache cannot be written to: adapters need a base that can be found again.
     """
     folder = cache / f"{settings.env.replace('/', '_')}-{settings.digest()}"
-    if not (folder / WEIGHTS).is_file():
+    try:
+        return read_policy(folder, settings.env, settings.shape)
+    except ModelError:  # it is not there, or damaged
+        pass
+    try:
+        _remove(folder)  # before the long work, since another process may have made it by then
         policy = FlowPolicy(settings.shape)
         demonstrations = demonstrate(settings.env, settings.horizon, settings.demonstrations)
         pretrain(policy, demonstrations, settings.steps)
         prepare_net(policy, demonstrations, settings.steps)
-        try:
-            write_policy(policy, settings.env, folder)
-        except OSError as error:
-            raise ModelError(
-                f"the pre-trained policy cannot be kept in {folder} ({first_line(error)}); make room, or set "
-                "XDG_CACHE_HOME to a folder that can be written to"
-            ) from None
+        write_policy(policy, settings.env, folder)
+    except OSError as error:
+        raise ModelError(
+            f"the pre-trained policy cannot be kept in {folder} ({first_line(error)}); make room, or set "
+            "XDG_CACHE_HOME to a folder that can be written to"
+        ) from None
     return read_policy(folder, settings.env, settings.shape)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder away, if it is there, in one step; raises OSError where it may not."""
+    away = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+    with suppress(FileNotFoundError):  # also where another process was faster
+        os.replace(folder, away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def write_policy(policy: FlowPolicy, env: str, folder: Path) -> None:
@@ -140,7 +159,7 @@ def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
-    if not path.is_file():
+    if not is_base_policy(folder):
         raise ModelError(
             f"model.source={folder}: no {SETTINGS} there; give the folder of a pre-trained flow policy, or leave "
             "model.source out, which pre-trains one"

@@ -55,7 +55,7 @@ def _differ(facts: EnvironmentFacts, attribute: str, values: tuple[float, float]
         if not np.array_equal(observed[0], observed[1]):
             return True
         found = pair.step(np.repeat(act(observed[:1]), 2, axis=0))
-        if found.reward[0] != found.reward[1] or found.terminal[0] != found.terminal[1]:
+        if found.reward[0] != found.reward[1] or found.ended[0] != found.ended[1]:
             return True
         observed = found.observation
     return False

@@ -38,8 +38,15 @@ class Outcome:
     """What is observed after the step."""
     terminal: Bool[np.ndarray, " episode"]
     """Episodes that ended with it for good."""
+    truncated: Bool[np.ndarray, " episode"]
+    """Episodes that the environment itself cut short: none goes on, and what was reached is still worth something."""
     observation: Float[np.ndarray, "episode observation"]
-    """What the next action answers: ``reached``, or after a terminal step the start of another episode."""
+    """What the next action answers: ``reached``, or after an episode's last step the start of another one."""
+
+    @property
+    def ended(self) -> Bool[np.ndarray, " episode"]:
+        """Episodes that do not go on."""
+        return self.terminal | self.truncated
 
 
 @runtime_checkable

@@ -30,8 +30,8 @@ class GymnasiumEnvironment:
         for attribute, own in values.items():
             for environment, value in zip(self._each, own, strict=True):
                 setattr(environment, attribute, float(value))
-        self._of_action = _Scale(self._each[0].action_space)
-        self._of_observation = _Scale(self._each[0].observation_space)
+        self._of_action = BoxScale(self._each[0].action_space)
+        self._of_observation = BoxScale(self._each[0].observation_space)
 
     def reset(self, seeds: Sequence[int]) -> Float[np.ndarray, "episode observation"]:
         """See ``Environment``."""
@@ -41,35 +41,46 @@ class GymnasiumEnvironment:
 
     def step(self, actions: Float[np.ndarray, "episode action"]) -> Outcome:
         """See ``Environment``."""
-        reached, observed, rewards, terminals = [], [], [], []
+        reached, observed, rewards, ends = [], [], [], []
         for environment, action in zip(self._each, self._of_action.unscaled(actions), strict=True):
             with _named(self.facts.name):
-                found, reward, terminal, _, _ = environment.step(action.reshape(environment.action_space.shape))
-                observed.append(environment.reset()[0] if terminal else found)
+                found, reward, *end, _ = environment.step(action)
+                observed.append(environment.reset()[0] if any(end) else found)
             reached.append(found)
             rewards.append(float(reward))
-            terminals.append(bool(terminal))
-        return Outcome(np.array(rewards), self._observed(reached), np.array(terminals), self._observed(observed))
+            ends.append(end)
+        terminal, truncated = np.array(ends, dtype=bool).T
+        return Outcome(np.array(rewards), self._observed(reached), terminal, truncated, self._observed(observed))
 
     def _observed(self, found: Sequence[Any]) -> Float[np.ndarray, "episode observation"]:
-        return self._of_observation.scaled(np.stack([np.asarray(each, np.float64).reshape(-1) for each in found]))
+        shape = self._of_observation.shape
+        return self._of_observation.scaled(np.stack([np.asarray(each, np.float64).reshape(shape) for each in found]))
 
 
-class _Scale:
-    """Between a Box and [-1, 1], number by number; as it is where a bound is infinite."""
+class BoxScale:
+    """Scales between a Box of gymnasium and [-1, 1], as policies see and act; numbers without bounds stay as they are.
+
+    ``box``: the space of an environment's observations, or of its actions.
+    """
 
     def __init__(self, box: Any):
+        self.shape: tuple[int, ...] = box.shape
         low, high = (np.asarray(each, np.float64).reshape(-1) for each in (box.low, box.high))
         bounded = np.isfinite(low) & np.isfinite(high) & (np.abs(low) < 1e6) & (np.abs(high) < 1e6)
-        self.middle = np.where(bounded, (low + high) / 2, 0.0)
-        self.half = np.where(bounded & (high > low), (high - low) / 2, 1.0)
+        low, high = (np.where(bounded, each, 0.0) for each in (low, high))
+        self.middle = (low + high) / 2
+        self.half = np.where(high > low, (high - low) / 2, 1.0)
         self.kind = box.dtype
 
-    def scaled(self, values: np.ndarray) -> np.ndarray:
-        return (values - self.middle) / self.half
+    def scaled(self, values: Float[np.ndarray, ...]) -> Float[np.ndarray, "*row number"]:
+        """What a policy sees of observations, each of the Box's shape, as one list of numbers each."""
+        rows = values.shape[: values.ndim - len(self.shape)]
+        return (values.reshape(*rows, -1) - self.middle) / self.half
 
-    def unscaled(self, values: np.ndarray) -> np.ndarray:
-        return (self.middle + self.half * values).astype(self.kind)
+    def unscaled(self, values: Float[np.ndarray, "*row number"]) -> np.ndarray:
+        """The actions in the Box, of its shape and type, that a policy's actions stand for."""
+        found = (self.middle + self.half * values).astype(self.kind)
+        return found.reshape(*values.shape[:-1], *self.shape)
 
 
 @contextmanager

@@ -46,7 +46,8 @@ class PointMass:
         reward = -DT * (np.square(place - self.goal).sum(1) + EFFORT * np.square(actions).sum(1))
         force, damping, mass = (self.values[name][:, None] for name in ("force", "damping", "mass"))
         self.state = np.concatenate([place + DT * speed, speed + DT * (force * actions - damping * speed) / mass], 1)
-        return Outcome(reward, self.state, np.zeros(len(actions), dtype=bool), self.state)
+        never = np.zeros(len(actions), dtype=bool)
+        return Outcome(reward, self.state, never, never, self.state)
 
     def gains(self, horizon: int) -> tuple[Float[np.ndarray, "step episode 2"], Float[np.ndarray, "episode 2 2"]]:
         """The Riccati recursion of one axis: ``u_t = -gains[t] (x - goal, y)``, and the costs' matrix at the start.
@@ -73,20 +74,22 @@ class PointMass:
         return -np.einsum("eai,eij,eaj->e", errors, P, errors)
 
 
-def check_values(values: Values) -> None:
-    """Raise ConfigError for values, [client] by attribute, with which a mass moves as none does.
+def check_values(values: Values, each: int = 1) -> None:
+    """Raise ConfigError for values, [environment] by attribute, with which a mass moves as none does.
 
-    A step of ``DT`` seconds multiplies the speed by ``1 - DT damping / mass``.
+    ``each``: environments of a client, one client after another.  A step of ``DT`` seconds multiplies the
+    speed by ``1 - DT damping / mass``.
     """
-    clients = max((len(own) for own in values.values()), default=0)
-    nominal = {name: np.full(clients, value) for name, value in ATTRIBUTES.items()}
+    environments = max((len(own) for own in values.values()), default=0)
+    nominal = {name: np.full(environments, value) for name, value in ATTRIBUTES.items()}
     mass, damping, force = (({**nominal, **values})[name] for name in ("mass", "damping", "force"))
     wrong = (mass <= 0) | (damping < 0) | (force <= 0) | (DT * damping > 2 * mass)
     if wrong.any():
         i = int(wrong.argmax())
+        which = "" if each == 1 else f", environment {i},"
         raise ConfigError(
-            f"partition: the {POINT_MASS} of client {i} has mass={mass[i]:g}, damping={damping[i]:g}, force="
-            f"{force[i]:g}; expected mass and force above 0, and damping from 0 to {2 / DT:g} times the mass"
+            f"partition: the {POINT_MASS} of client {i // each}{which} has mass={mass[i]:g}, damping={damping[i]:g}, "
+            f"force={force[i]:g}; expected mass and force above 0, and damping from 0 to {2 / DT:g} times the mass"
         )
 
 

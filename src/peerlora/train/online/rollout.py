@@ -68,7 +68,7 @@ class Explorer:
 
 @torch.no_grad()
 def returns(act: Act, policies: int, episodes: Episodes, like: Tensor) -> Float[np.ndarray, "policy episode"]:
-    """Every policy's return in every episode, without exploration, until it ends for good or its time is up.
+    """Every policy's return in every episode, without exploration, until it ends or its time is up.
 
     All policies of an episode begin with the same start and see the same noise, which its seed decides.
     """
@@ -81,7 +81,7 @@ def returns(act: Act, policies: int, episodes: Episodes, like: Tensor) -> Float[
         action = act(states, noise[:, t].expand(policies, -1, -1))
         found = _step(environment, action.flatten(0, 1))
         total += np.where(going, found.reward.reshape(total.shape), 0.0)
-        going &= ~found.terminal.reshape(total.shape)
+        going &= ~found.ended.reshape(total.shape)
         observation = found.observation
         if not going.any():
             break
