@@ -5,7 +5,7 @@ import signal
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import psutil
 import pytest
@@ -18,13 +18,14 @@ from peerlora.experiments.grid import load_grid
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.trial_checks import check_grid
-from peerlora.experiments.trial_pool import TrialJob, TrialPool, TrialWorker, read_files, trial_pools, write_files
+from peerlora.experiments.trial_pool import trial_pools
+from peerlora.experiments.trial_worker import TrialJob, TrialWorker, read_files, write_files
 from peerlora.experiments.trials import plan_trials
 from peerlora.runtime.cluster import machines
-from peerlora.runtime.cluster.worker import describe_process
 from peerlora.runtime.compose import load_run
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.simulate import simulate
+from trial_pools import build_pool, finished, trials
 
 SETTINGS = ClusterConfig(workers=2, timeout=300)
 
@@ -101,83 +102,9 @@ def test_a_cluster_is_no_setting_of_a_trial():
     assert load_grid({}, ["cluster.workers=3"]).cluster.workers == 3
 
 
-class Failed(Exception):
-    """As Ray's errors: of a task, or of a worker that is gone."""
-
-    cause = None
-
-
-class PoolRay:
-    """As much of Ray as a pool uses, on machines of one core of which each may leave; an answer comes at the next look.
-
-    ``leave``: trial -> how many machines there are from its first begin on.
-    """
-
-    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Failed,), {}), RayError=Failed)
-
-    def __init__(self, machines, leave):
-        self.machines, self.leave, self.actors, self.most = machines, leave, [], 0
-
-    def options(self, **resources):
-        return SimpleNamespace(remote=self.actor)
-
-    def actor(self, *arguments):
-        made = SimpleNamespace(alive=True)
-        made.describe = SimpleNamespace(remote=lambda: (made, describe_process()))
-        made.run = SimpleNamespace(remote=lambda job, key, rows: self.begin(made, job))
-        self.actors.append(made)
-        self.most = max(self.most, self.living)
-        assert self.living <= self.machines, "a worker would wait for a core"
-        return made
-
-    @property
-    def living(self):
-        return sum(each.alive for each in self.actors)
-
-    def begin(self, actor, job):
-        self.machines = self.leave.pop(job.run.name, self.machines)
-        for each in [each for each in self.actors if each.alive][self.machines :]:
-            each.alive = False
-        return actor, {"summary.json": b"{}"}
-
-    def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": 1.0}}] * self.machines
-
-    def put(self, rows):
-        return rows
-
-    def wait(self, answers, num_returns=1, timeout=0):
-        assert answers, "Ray refuses to wait for nothing"
-        return answers, []
-
-    def get(self, answer, timeout):
-        if not answer[0].alive:
-            raise self.exceptions.RayError("gone")
-        return answer[1]
-
-    def kill(self, actor, no_restart):
-        actor.alive = False
-
-
 @pytest.fixture
 def pool_on(monkeypatch):
-    def build(machines, workers=2, leave=None, **settings):
-        ray, told = PoolRay(machines, leave or {}), []
-        monkeypatch.setattr(trial_pool, "actor_class", lambda: ray)
-        monkeypatch.setattr(trial_pool, "data_key", lambda config: "rows")
-        cache = SimpleNamespace(share_prefix=False, resources=lambda config: None)
-        return ray, TrialPool(ray, ClusterConfig(workers=workers, retries=9, **settings), cache, told.append), told
-
-    return build
-
-
-def trials(count, **settings):
-    config = SimpleNamespace(**{"device": "cpu", "threads": 1, **settings})
-    return [SimpleNamespace(name=f"cell {i}", folder=f"cell-{i}", config=config) for i in range(count)]
-
-
-def finished(pool, these, folder):
-    return sorted(trial.name for trial in pool.run(these, folder, lambda trial: None, lambda: False))
+    return partial(build_pool, monkeypatch)
 
 
 def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, tmp_path):

@@ -3,101 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.cluster import ClusterConfig
-from peerlora.config.run import RunConfig
 from peerlora.errors import ClusterError, RunError, WorkersLost
 from peerlora.experiments.resource_cache import ResourceCache, data_key
-from peerlora.experiments.trial_run import run_trial
+from peerlora.experiments.trial_worker import TrialJob, actor_class, read_files, write_files
 from peerlora.experiments.trials import Trial
 from peerlora.runtime.cluster.checks import refuse_device
 from peerlora.runtime.cluster.machines import await_machines, fitting_workers, machines_of
 from peerlora.runtime.cluster.ray_engine import await_start, fetch
 from peerlora.runtime.cluster.session import ray_session
-from peerlora.runtime.cluster.worker import describe_process, name_machine
-from peerlora.runtime.policy import PolicyResources
-from peerlora.runtime.resources import BaseModelCache, RunResources
+from peerlora.runtime.resources import RunResources
 
 _LOOK = 1.0  # seconds between two looks at workers that are busy
 _PING = 10.0  # seconds between two questions whether a worker is alive
-
-Files = dict[str, bytes]
-"""The files of a run folder, by their paths in it."""
-
-
-@dataclass(frozen=True)
-class TrialJob:
-    """What a worker needs for one trial, beside its rows."""
-
-    config: RunConfig
-    run: Path
-    """The folder that the driver will put the results in."""
-    files: Files
-    """Of a trial that was begun before."""
-
-
-class TrialWorker:
-    """Runs trials in folders of its own; it keeps rows and base model for the next trial that needs the same."""
-
-    def __init__(self, share_prefix: bool, folder: str):
-        self.share_prefix, self.bases = share_prefix, BaseModelCache()
-        self.key, self.rows = "", None
-        if os.path.isdir(folder):  # paths of a config may be relative to the driver's
-            os.chdir(folder)
-
-    def run(self, job: TrialJob, key: str, rows: RunResources | PolicyResources) -> Files:
-        """Run a trial to its end and return its files."""
-        if self.rows is None or key != self.key:
-            self.key, self.rows = key, rows  # a policy comes with its base
-            if isinstance(rows, RunResources):
-                self.rows = replace(rows, bases=self.bases, share_prefix=self.share_prefix)
-        with tempfile.TemporaryDirectory() as temporary:
-            run = Path(temporary) / "run"
-            write_files(run, job.files)
-            with name_machine("a worker"):
-                run_trial(job.config, run, self.rows)
-            return {name: _relocated(name, data, run, job.run) for name, data in read_files(run).items()}
-
-
-def _relocated(name: str, data: bytes, here: Path, there: Path) -> bytes:
-    """A file that names the folder of its run, with the one that the driver puts it in."""
-    return data.replace(str(here).encode(), str(there).encode()) if name.endswith((".json", ".jsonl")) else data
-
-
-def read_files(folder: Path) -> Files:
-    """Read all files of a folder; of none where there is none."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
-    }
-
-
-def write_files(folder: Path, files: Files) -> None:
-    """Write files into a folder that is not there yet, all of them or none; nothing where there are no files."""
-    if not files:
-        return
-    half = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    for name, data in files.items():
-        path = half / name
-        if not path.resolve().is_relative_to(half.resolve()):
-            raise RunError(f"a worker returned the file {name!r}, which is outside its run; expected paths below it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
 
 
 @dataclass
@@ -284,16 +210,3 @@ def trial_pools(settings: ClusterConfig, warn: Callable[[str], None]) -> Iterato
             return pools[0]
 
         yield pool
-
-
-@lru_cache(maxsize=1)
-def actor_class() -> Any:
-    """The class of a worker's actor: trials on one thread, questions whether it is alive on another."""
-    ray: Any = import_module("ray")
-
-    class TrialActor(TrialWorker):
-        @ray.method(concurrency_group="health")
-        def describe(self) -> dict[str, Any]:
-            return describe_process()
-
-    return ray.remote(concurrency_groups={"health": 1})(TrialActor)
