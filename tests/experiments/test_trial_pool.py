@@ -1,6 +1,7 @@
 """Comparisons on the workers of a cluster: the table of one process, whatever is killed."""
 
 import copy
+import json
 import signal
 import tempfile
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.trial_checks import check_grid
 from peerlora.experiments.trial_pool import trial_pools
+from peerlora.experiments.trial_run import is_finished
 from peerlora.experiments.trial_worker import TrialJob, TrialWorker, read_files, write_files
 from peerlora.experiments.trials import plan_trials
 from peerlora.runtime.cluster import machines
@@ -78,6 +80,20 @@ def test_a_trial_that_was_begun_goes_on_on_a_worker(grid, tmp_path):
     job = TrialJob(trial.config, tmp_path / "run", read_files(tmp_path / "run"))
     files = TrialWorker(False, "/nowhere").run(job, "rows", rows)
     assert b'"Resumed"' in files["events.jsonl"] or b"resumed" in files["events.jsonl"].lower()
+
+
+def test_a_trial_that_is_asked_to_stop_ends_after_its_round_and_goes_on_to_the_same_result(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows, run = load_resources(trial.config), tmp_path / "run"
+    whole = TrialWorker(False, "/nowhere").run(TrialJob(trial.config, run, {}), "rows", rows)
+    asked = TrialWorker(False, "/nowhere")
+    asked.ask_stop()
+    write_files(run, asked.run(TrialJob(trial.config, run, {}), "rows", rows))
+    assert not is_finished(run) and any("checkpoint" in name for name in read_files(run))
+    rest = TrialWorker(False, "/nowhere").run(TrialJob(trial.config, run, read_files(run)), "rows", rows)
+    events = [json.loads(line) for line in rest["events.jsonl"].splitlines()]
+    assert [each["round"] for each in events if each["type"] == "Resumed"] == [1]
+    assert rest["adapters/all.safetensors"] == whole["adapters/all.safetensors"]
 
 
 def test_a_policy_comes_to_a_worker_with_its_base(cache, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ClusterError, RunError, WorkersLost
 from peerlora.experiments.resource_cache import ResourceCache, data_key
+from peerlora.experiments.trial_run import is_finished
 from peerlora.experiments.trial_worker import TrialJob, actor_class, read_files, write_files
 from peerlora.experiments.trials import Trial
 from peerlora.runtime.cluster.checks import refuse_device
@@ -24,6 +25,7 @@ from peerlora.runtime.resources import RunResources
 
 _LOOK = 1.0  # seconds between two looks at workers that are busy
 _PING = 10.0  # seconds between two questions whether a worker is alive
+_RESTARTS = "resumed, the cell begins again from where it was when this command gave it to a worker"
 
 
 @dataclass
@@ -62,11 +64,12 @@ class TrialPool:
     def run(
         self, trials: Sequence[Trial], folder: Path, begun: Callable[[Trial], None], stop: Callable[[], bool]
     ) -> Iterator[Trial]:
-        """Run trials, as many at once as there are workers; yield each when its folder is written.
+        """Run trials, as many at once as there are workers; yield each that has finished when its folder is written.
 
-        They begin in this order, but that a worker goes on with trials of the rows that it has.  It ends early where
-        ``stop`` says so.  Where machines leave, it goes on with the workers that still fit.  Raises what a trial
-        raised, RunError where a trial's workers are lost again and again, or no machine is left.
+        They begin in this order, but that a worker goes on with trials of the rows that it has.  Where ``stop`` says
+        so, those under way end after their rounds, and their folders have checkpoints.  Where machines leave, it goes
+        on with the workers that still fit.  Raises what a trial raised, RunError where a trial's workers are lost again
+        and again, or no machine is left.
         """
         self._check(trials)
         self._await_start()
@@ -83,17 +86,44 @@ class TrialPool:
                     continue
                 for seat, trial, job in self._ended():
                     try:
-                        files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
+                        self._take(seat, trial, job)
                     except WorkersLost as error:
                         self._give_up(seat, trial, error)
                         waiting.insert(0, (data_key(trial.config), trial))
                         continue
-                    seat.job = None
-                    write_files(job.run, files)
                     yield trial
+            yield from self._stop()
         finally:
             for seat in self._busy:
                 self._end(seat)
+
+    def _take(self, seat: _Seat, trial: Trial, job: TrialJob) -> None:
+        """Write the files that a worker has returned; raises what the trial raised, WorkersLost where it died."""
+        files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
+        seat.job = None
+        write_files(job.run, files)
+
+    def _stop(self) -> Iterator[Trial]:
+        """Let busy workers end their rounds, write what they have done, and end them; yield trials that have finished.
+
+        What is not there after ``settings.timeout`` seconds is given up.
+        """
+        for seat in self._busy:
+            seat.actor.ask_stop.remote()
+        end = time.monotonic() + self.settings.timeout
+        while self._busy and time.monotonic() < end:
+            for seat, trial, job in self._ended():
+                try:
+                    self._take(seat, trial, job)
+                except WorkersLost as error:
+                    self.warn(f"{error}; {_RESTARTS}")
+                self._end(seat)  # one that was asked to stop runs nothing more
+                if is_finished(job.run):
+                    yield trial
+        for seat in self._busy:
+            if seat.job:
+                late = f"the worker of {seat.job[0].name} did not end its round within {self.settings.timeout:g} s"
+                self.warn(f"{late}; {_RESTARTS}")
 
     def _await_start(self) -> None:
         """Wait until all workers have answered once; raises ClusterError where one can't start, or doesn't in time."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peerlora.config.run import RunConfig
-from peerlora.errors import RunError
+from peerlora.errors import RunError, Stopped
 from peerlora.experiments.trial_run import run_trial
 from peerlora.runtime.cluster.worker import describe_process, name_machine
 from peerlora.runtime.policy import PolicyResources
@@ -39,11 +41,12 @@ class TrialWorker:
     def __init__(self, share_prefix: bool, folder: str):
         self.share_prefix, self.bases = share_prefix, BaseModelCache()
         self.key, self.rows = "", None
+        self._stopping = threading.Event()
         if os.path.isdir(folder):  # paths of a config may be relative to the driver's
             os.chdir(folder)
 
     def run(self, job: TrialJob, key: str, rows: RunResources | PolicyResources) -> Files:
-        """Run a trial to its end and return its files."""
+        """Run a trial and return its files: of its end or, where ``ask_stop`` came first, of its checkpoint."""
         if self.rows is None or key != self.key:
             self.key, self.rows = key, rows  # a policy comes with its base
             if isinstance(rows, RunResources):
@@ -51,9 +54,13 @@ class TrialWorker:
         with tempfile.TemporaryDirectory() as temporary:
             run = Path(temporary) / "run"
             write_files(run, job.files)
-            with name_machine("a worker"):
-                run_trial(job.config, run, self.rows)
+            with name_machine("a worker"), suppress(Stopped):
+                run_trial(job.config, run, self.rows, stop=self._stopping.is_set)
             return {name: _relocated(name, data, run, job.run) for name, data in read_files(run).items()}
+
+    def ask_stop(self) -> None:
+        """Let ``run`` end after its round with a checkpoint, for good; another thread may call it meanwhile."""
+        self._stopping.set()
 
 
 def _relocated(name: str, data: bytes, here: Path, there: Path) -> bytes:
@@ -88,12 +95,16 @@ def write_files(folder: Path, files: Files) -> None:
 
 @lru_cache(maxsize=1)
 def actor_class() -> Any:
-    """The class of a worker's actor: trials on one thread, questions whether it is alive on another."""
+    """The class of a worker's actor: trials on one thread, what it is asked meanwhile on another."""
     ray: Any = import_module("ray")
 
     class TrialActor(TrialWorker):
         @ray.method(concurrency_group="health")
         def describe(self) -> dict[str, Any]:
             return describe_process()
+
+        @ray.method(concurrency_group="health")
+        def ask_stop(self) -> None:
+            super().ask_stop()
 
     return ray.remote(concurrency_groups={"health": 1})(TrialActor)

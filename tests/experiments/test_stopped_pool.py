@@ -1,0 +1,69 @@
+"""Workers of a comparison that is stopped: what their trials have done stays."""
+
+from functools import partial
+
+import pytest
+
+from trial_pools import build_pool, finished, trials
+
+
+@pytest.fixture
+def pool_on(monkeypatch):
+    return partial(build_pool, monkeypatch)
+
+
+def stopped_after(count, pool, these, folder):
+    """The trials that finish where a stop is asked for when so many have begun."""
+    begun = []
+    return [each.name for each in pool.run(these, folder, begun.append, lambda: len(begun) >= count)]
+
+
+def test_trials_under_way_leave_their_checkpoints_when_a_comparison_is_stopped(pool_on, tmp_path):
+    ray, pool, warned = pool_on(2)
+    ray.long = {"cell-0"}
+    assert stopped_after(2, pool, trials(3), tmp_path) == ["cell 1"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["cell-0", "cell-1"]
+    assert [each.name for each in (tmp_path / "cell-0").iterdir()] == ["run.json"]
+    assert not ray.actors[0].alive and not warned
+    ray.long, ray.jobs = set(), []
+    assert finished(pool, trials(3), tmp_path) == ["cell 0", "cell 1", "cell 2"]
+    assert [(job.run.name, list(job.files)) for job in ray.jobs][0] == ("cell-0", ["run.json"])
+
+
+def test_a_worker_that_does_not_end_its_round_is_given_up_and_named(pool_on, tmp_path):
+    ray, pool, warned = pool_on(2, timeout=0.2)
+    ray.deaf, ray.long = {"cell-0"}, {"cell-1"}
+    assert stopped_after(2, pool, trials(2), tmp_path) == []
+    assert [each.name for each in tmp_path.iterdir()] == ["cell-1"] and not ray.living
+    assert len(warned) == 1 and "the worker of cell 0 did not end its round within 0.2 s; resumed" in warned[0]
+
+
+def test_a_worker_that_is_lost_while_it_stops_is_named(pool_on, tmp_path):
+    ray, pool, warned = pool_on(2)
+    ray.long = {"cell-0", "cell-1"}
+    begun = []
+
+    def stop():
+        if len(begun) == 2:
+            ray.actors[0].alive = False
+        return len(begun) == 2
+
+    assert list(pool.run(trials(2), tmp_path, begun.append, stop)) == []
+    assert [each.name for each in tmp_path.iterdir()] == ["cell-1"]
+    assert len(warned) == 1 and "the worker of cell 0 was lost" in warned[0] and "resumed" in warned[0]
+
+
+def test_a_second_interrupt_ends_workers_at_once(pool_on, tmp_path, monkeypatch):
+    ray, pool, _ = pool_on(2)
+    ray.deaf = {"cell-0", "cell-1"}
+    wait = ray.wait
+
+    def interrupted(answers, **others):
+        if any(each.asked for each in ray.actors):
+            raise KeyboardInterrupt
+        return wait(answers, **others)
+
+    monkeypatch.setattr(ray, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after(2, pool, trials(2), tmp_path)
+    assert not ray.living and not list(tmp_path.iterdir())
