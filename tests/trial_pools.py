@@ -18,7 +18,8 @@ class PoolRay:
     """As much of Ray as a pool uses, on machines of one core of which each may leave; an answer comes at the next look.
 
     ``leave``: trial -> how many machines there are from its first begin on.  ``long``: trials whose workers answer only
-    when they are asked to stop, with a checkpoint; ``deaf``: those that go on then, too.
+    when they are asked to stop, with a checkpoint; ``deaf``: those that go on then, too.  ``torch``: of the machines on
+    which workers start from now on, in place of ours.
     """
 
     exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Failed,), {}), RayError=Failed)
@@ -26,13 +27,16 @@ class PoolRay:
     def __init__(self, machines, leave):
         self.machines, self.leave, self.actors, self.most = machines, leave, [], 0
         self.long, self.deaf, self.jobs = set(), set(), []
+        self.torch = None
 
     def options(self, **resources):
         return SimpleNamespace(remote=self.actor)
 
     def actor(self, *arguments):
         made = SimpleNamespace(alive=True, asked=False)
-        made.describe = SimpleNamespace(remote=lambda: (made, describe_process()))
+        made.facts = describe_process()
+        made.facts["versions"] |= {"torch": self.torch} if self.torch else {}
+        made.describe = SimpleNamespace(remote=lambda: (made, made.facts))
         made.run = SimpleNamespace(remote=lambda job, key, rows: self.begin(made, job))
         made.ask_stop = SimpleNamespace(remote=lambda: setattr(made, "asked", True))
         self.actors.append(made)

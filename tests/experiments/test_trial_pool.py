@@ -13,7 +13,7 @@ import pytest
 
 from flow_runs import tiny
 from peerlora.config.cluster import ClusterConfig
-from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
+from peerlora.errors import ClusterError, CompositionError, ConfigError, ModelError, RunError, Stopped
 from peerlora.experiments import runner, trial_pool
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.resource_cache import ResourceCache
@@ -165,6 +165,17 @@ def test_workers_start_before_the_driver_checks_the_trials(grid, tmp_path, monke
     with pytest.raises(CompositionError, match="refused"):
         start_grid(grid, tmp_path / "out", replace(QUIET, pool=lambda cache: order.append("workers")))
     assert order == ["workers", "check"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("long", [set(), {"cell-1"}])
+def test_a_worker_in_place_of_a_lost_one_has_the_drivers_versions_before_its_results_count(pool_on, tmp_path, long):
+    ray, pool, _ = pool_on(2, leave={"cell-1": 1})
+    ray.long = long  # of a worker that computes for hours, too
+    these, yielded = pool.run(trials(3), tmp_path, lambda trial: setattr(ray, "machines", 2), lambda: False), []
+    ray.torch = "0.0.1"
+    with pytest.raises(ClusterError, match=r"has torch 0\.0\.1, the driver has .*install the same versions"):
+        yielded.extend(each.name for each in these)
+    assert len(ray.actors) == 3 and not (tmp_path / "cell-1").exists()
 
 
 def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from peerlora.experiments.trial_worker import TrialJob, actor_class, read_files,
 from peerlora.experiments.trials import Trial
 from peerlora.runtime.cluster.checks import refuse_device
 from peerlora.runtime.cluster.machines import await_machines, fitting_workers, machines_of
-from peerlora.runtime.cluster.ray_engine import await_start, fetch
+from peerlora.runtime.cluster.ray_engine import await_start, check_versions, describe_failed_start, fetch
 from peerlora.runtime.cluster.session import ray_session
 from peerlora.runtime.resources import RunResources
 
@@ -33,6 +33,8 @@ class _Seat:
     """One worker and what it does."""
 
     actor: Any
+    checked: bool = False
+    """Whether its machine is known to have the driver's versions."""
     key: str | None = None
     """Of the rows that its worker keeps."""
     job: tuple[Trial, TrialJob] | None = None
@@ -69,7 +71,7 @@ class TrialPool:
         They begin in this order, but that a worker goes on with trials of the rows that it has.  Where ``stop`` says
         so, those under way end after their rounds, and their folders have checkpoints.  Where machines leave, it goes
         on with the workers that still fit.  Raises what a trial raised, RunError where a trial's workers are lost again
-        and again, or no machine is left.
+        and again, or no machine is left, ClusterError where one that joins has other versions.
         """
         self._check(trials)
         self._await_start()
@@ -98,10 +100,21 @@ class TrialPool:
                 self._end(seat)
 
     def _take(self, seat: _Seat, trial: Trial, job: TrialJob) -> None:
-        """Write the files that a worker has returned; raises what the trial raised, WorkersLost where it died."""
+        """Write the files that a worker has returned.
+
+        Raises what the trial raised, WorkersLost where it died, ClusterError where its machine has other versions.
+        """
+        self._check_versions(seat, trial)
         files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
         seat.job = None
         write_files(job.run, files)
+
+    def _check_versions(self, seat: _Seat, trial: Trial) -> None:
+        """Raise ClusterError where a worker's machine has other versions than the driver, WorkersLost where it died."""
+        if not seat.checked:
+            with describe_failed_start(self.ray):
+                check_versions([fetch(self.ray, seat.ping, f"the worker of {trial.name}")])
+            seat.checked = True
 
     def _stop(self) -> Iterator[Trial]:
         """Let busy workers end their rounds, write what they have done, and end them; yield trials that have finished.
@@ -134,6 +147,8 @@ class TrialPool:
         except BaseException as error:
             self.close()
             raise ClusterError(str(error)) if isinstance(error, WorkersLost) else error from None
+        for seat in self.seats:
+            seat.checked = True
         self._started = True
 
     def _check(self, trials: Sequence[Trial]) -> None:
@@ -201,6 +216,9 @@ class TrialPool:
         now = time.monotonic()
         for seat in busy:
             answered, _ = self.ray.wait([seat.ping], timeout=0)
+            if answered and seat.job:
+                with suppress(WorkersLost):  # its answer will say so, too
+                    self._check_versions(seat, seat.job[0])
             if answered and now - seat.asked > _PING:
                 seat.ping, seat.asked = seat.actor.describe.remote(), now
             elif not answered and now - seat.asked > self.settings.timeout:
@@ -220,6 +238,7 @@ class TrialPool:
         if seat.actor is not None:
             self.ray.kill(seat.actor, no_restart=True)
         seat.actor = seat.job = seat.key = None
+        seat.checked = False
 
     def close(self) -> None:
         """End all workers."""
