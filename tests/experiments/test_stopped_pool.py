@@ -1,9 +1,13 @@
-"""Workers of a comparison that is stopped: what their trials have done stays."""
+"""Workers of a comparison that is stopped, or whose disk is full: what their trials have done stays."""
 
+import errno
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from peerlora.errors import RunError
 from trial_pools import build_pool, finished, trials
 
 
@@ -67,3 +71,22 @@ def test_a_second_interrupt_ends_workers_at_once(pool_on, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         stopped_after(2, pool, trials(2), tmp_path)
     assert not ray.living and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "what"), [(errno.ENOSPC, "no room left in {}"), (errno.EROFS, "{} cannot be written")]
+)
+@pytest.mark.parametrize("count", [2, 3])  # of two that have begun: it is stopped, or never
+def test_results_that_cannot_be_written_are_one_message(pool_on, tmp_path, monkeypatch, number, what, count):
+    ray, pool, _ = pool_on(2)
+    ray.long = {"cell-0", "cell-1"} if count == 2 else set()
+
+    def full(path, data):
+        raise OSError(number, "as the system says")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    said = f"^{re.escape(what.format(tmp_path))} .*go on: peerlora compare --resume {re.escape(str(tmp_path))}$"
+    with pytest.raises(RunError, match=said):
+        stopped_after(count, pool, trials(2), tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not [each for each in ray.actors if each.alive and each.asked]

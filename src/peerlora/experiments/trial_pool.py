@@ -14,6 +14,7 @@ from typing import Any
 from peerlora.config.cluster import ClusterConfig
 from peerlora.errors import ClusterError, RunError, WorkersLost
 from peerlora.experiments.resource_cache import ResourceCache, data_key
+from peerlora.experiments.results import writing
 from peerlora.experiments.trial_run import is_finished
 from peerlora.experiments.trial_worker import TrialJob, actor_class, read_files, write_files
 from peerlora.experiments.trials import Trial
@@ -88,26 +89,28 @@ class TrialPool:
                     continue
                 for seat, trial, job in self._ended():
                     try:
-                        self._take(seat, trial, job)
+                        self._take(seat, trial, job, folder)
                     except WorkersLost as error:
                         self._give_up(seat, trial, error)
                         waiting.insert(0, (data_key(trial.config), trial))
                         continue
                     yield trial
-            yield from self._stop()
+            yield from self._stop(folder)
         finally:
             for seat in self._busy:
                 self._end(seat)
 
-    def _take(self, seat: _Seat, trial: Trial, job: TrialJob) -> None:
+    def _take(self, seat: _Seat, trial: Trial, job: TrialJob, folder: Path) -> None:
         """Write the files that a worker has returned.
 
-        Raises what the trial raised, WorkersLost where it died, ClusterError where its machine has other versions.
+        Raises what the trial raised, WorkersLost where it died, ClusterError where its machine has other versions,
+        RunError where they cannot be written.
         """
         self._check_versions(seat, trial)
         files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
         seat.job = None
-        write_files(job.run, files)
+        with writing(folder):
+            write_files(job.run, files)
 
     def _check_versions(self, seat: _Seat, trial: Trial) -> None:
         """Raise ClusterError where a worker's machine has other versions than the driver, WorkersLost where it died."""
@@ -116,7 +119,7 @@ class TrialPool:
                 check_versions([fetch(self.ray, seat.ping, f"the worker of {trial.name}")])
             seat.checked = True
 
-    def _stop(self) -> Iterator[Trial]:
+    def _stop(self, folder: Path) -> Iterator[Trial]:
         """Let busy workers end their rounds, write what they have done, and end them; yield trials that have finished.
 
         What is not there after ``settings.timeout`` seconds is given up.
@@ -127,10 +130,11 @@ class TrialPool:
         while self._busy and time.monotonic() < end:
             for seat, trial, job in self._ended():
                 try:
-                    self._take(seat, trial, job)
+                    self._take(seat, trial, job, folder)
                 except WorkersLost as error:
                     self.warn(f"{error}; {_RESTARTS}")
-                self._end(seat)  # one that was asked to stop runs nothing more
+                finally:
+                    self._end(seat)  # one that was asked to stop runs nothing to its end any more
                 if is_finished(job.run):
                     yield trial
         for seat in self._busy:

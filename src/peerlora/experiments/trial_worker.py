@@ -83,12 +83,18 @@ def write_files(folder: Path, files: Files) -> None:
         return
     half = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(half, ignore_errors=True)
-    for name, data in files.items():
-        path = half / name
-        if not path.resolve().is_relative_to(half.resolve()):
-            raise RunError(f"a worker returned the file {name!r}, which is outside its run; expected paths below it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    try:
+        for name, data in files.items():
+            path = half / name
+            if not path.resolve().is_relative_to(half.resolve()):
+                raise RunError(
+                    f"a worker returned the file {name!r}, which is outside its run; expected paths below it"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)  # a full disk needs the room
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     half.rename(folder)
 
