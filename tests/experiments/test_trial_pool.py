@@ -191,6 +191,22 @@ def test_trials_that_wait_too_long_for_a_machine_say_how_to_resume(pool_on, tmp_
         finished(pool, trials(3), tmp_path)
 
 
+def test_a_trial_whose_workers_are_lost_again_and_again_says_how_to_resume(pool_on, tmp_path, monkeypatch):
+    ray, pool, warned = pool_on(2)
+    begin = ray.begin
+
+    def die(actor, job):
+        actor.alive = False
+        return begin(actor, job)
+
+    monkeypatch.setattr(ray, "begin", die)
+    with pytest.raises(
+        RunError, match=f"was lost .*, and 9 before it; .*resume: peerlora compare --resume {tmp_path}$"
+    ):
+        finished(pool, trials(1), tmp_path)
+    assert len(warned) == 9
+
+
 def test_trials_with_other_threads_than_workers_have_cores_are_warned_of_once(pool_on, tmp_path):
     _, pool, told = pool_on(2)
     finished(pool, trials(2), tmp_path)

@@ -91,7 +91,7 @@ class TrialPool:
                     try:
                         self._take(seat, trial, job, folder)
                     except WorkersLost as error:
-                        self._give_up(seat, trial, error)
+                        self._give_up(seat, trial, error, folder)
                         waiting.insert(0, (data_key(trial.config), trial))
                         continue
                     yield trial
@@ -229,12 +229,15 @@ class TrialPool:
                 self.ray.kill(seat.actor, no_restart=True)  # its answer will be that it died
         return [(seat, *seat.job) for seat in busy if seat.job and seat.answer in ready]
 
-    def _give_up(self, seat: _Seat, trial: Trial, error: WorkersLost) -> None:
+    def _give_up(self, seat: _Seat, trial: Trial, error: WorkersLost, folder: Path) -> None:
         """Count the loss of a worker, and raise RunError where a trial has lost too many."""
         self._end(seat)
         self.lost[trial.folder] += 1
         if self.lost[trial.folder] > self.settings.retries:
-            raise RunError(f"{error}, and {self.settings.retries} before it; see what ends them, and resume")
+            raise RunError(
+                f"{error}, and {self.settings.retries} before it; see what ends them, and resume: "
+                f"peerlora compare --resume {folder}"
+            )
         self.warn(f"{error}; it begins again on another worker")
 
     def _end(self, seat: _Seat) -> None:
