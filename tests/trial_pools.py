@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from peerlora.config.cluster import ClusterConfig
 from peerlora.experiments import trial_pool
 from peerlora.experiments.trial_pool import TrialPool
+from peerlora.experiments.trial_worker import TrialWorker
 from peerlora.runtime.cluster.worker import describe_process
 
 
@@ -77,6 +78,20 @@ class PoolRay:
 
     def kill(self, actor, no_restart):
         actor.alive = False
+
+
+class ComputingRay(PoolRay):
+    """Its workers run their trials, when their answers are fetched; until they are asked to stop they have none."""
+
+    def actor(self, *arguments):
+        made, worker = super().actor(*arguments), TrialWorker(*arguments)
+        made.run = SimpleNamespace(remote=lambda job, key, rows: (made, lambda: worker.run(job, key, rows), "any"))
+        ask, made.ask_stop = made.ask_stop, SimpleNamespace(remote=lambda: (ask.remote(), worker.ask_stop()))
+        return made
+
+    def get(self, answer, timeout):
+        found = super().get(answer, timeout)
+        return found() if callable(found) else found
 
 
 def build_pool(monkeypatch, machines, workers=2, leave=None, **settings):

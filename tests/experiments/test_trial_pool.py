@@ -19,7 +19,7 @@ from peerlora.experiments.grid import load_grid
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.trial_checks import check_grid
-from peerlora.experiments.trial_pool import trial_pools
+from peerlora.experiments.trial_pool import TrialPool, trial_pools
 from peerlora.experiments.trial_run import is_finished
 from peerlora.experiments.trial_worker import TrialJob, TrialWorker, read_files, write_files
 from peerlora.experiments.trials import plan_trials
@@ -27,7 +27,7 @@ from peerlora.runtime.cluster import machines
 from peerlora.runtime.compose import load_run
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.simulate import simulate
-from trial_pools import build_pool, finished, trials
+from trial_pools import ComputingRay, build_pool, finished, trials
 
 SETTINGS = ClusterConfig(workers=2, timeout=300)
 
@@ -238,14 +238,6 @@ def test_a_trial_without_its_base_says_on_which_machine(grid, tmp_path, monkeypa
         TrialWorker(False, "/nowhere").run(job, "rows", rows)
 
 
-needs_ray = [
-    pytest.mark.slow,
-    pytest.mark.alone,
-    pytest.mark.timeout(1200),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
 def timeless(tree):
     """What a comparison prints, without its folder and what is measured in seconds."""
     if isinstance(tree, dict):
@@ -255,6 +247,40 @@ def timeless(tree):
             if name not in ("folder", "report") and "second" not in name
         }
     return [timeless(each) for each in tree] if isinstance(tree, list) else tree
+
+
+def test_a_comparison_that_is_stopped_in_its_cells_comes_to_the_table_of_one_process(grid, tmp_path, monkeypatch):
+    here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
+    ray, begun, kept = ComputingRay(2, {}), [], {}
+    monkeypatch.setattr(trial_pool, "actor_class", lambda: ray)
+
+    @contextmanager
+    def watched(status):
+        begun.append(status.trial)
+        yield lambda event: None
+
+    def pool(cache):
+        if cache not in kept:
+            kept[cache] = TrialPool(ray, SETTINGS, cache, lambda warning: None)
+        return kept[cache]
+
+    ray.long = {"any"}
+    stopping = Callbacks(watched, lambda: len(begun) == 2, pool=pool)
+    with pytest.raises(Stopped, match="after 0 of 6 cells; go on with: peerlora compare --resume"):
+        start_grid(grid, tmp_path / "there", stopping)
+    ray.long = set()
+    there = resume_grid(tmp_path / "there", lambda stored: stored, replace(stopping, stop=lambda: False))
+    events = [path.read_text() for path in (tmp_path / "there").rglob("events.jsonl")]
+    assert len(events) == 6 and sum('"Resumed"' in each for each in events) == 2
+    assert timeless(there.as_json()) == timeless(here.as_json())
+
+
+needs_ray = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def title(process):
@@ -270,14 +296,15 @@ class TestOnRay:
     def test_the_table_is_that_of_one_process_though_a_worker_and_the_driver_are_stopped(self, grid, tmp_path):
         pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
         here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
-        warnings, begun = [], []
+        warnings, begun, killed = [], [], []
 
         @contextmanager
         def watched(status):
             begun.append(status.trial)
-            if len(begun) == 2 and not warnings:
+            if len(begun) == 2 and not killed:  # workers that wait for cores at the start are warned of, too
                 actors = [each for each in psutil.Process().children(recursive=True) if "TrialActor" in title(each)]
                 actors[0].send_signal(signal.SIGKILL)
+                killed.append(actors[0])
             yield lambda event: None
 
         with trial_pools(SETTINGS, warnings.append) as pool:
