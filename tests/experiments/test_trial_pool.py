@@ -1,30 +1,33 @@
 """Comparisons on the workers of a cluster: the table of one process, whatever is killed."""
 
 import copy
+import json
 import signal
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import psutil
 import pytest
 
 from flow_runs import tiny
 from peerlora.config.cluster import ClusterConfig
-from peerlora.errors import CompositionError, ConfigError, ModelError, RunError, Stopped
+from peerlora.errors import ClusterError, CompositionError, ConfigError, ModelError, RunError, Stopped
 from peerlora.experiments import runner, trial_pool
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, resume_grid, start_grid
 from peerlora.experiments.trial_checks import check_grid
-from peerlora.experiments.trial_pool import TrialJob, TrialPool, TrialWorker, read_files, trial_pools, write_files
+from peerlora.experiments.trial_pool import TrialPool, trial_pools
+from peerlora.experiments.trial_run import is_finished
+from peerlora.experiments.trial_worker import TrialJob, TrialWorker, read_files, write_files
 from peerlora.experiments.trials import plan_trials
 from peerlora.runtime.cluster import machines
-from peerlora.runtime.cluster.worker import describe_process
 from peerlora.runtime.compose import load_run
 from peerlora.runtime.resources import load_resources
 from peerlora.runtime.simulate import simulate
+from trial_pools import ComputingRay, build_pool, finished, trials
 
 SETTINGS = ClusterConfig(workers=2, timeout=300)
 
@@ -79,6 +82,20 @@ def test_a_trial_that_was_begun_goes_on_on_a_worker(grid, tmp_path):
     assert b'"Resumed"' in files["events.jsonl"] or b"resumed" in files["events.jsonl"].lower()
 
 
+def test_a_trial_that_is_asked_to_stop_ends_after_its_round_and_goes_on_to_the_same_result(grid, tmp_path):
+    trial = plan_trials(grid).trials[0]
+    rows, run = load_resources(trial.config), tmp_path / "run"
+    whole = TrialWorker(False, "/nowhere").run(TrialJob(trial.config, run, {}), "rows", rows)
+    asked = TrialWorker(False, "/nowhere")
+    asked.ask_stop()
+    write_files(run, asked.run(TrialJob(trial.config, run, {}), "rows", rows))
+    assert not is_finished(run) and any("checkpoint" in name for name in read_files(run))
+    rest = TrialWorker(False, "/nowhere").run(TrialJob(trial.config, run, read_files(run)), "rows", rows)
+    events = [json.loads(line) for line in rest["events.jsonl"].splitlines()]
+    assert [each["round"] for each in events if each["type"] == "Resumed"] == [1]
+    assert rest["adapters/all.safetensors"] == whole["adapters/all.safetensors"]
+
+
 def test_a_policy_comes_to_a_worker_with_its_base(cache, tmp_path):
     chosen = tiny()
     base = load_run(chosen)
@@ -101,83 +118,9 @@ def test_a_cluster_is_no_setting_of_a_trial():
     assert load_grid({}, ["cluster.workers=3"]).cluster.workers == 3
 
 
-class Failed(Exception):
-    """As Ray's errors: of a task, or of a worker that is gone."""
-
-    cause = None
-
-
-class PoolRay:
-    """As much of Ray as a pool uses, on machines of one core of which each may leave; an answer comes at the next look.
-
-    ``leave``: trial -> how many machines there are from its first begin on.
-    """
-
-    exceptions = SimpleNamespace(RayTaskError=type("RayTaskError", (Failed,), {}), RayError=Failed)
-
-    def __init__(self, machines, leave):
-        self.machines, self.leave, self.actors, self.most = machines, leave, [], 0
-
-    def options(self, **resources):
-        return SimpleNamespace(remote=self.actor)
-
-    def actor(self, *arguments):
-        made = SimpleNamespace(alive=True)
-        made.describe = SimpleNamespace(remote=lambda: (made, describe_process()))
-        made.run = SimpleNamespace(remote=lambda job, key, rows: self.begin(made, job))
-        self.actors.append(made)
-        self.most = max(self.most, self.living)
-        assert self.living <= self.machines, "a worker would wait for a core"
-        return made
-
-    @property
-    def living(self):
-        return sum(each.alive for each in self.actors)
-
-    def begin(self, actor, job):
-        self.machines = self.leave.pop(job.run.name, self.machines)
-        for each in [each for each in self.actors if each.alive][self.machines :]:
-            each.alive = False
-        return actor, {"summary.json": b"{}"}
-
-    def nodes(self):
-        return [{"Alive": True, "Resources": {"CPU": 1.0}}] * self.machines
-
-    def put(self, rows):
-        return rows
-
-    def wait(self, answers, num_returns=1, timeout=0):
-        assert answers, "Ray refuses to wait for nothing"
-        return answers, []
-
-    def get(self, answer, timeout):
-        if not answer[0].alive:
-            raise self.exceptions.RayError("gone")
-        return answer[1]
-
-    def kill(self, actor, no_restart):
-        actor.alive = False
-
-
 @pytest.fixture
 def pool_on(monkeypatch):
-    def build(machines, workers=2, leave=None, **settings):
-        ray, told = PoolRay(machines, leave or {}), []
-        monkeypatch.setattr(trial_pool, "actor_class", lambda: ray)
-        monkeypatch.setattr(trial_pool, "data_key", lambda config: "rows")
-        cache = SimpleNamespace(share_prefix=False, resources=lambda config: None)
-        return ray, TrialPool(ray, ClusterConfig(workers=workers, retries=9, **settings), cache, told.append), told
-
-    return build
-
-
-def trials(count, **settings):
-    config = SimpleNamespace(**{"device": "cpu", "threads": 1, **settings})
-    return [SimpleNamespace(name=f"cell {i}", folder=f"cell-{i}", config=config) for i in range(count)]
-
-
-def finished(pool, these, folder):
-    return sorted(trial.name for trial in pool.run(these, folder, lambda trial: None, lambda: False))
+    return partial(build_pool, monkeypatch)
 
 
 def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, tmp_path):
@@ -224,6 +167,17 @@ def test_workers_start_before_the_driver_checks_the_trials(grid, tmp_path, monke
     assert order == ["workers", "check"] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("long", [set(), {"cell-1"}])
+def test_a_worker_in_place_of_a_lost_one_has_the_drivers_versions_before_its_results_count(pool_on, tmp_path, long):
+    ray, pool, _ = pool_on(2, leave={"cell-1": 1})
+    ray.long = long  # of a worker that computes for hours, too
+    these, yielded = pool.run(trials(3), tmp_path, lambda trial: setattr(ray, "machines", 2), lambda: False), []
+    ray.torch = "0.0.1"
+    with pytest.raises(ClusterError, match=r"has torch 0\.0\.1, the driver has .*install the same versions"):
+        yielded.extend(each.name for each in these)
+    assert len(ray.actors) == 3 and not (tmp_path / "cell-1").exists()
+
+
 def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeypatch):
     ray, pool, told = pool_on(2, leave={"cell-1": 0})
     monkeypatch.setattr(machines.time, "sleep", lambda seconds: setattr(ray, "machines", 1))
@@ -235,6 +189,22 @@ def test_trials_that_wait_too_long_for_a_machine_say_how_to_resume(pool_on, tmp_
     _, pool, _ = pool_on(2, leave={"cell-1": 0}, wait=0)
     with pytest.raises(RunError, match=f"machines have left; add machines, and resume: .*--resume {tmp_path}"):
         finished(pool, trials(3), tmp_path)
+
+
+def test_a_trial_whose_workers_are_lost_again_and_again_says_how_to_resume(pool_on, tmp_path, monkeypatch):
+    ray, pool, warned = pool_on(2)
+    begin = ray.begin
+
+    def die(actor, job):
+        actor.alive = False
+        return begin(actor, job)
+
+    monkeypatch.setattr(ray, "begin", die)
+    with pytest.raises(
+        RunError, match=f"was lost .*, and 9 before it; .*resume: peerlora compare --resume {tmp_path}$"
+    ):
+        finished(pool, trials(1), tmp_path)
+    assert len(warned) == 9
 
 
 def test_trials_with_other_threads_than_workers_have_cores_are_warned_of_once(pool_on, tmp_path):
@@ -268,14 +238,6 @@ def test_a_trial_without_its_base_says_on_which_machine(grid, tmp_path, monkeypa
         TrialWorker(False, "/nowhere").run(job, "rows", rows)
 
 
-needs_ray = [
-    pytest.mark.slow,
-    pytest.mark.alone,
-    pytest.mark.timeout(1200),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
 def timeless(tree):
     """What a comparison prints, without its folder and what is measured in seconds."""
     if isinstance(tree, dict):
@@ -285,6 +247,40 @@ def timeless(tree):
             if name not in ("folder", "report") and "second" not in name
         }
     return [timeless(each) for each in tree] if isinstance(tree, list) else tree
+
+
+def test_a_comparison_that_is_stopped_in_its_cells_comes_to_the_table_of_one_process(grid, tmp_path, monkeypatch):
+    here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
+    ray, begun, kept = ComputingRay(2, {}), [], {}
+    monkeypatch.setattr(trial_pool, "actor_class", lambda: ray)
+
+    @contextmanager
+    def watched(status):
+        begun.append(status.trial)
+        yield lambda event: None
+
+    def pool(cache):
+        if cache not in kept:
+            kept[cache] = TrialPool(ray, SETTINGS, cache, lambda warning: None)
+        return kept[cache]
+
+    ray.long = {"any"}
+    stopping = Callbacks(watched, lambda: len(begun) == 2, pool=pool)
+    with pytest.raises(Stopped, match="after 0 of 6 cells; go on with: peerlora compare --resume"):
+        start_grid(grid, tmp_path / "there", stopping)
+    ray.long = set()
+    there = resume_grid(tmp_path / "there", lambda stored: stored, replace(stopping, stop=lambda: False))
+    events = [path.read_text() for path in (tmp_path / "there").rglob("events.jsonl")]
+    assert len(events) == 6 and sum('"Resumed"' in each for each in events) == 2
+    assert timeless(there.as_json()) == timeless(here.as_json())
+
+
+needs_ray = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def title(process):
@@ -300,14 +296,15 @@ class TestOnRay:
     def test_the_table_is_that_of_one_process_though_a_worker_and_the_driver_are_stopped(self, grid, tmp_path):
         pytest.importorskip("ray", reason="Ray is not installed; pip install 'peerlora[cluster]'")
         here = start_grid(grid.model_copy(update={"base": {**grid.base, "threads": 1}}), tmp_path / "here", QUIET)
-        warnings, begun = [], []
+        warnings, begun, killed = [], [], []
 
         @contextmanager
         def watched(status):
             begun.append(status.trial)
-            if len(begun) == 2 and not warnings:
+            if len(begun) == 2 and not killed:  # workers that wait for cores at the start are warned of, too
                 actors = [each for each in psutil.Process().children(recursive=True) if "TrialActor" in title(each)]
                 actors[0].send_signal(signal.SIGKILL)
+                killed.append(actors[0])
             yield lambda event: None
 
         with trial_pools(SETTINGS, warnings.append) as pool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peerlora.config.run import RunConfig
@@ -14,6 +15,13 @@ from peerlora.experiments.statistics import Outcome, compare, to_long_rows
 from peerlora.experiments.tables import csv_text
 from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.write_failures import describe_write_failures
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn the failure of a write in a comparison's folder into a RunError that says how it goes on."""
+    with describe_write_failures(folder, lambda: f"go on: peerlora compare --resume {folder}"):
+        yield
 
 
 def write_results(
@@ -41,7 +49,7 @@ def write_results(
     higher = began is None or began.higher_is_better
     metric, lines = began and began.metric, compare(ended, baseline)
     result = Comparison(folder, lines, metric, higher, baseline, searches, warnings)
-    with describe_write_failures(folder, lambda: f"go on: peerlora compare --resume {folder}"):
+    with writing(folder):
         write_parquet(folder / "results.parquet", outcomes, searched)
         write_atomically(folder / "table.csv", csv_text(result))
         write_atomically(folder / "table.md", markdown(result))

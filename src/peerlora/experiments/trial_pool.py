@@ -3,101 +3,30 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from peerlora.config.cluster import ClusterConfig
-from peerlora.config.run import RunConfig
 from peerlora.errors import ClusterError, RunError, WorkersLost
 from peerlora.experiments.resource_cache import ResourceCache, data_key
-from peerlora.experiments.trial_run import run_trial
+from peerlora.experiments.results import writing
+from peerlora.experiments.trial_run import is_finished
+from peerlora.experiments.trial_worker import TrialJob, actor_class, read_files, write_files
 from peerlora.experiments.trials import Trial
 from peerlora.runtime.cluster.checks import refuse_device
 from peerlora.runtime.cluster.machines import await_machines, fitting_workers, machines_of
-from peerlora.runtime.cluster.ray_engine import await_start, fetch
+from peerlora.runtime.cluster.ray_engine import await_start, check_versions, describe_failed_start, fetch
 from peerlora.runtime.cluster.session import ray_session
-from peerlora.runtime.cluster.worker import describe_process, name_machine
-from peerlora.runtime.policy import PolicyResources
-from peerlora.runtime.resources import BaseModelCache, RunResources
+from peerlora.runtime.resources import RunResources
 
 _LOOK = 1.0  # seconds between two looks at workers that are busy
 _PING = 10.0  # seconds between two questions whether a worker is alive
-
-Files = dict[str, bytes]
-"""The files of a run folder, by their paths in it."""
-
-
-@dataclass(frozen=True)
-class TrialJob:
-    """What a worker needs for one trial, beside its rows."""
-
-    config: RunConfig
-    run: Path
-    """The folder that the driver will put the results in."""
-    files: Files
-    """Of a trial that was begun before."""
-
-
-class TrialWorker:
-    """Runs trials in folders of its own; it keeps rows and base model for the next trial that needs the same."""
-
-    def __init__(self, share_prefix: bool, folder: str):
-        self.share_prefix, self.bases = share_prefix, BaseModelCache()
-        self.key, self.rows = "", None
-        if os.path.isdir(folder):  # paths of a config may be relative to the driver's
-            os.chdir(folder)
-
-    def run(self, job: TrialJob, key: str, rows: RunResources | PolicyResources) -> Files:
-        """Run a trial to its end and return its files."""
-        if self.rows is None or key != self.key:
-            self.key, self.rows = key, rows  # a policy comes with its base
-            if isinstance(rows, RunResources):
-                self.rows = replace(rows, bases=self.bases, share_prefix=self.share_prefix)
-        with tempfile.TemporaryDirectory() as temporary:
-            run = Path(temporary) / "run"
-            write_files(run, job.files)
-            with name_machine("a worker"):
-                run_trial(job.config, run, self.rows)
-            return {name: _relocated(name, data, run, job.run) for name, data in read_files(run).items()}
-
-
-def _relocated(name: str, data: bytes, here: Path, there: Path) -> bytes:
-    """A file that names the folder of its run, with the one that the driver puts it in."""
-    return data.replace(str(here).encode(), str(there).encode()) if name.endswith((".json", ".jsonl")) else data
-
-
-def read_files(folder: Path) -> Files:
-    """Read all files of a folder; of none where there is none."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
-    }
-
-
-def write_files(folder: Path, files: Files) -> None:
-    """Write files into a folder that is not there yet, all of them or none; nothing where there are no files."""
-    if not files:
-        return
-    half = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(half, ignore_errors=True)
-    for name, data in files.items():
-        path = half / name
-        if not path.resolve().is_relative_to(half.resolve()):
-            raise RunError(f"a worker returned the file {name!r}, which is outside its run; expected paths below it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
+_RESTARTS = "resumed, the cell begins again from where it was when this command gave it to a worker"
 
 
 @dataclass
@@ -105,6 +34,8 @@ class _Seat:
     """One worker and what it does."""
 
     actor: Any
+    checked: bool = False
+    """Whether its machine is known to have the driver's versions."""
     key: str | None = None
     """Of the rows that its worker keeps."""
     job: tuple[Trial, TrialJob] | None = None
@@ -136,11 +67,12 @@ class TrialPool:
     def run(
         self, trials: Sequence[Trial], folder: Path, begun: Callable[[Trial], None], stop: Callable[[], bool]
     ) -> Iterator[Trial]:
-        """Run trials, as many at once as there are workers; yield each when its folder is written.
+        """Run trials, as many at once as there are workers; yield each that has finished when its folder is written.
 
-        They begin in this order, but that a worker goes on with trials of the rows that it has.  It ends early where
-        ``stop`` says so.  Where machines leave, it goes on with the workers that still fit.  Raises what a trial
-        raised, RunError where a trial's workers are lost again and again, or no machine is left.
+        They begin in this order, but that a worker goes on with trials of the rows that it has.  Where ``stop`` says
+        so, those under way end after their rounds, and their folders have checkpoints.  Where machines leave, it goes
+        on with the workers that still fit.  Raises what a trial raised, RunError where a trial's workers are lost again
+        and again, or no machine is left, ClusterError where one that joins has other versions.
         """
         self._check(trials)
         self._await_start()
@@ -157,17 +89,58 @@ class TrialPool:
                     continue
                 for seat, trial, job in self._ended():
                     try:
-                        files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
+                        self._take(seat, trial, job, folder)
                     except WorkersLost as error:
-                        self._give_up(seat, trial, error)
+                        self._give_up(seat, trial, error, folder)
                         waiting.insert(0, (data_key(trial.config), trial))
                         continue
-                    seat.job = None
-                    write_files(job.run, files)
                     yield trial
+            yield from self._stop(folder)
         finally:
             for seat in self._busy:
                 self._end(seat)
+
+    def _take(self, seat: _Seat, trial: Trial, job: TrialJob, folder: Path) -> None:
+        """Write the files that a worker has returned.
+
+        Raises what the trial raised, WorkersLost where it died, ClusterError where its machine has other versions,
+        RunError where they cannot be written.
+        """
+        self._check_versions(seat, trial)
+        files = fetch(self.ray, seat.answer, f"the worker of {trial.name}")
+        seat.job = None
+        with writing(folder):
+            write_files(job.run, files)
+
+    def _check_versions(self, seat: _Seat, trial: Trial) -> None:
+        """Raise ClusterError where a worker's machine has other versions than the driver, WorkersLost where it died."""
+        if not seat.checked:
+            with describe_failed_start(self.ray):
+                check_versions([fetch(self.ray, seat.ping, f"the worker of {trial.name}")])
+            seat.checked = True
+
+    def _stop(self, folder: Path) -> Iterator[Trial]:
+        """Let busy workers end their rounds, write what they have done, and end them; yield trials that have finished.
+
+        What is not there after ``settings.timeout`` seconds is given up.
+        """
+        for seat in self._busy:
+            seat.actor.ask_stop.remote()
+        end = time.monotonic() + self.settings.timeout
+        while self._busy and time.monotonic() < end:
+            for seat, trial, job in self._ended():
+                try:
+                    self._take(seat, trial, job, folder)
+                except WorkersLost as error:
+                    self.warn(f"{error}; {_RESTARTS}")
+                finally:
+                    self._end(seat)  # one that was asked to stop runs nothing to its end any more
+                if is_finished(job.run):
+                    yield trial
+        for seat in self._busy:
+            if seat.job:
+                late = f"the worker of {seat.job[0].name} did not end its round within {self.settings.timeout:g} s"
+                self.warn(f"{late}; {_RESTARTS}")
 
     def _await_start(self) -> None:
         """Wait until all workers have answered once; raises ClusterError where one can't start, or doesn't in time."""
@@ -178,6 +151,8 @@ class TrialPool:
         except BaseException as error:
             self.close()
             raise ClusterError(str(error)) if isinstance(error, WorkersLost) else error from None
+        for seat in self.seats:
+            seat.checked = True
         self._started = True
 
     def _check(self, trials: Sequence[Trial]) -> None:
@@ -245,18 +220,24 @@ class TrialPool:
         now = time.monotonic()
         for seat in busy:
             answered, _ = self.ray.wait([seat.ping], timeout=0)
+            if answered and seat.job:
+                with suppress(WorkersLost):  # its answer will say so, too
+                    self._check_versions(seat, seat.job[0])
             if answered and now - seat.asked > _PING:
                 seat.ping, seat.asked = seat.actor.describe.remote(), now
             elif not answered and now - seat.asked > self.settings.timeout:
                 self.ray.kill(seat.actor, no_restart=True)  # its answer will be that it died
         return [(seat, *seat.job) for seat in busy if seat.job and seat.answer in ready]
 
-    def _give_up(self, seat: _Seat, trial: Trial, error: WorkersLost) -> None:
+    def _give_up(self, seat: _Seat, trial: Trial, error: WorkersLost, folder: Path) -> None:
         """Count the loss of a worker, and raise RunError where a trial has lost too many."""
         self._end(seat)
         self.lost[trial.folder] += 1
         if self.lost[trial.folder] > self.settings.retries:
-            raise RunError(f"{error}, and {self.settings.retries} before it; see what ends them, and resume")
+            raise RunError(
+                f"{error}, and {self.settings.retries} before it; see what ends them, and resume: "
+                f"peerlora compare --resume {folder}"
+            )
         self.warn(f"{error}; it begins again on another worker")
 
     def _end(self, seat: _Seat) -> None:
@@ -264,6 +245,7 @@ class TrialPool:
         if seat.actor is not None:
             self.ray.kill(seat.actor, no_restart=True)
         seat.actor = seat.job = seat.key = None
+        seat.checked = False
 
     def close(self) -> None:
         """End all workers."""
@@ -284,16 +266,3 @@ def trial_pools(settings: ClusterConfig, warn: Callable[[str], None]) -> Iterato
             return pools[0]
 
         yield pool
-
-
-@lru_cache(maxsize=1)
-def actor_class() -> Any:
-    """The class of a worker's actor: trials on one thread, questions whether it is alive on another."""
-    ray: Any = import_module("ray")
-
-    class TrialActor(TrialWorker):
-        @ray.method(concurrency_group="health")
-        def describe(self) -> dict[str, Any]:
-            return describe_process()
-
-    return ray.remote(concurrency_groups={"health": 1})(TrialActor)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Self
@@ -120,16 +120,23 @@ def await_start(
         return lacking(settings, machines_of(ray))
 
     free = "to start; are so many cores and GPUs free?"
-    try:
+    with describe_failed_start(ray):
         facts = wait_for(ray, [actor.describe.remote() for actor in actors], settings.timeout, free, waiting)
+    check_versions(facts)
+    return facts
+
+
+@contextmanager
+def describe_failed_start(ray: Any) -> Iterator[None]:
+    """Turn the failure of a worker that was asked to describe itself into a ClusterError."""
+    try:
+        yield
     except ray.exceptions.RayTaskError as error:
         versions = ", ".join(f"{name} {version}" for name, version in describe_process()["versions"].items())
         raise ClusterError(
             f"a worker cannot start on a machine of the cluster ({_last_line(error)}); all machines need the driver's "
             f"versions: {versions}"
         ) from None
-    check_versions(facts)
-    return facts
 
 
 def _last_line(error: BaseException) -> str:
