@@ -91,17 +91,15 @@ def scored_measure(config: RunConfig) -> str:
 
 def gather_searches(grid: GridConfig, outcomes: Sequence[Outcome]) -> list[RateSearch]:
     """Gather what the search's runs reached, a group after the other, and decide which rate each takes."""
-    sign = 1.0 if all(each.higher_is_better for each in outcomes) else -1.0
     searched = list(searched_settings(grid).values())
     measures = [scored_measure(load_config(setting.tree)) for setting in searched]
-    found = [
-        _rate_scores([each for each in outcomes if each.setting == setting.name], measure)
-        for setting, measure in zip(searched, measures, strict=True)
-    ]
-    tied = [_tied(rates, sign, grid.search) for rates in found]
+    runs = [[each for each in outcomes if each.setting == setting.name] for setting in searched]
+    signs = [1.0 if all(each.higher_is_better for each in own) else -1.0 for own in runs]  # a grid may mix metrics
+    found = [_rate_scores(own, measure) for own, measure in zip(runs, measures, strict=True)]
+    tied = [_tied(rates, sign, grid.search) for rates, sign in zip(found, signs, strict=True)]
     groups_with = Counter(rate for rates in tied for rate in rates)
     searches = []
-    for setting, measure, rates, ties in zip(searched, measures, found, tied, strict=True):
+    for setting, measure, sign, rates, ties in zip(searched, measures, signs, found, tied, strict=True):
         worth = {each.rate: _worth(each, sign) for each in rates}
         most = max(groups_with[rate] for rate in ties)
         taken = first_of_best({rate: worth[rate] for rate in ties if groups_with[rate] == most})
