@@ -86,7 +86,7 @@ def test_rates_of_policies_are_searched_in_environments_that_are_not_reported():
 def test_notes_say_what_rates_were_searched_on():
     for metric, where in (("return", "in environments of seeds that are not reported"), ("accuracy", "rows set aside")):
         found = [searched({0.01: (0.5, 0.6), 0.1: (0.7, 0.5), 1.0: (0.6, 0.6)})]
-        result = Comparison(Path("x"), [], metric, True, {}, found)
+        result = Comparison(Path("x"), [], {metric: True}, {}, found)
         assert where in rates_title(result) and any(where in note for note in table_notes(result))
 
 
@@ -220,6 +220,9 @@ def test_each_group_of_a_grid_with_several_metrics_takes_the_rate_that_is_best_b
     assert (classes.best, classes.taken, classes.ties) == (0.1, 0.1, (0.1,))
     assert (texts.best, texts.taken, texts.ties) == (0.01, 0.01, (0.01,))
     assert [next_rate(each, grid.search) for each in (classes, texts)] == [1.0, 0.001]
+    assert [each.as_json()["metric"] for each in (classes, texts)] == ["accuracy", "loss"]
+    assert rate_columns([classes, texts])[:2] == ["searched on", "metric"] and rate_rows([texts])[0][1] != "loss"
+    assert [row[:2] for row in rate_rows([classes, texts])] == [["classes", "accuracy"], ["texts", "loss"]]
 
 
 def test_ties_are_judged_by_paired_differences():

@@ -19,7 +19,7 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError
 from peerlora.experiments.grid import GridConfig, SearchConfig
 from peerlora.experiments.inference import ROUNDING, is_same, subtract_scores
-from peerlora.experiments.statistics import Estimate, Outcome, estimate
+from peerlora.experiments.statistics import Estimate, Outcome, estimate, find_metrics
 from peerlora.experiments.trials import rate_groups, searched_settings
 
 OWN, RELAYED = "mean client", "relayed client"
@@ -58,6 +58,8 @@ class RateSearch:
     taken: float
     measure: str = OWN
     """What the scores are of."""
+    metric: str = ""
+    """What they are; empty where every run diverged."""
 
     @property
     def edge(self) -> int:
@@ -79,7 +81,8 @@ class RateSearch:
             numbers = {"mean": known and known.mean, "deviation": known and known.deviation}
             rates.append({"rate": each.rate, "seeds": len(each.scores), "diverged": each.diverged, **numbers})
         chosen = {"best": self.best, "ties": list(self.ties), "taken": self.taken, "at_edge": self.edge != 0}
-        about = {"setting": self.setting, "labels": dict(self.labels), "measure": self.measure}
+        about = {"setting": self.setting, "labels": dict(self.labels), "metric": self.metric or None}
+        about |= {"measure": self.measure}
         return {**about, "rates": rates, **chosen}
 
 
@@ -99,11 +102,13 @@ def gather_searches(grid: GridConfig, outcomes: Sequence[Outcome]) -> list[RateS
     tied = [_tied(rates, sign, grid.search) for rates, sign in zip(found, signs, strict=True)]
     groups_with = Counter(rate for rates in tied for rate in rates)
     searches = []
-    for setting, measure, sign, rates, ties in zip(searched, measures, signs, found, tied, strict=True):
+    for setting, own, measure, sign, rates, ties in zip(searched, runs, measures, signs, found, tied, strict=True):
+        metric = ", ".join(find_metrics(own))
         worth = {each.rate: _worth(each, sign) for each in rates}
         most = max(groups_with[rate] for rate in ties)
         taken = first_of_best({rate: worth[rate] for rate in ties if groups_with[rate] == most})
-        searches.append(RateSearch(setting.name, setting.labels, rates, first_of_best(worth), ties, taken, measure))
+        best = first_of_best(worth)
+        searches.append(RateSearch(setting.name, setting.labels, rates, best, ties, taken, measure, metric))
     return searches
 
 
