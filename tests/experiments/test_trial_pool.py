@@ -233,7 +233,7 @@ def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeyp
 
 def test_trials_that_wait_too_long_for_a_machine_say_how_to_resume(pool_on, tmp_path):
     _, pool, _ = pool_on(2, leave={"cell-1": 0}, wait=0)
-    with pytest.raises(RunError, match=f"machines have left; add machines, and resume: .*--resume {tmp_path}"):
+    with pytest.raises(RunError, match=f"machines have left; add machines, and go on with: .*--resume {tmp_path}"):
         finished(pool, trials(3), tmp_path)
 
 

@@ -12,7 +12,7 @@ from flow_runs import tiny
 from peerlora.algorithms import build_algorithm
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
-from peerlora.errors import CompositionError, RunError, Stopped, WorkersLost
+from peerlora.errors import ClusterError, CompositionError, RunError, Stopped, WorkersLost
 from peerlora.runs.events import Resumed, RoundDone, RunFinished, RunStarted, Warned
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.checks import refuse_config
@@ -132,6 +132,46 @@ def test_workers_that_are_lost_too_often_end_the_run_which_can_be_resumed_in_one
         on_workers(chosen, tmp_path / "there", engine=lambda *settings: engine, retries=1)
     found = resume_here(tmp_path / "there", report=False)
     assert any(isinstance(each, Resumed) for each in read_events(tmp_path / "there"))
+    assert same_bits(found.adapters, expected.adapters)
+
+
+@pytest.mark.parametrize("call", [0, 2])
+def test_workers_that_are_lost_before_anything_is_kept_say_to_start_again(config, tmp_path, call):
+    """As they build their blocks, and in round 0."""
+    with pytest.raises(RunError, match="worker 1 was lost to .*; start again$") as told:
+        on_workers(config("bert"), tmp_path / "run", engine=lambda *settings: Dying([call]), retries=0)
+    assert told.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+    class Gone(Dying):
+        def await_machines(self, settings, tell):
+            raise ClusterError("too few cores; add machines")
+
+    with pytest.raises(RunError, match="^too few cores; add machines, and start again$") as told:
+        on_workers(config("bert"), tmp_path / "run", engine=lambda *settings: Gone([call]))
+    assert told.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_workers_that_are_lost_as_they_start_are_replaced_as_often_as_the_settings_say(config, tmp_path):
+    chosen, told = config("bert", "train.rounds=2", "train.block=2"), []
+    expected = simulate_here(chosen, tmp_path / "here", report=False)
+    engine = Dying([0, 0, 5])
+    found = on_workers(chosen, tmp_path / "there", engine=lambda *settings: engine, sinks=[told.append])
+    assert engine.started == 4 and same_bits(found.adapters, expected.adapters)
+    warned = [each.message for each in told if isinstance(each, Warned)]
+    assert warned.count("worker 1 was lost to build; new workers start") == 2
+    with pytest.raises(RunError, match="; start again$"):  # those of the start count, too
+        on_workers(chosen, tmp_path / "again", engine=lambda *settings: Dying([0, 2]), retries=1)
+
+
+def test_workers_that_are_lost_as_a_resumed_run_starts_are_replaced(config, tmp_path):
+    chosen, asked = config("bert", "train.rounds=4", "train.block=2"), iter([False, True])
+    expected = simulate_here(chosen, tmp_path / "here", report=False)
+    with pytest.raises(Stopped):
+        on_workers(chosen, tmp_path / "there", stop=lambda: next(asked), retries=1)
+    with pytest.raises(RunError, match="go on with: peerlora train --resume") as told:
+        resume(tmp_path / "there", engine=lambda *settings: Dying([0, 0]), report=False)
+    assert told.value.exit_code == 2
+    found = resume(tmp_path / "there", engine=lambda *settings: Dying([0]), report=False)
     assert same_bits(found.adapters, expected.adapters)
 
 
