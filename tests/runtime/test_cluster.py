@@ -187,6 +187,32 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(config, tmp_path, 
     assert same_bits(found.adapters, expected.adapters)
 
 
+def test_the_section_that_a_resumption_asks_for_takes_the_place_of_the_stored_one(config, tmp_path):
+    words = ["clients=6", "train.rounds=9", "train.block=2", "threads=1"]
+    with pytest.raises(Stopped):
+        on_workers(config("bert", *words), tmp_path / "run", stop=lambda: True)
+    asked = []
+
+    def resumed(expected):
+        with pytest.raises(Stopped):
+            resume(tmp_path / "run", expected=expected, engine=started, stop=lambda: True, report=False)
+        return asked.pop() if asked else None
+
+    def started(settings, exchanged_bytes):
+        asked.append(settings.workers)
+        return ThreadEngine()
+
+    def with_word(word):
+        return lambda stored: load_config(stored.model_dump(mode="json"), [word])
+
+    assert resumed(with_word("cluster.workers=3")) == 3
+    whole = config("bert", *words, "cluster={workers: 1}")
+    assert resumed(lambda stored: whole) == 1
+    silent = whole.model_dump(mode="json", exclude={"cluster"})
+    assert resumed(lambda stored: load_config(silent)) == 2
+    assert resumed(with_word("cluster=null")) is None
+
+
 def test_a_run_begun_in_one_process_is_not_divided(config, tmp_path):
     asked = iter([True])
     with pytest.raises(Stopped):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peerlora.config.cluster import ClusterConfig
+from peerlora.config.cluster import ClusterConfig, asked_or_stored
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
 from peerlora.errors import DataError, RunError, WorkersLost
@@ -91,7 +91,7 @@ def simulate(
 def resume(
     folder: Path | str,
     *,
-    where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda stored: stored,
+    where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda section: section,
     engine: Callable[[ClusterConfig, int], Engine] | None = None,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
     partitioner: Any = None,
@@ -102,15 +102,15 @@ def resume(
 ) -> Result:
     """Resume a run, on a cluster where its config says so, with any number of workers.
 
-    ``where`` turns the stored section ``cluster`` into the one to use, None for this process.  Raises RunError where
-    the run's graphs cannot be divided.
+    ``where`` turns the section ``cluster`` of what is ``expected``, or else the stored one, into the one to use, None
+    for this process.  Raises RunError where the run's graphs cannot be divided.
     """
     with RunStore.open(folder) as store:
         stored = stored_config(store)
-        settings = where(stored.cluster)
+        asked = expected(stored)
+        settings = where(asked_or_stored(asked, stored))
         if settings is not None:
             here.refuse_loops(store)
-            asked = expected(stored)
             check_same(stored, asked, store, partitioner)
             check_trackers(asked)
             refuse_objects(partitioner, options)
