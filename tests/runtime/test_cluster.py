@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
 from peerlora.errors import ClusterError, CompositionError, RunError, Stopped, WorkersLost
 from peerlora.runs.events import Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.resume import check_same
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.checks import refuse_config
 from peerlora.runtime.cluster.group import ThreadEngine, ThreadGroup
@@ -211,6 +213,38 @@ def test_the_section_that_a_resumption_asks_for_takes_the_place_of_the_stored_on
     silent = whole.model_dump(mode="json", exclude={"cluster"})
     assert resumed(lambda stored: load_config(silent)) == 2
     assert resumed(with_word("cluster=null")) is None
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_a_run_is_resumed_with_the_threads_of_its_config_for_which_those_of_workers_stood_in(config, tmp_path, workers):
+    chosen = config("bert", "train.rounds=4", "train.block=2", "threads=4")
+    with pytest.raises(Stopped):
+        on_workers(chosen, tmp_path / "run", stop=lambda: True)
+    assert load_config(tmp_path / "run" / "config.yaml").threads == 1
+
+    def resumed(expected):
+        section = workers and ClusterConfig(workers=workers, timeout=60)
+        return resume(
+            tmp_path / "run",
+            where=lambda stored: section,
+            expected=lambda stored: expected,
+            engine=threads,
+            report=False,
+        )
+
+    with pytest.raises(RunError, match="threads: 1 then, 3 now"):
+        resumed(chosen.model_copy(update={"threads": 3}))
+    assert resumed(chosen).summary["rounds"] == 4
+
+
+def test_the_threads_of_runs_without_a_cluster_and_of_older_ones_on_it(config):
+    chosen = config("bert", "threads=4")
+    older = SimpleNamespace(facts={}, folder="run")
+    check_same(chosen.model_copy(update={"cluster": ClusterConfig(), "threads": 1}), chosen, older, None)
+    for facts in ({}, {"asked_threads": 4}):
+        here = SimpleNamespace(facts=facts, folder="run")
+        with pytest.raises(RunError, match="threads: 1 then, 4 now"):
+            check_same(chosen.model_copy(update={"threads": 1}), chosen, here, None)
 
 
 def test_a_run_begun_in_one_process_is_not_divided(config, tmp_path):

@@ -18,7 +18,7 @@ from peerlora.exchange.blocks import links_of
 from peerlora.lora.attach import StackedModel
 from peerlora.runs.events import Event, Warned
 from peerlora.runs.report import ReportWriter
-from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
+from peerlora.runs.resume import ASKED_THREADS, check_same, default_folder, run_facts, stored_config
 from peerlora.runs.store import START_AGAIN, RunStore, require_free
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
@@ -76,9 +76,10 @@ def simulate(
     require_free(folder)
     check_trackers(config)
     refuse_objects(partitioner, options)
+    facts = {ASKED_THREADS: config.threads}
     config = config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker})
     driver = compose_driver(config)
-    facts = run_facts(config, inputs=facts_of(driver.federation))
+    facts |= run_facts(config, inputs=facts_of(driver.federation))
     with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
         machines.tell = partial(_warn, sinks=sinks)
         recovery = Recovery(machines, settings)
