@@ -177,6 +177,20 @@ def test_workers_that_are_lost_as_a_resumed_run_starts_are_replaced(config, tmp_
     assert same_bits(found.adapters, expected.adapters)
 
 
+def test_what_workers_wait_for_is_told_as_a_run_starts_and_as_it_is_resumed(config, tmp_path):
+    class Waiting(ThreadEngine):
+        def start(self, workers, settings):
+            self.tell("workers wait for cores and GPUs that others use")
+            return super().start(workers, settings)
+
+    first, later, engine = [], [], lambda *settings: Waiting()
+    with pytest.raises(Stopped):
+        on_workers(config("bert"), tmp_path / "run", engine=engine, sinks=[first.append], stop=lambda: True)
+    resume(tmp_path / "run", engine=engine, sinks=[later.append], report=False)
+    for told in (first, later):
+        assert "others use" in " ".join(each.message for each in told if isinstance(each, Warned))
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_stopped_run_goes_on_with_another_number_of_workers(config, tmp_path, workers):
     chosen = config("bert", "clients=6", "train.rounds=4", "train.block=2", "exchange.codec={kind: top-k, share: 0.3}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,7 @@ def simulate(
     config = config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker})
     driver = compose_driver(config)
     facts |= run_facts(config, inputs=facts_of(driver.federation))
-    with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
-        machines.tell = partial(_warn, sinks=sinks)
+    with _connected(engine, driver, sinks) as machines:
         recovery = Recovery(machines, settings)
         first, speed = driver.start_first(machines, recovery)
         driver = replace(driver, speed=speed)  # of workers that take the place of lost ones, too
@@ -123,12 +122,22 @@ def resume(
             tracked = stored.model_copy(update={"track": asked.track})
             driver = compose_driver(tracked, speed_of(store.facts, stored), settings)
             check_inputs(store, driver.federation)
-            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
+            with _connected(engine, driver, sinks) as machines:
                 recovery = Recovery(machines, settings)
                 return driver.run(machines, None, recovery, store, sinks, stop, report, resumed=True)
     return here.resume(
         folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
+
+
+@contextmanager
+def _connected(
+    engine: Callable[[ClusterConfig, int], Engine] | None, driver: Driver, sinks: Sequence[Sink]
+) -> Iterator[Engine]:
+    """Connect to what starts the workers of a run, and pass on to ``sinks`` what they wait for."""
+    with (engine or ray_engine)(driver.settings, driver.exchanged_bytes) as machines:
+        machines.tell = partial(_warn, sinks=sinks)
+        yield machines
 
 
 def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
