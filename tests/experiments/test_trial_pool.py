@@ -186,6 +186,23 @@ def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, t
     assert ray.most == 2 and ray.living == 1 and any("begins again on another worker" in each for each in told)
 
 
+def test_a_trial_that_begins_again_keeps_its_number(pool_on, grid, tmp_path):
+    these = plan_trials(grid).trials
+    _, pool, _ = pool_on(2, leave={these[-1].folder.removeprefix("cells/"): 1})
+    shown = []
+
+    @contextmanager
+    def watched(status):
+        shown.append((status.trial, status.number, status.trials))
+        yield lambda event: None
+
+    trial_runner = runner._TrialRunner(Callbacks(watched, pool=lambda cache: pool), tmp_path)
+    trial_runner.expect(these)
+    trial_runner.finish_all(these, pool.cache)
+    assert len(these) == 2 and len(shown) == 3
+    assert shown == [(these[0].name, 1, 2), (these[1].name, 2, 2), (these[1].name, 2, 2)]
+
+
 def test_workers_are_waited_for_once_and_only_when_there_are_trials(pool_on, tmp_path, monkeypatch):
     waits, wait = [], trial_pool.await_start
     monkeypatch.setattr(
