@@ -46,7 +46,7 @@ from peerlora.experiments.markdown import markdown
 from peerlora.experiments.rate_search import RateSearch, choose_rates
 from peerlora.experiments.resource_cache import ResourceCache
 from peerlora.experiments.runner import Callbacks, search_rates, start_grid
-from peerlora.experiments.statistics import Outcome, compare
+from peerlora.experiments.statistics import Outcome, compare, find_metrics
 from peerlora.experiments.trial_pool import TrialPool, trial_pools
 from peerlora.experiments.trials import plan_trials, search_labels
 from peerlora.files import write_atomically
@@ -128,11 +128,11 @@ def conduct(name: str, study: Study, data: Path, pool: Pool = None, only_finishe
 
 def compared(name: str, study: Study, outcomes: Sequence[Outcome], searches: Sequence[RateSearch] = ()) -> Comparison:
     """Compare the rows of a study; SystemExit where not one run ended."""
-    known = next((each for each in outcomes if each.metric), None)
-    if known is None:
+    metrics = find_metrics(outcomes)
+    if not metrics:
         raise SystemExit(f"{name}: every reported run diverged, so there is nothing to compare")
-    lines, about = compare(outcomes, study.baseline), (known.metric, known.higher_is_better)
-    return Comparison(PLACE / name, lines, *about, study.baseline, searches, details=str(result_file(name)))
+    lines = compare(outcomes, study.baseline)
+    return Comparison(PLACE / name, lines, metrics, study.baseline, searches, details=str(result_file(name)))
 
 
 def result_file(name: str) -> Path:

@@ -2,12 +2,14 @@
 
 import json
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import yaml
 
-from peerlora.experiments import runner
+from peerlora.errors import Stopped
+from peerlora.experiments import runner, trial_pool
 from peerlora.experiments.grid import load_grid
 from peerlora.experiments.inference import detectable_difference
 from peerlora.experiments.presets import PRESETS, TASKS, preset
@@ -85,6 +87,41 @@ def test_marks_and_the_smallest_difference_are_printed(cli, grid_file, tmp_path,
     found = {name: row["differences"]["mean client"]["distinguishable"] for name, row in rows.items() if name in GAPS}
     assert found == {"adf-lora": True, "local": False, "dfedsam": None}
     assert "worst client" in (tmp_path / "out" / "table.md").read_text().split("Of further measures")[1]
+
+
+@pytest.mark.parametrize(
+    ("stored", "file", "words", "workers"),
+    [
+        (None, None, ["cluster.workers=4"], 4),
+        ({"workers": 2}, None, ["cluster.workers=4"], 4),
+        ({"workers": 2}, None, ["cluster=null"], None),
+        ({"workers": 2}, {}, [], 2),  # a file that says nothing of it
+        ({"workers": 2}, {"cluster": {"workers": 3}}, [], 3),
+        ({"workers": 2}, {"cluster": {"workers": 3}}, ["--workers", 5], 5),
+    ],
+)
+def test_a_resumed_comparison_computes_where_it_is_asked_to(cli, tmp_path, monkeypatch, stored, file, words, workers):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "grid.yaml").write_text(load_grid({"cluster": stored}).to_yaml())
+    used = []
+
+    @contextmanager
+    def pools(settings, warn):
+        used.append(settings.workers)
+        yield lambda cache: None
+
+    def end(*_):
+        raise Stopped("enough")
+
+    monkeypatch.setattr(trial_pool, "trial_pools", pools)
+    monkeypatch.setattr(runner, "resume_grid", end)
+    given = []
+    if file is not None:
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"seeds": [0, 1, 2]} | file))
+        given = [tmp_path / "grid.yaml"]
+    answer = cli("compare", *given, *words, "--resume", tmp_path / "out")
+    assert answer.code == 130 and "enough" in answer.err, answer.err
+    assert used == ([] if workers is None else [workers])
 
 
 REFUSED = {

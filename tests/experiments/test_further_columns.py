@@ -37,7 +37,7 @@ def comparison(tmp_path, *runs):
         Outcome.of_events(f"s{number}", {"own": f"s{number}"}, 0, 0.01, "cells/x", each)
         for number, each in enumerate(runs)
     ]
-    return Comparison(tmp_path, compare(outcomes, {"own": "s0"}), "accuracy", True, {"own": "s0"}), outcomes
+    return Comparison(tmp_path, compare(outcomes, {"own": "s0"}), {"accuracy": True}, {"own": "s0"}), outcomes
 
 
 def test_a_run_is_measured_by_them():

@@ -86,7 +86,7 @@ def test_rates_of_policies_are_searched_in_environments_that_are_not_reported():
 def test_notes_say_what_rates_were_searched_on():
     for metric, where in (("return", "in environments of seeds that are not reported"), ("accuracy", "rows set aside")):
         found = [searched({0.01: (0.5, 0.6), 0.1: (0.7, 0.5), 1.0: (0.6, 0.6)})]
-        result = Comparison(Path("x"), [], metric, True, {}, found)
+        result = Comparison(Path("x"), [], {metric: True}, {}, found)
         assert where in rates_title(result) and any(where in note for note in table_notes(result))
 
 
@@ -189,6 +189,40 @@ def test_a_rate_is_scored_by_the_models_that_are_deployed():
 
     assert taken(deploy="relayed") == (0.01, "relayed client", 0.9)
     assert taken(deploy="own") == taken() == (0.1, "mean client", 0.5)
+
+
+MIXED = {
+    "base": {"model": {"source": "x"}, "data": {"train": "csv:a.csv", "eval": "csv:b.csv", "text": ["text"]}},
+    "axes": {
+        "dataset": {
+            "classes": {"data": {"label": "label"}},
+            "texts": {"task": {"kind": "causal-lm"}, "data": {"label": None}},
+        }
+    },
+    "seeds": [0],
+    "search": {"rates": [0.01, 0.1], "seeds": [1, 2], "each": ["task.kind"], "grow": True, "ties": "common"},
+}
+"""Two metrics: accuracy, of which more is better, and loss, of which less is."""
+
+
+def mixed_outcomes(grid):
+    """Of classes the higher rate is the better one, of texts the lower one."""
+    for trial in plan_search(grid).trials:
+        classes, high = trial.config.task.kind == "classification", trial.config.train.lr == 0.1
+        about = {"metric": "accuracy" if classes else "loss", "higher_is_better": classes}
+        reached = {"mean client": 0.9 if high else 0.5}
+        yield Outcome(trial.setting, trial.labels, trial.config.seed, trial.config.train.lr, "", reached, **about)
+
+
+def test_each_group_of_a_grid_with_several_metrics_takes_the_rate_that_is_best_by_its_own():
+    grid = load_grid(MIXED)
+    classes, texts = gather_searches(grid, list(mixed_outcomes(grid)))
+    assert (classes.best, classes.taken, classes.ties) == (0.1, 0.1, (0.1,))
+    assert (texts.best, texts.taken, texts.ties) == (0.01, 0.01, (0.01,))
+    assert [next_rate(each, grid.search) for each in (classes, texts)] == [1.0, 0.001]
+    assert [each.as_json()["metric"] for each in (classes, texts)] == ["accuracy", "loss"]
+    assert rate_columns([classes, texts])[:2] == ["searched on", "metric"] and rate_rows([texts])[0][1] != "loss"
+    assert [row[:2] for row in rate_rows([classes, texts])] == [["classes", "accuracy"], ["texts", "loss"]]
 
 
 def test_ties_are_judged_by_paired_differences():

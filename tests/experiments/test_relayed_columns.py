@@ -25,7 +25,7 @@ def comparison(tmp_path, *relayed):
         Outcome.of_events(f"s{number}", {"relay": f"s{number}"}, 0, 0.01, "cells/x", events(scores))
         for number, scores in enumerate(relayed)
     ]
-    return Comparison(tmp_path, compare(outcomes, {}), "accuracy", True, {}), outcomes
+    return Comparison(tmp_path, compare(outcomes, {}), {"accuracy": True}, {}), outcomes
 
 
 def test_columns_of_relayed_models_where_a_cell_has_them(tmp_path):

@@ -171,6 +171,32 @@ def test_a_note_explains_every_column_that_not_all_tables_have(tmp_path):
     assert "Relayed client:" not in text and "Of further measures" not in text
 
 
+def test_a_table_of_several_metrics_says_which_row_has_which(tmp_path):
+    """Rows of one metric are set against each other, a row and a baseline of two metrics are not."""
+    found = [outcome(name, seed, 0.5 + gap, 0.5 + gap) for name in "ab" for seed, gap in enumerate(GAPS["b"])]
+    losses = [replace(each, metric="loss", higher_is_better=False) for each in map(_on_path, found)]
+    losses = [replace(each, measures={"mean client": 1.0 + each.seed * (each.setting[0] == "b")}) for each in losses]
+    result = write_results(tmp_path, [*found, *losses], [], {"method": "a"}, "", {}, None)
+    assert result.metrics == {"accuracy": True, "loss": False} and result.metric == "accuracy, loss"
+    text = (tmp_path / "table.md").read_text()
+    assert "| method | graph | metric | rate |" in text and "| b | path | loss | 0.01 |" in text
+    assert "accuracy (higher is better), loss (lower is better): mean over seeds" in text
+    assert "compare rows of the same metric only" in text and "Smallest difference" not in text
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert {row["metric"] for row in rows if row["graph"] == "path"} == {"loss"}
+    assert [row["metric"] for row in result.as_json()["rows"]] == ["accuracy", "accuracy", "loss", "loss"]
+    assert all(line.differences for line in result.lines if line.labels["method"] == "b")
+    across = compare([*found, *losses], {"graph": "ring"})
+    assert not any(line.differences for line in across)
+    pictures = [each.title for each in comparison_figures([*found, *losses], "method")]
+    assert "accuracy of the mean client by round, graph ring" in pictures
+    assert "loss of the mean client by round, graph path" in pictures
+
+
+def _on_path(each):
+    return replace(each, setting=each.setting.replace("ring", "path"), labels={**each.labels, "graph": "path"})
+
+
 def _only(method):
     gaps = GAPS.get(method, (0.0, 0.0, 0.0))
     return [outcome(method, seed, *[0.25 + 0.125 * seed + gaps[seed]] * 2) for seed in range(3)]

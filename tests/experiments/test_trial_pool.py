@@ -129,6 +129,23 @@ def test_trials_go_on_with_the_workers_that_fit_when_a_machine_leaves(pool_on, t
     assert ray.most == 2 and ray.living == 1 and any("begins again on another worker" in each for each in told)
 
 
+def test_a_trial_that_begins_again_keeps_its_number(pool_on, grid, tmp_path):
+    these = plan_trials(grid).trials
+    _, pool, _ = pool_on(2, leave={these[-1].folder.removeprefix("cells/"): 1})
+    shown = []
+
+    @contextmanager
+    def watched(status):
+        shown.append((status.trial, status.number, status.trials))
+        yield lambda event: None
+
+    trial_runner = runner._TrialRunner(Callbacks(watched, pool=lambda cache: pool), tmp_path)
+    trial_runner.expect(these)
+    trial_runner.finish_all(these, pool.cache)
+    assert len(these) == 2 and len(shown) == 3
+    assert shown == [(these[0].name, 1, 2), (these[1].name, 2, 2), (these[1].name, 2, 2)]
+
+
 def test_workers_are_waited_for_once_and_only_when_there_are_trials(pool_on, tmp_path, monkeypatch):
     waits, wait = [], trial_pool.await_start
     monkeypatch.setattr(
@@ -187,7 +204,7 @@ def test_trials_wait_for_a_machine_where_none_is_left(pool_on, tmp_path, monkeyp
 
 def test_trials_that_wait_too_long_for_a_machine_say_how_to_resume(pool_on, tmp_path):
     _, pool, _ = pool_on(2, leave={"cell-1": 0}, wait=0)
-    with pytest.raises(RunError, match=f"machines have left; add machines, and resume: .*--resume {tmp_path}"):
+    with pytest.raises(RunError, match=f"machines have left; add machines, and go on with: .*--resume {tmp_path}"):
         finished(pool, trials(3), tmp_path)
 
 

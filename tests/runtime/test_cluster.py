@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +13,9 @@ from flow_runs import tiny
 from peerlora.algorithms import build_algorithm
 from peerlora.config.cluster import ClusterConfig
 from peerlora.config.loading import load_config
-from peerlora.errors import CompositionError, RunError, Stopped, WorkersLost
+from peerlora.errors import ClusterError, CompositionError, RunError, Stopped, WorkersLost
 from peerlora.runs.events import Resumed, RoundDone, RunFinished, RunStarted, Warned
+from peerlora.runs.resume import check_same
 from peerlora.runs.store import read_events
 from peerlora.runtime.cluster.checks import refuse_config
 from peerlora.runtime.cluster.group import ThreadEngine, ThreadGroup
@@ -135,6 +137,60 @@ def test_workers_that_are_lost_too_often_end_the_run_which_can_be_resumed_in_one
     assert same_bits(found.adapters, expected.adapters)
 
 
+@pytest.mark.parametrize("call", [0, 2])
+def test_workers_that_are_lost_before_anything_is_kept_say_to_start_again(config, tmp_path, call):
+    """As they build their blocks, and in round 0."""
+    with pytest.raises(RunError, match="worker 1 was lost to .*; start again$") as told:
+        on_workers(config("bert"), tmp_path / "run", engine=lambda *settings: Dying([call]), retries=0)
+    assert told.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+    class Gone(Dying):
+        def await_machines(self, settings, tell):
+            raise ClusterError("too few cores; add machines")
+
+    with pytest.raises(RunError, match="^too few cores; add machines, and start again$") as told:
+        on_workers(config("bert"), tmp_path / "run", engine=lambda *settings: Gone([call]))
+    assert told.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_workers_that_are_lost_as_they_start_are_replaced_as_often_as_the_settings_say(config, tmp_path):
+    chosen, told = config("bert", "train.rounds=2", "train.block=2"), []
+    expected = simulate_here(chosen, tmp_path / "here", report=False)
+    engine = Dying([0, 0, 5])
+    found = on_workers(chosen, tmp_path / "there", engine=lambda *settings: engine, sinks=[told.append])
+    assert engine.started == 4 and same_bits(found.adapters, expected.adapters)
+    warned = [each.message for each in told if isinstance(each, Warned)]
+    assert warned.count("worker 1 was lost to build; new workers start") == 2
+    with pytest.raises(RunError, match="; start again$"):  # those of the start count, too
+        on_workers(chosen, tmp_path / "again", engine=lambda *settings: Dying([0, 2]), retries=1)
+
+
+def test_workers_that_are_lost_as_a_resumed_run_starts_are_replaced(config, tmp_path):
+    chosen, asked = config("bert", "train.rounds=4", "train.block=2"), iter([False, True])
+    expected = simulate_here(chosen, tmp_path / "here", report=False)
+    with pytest.raises(Stopped):
+        on_workers(chosen, tmp_path / "there", stop=lambda: next(asked), retries=1)
+    with pytest.raises(RunError, match="go on with: peerlora train --resume") as told:
+        resume(tmp_path / "there", engine=lambda *settings: Dying([0, 0]), report=False)
+    assert told.value.exit_code == 2
+    found = resume(tmp_path / "there", engine=lambda *settings: Dying([0]), report=False)
+    assert same_bits(found.adapters, expected.adapters)
+
+
+def test_what_workers_wait_for_is_told_as_a_run_starts_and_as_it_is_resumed(config, tmp_path):
+    class Waiting(ThreadEngine):
+        def start(self, workers, settings):
+            self.tell("workers wait for cores and GPUs that others use")
+            return super().start(workers, settings)
+
+    first, later, engine = [], [], lambda *settings: Waiting()
+    with pytest.raises(Stopped):
+        on_workers(config("bert"), tmp_path / "run", engine=engine, sinks=[first.append], stop=lambda: True)
+    resume(tmp_path / "run", engine=engine, sinks=[later.append], report=False)
+    for told in (first, later):
+        assert "others use" in " ".join(each.message for each in told if isinstance(each, Warned))
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_stopped_run_goes_on_with_another_number_of_workers(config, tmp_path, workers):
     chosen = config("bert", "clients=6", "train.rounds=4", "train.block=2", "exchange.codec={kind: top-k, share: 0.3}")
@@ -145,6 +201,64 @@ def test_a_stopped_run_goes_on_with_another_number_of_workers(config, tmp_path, 
     settings = ClusterConfig(workers=workers, timeout=60)
     found = resume(tmp_path / "there", where=lambda stored: settings, engine=threads, report=False)
     assert same_bits(found.adapters, expected.adapters)
+
+
+def test_the_section_that_a_resumption_asks_for_takes_the_place_of_the_stored_one(config, tmp_path):
+    words = ["clients=6", "train.rounds=9", "train.block=2", "threads=1"]
+    with pytest.raises(Stopped):
+        on_workers(config("bert", *words), tmp_path / "run", stop=lambda: True)
+    asked = []
+
+    def resumed(expected):
+        with pytest.raises(Stopped):
+            resume(tmp_path / "run", expected=expected, engine=started, stop=lambda: True, report=False)
+        return asked.pop() if asked else None
+
+    def started(settings, exchanged_bytes):
+        asked.append(settings.workers)
+        return ThreadEngine()
+
+    def with_word(word):
+        return lambda stored: load_config(stored.model_dump(mode="json"), [word])
+
+    assert resumed(with_word("cluster.workers=3")) == 3
+    whole = config("bert", *words, "cluster={workers: 1}")
+    assert resumed(lambda stored: whole) == 1
+    silent = whole.model_dump(mode="json", exclude={"cluster"})
+    assert resumed(lambda stored: load_config(silent)) == 2
+    assert resumed(with_word("cluster=null")) is None
+
+
+@pytest.mark.parametrize("workers", [2, None])
+def test_a_run_is_resumed_with_the_threads_of_its_config_for_which_those_of_workers_stood_in(config, tmp_path, workers):
+    chosen = config("bert", "train.rounds=4", "train.block=2", "threads=4")
+    with pytest.raises(Stopped):
+        on_workers(chosen, tmp_path / "run", stop=lambda: True)
+    assert load_config(tmp_path / "run" / "config.yaml").threads == 1
+
+    def resumed(expected):
+        section = workers and ClusterConfig(workers=workers, timeout=60)
+        return resume(
+            tmp_path / "run",
+            where=lambda stored: section,
+            expected=lambda stored: expected,
+            engine=threads,
+            report=False,
+        )
+
+    with pytest.raises(RunError, match="threads: 1 then, 3 now"):
+        resumed(chosen.model_copy(update={"threads": 3}))
+    assert resumed(chosen).summary["rounds"] == 4
+
+
+def test_the_threads_of_runs_without_a_cluster_and_of_older_ones_on_it(config):
+    chosen = config("bert", "threads=4")
+    older = SimpleNamespace(facts={}, folder="run")
+    check_same(chosen.model_copy(update={"cluster": ClusterConfig(), "threads": 1}), chosen, older, None)
+    for facts in ({}, {"asked_threads": 4}):
+        here = SimpleNamespace(facts=facts, folder="run")
+        with pytest.raises(RunError, match="threads: 1 then, 4 now"):
+            check_same(chosen.model_copy(update={"threads": 1}), chosen, here, None)
 
 
 def test_a_run_begun_in_one_process_is_not_divided(config, tmp_path):

@@ -313,10 +313,10 @@ def test_a_run_whose_machines_do_not_come_back_says_how_to_resume(config, tmp_pa
 
         def await_machines(self, settings, tell):
             tell("machines have left: waiting")
-            raise ClusterError("too few cores; add machines, and resume")
+            raise ClusterError("too few cores; add machines")
 
     told = []
-    with pytest.raises(RunError, match="too few cores; add machines, and resume: peerlora train --resume"):
+    with pytest.raises(RunError, match="too few cores; add machines, and go on with: peerlora train --resume"):
         simulate(
             config("bert", "train.rounds=3", "train.block=2"),
             tmp_path / "run",

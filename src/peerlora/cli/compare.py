@@ -62,9 +62,9 @@ def command(
     expected = _expected(source, overrides, preset, budget, data)
     if resume is None and expected is None:
         raise ConfigError("compare needs a GRID.yaml, --preset adf-lora or tad-lora, or --resume DIR")
-    stored = expected.cluster if expected is not None else _stored_cluster(resume)
+    section = _cluster_section(resume, expected, overrides)
     settings = cluster_settings(
-        cluster, stored, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
+        cluster, section, address=address, workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus
     )
     if watch and out is None and resume is None:
         out = new_folder("compare")  # known before the run begins
@@ -109,12 +109,18 @@ def _expected(
     return load_grid(source, words) if source is not None else None
 
 
-def _stored_cluster(folder: Path | None) -> ClusterConfig | None:
-    """The section ``cluster`` of the grid in a folder; None also where there is none, which the resumption refuses."""
+def _cluster_section(resume: Path | None, expected: GridConfig | None, words: Sequence[str]) -> ClusterConfig | None:
+    """The section ``cluster`` that is asked for, else that of the grid in the folder that is resumed.
+
+    None also where that folder has no grid, which the resumption refuses.
+    """
+    from peerlora.config.cluster import asked_or_stored
     from peerlora.experiments.grid import load_grid
 
-    stored = None if folder is None else folder / "grid.yaml"
-    return load_grid(stored).cluster if stored is not None and stored.is_file() else None
+    if resume is None or not (resume / "grid.yaml").is_file():
+        return expected and expected.cluster
+    stored = load_grid(resume / "grid.yaml")
+    return asked_or_stored(expected or _changed(stored, words), stored)
 
 
 def _changed(stored: GridConfig, words: Sequence[str]) -> GridConfig:

@@ -1,6 +1,6 @@
 """The section of a config that says on what machines a run's clients are computed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -36,3 +36,11 @@ class ClusterConfig(Section):
         if value > 1 and value != int(value):
             raise ValueError("expected a part of one GPU, or a whole number of them")
         return value
+
+
+def asked_or_stored(asked: Any, stored: Any) -> ClusterConfig | None:
+    """Return the section of the config, or of the grid, that a resumption asks for; where it has none, the stored one.
+
+    A section that is asked for as null counts: it means this process.
+    """
+    return asked.cluster if "cluster" in asked.model_fields_set else stored.cluster

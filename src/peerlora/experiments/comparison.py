@@ -21,14 +21,24 @@ class Comparison:
 
     folder: Path
     lines: list[Line]
-    metric: str | None
-    higher_is_better: bool
+    metrics: Mapping[str, bool]
+    """What the scores are -> whether higher is better; several where the rows' tasks differ, empty before any run."""
     baseline: Mapping[str, str]
     searches: Sequence[RateSearch] = ()
     """Empty where no rate was searched."""
     warnings: Sequence[str] = ()
     details: str = "table.csv and the report"
     """The files with all tests of every row, as the notes name them."""
+
+    @property
+    def metric(self) -> str | None:
+        """The metrics by name; None before any run."""
+        return ", ".join(self.metrics) or None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether scores of several metrics stand in the table."""
+        return len(self.metrics) > 1
 
     @property
     def design(self) -> Design | None:
@@ -57,6 +67,7 @@ class Comparison:
             "rows": [
                 {
                     "labels": dict(line.labels),
+                    "metric": line.metric or None,
                     "rate": line.rate,
                     "rate_from": line.rate_from,
                     "diverged": line.diverged,

@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
 from peerlora.display import byte_unit
-from peerlora.experiments.statistics import Outcome
+from peerlora.experiments.statistics import Outcome, find_metrics
 from peerlora.runs import figures
 from peerlora.runs.chart import Chart, Line, band
 from peerlora.runs.events import Event, RoundDone
 from peerlora.runs.figures import Key, Picture
-from peerlora.runs.metrics import evaluations, find_start, select_events
+from peerlora.runs.metrics import evaluations, select_events
 from peerlora.runs.privacy_summary import largest_epsilon
 
 Costs = Callable[[Sequence[Event]], Sequence[float]]
@@ -39,12 +39,10 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
     finished = [each for each in outcomes if each.events]
     if not finished:
         return []
-    start = find_start(finished[0].events)
-    metric = start.metric if start else "metric"
     pictures = []
     for number, (rest, panel) in enumerate(_panels(finished, axis).items()):
         where = f", {rest}" if rest else ""
-        title = f"{metric} of the mean client"
+        title = f"{_metrics([each for runs in panel.values() for each in runs])} of the mean client"
         pictures += [
             _by_cost(f"round{number}", f"{title} by round{where}", panel, "round", _rounds),
             _by_bytes(f"sent{number}", f"{title} by bytes sent{where}", panel),
@@ -53,8 +51,12 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
-    by_p = _by_p(f"{metric} of the mean client by p, last evaluation", finished, axis)
+    by_p = _by_p("{metric} of the mean client by p, last evaluation", finished, axis)
     return [picture for picture in [*by_p, *pictures] if picture]
+
+
+def _metrics(outcomes: Sequence[Outcome]) -> str:
+    return ", ".join(find_metrics(outcomes)) or "metric"
 
 
 def _panels(outcomes: Sequence[Outcome], axis: str | None) -> dict[str, dict[str, list[Outcome]]]:
@@ -152,10 +154,14 @@ def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: 
 
 
 def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
-    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values."""
+    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values.
+
+    ``{metric}`` in the title becomes what the figure's scores are.
+    """
     of_p = _axis_of_p(outcomes)
     lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    shown: dict[str, list[Outcome]] = {}
     for each in outcomes:
         reached = each.measures.get("mean client")
         if each.p is None or reached is None:
@@ -163,8 +169,9 @@ def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Pic
         rest = ", ".join(f"{name} {own}" for name, own in each.labels.items() if name not in {of_p, *lines_of})
         line = ", ".join(own for name, own in each.labels.items() if name in lines_of) or "mean client"
         panels.setdefault(rest, {}).setdefault(line, {}).setdefault(each.p, []).append(reached)
+        shown.setdefault(rest, []).append(each)
     return [
-        _p_figure(f"by-p{number}", f"{title}{f', {rest}' if rest else ''}", lines)
+        _p_figure(f"by-p{number}", f"{title.format(metric=_metrics(shown[rest]))}{f', {rest}' if rest else ''}", lines)
         for number, (rest, lines) in enumerate(panels.items())
         if any(len(line) > 1 for line in lines.values())
     ]

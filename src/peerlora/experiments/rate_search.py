@@ -19,7 +19,7 @@ from peerlora.config.run import RunConfig
 from peerlora.errors import ConfigError
 from peerlora.experiments.grid import GridConfig, SearchConfig
 from peerlora.experiments.inference import ROUNDING, is_same, subtract_scores
-from peerlora.experiments.statistics import Estimate, Outcome, estimate
+from peerlora.experiments.statistics import Estimate, Outcome, estimate, find_metrics
 from peerlora.experiments.trials import rate_groups, searched_settings
 
 OWN, RELAYED = "mean client", "relayed client"
@@ -58,6 +58,8 @@ class RateSearch:
     taken: float
     measure: str = OWN
     """What the scores are of."""
+    metric: str = ""
+    """What they are; empty where every run diverged."""
 
     @property
     def edge(self) -> int:
@@ -79,7 +81,8 @@ class RateSearch:
             numbers = {"mean": known and known.mean, "deviation": known and known.deviation}
             rates.append({"rate": each.rate, "seeds": len(each.scores), "diverged": each.diverged, **numbers})
         chosen = {"best": self.best, "ties": list(self.ties), "taken": self.taken, "at_edge": self.edge != 0}
-        about = {"setting": self.setting, "labels": dict(self.labels), "measure": self.measure}
+        about = {"setting": self.setting, "labels": dict(self.labels), "metric": self.metric or None}
+        about |= {"measure": self.measure}
         return {**about, "rates": rates, **chosen}
 
 
@@ -91,21 +94,21 @@ def scored_measure(config: RunConfig) -> str:
 
 def gather_searches(grid: GridConfig, outcomes: Sequence[Outcome]) -> list[RateSearch]:
     """Gather what the search's runs reached, a group after the other, and decide which rate each takes."""
-    sign = 1.0 if all(each.higher_is_better for each in outcomes) else -1.0
     searched = list(searched_settings(grid).values())
     measures = [scored_measure(load_config(setting.tree)) for setting in searched]
-    found = [
-        _rate_scores([each for each in outcomes if each.setting == setting.name], measure)
-        for setting, measure in zip(searched, measures, strict=True)
-    ]
-    tied = [_tied(rates, sign, grid.search) for rates in found]
+    runs = [[each for each in outcomes if each.setting == setting.name] for setting in searched]
+    signs = [1.0 if all(each.higher_is_better for each in own) else -1.0 for own in runs]  # a grid may mix metrics
+    found = [_rate_scores(own, measure) for own, measure in zip(runs, measures, strict=True)]
+    tied = [_tied(rates, sign, grid.search) for rates, sign in zip(found, signs, strict=True)]
     groups_with = Counter(rate for rates in tied for rate in rates)
     searches = []
-    for setting, measure, rates, ties in zip(searched, measures, found, tied, strict=True):
+    for setting, own, measure, sign, rates, ties in zip(searched, runs, measures, signs, found, tied, strict=True):
+        metric = ", ".join(find_metrics(own))
         worth = {each.rate: _worth(each, sign) for each in rates}
         most = max(groups_with[rate] for rate in ties)
         taken = first_of_best({rate: worth[rate] for rate in ties if groups_with[rate] == most})
-        searches.append(RateSearch(setting.name, setting.labels, rates, first_of_best(worth), ties, taken, measure))
+        best = first_of_best(worth)
+        searches.append(RateSearch(setting.name, setting.labels, rates, best, ties, taken, measure, metric))
     return searches
 
 

@@ -11,7 +11,7 @@ from peerlora.experiments.comparison import Comparison
 from peerlora.experiments.latex import latex
 from peerlora.experiments.markdown import markdown
 from peerlora.experiments.rate_search import RateSearch
-from peerlora.experiments.statistics import Outcome, compare, to_long_rows
+from peerlora.experiments.statistics import Outcome, compare, find_metrics, to_long_rows
 from peerlora.experiments.tables import csv_text
 from peerlora.files import atomic_file, write_atomically
 from peerlora.runs.write_failures import describe_write_failures
@@ -44,11 +44,9 @@ def write_results(
     from peerlora.experiments.paper_figures import write_figures
     from peerlora.experiments.report import write_grid_report
 
-    began = next((each for each in outcomes if each.metric), None)
     ended = [each for each in outcomes if each.measures or each.diverged]
-    higher = began is None or began.higher_is_better
-    metric, lines = began and began.metric, compare(ended, baseline)
-    result = Comparison(folder, lines, metric, higher, baseline, searches, warnings)
+    metrics = find_metrics([*outcomes, *searched])
+    result = Comparison(folder, compare(ended, baseline), metrics, baseline, searches, warnings)
     with writing(folder):
         write_parquet(folder / "results.parquet", outcomes, searched)
         write_atomically(folder / "table.csv", csv_text(result))

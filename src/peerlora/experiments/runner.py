@@ -172,6 +172,8 @@ class _TrialRunner:
     def __init__(self, callbacks: Callbacks, folder: Path):
         self.callbacks, self.folder = callbacks, folder
         self.number = self.finished = self.trials = self.done = self.total = 0
+        self.numbers: dict[str, int] = {}
+        """The number of every trial that was begun, by its folder: one whose worker was lost begins again."""
         self.rows: dict[str, dict[str, Any]] = {}
         """By ``data_key``, the digests of the rows that finished trials used."""
 
@@ -221,10 +223,12 @@ class _TrialRunner:
         self._keep(trial)
 
     def _status(self, trial: Trial) -> GridStatus:
-        """Count the trial, and tell how far the grid is."""
-        self.number += 1
+        """Count the trial where it begins for the first time, and tell how far the grid is."""
+        if trial.folder not in self.numbers:
+            self.number += 1
+            self.numbers[trial.folder] = self.number
         work, rounds = trial.config.training_samples, trial.config.train.rounds
-        return GridStatus(trial.name, self.number, self.trials, self.done, work, self.total, rounds)
+        return GridStatus(trial.name, self.numbers[trial.folder], self.trials, self.done, work, self.total, rounds)
 
     def _keep(self, trial: Trial) -> None:
         """Count a trial that has just finished; keep its outcome in place of its folder, where outcomes are kept."""

@@ -134,6 +134,8 @@ class Line:
     """Seeds without a result."""
     method: str = ""
     """The method's own name; empty before the first run has begun."""
+    metric: str = ""
+    """What the scores are; likewise."""
     searched_on: Mapping[str, str] | None = None
     """The labels of the setting that the rate was searched on; None where none was."""
     unequal_work: str = ""
@@ -195,6 +197,7 @@ def pair_differences(own: Mapping[int, float], base: Mapping[int, float]) -> Dif
 def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Line]:
     """Make one line per setting, in the order given, each against the one that differs in the baseline's axis only.
 
+    A line whose scores are another metric than the baseline's has no differences.
     The p values of each measure are adjusted over all lines that have one and the baseline's work.  Relayed models are
     set against the baseline's relayed ones, or against its own where it relays nothing.
     """
@@ -202,11 +205,13 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Li
     for each in outcomes:
         found.setdefault(each.setting, {})[each.seed] = with_row_gradients(each.measures, each.method)
     first = {each.setting: each for each in reversed(outcomes)}
+    metrics = {each.setting: each.metric for each in reversed(outcomes) if each.metric}
     lines = []
     for setting, runs in found.items():
         own = first[setting]
-        other = next((name for name, each in first.items() if each.labels == {**own.labels, **baseline}), None)
-        base = found[other] if baseline and other not in (None, setting) else {}
+        other = next((name for name, each in first.items() if each.labels == {**own.labels, **baseline}), setting)
+        comparable = baseline and other != setting and metrics.get(other) == metrics.get(setting)
+        base = found[other] if comparable else {}
         gaps = {name: pair_differences(_by_seed(runs, name), _of_baseline(base, name)) for name in MEASURES}
         same = [each for each in outcomes if each.setting == setting]
         lines.append(
@@ -218,11 +223,17 @@ def compare(outcomes: Sequence[Outcome], baseline: Mapping[str, str]) -> list[Li
                 {name: gap for name, gap in gaps.items() if gap is not None},
                 diverged=sum(each.diverged is not None for each in same),
                 method=next((each.method for each in same if each.method), ""),
+                metric=metrics.get(setting, ""),
                 searched_on=own.searched_on,
                 unequal_work=compare_work(_mean(runs, JUDGED), _mean(base, JUDGED)),
             )
         )
     return _adjusted(lines)
+
+
+def find_metrics(outcomes: Sequence[Outcome]) -> dict[str, bool]:
+    """Metric -> whether a higher score is better, of the runs that have begun, in their order."""
+    return {each.metric: each.higher_is_better for each in outcomes if each.metric}
 
 
 def _estimates(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Estimate]:
@@ -262,8 +273,14 @@ def _tested(lines: Sequence[Line], measure: str) -> dict[int, Difference]:
 
 
 def assess_design(lines: Sequence[Line], measure: str) -> Design | None:
-    """Compute what a table can be expected to show; None where nothing was tested or nothing differed."""
-    tested = _tested(lines, measure).values()
+    """Compute what a table can be expected to show.
+
+    None where nothing was tested, nothing differed, or the differences are of several metrics.
+    """
+    places = _tested(lines, measure)
+    tested = places.values()
+    if len({lines[place].metric for place in places}) > 1:
+        return None
     deviations = [gap.deviation for gap in tested if gap.deviation]
     if not deviations:
         return None

@@ -17,6 +17,7 @@ def table_notes(result: Comparison) -> list[str]:
     """How to read the table."""
     return [
         _scores(result),
+        *_mixed(result),
         *_columns(result),
         *_gauges(result),
         *_differences(result),
@@ -32,13 +33,15 @@ def difference_notes(result: Comparison) -> list[str]:
 
 def mark_notes(result: Comparison) -> list[str]:
     """The notes without which a table in a terminal would be misread: its signs, and what its seeds can show."""
-    return [*_gauges(result), *_alike(result), *_design(result), *_work(result), *result.warnings]
+    signs = [*_gauges(result), *_alike(result)]
+    return [*_mixed(result), *signs, *_design(result), *_work(result), *result.warnings]
 
 
 def _scores(result: Comparison) -> str:
-    better = "higher" if result.higher_is_better else "lower"
+    metrics = result.metrics or {"metric": True}
+    names = ", ".join(f"{name} ({'higher' if higher else 'lower'} is better)" for name, higher in metrics.items())
     text = (
-        f"{result.metric or 'metric'} ({better} is better): mean over seeds ± standard deviation over seeds (divisor "
+        f"{names}: mean over seeds ± standard deviation over seeds (divisor "
         "n - 1). Mean client, worst client and averaged model are of the last evaluation, on all rows"
     )
     if "best round" not in shown_measures(result):
@@ -47,6 +50,14 @@ def _scores(result: Comparison) -> str:
         f"{text}; the best round is the best mean client of any evaluation, where there are more than "
         f"{FEW_EVALUATIONS}, chosen on the rows it is reported on, so it flatters."
     )
+
+
+def _mixed(result: Comparison) -> Iterator[str]:
+    if result.mixed:
+        yield (
+            "The column metric says what a row's scores are: compare rows of the same metric only. A row whose "
+            "baseline is of another metric has no differences."
+        )
 
 
 COLUMNS = {
@@ -153,8 +164,10 @@ def rates_title(result: Comparison) -> str:
 
 def _searched_where(result: Comparison) -> str:
     """What the search of rates is scored on, which is never what is reported."""
-    acted = result.metric == FlowPolicyTask.metric
-    return "in environments of seeds that are not reported" if acted else "on training rows set aside"
+    rows, environments = "on training rows set aside", "in environments of seeds that are not reported"
+    if FlowPolicyTask.metric not in result.metrics:
+        return rows
+    return f"{rows}, policies {environments}" if result.mixed else environments
 
 
 def rate_notes(result: Comparison) -> list[str]:

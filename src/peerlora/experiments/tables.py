@@ -66,7 +66,8 @@ def csv_text(result: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ["learning rate", "measure", "seeds", "mean", "deviation", "difference", "difference deviation", "low"]
-    head += ["high", "p", "p holm", "p sign flip", "detectable", "diverged", "rate of", "rate at edge", "note"]
+    head += ["high", "p", "p holm", "p sign flip", "detectable", "diverged", "rate of", "rate at edge"]
+    head += ["note", "metric"]
     writer.writerow([*axes, *head])
     for line in result.lines:
         for name in known_measures(result, MEASURES):
@@ -78,7 +79,8 @@ def csv_text(result: Comparison) -> str:
             labels = map(_no_formula, line.labels.values())
             edge = "yes" if _at_edge(result, line) else ""
             rate = [line.diverged, line.rate_from, edge]
-            writer.writerow([*labels, repr(line.rate), *shown, *rate, " ".join(_remarks(line, name))])
+            remarks = " ".join(_remarks(line, name))
+            writer.writerow([*labels, repr(line.rate), *shown, *rate, remarks, line.metric])
     return out.getvalue()
 
 
@@ -100,7 +102,8 @@ def column_names(result: Comparison, brief: bool = False) -> list[str]:
     axes = list(result.lines[0].labels) if result.lines else []
     against = [f"{MAIN}, difference to {', '.join(result.baseline.values())}", "p (Holm)"]
     main, *others = shown_measures(result, brief)
-    return [*axes, "rate", "seeds", main, *(against if result.baseline else []), *others]
+    about = [*(["metric"] if result.mixed else []), "rate", "seeds"]
+    return [*axes, *about, main, *(against if result.baseline else []), *others]
 
 
 def row_cells(result: Comparison, line: Line, brief: bool = False) -> list[str]:
@@ -114,7 +117,8 @@ def row_cells(result: Comparison, line: Line, brief: bool = False) -> list[str]:
     counted = f"{seeds}, {line.diverged} diverged" if line.diverged else str(seeds)
     about = [*([f"of {line.rate_from}"] if line.rate_from else []), *(["at the edge"] * _at_edge(result, line))]
     rate = f"{line.rate:g}" + (f" ({'; '.join(about)})" if about else "")
-    return [*line.labels.values(), rate, counted, main, *against, *others]
+    metric = [line.metric or "–"] if result.mixed else []
+    return [*line.labels.values(), *metric, rate, counted, main, *against, *others]
 
 
 def _at_edge(result: Comparison, line: Line) -> bool:
@@ -193,7 +197,8 @@ def format_p(p: float | None) -> str:
 
 def rate_columns(searches: Sequence[RateSearch]) -> list[str]:
     """The columns of the table of searched rates."""
-    return ["searched on", *(f"{rate:g}" for rate in _rates(searches)), ""]
+    metric = ["metric"] if _mixed(searches) else []
+    return ["searched on", *metric, *(f"{rate:g}" for rate in _rates(searches)), ""]
 
 
 def rate_rows(searches: Sequence[RateSearch]) -> list[list[str]]:
@@ -202,8 +207,14 @@ def rate_rows(searches: Sequence[RateSearch]) -> list[list[str]]:
     for each in searches:
         known = {rate.rate: rate for rate in each.rates}
         cells = [_rate_cell(each, known[rate]) if rate in known else "–" for rate in _rates(searches)]
-        found.append([each.setting, *cells, "at the edge" if each.edge else ""])
+        metric = [each.metric or "–"] if _mixed(searches) else []
+        found.append([each.setting, *metric, *cells, "at the edge" if each.edge else ""])
     return found
+
+
+def _mixed(searches: Sequence[RateSearch]) -> bool:
+    """Whether groups were searched by several metrics."""
+    return len({each.metric for each in searches} - {""}) > 1
 
 
 def _rates(searches: Sequence[RateSearch]) -> list[float]:

@@ -182,7 +182,7 @@ class TrialPool:
         try:
             await_machines(self.ray, self.settings.model_copy(update={"workers": 1}), self.warn)
         except ClusterError as error:
-            raise RunError(f"{error}: peerlora compare --resume {folder}") from None
+            raise RunError(f"{error}, and go on with: peerlora compare --resume {folder}") from None
 
     @property
     def _busy(self) -> list[_Seat]:

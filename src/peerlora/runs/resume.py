@@ -18,6 +18,9 @@ _MAY_CHANGE = (
     *("track.to", "track.project", "track.group", "track.adapters"),
 )  # not what is trained
 
+ASKED_THREADS = "asked_threads"
+"""The fact of a run on a cluster what its config gave for ``threads``."""
+
 
 def default_folder(config: RunConfig) -> Path:
     """Return a new folder under runs/, named by method and time."""
@@ -69,7 +72,7 @@ def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitio
         same = {"rounds": stored.train.rounds, "epochs": None}  # which followed from these epochs then
         expected = expected.model_copy(update={"train": expected.train.model_copy(update=same)})
     was, now = (config.model_dump(mode="json", exclude={"cluster"}) for config in (stored, expected))
-    if now.get("threads") is None:
+    if now.get("threads") in (None, *_replaced_threads(stored, expected, store)):
         now["threads"] = was.get("threads")
     if now["train"]["block"] is None:  # a run on a cluster has one of its own
         now["train"]["block"] = was["train"]["block"]
@@ -82,6 +85,11 @@ def check_same(stored: RunConfig, expected: RunConfig, store: RunStore, partitio
             f"{store.folder} was started with another config ({'; '.join(changed)}); "
             "resume with the same settings, or start a new run with another --out"
         )
+
+
+def _replaced_threads(stored: RunConfig, expected: RunConfig, store: RunStore) -> Sequence[int | None]:
+    """The ``threads`` for which the cores of a cluster's workers stood in; of an older run, whatever is expected."""
+    return () if stored.cluster is None else (store.facts.get(ASKED_THREADS, expected.threads),)
 
 
 def list_changes(was: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:

@@ -51,6 +51,8 @@ START_FILE, TRACKING_FILE = "start.safetensors", "tracking.json"
 TENSORBOARD_FOLDER, WANDB_FOLDER = "tensorboard", "wandb"
 _BESIDE = (START_FILE, TRACKING_FILE, TENSORBOARD_FOLDER, WANDB_FOLDER)
 """What a run may write before its first round without the store."""
+START_AGAIN = "start again"
+"""What to do where nothing of a run is kept."""
 _HALF_MADE = {"lock", "config.yaml", "config.yaml.tmp", "run.json.tmp"}  # of a folder before it is a run's
 
 
@@ -125,7 +127,7 @@ class RunStore:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Turn the failure of a write in the folder into a RunError that says what to do."""
-        with describe_write_failures(self.folder, self._what_then):
+        with describe_write_failures(self.folder, self.what_then):
             yield
 
     @contextmanager
@@ -135,8 +137,9 @@ class RunStore:
         with self.writing():
             yield
 
-    def _what_then(self) -> str:
-        return "start again" if self._unused else f"go on with: {resume_command(self.folder)}"
+    def what_then(self) -> str:
+        """Say what a user does next where the run ends early: a run without anything to keep is taken away."""
+        return START_AGAIN if self._unused else f"go on with: {resume_command(self.folder)}"
 
     def emit(self, event: Event) -> None:
         """Append one event; it survives the death of this process at once.

@@ -80,7 +80,7 @@ def await_machines(ray: Any, settings: ClusterConfig, tell: Callable[[str], None
     end, reported = time.monotonic() + settings.wait, False
     while reason := lacking(settings, machines_of(ray)):
         if time.monotonic() >= end:
-            raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines, and resume")
+            raise ClusterError(f"{reason}, {settings.wait:g} s after machines have left; add machines")
         if not reported:
             tell(f"machines have left: {reason}; waiting up to {settings.wait:g} s for others")
         reported = True

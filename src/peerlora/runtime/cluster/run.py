@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peerlora.config.cluster import ClusterConfig
+from peerlora.config.cluster import ClusterConfig, asked_or_stored
 from peerlora.config.run import RunConfig
 from peerlora.data.dataset import Dataset
-from peerlora.errors import ClusterError, DataError, RunError, WorkersLost
+from peerlora.errors import DataError, RunError, WorkersLost
 from peerlora.exchange.blocks import links_of
 from peerlora.lora.attach import StackedModel
 from peerlora.runs.events import Event, Warned
 from peerlora.runs.report import ReportWriter
-from peerlora.runs.resume import check_same, default_folder, run_facts, stored_config
-from peerlora.runs.store import RunStore, require_free, resume_command
+from peerlora.runs.resume import ASKED_THREADS, check_same, default_folder, run_facts, stored_config
+from peerlora.runs.store import START_AGAIN, RunStore, require_free
 from peerlora.runs.trackers.tracking import check_trackers
 from peerlora.runtime import simulate as here
 from peerlora.runtime.checks import check_rows
@@ -33,6 +34,7 @@ from peerlora.runtime.cluster.parts import (
     RemoteParts,
 )
 from peerlora.runtime.cluster.placement import Placement, choose_tile_size, place, plan_transfers
+from peerlora.runtime.cluster.recovery import Recovery
 from peerlora.runtime.cluster.worker import WorkerTask
 from peerlora.runtime.compose import assemble, use_threads
 from peerlora.runtime.division import divide_rows
@@ -74,21 +76,22 @@ def simulate(
     require_free(folder)
     check_trackers(config)
     refuse_objects(partitioner, options)
+    facts = {ASKED_THREADS: config.threads}
     config = config.model_copy(update={"cluster": settings, "threads": settings.cpus_per_worker})
     driver = compose_driver(config)
-    facts = run_facts(config, inputs=facts_of(driver.federation))
-    with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
-        machines.tell = lambda message: emit(Warned(message), sinks)
-        first, speed = driver.start(machines)
+    facts |= run_facts(config, inputs=facts_of(driver.federation))
+    with _connected(engine, driver, sinks) as machines:
+        recovery = Recovery(machines, settings)
+        first, speed = driver.start_first(machines, recovery)
         driver = replace(driver, speed=speed)  # of workers that take the place of lost ones, too
         with RunStore.create(folder, driver.config.to_yaml(), facts | {"speed": speed_facts(speed)}) as store:
-            return driver.run(machines, first, store, sinks, stop, report, resumed=False)
+            return driver.run(machines, first, recovery, store, sinks, stop, report, resumed=False)
 
 
 def resume(
     folder: Path | str,
     *,
-    where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda stored: stored,
+    where: Callable[[ClusterConfig | None], ClusterConfig | None] = lambda section: section,
     engine: Callable[[ClusterConfig, int], Engine] | None = None,
     expected: Callable[[RunConfig], RunConfig] = lambda stored: stored,
     partitioner: Any = None,
@@ -99,15 +102,15 @@ def resume(
 ) -> Result:
     """Resume a run, on a cluster where its config says so, with any number of workers.
 
-    ``where`` turns the stored section ``cluster`` into the one to use, None for this process.  Raises RunError where
-    the run's graphs cannot be divided.
+    ``where`` turns the section ``cluster`` of what is ``expected``, or else the stored one, into the one to use, None
+    for this process.  Raises RunError where the run's graphs cannot be divided.
     """
     with RunStore.open(folder) as store:
         stored = stored_config(store)
-        settings = where(stored.cluster)
+        asked = expected(stored)
+        settings = where(asked_or_stored(asked, stored))
         if settings is not None:
             here.refuse_loops(store)
-            asked = expected(stored)
             check_same(stored, asked, store, partitioner)
             check_trackers(asked)
             refuse_objects(partitioner, options)
@@ -119,11 +122,22 @@ def resume(
             tracked = stored.model_copy(update={"track": asked.track})
             driver = compose_driver(tracked, speed_of(store.facts, stored), settings)
             check_inputs(store, driver.federation)
-            with (engine or ray_engine)(settings, driver.exchanged_bytes) as machines:
-                return driver.run(machines, driver.start(machines)[0], store, sinks, stop, report, resumed=True)
+            with _connected(engine, driver, sinks) as machines:
+                recovery = Recovery(machines, settings)
+                return driver.run(machines, None, recovery, store, sinks, stop, report, resumed=True)
     return here.resume(
         folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
+
+
+@contextmanager
+def _connected(
+    engine: Callable[[ClusterConfig, int], Engine] | None, driver: Driver, sinks: Sequence[Sink]
+) -> Iterator[Engine]:
+    """Connect to what starts the workers of a run, and pass on to ``sinks`` what they wait for."""
+    with (engine or ray_engine)(driver.settings, driver.exchanged_bytes) as machines:
+        machines.tell = partial(_warn, sinks=sinks)
+        yield machines
 
 
 def ray_engine(settings: ClusterConfig, exchanged_bytes: int) -> Engine:
@@ -177,6 +191,15 @@ class Driver:
             group.close()
             raise
 
+    def start_first(self, machines: Engine, recovery: Recovery) -> tuple[WorkerGroup, Speed]:
+        """Like ``start``, for a run whose folder is not there yet; where workers are lost, new ones start."""
+        while True:
+            try:
+                return self.start(machines)
+            except WorkersLost as error:
+                recovery.await_workers(error, lambda: START_AGAIN, machines.tell)
+                machines.tell(f"{error}; new workers start")
+
     def _compare(self, found: Sequence[dict[str, Any]]) -> None:
         own = {name: each for name, each in facts_of(self.federation)["inputs"].items() if name != "start"}
         for worker, inputs in enumerate(found):
@@ -191,34 +214,28 @@ class Driver:
         self,
         machines: Engine,
         group: WorkerGroup | None,
+        recovery: Recovery,
         store: RunStore,
         sinks: Sequence[Sink],
         stop: Stop,
         report: bool,
         resumed: bool,
     ) -> Result:
-        """Run to the end; where workers are lost, new ones go on from the last checkpoint."""
+        """Run to the end; where workers are lost, new ones go on from the last checkpoint.
+
+        Raises RunError, which says what to do, where ``recovery`` finds no new workers.
+        """
         every, events = (*sinks, *([ReportWriter(store.folder)] if report else [])), ()
-        for left in range(self.settings.retries, -1, -1):
+        while True:
             try:
                 group = group or self.start(machines)[0]
                 with closing(group), tracked_sinks(self.config, store, every) as tracked:  # each attempt is a resume
                     return self._trainer(group, machines.notes, store, tracked, stop, events).run(resumed)
             except WorkersLost as error:
-                if left == 0:
-                    raise RunError(f"{error}; go on with: {resume_command(store.folder)}") from None
+                tell = partial(_warn, sinks=(store.emit, *every))
+                recovery.await_workers(error, store.what_then, tell)
                 events = (Warned(f"{error}; new workers go on from the last checkpoint"),)
-            self._await_machines(machines, store, every)
             group, resumed = None, True
-        raise AssertionError("the last attempt returns or raises")
-
-    def _await_machines(self, machines: Engine, store: RunStore, sinks: Sequence[Sink]) -> None:
-        """Wait until workers fit on the machines that are left; raises RunError where none come in time."""
-
-        try:
-            machines.await_machines(self.settings, lambda message: emit(Warned(message), (store.emit, *sinks)))
-        except ClusterError as error:
-            raise RunError(f"{error}: {resume_command(store.folder)}") from None
 
     def _trainer(
         self,
@@ -243,10 +260,9 @@ class Driver:
         return Trainer(federation, rounds, clients, store, sinks, stop, evaluator=ClusterEvaluator(federation, clients))
 
 
-def emit(event: Event, sinks: Sequence[Sink]) -> None:
-    """Give an event to all sinks, in their order."""
+def _warn(message: str, sinks: Sequence[Sink]) -> None:
     for sink in sinks:
-        sink(event)
+        sink(Warned(message))
 
 
 def compose_driver(config: RunConfig, speed: Speed | None = None, cluster: ClusterConfig | None = None) -> Driver:
