@@ -95,8 +95,8 @@ def test_a_stopped_process_is_missed_and_takes_part_again(processes):
     until(lambda: select_events(read_events(found.run("run", 2)), CaughtUp), found.running[2].is_alive)
     found.release()
     assert found.wait() == {0: 0, 1: 0, 2: 0}
-    assert {"suspect", "down"} & set(told(found, 0, 2))  # then it is not waited for
-    assert any("2" in each.missed for each in rounds(found, 0))
+    # After a deadline it is not waited for, whether or not so many heartbeats were missing by then.
+    assert any(each.missed.get("2") == "absent" for each in rounds(found, 0))
     assert any(each.contacts for each in rounds(found, 2)[-5:])
 
 
