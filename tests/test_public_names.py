@@ -25,3 +25,9 @@ def test_unknown_name_is_an_attribute_error():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import peerlora, sys; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_what_is_uploaded_is_found_without_torch():
+    code = "import peerlora.runtime.hub, sys; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

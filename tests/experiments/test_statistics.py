@@ -416,7 +416,7 @@ def test_private_cells_are_drawn_and_summed_up_by_the_epsilon_of_the_client_that
 def by_p(trials, axis):
     """Title -> legend, of the figures of accuracy by p alone, since drawing takes time; ``cells``: (labels, p)."""
     outcomes = [replace(outcome("a", seed, 0.5, 0.9), labels=labels, p=p) for labels, p in trials for seed in (0, 1)]
-    return {picture.title: [key.label for key in picture.legend] for picture in _by_p("by p", outcomes, axis)}
+    return {picture.title: [key.label for key in picture.legend] for picture in _by_p(outcomes, axis)}
 
 
 def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_each_label():
@@ -426,8 +426,9 @@ def test_accuracy_by_p_has_a_figure_for_each_of_the_other_axes_and_a_line_for_ea
         for graph, p in (("p=0.1", 0.1), ("p=0.5", 0.5), ("ring", None))
         for task in ("one", "other")
     ]
-    assert by_p(trials, "method") == {"by p, task one": ["a", "b"], "by p, task other": ["a", "b"]}
-    whole = {"by p": ["a, one", "a, other", "b, one", "b, other"]}
+    title = "accuracy of the mean client by p, last evaluation"
+    assert by_p(trials, "method") == {f"{title}, task one": ["a", "b"], f"{title}, task other": ["a", "b"]}
+    whole = {title: ["a, one", "a, other", "b, one", "b, other"]}
     assert by_p(trials, None) == by_p(trials, "graph") == whole
     assert by_p([trial for trial in trials if trial[0]["graph"] != "p=0.5"], "method") == {}
     outcomes = [replace(outcome("a", 0, 0.5, 0.9), labels={"graph": str(p)}, p=p) for p in (0.1, 0.5)]

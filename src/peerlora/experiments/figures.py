@@ -51,7 +51,7 @@ def comparison_figures(outcomes: Sequence[Outcome], axis: str | None) -> list[Pi
             _logs(f"cross{number}", f"Cross-term by round{where}", panel, "cross_term"),
             _logs(f"apart{number}", f"Consensus distance of B·A by round{where}", panel, "consensus_product"),
         ]
-    by_p = _by_p("{metric} of the mean client by p, last evaluation", finished, axis)
+    by_p = _by_p(finished, axis)
     return [picture for picture in [*by_p, *pictures] if picture]
 
 
@@ -153,11 +153,8 @@ def _logs(name: str, title: str, panel: Mapping[str, Sequence[Outcome]], field: 
     return figures.log_figure(name, title, curves) if curves else None
 
 
-def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
-    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values.
-
-    ``{metric}`` in the title becomes what the figure's scores are.
-    """
+def _by_p(outcomes: Sequence[Outcome], axis: str | None) -> list[Picture]:
+    """One figure per combination of the axes that are neither ``axis`` nor the one of p; some line needs two values."""
     of_p = _axis_of_p(outcomes)
     lines_of = {axis} if axis and axis != of_p else set(outcomes[0].labels) - {of_p}
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
@@ -170,8 +167,9 @@ def _by_p(title: str, outcomes: Sequence[Outcome], axis: str | None) -> list[Pic
         line = ", ".join(own for name, own in each.labels.items() if name in lines_of) or "mean client"
         panels.setdefault(rest, {}).setdefault(line, {}).setdefault(each.p, []).append(reached)
         shown.setdefault(rest, []).append(each)
+    title = "{} of the mean client by p, last evaluation{}"
     return [
-        _p_figure(f"by-p{number}", f"{title.format(metric=_metrics(shown[rest]))}{f', {rest}' if rest else ''}", lines)
+        _p_figure(f"by-p{number}", title.format(_metrics(shown[rest]), rest and f", {rest}"), lines)
         for number, (rest, lines) in enumerate(panels.items())
         if any(len(line) > 1 for line in lines.values())
     ]

@@ -171,9 +171,10 @@ class _TrialRunner:
 
     def __init__(self, callbacks: Callbacks, folder: Path):
         self.callbacks, self.folder = callbacks, folder
-        self.number = self.finished = self.trials = self.done = self.total = 0
+        self.kept = self.finished = self.trials = self.done = self.total = 0
         self.numbers: dict[str, int] = {}
-        """The number of every trial that was begun, by its folder: one whose worker was lost begins again."""
+        """The number of every trial that was begun, by its folder, behind those that were kept: finished before.  One
+        whose worker was lost begins again under its number."""
         self.rows: dict[str, dict[str, Any]] = {}
         """By ``data_key``, the digests of the rows that finished trials used."""
 
@@ -187,7 +188,7 @@ class _TrialRunner:
         open_ones = [trial for trial in trials if not self._is_done(trial)]
         self.done += sum(trial.config.training_samples for trial in trials if trial not in open_ones)
         self.finished += len(trials) - len(open_ones)
-        self.number += len(trials) - len(open_ones)
+        self.kept += len(trials) - len(open_ones)
         if self.callbacks.pool is None:
             for trial in open_ones:
                 self._finish(trial, cache)
@@ -224,11 +225,9 @@ class _TrialRunner:
 
     def _status(self, trial: Trial) -> GridStatus:
         """Count the trial where it begins for the first time, and tell how far the grid is."""
-        if trial.folder not in self.numbers:
-            self.number += 1
-            self.numbers[trial.folder] = self.number
+        number = self.numbers.setdefault(trial.folder, self.kept + len(self.numbers) + 1)
         work, rounds = trial.config.training_samples, trial.config.train.rounds
-        return GridStatus(trial.name, self.numbers[trial.folder], self.trials, self.done, work, self.total, rounds)
+        return GridStatus(trial.name, number, self.trials, self.done, work, self.total, rounds)
 
     def _keep(self, trial: Trial) -> None:
         """Count a trial that has just finished; keep its outcome in place of its folder, where outcomes are kept."""

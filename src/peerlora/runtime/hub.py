@@ -8,7 +8,6 @@ from pathlib import Path
 from peerlora.errors import ConfigError, ModelError, RunError, first_line
 from peerlora.lora.model_folder import ADAPTER, base_name, is_adapter, read_settings, with_base
 from peerlora.runtime.reading import FILE as READING
-from peerlora.train.online.base_policy import is_base_policy
 
 _KNOWN = (READING, "labels.json", "README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "dict.txt")
 _SUFFIXES = (".safetensors", ".json", ".model", ".spm", ".tokenizer", ".tiktoken", ".codes")
@@ -55,6 +54,8 @@ def _check_base(folder: Path, base: str | None) -> None:
     """Refuse an adapter whose settings are damaged, or, with no other name for it, whose base is on this machine."""
     named = base_name(read_settings(folder / ADAPTER))
     if base is None and (named is None or not _is_hub_id(named) or Path(named).exists()):
+        from peerlora.train.online.base_policy import is_base_policy  # loads torch, which nothing else here needs
+
         acts = named is not None and is_base_policy(Path(named))  # whose base no other program loads
         whole = "" if acts else ", or upload the whole model: peerlora merge"
         raise ModelError(

@@ -126,7 +126,7 @@ def resume(
                 recovery = Recovery(machines, settings)
                 return driver.run(machines, None, recovery, store, sinks, stop, report, resumed=True)
     return here.resume(
-        folder, expected=expected, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
+        folder, expected=lambda stored: asked, partitioner=partitioner, sinks=sinks, stop=stop, report=report, **options
     )
 
 
